@@ -1,0 +1,118 @@
+"""Builds a tiny Wan pipeline, with random weights, from the classes that the 14B model is made of."""
+
+import string
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKLWan,
+    UniPCMultistepScheduler,
+    WanImageToVideoPipeline,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
+)
+
+
+WORDS = (
+    "a an the red green blue yellow white black circle square triangle star moves to left right up down over wall "
+    "plain striped checkered dotted steadily video of shape on background"
+).split()
+
+
+def build_tokenizer(words: Iterable[str] = WORDS) -> T5Tokenizer:
+    """T5 tokenizer with one piece for each word and each printable character."""
+    whole_words = [(f"▁{word}", -2.0) for word in words]
+    characters = [(character, -8.0) for character in ("▁", *string.ascii_letters, *string.digits, *string.punctuation)]
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0)]
+    return T5Tokenizer(vocab=special + whole_words + characters, extra_ids=0)
+
+
+def build_pipeline(
+    *,
+    image_to_video: bool = False,
+    num_layers: int = 2,
+    num_attention_heads: int = 2,
+    attention_head_dim: int = 12,
+    ffn_dim: int = 32,
+    text_dim: int = 32,
+    vae_base_dim: int = 3,
+    flow_shift: float = 3.0,
+    seed: int = 0,
+) -> WanPipeline | WanImageToVideoPipeline:
+    """
+    Wan 2.1 pipeline of toy size.
+
+    Args:
+        image_to_video (`bool`, defaults to `False`):
+            Build a `WanImageToVideoPipeline` with a CLIP image encoder, its transformer taking 16 + 20 channels.
+        seed (`int`, defaults to 0):
+            Seed of the random weights.
+    """
+    torch.manual_seed(seed)
+    vae = AutoencoderKLWan(base_dim=vae_base_dim, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+    tokenizer = build_tokenizer()
+    text_encoder = UMT5EncoderModel(
+        UMT5Config(
+            vocab_size=len(tokenizer), d_model=text_dim, d_kv=8, d_ff=64, num_layers=2, num_heads=4, dropout_rate=0.0
+        )
+    )
+    image_dim = 32 if image_to_video else None
+    transformer = WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=num_attention_heads,
+        attention_head_dim=attention_head_dim,
+        in_channels=36 if image_to_video else 16,
+        out_channels=16,
+        text_dim=text_dim,
+        freq_dim=64,
+        ffn_dim=ffn_dim,
+        num_layers=num_layers,
+        cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads",
+        image_dim=image_dim,
+        added_kv_proj_dim=num_attention_heads * attention_head_dim if image_to_video else None,
+        rope_max_seq_len=64,
+    )
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=flow_shift
+    )
+    components = {
+        "vae": vae.eval(),
+        "text_encoder": text_encoder.eval(),
+        "tokenizer": tokenizer,
+        "transformer": transformer.eval(),
+        "scheduler": scheduler,
+    }
+    if not image_to_video:
+        return WanPipeline(**components)
+
+    image_encoder = CLIPVisionModel(
+        CLIPVisionConfig(
+            hidden_size=image_dim,
+            intermediate_size=37,
+            projection_dim=image_dim,
+            num_attention_heads=4,
+            num_hidden_layers=3,
+            image_size=32,
+            patch_size=16,
+        )
+    )
+    image_processor = CLIPImageProcessor(crop_size={"height": 32, "width": 32}, size={"shortest_edge": 32})
+    return WanImageToVideoPipeline(
+        **components, image_encoder=image_encoder.eval(), image_processor=image_processor
+    )
+
+
+def save_pipeline(output_dir: Path | str, **options: object) -> Path:
+    """Build a pipeline with `build_pipeline(**options)` and save it as an ordinary pipeline folder."""
+    build_pipeline(**options).save_pretrained(output_dir)  # type: ignore[arg-type]
+    return Path(output_dir)

@@ -1,0 +1,101 @@
+"""What every training run needs: optimiser, schedule, checkpoints, logging. Nothing about rewards or video."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+
+LRScheduler = Literal[
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
+]
+
+
+def check(condition: bool, name: str, value: object, requirement: str) -> None:
+    """Raise a `ValueError` that names the field, its value and what was expected of it."""
+    if not condition:
+        raise ValueError(f"`{name}` must be {requirement}, got {value!r}.")
+
+
+def save_config(config: Any, path: Path) -> None:
+    """Write a config dataclass as a YAML file that `--config` reads back to an equal config."""
+    path.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), encoding="utf-8")
+
+
+@dataclass(kw_only=True)
+class TrainingConfig:
+    """
+    Options shared by the trainers.
+
+    Precision and, under DeepSpeed, gradient clipping are not here: they belong to the accelerate and DeepSpeed
+    configuration files (see `accelerate_configs/`).
+
+    > Parameters of the run
+    > Parameters of the optimisation
+    > Parameters of checkpoints, logging and evaluation
+    """
+
+    # Parameters of the run
+    output_dir: str = field(metadata={"help": "Folder for checkpoints, logs and the trained model."})
+    pretrained_model_name_or_path: str = field(
+        metadata={"help": "Diffusers Wan pipeline: a local folder or a Hub id. Its transformer is the base model."}
+    )
+    revision: str | None = field(default=None, metadata={"help": "Hub revision of the pipeline."})
+    variant: str | None = field(default=None, metadata={"help": "Variant of the pipeline's weight files, e.g. fp16."})
+    train_dataset: str = field(metadata={"help": "Latent dataset written by `preprocess`: a folder or a Hub id."})
+    seed: int = field(default=0, metadata={"help": "Seed of everything random. Same seed, same run."})
+
+    # Parameters of the optimisation
+    train_batch_size: int = field(default=1, metadata={"help": "Clips per process and micro-batch."})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Micro-batches of one kind per update."})
+    num_train_epochs: int = field(default=1, metadata={"help": "Passes over the dataset, if no max_train_steps."})
+    max_train_steps: int | None = field(default=None, metadata={"help": "Updates to make; overrides the epochs."})
+    learning_rate: float = field(default=5e-6, metadata={"help": "Peak learning rate of AdamW."})
+    lr_scheduler: LRScheduler = field(default="constant", metadata={"help": "Schedule of the learning rate."})
+    lr_warmup_steps: int = field(default=0, metadata={"help": "Updates of linear warm-up."})
+    lr_num_cycles: int = field(default=1, metadata={"help": "Hard restarts of cosine_with_restarts."})
+    lr_power: float = field(default=1.0, metadata={"help": "Power of the polynomial schedule."})
+    adam_beta1: float = field(default=0.9, metadata={"help": "First moment decay of AdamW."})
+    adam_beta2: float = field(default=0.999, metadata={"help": "Second moment decay of AdamW."})
+    adam_weight_decay: float = field(default=0.01, metadata={"help": "Decoupled weight decay of AdamW."})
+    adam_epsilon: float = field(default=1e-8, metadata={"help": "Epsilon of AdamW."})
+    max_grad_norm: float = field(
+        default=1.0,
+        metadata={"help": "Gradients are clipped to this norm. Under DeepSpeed its own `gradient_clipping` rules."},
+    )
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "Recompute block activations in the backward pass: slower, less memory."}
+    )
+    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that read the dataset."})
+
+    # Parameters of checkpoints, logging and evaluation
+    checkpointing_steps: int = field(default=500, metadata={"help": "Updates between two checkpoints."})
+    checkpoints_total_limit: int | None = field(
+        default=None, metadata={"help": "Keep only this many checkpoints; the oldest are deleted."}
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "A checkpoint folder, or `latest` for the newest one in output_dir, if any."}
+    )
+    report_to: list[str] = field(
+        default_factory=lambda: ["tensorboard"],
+        metadata={"help": "Accelerate trackers by name (tensorboard, wandb, trackio, ...), or `none`."},
+    )
+    tracker_project_name: str = field(default="hy_prfl", metadata={"help": "Project name given to the trackers."})
+    logging_steps: int = field(default=1, metadata={"help": "Updates between two log entries."})
+
+    def __post_init__(self) -> None:
+        for name in ("train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "checkpointing_steps"):
+            check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("max_train_steps", "checkpoints_total_limit"):
+            value = getattr(self, name)
+            check(value is None or value >= 1, name, value, "at least 1, or left out")
+        for name in ("learning_rate", "max_grad_norm", "adam_epsilon", "lr_power"):
+            check(getattr(self, name) > 0, name, getattr(self, name), "greater than 0")
+        for name in ("adam_beta1", "adam_beta2"):
+            check(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
+        for name in ("adam_weight_decay", "lr_warmup_steps", "dataloader_num_workers", "seed"):
+            check(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        check(self.lr_num_cycles >= 1, "lr_num_cycles", self.lr_num_cycles, "at least 1")
+        check(self.logging_steps >= 1, "logging_steps", self.logging_steps, "at least 1")

@@ -1,0 +1,166 @@
+"""The rows of a latent dataset: columns, types, label rules. The only place where a column is named and typed."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from datasets import Features, LargeList, List, Value
+
+
+LABELS = ("text_alignment", "blur_quality", "physics_quality", "human_quality")
+TASKS = (*LABELS, "motion_quality")
+
+TENSORS = ("latents", "prompt_embeds", "null_prompt_embeds", "long_prompt_embeds", "image_embeds", "condition")
+
+
+def latent_features(dtype: str = "float16") -> Features:
+    """
+    Column types of a latent dataset.
+
+    Tensors are stored flat, next to a `<name>_shape` column, because `datasets` has no array type whose shape varies
+    from row to row:
+
+    - `latents` `(num_channels, num_frames, height, width)`: normalised VAE latents, null in a prompt-only dataset,
+      where `latents_shape` still says what a sample of the row would look like;
+    - `prompt_embeds`, `long_prompt_embeds`, `null_prompt_embeds` `(num_tokens, text_dim)`: real tokens only, of the
+      caption, of the long caption if there is one, and of the empty prompt;
+    - `image_embeds` `(num_image_tokens, image_dim)` and `condition` `(20, num_frames, height, width)`, 4 mask channels
+      and 16 latents of the first frame: null in a text-to-video dataset.
+
+    Labels are 1 (good), 0 (poor) or null (unknown). `rejected_id` names the row that lost against this one;
+    rows of one `pair_id` show the same scene and are compared by their labels.
+
+    Args:
+        dtype (`str`, defaults to `"float16"`):
+            Storage type of the tensors, `"float16"` or `"float32"`.
+    """
+    columns: dict[str, Any] = {"id": Value("string"), "prompt": Value("string"), "long_prompt": Value("string")}
+    for name in TENSORS:
+        columns[name] = LargeList(Value(dtype))
+        columns[f"{name}_shape"] = List(Value("int32"))
+    for name in LABELS:
+        columns[name] = Value("int8")
+    columns |= {
+        "pair_id": Value("string"),
+        "rejected_id": Value("string"),
+        "num_frames": Value("int32"),
+        "height": Value("int32"),
+        "width": Value("int32"),
+        "fps": Value("float32"),
+        "source": Value("string"),
+        "source_hash": Value("string"),
+        "max_sequence_length": Value("int32"),
+        "vae_fingerprint": Value("string"),
+        "text_encoder_fingerprint": Value("string"),
+    }
+    return Features(columns)
+
+
+def validate_columns(columns: Iterable[str], source: str) -> None:
+    """Raise a `ValueError` that names `source` and the columns it lacks."""
+    missing = sorted(set(latent_features()) - set(columns))
+    if missing:
+        raise ValueError(
+            f"{source}: not a latent dataset, these columns are missing: {', '.join(missing)}. "
+            "Write it with `hy-prfl preprocess`."
+        )
+
+
+def parse_label(value: Any, *, source: str, name: str) -> int | None:
+    """
+    Read one label as people and upstream write it.
+
+    1, 1.0, "1", true and "good" are good; 0, 0.0, "0", false and "poor" are poor; None, "", "null" and NaN are
+    missing.
+
+    Raises:
+        ValueError: For anything else, naming `source`, the label and the value.
+    """
+    if value is None or (isinstance(value, float) and np.isnan(value)):
+        return None
+    text = str(value).strip().lower()
+    if text in ("", "null", "none", "nan"):
+        return None
+    if text in ("1", "1.0", "true", "good"):
+        return 1
+    if text in ("0", "0.0", "false", "poor"):
+        return 0
+    raise ValueError(f"{source}: `{name}` must be 1, 0, 'good', 'poor' or null, got {value!r}.")
+
+
+def task_label(row: Mapping[str, Any], task: str) -> int | None:
+    """
+    Label of one row for one task, or None if it is unknown.
+
+    `motion_quality` is `physics_quality AND human_quality` and is unknown as soon as one of the two is.
+    """
+    if task == "motion_quality":
+        physics, human = row["physics_quality"], row["human_quality"]
+        return None if physics is None or human is None else int(physics == 1 and human == 1)
+    return row[task]
+
+
+def pack_tensor(name: str, array: np.ndarray | None, dtype: str, *, source: str) -> dict[str, Any]:
+    """
+    Turn an array into its two columns, `name` and `name_shape`.
+
+    Raises:
+        ValueError: If a value is not finite, or does not fit `dtype`; names `source` and the column.
+    """
+    if array is None:
+        return {name: None, f"{name}_shape": None}
+    if not np.isfinite(array).all():
+        raise ValueError(f"{source}: `{name}` holds a NaN or an infinity.")
+    largest = float(np.abs(array).max(initial=0.0))
+    if largest > float(np.finfo(dtype).max):
+        raise ValueError(f"{source}: `{name}` reaches {largest:.6g}, which overflows {dtype}; store it as float32.")
+    return {name: array.astype(dtype).reshape(-1), f"{name}_shape": list(array.shape)}
+
+
+def unpack_tensor(row: Mapping[str, Any], name: str) -> np.ndarray | None:
+    """Array of one column of a row from `table_to_rows`, in its stored type and shape; None if it is null."""
+    if row[name] is None or row[f"{name}_shape"] is None:
+        return None
+    return np.asarray(row[name]).reshape([int(size) for size in row[f"{name}_shape"]])
+
+
+def rows_to_table(rows: Sequence[Mapping[str, Any]], dtype: str = "float16") -> pa.Table:
+    """Arrow table of packed rows (see `pack_tensor`); columns that a row leaves out are null."""
+    arrow_schema = latent_features(dtype).arrow_schema
+    columns = []
+    for column in arrow_schema:
+        values = [row.get(column.name) for row in rows]
+        if column.name in TENSORS:
+            columns.append(_large_list_array(values, column.type))
+        else:
+            columns.append(pa.array(values, type=column.type))
+    return pa.Table.from_arrays(columns, schema=arrow_schema)
+
+
+def table_to_rows(table: pa.Table) -> list[dict[str, Any]]:
+    """
+    Rows of an Arrow table as Python values, tensors as flat numpy arrays in their stored type.
+
+    This is what `Dataset.with_format("arrow")` is read with: two hundred times faster than Python lists, and unlike
+    the numpy format it keeps float16 and tells a missing label from NaN.
+    """
+    rows: list[dict[str, Any]] = [{} for _ in range(table.num_rows)]
+    for name in table.column_names:
+        for row, scalar in zip(rows, table.column(name), strict=True):
+            if name in TENSORS and scalar.is_valid:
+                row[name] = scalar.values.to_numpy(zero_copy_only=False)
+            else:
+                row[name] = scalar.as_py()
+    return rows
+
+
+def _large_list_array(values: Sequence[np.ndarray | None], arrow_type: pa.DataType) -> pa.Array:
+    """Large-list array made from flat numpy arrays without a detour over Python lists."""
+    lengths = [0 if value is None else value.size for value in values]
+    offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), type=pa.int64())
+    present = [value for value in values if value is not None]
+    dtype = arrow_type.value_type.to_pandas_dtype()
+    flat = np.concatenate(present) if present else np.zeros(0, dtype)
+    mask = pa.array([value is None for value in values])
+    return pa.LargeListArray.from_arrays(offsets, pa.array(flat.astype(dtype, copy=False)), type=arrow_type, mask=mask)
