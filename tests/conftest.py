@@ -1,7 +1,7 @@
 """Fixtures: tiny pipelines made of the real classes, and real mp4 files. Nothing is mocked, nothing is fetched."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -9,8 +9,10 @@ import av
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 
 from examples.shapes.pipeline import save_pipeline
+from hy_prfl.data.schema import latent_features, pack_tensor, rows_to_table
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -54,6 +56,61 @@ def write_video() -> Callable[..., Path]:
                 image[top : top + height // 3, left + shift : left + shift + width // 4] = color
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
             container.mux(stream.encode(None))
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def write_latents() -> Callable[..., Path]:
+    """
+    Function that writes a latent dataset without encoding any video: `write_latents(path, num_rows=8, ...)`.
+
+    Good rows are brighter than poor ones, so a reward model can learn the label. Shapes fit the tiny pipelines:
+    text width 32, image width 32. `overrides` maps a row's index to columns that replace the usual ones.
+    """
+
+    def write(
+        path: Path,
+        num_rows: int = 8,
+        *,
+        image_to_video: bool = False,
+        prompts_only: bool = False,
+        shapes: Sequence[tuple[int, int, int]] = ((2, 4, 4),),
+        overrides: Mapping[int, Mapping[str, object]] | None = None,
+        seed: int = 0,
+    ) -> Path:
+        rng = np.random.default_rng(seed)
+        rows = []
+        for index in range(num_rows):
+            label = index % 2
+            num_frames, height, width = shapes[index % len(shapes)]
+            size = (num_frames, height, width)
+            tensors = {
+                "latents": None if prompts_only else rng.normal(label - 0.5, 0.5, (16, *size)),
+                "prompt_embeds": rng.normal(size=(3 + index // 2, 32)),
+                "null_prompt_embeds": np.full((1, 32), 0.5),
+                "image_embeds": rng.normal(size=(5, 32)) if image_to_video else None,
+                "condition": rng.normal(size=(20, *size)) if image_to_video else None,
+            }
+            row: dict[str, object] = {
+                "id": f"clip-{index}",
+                "prompt": f"prompt {index // 2}",
+                "physics_quality": label,
+                "human_quality": label,
+                "num_frames": 4 * num_frames - 3,
+                "height": 8 * height,
+                "width": 8 * width,
+                "fps": 16.0,
+                "max_sequence_length": 16,
+                "vae_fingerprint": "tiny",
+                "text_encoder_fingerprint": "tiny",
+            }
+            for name, array in tensors.items():
+                row |= pack_tensor(name, array, "float16", source=str(index))
+            row["latents_shape"] = [16, *size]
+            rows.append({name: None for name in latent_features()} | row | dict((overrides or {}).get(index, {})))
+        Dataset(rows_to_table(rows)).save_to_disk(path)
         return path
 
     return write

@@ -107,9 +107,7 @@ def build_pipeline(
         )
     )
     image_processor = CLIPImageProcessor(crop_size={"height": 32, "width": 32}, size={"shortest_edge": 32})
-    return WanImageToVideoPipeline(
-        **components, image_encoder=image_encoder.eval(), image_processor=image_processor
-    )
+    return WanImageToVideoPipeline(**components, image_encoder=image_encoder.eval(), image_processor=image_processor)
 
 
 def save_pipeline(output_dir: Path | str, **options: object) -> Path:

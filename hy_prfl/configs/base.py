@@ -8,9 +8,7 @@ from typing import Any, Literal
 import yaml
 
 
-LRScheduler = Literal[
-    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
-]
+LRScheduler = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 
 
 def check(condition: bool, name: str, value: object, requirement: str) -> None:
@@ -45,6 +43,9 @@ class TrainingConfig:
     revision: str | None = field(default=None, metadata={"help": "Hub revision of the pipeline."})
     variant: str | None = field(default=None, metadata={"help": "Variant of the pipeline's weight files, e.g. fp16."})
     train_dataset: str = field(metadata={"help": "Latent dataset written by `preprocess`: a folder or a Hub id."})
+    validation_dataset: str | None = field(
+        default=None, metadata={"help": "Latent dataset for validation; without it there is none."}
+    )
     seed: int = field(default=0, metadata={"help": "Seed of everything random. Same seed, same run."})
 
     # Parameters of the optimisation
@@ -75,6 +76,7 @@ class TrainingConfig:
     checkpoints_total_limit: int | None = field(
         default=None, metadata={"help": "Keep only this many checkpoints; the oldest are deleted."}
     )
+    validation_steps: int = field(default=500, metadata={"help": "Updates between two validations."})
     resume_from_checkpoint: str | None = field(
         default=None, metadata={"help": "A checkpoint folder, or `latest` for the newest one in output_dir, if any."}
     )
@@ -86,7 +88,7 @@ class TrainingConfig:
     logging_steps: int = field(default=1, metadata={"help": "Updates between two log entries."})
 
     def __post_init__(self) -> None:
-        for name in ("train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "checkpointing_steps"):
+        for name in ("train_batch_size", "gradient_accumulation_steps", "num_train_epochs"):
             check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("max_train_steps", "checkpoints_total_limit"):
             value = getattr(self, name)
@@ -98,4 +100,5 @@ class TrainingConfig:
         for name in ("adam_weight_decay", "lr_warmup_steps", "dataloader_num_workers", "seed"):
             check(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         check(self.lr_num_cycles >= 1, "lr_num_cycles", self.lr_num_cycles, "at least 1")
-        check(self.logging_steps >= 1, "logging_steps", self.logging_steps, "at least 1")
+        for name in ("checkpointing_steps", "validation_steps", "logging_steps"):
+            check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")

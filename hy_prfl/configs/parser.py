@@ -21,7 +21,9 @@ class ConfigParser(HfArgumentParser):
         raise ValueError(message)
 
 
-def parse_config(config_class: type[ConfigT], argv: Sequence[str] | None = None, description: str | None = None) -> ConfigT:
+def parse_config(
+    config_class: type[ConfigT], argv: Sequence[str] | None = None, description: str | None = None
+) -> ConfigT:
     """
     Build `config_class` from `--config FILE.yaml` and the remaining command line options.
 

@@ -1,0 +1,54 @@
+# Everything happens in .venv, which the first target that needs it makes. Only Python 3.10+ has to be there.
+#
+#   make demo      the whole method on small videos, under 10 minutes on 2 CPU cores; results in outputs/demo
+#   make test      all tests (CPU, no network)
+#   make quality   lint, format, types, spelling; changes nothing
+#   make style     format and fix what can be fixed by itself
+#   make clean     removes what the targets above wrote, except .venv
+
+PYTHON ?= python3
+# Another build of torch: make demo TORCH="torch==2.13.0 --index-url ..."
+TORCH ?= torch==2.13.0
+# Passed on to the demo: make demo DEMO_ARGS=--fresh
+DEMO_ARGS ?=
+
+BIN := .venv/bin
+
+.PHONY: demo test quality style clean
+.DELETE_ON_ERROR:
+
+demo: .venv/.package
+	$(BIN)/python -m examples.shapes.demo $(DEMO_ARGS)
+
+test: .venv/.dev
+	$(BIN)/python -m pytest $(TEST_ARGS)
+
+quality: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/codespell
+
+style: .venv/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf outputs build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info
+
+# torch comes first and by itself, so that nothing that requires it chooses another build.
+.venv/.torch:
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --upgrade pip "setuptools>=77" wheel
+	$(BIN)/pip install $(TORCH)
+	touch $@
+
+.venv/.package: .venv/.torch pyproject.toml
+	$(BIN)/pip install --editable .
+	touch $@
+
+# deepspeed is built from source, and in isolation its build would fetch a torch of its own. Its kernels are not
+# built here: they compile on first use, and the tests use none.
+.venv/.dev: .venv/.package
+	DS_BUILD_OPS=0 $(BIN)/pip install --no-build-isolation --editable ".[dev,deepspeed]"
+	touch $@

@@ -1,0 +1,149 @@
+"""Checkpoints that are complete or absent, and folders that are replaced in one move. No training policy."""
+
+import json
+import logging
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import WanPipeline, WanTransformer3DModel
+from diffusers.training_utils import _collate_lora_metadata
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "trainer_state.json"
+CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first. Folders still under their temporary name do not count."""
+    found = [path for path in output_dir.glob("checkpoint-*") if CHECKPOINT_NAME.fullmatch(path.name)]
+    return sorted(found, key=checkpoint_step)
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    """Number of updates that a checkpoint folder's name tells."""
+    match = CHECKPOINT_NAME.fullmatch(checkpoint.name)
+    if match is None:
+        raise ValueError(f"{checkpoint}: a checkpoint folder is called 'checkpoint-<step>'.")
+    return int(match.group(1))
+
+
+def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | None) -> Path | None:
+    """
+    The checkpoint to continue from, or None to start afresh.
+
+    Args:
+        resume_from_checkpoint (`str`, *optional*):
+            `"latest"` for the newest checkpoint in `output_dir`, if there is one; or the path of a checkpoint.
+
+    Raises:
+        FileNotFoundError: If the path is not a complete checkpoint.
+        ValueError: If nothing is to be resumed but `output_dir` already holds checkpoints.
+    """
+    checkpoints = list_checkpoints(output_dir)
+    if resume_from_checkpoint is None:
+        if checkpoints:
+            raise ValueError(
+                f"`output_dir`: {output_dir} already holds {checkpoints[-1].name}. Continue with "
+                "`--resume_from_checkpoint latest` or choose another folder."
+            )
+        return None
+    if resume_from_checkpoint == "latest":
+        return checkpoints[-1] if checkpoints else None
+    checkpoint = Path(resume_from_checkpoint)
+    if not (checkpoint / STATE_FILE).is_file():
+        raise FileNotFoundError(f"`resume_from_checkpoint`: {checkpoint} is not a complete checkpoint.")
+    return checkpoint
+
+
+def save_checkpoint(
+    accelerator: Accelerator,
+    output_dir: Path,
+    *,
+    step: int,
+    state: dict[str, Any],
+    write_config: Callable[[Path], None],
+    total_limit: int | None,
+) -> Path:
+    """
+    Save everything that `Accelerator.save_state` covers as `output_dir/checkpoint-<step>`. A collective.
+
+    All ranks write into a temporary folder, which gets its name only when the last one is done, so a run killed at
+    any moment leaves a good `latest`. Older checkpoints beyond `total_limit` are deleted after that.
+    """
+    target = output_dir / f"checkpoint-{step}"
+    temporary = output_dir / f".{target.name}.tmp"
+    if accelerator.is_main_process:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(temporary))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        write_config(temporary)
+        (temporary / STATE_FILE).write_text(json.dumps(state, indent=2), encoding="utf-8")
+        replace_folder(temporary, target)
+        for old in list_checkpoints(output_dir)[: -total_limit if total_limit else 0]:
+            logger.info("Deleting %s.", old)
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+    return target
+
+
+def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> dict[str, Any]:
+    """Restore what `save_checkpoint` saved and return its `state`. A collective."""
+    accelerator.load_state(str(checkpoint))
+    return json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+
+
+def replace_folder(temporary: Path, target: Path) -> None:
+    """Give a finished temporary folder its final name; an older folder of that name disappears."""
+    outdated = target.with_name(f".{target.name}.old")
+    shutil.rmtree(outdated, ignore_errors=True)
+    if target.exists():
+        target.rename(outdated)
+    temporary.rename(target)
+    shutil.rmtree(outdated, ignore_errors=True)
+
+
+def save_lora(transformer: WanTransformer3DModel, directory: Path) -> None:
+    """
+    Write the transformer's adapter as diffusers reads it: `directory/pytorch_lora_weights.safetensors`.
+
+    Rank, alpha and targets go into the file's metadata; without it diffusers takes alpha for the rank.
+    """
+    temporary = directory / ".lora.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    WanPipeline.save_lora_weights(
+        temporary,
+        transformer_lora_layers=get_peft_model_state_dict(transformer),
+        **_collate_lora_metadata({"transformer": transformer}),
+    )
+    (temporary / LORA_FILE).replace(directory / LORA_FILE)
+    temporary.rmdir()
+
+
+def load_lora(transformer: WanTransformer3DModel, directory: Path) -> None:
+    """
+    Load an adapter written by `save_lora` into a transformer that already has one of the same shape.
+
+    Raises:
+        ValueError: If a weight of the adapter is missing from the file, or left over.
+    """
+    state_dict = WanPipeline.lora_state_dict(str(directory / LORA_FILE))
+    adapter: dict[str, torch.Tensor] = {key.removeprefix("transformer."): value for key, value in state_dict.items()}
+    expected = set(get_peft_model_state_dict(transformer))
+    if set(adapter) != expected:
+        different = sorted(set(adapter) ^ expected)
+        raise ValueError(
+            f"{directory / LORA_FILE}: {len(different)} weights are missing or left over, such as {different[0]}."
+        )
+    set_peft_model_state_dict(transformer, adapter)

@@ -1,0 +1,43 @@
+"""
+The console command `hy-prfl`: the scripts of this package by name.
+
+    hy-prfl <command> --config FILE.yaml [--option value ...]
+    hy-prfl <command> --help
+
+To run a command on several processes, start its module with Accelerate:
+
+    accelerate launch -m hy_prfl.scripts.<command> --config FILE.yaml
+"""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+
+COMMANDS = {
+    "preprocess": "videos and captions -> a dataset of latents and prompt embeddings",
+    "label": "join annotations to a latent dataset",
+    "train_reward": "train a reward model on noisy latents (PAVRM)",
+    "train_prfl": "fine-tune a generator on that reward (PRFL)",
+    "score": "score videos or latents",
+    "generate": "prompts -> videos",
+    "convert": "read checkpoints in Wan's or upstream's own format",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one command."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    command = argv[0] if argv else "--help"
+    if command in ("-h", "--help"):
+        width = max(map(len, COMMANDS))
+        commands = "\n".join(f"    {name:<{width}}  {purpose}" for name, purpose in COMMANDS.items())
+        sys.stdout.write(f"{(__doc__ or '').strip()}\n\ncommands:\n{commands}\n")
+        return
+    if command not in COMMANDS:
+        sys.exit(f"hy-prfl: there is no command '{command}'; it is one of {', '.join(COMMANDS)}.")
+    importlib.import_module(f"hy_prfl.scripts.{command}").main(argv[1:])
+
+
+if __name__ == "__main__":
+    main()

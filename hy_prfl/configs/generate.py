@@ -1,0 +1,139 @@
+"""Options of `generate`."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .base import check
+
+
+@dataclass(kw_only=True)
+class GenerateConfig:
+    """
+    Options of `generate`: a file of prompts -> mp4 files and a manifest that `preprocess` and `score` read.
+
+    > Parameters of the input and output
+    > Parameters of the model
+    > Parameters of the sampling
+    > Parameters of the video
+    > Parameters of memory and speed
+    """
+
+    # Parameters of the input and output
+    prompts: str = field(
+        metadata={
+            "help": "Prompts: JSON or JSONL rows {caption, id, seed, image, last_image}, only the caption is needed, or "
+            "a text file with one prompt a line."
+        }
+    )
+    output_dir: str = field(metadata={"help": "Folder for <id>_seed_<seed>.mp4 and manifest.jsonl."})
+    seed: int = field(default=0, metadata={"help": "Seed of the rows that bring none."})
+    num_videos_per_prompt: int = field(
+        default=1, metadata={"help": "Videos of each row, with the seeds seed, seed + 1, ..."}
+    )
+    overwrite: bool = field(
+        default=False,
+        metadata={"help": "Make videos again that were made with other settings; without it that is an error."},
+    )
+
+    # Parameters of the model
+    pretrained_model_name_or_path: str = field(
+        metadata={"help": "Diffusers Wan pipeline, text- or image-to-video: a local folder or a Hub id."}
+    )
+    revision: str | None = field(default=None, metadata={"help": "Hub revision of the pipeline."})
+    variant: str | None = field(default=None, metadata={"help": "Variant of the pipeline's weight files, e.g. fp16."})
+    transformer_path: str | None = field(
+        default=None, metadata={"help": "Fully fine-tuned transformer that replaces the pipeline's: folder or Hub id."}
+    )
+    lora_path: str | None = field(default=None, metadata={"help": "LoRA weights: a file, a folder or a Hub id."})
+    lora_scale: float | None = field(default=None, metadata={"help": "Strength of the LoRA; 1 if left out."})
+    dtype: Literal["bfloat16", "float16", "float32"] = field(
+        default="bfloat16",
+        metadata={"help": "Type of transformer and text encoder. VAE and image encoder always run in float32."},
+    )
+
+    # Parameters of the sampling
+    num_inference_steps: int = field(default=50, metadata={"help": "Denoising steps."})
+    guidance_scale: float = field(default=5.0, metadata={"help": "Classifier-free guidance; 1 turns it off."})
+    flow_shift: float | None = field(
+        default=None, metadata={"help": "Shift of the noise schedule; Wan uses 3 for 480P, 5 for 720P. The pipeline's own if left out."}
+    )
+    negative_prompt: str | None = field(default=None, metadata={"help": "What the videos should not show."})
+    max_sequence_length: int = field(default=512, metadata={"help": "Text tokens the prompt is padded or cut to."})
+
+    # Parameters of the video
+    height: int = field(default=480, metadata={"help": "Height in pixels, a multiple of 16."})
+    width: int = field(default=832, metadata={"help": "Width in pixels, a multiple of 16."})
+    keep_image_aspect: bool = field(
+        default=False,
+        metadata={
+            "help": "Image-to-video: take each first image's aspect ratio, height x width only says the area. "
+            "Otherwise images are resized and centre-cropped to height x width."
+        },
+    )
+    num_frames: int = field(default=81, metadata={"help": "Frames, 4k + 1."})
+    fps: int = field(default=16, metadata={"help": "Frames per second written into the file; Wan's videos have 16."})
+    crf: int = field(default=12, metadata={"help": "H.264 quality: 0 is lossless, 12 looks so, 23 is common on the web."})
+
+    # Parameters of memory and speed
+    cpu_offload: Literal["none", "model", "sequential"] = field(
+        default="none",
+        metadata={"help": "Keep weights in CPU memory: whole models (slower start) or single layers (slow, least memory)."},
+    )
+    step_cache: Literal["none", "first_block", "taylorseer", "sea"] = field(
+        default="none",
+        metadata={
+            "help": "diffusers' step caching, which skips work where steps hardly differ: FirstBlockCache, TaylorSeer, "
+            "or SeaCache (text-to-video only). Faster, and not the same video."
+        },
+    )
+    step_cache_threshold: float | None = field(
+        default=None,
+        metadata={"help": "Tolerance of first_block (0.05 if left out) or sea (0.25); larger is faster and worse."},
+    )
+    step_cache_interval: int | None = field(
+        default=None, metadata={"help": "taylorseer: steps from one full computation to the next (5 if left out)."}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("seed", "crf"):
+            check(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        for name in ("num_videos_per_prompt", "num_inference_steps", "max_sequence_length", "fps"):
+            check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        check(self.crf <= 51, "crf", self.crf, "at most 51")
+        for name in ("height", "width"):
+            value = getattr(self, name)
+            check(value >= 16 and value % 16 == 0, name, value, "a positive multiple of 16")
+        check(self.num_frames >= 1 and self.num_frames % 4 == 1, "num_frames", self.num_frames, "4k + 1")
+        check(math.isfinite(self.guidance_scale) and self.guidance_scale >= 0, "guidance_scale", self.guidance_scale, "at least 0")
+        check(self.flow_shift is None or self.flow_shift > 0, "flow_shift", self.flow_shift, "greater than 0")
+        check(
+            self.lora_scale is None or self.lora_path is not None,
+            "lora_scale",
+            self.lora_scale,
+            "left out when there is no `lora_path`",
+        )
+        check(
+            self.step_cache_threshold is None or self.step_cache in ("first_block", "sea"),
+            "step_cache_threshold",
+            self.step_cache_threshold,
+            "left out unless `step_cache` is first_block or sea",
+        )
+        check(
+            self.step_cache_interval is None or self.step_cache == "taylorseer",
+            "step_cache_interval",
+            self.step_cache_interval,
+            "left out unless `step_cache` is taylorseer",
+        )
+        check(
+            self.step_cache_threshold is None or self.step_cache_threshold > 0,
+            "step_cache_threshold",
+            self.step_cache_threshold,
+            "greater than 0",
+        )
+        check(
+            self.step_cache_interval is None or self.step_cache_interval >= 2,
+            "step_cache_interval",
+            self.step_cache_interval,
+            "at least 2",
+        )

@@ -1,0 +1,30 @@
+"""Options of `label`."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .base import check
+
+
+@dataclass(kw_only=True)
+class LabelConfig:
+    """Options of `label`: annotations are merged into an existing latent dataset, without encoding anything."""
+
+    dataset: str = field(metadata={"help": "Latent dataset written by `preprocess`: a folder or a Hub id."})
+    annotations: str = field(
+        metadata={
+            "help": "JSON list, JSON Lines or CSV with `id` and any of text_alignment, blur_quality, "
+            "physics_quality, human_quality: 1/0, good/poor, or empty for unknown."
+        }
+    )
+    output_dir: str = field(metadata={"help": "Folder of the labelled dataset; may be `dataset` itself."})
+    unknown_ids: Literal["error", "ignore"] = field(
+        default="error", metadata={"help": "What to do with annotations of clips that the dataset does not have."}
+    )
+    overwrite: bool = field(
+        default=False, metadata={"help": "Let annotations replace labels that say otherwise, instead of stopping."}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("dataset", "annotations", "output_dir"):
+            check(bool(getattr(self, name)), name, getattr(self, name), "a path")

@@ -1,0 +1,81 @@
+"""Options of `train_reward`."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .base import TrainingConfig, check
+
+
+Task = Literal["motion_quality", "physics_quality", "human_quality", "text_alignment", "blur_quality"]
+BCE_METRICS = ("accuracy", "precision", "recall", "f1", "auc", "loss")
+BT_METRICS = ("pair_accuracy", "auc", "loss")
+BestMetric = Literal["accuracy", "precision", "recall", "f1", "auc", "pair_accuracy", "loss"]
+
+
+@dataclass(kw_only=True)
+class RewardTrainingConfig(TrainingConfig):
+    """
+    Options of the reward model's training. Defaults are the paper's.
+
+    > Parameters of the model
+    > Parameters of the loss
+    > Parameters of the evaluation
+    """
+
+    # Parameters of the model
+    reward_model: str | None = field(
+        default=None, metadata={"help": "Reward model to start from, instead of the pipeline's transformer."}
+    )
+    num_layers: int = field(default=8, metadata={"help": "Transformer blocks to keep."})
+    pooling: Literal["query", "mean", "max"] = field(default="query", metadata={"help": "How tokens are pooled."})
+    num_query_heads: int = field(default=8, metadata={"help": "Heads of the query attention."})
+    query_residual: bool = field(default=True, metadata={"help": "Add the query to the pooled vector."})
+    freeze_blocks: bool = field(
+        default=False, metadata={"help": "Train pooling and head only, a probe of the generator's own features."}
+    )
+
+    # Parameters of the loss
+    task: Task = field(default="motion_quality", metadata={"help": "Label to learn; rows without it are left out."})
+    loss: Literal["bce", "bt"] = field(
+        default="bce", metadata={"help": "bce: one clip, one label. bt: Bradley-Terry on pairs of clips."}
+    )
+    allow_unpaired: bool = field(
+        default=False, metadata={"help": "bt: compare clips of different prompts if no two share one."}
+    )
+    learning_rate: float = field(default=1e-6, metadata={"help": "Learning rate of the transformer blocks."})
+    head_learning_rate: float = field(default=1e-5, metadata={"help": "Learning rate of pooling and head."})
+    weighting_scheme: Literal["uniform", "logit_normal"] = field(
+        default="uniform", metadata={"help": "Law of the noise levels before the shift."}
+    )
+    flow_shift: float = field(default=5.0, metadata={"help": "Shift of the noise levels; 1 leaves them uniform."})
+    logit_mean: float = field(default=0.0, metadata={"help": "Mean of the logit-normal law."})
+    logit_std: float = field(default=1.0, metadata={"help": "Standard deviation of the logit-normal law."})
+
+    # Parameters of the evaluation
+    validation_timesteps: list[int] = field(
+        default_factory=lambda: [201, 400, 600, 800, 1000],
+        metadata={"help": "Noise levels, 1000 * sigma, at which the model is evaluated."},
+    )
+    validation_seed: int = field(default=0, metadata={"help": "Seed of the evaluation's noise."})
+    metric_for_best_model: BestMetric | None = field(
+        default=None,
+        metadata={
+            "help": "Mean over the timesteps that decides which model is kept in output_dir/best: accuracy for bce and "
+            "pair_accuracy for bt if left out."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("num_layers", "num_query_heads"):
+            check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("head_learning_rate", "flow_shift", "logit_std"):
+            check(getattr(self, name) > 0, name, getattr(self, name), "greater than 0")
+        check(len(self.validation_timesteps) > 0, "validation_timesteps", self.validation_timesteps, "not empty")
+        for timestep in self.validation_timesteps:
+            check(0 < timestep <= 1000, "validation_timesteps", timestep, "in (0, 1000]")
+        if self.metric_for_best_model is None:
+            self.metric_for_best_model = "accuracy" if self.loss == "bce" else "pair_accuracy"
+        known = BCE_METRICS if self.loss == "bce" else BT_METRICS
+        name, value = "metric_for_best_model", self.metric_for_best_model
+        check(value in known, name, value, f"one of {', '.join(known)} with loss '{self.loss}'")

@@ -1,0 +1,175 @@
+"""Rows to batches of tensors."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from .schema import task_label, unpack_tensor
+
+
+BatchT = TypeVar("BatchT", bound="Batch")
+
+
+class Batch:
+    """A dataclass of tensors, lists and nested batches."""
+
+    def to(self: BatchT, device: torch.device) -> BatchT:
+        """Copy with every tensor on `device`."""
+        moved: dict[str, Any] = {}
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if isinstance(value, (torch.Tensor, Batch)):
+                value = value.to(device)
+            moved[field.name] = value
+        return type(self)(**moved)
+
+    def pin_memory(self: BatchT) -> BatchT:
+        """Copy with every tensor in page-locked memory; called by the data loader."""
+        pinned: dict[str, Any] = {}
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if isinstance(value, (torch.Tensor, Batch)):
+                value = value.pin_memory()
+            pinned[field.name] = value
+        return type(self)(**pinned)
+
+
+@dataclass(kw_only=True)
+class LatentBatch(Batch):
+    """
+    Clips of one shape, or only their prompts.
+
+    Args:
+        ids (`list[str]`):
+            Row ids, for messages.
+        latents_shape (`tuple[int, ...]`):
+            Shape `(num_channels, num_frames, height, width)` of one sample.
+        latents (`torch.Tensor` of shape `(batch_size, num_channels, num_frames, height, width)`, *optional*):
+            Clean normalised latents, float32. None in a prompt-only batch.
+        prompt_embeds, long_prompt_embeds, null_prompt_embeds
+            (`torch.Tensor` of shape `(batch_size, max_sequence_length, text_dim)`):
+            Embeddings of caption, long caption (the caption where a row has none) and empty prompt, zero-padded.
+        image_embeds (`torch.Tensor` of shape `(batch_size, num_image_tokens, image_dim)`, *optional*):
+            CLIP embeddings of the first frame, for image-to-video models.
+        condition (`torch.Tensor` of shape `(batch_size, 20, num_frames, height, width)`, *optional*):
+            Mask and first-frame latents, for image-to-video models.
+    """
+
+    ids: list[str]
+    latents_shape: tuple[int, ...]
+    latents: torch.Tensor | None
+    prompt_embeds: torch.Tensor
+    long_prompt_embeds: torch.Tensor
+    null_prompt_embeds: torch.Tensor
+    image_embeds: torch.Tensor | None
+    condition: torch.Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @classmethod
+    def concatenate(cls, batches: Sequence["LatentBatch"]) -> "LatentBatch":
+        """One batch of all clips of several batches of one shape."""
+        joined: dict[str, Any] = {"latents_shape": batches[0].latents_shape}
+        for name in ("latents", "image_embeds", "condition", *_PROMPT_COLUMNS):
+            tensors = [getattr(batch, name) for batch in batches]
+            joined[name] = None if tensors[0] is None else torch.cat(tensors)
+        return cls(ids=[row_id for batch in batches for row_id in batch.ids], **joined)
+
+
+@dataclass(kw_only=True)
+class LabeledBatch(Batch):
+    """Clips and the label of each, `labels` `(batch_size,)` in {0, 1}."""
+
+    clips: LatentBatch
+    labels: torch.Tensor
+
+    @property
+    def ids(self) -> list[str]:
+        """Row ids, for messages."""
+        return self.clips.ids
+
+
+@dataclass(kw_only=True)
+class PreferenceBatch(Batch):
+    """Pairs of clips of one shape; `chosen` and `rejected` are aligned."""
+
+    chosen: LatentBatch
+    rejected: LatentBatch
+
+    @property
+    def ids(self) -> list[str]:
+        """Row ids, for messages."""
+        return self.chosen.ids + self.rejected.ids
+
+
+def collate_latents(rows: Sequence[dict[str, Any]]) -> LatentBatch:
+    """
+    Stack rows of one latent shape and zero-pad their prompt embeddings.
+
+    Raises:
+        ValueError: If rows differ in shape or in which columns they have.
+    """
+    shapes = {tuple(row["latents_shape"]) for row in rows}
+    if len(shapes) > 1:
+        raise ValueError(f"Rows {[row['id'] for row in rows]} have latents of different shapes: {sorted(shapes)}.")
+    length = rows[0]["max_sequence_length"]
+    prompts = {name: [unpack_tensor(row, name) for row in rows] for name in _PROMPT_COLUMNS}
+    long_or_short = [
+        short if long is None else long
+        for short, long in zip(prompts["prompt_embeds"], prompts["long_prompt_embeds"], strict=True)
+    ]
+    return LatentBatch(
+        ids=[row["id"] for row in rows],
+        latents_shape=shapes.pop(),
+        latents=_stack(rows, "latents"),
+        prompt_embeds=_pad(rows, prompts["prompt_embeds"], length),
+        long_prompt_embeds=_pad(rows, long_or_short, length),
+        null_prompt_embeds=_pad(rows, prompts["null_prompt_embeds"], length),
+        image_embeds=_stack(rows, "image_embeds"),
+        condition=_stack(rows, "condition"),
+    )
+
+
+def collate_labeled(rows: Sequence[dict[str, Any]], task: str) -> LabeledBatch:
+    """Stack rows and their labels for `task`, which must be known."""
+    labels = [task_label(row, task) for row in rows]
+    return LabeledBatch(clips=collate_latents(rows), labels=torch.tensor(labels, dtype=torch.float32))
+
+
+def collate_preferences(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> PreferenceBatch:
+    """Stack `(chosen row, rejected row)` pairs."""
+    chosen, rejected = zip(*pairs, strict=True)
+    return PreferenceBatch(chosen=collate_latents(chosen), rejected=collate_latents(rejected))
+
+
+_PROMPT_COLUMNS = ("prompt_embeds", "long_prompt_embeds", "null_prompt_embeds")
+
+
+def _stack(rows: Sequence[dict[str, Any]], name: str) -> torch.Tensor | None:
+    arrays = [unpack_tensor(row, name) for row in rows]
+    present = [array for array in arrays if array is not None]
+    if not present:
+        return None
+    if len(present) < len(arrays):
+        lacking = [row["id"] for row, array in zip(rows, arrays, strict=True) if array is None]
+        raise ValueError(f"Rows {lacking} have no `{name}`, others of the same batch have.")
+    return torch.from_numpy(np.stack(present).astype(np.float32))
+
+
+def _pad(rows: Sequence[dict[str, Any]], embeds: Sequence[np.ndarray | None], length: int) -> torch.Tensor:
+    padded = []
+    for row, array in zip(rows, embeds, strict=True):
+        if array is None:
+            raise ValueError(f"Row '{row['id']}' lacks the embedding of its prompt or of the empty prompt.")
+        if array.shape[0] > length or row["max_sequence_length"] != length:
+            raise ValueError(
+                f"Row '{row['id']}': {array.shape[0]} tokens, `max_sequence_length` {row['max_sequence_length']}, "
+                f"in a batch padded to {length}."
+            )
+        padded.append(np.pad(array.astype(np.float32), ((0, length - array.shape[0]), (0, 0))))
+    return torch.from_numpy(np.stack(padded))

@@ -1,0 +1,242 @@
+"""Opens latent datasets and selects from them: rows that have a label, pairs to compare, an endless batch stream."""
+
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from torch.utils.data import DataLoader
+
+from .sampler import BucketBatchSampler
+from .schema import table_to_rows, task_label, validate_columns
+
+
+logger = logging.getLogger(__name__)
+
+BatchT = TypeVar("BatchT")
+Row = dict[str, Any]
+
+
+def load_latent_dataset(path: str) -> Dataset:
+    """
+    Open a latent dataset: a folder written by `preprocess`, or what `datasets.load_dataset` finds under that name.
+
+    Raises:
+        ValueError: If it has several splits, no rows, or lacks columns of a latent dataset.
+        FileNotFoundError: If there is nothing of that name.
+    """
+    folder = Path(path)
+    if (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file():
+        dataset = load_from_disk(path)
+    elif folder.is_dir() and not any(folder.iterdir()):
+        raise FileNotFoundError(f"{path}: the folder is empty, there is no latent dataset in it.")
+    else:
+        dataset = load_dataset(path)
+    if isinstance(dataset, DatasetDict):
+        if len(dataset) != 1:
+            raise ValueError(f"{path}: expected one split, found {', '.join(dataset)}. Save the split you want.")
+        dataset = next(iter(dataset.values()))
+    validate_columns(dataset.column_names, path)
+    if len(dataset) == 0:
+        raise ValueError(f"{path}: the dataset has no rows.")
+    return dataset.with_format("arrow")
+
+
+def read_columns(dataset: Dataset, names: Sequence[str]) -> list[Row]:
+    """The named small columns of every row, without touching the tensors."""
+    return dataset.select_columns(list(names)).with_format(None).to_list()
+
+
+def latent_shapes(dataset: Dataset) -> list[tuple[int, ...]]:
+    """Shape `(num_channels, num_frames, height, width)` of every row's latents."""
+    return [tuple(row["latents_shape"]) for row in read_columns(dataset, ["latents_shape"])]
+
+
+def single_value(dataset: Dataset, name: str, source: str) -> Any:
+    """
+    The one value that all rows share in a column.
+
+    Raises:
+        ValueError: If rows differ: a dataset must come from one VAE, one text encoder, one sequence length.
+    """
+    values = set(dataset.unique(name))
+    if len(values) != 1:
+        raise ValueError(f"{source}: all rows must have the same `{name}`, found {sorted(map(str, values))}.")
+    return values.pop()
+
+
+def require_latents(dataset: Dataset, source: str) -> None:
+    """Raise a `ValueError` if any row has no latents, as in a prompt-only dataset."""
+    tables = dataset.select_columns(["latents"]).with_format("arrow").iter(batch_size=64)
+    empty = sum(table.column("latents").null_count for table in tables)
+    if empty:
+        raise ValueError(f"{source}: {empty} of {len(dataset)} rows have no latents; this needs encoded videos.")
+
+
+def check_rows_fit(
+    dataset: Dataset,
+    source: str,
+    *,
+    num_channels: int,
+    text_dim: int,
+    image_dim: int | None,
+    patch_size: Sequence[int],
+) -> None:
+    """
+    Refuse rows that a model cannot take.
+
+    Args:
+        num_channels, text_dim, image_dim, patch_size:
+            What the model takes; `image_dim` None means a text-to-video model.
+
+    Raises:
+        ValueError: Naming the row, the column and both values.
+    """
+    columns = ["id", "latents_shape", "prompt_embeds_shape", "image_embeds_shape", "condition_shape"]
+    for row in read_columns(dataset, columns):
+        image_shape, condition_shape = row["image_embeds_shape"], row["condition_shape"]
+        shape = row["latents_shape"]
+        found = {
+            "latents_shape": (shape[0], num_channels),
+            "prompt_embeds_shape": (row["prompt_embeds_shape"][1], text_dim),
+            "image_embeds_shape": (None if image_shape is None else image_shape[1], image_dim),
+            "condition_shape": (condition_shape is not None, image_dim is not None),
+        }
+        for name, (value, expected) in found.items():
+            if value != expected:
+                raise ValueError(f"{source}: row '{row['id']}', `{name}`: the model takes {expected}, got {value}.")
+        if any(size % patch for size, patch in zip(shape[1:], patch_size, strict=True)):
+            raise ValueError(
+                f"{source}: row '{row['id']}': latents of size {shape[1:]} do not divide into patches {patch_size}."
+            )
+
+
+def rows_with_label(dataset: Dataset, task: str, source: str) -> tuple[list[int], list[int]]:
+    """
+    Rows whose label for `task` is known, and their labels. How many were left out is logged.
+
+    Raises:
+        ValueError: If no row has that label.
+    """
+    columns = ["physics_quality", "human_quality"] if task == "motion_quality" else [task]
+    labels = [task_label(row, task) for row in read_columns(dataset, columns)]
+    indices = [index for index, label in enumerate(labels) if label is not None]
+    known = [label for label in labels if label is not None]
+    if not known:
+        raise ValueError(f"{source}: no row has a label for the task '{task}'.")
+    logger.info(
+        "%s: %d rows are good, %d poor and %d have no label for '%s' and are left out.",
+        source, sum(known), len(known) - sum(known), len(labels) - len(known), task,
+    )  # fmt: skip
+    return indices, known
+
+
+def preference_pairs(
+    dataset: Dataset, task: str, source: str, *, allow_unpaired: bool = False, seed: int = 0
+) -> list[tuple[int, int]]:
+    """
+    Pairs `(chosen, rejected)` of rows of one shape.
+
+    A row with a `rejected_id` is compared with that row. Other rows are compared within their `pair_id`, or else
+    within their prompt: every good one with every poor one. If the dataset offers no such pair and `allow_unpaired` is
+    set, each good row is compared with a random poor row of the same shape, whatever it shows (upstream's way).
+
+    Raises:
+        ValueError: If a `rejected_id` names no row, or there is no pair at all.
+    """
+    columns = ["id", "prompt", "pair_id", "rejected_id", "latents_shape", "physics_quality", "human_quality"]
+    columns += [] if task == "motion_quality" else [task]
+    rows = read_columns(dataset, list(dict.fromkeys(columns)))
+    shapes = [tuple(row["latents_shape"]) for row in rows]
+    labels = [task_label(row, task) for row in rows]
+
+    pairs = _explicit_pairs(rows, source)
+    in_pairs = {index for pair in pairs for index in pair}
+    groups: dict[Hashable, dict[int | None, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for index, row in enumerate(rows):
+        if index not in in_pairs:
+            scene = ("pair", row["pair_id"]) if row["pair_id"] is not None else ("prompt", row["prompt"])
+            groups[scene][labels[index]].append(index)
+    pairs += [(good, poor) for group in groups.values() for good in group[1] for poor in group[0]]
+
+    same_shape = [(good, poor) for good, poor in pairs if shapes[good] == shapes[poor]]
+    if len(same_shape) < len(pairs):
+        logger.warning("%s: %d pairs of clips of different shape are left out.", source, len(pairs) - len(same_shape))
+    if not same_shape and allow_unpaired:
+        same_shape = _random_pairs(labels, shapes, seed)
+        logger.warning("%s: no clips share a prompt; %d good clips are compared with random poor ones.", source, len(same_shape))  # fmt: skip
+    if not same_shape:
+        raise ValueError(
+            f"{source}: no good and poor clip for '{task}' share a pair id, a prompt and a shape. "
+            "`allow_unpaired` compares clips of different prompts."
+        )
+    logger.info("%s: %d pairs.", source, len(same_shape))
+    return same_shape
+
+
+def _explicit_pairs(rows: Sequence[Row], source: str) -> list[tuple[int, int]]:
+    position = {row["id"]: index for index, row in enumerate(rows)}
+    pairs = []
+    for index, row in enumerate(rows):
+        if row["rejected_id"] is not None:
+            if row["rejected_id"] not in position:
+                raise ValueError(
+                    f"{source}: row '{row['id']}' names '{row['rejected_id']}' in `rejected_id`, "
+                    "which is not in the dataset."
+                )
+            pairs.append((index, position[row["rejected_id"]]))
+    return pairs
+
+
+def _random_pairs(labels: Sequence[int | None], shapes: Sequence[tuple[int, ...]], seed: int) -> list[tuple[int, int]]:
+    rng = np.random.default_rng(seed)
+    poor_by_shape: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for index, label in enumerate(labels):
+        if label == 0:
+            poor_by_shape[shapes[index]].append(index)
+    return [
+        (index, int(rng.choice(poor_by_shape[shapes[index]])))
+        for index, label in enumerate(labels)
+        if label == 1 and poor_by_shape[shapes[index]]
+    ]
+
+
+class RowDataset(torch.utils.data.Dataset[Any]):
+    """Rows of a latent dataset by index, or pairs of rows if an item of `items` is a pair of indices."""
+
+    def __init__(self, dataset: Dataset, items: Sequence[int] | Sequence[tuple[int, int]]) -> None:
+        self.dataset = dataset
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Row | tuple[Row, Row]:
+        item = self.items[index]
+        if isinstance(item, tuple):
+            chosen, rejected = (table_to_rows(self.dataset[row])[0] for row in item)
+            return chosen, rejected
+        return table_to_rows(self.dataset[item])[0]
+
+
+def stream_batches(
+    rows: RowDataset,
+    collate: Callable[[list[Any]], BatchT],
+    sampler: BucketBatchSampler,
+    *,
+    num_workers: int = 0,
+) -> Iterator[BatchT]:
+    """Endless batches in the sampler's order."""
+    return iter(
+        DataLoader(
+            rows,
+            batch_sampler=sampler,
+            collate_fn=collate,
+            num_workers=num_workers,
+            pin_memory=torch.cuda.is_available(),
+        )
+    )

@@ -1,0 +1,259 @@
+"""Frames to latents, prompts to embeddings, first frames to conditions. The only caller of VAE, UMT5 and CLIP."""
+
+import hashlib
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, WanImageToVideoPipeline, WanPipeline
+from PIL import Image
+
+from .video import to_uint8
+
+
+# Values of each weight tensor that enter a fingerprint: enough to tell any two trainings apart, quick for UMT5-XXL.
+FINGERPRINT_VALUES = 4096
+
+VAE_CONFIG = ("z_dim", "scale_factor_spatial", "scale_factor_temporal", "latents_mean", "latents_std")
+
+
+class LatentEncoder:
+    """
+    Encodes clips as a Wan pipeline does at inference, through the pipeline's own methods and constants.
+
+    Args:
+        pipeline (`WanPipeline` or `WanImageToVideoPipeline`):
+            The transformer may be None; it is not used.
+        max_sequence_length (`int`, defaults to 512):
+            Tokens after which a prompt is cut.
+
+    Raises:
+        ValueError: If the pipeline is no Wan pipeline, or one that conditions on timesteps per token (Wan2.2 5B).
+
+    Example:
+        ```python
+        encoder = LatentEncoder.from_pretrained("Wan-AI/Wan2.1-T2V-14B-Diffusers", device="cuda")
+        latents = encoder.encode_video(to_float(read_video("clip.mp4", fps=16, num_frames=81)))
+        ```
+    """
+
+    def __init__(self, pipeline: Any, max_sequence_length: int = 512) -> None:
+        if not isinstance(pipeline, (WanPipeline, WanImageToVideoPipeline)):
+            raise ValueError(
+                f"expected a `WanPipeline` or a `WanImageToVideoPipeline`, got a `{type(pipeline).__name__}`."
+            )
+        if pipeline.config.expand_timesteps:
+            raise ValueError("pipelines with `expand_timesteps` (Wan2.2 5B) are not supported.")
+        self.pipeline = pipeline
+        self.max_sequence_length = max_sequence_length
+        self.is_image_to_video = isinstance(pipeline, WanImageToVideoPipeline)
+        self.vae_fingerprint = vae_fingerprint(pipeline.vae)
+        self.text_encoder_fingerprint = text_encoder_fingerprint(pipeline.text_encoder, pipeline.tokenizer)
+        image_encoder = pipeline.image_encoder if self.is_image_to_video else None
+        self.image_encoder_fingerprint = None if image_encoder is None else _fingerprint(image_encoder, [])
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str,
+        *,
+        revision: str | None = None,
+        variant: str | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        max_sequence_length: int = 512,
+    ) -> "LatentEncoder":
+        """
+        Load a pipeline folder or Hub id without its transformers.
+
+        Args:
+            dtype (`torch.dtype`, defaults to `torch.float32`):
+                Type of the text encoder. VAE and image encoder are always float32, as diffusers recommends for Wan.
+        """
+        pipeline = DiffusionPipeline.from_pretrained(
+            pretrained_model_name_or_path,
+            revision=revision,
+            variant=variant,
+            torch_dtype={"default": torch.float32, "text_encoder": dtype},
+            transformer=None,
+            transformer_2=None,
+        )
+        return cls(pipeline.to(device), max_sequence_length=max_sequence_length)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Everything about the encoders that the encoded values depend on."""
+        return {
+            "pipeline": type(self.pipeline).__name__,
+            "vae": self.vae_fingerprint,
+            "text_encoder": self.text_encoder_fingerprint,
+            "image_encoder": self.image_encoder_fingerprint,
+            "text_encoder_dtype": str(self.pipeline.text_encoder.dtype),
+            "max_sequence_length": self.max_sequence_length,
+        }
+
+    @property
+    def spatial_stride(self) -> int:
+        """Pixels per latent position."""
+        return self.pipeline.vae_scale_factor_spatial
+
+    @property
+    def size_multiple(self) -> int:
+        """Height and width must be multiples of this: VAE stride times the patch size 2 of every Wan transformer."""
+        return self.spatial_stride * 2
+
+    def latents_shape(self, num_frames: int, height: int, width: int) -> list[int]:
+        """Shape of the latents of a video, without its batch dimension."""
+        num_latent_frames = (num_frames - 1) // self.pipeline.vae_scale_factor_temporal + 1
+        stride = self.spatial_stride
+        return [self.pipeline.vae.config.z_dim, num_latent_frames, height // stride, width // stride]
+
+    @torch.no_grad()
+    def encode_video(self, frames: torch.Tensor) -> torch.Tensor:
+        """
+        Normalised latents of one video: the mode of the VAE's posterior, `(mode - latents_mean) / latents_std`.
+
+        Args:
+            frames (`torch.Tensor` of shape `(num_frames, 3, height, width)`):
+                In [-1, 1]; `4k + 1` frames, height and width multiples of 16.
+
+        Returns:
+            `torch.Tensor` of shape `(num_channels, num_latent_frames, height / 8, width / 8)`, float32 on the CPU.
+        """
+        self._check_frames(frames)
+        vae = self.pipeline.vae
+        video = frames.permute(1, 0, 2, 3).unsqueeze(0).to(vae.device, vae.dtype)
+        latents = vae.encode(video).latent_dist.mode().float()
+        # As the pipelines do: in float32, and times the reciprocal.
+        latents_mean = torch.tensor(vae.config.latents_mean, device=latents.device).view(1, -1, 1, 1, 1)
+        latents_std = 1.0 / torch.tensor(vae.config.latents_std, device=latents.device).view(1, -1, 1, 1, 1)
+        return ((latents - latents_mean) * latents_std)[0].cpu()
+
+    @torch.no_grad()
+    def encode_prompt(self, prompt: str) -> torch.Tensor:
+        """
+        Text embedding of one prompt, without its padding.
+
+        Returns:
+            `torch.Tensor` of shape `(num_tokens, text_dim)`, float32 on the CPU. Padded with zeros to
+            `max_sequence_length` it is what the pipeline feeds its transformer.
+        """
+        prompt_embeds, _ = self.pipeline.encode_prompt(
+            prompt, do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length
+        )
+        return strip_padding(prompt_embeds[0].float().cpu())
+
+    @torch.no_grad()
+    def encode_first_frame(
+        self, frames: torch.Tensor, last_image: torch.Tensor | None = None, num_frames: int | None = None
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """
+        What an image-to-video pipeline gives its transformer besides latents and text.
+
+        Args:
+            frames (`torch.Tensor` of shape `(num_frames, 3, height, width)`):
+                In [-1, 1]. Only the first one is used.
+            last_image (`torch.Tensor` of shape `(3, height, width)`, *optional*):
+                Last frame, for pipelines that interpolate between two.
+            num_frames (`int`, *optional*):
+                Frames of the video to generate, `len(frames)` if not given.
+
+        Returns:
+            `image_embeds` of shape `(num_image_tokens, image_dim)`, None if the pipeline has no image encoder
+            (Wan2.2), and `condition` of shape `(4 + num_channels, num_latent_frames, height / 8, width / 8)`: mask
+            and latents of the first frame. float32 on the CPU.
+
+        Raises:
+            ValueError: If the pipeline is a text-to-video pipeline.
+        """
+        if not self.is_image_to_video:
+            raise ValueError(
+                f"`encode_first_frame` needs an image-to-video pipeline, not {type(self.pipeline).__name__}."
+            )
+        self._check_frames(frames)
+        device = self.pipeline.vae.device
+        first = frames[:1].to(device, torch.float32)
+        last = None if last_image is None else last_image.unsqueeze(0).to(device, torch.float32)
+        height, width = frames.shape[-2:]
+        num_frames = len(frames) if num_frames is None else num_frames
+
+        image_embeds = None
+        if self.pipeline.image_encoder is not None:
+            images = [Image.fromarray(to_uint8(image)[0]) for image in (first, last) if image is not None]
+            image_embeds = self.pipeline.encode_image(images, device).flatten(0, 1).float().cpu()
+
+        # Given latents, the pipeline draws no noise; they are of no other use here.
+        latents = torch.zeros(1, *self.latents_shape(num_frames, height, width))
+        _, condition = self.pipeline.prepare_latents(
+            first,
+            batch_size=1,
+            num_channels_latents=latents.shape[1],
+            height=height,
+            width=width,
+            num_frames=num_frames,
+            dtype=torch.float32,
+            device=device,
+            latents=latents,
+            last_image=last,
+        )
+        return image_embeds, condition[0].float().cpu()
+
+    def _check_frames(self, frames: torch.Tensor) -> None:
+        height, width = frames.shape[-2:]
+        multiple, temporal = self.size_multiple, self.pipeline.vae_scale_factor_temporal
+        if frames.ndim != 4 or frames.shape[1] != 3 or height % multiple or width % multiple:
+            raise ValueError(
+                f"expected frames of shape (num_frames, 3, height, width), sides multiples of {multiple}, "
+                f"got {tuple(frames.shape)}."
+            )
+        if (len(frames) - 1) % temporal:
+            raise ValueError(f"the number of frames must be {temporal}k + 1, got {len(frames)}.")
+
+
+def pipeline_is_image_to_video(pretrained_model_name_or_path: str, revision: str | None = None) -> bool:
+    """
+    Whether a pipeline is image-to-video, told by its `model_index.json` alone.
+
+    Raises:
+        ValueError: If it is neither a `WanPipeline` nor a `WanImageToVideoPipeline`.
+    """
+    name = DiffusionPipeline.load_config(pretrained_model_name_or_path, revision=revision)["_class_name"]
+    if name not in (WanPipeline.__name__, WanImageToVideoPipeline.__name__):
+        raise ValueError(
+            f"`pretrained_model_name_or_path` {pretrained_model_name_or_path!r} is a `{name}`, "
+            "expected a `WanPipeline` or a `WanImageToVideoPipeline`."
+        )
+    return name == WanImageToVideoPipeline.__name__
+
+
+def strip_padding(prompt_embeds: torch.Tensor) -> torch.Tensor:
+    """
+    Cut the rows of zeros that Wan pads text embeddings with from the end of `(num_tokens, text_dim)`.
+
+    A real token is never all zeros: the text encoder ends with a normalisation.
+    """
+    filled = (prompt_embeds != 0).any(dim=1).nonzero()
+    return prompt_embeds[: int(filled[-1]) + 1 if len(filled) else 1]
+
+
+def vae_fingerprint(vae: Any) -> str:
+    """
+    Short name of the latent space of a VAE: equal for the same weights in any floating-point type or file format.
+
+    Made of the configuration that shapes the latents and of the signs of the weights. Rounding to half precision
+    moves every value but no sign.
+    """
+    return _fingerprint(vae, [(name, vae.config[name]) for name in VAE_CONFIG])
+
+
+def text_encoder_fingerprint(text_encoder: Any, tokenizer: Any) -> str:
+    """Short name of a text encoder with its tokenizer, made like `vae_fingerprint`."""
+    return _fingerprint(text_encoder, [("vocabulary", len(tokenizer)), ("d_model", text_encoder.config.d_model)])
+
+
+def _fingerprint(model: torch.nn.Module, config: list[tuple[str, Any]]) -> str:
+    digests = []
+    for parameter in model.parameters():
+        signs = torch.signbit(parameter.detach().flatten()[:FINGERPRINT_VALUES]).cpu().numpy()
+        digests.append(hashlib.sha256(repr(tuple(parameter.shape)).encode() + signs.tobytes()).hexdigest())
+    # Sorted, because names and order of the parameters are a matter of library versions.
+    return hashlib.sha256(repr((config, sorted(digests))).encode()).hexdigest()[:16]

@@ -1,0 +1,146 @@
+"""Merges annotations into a latent dataset that is already encoded."""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from .dataset import load_latent_dataset
+from .manifest import FIELDS, read_labels, read_records, read_text
+from .schema import LABELS, TASKS, task_label
+from .store import REPORT_FILE, STATE_FILE, replace_columns, save_table
+
+
+logger = logging.getLogger(__name__)
+
+
+def read_annotations(path: str | Path) -> dict[str, dict[str, int]]:
+    """
+    Read labels by clip id from a JSON list, JSON Lines or CSV file.
+
+    Values are those of a manifest: 1/0, "good"/"poor"; a null or empty one says nothing and is left out.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file or a row is broken, an id is missing or comes twice, or no row has a label; names file,
+            row and field.
+    """
+    path = Path(path)
+    records = read_records(path)
+    annotations: dict[str, dict[str, int]] = {}
+    first: dict[str, str] = {}
+    for where, record in records:
+        clip_id = read_text(record, FIELDS["id"], where)
+        if clip_id is None:
+            raise ValueError(f"{where}: `id` is missing.")
+        if clip_id in first:
+            raise ValueError(f"{where}: `id` {clip_id!r} is already annotated by {first[clip_id]}.")
+        if "motion_quality" in record:
+            raise ValueError(
+                f"{where}: `motion_quality` is derived (physics_quality and human_quality both good); "
+                "annotate those two."
+            )
+        first[clip_id] = where
+        labels = read_labels(record, where)
+        annotations[clip_id] = {name: value for name, value in labels.items() if value is not None}
+    if not any(annotations.values()):
+        raise ValueError(f"{path}: no row has a value for any of the labels {', '.join(LABELS)}.")
+    known = {*FIELDS["id"], *LABELS}
+    ignored = sorted({name for _, record in records for name in record} - known)
+    if ignored:
+        logger.warning(f"{path}: these fields are no labels and are ignored: {', '.join(ignored)}.")
+    return annotations
+
+
+def merge_labels(
+    rows: Mapping[str, Sequence[Any]],
+    annotations: Mapping[str, Mapping[str, int]],
+    *,
+    ignore_unknown_ids: bool = False,
+    overwrite: bool = False,
+) -> dict[str, list[int | None]]:
+    """
+    New label columns of a dataset.
+
+    A row keeps what it has wherever the annotations say nothing; a label that neither knows stays None.
+
+    Args:
+        rows (`Mapping[str, Sequence]`): The dataset's columns `id` and those of the labels.
+        annotations (`Mapping[str, Mapping[str, int]]`): Labels by id, see `read_annotations`.
+
+    Raises:
+        ValueError: If an annotated id is not in the dataset (unless `ignore_unknown_ids`), or an annotation
+            contradicts a label (unless `overwrite`).
+    """
+    unknown = sorted(set(annotations) - set(rows["id"]))
+    if unknown and not ignore_unknown_ids:
+        raise ValueError(f"{len(unknown)} annotated clips are not in the dataset, the first is `id` {unknown[0]!r}.")
+    columns: dict[str, list[int | None]] = {}
+    for name in LABELS:
+        columns[name] = []
+        for clip_id, old in zip(rows["id"], rows[name], strict=True):
+            new = annotations.get(clip_id, {}).get(name)
+            if new is not None and old is not None and new != old and not overwrite:
+                raise ValueError(
+                    f"clip {clip_id!r}: `{name}` is {old} in the dataset and {new} in the annotations; "
+                    "set `overwrite` to let annotations win."
+                )
+            columns[name].append(old if new is None else new)
+    return columns
+
+
+def label_dataset(
+    dataset: str,
+    annotations: Mapping[str, Mapping[str, int]],
+    output_dir: str | Path,
+    *,
+    ignore_unknown_ids: bool = False,
+    overwrite: bool = False,
+) -> dict[str, dict[str, int]]:
+    """
+    Write a latent dataset with merged labels, to another folder or over itself.
+
+    Args:
+        dataset (`str`): Folder or Hub id.
+        annotations, ignore_unknown_ids, overwrite: See `merge_labels`.
+        output_dir (`str` or `Path`): Folder to write. It must be empty, absent, or `dataset` itself.
+
+    Returns:
+        `dict[str, dict[str, int]]`: Rows that are good, poor and missing, by task.
+
+    Raises:
+        ValueError: As `merge_labels`, and if `output_dir` holds something else.
+    """
+    source_dir, output_dir = Path(dataset).resolve(), Path(output_dir).resolve()
+    if output_dir != source_dir and output_dir.exists() and any(output_dir.iterdir()):
+        raise ValueError(f"`output_dir` '{output_dir}' is not empty; choose another one, or the dataset itself.")
+    latents = load_latent_dataset(dataset)
+    table: pa.Table = latents.data.table
+    rows = {name: table.column(name).to_pylist() for name in ("id", *LABELS)}
+    columns = merge_labels(rows, annotations, ignore_unknown_ids=ignore_unknown_ids, overwrite=overwrite)
+    save_table(replace_columns(table, columns), latents.features, output_dir, _side_files(source_dir))
+    return count_labels(columns)
+
+
+def count_labels(columns: Mapping[str, Sequence[int | None]]) -> dict[str, dict[str, int]]:
+    """Rows that are good, poor and missing, by task, from the label columns."""
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    counts = {}
+    for task in TASKS:
+        values = [task_label(row, task) for row in rows]
+        counts[task] = {"good": values.count(1), "poor": values.count(0), "missing": values.count(None)}
+    return counts
+
+
+def _side_files(source_dir: Path) -> dict[str, str]:
+    """Files that `preprocess` left beside the data, with a note that labels were merged since."""
+    files = {}
+    if (source_dir / STATE_FILE).is_file():
+        state = json.loads((source_dir / STATE_FILE).read_text(encoding="utf-8"))
+        files[STATE_FILE] = json.dumps(state | {"labelled": True})
+    if (source_dir / REPORT_FILE).is_file():
+        files[REPORT_FILE] = (source_dir / REPORT_FILE).read_text(encoding="utf-8")
+    return files

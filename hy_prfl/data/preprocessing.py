@@ -1,0 +1,197 @@
+"""From the clips of a manifest to rows of a latent dataset."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .encoding import LatentEncoder
+from .manifest import ManifestRow
+from .schema import TENSORS, pack_tensor
+from .store import hash_file, hash_text
+from .video import (
+    VideoError,
+    nearest_bucket,
+    read_image,
+    read_video,
+    resize_and_crop,
+    short_side_bucket,
+    to_float,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipSettings:
+    """
+    How a clip becomes a row.
+
+    Args:
+        fps (`float`): Frame rate that clips are resampled to.
+        num_frames (`int`): Frames of a row, `4k + 1`.
+        min_num_frames (`int`): Fewest frames of a clip, at `fps`; longer ones are cut to `4k + 1`.
+        buckets (`tuple[tuple[int, int], ...]`): Sizes `(height, width)`; the nearest aspect ratio wins. If there are
+            none, `resolution` and `max_aspect_ratio` give the size, see `short_side_bucket`.
+        tensor_dtype (`str`): Storage type, `"float16"` or `"float32"`.
+        prompts_only (`bool`): Store prompts, and first frames for image-to-video, but no latents.
+    """
+
+    fps: float = 16.0
+    num_frames: int = 81
+    min_num_frames: int = 81
+    buckets: tuple[tuple[int, int], ...] = ()
+    resolution: int = 480
+    max_aspect_ratio: float = 1.78
+    tensor_dtype: str = "float16"
+    prompts_only: bool = False
+
+    def check_pipeline(self, is_image_to_video: bool) -> None:
+        """Raise a `ValueError` if these settings make no sense for the kind of pipeline."""
+        if self.prompts_only and not is_image_to_video and len(self.buckets) != 1:
+            raise ValueError(
+                "`buckets` must name exactly one size for the prompts of a text-to-video pipeline "
+                f"(`prompts_only`), got {len(self.buckets)}."
+            )
+
+    def choose_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of the row for a clip or image of this size."""
+        if self.buckets:
+            return nearest_bucket(height, width, self.buckets)
+        return short_side_bucket(height, width, self.resolution, self.max_aspect_ratio)
+
+
+class ClipEncoder:
+    """
+    Makes dataset rows from manifest rows: the `row_key` and `encode_row` of `store.build_dataset`.
+
+    Args:
+        encoder (`LatentEncoder`): Encoders of the pipeline.
+        settings (`ClipSettings`): Sizes, lengths, types.
+    """
+
+    def __init__(self, encoder: LatentEncoder, settings: ClipSettings) -> None:
+        settings.check_pipeline(encoder.is_image_to_video)
+        for size in settings.buckets:
+            if size[0] % encoder.size_multiple or size[1] % encoder.size_multiple:
+                raise ValueError(f"`buckets`: {size[0]}x{size[1]} is no multiple of {encoder.size_multiple}.")
+        self.encoder = encoder
+        self.settings = settings
+        self.null_prompt_embeds = encoder.encode_prompt("").numpy()
+
+    def row_key(self, row: ManifestRow) -> str:
+        """Hash of all that the encoded columns of a row depend on: files, texts, settings, encoders."""
+        if not row.prompt:
+            raise VideoError("no caption")
+        files = [hash_file(path) for path in self._sources(row)]
+        settings = dataclasses.asdict(self.settings)
+        return hash_text(json.dumps([files, row.prompt, row.long_prompt, settings, self.encoder.identity]))
+
+    def encode_row(self, row: ManifestRow) -> dict[str, Any]:
+        """Packed columns of one row. Raises a `VideoError` if the clip is bad."""
+        arrays: dict[str, np.ndarray | None] = {
+            "prompt_embeds": self.encoder.encode_prompt(row.prompt).numpy(),
+            "null_prompt_embeds": self.null_prompt_embeds,
+        }
+        if row.long_prompt is not None:
+            arrays["long_prompt_embeds"] = self.encoder.encode_prompt(row.long_prompt).numpy()
+        encode = self._encode_first_frame_only if self.settings.prompts_only else self._encode_video
+        num_frames, height, width = encode(row, arrays)
+        return pack_row(
+            self.encoder,
+            row,
+            arrays,
+            num_frames=num_frames,
+            height=height,
+            width=width,
+            fps=self.settings.fps,
+            tensor_dtype=self.settings.tensor_dtype,
+            sources=self._sources(row),
+        )
+
+    def _encode_video(self, row: ManifestRow, arrays: dict[str, np.ndarray | None]) -> tuple[int, int, int]:
+        """Add the tensors of the clip to `arrays`; return its number of frames, height and width."""
+        settings = self.settings
+        (path,) = self._sources(row)
+        source = read_video(path, settings.fps, settings.num_frames, settings.min_num_frames)
+        height, width = settings.choose_size(*source.shape[1:3])
+        frames = to_float(resize_and_crop(source, height, width))
+        arrays["latents"] = self.encoder.encode_video(frames).numpy()
+        if self.encoder.is_image_to_video:
+            self._encode_first_frame(frames, len(frames), arrays)
+        return len(frames), height, width
+
+    def _encode_first_frame_only(self, row: ManifestRow, arrays: dict[str, np.ndarray | None]) -> tuple[int, int, int]:
+        """As `_encode_video`, for a row of a prompt-only dataset."""
+        settings = self.settings
+        if not self.encoder.is_image_to_video:
+            ((height, width),) = settings.buckets
+            return settings.num_frames, height, width
+        (path,) = self._sources(row)
+        image = read_image(path) if path == row.image else read_video(path, settings.fps, num_frames=1)[0]
+        height, width = settings.choose_size(*image.shape[:2])
+        frames = to_float(resize_and_crop(image[None], height, width))
+        self._encode_first_frame(frames, settings.num_frames, arrays)
+        return settings.num_frames, height, width
+
+    def _encode_first_frame(self, frames: torch.Tensor, num_frames: int, arrays: dict[str, np.ndarray | None]) -> None:
+        image_embeds, condition = self.encoder.encode_first_frame(frames, num_frames=num_frames)
+        arrays["image_embeds"] = None if image_embeds is None else image_embeds.numpy()
+        arrays["condition"] = condition.numpy()
+
+    def _sources(self, row: ManifestRow) -> list[Path]:
+        """Files whose content ends up in the row: the clip, or the one that gives the first frame of a prompt."""
+        if not self.settings.prompts_only:
+            path, missing = row.video, "no video"
+        elif self.encoder.is_image_to_video:
+            path, missing = row.image or row.video, "neither a first image nor a video"
+        else:
+            return []
+        if path is None:
+            raise VideoError(missing)
+        if not path.is_file():
+            raise VideoError(f"there is no file '{path}'")
+        return [path]
+
+
+def pack_row(
+    encoder: LatentEncoder,
+    row: ManifestRow,
+    arrays: Mapping[str, np.ndarray | None],
+    *,
+    num_frames: int,
+    height: int,
+    width: int,
+    fps: float,
+    tensor_dtype: str,
+    sources: Sequence[Path],
+) -> dict[str, Any]:
+    """
+    Columns of one row, without id, source and labels.
+
+    Raises:
+        VideoError: If a tensor does not fit `tensor_dtype` or holds a NaN or an infinity.
+    """
+    columns: dict[str, Any] = {}
+    for name in TENSORS:
+        try:
+            columns |= pack_tensor(name, arrays.get(name), tensor_dtype, source=f"clip {row.id!r}")
+        except ValueError as error:
+            raise VideoError(str(error)) from error
+    # A prompt says by this shape what its sample looks like.
+    columns["latents_shape"] = encoder.latents_shape(num_frames, height, width)
+    return columns | {
+        "prompt": row.prompt,
+        "long_prompt": row.long_prompt,
+        "num_frames": num_frames,
+        "height": height,
+        "width": width,
+        "fps": fps,
+        "source_hash": hash_file(sources[0]) if sources else None,
+        "max_sequence_length": encoder.max_sequence_length,
+        "vae_fingerprint": encoder.vae_fingerprint,
+        "text_encoder_fingerprint": encoder.text_encoder_fingerprint,
+    }

@@ -1,0 +1,78 @@
+"""The order in which training sees its rows: a function of seed and epoch, and of nothing else."""
+
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Sequence
+
+import numpy as np
+from torch.utils.data import Sampler
+
+
+class BucketBatchSampler(Sampler[list[int]]):
+    """
+    Endless stream of batches, each of rows of one shape, that can start anywhere.
+
+    In an epoch the rows of each bucket are shuffled and cut into global batches of `batch_size * num_replicas`, whose
+    last one is filled up from the bucket's start, then the global batches of all buckets are shuffled. So every row is
+    seen in every epoch, and all replicas see the same shape at the same time, which collectives inside the model need.
+    The order is made anew from `(seed, epoch)`, so a resumed run continues it by its position alone.
+
+    Args:
+        buckets (`Sequence[Hashable]`):
+            The shape of each row, or anything that tells which rows may share a batch.
+        batch_size (`int`):
+            Rows in a batch of one replica.
+        seed (`int`):
+            Seed of the order.
+        num_replicas, replica (`int`, defaults to 1 and 0):
+            Number of data-parallel replicas and the one this sampler feeds.
+        start (`int`, defaults to 0):
+            Number of batches of the stream to pass over.
+
+    Raises:
+        ValueError: If there are no rows.
+    """
+
+    def __init__(
+        self,
+        buckets: Sequence[Hashable],
+        *,
+        batch_size: int,
+        seed: int,
+        num_replicas: int = 1,
+        replica: int = 0,
+        start: int = 0,
+    ) -> None:
+        if not buckets:
+            raise ValueError("There are no rows to sample from.")
+        members: dict[Hashable, list[int]] = defaultdict(list)
+        for index, bucket in enumerate(buckets):
+            members[bucket].append(index)
+        self.buckets = list(members.values())
+        self.batch_size = batch_size
+        self.global_batch_size = batch_size * num_replicas
+        self.seed = seed
+        self.replica = replica
+        self.start = start
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Batches that one replica gets in one epoch."""
+        return sum(-(-len(rows) // self.global_batch_size) for rows in self.buckets)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        epoch, position = divmod(self.start, self.batches_per_epoch)
+        own = slice(self.replica * self.batch_size, (self.replica + 1) * self.batch_size)
+        while True:
+            for global_batch in self._epoch_order(epoch)[position:]:
+                yield global_batch[own].tolist()
+            epoch, position = epoch + 1, 0
+
+    def _epoch_order(self, epoch: int) -> list[np.ndarray]:
+        rng = np.random.default_rng([self.seed, epoch])
+        global_batches: list[np.ndarray] = []
+        for rows in self.buckets:
+            order = rng.permutation(rows)
+            num_batches = -(-len(order) // self.global_batch_size)
+            filled = np.resize(order, num_batches * self.global_batch_size)
+            global_batches.extend(filled.reshape(num_batches, self.global_batch_size))
+        return [global_batches[index] for index in rng.permutation(len(global_batches))]

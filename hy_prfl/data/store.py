@@ -1,0 +1,317 @@
+"""Builds a latent dataset row by row so that it can be killed at any time: shards first, then one finished folder."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+from accelerate import PartialState
+from accelerate.logging import get_logger
+from datasets import Dataset, DatasetInfo, Features
+from tqdm import tqdm
+
+from .manifest import ManifestRow
+from .schema import LABELS, latent_features, rows_to_table
+from .video import VideoError
+
+
+logger = get_logger(__name__)
+
+STATE_FILE = "preprocess.json"
+REPORT_FILE = "report.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetSummary:
+    """What `build_dataset` did: rows in the dataset, how many of them were encoded now, clips left out."""
+
+    num_rows: int
+    num_encoded: int
+    num_bad: int
+
+
+class RowEncoder(Protocol):
+    """Makes rows of a latent dataset. Both methods raise a `VideoError` for a bad clip."""
+
+    def row_key(self, row: ManifestRow) -> str:
+        """A name for all that the encoded columns of a row depend on."""
+
+    def encode_row(self, row: ManifestRow) -> dict[str, Any]:
+        """Columns of a row, tensors packed by `schema.pack_tensor`, without id, source and labels."""
+
+
+def request_digest(rows: Sequence[ManifestRow], settings: Mapping[str, Any], files: Sequence[Path] = ()) -> str:
+    """
+    Hash of all that was asked for: settings, rows, and size and time of the rows' files and of `files`.
+
+    No file is read, so this is quick for any number of clips.
+    """
+    request = [
+        [
+            (row.id, row.prompt, row.long_prompt, row.pair_id, row.rejected_id, sorted(row.labels.items())),
+            [(str(path), _file_state(path)) for path in row.files],
+        ]
+        for row in rows
+    ]
+    states = [(str(path), _file_state(path)) for path in files]
+    return hash_text(json.dumps([request, dict(settings), states], sort_keys=True))
+
+
+def _file_state(path: Path) -> tuple[int, int] | None:
+    if not path.is_file():
+        return None
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's content."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def is_complete(output_dir: Path, digest: str) -> bool:
+    """
+    Whether `output_dir` already is the dataset asked for.
+
+    Raises:
+        ValueError: If the folder holds something that must not be replaced: files not written by `build_dataset`, or
+            a dataset that labels were merged into and that would lose them.
+    """
+    if not output_dir.exists() or (output_dir.is_dir() and not any(output_dir.iterdir())):
+        return False
+    if not (output_dir / STATE_FILE).is_file():
+        raise ValueError(f"`output_dir` '{output_dir}' is not empty and holds no dataset of `preprocess`.")
+    state = json.loads((output_dir / STATE_FILE).read_text(encoding="utf-8"))
+    if state["digest"] == digest:
+        return True
+    if state.get("labelled"):
+        raise ValueError(
+            f"`output_dir` '{output_dir}' holds other rows or settings than asked for, and labels merged by `label` "
+            "that would be lost. Choose another `output_dir` and merge the labels again."
+        )
+    return False
+
+
+def build_dataset(
+    rows: Sequence[ManifestRow],
+    row_encoder: RowEncoder,
+    output_dir: Path,
+    *,
+    digest: str,
+    tensor_dtype: str = "float16",
+    shard_size: int = 8,
+) -> DatasetSummary | None:
+    """
+    Encode rows, split over the processes of `accelerate`, into a folder that `datasets.load_from_disk` reads.
+
+    Encoded rows are collected in `<output_dir>.partial`, in shards that are complete as soon as they have their name.
+    Every row is stored under a key that tells all it depends on, so a run that was killed, or whose manifest,
+    settings or encoder changed, encodes only what is not there yet; a dataset already in `output_dir` is reused the
+    same way and stays in place until the new one is finished. Rows are in the order of `rows`, without the bad ones,
+    which are listed in `report.jsonl`.
+
+    Args:
+        row_encoder (`RowEncoder`):
+            A `preprocessing.ClipEncoder` or an `upstream.UpstreamImporter`.
+        digest (`str`):
+            `request_digest(...)`, stored to recognise a finished dataset.
+        shard_size (`int`, defaults to 8):
+            Rows per shard: at most this many are lost when the process is killed.
+
+    Returns:
+        `DatasetSummary` on the main process, None on the others.
+
+    Raises:
+        ValueError: If no row could be encoded.
+    """
+    state = PartialState()
+    partial_dir = output_dir.with_name(output_dir.name + ".partial")
+    if state.is_main_process:
+        _recover_folder(output_dir)
+        partial_dir.mkdir(parents=True, exist_ok=True)
+        for pattern in ("*.tmp", "progress-*.jsonl"):
+            for leftover in partial_dir.glob(pattern):
+                leftover.unlink()
+    state.wait_for_everyone()
+
+    progress = _encode_share(rows, row_encoder, output_dir, partial_dir, tensor_dtype, shard_size)
+    lines = "".join(json.dumps(entry) + "\n" for entry in progress)
+    write_text(partial_dir / f"progress-{state.process_index}.jsonl", lines)
+    state.wait_for_everyone()
+    summary = None
+    if state.is_main_process:
+        summary = _assemble(rows, output_dir, partial_dir, digest, tensor_dtype)
+    state.wait_for_everyone()
+    return summary
+
+
+def _encode_share(
+    rows: Sequence[ManifestRow],
+    row_encoder: RowEncoder,
+    output_dir: Path,
+    partial_dir: Path,
+    tensor_dtype: str,
+    shard_size: int,
+) -> list[dict[str, Any]]:
+    """Encode this process's rows that are stored nowhere; say for each row its key, or why it has none."""
+    state = PartialState()
+    known = set(_open_sources(output_dir, partial_dir))
+    shard: dict[str, dict[str, Any]] = {}
+    progress: list[dict[str, Any]] = []
+    positions = range(state.process_index, len(rows), state.num_processes)
+    try:
+        for position in tqdm(positions, desc="Encoding", unit="clip", disable=not state.is_main_process):
+            row = rows[position]
+            try:
+                key = row_encoder.row_key(row)
+                encoded = key not in known
+                if encoded:
+                    shard[key] = row_encoder.encode_row(row)
+            except VideoError as error:
+                progress.append({"position": position, "key": None, "encoded": False, "reason": str(error)})
+                continue
+            known.add(key)
+            progress.append({"position": position, "key": key, "encoded": encoded, "reason": None})
+            if len(shard) == shard_size:
+                _write_shard(partial_dir, shard, tensor_dtype)
+                shard = {}
+    finally:
+        # Also when interrupted: what is encoded is kept.
+        if shard:
+            _write_shard(partial_dir, shard, tensor_dtype)
+    return progress
+
+
+def _write_shard(partial_dir: Path, shard: Mapping[str, Mapping[str, Any]], tensor_dtype: str) -> None:
+    table = rows_to_table(list(shard.values()), tensor_dtype)
+    table = table.replace_schema_metadata({"keys": json.dumps(list(shard))})
+    path = partial_dir / f"shard-{hash_text(json.dumps(list(shard)))[:16]}.arrow"
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+    os.replace(temporary, path)
+
+
+def _open_sources(output_dir: Path, partial_dir: Path) -> dict[str, tuple[pa.Table, int]]:
+    """Where each stored row is: key -> memory-mapped table and index, of the finished dataset and of the shards."""
+    sources: dict[str, tuple[pa.Table, int]] = {}
+    if (output_dir / STATE_FILE).is_file():
+        keys = json.loads((output_dir / STATE_FILE).read_text(encoding="utf-8"))["keys"]
+        table = Dataset.load_from_disk(str(output_dir)).data.table
+        if table.num_rows != len(keys):
+            raise ValueError(f"'{output_dir}' was changed after `preprocess` wrote it; choose another `output_dir`.")
+        sources.update({key: (table, index) for index, key in enumerate(keys)})
+    for path in sorted(partial_dir.glob("shard-*.arrow")):
+        table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
+        keys = json.loads(table.schema.metadata[b"keys"])
+        sources.update({key: (table, index) for index, key in enumerate(keys)})
+    return sources
+
+
+def _assemble(
+    rows: Sequence[ManifestRow], output_dir: Path, partial_dir: Path, digest: str, tensor_dtype: str
+) -> DatasetSummary:
+    """Put the stored rows into the order of the manifest, with its ids and labels, and swap the finished folder in."""
+    progress: list[dict[str, Any]] = []
+    for path in partial_dir.glob("progress-*.jsonl"):
+        progress += [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    progress.sort(key=lambda entry: entry["position"])
+    report = [_report_line(rows[entry["position"]], entry["reason"]) for entry in progress if entry["key"] is None]
+    good = [entry for entry in progress if entry["key"] is not None]
+    good_rows = [rows[entry["position"]] for entry in good]
+    if not good:
+        write_text(partial_dir / REPORT_FILE, "".join(report))
+        raise ValueError(
+            f"none of the {len(rows)} clips could be used; the reasons are in {partial_dir / REPORT_FILE}"
+        )
+
+    sources = _open_sources(output_dir, partial_dir)
+    tables = [table.slice(index, 1) for table, index in (sources[entry["key"]] for entry in good)]
+    table = pa.concat_tables([table.replace_schema_metadata(None) for table in tables])
+    ids = {row.id for row in good_rows}
+    unpaired = [row for row in good_rows if row.rejected_id is not None and row.rejected_id not in ids]
+    report += [
+        _report_line(row, f"kept, but unpaired: its rejected clip {row.rejected_id!r} is bad") for row in unpaired
+    ]
+    columns: dict[str, list[Any]] = {
+        "id": [row.id for row in good_rows],
+        "pair_id": [row.pair_id for row in good_rows],
+        "rejected_id": [row.rejected_id if row.rejected_id in ids else None for row in good_rows],
+        "source": [str(row.files[0]) if row.files else None for row in good_rows],
+        **{name: [row.labels.get(name) for row in good_rows] for name in LABELS},
+    }
+    keys = [entry["key"] for entry in good]
+    save_table(
+        replace_columns(table, columns),
+        latent_features(tensor_dtype),
+        output_dir,
+        {STATE_FILE: json.dumps({"digest": digest, "keys": keys}), REPORT_FILE: "".join(report)},
+    )
+    shutil.rmtree(partial_dir)
+    num_bad = len(progress) - len(good)
+    return DatasetSummary(num_rows=len(good), num_encoded=sum(entry["encoded"] for entry in good), num_bad=num_bad)
+
+
+def _report_line(row: ManifestRow, reason: str) -> str:
+    path = str(row.files[0]) if row.files else None
+    return json.dumps({"id": row.id, "path": path, "reason": reason}) + "\n"
+
+
+def replace_columns(table: pa.Table, columns: Mapping[str, Sequence[Any]]) -> pa.Table:
+    """Table of a latent dataset with the values of some of its columns, none of them a tensor, replaced."""
+    schema = latent_features().arrow_schema
+    for name, values in columns.items():
+        field = schema.field(name)
+        table = table.set_column(table.schema.get_field_index(name), field, pa.array(values, type=field.type))
+    return table
+
+
+def save_table(table: pa.Table, features: Features, output_dir: Path, files: Mapping[str, str]) -> None:
+    """
+    Write a folder for `datasets.load_from_disk`, with some text files beside the data, in one step.
+
+    The folder is written under a temporary name and then renamed; a folder in its place is removed only after that,
+    so a table that is memory-mapped from it may be written back to it.
+    """
+    temporary = output_dir.with_name(output_dir.name + ".tmp")
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    Dataset(table, info=DatasetInfo(features=features)).save_to_disk(str(temporary))
+    for name, text in files.items():
+        (temporary / name).write_text(text, encoding="utf-8")
+    old = output_dir.with_name(output_dir.name + ".old")
+    if output_dir.exists():
+        os.rename(output_dir, old)
+    os.rename(temporary, output_dir)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def _recover_folder(output_dir: Path) -> None:
+    """Undo or finish the swap of `save_table` if it was cut off between its two renames, or after them."""
+    old = output_dir.with_name(output_dir.name + ".old")
+    if old.exists() and output_dir.exists():
+        shutil.rmtree(old)
+    elif old.exists():
+        os.rename(old, output_dir)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file under a temporary name and rename it."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def hash_text(text: str) -> str:
+    """SHA-256 of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,96 @@
+"""Rectified-flow arithmetic as pure tensor functions: no models, no processes, no global random state."""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from diffusers.training_utils import compute_density_for_timestep_sampling
+
+
+NUM_TRAIN_TIMESTEPS = 1000
+
+WeightingScheme = Literal["uniform", "logit_normal"]
+
+
+def make_generator(*key: int) -> torch.Generator:
+    """
+    CPU generator seeded by a tuple of non-negative integers, such as `(seed, global_step, micro_step, rank)`.
+
+    Everything random in training is drawn from such generators, so a draw depends on where it is made and not on what
+    was drawn before: a resumed run makes the same draws, and leaving `rank` out of the key makes all ranks agree.
+    """
+    words = np.random.SeedSequence(key).generate_state(2, dtype=np.uint32)
+    return torch.Generator().manual_seed((int(words[0]) << 31) ^ int(words[1]))
+
+
+def row_noise(row_id: str, shape: Sequence[int], *, seed: int, draw: int = 0) -> torch.Tensor:
+    """
+    Standard normal noise that belongs to one row of a dataset, float32 on the CPU.
+
+    A function of `(row_id, seed, draw)` only, so a row's score does not depend on its batch, its rank, or on how many
+    other rows are scored.
+    """
+    digest = hashlib.sha256(row_id.encode()).digest()
+    return torch.randn(tuple(shape), generator=make_generator(int.from_bytes(digest[:8], "big"), seed, draw))
+
+
+def shift_sigmas(sigmas: torch.Tensor, flow_shift: float) -> torch.Tensor:
+    """Shifted noise levels `shift * u / (1 + (shift - 1) * u)`; a shift above 1 favours high noise (Wan uses 3 or 5)."""
+    return flow_shift * sigmas / (1 + (flow_shift - 1) * sigmas)
+
+
+def sample_sigmas(
+    batch_size: int,
+    *,
+    generator: torch.Generator,
+    weighting_scheme: WeightingScheme = "uniform",
+    flow_shift: float = 5.0,
+    logit_mean: float = 0.0,
+    logit_std: float = 1.0,
+) -> torch.Tensor:
+    """
+    Draw the noise level of each sample.
+
+    `"uniform"` draws an index of the schedule of 1000 levels, upstream's law; `"logit_normal"` the sigmoid of a
+    normal variable (SD3). Both are then shifted; `flow_shift=1` leaves the paper's U(0, 1].
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size,)`: sigmas in (0, 1], float32 on the CPU.
+    """
+    if weighting_scheme == "uniform":
+        index = torch.randint(NUM_TRAIN_TIMESTEPS, (batch_size,), generator=generator)
+        sigmas = 1 - index.float() / NUM_TRAIN_TIMESTEPS
+    elif weighting_scheme == "logit_normal":
+        sigmas = compute_density_for_timestep_sampling(
+            "logit_normal", batch_size, logit_mean=logit_mean, logit_std=logit_std, generator=generator
+        )
+        sigmas = sigmas.clamp(min=1 / NUM_TRAIN_TIMESTEPS)
+    else:
+        raise ValueError(f"`weighting_scheme` must be 'uniform' or 'logit_normal', got {weighting_scheme!r}.")
+    return shift_sigmas(sigmas, flow_shift)
+
+
+def sigmas_to_timesteps(sigmas: torch.Tensor) -> torch.Tensor:
+    """The model's time, `1000 * sigma`."""
+    return NUM_TRAIN_TIMESTEPS * sigmas
+
+
+def add_noise(latents: torch.Tensor, noise: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
+    """
+    Point on the straight path from data to noise, `(1 - sigma) * latents + sigma * noise`.
+
+    Args:
+        latents, noise (`torch.Tensor` of shape `(batch_size, ...)`):
+            Clean latents and standard normal noise.
+        sigmas (`torch.Tensor` of shape `(batch_size,)`):
+            Noise levels in [0, 1]; 1 is pure noise.
+    """
+    sigmas = sigmas.to(latents).view(-1, *[1] * (latents.ndim - 1))
+    return (1 - sigmas) * latents + sigmas * noise
+
+
+def velocity_target(latents: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """What the generator should predict: the path's velocity, `noise - latents` (paper, equation 2)."""
+    return noise - latents

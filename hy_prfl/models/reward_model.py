@@ -1,0 +1,383 @@
+"""PAVRM, the process-aware video reward model: the first blocks of a Wan transformer, a pooling and a head."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import ModelMixin, WanTransformer3DModel
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin
+from diffusers.models.cache_utils import CacheMixin
+from diffusers.models.transformers.transformer_wan import (
+    WanRotaryPosEmbed,
+    WanTimeTextImageEmbedding,
+    WanTransformerBlock,
+)
+from diffusers.utils import BaseOutput
+from torch import nn
+
+from ..flow_matching import add_noise, sigmas_to_timesteps
+from .reward_head import PoolingType, RewardHead, build_pooling
+
+
+# What a reward model shares with the transformer that it was made from, and with every generator it may judge.
+BACKBONE_CONFIG = (
+    "patch_size",
+    "num_attention_heads",
+    "attention_head_dim",
+    "in_channels",
+    "out_channels",
+    "text_dim",
+    "freq_dim",
+    "ffn_dim",
+    "cross_attn_norm",
+    "qk_norm",
+    "eps",
+    "image_dim",
+    "added_kv_proj_dim",
+    "rope_max_seq_len",
+    "pos_embed_seq_len",
+)
+
+
+@dataclass
+class WanRewardModelOutput(BaseOutput):
+    """
+    Output of [`WanRewardModel`].
+
+    Args:
+        logits (`torch.Tensor` of shape `(batch_size,)`):
+            Unbounded scores in float32; `logits.sigmoid()` is the reward in (0, 1).
+        features (`torch.Tensor` of shape `(batch_size, num_tokens, dim)`):
+            Tokens after the last block, before pooling.
+    """
+
+    logits: torch.Tensor
+    features: torch.Tensor
+
+
+class WanRewardModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin):
+    r"""
+    Scores *noisy latents* at any timestep: the logit that the clean clip is good (paper, equations 4 to 6).
+
+    Embeddings and blocks carry the names of [`~diffusers.WanTransformer3DModel`], `norm_out` and `proj_out` are
+    dropped.
+
+    Args:
+        num_layers (`int`, defaults to 8):
+            Number of transformer blocks that are kept.
+        base_num_layers (`int`, *optional*):
+            Number of blocks of the transformer this model was made from; tells a 14B base from a 1.3B one.
+        pooling (`"query"`, `"mean"` or `"max"`, defaults to `"query"`):
+            How the tokens become one vector.
+        num_query_heads (`int`, defaults to 8):
+            Heads of the query attention.
+        query_residual (`bool`, defaults to `True`):
+            Add the query to the pooled vector.
+        head_dims (`tuple[int, int]`, defaults to `(1024, 512)`):
+            Hidden widths of the head.
+        task (`str`, defaults to `"motion_quality"`):
+            The label that the logit stands for.
+        vae_fingerprint (`str`, *optional*):
+            Identity of the VAE whose latents it was trained on; latents of another VAE are refused.
+
+    The other arguments are those of `WanTransformer3DModel`.
+    """
+
+    _supports_gradient_checkpointing = True
+    _skip_layerwise_casting_patterns = ["patch_embedding", "condition_embedder", "norm", "head"]
+    _no_split_modules = ["WanTransformerBlock"]
+    _keep_in_fp32_modules = ["rope", "time_embedder", "scale_shift_table", "norm1", "norm2", "norm3", "head"]
+    _repeated_blocks = ["WanTransformerBlock"]
+
+    @register_to_config
+    def __init__(
+        self,
+        patch_size: tuple[int, int, int] = (1, 2, 2),
+        num_attention_heads: int = 40,
+        attention_head_dim: int = 128,
+        in_channels: int = 16,
+        out_channels: int = 16,
+        text_dim: int = 4096,
+        freq_dim: int = 256,
+        ffn_dim: int = 13824,
+        num_layers: int = 8,
+        cross_attn_norm: bool = True,
+        qk_norm: str | None = "rms_norm_across_heads",
+        eps: float = 1e-6,
+        image_dim: int | None = None,
+        added_kv_proj_dim: int | None = None,
+        rope_max_seq_len: int = 1024,
+        pos_embed_seq_len: int | None = None,
+        base_num_layers: int | None = None,
+        pooling: PoolingType = "query",
+        num_query_heads: int = 8,
+        query_residual: bool = True,
+        head_dims: tuple[int, int] = (1024, 512),
+        task: str = "motion_quality",
+        vae_fingerprint: str | None = None,
+    ) -> None:
+        super().__init__()
+        if num_layers < 1:
+            raise ValueError(f"`num_layers` must be at least 1, got {num_layers}.")
+        inner_dim = num_attention_heads * attention_head_dim
+
+        # 1. Patch & position embedding
+        self.rope = WanRotaryPosEmbed(attention_head_dim, patch_size, rope_max_seq_len)
+        self.patch_embedding = nn.Conv3d(in_channels, inner_dim, kernel_size=patch_size, stride=patch_size)
+
+        # 2. Condition embeddings
+        self.condition_embedder = WanTimeTextImageEmbedding(
+            dim=inner_dim,
+            time_freq_dim=freq_dim,
+            time_proj_dim=inner_dim * 6,
+            text_embed_dim=text_dim,
+            image_embed_dim=image_dim,
+            pos_embed_seq_len=pos_embed_seq_len,
+        )
+
+        # 3. Transformer blocks
+        self.blocks = nn.ModuleList(
+            [
+                WanTransformerBlock(
+                    inner_dim, ffn_dim, num_attention_heads, qk_norm, cross_attn_norm, eps, added_kv_proj_dim
+                )
+                for _ in range(num_layers)
+            ]
+        )
+
+        # 4. Pooling & head
+        self.pooler = build_pooling(pooling, inner_dim, num_heads=num_query_heads, residual=query_residual)
+        self.head = RewardHead(inner_dim, hidden_dims=(head_dims[0], head_dims[1]))
+
+        self.gradient_checkpointing = False
+
+    @classmethod
+    def from_transformer(
+        cls, transformer: WanTransformer3DModel, num_layers: int = 8, **kwargs: Any
+    ) -> "WanRewardModel":
+        """
+        Make a reward model of the first blocks of a generator. Weights are copied; pooling and head are new.
+
+        Args:
+            transformer (`WanTransformer3DModel`):
+                The generator.
+            num_layers (`int`, defaults to 8):
+                Number of blocks to keep.
+            kwargs:
+                Any other argument of the constructor (`pooling`, `task`, `vae_fingerprint`, ...).
+
+        Raises:
+            ValueError: If the transformer has fewer than `num_layers` blocks.
+        """
+        if num_layers > transformer.config.num_layers:
+            raise ValueError(
+                f"`num_layers` is {num_layers}, but the transformer has only {transformer.config.num_layers} blocks."
+            )
+        backbone = {name: transformer.config[name] for name in BACKBONE_CONFIG}
+        model = cls(**backbone, num_layers=num_layers, base_num_layers=transformer.config.num_layers, **kwargs)
+        model.patch_embedding.load_state_dict(transformer.patch_embedding.state_dict())
+        model.condition_embedder.load_state_dict(transformer.condition_embedder.state_dict())
+        for block, source in zip(model.blocks, transformer.blocks, strict=False):
+            block.load_state_dict(source.state_dict())
+        return model
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, **kwargs: Any) -> Any:
+        """
+        Load a reward model from a folder or the Hub; the arguments are those of `ModelMixin.from_pretrained`.
+
+        Raises:
+            ValueError: If the folder holds another kind of model, or a weight is missing or left over. diffusers
+                would only warn, and the model would score with an untrained head.
+        """
+        config = cls.load_config(pretrained_model_name_or_path, **_config_options(kwargs))
+        if config.get("_class_name") != cls.__name__:
+            raise ValueError(
+                f"{pretrained_model_name_or_path}: expected a {cls.__name__}, found a {config.get('_class_name')}."
+            )
+        return_loading_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            if info[problem]:
+                keys = ", ".join(str(key) for key in list(info[problem])[:5])
+                raise ValueError(f"{pretrained_model_name_or_path}: {len(info[problem])} {problem}, such as {keys}.")
+        return (model, info) if return_loading_info else model
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        encoder_hidden_states_image: torch.Tensor | None = None,
+        return_dict: bool = True,
+    ) -> WanRewardModelOutput | tuple[torch.Tensor, torch.Tensor]:
+        """
+        Score noisy latents.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch_size, num_channels, num_frames, height, width)`):
+                Noisy latents, for image-to-video models with the 20 channels of the condition after them.
+            timestep (`torch.Tensor` of shape `(batch_size,)`):
+                Noise level of each sample, `1000 * sigma`, in [0, 1000].
+            encoder_hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, text_dim)`):
+                Prompt embeddings, padded with zeros.
+            encoder_hidden_states_image (`torch.Tensor`, *optional*):
+                Image embeddings `(batch_size, num_image_tokens, image_dim)` of image-to-video models.
+            return_dict (`bool`, defaults to `True`):
+                Return a [`WanRewardModelOutput`] instead of a tuple.
+
+        Raises:
+            ValueError: If the latents have the wrong number of channels, there is not one timestep per sample, or
+                image embeddings are given to, or withheld from, the wrong kind of model.
+        """
+        self._check_inputs(hidden_states, timestep, encoder_hidden_states_image)
+
+        # 1. Patch & position embedding
+        rotary_emb = self.rope(hidden_states)
+        hidden_states = self.patch_embedding(hidden_states).flatten(2).transpose(1, 2).contiguous()
+
+        # 2. Condition embeddings
+        _, timestep_proj, encoder_hidden_states, encoder_hidden_states_image = self.condition_embedder(
+            timestep, encoder_hidden_states, encoder_hidden_states_image
+        )
+        timestep_proj = timestep_proj.unflatten(1, (6, -1))
+        if encoder_hidden_states_image is not None:
+            encoder_hidden_states = torch.cat([encoder_hidden_states_image, encoder_hidden_states], dim=1)
+
+        # 3. Transformer blocks
+        for block in self.blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                hidden_states = self._gradient_checkpointing_func(
+                    block, hidden_states, encoder_hidden_states, timestep_proj, rotary_emb
+                )
+            else:
+                hidden_states = block(hidden_states, encoder_hidden_states, timestep_proj, rotary_emb)
+
+        # 4. Pooling & head
+        pooled = self.pooler(hidden_states)
+        logits = self.head(pooled.to(self.head.linear_1.weight.dtype)).float()
+
+        if not return_dict:
+            return logits, hidden_states
+        return WanRewardModelOutput(logits=logits, features=hidden_states)
+
+    def _check_inputs(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states_image: torch.Tensor | None,
+    ) -> None:
+        if hidden_states.ndim != 5 or hidden_states.shape[1] != self.config.in_channels:
+            raise ValueError(
+                f"`hidden_states` must be (batch_size, {self.config.in_channels}, num_frames, height, width), "
+                f"got {tuple(hidden_states.shape)}."
+            )
+        if timestep.shape != hidden_states.shape[:1]:
+            raise ValueError(
+                f"`timestep` must hold one value per sample, {tuple(hidden_states.shape[:1])}, "
+                f"got {tuple(timestep.shape)}."
+            )
+        if (encoder_hidden_states_image is None) != (self.config.image_dim is None):
+            wanted = "no image embeddings" if self.config.image_dim is None else "`encoder_hidden_states_image`"
+            raise ValueError(f"This reward model, with `image_dim` {self.config.image_dim}, takes {wanted}.")
+        patch_size = self.config.patch_size
+        if any(size % patch for size, patch in zip(hidden_states.shape[2:], patch_size, strict=True)):
+            raise ValueError(
+                f"The latents' size {tuple(hidden_states.shape[2:])} must be a multiple of the patch size "
+                f"{tuple(patch_size)}, {math.prod(patch_size)} latent pixels a token."
+            )
+
+    def freeze_embeddings(self) -> None:
+        """Freeze patch, text, time and image embeddings; blocks, pooling and head train (paper, section 4.2)."""
+        self.patch_embedding.requires_grad_(False)
+        self.condition_embedder.requires_grad_(False)
+
+
+def score_noised(
+    reward_model: nn.Module,
+    *,
+    latents: torch.Tensor,
+    noise: torch.Tensor,
+    sigmas: torch.Tensor,
+    encoder_hidden_states: torch.Tensor,
+    condition: torch.Tensor | None = None,
+    encoder_hidden_states_image: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    Noise clean latents and score them at that noise level: what PAVRM is trained, evaluated and applied on.
+
+    Args:
+        latents, noise (`torch.Tensor` of shape `(batch_size, num_channels, num_frames, height, width)`):
+            Clean normalised latents and standard normal noise.
+        sigmas (`torch.Tensor` of shape `(batch_size,)`):
+            Noise levels in [0, 1].
+        encoder_hidden_states, condition, encoder_hidden_states_image:
+            Prompt embeddings and, for image-to-video models, the 20 condition channels and the image embeddings.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size,)`: logits, float32.
+    """
+    hidden_states = add_noise(latents, noise, sigmas)
+    if condition is not None:
+        hidden_states = torch.cat([hidden_states, condition], dim=1)
+    return reward_model(
+        hidden_states=hidden_states.to(encoder_hidden_states.dtype),
+        timestep=sigmas_to_timesteps(sigmas).to(latents.device),
+        encoder_hidden_states=encoder_hidden_states,
+        encoder_hidden_states_image=encoder_hidden_states_image,
+    ).logits
+
+
+def check_fits_generator(
+    reward_config: Mapping[str, Any], transformer_config: Mapping[str, Any], *, allow_other_base: bool = False
+) -> None:
+    """
+    Refuse a reward model that cannot judge a generator's latents. Needs their configurations only.
+
+    Args:
+        reward_config, transformer_config (`Mapping[str, Any]`):
+            `config` of a [`WanRewardModel`] and of a `WanTransformer3DModel`.
+        allow_other_base (`bool`, defaults to `False`):
+            Accept a reward model made from a transformer of another architecture (say 1.3B judging 14B), as long as
+            both take the same latents, text and image embeddings.
+
+    Raises:
+        ValueError: Naming every field that differs, with both values.
+    """
+    fields = {name: name for name in ("patch_size", "in_channels", "out_channels", "text_dim", "image_dim")}
+    if not allow_other_base:
+        fields |= {name: name for name in ("num_attention_heads", "attention_head_dim", "ffn_dim")}
+        if reward_config["base_num_layers"] is not None:
+            fields["base_num_layers"] = "num_layers"
+    different = [
+        f"`{name}` {reward_config[name]} against {transformer_config[of_base]}"
+        for name, of_base in fields.items()
+        if _plain(reward_config[name]) != _plain(transformer_config[of_base])
+    ]
+    if different:
+        hint = "" if allow_other_base else " With `allow_other_base` only latents, text and image must agree."
+        raise ValueError(f"The reward model does not fit the generator: {', '.join(different)}.{hint}")
+
+
+def check_latents_fit(reward_model: WanRewardModel, *, vae_fingerprint: str, source: str) -> None:
+    """Raise a `ValueError` if the latents of `source` come from another VAE than the reward model was trained on."""
+    known = reward_model.config.vae_fingerprint
+    if known is not None and known != vae_fingerprint:
+        raise ValueError(
+            f"{source}: its latents were made by the VAE {vae_fingerprint}, the reward model was trained on those of "
+            f"the VAE {known}."
+        )
+
+
+def _config_options(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The part of `from_pretrained`'s options that says where the files are."""
+    names = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+    return {name: kwargs[name] for name in names if name in kwargs}
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,154 @@
+"""Samples held-out prompts with fixed noise while the generator trains, and scores what comes out."""
+
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler
+from torch import nn
+from tqdm import tqdm
+
+from .data.collators import LatentBatch, collate_latents
+from .data.dataset import latent_shapes
+from .data.schema import table_to_rows
+from .distributed import gather_records
+from .flow_matching import row_noise
+from .generation import decode_latents, write_video
+from .models.reward_model import WanRewardModel, score_noised
+from .rollout import sample_latents
+
+
+# Draws of `row_noise`: what a sample starts from, and what it is noised with to be scored.
+START_DRAW, SCORE_DRAW = 0, 1
+
+
+class SampleEvaluator:
+    """
+    Samples the prompts of a dataset and returns the mean reward at fixed timesteps.
+
+    The metrics are `reward/t<timestep>` and `reward`, means of `sigmoid(logit)`, `reward_logit`, and `latents_std`, the
+    standard deviation of the samples, which drifts when the reward is being hacked. Noise depends on row and seed only,
+    so two steps of a run, and two runs, are compared on the same samples.
+
+    Args:
+        dataset (`Dataset`):
+            Rows whose prompts are sampled; only prompt, image and shape are used.
+        vae (`AutoencoderKLWan`, *optional*):
+            Decodes the samples to `output_dir/step-<step>/<row>.mp4`; without it nothing is decoded.
+        guidance_scale (`float`):
+            Scale of classifier-free guidance away from the empty prompt, 1 is none.
+        dtype (`torch.dtype`):
+            Type of the embeddings that the models are given.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        reward_model: WanRewardModel,
+        scheduler: UniPCMultistepScheduler,
+        vae: AutoencoderKLWan | None,
+        output_dir: Path,
+        num_inference_steps: int,
+        guidance_scale: float,
+        timesteps: list[int],
+        batch_size: int,
+        fps: int,
+        seed: int,
+        dtype: torch.dtype,
+    ) -> None:
+        self.dataset = dataset
+        self.reward_model = reward_model
+        self.scheduler = scheduler
+        self.vae = vae
+        self.output_dir = output_dir
+        self.num_inference_steps = num_inference_steps
+        self.guidance_scale = guidance_scale
+        self.timesteps = timesteps
+        self.batch_size = batch_size
+        self.fps = fps
+        self.seed = seed
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def __call__(self, transformer: nn.Module, accelerator: Accelerator, *, step: int) -> dict[str, float]:
+        """Sample and score; all ranks do the same number of forwards and get the same result. A collective."""
+        records: list[tuple[int, list[float], float]] = []
+        batches = self._batches(accelerator.process_index, accelerator.num_processes)
+        for indices in tqdm(batches, desc="Sampling", disable=not accelerator.is_main_process, leave=False):
+            rows = [table_to_rows(self.dataset[index])[0] for index in indices]
+            batch = collate_latents(rows).to(accelerator.device)
+            latents = self._sample(transformer, batch)
+            with accelerator.autocast():
+                logits = self._score(latents, batch)
+            stds = latents.flatten(1).std(dim=1)
+            records.extend(zip(indices, logits.tolist(), stds.tolist(), strict=True))
+            if self.vae is not None:
+                self._write_videos(latents, indices, self.output_dir / f"step-{step}")
+        # Rows that fill up the last batch come more than once, with the same values.
+        by_row = {index: (logits, std) for index, logits, std in gather_records(records)}
+        all_logits = torch.tensor([logits for logits, _ in by_row.values()])
+        metrics = {
+            f"reward/t{timestep}": float(all_logits[:, column].sigmoid().mean())
+            for column, timestep in enumerate(self.timesteps)
+        }
+        metrics["reward"] = float(all_logits.sigmoid().mean())
+        metrics["reward_logit"] = float(all_logits.mean())
+        metrics["latents_std"] = float(np.mean([std for _, std in by_row.values()]))
+        return metrics
+
+    def _batches(self, process_index: int, num_processes: int) -> list[list[int]]:
+        """This rank's batches of rows of one shape; filled up, so that every rank has the same number."""
+        by_shape: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for index, shape in enumerate(latent_shapes(self.dataset)):
+            by_shape[shape].append(index)
+        batches = []
+        for rows in by_shape.values():
+            batch_size = min(self.batch_size, -(-len(rows) // num_processes))
+            num_batches = -(-len(rows) // (batch_size * num_processes))
+            filled = np.resize(rows, (num_batches, num_processes, batch_size))
+            batches.extend(filled[:, process_index].tolist())
+        return batches
+
+    def _noise(self, batch: LatentBatch, draw: int) -> torch.Tensor:
+        noise = [row_noise(row_id, batch.latents_shape, seed=self.seed, draw=draw) for row_id in batch.ids]
+        return torch.stack(noise).to(batch.prompt_embeds.device)
+
+    def _sample(self, transformer: nn.Module, batch: LatentBatch) -> torch.Tensor:
+        return sample_latents(
+            transformer,
+            self.scheduler,
+            noise=self._noise(batch, START_DRAW),
+            num_inference_steps=self.num_inference_steps,
+            encoder_hidden_states=batch.prompt_embeds.to(self.dtype),
+            negative_encoder_hidden_states=batch.null_prompt_embeds.to(self.dtype),
+            guidance_scale=self.guidance_scale,
+            condition=batch.condition,
+            encoder_hidden_states_image=None if batch.image_embeds is None else batch.image_embeds.to(self.dtype),
+        )
+
+    def _score(self, latents: torch.Tensor, batch: LatentBatch) -> torch.Tensor:
+        """Logits `(batch_size, num_timesteps)`."""
+        noise = self._noise(batch, SCORE_DRAW)
+        logits = [
+            score_noised(
+                self.reward_model,
+                latents=latents,
+                noise=noise,
+                sigmas=torch.full((len(batch),), timestep / 1000, device=latents.device),
+                encoder_hidden_states=batch.prompt_embeds.to(self.dtype),
+                condition=batch.condition,
+                encoder_hidden_states_image=None if batch.image_embeds is None else batch.image_embeds.to(self.dtype),
+            )
+            for timestep in self.timesteps
+        ]
+        return torch.stack(logits, dim=1)
+
+    def _write_videos(self, latents: torch.Tensor, indices: list[int], folder: Path) -> None:
+        assert self.vae is not None
+        folder.mkdir(parents=True, exist_ok=True)
+        for index, frames in zip(indices, decode_latents(self.vae, latents), strict=True):
+            write_video(folder / f"{index:04d}.mp4", frames, self.fps)

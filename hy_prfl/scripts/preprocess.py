@@ -1,0 +1,83 @@
+"""
+Encode clips into a latent dataset.
+
+    accelerate launch -m hy_prfl.scripts.preprocess --config examples/preprocess/wan2.1_t2v_480p.yaml
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+
+from ..configs.parser import parse_config
+from ..configs.preprocess import PreprocessConfig
+from ..data.encoding import LatentEncoder, pipeline_is_image_to_video
+from ..data.manifest import ManifestRow, read_manifest
+from ..data.preprocessing import ClipEncoder, ClipSettings
+from ..data.store import REPORT_FILE, RowEncoder, build_dataset, is_complete, request_digest
+from ..data.upstream import UpstreamImporter, read_upstream
+from ..data.video import parse_size
+
+
+# Processes wait for the slowest one at the end, for as long as encoding its share may take.
+TIMEOUT = timedelta(days=14)
+
+# Options that change neither the rows nor their values.
+NOT_REQUESTED = ("output_dir", "manifest", "upstream_meta", "shard_size")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    config = parse_config(PreprocessConfig, argv, description="Encode clips, or import upstream's, into a dataset.")
+    # 1. The cheap checks: settings, rows, output folder
+    settings = build_settings(config)
+    settings.check_pipeline(pipeline_is_image_to_video(config.pretrained_model_name_or_path, config.revision))
+    rows: Sequence[ManifestRow]
+    if config.manifest is not None:
+        rows = read_manifest(config.manifest, require_video=not config.prompts_only)
+    elif config.upstream_meta is not None:
+        rows = read_upstream(config.upstream_meta, config.upstream_root)
+    output_dir = Path(config.output_dir).resolve()
+    request = {name: value for name, value in dataclasses.asdict(config).items() if name not in NOT_REQUESTED}
+    # A local pipeline may change under its name. Its transformer does not matter here.
+    files = sorted(Path(config.pretrained_model_name_or_path).glob("*/*"))
+    digest = request_digest(rows, request, [path for path in files if not path.parent.name.startswith("transformer")])
+    state = PartialState(timeout=TIMEOUT)
+    if is_complete(output_dir, digest):
+        state.print(f"'{output_dir}' is complete, nothing to do.")
+        return
+
+    # 2. The encoders
+    encoder = LatentEncoder.from_pretrained(
+        config.pretrained_model_name_or_path,
+        revision=config.revision,
+        variant=config.variant,
+        dtype=getattr(torch, config.text_encoder_dtype),
+        device=state.device,
+        max_sequence_length=config.max_sequence_length,
+    )
+    clips: RowEncoder = ClipEncoder(encoder, settings)
+    if config.upstream_meta is not None:
+        clips = UpstreamImporter(encoder, config.fps, config.tensor_dtype, config.null_prompt_path)
+
+    # 3. Row by row
+    summary = build_dataset(
+        rows, clips, output_dir, digest=digest, tensor_dtype=config.tensor_dtype, shard_size=config.shard_size
+    )
+    if summary is not None:
+        print(f"'{output_dir}': clips {summary.num_rows}, encoded now {summary.num_encoded}, bad {summary.num_bad}.")
+        if summary.num_bad:
+            print(f"Bad clips are left out; the reasons are in '{output_dir / REPORT_FILE}'.")
+
+
+def build_settings(config: PreprocessConfig) -> ClipSettings:
+    options = {field.name: getattr(config, field.name) for field in dataclasses.fields(ClipSettings)}
+    options["buckets"] = tuple(parse_size(size) for size in config.buckets)
+    options["min_num_frames"] = config.num_frames if config.min_num_frames is None else config.min_num_frames
+    return ClipSettings(**options)
+
+
+if __name__ == "__main__":
+    main()

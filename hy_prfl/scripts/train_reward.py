@@ -1,0 +1,23 @@
+"""
+Trains PAVRM, the reward model on noisy latents.
+
+    accelerate launch --config_file accelerate_configs/ddp.yaml -m hy_prfl.scripts.train_reward \
+        --config examples/reward/wan2.1_t2v_14b_480p_bce.yaml --train_dataset data/train --output_dir outputs/reward
+"""
+
+import logging
+from collections.abc import Sequence
+
+from ..configs.parser import parse_config
+from ..configs.reward import RewardTrainingConfig
+from ..trainers.reward_trainer import RewardTrainer
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train a reward model."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    RewardTrainer(parse_config(RewardTrainingConfig, argv, description=__doc__)).train()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,282 @@
+"""The training loop: updates, logging, validation, checkpoints, resuming. Knows no loss."""
+
+import dataclasses
+import json
+import signal
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import ProjectConfiguration, set_seed
+from diffusers.optimization import get_scheduler
+from torch import nn
+from tqdm import tqdm
+
+from ..checkpointing import find_checkpoint, load_checkpoint, save_checkpoint
+from ..configs.base import TrainingConfig, save_config
+from ..distributed import all_finite, any_rank, mean_over_ranks
+from ..flow_matching import make_generator
+
+
+logger = get_logger(__name__)
+
+CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.jsonl"
+
+
+class Trainer(ABC):
+    """
+    Runs `train_step` until `max_train_steps`; a subclass says what a step, a validation and the trained model are.
+
+    Construction is in two parts: a subclass calls `super().__init__`, opens its data and loads its models, and then
+    calls `prepare`. All that is cheap to check comes before anything large is loaded.
+
+    Args:
+        config (`TrainingConfig`):
+            Options of the run.
+        backwards_per_update (`int`):
+            Number of backward passes that add up to one optimizer update.
+    """
+
+    def __init__(self, config: TrainingConfig, *, backwards_per_update: int) -> None:
+        self.config = config
+        self.output_dir = Path(config.output_dir)
+        self.checkpoint = find_checkpoint(self.output_dir, config.resume_from_checkpoint)
+        report_to = [name for name in config.report_to if name != "none"]
+        self.accelerator = Accelerator(
+            gradient_accumulation_steps=backwards_per_update,
+            log_with=report_to or None,
+            project_config=ProjectConfiguration(
+                project_dir=str(self.output_dir), logging_dir=str(self.output_dir / "logs")
+            ),
+        )
+        set_seed(config.seed, device_specific=True)
+        self.global_step = 0
+        self.interrupted = False
+
+    @abstractmethod
+    def start_streams(self) -> None:
+        """Open the batch streams at the position that belongs to `global_step`."""
+
+    @abstractmethod
+    def train_step(self) -> dict[str, torch.Tensor]:
+        """Do one step and return scalars to log."""
+
+    @abstractmethod
+    def validate(self) -> dict[str, float]:
+        """Evaluate the model and return scalars to log. A collective."""
+
+    @abstractmethod
+    def save_model(self, directory: Path) -> None:
+        """Write the trained weights into `directory`, in the format users load. Called by the main process."""
+
+    def save_result(self, directory: Path) -> None:
+        """Write what the run is for, once it is finished; `save_model` unless a subclass knows better."""
+        self.save_model(directory)
+
+    @abstractmethod
+    def load_model(self, directory: Path) -> None:
+        """Load what `save_model` wrote into the model in training."""
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """Type of the weights that do not train; those that do are float32."""
+        return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.accelerator.mixed_precision, torch.float32)
+
+    def prepare(self, model: nn.Module, parameter_groups: list[dict[str, Any]], batches_per_epoch: int) -> nn.Module:
+        """
+        Make optimizer and schedule, hand model and optimizer to Accelerate, and return the wrapped model.
+
+        Args:
+            model (`nn.Module`):
+                The model, its frozen parameters without `requires_grad`.
+            parameter_groups (`list[dict]`):
+                Optimizer groups, each with its learning rate.
+            batches_per_epoch (`int`):
+                Batches of one epoch on one process; sets the number of steps if `max_train_steps` is left out.
+        """
+        config = self.config
+        updates_per_epoch = -(-batches_per_epoch // config.gradient_accumulation_steps)
+        self.max_train_steps = config.max_train_steps or config.num_train_epochs * updates_per_epoch
+        optimizer = torch.optim.AdamW(
+            parameter_groups,
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            weight_decay=config.adam_weight_decay,
+            eps=config.adam_epsilon,
+        )
+        self.lr_scheduler = get_scheduler(
+            config.lr_scheduler,
+            optimizer=optimizer,
+            num_warmup_steps=config.lr_warmup_steps,
+            num_training_steps=self.max_train_steps,
+            num_cycles=config.lr_num_cycles,
+            power=config.lr_power,
+        )
+        self.trainable_parameters = [parameter for group in parameter_groups for parameter in group["params"]]
+        # The schedule is not prepared: Accelerate would advance it once per process.
+        wrapped, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.accelerator.register_for_checkpointing(self.lr_scheduler)
+        self.accelerator.register_save_state_pre_hook(self._save_model_hook)
+        self.accelerator.register_load_state_pre_hook(self._load_model_hook)
+        return wrapped
+
+    def train(self) -> None:
+        """Train to the end, from the beginning or from the checkpoint that the configuration names."""
+        self._start_run()
+        self.start_streams()
+        progress = tqdm(
+            total=self.max_train_steps,
+            initial=self.global_step,
+            desc="Steps",
+            disable=not self.accelerator.is_main_process,
+        )
+        with self._catch_signals():
+            while self.global_step < self.max_train_steps and not self.interrupted:
+                metrics = self.train_step()
+                self.lr_scheduler.step()
+                self.global_step += 1
+                progress.update()
+                self._after_step(metrics, progress)
+        progress.close()
+        if self.interrupted:
+            logger.warning(
+                "Interrupted after step %d; continue with --resume_from_checkpoint latest.", self.global_step
+            )
+        elif self.accelerator.is_main_process:
+            self.save_result(self.output_dir)
+            logger.info("Finished %d steps: %s", self.global_step, self.output_dir)
+        self.accelerator.end_training()
+
+    def backward(self, loss: torch.Tensor, sample_ids: Iterable[str], value: torch.Tensor | None = None) -> None:
+        """
+        Accumulate the gradient of `loss`, after all ranks agreed that it is finite.
+
+        Args:
+            loss (`torch.Tensor`):
+                Scalar to differentiate.
+            sample_ids (`Iterable[str]`):
+                Rows of the micro-batch, for the message.
+            value (`torch.Tensor`, *optional*):
+                The loss to look at, if `loss` is only a surrogate with the same gradient.
+
+        Raises:
+            FloatingPointError: On every rank, if the loss is not finite on one of them.
+        """
+        value = loss if value is None else value
+        if not all_finite(self.accelerator, torch.stack([value.detach().float(), loss.detach().float()])):
+            raise FloatingPointError(
+                f"Step {self.global_step}, rank {self.accelerator.process_index}: a loss is not finite on some rank. "
+                f"Here it is {value.detach()}, for the rows {', '.join(sample_ids)}."
+            )
+        self.accelerator.backward(loss)
+
+    def optimizer_step(self) -> None:
+        """Clip and update if this backward pass was the last of its update; otherwise keep accumulating."""
+        if self.accelerator.sync_gradients:
+            self.grad_norm = self.accelerator.clip_grad_norm_(self.trainable_parameters, self.config.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def generator(self, stream: int, micro_step: int, *, shared: bool = False) -> torch.Generator:
+        """
+        Generator for one random draw of the current step.
+
+        Args:
+            stream (`int`):
+                Tells apart draws of different purpose.
+            micro_step (`int`):
+                Micro-batch within the step.
+            shared (`bool`, defaults to `False`):
+                Draw the same on all ranks, as anything that decides on control flow must be.
+        """
+        rank = 0 if shared else 1 + self.accelerator.process_index
+        return make_generator(self.config.seed, stream, self.global_step, micro_step, rank)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps besides the states of Accelerate; JSON values only."""
+        return {"global_step": self.global_step}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Restore what `state` returned."""
+        self.global_step = state["global_step"]
+
+    def _start_run(self) -> None:
+        if self.checkpoint is not None:
+            self.load_state(load_checkpoint(self.accelerator, self.checkpoint))
+            logger.info("Continuing from %s.", self.checkpoint)
+        if self.accelerator.is_main_process:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            save_config(self.config, self.output_dir / CONFIG_FILE)
+            self._truncate_metrics()
+        options = {
+            name: value if isinstance(value, (int, float, str, bool)) else str(value)
+            for name, value in dataclasses.asdict(self.config).items()
+        }
+        self.accelerator.init_trackers(self.config.tracker_project_name, config=options)
+
+    def _after_step(self, metrics: dict[str, torch.Tensor], progress: tqdm) -> None:
+        config, is_last = self.config, self.global_step == self.max_train_steps
+        if self.global_step % config.logging_steps == 0 or is_last:
+            values = mean_over_ranks(self.accelerator, metrics)
+            values["learning_rate"] = self.lr_scheduler.get_last_lr()[0]
+            progress.set_postfix({name: f"{value:.4g}" for name, value in values.items()})
+            self.log({f"train/{name}": value for name, value in values.items()})
+        self.interrupted = any_rank(self.accelerator, self.interrupted)
+        if config.validation_dataset and (self.global_step % config.validation_steps == 0 or is_last):
+            self.log({f"validation/{name}": value for name, value in self.validate().items()})
+        if self.global_step % config.checkpointing_steps == 0 or is_last or self.interrupted:
+            save_checkpoint(
+                self.accelerator,
+                self.output_dir,
+                step=self.global_step,
+                state=self.state(),
+                write_config=lambda folder: save_config(config, folder / CONFIG_FILE),
+                total_limit=config.checkpoints_total_limit,
+            )
+
+    def log(self, values: dict[str, float]) -> None:
+        """Send scalars to the trackers and append them to `metrics.jsonl`."""
+        self.accelerator.log(values, step=self.global_step)
+        if self.accelerator.is_main_process:
+            with (self.output_dir / METRICS_FILE).open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": self.global_step, **values}) + "\n")
+
+    def _truncate_metrics(self) -> None:
+        """Drop the lines that a run wrote after the checkpoint it is continued from."""
+        path = self.output_dir / METRICS_FILE
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        kept = [line for line in lines if json.loads(line)["step"] <= self.global_step]
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        temporary.replace(path)
+
+    @contextmanager
+    def _catch_signals(self) -> Iterator[None]:
+        """On SIGINT or SIGTERM finish the step, save and stop; a second signal stops at once."""
+
+        def interrupt(number: int, frame: FrameType | None) -> None:
+            self.interrupted = True
+            signal.signal(number, previous[number])
+
+        previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _save_model_hook(self, models: list[nn.Module], weights: list[Any], output_dir: str) -> None:
+        if self.accelerator.is_main_process:
+            self.save_model(Path(output_dir))
+        weights.clear()
+
+    def _load_model_hook(self, models: list[nn.Module], input_dir: str) -> None:
+        self.load_model(Path(input_dir))
+        models.clear()

@@ -1,0 +1,365 @@
+"""Process reward feedback learning: the generator climbs a latent reward, held by a flow-matching loss."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate.logging import get_logger
+from datasets import Dataset
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers.training_utils import EMAModel, cast_training_params
+from peft import LoraConfig
+
+from ..checkpointing import load_lora, replace_folder, save_lora
+from ..configs.prfl import PRFLTrainingConfig
+from ..data.collators import LatentBatch, collate_latents
+from ..data.dataset import (
+    RowDataset,
+    check_rows_fit,
+    latent_shapes,
+    load_latent_dataset,
+    require_latents,
+    single_value,
+    stream_batches,
+)
+from ..data.sampler import BucketBatchSampler
+from ..flow_matching import add_noise, sample_sigmas, sigmas_to_timesteps, velocity_target
+from ..losses import flow_matching_loss, reward_feedback_loss
+from ..models.loading import load_reward_model, load_scheduler, load_transformer
+from ..models.reward_model import check_fits_generator, check_latents_fit
+from ..rollout import denoise_to_step, predict_velocity
+from ..sample_evaluation import SampleEvaluator
+from .base import Trainer
+
+
+logger = get_logger(__name__)
+
+FLOW_NOISE, FLOW_PROMPT, REWARD_NOISE, REWARD_PROMPT, STEP_INDEX = range(5)
+TRANSFORMER_FOLDER = "transformer"
+
+
+class PRFLTrainer(Trainer):
+    """
+    Fine-tunes a Wan transformer, whole or by LoRA (paper, algorithm 1).
+
+    A step is an update on the flow-matching loss and an update on the reward, or one update on both (`joint`). The
+    result is `output_dir/transformer`, or for LoRA `output_dir/pytorch_lora_weights.safetensors`.
+    """
+
+    config: PRFLTrainingConfig
+
+    def __init__(self, config: PRFLTrainingConfig) -> None:
+        self.losses_per_update = 2 if config.update_schedule == "joint" else 1
+        super().__init__(config, backwards_per_update=self.losses_per_update * config.gradient_accumulation_steps)
+        self.uses_flow_matching = config.update_schedule != "reward"
+        self.uses_reward = config.update_schedule != "flow_matching"
+        self._open_datasets()
+        self._load_models()
+        parameters = [parameter for parameter in self.unwrapped.parameters() if parameter.requires_grad]
+        main_stream = self.flow_sampler if self.uses_flow_matching else self.reward_sampler
+        self.transformer = self.prepare(self.unwrapped, [{"params": parameters}], main_stream().batches_per_epoch)
+        self.ema = None
+        if config.use_ema:
+            self.ema = EMAModel(parameters, decay=config.ema_decay, foreach=True)
+            self.accelerator.register_for_checkpointing(self.ema)
+
+    def train_step(self) -> dict[str, torch.Tensor]:
+        """One flow-matching update, then one reward update, or both losses in one update."""
+        metrics: dict[str, torch.Tensor] = {}
+        if self.uses_flow_matching:
+            metrics |= self.flow_matching_backwards()
+        if self.uses_reward:
+            metrics |= self.reward_backwards()
+        if self.ema is not None:
+            self.ema.step(self.trainable_parameters)
+        return metrics
+
+    def flow_matching_backwards(self) -> dict[str, torch.Tensor]:
+        """Backward passes of the flow-matching loss over its micro-batches."""
+        losses = []
+        for micro_step in range(self.config.gradient_accumulation_steps):
+            batch = next(self.flow_batches).to(self.accelerator.device)
+            with self.accelerator.accumulate(self.transformer):
+                loss = self.compute_flow_matching_loss(batch, micro_step)
+                self.backward(self.losses_per_update * loss, batch.ids)
+                self.optimizer_step()
+            losses.append(loss.detach())
+        return {"flow_loss": torch.stack(losses).mean(), "flow_grad_norm": self.last_grad_norm()}
+
+    def reward_backwards(self) -> dict[str, torch.Tensor]:
+        """Backward passes of the reward loss over its micro-batches."""
+        losses, logits = [], []
+        for micro_step in range(self.config.gradient_accumulation_steps):
+            batch = next(self.reward_batches).to(self.accelerator.device)
+            with self.accelerator.accumulate(self.transformer):
+                surrogate, loss, batch_logits = self.compute_reward_feedback_loss(batch, micro_step)
+                self.backward(self.losses_per_update * surrogate, batch.ids, value=loss)
+                self.optimizer_step()
+            losses.append(loss)
+            logits.append(batch_logits)
+        all_logits = torch.cat(logits)
+        return {
+            "reward_loss": torch.stack(losses).mean(),
+            "reward": all_logits.sigmoid().mean(),
+            "reward_logit": all_logits.mean(),
+            "reward_grad_norm": self.last_grad_norm(),
+        }
+
+    def compute_flow_matching_loss(self, batch: LatentBatch, micro_step: int) -> torch.Tensor:
+        """Squared error of the predicted velocity on clean clips, noised at a random level (paper, equation 2)."""
+        config, device = self.config, self.accelerator.device
+        assert batch.latents is not None
+        generator = self.generator(FLOW_NOISE, micro_step)
+        sigmas = sample_sigmas(
+            len(batch),
+            generator=generator,
+            weighting_scheme=config.weighting_scheme,
+            flow_shift=config.flow_shift,
+            logit_mean=config.logit_mean,
+            logit_std=config.logit_std,
+        ).to(device)
+        noise = torch.randn((len(batch), *batch.latents_shape), generator=generator).to(device)
+        model_pred = predict_velocity(
+            self.transformer,
+            add_noise(batch.latents, noise, sigmas),
+            sigmas_to_timesteps(sigmas),
+            self.choose_prompts(batch, self.generator(FLOW_PROMPT, micro_step)),
+            **self.image_inputs(batch),
+        )
+        return flow_matching_loss(model_pred, velocity_target(batch.latents, noise))
+
+    def compute_reward_feedback_loss(
+        self, batch: LatentBatch, micro_step: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        Roll out, take one step with gradient, score what comes out (paper, equations 7 to 9).
+
+        The reward is differentiated with respect to the new latents first, on a leaf of their own. The scalar that
+        is returned, `sum(latents * d loss / d latents)`, has the same gradient in the generator's weights as the
+        loss, but the reward model's activations are gone before the generator's backward pass begins, and the reward
+        model never meets the hooks of the engine that shards the generator.
+
+        Returns:
+            That scalar, and without gradient the loss and the logits `(batch_size,)`.
+        """
+        config = self.config
+        generator = self.generator(REWARD_NOISE, micro_step)
+        prompt_embeds = self.choose_prompts(batch, self.generator(REWARD_PROMPT, micro_step))
+        latents, timesteps = denoise_to_step(
+            self.transformer,
+            self.scheduler,
+            noise=torch.randn((len(batch), *batch.latents_shape), generator=generator).to(self.accelerator.device),
+            step_index=self.draw_step_index(micro_step),
+            num_inference_steps=config.num_inference_steps,
+            encoder_hidden_states=prompt_embeds,
+            **self.image_inputs(batch),
+        )
+        leaf = latents.detach().requires_grad_()
+        logits = self.score(leaf, timesteps, prompt_embeds, batch)
+        loss = reward_feedback_loss(
+            logits, form=config.reward_loss, scale=config.reward_scale, target=config.reward_target
+        )
+        (latents_grad,) = torch.autograd.grad(loss, leaf)
+        return (latents * latents_grad).sum(), loss.detach(), logits.detach()
+
+    def score(
+        self, latents: torch.Tensor, timesteps: torch.Tensor, prompt_embeds: torch.Tensor, batch: LatentBatch
+    ) -> torch.Tensor:
+        """Logits `(batch_size,)` of noisy latents at their timesteps."""
+        inputs = self.image_inputs(batch)
+        condition = inputs["condition"]
+        hidden_states = latents if condition is None else torch.cat([latents, condition], dim=1)
+        with self.accelerator.autocast():
+            return self.reward_model(
+                hidden_states=hidden_states.to(prompt_embeds.dtype),
+                timestep=timesteps,
+                encoder_hidden_states=prompt_embeds,
+                encoder_hidden_states_image=inputs["encoder_hidden_states_image"],
+            ).logits
+
+    def draw_step_index(self, micro_step: int) -> int:
+        """Step that takes gradient, uniform in `step_range`; the same on every rank."""
+        first, last = self.config.step_range or (0, self.config.num_inference_steps - 2)
+        generator = self.generator(STEP_INDEX, micro_step, shared=True)
+        return int(torch.randint(first, last + 1, (), generator=generator))
+
+    def choose_prompts(self, batch: LatentBatch, generator: torch.Generator) -> torch.Tensor:
+        """For each clip its caption, its long caption or the empty prompt, in the type that the models compute in."""
+        draws = torch.rand((2, len(batch)), generator=generator)
+        is_long = (draws[0] < self.config.long_prompt_probability).to(self.accelerator.device)
+        is_null = (draws[1] < self.config.prompt_dropout).to(self.accelerator.device)
+        embeds = torch.where(is_long[:, None, None], batch.long_prompt_embeds, batch.prompt_embeds)
+        embeds = torch.where(is_null[:, None, None], batch.null_prompt_embeds, embeds)
+        return embeds.to(self.weight_dtype)
+
+    def image_inputs(self, batch: LatentBatch) -> dict[str, torch.Tensor | None]:
+        """What an image-to-video model takes besides the latents; None for a text-to-video model."""
+        image_embeds = batch.image_embeds
+        return {
+            "condition": batch.condition,
+            "encoder_hidden_states_image": None if image_embeds is None else image_embeds.to(self.weight_dtype),
+        }
+
+    def last_grad_norm(self) -> torch.Tensor:
+        """Norm of the gradient of the last update, before clipping."""
+        return torch.as_tensor(self.grad_norm, device=self.accelerator.device)
+
+    def start_streams(self) -> None:
+        """Open the batches of both kinds at the position of `global_step`."""
+        start = self.global_step * self.config.gradient_accumulation_steps
+        num_workers = self.config.dataloader_num_workers
+        if self.uses_flow_matching:
+            rows = RowDataset(self.dataset, range(len(self.dataset)))
+            self.flow_batches = stream_batches(
+                rows, collate_latents, self.flow_sampler(start=start), num_workers=num_workers
+            )
+        if self.uses_reward:
+            rows = RowDataset(self.prompt_dataset, range(len(self.prompt_dataset)))
+            self.reward_batches = stream_batches(
+                rows, collate_latents, self.reward_sampler(start=start), num_workers=num_workers
+            )
+        self.unwrapped.train()
+
+    def validate(self) -> dict[str, float]:
+        """Sample held-out prompts, with the averaged weights if there are any, and score what comes out."""
+        assert self.evaluator is not None
+        self.unwrapped.eval()
+        with self.averaged_weights():
+            metrics = self.evaluator(self.transformer, self.accelerator, step=self.global_step)
+        self.unwrapped.train()
+        return metrics
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Put the averaged weights into the model for the time of the context, if an average is kept."""
+        if self.ema is None:
+            yield
+            return
+        self.ema.store(self.trainable_parameters)
+        self.ema.copy_to(self.trainable_parameters)
+        try:
+            yield
+        finally:
+            self.ema.restore(self.trainable_parameters)
+
+    def save_model(self, directory: Path) -> None:
+        """Write the weights in training: `directory/transformer`, or the adapter's file."""
+        if self.config.lora_rank is not None:
+            save_lora(self.unwrapped, directory)
+            return
+        temporary = directory / f".{TRANSFORMER_FOLDER}.tmp"
+        self.unwrapped.save_pretrained(temporary)
+        replace_folder(temporary, directory / TRANSFORMER_FOLDER)
+
+    def save_result(self, directory: Path) -> None:
+        """Write the trained weights, averaged if an average is kept."""
+        with self.averaged_weights():
+            self.save_model(directory)
+
+    def load_model(self, directory: Path) -> None:
+        """Load what `save_model` wrote."""
+        if self.config.lora_rank is not None:
+            load_lora(self.unwrapped, directory)
+            return
+        saved = WanTransformer3DModel.from_pretrained(directory / TRANSFORMER_FOLDER)
+        self.unwrapped.load_state_dict(saved.state_dict())
+
+    def _open_datasets(self) -> None:
+        config = self.config
+        self.dataset = load_latent_dataset(config.train_dataset)
+        if self.uses_flow_matching:
+            require_latents(self.dataset, config.train_dataset)
+        self.prompt_dataset = load_latent_dataset(config.prompt_dataset or config.train_dataset)
+        self.validation_dataset = load_latent_dataset(config.validation_dataset) if config.validation_dataset else None
+        sampler = partial(
+            BucketBatchSampler,
+            batch_size=config.train_batch_size,
+            num_replicas=self.accelerator.num_processes,
+            replica=self.accelerator.process_index,
+        )
+        # The two kinds of update must not walk the same rows in the same order.
+        self.flow_sampler = partial(sampler, latent_shapes(self.dataset), seed=2 * config.seed)
+        self.reward_sampler = partial(sampler, latent_shapes(self.prompt_dataset), seed=2 * config.seed + 1)
+
+    def _load_models(self) -> None:
+        config = self.config
+        path, revision = config.pretrained_model_name_or_path, config.revision
+        self.reward_model = load_reward_model(config.reward_model, torch_dtype=self.weight_dtype)
+        transformer_config = WanTransformer3DModel.load_config(path, subfolder=TRANSFORMER_FOLDER, revision=revision)
+        check_fits_generator(self.reward_model.config, transformer_config, allow_other_base=config.allow_other_base)
+        for name in ("train_dataset", "prompt_dataset", "validation_dataset"):
+            source = getattr(config, name)
+            if source is not None:
+                self._check_dataset(load_latent_dataset(source), source)
+        self.scheduler = load_scheduler(path, revision=revision, flow_shift=config.sampler_flow_shift)
+        self.reward_model.to(self.accelerator.device)
+        self.unwrapped = self._load_transformer()
+        if config.gradient_checkpointing:
+            self.unwrapped.enable_gradient_checkpointing()
+            self.reward_model.enable_gradient_checkpointing()
+        self.evaluator = self._build_evaluator()
+
+    def _check_dataset(self, dataset: Dataset, source: str) -> None:
+        fingerprint = single_value(dataset, "vae_fingerprint", source)
+        check_latents_fit(self.reward_model, vae_fingerprint=fingerprint, source=source)
+        model_config = self.reward_model.config
+        check_rows_fit(
+            dataset,
+            source,
+            num_channels=model_config.out_channels,
+            text_dim=model_config.text_dim,
+            image_dim=model_config.image_dim,
+            patch_size=model_config.patch_size,
+        )
+
+    def _load_transformer(self) -> WanTransformer3DModel:
+        """The generator: float32 if all of it trains, else frozen in `weight_dtype` with a float32 adapter."""
+        config = self.config
+        is_lora = config.lora_rank is not None
+        transformer = load_transformer(
+            config.pretrained_model_name_or_path,
+            revision=config.revision,
+            variant=config.variant,
+            torch_dtype=self.weight_dtype if is_lora else torch.float32,
+        )
+        if is_lora:
+            transformer.requires_grad_(False)
+            transformer.add_adapter(
+                LoraConfig(
+                    r=config.lora_rank,
+                    lora_alpha=config.lora_rank if config.lora_alpha is None else config.lora_alpha,
+                    lora_dropout=config.lora_dropout,
+                    target_modules=config.lora_target_modules,
+                    init_lora_weights=True,
+                )
+            )
+            cast_training_params(transformer, dtype=torch.float32)
+        return transformer
+
+    def _build_evaluator(self) -> SampleEvaluator | None:
+        config = self.config
+        if self.validation_dataset is None:
+            return None
+        vae = None
+        if config.validation_videos:
+            vae = AutoencoderKLWan.from_pretrained(
+                config.pretrained_model_name_or_path, subfolder="vae", revision=config.revision
+            )
+            vae.to(self.accelerator.device).requires_grad_(False).eval()
+        num_rows = min(config.num_validation_samples, len(self.validation_dataset))
+        return SampleEvaluator(
+            self.validation_dataset.select(range(num_rows)),
+            reward_model=self.reward_model,
+            scheduler=self.scheduler,
+            vae=vae,
+            output_dir=self.output_dir / "validation",
+            num_inference_steps=config.num_inference_steps,
+            guidance_scale=config.validation_guidance_scale,
+            timesteps=config.validation_timesteps,
+            batch_size=config.train_batch_size,
+            fps=config.validation_fps,
+            seed=config.validation_seed,
+            dtype=self.weight_dtype,
+        )

@@ -1,0 +1,265 @@
+"""Trains PAVRM: the label of the clean clip, predicted from its latents at a random noise level."""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from datasets import Dataset
+
+from ..checkpointing import replace_folder
+from ..configs.reward import RewardTrainingConfig
+from ..data.collators import LabeledBatch, LatentBatch, PreferenceBatch, collate_labeled, collate_preferences
+from ..data.dataset import (
+    RowDataset,
+    check_rows_fit,
+    latent_shapes,
+    load_latent_dataset,
+    preference_pairs,
+    require_latents,
+    rows_with_label,
+    single_value,
+    stream_batches,
+)
+from ..data.sampler import BucketBatchSampler
+from ..evaluation import GREATER_IS_BETTER, RewardEvaluator
+from ..flow_matching import sample_sigmas
+from ..losses import binary_reward_loss, bradley_terry_loss
+from ..models.loading import load_transformer
+from ..models.reward_model import WanRewardModel, check_latents_fit, score_noised
+from .base import Trainer
+
+
+logger = get_logger(__name__)
+
+NOISE = 0
+MODEL_FOLDER = "reward_model"
+BEST_FOLDER = "best"
+
+
+class RewardTrainer(Trainer):
+    """
+    Trains a [`WanRewardModel`] with binary cross-entropy on labels or with Bradley-Terry on pairs.
+
+    Embeddings stay frozen; blocks train with `learning_rate`, pooling and head with `head_learning_rate`. The result is
+    `output_dir/reward_model`, and the model with the best validation `output_dir/best`.
+    """
+
+    config: RewardTrainingConfig
+
+    def __init__(self, config: RewardTrainingConfig) -> None:
+        super().__init__(config, backwards_per_update=config.gradient_accumulation_steps)
+        self.best_metric: float | None = None
+        self.dataset, self.items, _ = self._open(config.train_dataset)
+        self.vae_fingerprint = single_value(self.dataset, "vae_fingerprint", config.train_dataset)
+        self.evaluator = self._build_evaluator()
+        self.unwrapped = self._load_reward_model()
+        self._check_dataset(self.dataset, config.train_dataset)
+        self.sampler = partial(
+            BucketBatchSampler,
+            self._buckets(),
+            batch_size=config.train_batch_size,
+            seed=config.seed,
+            num_replicas=self.accelerator.num_processes,
+            replica=self.accelerator.process_index,
+        )
+        self.reward_model = self.prepare(self.unwrapped, self._parameter_groups(), self.sampler().batches_per_epoch)
+
+    def train_step(self) -> dict[str, torch.Tensor]:
+        """One update on `gradient_accumulation_steps` micro-batches."""
+        losses, margins = [], []
+        for micro_step in range(self.config.gradient_accumulation_steps):
+            batch = next(self.batches).to(self.accelerator.device)
+            with self.accelerator.accumulate(self.reward_model):
+                loss, margin = self.compute_loss(batch, micro_step)
+                self.backward(loss, batch.ids)
+                self.optimizer_step()
+            losses.append(loss.detach())
+            margins.append(margin)
+        return {
+            "loss": torch.stack(losses).mean(),
+            "accuracy": (torch.cat(margins) > 0).float().mean(),
+            "grad_norm": torch.as_tensor(self.grad_norm, device=self.accelerator.device),
+        }
+
+    def compute_loss(
+        self, batch: LabeledBatch | PreferenceBatch, micro_step: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss of one micro-batch, and by how much each logit, or pair, is on the right side (>0)."""
+        config, device = self.config, self.accelerator.device
+        clips = batch.chosen if isinstance(batch, PreferenceBatch) else batch.clips
+        generator = self.generator(NOISE, micro_step)
+        sigmas = sample_sigmas(
+            len(clips),
+            generator=generator,
+            weighting_scheme=config.weighting_scheme,
+            flow_shift=config.flow_shift,
+            logit_mean=config.logit_mean,
+            logit_std=config.logit_std,
+        ).to(device)
+        noise = torch.randn((len(clips), *clips.latents_shape), generator=generator).to(device)
+        if isinstance(batch, PreferenceBatch):
+            # One forward for both, so that DDP and ZeRO see one call a backward; same noise, same sigma.
+            both = LatentBatch.concatenate([batch.chosen, batch.rejected])
+            chosen_logits, rejected_logits = self.score(both, noise.repeat(2, 1, 1, 1, 1), sigmas.repeat(2)).chunk(2)
+            loss = bradley_terry_loss(chosen_logits, rejected_logits)
+            return loss, (chosen_logits - rejected_logits).detach()
+        logits = self.score(clips, noise, sigmas)
+        return binary_reward_loss(logits, batch.labels), (logits * (2 * batch.labels - 1)).detach()
+
+    def score(self, clips: LatentBatch, noise: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
+        """Logits `(batch_size,)` of the noised clips."""
+        assert clips.latents is not None
+        return score_noised(
+            self.reward_model,
+            latents=clips.latents,
+            noise=noise,
+            sigmas=sigmas,
+            encoder_hidden_states=clips.prompt_embeds,
+            condition=clips.condition,
+            encoder_hidden_states_image=clips.image_embeds,
+        )
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Evaluate at the fixed timesteps and keep the model if it is the best so far."""
+        assert self.evaluator is not None
+        self.unwrapped.eval()
+        metrics = self.evaluator(self.reward_model, self.accelerator)
+        self.unwrapped.train()
+        name = self.config.metric_for_best_model
+        assert name is not None
+        sign = 1 if GREATER_IS_BETTER[name] else -1
+        value = metrics[name]
+        if self.best_metric is None or sign * value > sign * self.best_metric:
+            self.best_metric = value
+            if self.accelerator.is_main_process:
+                self._save_best(metrics)
+        return metrics
+
+    def start_streams(self) -> None:
+        """Open the training batches at the position of `global_step`."""
+        collate = collate_preferences if self.config.loss == "bt" else partial(collate_labeled, task=self.config.task)
+        self.batches = stream_batches(
+            RowDataset(self.dataset, self.items),
+            collate,
+            self.sampler(start=self.global_step * self.config.gradient_accumulation_steps),
+            num_workers=self.config.dataloader_num_workers,
+        )
+        self.unwrapped.train()
+
+    def save_model(self, directory: Path) -> None:
+        """Write `directory/reward_model`."""
+        temporary = directory / f".{MODEL_FOLDER}.tmp"
+        self.unwrapped.save_pretrained(temporary)
+        replace_folder(temporary, directory / MODEL_FOLDER)
+
+    def load_model(self, directory: Path) -> None:
+        """Load `directory/reward_model`."""
+        saved = WanRewardModel.from_pretrained(directory / MODEL_FOLDER)
+        self.unwrapped.load_state_dict(saved.state_dict())
+
+    def state(self) -> dict[str, Any]:
+        """Adds the best metric so far."""
+        return {**super().state(), "best_metric": self.best_metric}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Restore what `state` returned."""
+        super().load_state(state)
+        self.best_metric = state["best_metric"]
+
+    def _open(self, path: str) -> tuple[Dataset, list[Any], list[int] | None]:
+        """The dataset, its items (rows with a label, or pairs) and the labels of rows."""
+        config = self.config
+        dataset = load_latent_dataset(path)
+        require_latents(dataset, path)
+        if config.loss == "bt":
+            pairs = preference_pairs(
+                dataset, config.task, path, allow_unpaired=config.allow_unpaired, seed=config.seed
+            )
+            return dataset, pairs, None
+        rows, labels = rows_with_label(dataset, config.task, path)
+        return dataset, rows, labels
+
+    def _build_evaluator(self) -> RewardEvaluator | None:
+        config = self.config
+        if config.validation_dataset is None:
+            return None
+        dataset, items, labels = self._open(config.validation_dataset)
+        fingerprint = single_value(dataset, "vae_fingerprint", config.validation_dataset)
+        if fingerprint != self.vae_fingerprint:
+            raise ValueError(
+                f"`validation_dataset`: {config.validation_dataset} was encoded by the VAE {fingerprint}, "
+                f"the training data by {self.vae_fingerprint}."
+            )
+        if labels is not None and len(set(labels)) < 2 and config.metric_for_best_model == "auc":
+            raise ValueError(
+                f"`metric_for_best_model` is 'auc', but all labels of {config.validation_dataset} for "
+                f"'{config.task}' are {labels[0]}."
+            )
+        return RewardEvaluator(
+            dataset,
+            items,
+            labels,
+            timesteps=config.validation_timesteps,
+            seed=config.validation_seed,
+            batch_size=config.train_batch_size,
+        )
+
+    def _load_reward_model(self) -> WanRewardModel:
+        config = self.config
+        if config.reward_model is not None:
+            model = WanRewardModel.from_pretrained(config.reward_model)
+            check_latents_fit(model, vae_fingerprint=self.vae_fingerprint, source=config.train_dataset)
+            model.register_to_config(task=config.task, vae_fingerprint=self.vae_fingerprint)
+        else:
+            transformer = load_transformer(
+                config.pretrained_model_name_or_path, revision=config.revision, variant=config.variant
+            )
+            model = WanRewardModel.from_transformer(
+                transformer,
+                num_layers=config.num_layers,
+                pooling=config.pooling,
+                num_query_heads=config.num_query_heads,
+                query_residual=config.query_residual,
+                task=config.task,
+                vae_fingerprint=self.vae_fingerprint,
+            )
+        model.freeze_embeddings()
+        if config.freeze_blocks:
+            model.blocks.requires_grad_(False)
+        if config.gradient_checkpointing:
+            model.enable_gradient_checkpointing()
+        return model
+
+    def _check_dataset(self, dataset: Dataset, source: str) -> None:
+        model_config = self.unwrapped.config
+        check_rows_fit(
+            dataset,
+            source,
+            num_channels=model_config.out_channels,
+            text_dim=model_config.text_dim,
+            image_dim=model_config.image_dim,
+            patch_size=model_config.patch_size,
+        )
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        head = [*self.unwrapped.pooler.parameters(), *self.unwrapped.head.parameters()]
+        groups = [{"params": head, "lr": self.config.head_learning_rate}]
+        if not self.config.freeze_blocks:
+            groups.insert(0, {"params": list(self.unwrapped.blocks.parameters()), "lr": self.config.learning_rate})
+        return groups
+
+    def _buckets(self) -> list[tuple[int, ...]]:
+        shapes = latent_shapes(self.dataset)
+        return [shapes[item[0] if isinstance(item, tuple) else item] for item in self.items]
+
+    def _save_best(self, metrics: dict[str, float]) -> None:
+        temporary = self.output_dir / f".{BEST_FOLDER}.tmp"
+        self.unwrapped.save_pretrained(temporary)
+        report = {"global_step": self.global_step, **metrics}
+        (temporary / "metrics.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
+        replace_folder(temporary, self.output_dir / BEST_FOLDER)
+        logger.info("Best %s so far: %.4f.", self.config.metric_for_best_model, self.best_metric)
