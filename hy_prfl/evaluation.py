@@ -70,13 +70,12 @@ class RewardEvaluator:
         self.timesteps = list(timesteps)
         self.seed = seed
         self.batch_size = batch_size
-        # Each entry is (row, id of the row whose noise it gets).
-        if labels is None:
-            chosen = [pair[0] for pair in items]  # type: ignore[index]
-            rejected = [pair[1] for pair in items]  # type: ignore[index]
+        pairs = [item for item in items if isinstance(item, tuple)]
+        self.rows = [item for item in items if not isinstance(item, tuple)]
+        self.noise_rows = self.rows
+        if pairs:
+            chosen, rejected = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
             self.rows, self.noise_rows = chosen + rejected, chosen + chosen
-        else:
-            self.rows = self.noise_rows = list(items)  # type: ignore[arg-type]
         self.shapes = latent_shapes(dataset)
 
     @torch.no_grad()

@@ -1,7 +1,7 @@
 """Builds a tiny Wan pipeline, with random weights, from the classes that the 14B model is made of."""
 
 import string
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -46,6 +46,7 @@ def build_pipeline(
     text_dim: int = 32,
     vae_base_dim: int = 3,
     flow_shift: float = 3.0,
+    vae_config: Mapping[str, object] | None = None,
     seed: int = 0,
 ) -> WanPipeline | WanImageToVideoPipeline:
     """
@@ -54,11 +55,15 @@ def build_pipeline(
     Args:
         image_to_video (`bool`, defaults to `False`):
             Build a `WanImageToVideoPipeline` with a CLIP image encoder, its transformer taking 16 + 20 channels.
+        vae_config (`Mapping`, *optional*):
+            Arguments of `AutoencoderKLWan` to use instead of those of this function.
         seed (`int`, defaults to 0):
             Seed of the random weights.
     """
     torch.manual_seed(seed)
-    vae = AutoencoderKLWan(base_dim=vae_base_dim, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+    vae = AutoencoderKLWan(
+        **{"base_dim": vae_base_dim, "z_dim": 16, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1, **(vae_config or {})}
+    )
     tokenizer = build_tokenizer()
     text_encoder = UMT5EncoderModel(
         UMT5Config(

@@ -22,11 +22,11 @@ class GenerateConfig:
     # Parameters of the input and output
     prompts: str = field(
         metadata={
-            "help": "Prompts: JSON or JSONL rows {caption, id, seed, image, last_image}, only the caption is needed, or "
-            "a text file with one prompt a line."
+            "help": "Prompts: rows {caption, id, seed, image, last_image} in JSON, JSONL or CSV, only the caption is "
+            "needed, or a .txt with one prompt a line. Names of upstream's temp_prfl_infer_data.json work too."
         }
     )
-    output_dir: str = field(metadata={"help": "Folder for <id>_seed_<seed>.mp4 and manifest.jsonl."})
+    output_dir: str = field(metadata={"help": "Folder for <id>_seed_<seed>.mp4 and manifest.json."})
     seed: int = field(default=0, metadata={"help": "Seed of the rows that bring none."})
     num_videos_per_prompt: int = field(
         default=1, metadata={"help": "Videos of each row, with the seeds seed, seed + 1, ..."}
@@ -56,29 +56,31 @@ class GenerateConfig:
     num_inference_steps: int = field(default=50, metadata={"help": "Denoising steps."})
     guidance_scale: float = field(default=5.0, metadata={"help": "Classifier-free guidance; 1 turns it off."})
     flow_shift: float | None = field(
-        default=None, metadata={"help": "Shift of the noise schedule; Wan uses 3 for 480P, 5 for 720P. The pipeline's own if left out."}
+        default=None,
+        metadata={
+            "help": "Shift of the noise schedule; Wan uses 3 for 480P, 5 for 720P. The pipeline's own if left out."
+        },
     )
     negative_prompt: str | None = field(default=None, metadata={"help": "What the videos should not show."})
     max_sequence_length: int = field(default=512, metadata={"help": "Text tokens the prompt is padded or cut to."})
 
     # Parameters of the video
-    height: int = field(default=480, metadata={"help": "Height in pixels, a multiple of 16."})
-    width: int = field(default=832, metadata={"help": "Width in pixels, a multiple of 16."})
-    keep_image_aspect: bool = field(
-        default=False,
-        metadata={
-            "help": "Image-to-video: take each first image's aspect ratio, height x width only says the area. "
-            "Otherwise images are resized and centre-cropped to height x width."
-        },
+    height: int = field(
+        default=480, metadata={"help": "Height, a multiple of 16. Images are resized and centre-cropped."}
     )
+    width: int = field(default=832, metadata={"help": "Width, a multiple of 16."})
     num_frames: int = field(default=81, metadata={"help": "Frames, 4k + 1."})
     fps: int = field(default=16, metadata={"help": "Frames per second written into the file; Wan's videos have 16."})
-    crf: int = field(default=12, metadata={"help": "H.264 quality: 0 is lossless, 12 looks so, 23 is common on the web."})
+    crf: int = field(
+        default=12, metadata={"help": "H.264 quality: 0 is lossless, 12 looks so, 23 is common on the web."}
+    )
 
     # Parameters of memory and speed
     cpu_offload: Literal["none", "model", "sequential"] = field(
         default="none",
-        metadata={"help": "Keep weights in CPU memory: whole models (slower start) or single layers (slow, least memory)."},
+        metadata={
+            "help": "Keep weights in CPU memory: whole models (slower start) or single layers (slow, least memory)."
+        },
     )
     step_cache: Literal["none", "first_block", "taylorseer", "sea"] = field(
         default="none",
@@ -105,7 +107,12 @@ class GenerateConfig:
             value = getattr(self, name)
             check(value >= 16 and value % 16 == 0, name, value, "a positive multiple of 16")
         check(self.num_frames >= 1 and self.num_frames % 4 == 1, "num_frames", self.num_frames, "4k + 1")
-        check(math.isfinite(self.guidance_scale) and self.guidance_scale >= 0, "guidance_scale", self.guidance_scale, "at least 0")
+        check(
+            math.isfinite(self.guidance_scale) and self.guidance_scale >= 0,
+            "guidance_scale",
+            self.guidance_scale,
+            "at least 0",
+        )
         check(self.flow_shift is None or self.flow_shift > 0, "flow_shift", self.flow_shift, "greater than 0")
         check(
             self.lora_scale is None or self.lora_path is not None,

@@ -69,7 +69,8 @@ class LatentEncoder:
             dtype (`torch.dtype`, defaults to `torch.float32`):
                 Type of the text encoder. VAE and image encoder are always float32, as diffusers recommends for Wan.
         """
-        pipeline = DiffusionPipeline.from_pretrained(
+        # Called on the class itself: `DiffusionPipeline.from_pretrained` does not know that transformers are optional.
+        pipeline = find_pipeline_class(pretrained_model_name_or_path, revision).from_pretrained(
             pretrained_model_name_or_path,
             revision=revision,
             variant=variant,
@@ -144,7 +145,7 @@ class LatentEncoder:
 
     @torch.no_grad()
     def encode_first_frame(
-        self, frames: torch.Tensor, last_image: torch.Tensor | None = None, num_frames: int | None = None
+        self, frames: torch.Tensor, num_frames: int | None = None
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
         """
         What an image-to-video pipeline gives its transformer besides latents and text.
@@ -152,8 +153,6 @@ class LatentEncoder:
         Args:
             frames (`torch.Tensor` of shape `(num_frames, 3, height, width)`):
                 In [-1, 1]. Only the first one is used.
-            last_image (`torch.Tensor` of shape `(3, height, width)`, *optional*):
-                Last frame, for pipelines that interpolate between two.
             num_frames (`int`, *optional*):
                 Frames of the video to generate, `len(frames)` if not given.
 
@@ -172,14 +171,13 @@ class LatentEncoder:
         self._check_frames(frames)
         device = self.pipeline.vae.device
         first = frames[:1].to(device, torch.float32)
-        last = None if last_image is None else last_image.unsqueeze(0).to(device, torch.float32)
         height, width = frames.shape[-2:]
         num_frames = len(frames) if num_frames is None else num_frames
 
         image_embeds = None
         if self.pipeline.image_encoder is not None:
-            images = [Image.fromarray(to_uint8(image)[0]) for image in (first, last) if image is not None]
-            image_embeds = self.pipeline.encode_image(images, device).flatten(0, 1).float().cpu()
+            image = Image.fromarray(to_uint8(first)[0])
+            image_embeds = self.pipeline.encode_image(image, device)[0].float().cpu()
 
         # Given latents, the pipeline draws no noise; they are of no other use here.
         latents = torch.zeros(1, *self.latents_shape(num_frames, height, width))
@@ -193,7 +191,6 @@ class LatentEncoder:
             dtype=torch.float32,
             device=device,
             latents=latents,
-            last_image=last,
         )
         return image_embeds, condition[0].float().cpu()
 
@@ -209,20 +206,21 @@ class LatentEncoder:
             raise ValueError(f"the number of frames must be {temporal}k + 1, got {len(frames)}.")
 
 
-def pipeline_is_image_to_video(pretrained_model_name_or_path: str, revision: str | None = None) -> bool:
+def find_pipeline_class(pretrained_model_name_or_path: str, revision: str | None = None) -> Any:
     """
-    Whether a pipeline is image-to-video, told by its `model_index.json` alone.
+    Class of a pipeline, `WanPipeline` or `WanImageToVideoPipeline`, told by its `model_index.json` alone.
 
     Raises:
-        ValueError: If it is neither a `WanPipeline` nor a `WanImageToVideoPipeline`.
+        ValueError: If it is another one.
     """
     name = DiffusionPipeline.load_config(pretrained_model_name_or_path, revision=revision)["_class_name"]
-    if name not in (WanPipeline.__name__, WanImageToVideoPipeline.__name__):
-        raise ValueError(
-            f"`pretrained_model_name_or_path` {pretrained_model_name_or_path!r} is a `{name}`, "
-            "expected a `WanPipeline` or a `WanImageToVideoPipeline`."
-        )
-    return name == WanImageToVideoPipeline.__name__
+    for pipeline_class in (WanPipeline, WanImageToVideoPipeline):
+        if name == pipeline_class.__name__:
+            return pipeline_class
+    raise ValueError(
+        f"`pretrained_model_name_or_path` '{pretrained_model_name_or_path}' is a `{name}`, expected a `WanPipeline` "
+        "or a `WanImageToVideoPipeline`."
+    )
 
 
 def strip_padding(prompt_embeds: torch.Tensor) -> torch.Tensor:

@@ -58,6 +58,8 @@ def read_video(path: str | Path, fps: float, num_frames: int, min_num_frames: in
             frames = _resample(container, fps, num_frames)
     except av.error.FFmpegError as error:
         raise VideoError(f"cannot be decoded: {error}") from error
+    if len({frame.shape for frame in frames}) > 1:
+        raise VideoError("the size of the frames changes within the clip")
     if len(frames) < min_num_frames:
         raise VideoError(f"too short: {len(frames)} frames at {fps:g} fps, {min_num_frames} are needed")
     return np.stack(frames[: floor_num_frames(len(frames))])

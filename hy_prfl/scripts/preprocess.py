@@ -11,10 +11,11 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from diffusers import WanImageToVideoPipeline
 
 from ..configs.parser import parse_config
 from ..configs.preprocess import PreprocessConfig
-from ..data.encoding import LatentEncoder, pipeline_is_image_to_video
+from ..data.encoding import LatentEncoder, find_pipeline_class
 from ..data.manifest import ManifestRow, read_manifest
 from ..data.preprocessing import ClipEncoder, ClipSettings
 from ..data.store import REPORT_FILE, RowEncoder, build_dataset, is_complete, request_digest
@@ -33,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse_config(PreprocessConfig, argv, description="Encode clips, or import upstream's, into a dataset.")
     # 1. The cheap checks: settings, rows, output folder
     settings = build_settings(config)
-    settings.check_pipeline(pipeline_is_image_to_video(config.pretrained_model_name_or_path, config.revision))
+    pipeline_class = find_pipeline_class(config.pretrained_model_name_or_path, config.revision)
+    settings.check_pipeline(is_image_to_video=pipeline_class is WanImageToVideoPipeline)
     rows: Sequence[ManifestRow]
     if config.manifest is not None:
         rows = read_manifest(config.manifest, require_video=not config.prompts_only)

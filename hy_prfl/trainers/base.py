@@ -265,7 +265,7 @@ class Trainer(ABC):
             self.interrupted = True
             signal.signal(number, previous[number])
 
-        previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+        previous = {int(number): signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
         finally:

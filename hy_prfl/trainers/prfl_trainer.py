@@ -86,7 +86,7 @@ class PRFLTrainer(Trainer):
                 self.backward(self.losses_per_update * loss, batch.ids)
                 self.optimizer_step()
             losses.append(loss.detach())
-        return {"flow_loss": torch.stack(losses).mean(), "flow_grad_norm": self.last_grad_norm()}
+        return {"flow_loss": torch.stack(losses).mean(), **self.grad_norm_of("flow")}
 
     def reward_backwards(self) -> dict[str, torch.Tensor]:
         """Backward passes of the reward loss over its micro-batches."""
@@ -104,7 +104,7 @@ class PRFLTrainer(Trainer):
             "reward_loss": torch.stack(losses).mean(),
             "reward": all_logits.sigmoid().mean(),
             "reward_logit": all_logits.mean(),
-            "reward_grad_norm": self.last_grad_norm(),
+            **self.grad_norm_of("reward"),
         }
 
     def compute_flow_matching_loss(self, batch: LatentBatch, micro_step: int) -> torch.Tensor:
@@ -202,9 +202,12 @@ class PRFLTrainer(Trainer):
             "encoder_hidden_states_image": None if image_embeds is None else image_embeds.to(self.weight_dtype),
         }
 
-    def last_grad_norm(self) -> torch.Tensor:
-        """Norm of the gradient of the last update, before clipping."""
-        return torch.as_tensor(self.grad_norm, device=self.accelerator.device)
+    def grad_norm_of(self, kind: str) -> dict[str, torch.Tensor]:
+        """Norm, before clipping, of the gradient of the update that just ended; empty if none did."""
+        if not self.accelerator.sync_gradients:
+            return {}
+        name = "grad_norm" if self.config.update_schedule == "joint" else f"{kind}_grad_norm"
+        return {name: torch.as_tensor(self.grad_norm, device=self.accelerator.device)}
 
     def start_streams(self) -> None:
         """Open the batches of both kinds at the position of `global_step`."""

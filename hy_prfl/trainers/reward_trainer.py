@@ -1,6 +1,7 @@
 """Trains PAVRM: the label of the clean clip, predicted from its latents at a random noise level."""
 
 import json
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -141,8 +142,10 @@ class RewardTrainer(Trainer):
 
     def start_streams(self) -> None:
         """Open the training batches at the position of `global_step`."""
-        collate = collate_preferences if self.config.loss == "bt" else partial(collate_labeled, task=self.config.task)
-        self.batches = stream_batches(
+        collate: Callable[[list[Any]], LabeledBatch | PreferenceBatch] = collate_preferences
+        if self.config.loss == "bce":
+            collate = partial(collate_labeled, task=self.config.task)
+        self.batches: Iterator[LabeledBatch | PreferenceBatch] = stream_batches(
             RowDataset(self.dataset, self.items),
             collate,
             self.sampler(start=self.global_step * self.config.gradient_accumulation_steps),

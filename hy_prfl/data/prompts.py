@@ -1,0 +1,143 @@
+"""Lists of prompts to generate videos from: JSON, JSON Lines, CSV, or a text file with a prompt a line."""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .manifest import read_records, read_text
+from .video import VideoError, read_image
+
+
+# Field of a prompt -> names it may have; upstream's `temp_prfl_infer_data.json` has the last ones.
+FIELDS = {
+    "caption": ("caption", "prompt", "short_caption"),
+    "id": ("id", "image_id"),
+    "seed": ("seed",),
+    "image": ("image", "first_image", "image_path"),
+    "last_image": ("last_image", "last_image_path"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoPrompt:
+    """One video to generate. `id` and `seed` name it; `image` and `last_image` are for image-to-video pipelines."""
+
+    id: str
+    caption: str
+    seed: int = 0
+    image: Path | None = None
+    last_image: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """Name of the video, without a suffix."""
+        return f"{self.id}_seed_{self.seed}"
+
+
+def read_prompts(path: str | Path, *, seed: int = 0, num_videos_per_prompt: int = 1) -> list[VideoPrompt]:
+    """
+    Read a list of prompts: a JSON list, JSON Lines, CSV, or a text file (`.txt`) with one prompt a line.
+
+    | field | meaning |
+    |---|---|
+    | `caption` (`prompt`, `short_caption`) | what the video shall show |
+    | `id` (`image_id`) | name of the prompt, letters, digits, `.`, `_` and `-`; the number of the row if left out |
+    | `seed` | seed of the video's noise, optional |
+    | `image` (`first_image`, `image_path`) | first frame, absolute or relative to the list's folder, optional |
+    | `last_image` (`last_image_path`) | last frame, likewise, optional |
+
+    Args:
+        seed (`int`, defaults to 0):
+            Seed of the rows that bring none.
+        num_videos_per_prompt (`int`, defaults to 1):
+            Videos for each row, with its seed, its seed + 1, and so on.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file or a row is broken, has an unknown field or no caption, or two rows ask for the same
+            video; names file, row and field.
+    """
+    path = Path(path)
+    records = _read_lines(path) if path.suffix.lower() == ".txt" else read_records(path)
+    if not records:
+        raise ValueError(f"{path}: there is no prompt in it.")
+    rows = [(where, _parse_prompt(path, index, where, record, seed)) for index, (where, record) in enumerate(records)]
+    prompts: list[VideoPrompt] = []
+    first: dict[str, str] = {}
+    for where, row in rows:
+        for offset in range(num_videos_per_prompt):
+            prompt = dataclasses.replace(row, seed=row.seed + offset)
+            if prompt.name in first:
+                raise ValueError(
+                    f"{where}: `id` {prompt.id!r} with seed {prompt.seed} is already taken by {first[prompt.name]}."
+                )
+            first[prompt.name] = where
+            prompts.append(prompt)
+    return prompts
+
+
+def check_prompts(prompts: Sequence[VideoPrompt], *, image_to_video: bool, last_image: str) -> None:
+    """
+    Refuse prompts whose images are missing, unreadable, or do not fit the pipeline.
+
+    Args:
+        image_to_video (`bool`):
+            Whether the pipeline starts from an image.
+        last_image (`str`):
+            `"none"`, `"optional"` or `"required"`: whether it takes a last image.
+
+    Raises:
+        ValueError: Naming the prompt.
+    """
+    for prompt in prompts:
+        where = f"prompt '{prompt.id}'"
+        if not image_to_video and (prompt.image is not None or prompt.last_image is not None):
+            raise ValueError(f"{where} has an image, but the pipeline is text-to-video and takes none.")
+        if image_to_video and prompt.image is None:
+            raise ValueError(f"{where}: `image` is missing, and the pipeline is image-to-video.")
+        if prompt.last_image is not None and last_image == "none":
+            raise ValueError(f"{where} has a `last_image`, but this pipeline takes only a first image.")
+        if prompt.last_image is None and last_image == "required":
+            raise ValueError(f"{where}: `last_image` is missing; this pipeline needs a first and a last image.")
+    for file in sorted({file for prompt in prompts for file in (prompt.image, prompt.last_image) if file is not None}):
+        try:
+            read_image(file)
+        except VideoError as error:
+            users = [prompt.id for prompt in prompts if file in (prompt.image, prompt.last_image)]
+            raise ValueError(f"prompt '{users[0]}': {error}") from error
+
+
+def _read_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file '{path}'.")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text: {error}") from error
+    return [(f"{path}, line {number}", {"caption": line}) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def _parse_prompt(path: Path, index: int, where: str, record: Mapping[str, Any], seed: int) -> VideoPrompt:
+    unknown = sorted(set(record) - {name for names in FIELDS.values() for name in names})
+    if unknown:
+        raise ValueError(f"{where}: unknown fields: {', '.join(unknown)}.")
+    text = {name: read_text(record, names, where) for name, names in FIELDS.items()}
+    if text["caption"] is None:
+        raise ValueError(f"{where}: `caption` is missing.")
+    prompt_id = text["id"] or f"{index:05d}"
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", prompt_id):
+        raise ValueError(f"{where}: `id` becomes a file name: letters, digits, '.', '_' and '-', got {prompt_id!r}.")
+    if text["seed"] is not None:
+        if not re.fullmatch(r"\d{1,18}", text["seed"]):
+            raise ValueError(f"{where}: `seed` must be a whole number, at least 0, got {record['seed']!r}.")
+        seed = int(text["seed"])
+    return VideoPrompt(
+        id=prompt_id,
+        caption=text["caption"],
+        seed=seed,
+        image=path.parent / text["image"] if text["image"] else None,
+        last_image=path.parent / text["last_image"] if text["last_image"] else None,
+    )

@@ -1,0 +1,260 @@
+"""Prompts to mp4 files with the stock diffusers Wan pipelines. Knows no reward."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import torch
+from accelerate import PartialState
+from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanPipeline
+from PIL import Image
+from tqdm import tqdm
+
+from .data.prompts import VideoPrompt
+from .data.store import hash_file, write_text
+from .data.video import read_image, resize_and_crop, to_uint8
+from .models.pipelines import load_pipeline
+
+
+__all__ = [
+    "VideoPrompt",
+    "VideoSettings",
+    "decode_latents",
+    "generate_video",
+    "generate_videos",
+    "load_pipeline",
+    "pending_videos",
+    "write_manifest",
+    "write_video",
+]
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoSettings:
+    """
+    How videos are sampled and written.
+
+    Args:
+        height, width (`int`): Size in pixels, multiples of 16. Images are resized and centre-cropped to it.
+        num_frames (`int`): Frames, `4k + 1`.
+        num_inference_steps (`int`): Denoising steps.
+        guidance_scale (`float`): Classifier-free guidance; 1 turns it off.
+        negative_prompt (`str`, *optional*): What the videos should not show.
+        max_sequence_length (`int`): Text tokens that prompts are padded or cut to.
+        fps (`int`): Frame rate of the files.
+        crf (`int`): H.264 quality, 0 (lossless) to 51.
+    """
+
+    height: int = 480
+    width: int = 832
+    num_frames: int = 81
+    num_inference_steps: int = 50
+    guidance_scale: float = 5.0
+    negative_prompt: str | None = None
+    max_sequence_length: int = 512
+    fps: int = 16
+    crf: int = 12
+
+
+def generate_video(
+    pipeline: WanPipeline | WanImageToVideoPipeline, prompt: VideoPrompt, settings: VideoSettings
+) -> np.ndarray:
+    """
+    Sample one video. Its noise comes from a CPU generator of its own, so it depends on nothing but its seed.
+
+    Returns:
+        `np.ndarray` of shape `(num_frames, height, width, 3)`: float32 in [0, 1].
+    """
+    images = {
+        name: Image.fromarray(resize_and_crop(read_image(path)[None], settings.height, settings.width)[0])
+        for name, path in (("image", prompt.image), ("last_image", prompt.last_image))
+        if path is not None
+    }
+    return pipeline(
+        prompt=prompt.caption,
+        negative_prompt=settings.negative_prompt,
+        height=settings.height,
+        width=settings.width,
+        num_frames=settings.num_frames,
+        num_inference_steps=settings.num_inference_steps,
+        guidance_scale=settings.guidance_scale,
+        max_sequence_length=settings.max_sequence_length,
+        generator=torch.Generator().manual_seed(prompt.seed),
+        output_type="np",
+        **images,
+    ).frames[0]
+
+
+def generate_videos(
+    pipeline: WanPipeline | WanImageToVideoPipeline,
+    prompts: Sequence[VideoPrompt],
+    output_dir: str | Path,
+    settings: VideoSettings | None = None,
+    *,
+    model_identity: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> list[Path]:
+    """
+    Write `<id>_seed_<seed>.mp4` for each prompt, and `manifest.json`, a list that `preprocess` and `score` read.
+
+    Prompts are split over the processes of `accelerate`. Videos that are there are skipped, so a run that was killed
+    goes on where it was. Each file's metadata tells what it was made from; a file made from something else is an error.
+
+    Args:
+        settings (`VideoSettings`, *optional*):
+            Sampling and file format.
+        model_identity (`Mapping`, *optional*):
+            Whatever tells one model from another; must be JSON. Without it, files of another model are not told apart.
+        overwrite (`bool`, defaults to `False`):
+            Replace files that were made from something else.
+
+    Returns:
+        `list[Path]`: the videos, in the order of the prompts.
+    """
+    state = PartialState()
+    output_dir = Path(output_dir)
+    settings = VideoSettings() if settings is None else settings
+    pending = pending_videos(prompts, output_dir, settings, model_identity=model_identity, overwrite=overwrite)
+    # Nobody writes before everybody has looked, so that all split the same list.
+    state.wait_for_everyone()
+    output_dir.mkdir(parents=True, exist_ok=True)
+    pipeline.set_progress_bar_config(leave=False, disable=not state.is_main_process)
+    share = pending[state.process_index :: state.num_processes]
+    for prompt in tqdm(share, desc="Generating", unit="video", disable=not state.is_main_process):
+        frames = generate_video(pipeline, prompt, settings)
+        record = video_record(prompt, settings, model_identity)
+        write_video(
+            output_dir / f"{prompt.name}.mp4", frames, settings.fps, crf=settings.crf, comment=json.dumps(record)
+        )
+    state.wait_for_everyone()
+    if state.is_main_process:
+        write_manifest(prompts, output_dir)
+    state.wait_for_everyone()
+    return [output_dir / f"{prompt.name}.mp4" for prompt in prompts]
+
+
+def pending_videos(
+    prompts: Sequence[VideoPrompt],
+    output_dir: str | Path,
+    settings: VideoSettings,
+    *,
+    model_identity: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> list[VideoPrompt]:
+    """
+    Prompts whose video is not there yet.
+
+    Raises:
+        ValueError: If a file is there that was made from something else, unless `overwrite` is set.
+    """
+    pending = []
+    for prompt in prompts:
+        path = Path(output_dir) / f"{prompt.name}.mp4"
+        if path.exists():
+            expected, found = video_record(prompt, settings, model_identity), read_record(path)
+            if found == expected:
+                continue
+            if not overwrite:
+                different = sorted(key for key in expected | found if expected.get(key) != found.get(key))
+                raise ValueError(
+                    f"'{path}' was made with other settings ({', '.join(different)}). Choose another `output_dir`, "
+                    "or set `overwrite`."
+                )
+        pending.append(prompt)
+    return pending
+
+
+def write_manifest(prompts: Sequence[VideoPrompt], output_dir: str | Path) -> None:
+    """Write `manifest.json`, the list of the videos of these prompts that `preprocess` and `score` read."""
+    rows = [
+        {"id": prompt.name, "video": f"{prompt.name}.mp4", "caption": prompt.caption, "seed": prompt.seed}
+        for prompt in prompts
+    ]
+    write_text(Path(output_dir) / MANIFEST, json.dumps(rows, indent=1, ensure_ascii=False))
+
+
+def video_record(
+    prompt: VideoPrompt, settings: VideoSettings, model_identity: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Everything that a video depends on, as it is kept in the metadata of its file."""
+    images = {
+        name: None if path is None else hash_file(path)
+        for name, path in (("image", prompt.image), ("last_image", prompt.last_image))
+    }
+    return {"caption": prompt.caption, "seed": prompt.seed, **images, **asdict(settings), **(model_identity or {})}
+
+
+def read_record(path: str | Path) -> dict[str, Any]:
+    """The `video_record` in a file's metadata, empty if it holds none."""
+    try:
+        with av.open(str(path)) as container:
+            record = json.loads(container.metadata.get("comment", "{}"))
+    except (av.error.FFmpegError, json.JSONDecodeError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def write_video(path: str | Path, frames: np.ndarray, fps: int, *, crf: int = 12, comment: str | None = None) -> None:
+    """
+    Write an H.264 mp4 (yuv420p, which every player shows), complete or not at all.
+
+    Args:
+        frames (`np.ndarray` of shape `(num_frames, height, width, 3)`):
+            RGB, uint8 or float in [0, 1]; height and width even.
+        crf (`int`, defaults to 12):
+            Quality, 0 (lossless) to 51; 12 looks lossless.
+        comment (`str`, *optional*):
+            Text for the file's metadata.
+
+    Raises:
+        ValueError: If the frames have another shape or odd sides, or hold a NaN or an infinity.
+    """
+    path = Path(path)
+    if frames.ndim != 4 or frames.shape[0] == 0 or frames.shape[3] != 3 or frames.shape[1] % 2 or frames.shape[2] % 2:
+        raise ValueError(f"{path}: expected frames (num_frames, height, width, 3) of even size, got {frames.shape}.")
+    if frames.dtype != np.uint8:
+        if not np.isfinite(frames).all():
+            raise ValueError(f"{path}: the frames hold a NaN or an infinity.")
+        frames = np.round(np.clip(frames, 0, 1) * 255).astype(np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with av.open(str(temporary), mode="w", format="mp4", options={"movflags": "+faststart"}) as container:
+        if comment is not None:
+            container.metadata["comment"] = comment
+        stream = container.add_stream("libx264", rate=Fraction(fps), options={"crf": str(crf)})
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode(None))
+    os.replace(temporary, path)
+
+
+@torch.no_grad()
+def decode_latents(vae: AutoencoderKLWan, latents: torch.Tensor) -> np.ndarray:
+    """
+    Decode normalised latents as the pipelines do.
+
+    Args:
+        vae (`AutoencoderKLWan`):
+            VAE of the pipeline.
+        latents (`torch.Tensor` of shape `(batch_size, num_channels, num_latent_frames, height / 8, width / 8)`):
+            Clean normalised latents.
+
+    Returns:
+        `np.ndarray` of shape `(batch_size, num_frames, height, width, 3)`: uint8.
+    """
+    latents = latents.to(vae.device, vae.dtype)
+    shape = (1, -1, 1, 1, 1)
+    latents_mean = torch.tensor(vae.config.latents_mean).view(shape).to(latents)
+    latents_std = 1.0 / torch.tensor(vae.config.latents_std).view(shape).to(latents)
+    video = vae.decode(latents / latents_std + latents_mean, return_dict=False)[0]
+    return np.stack([to_uint8(frames) for frames in video.permute(0, 2, 1, 3, 4)])

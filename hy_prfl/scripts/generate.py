@@ -1,0 +1,72 @@
+"""
+Generates videos from a list of prompts.
+
+    accelerate launch -m hy_prfl.scripts.generate --prompts prompts.json --output_dir outputs/videos \
+        --pretrained_model_name_or_path Wan-AI/Wan2.1-T2V-1.3B-Diffusers --lora_path outputs/prfl/lora
+
+The same command again goes on where it was stopped.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+
+from ..configs.base import save_config
+from ..configs.generate import GenerateConfig
+from ..configs.parser import parse_config
+from ..data.encoding import pipeline_is_image_to_video
+from ..data.prompts import check_prompts, read_prompts
+from ..generation import VideoSettings, generate_videos, pending_videos, write_manifest
+from ..models.pipelines import last_image_support, load_pipeline
+from ..provenance import path_identity
+
+
+# Options that a video depends on and that neither its prompt nor `VideoSettings` tells.
+MODEL_OPTIONS = ("lora_scale", "dtype", "flow_shift", "step_cache", "step_cache_threshold", "step_cache_interval")
+MODEL_PATHS = ("pretrained_model_name_or_path", "transformer_path", "lora_path")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Generate the videos that are not there yet."""
+    config = parse_config(GenerateConfig, argv, description=__doc__)
+    state = PartialState()
+    output_dir = Path(config.output_dir)
+    prompts = read_prompts(config.prompts, seed=config.seed, num_videos_per_prompt=config.num_videos_per_prompt)
+    image_to_video = pipeline_is_image_to_video(config.pretrained_model_name_or_path, config.revision)
+    last_image = (
+        last_image_support(config.pretrained_model_name_or_path, config.revision) if image_to_video else "none"
+    )
+    check_prompts(prompts, image_to_video=image_to_video, last_image=last_image)
+
+    settings = VideoSettings(**{name: getattr(config, name) for name in VideoSettings.__dataclass_fields__})
+    identity = {name: getattr(config, name) for name in (*MODEL_OPTIONS, "revision", "variant")}
+    paths = {name: getattr(config, name) for name in MODEL_PATHS}
+    identity |= {name: None if path is None else path_identity(path) for name, path in paths.items()}
+    pending = pending_videos(prompts, output_dir, settings, model_identity=identity, overwrite=config.overwrite)
+    if pending:
+        pipeline = load_pipeline(
+            config.pretrained_model_name_or_path,
+            revision=config.revision,
+            variant=config.variant,
+            transformer_path=config.transformer_path,
+            lora_path=config.lora_path,
+            lora_scale=1.0 if config.lora_scale is None else config.lora_scale,
+            flow_shift=config.flow_shift,
+            dtype=getattr(torch, config.dtype),
+            device=state.device,
+            cpu_offload=config.cpu_offload,
+            step_cache=config.step_cache,
+            step_cache_threshold=config.step_cache_threshold,
+            step_cache_interval=config.step_cache_interval,
+        )
+        generate_videos(pipeline, prompts, output_dir, settings, model_identity=identity, overwrite=config.overwrite)
+    if state.is_main_process:
+        write_manifest(prompts, output_dir)
+        save_config(config, output_dir / "generate.yaml")
+        print(f"{len(pending)} videos generated, {len(prompts) - len(pending)} were there: {output_dir}")
+
+
+if __name__ == "__main__":
+    main()

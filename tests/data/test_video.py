@@ -1,0 +1,237 @@
+"""Decoding, resampling and sizes, against files whose frames are known."""
+
+import struct
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from diffusers.video_processor import VideoProcessor
+from PIL import Image
+
+from hy_prfl.data.video import (
+    VideoError,
+    floor_num_frames,
+    nearest_bucket,
+    parse_size,
+    read_image,
+    read_video,
+    resize_and_crop,
+    short_side_bucket,
+    to_float,
+    to_uint8,
+)
+
+
+def write_gray_levels(path: Path, times: Sequence[Fraction], end: Fraction, levels: Sequence[int]) -> Path:
+    """Lossless video whose frame `i` is a plain gray of `levels[i]`, on the screen from `times[i]` on."""
+    time_base = Fraction(1, 90000)
+    with av.open(str(path), mode="w") as container:
+        stream = container.add_stream("libx264rgb", rate=30, options={"crf": "0", "bf": "0"})
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "rgb24"
+        stream.codec_context.time_base = time_base
+        for time, following, level in zip(times, [*times[1:], end], levels, strict=True):
+            frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), level, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = int(time / time_base), time_base
+            frame.duration = int((following - time) / time_base)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def test_same_rate_gives_every_frame(write_video: Callable[..., Path], tmp_path: Path) -> None:
+    path = write_video(tmp_path / "clip.mp4", num_frames=13)
+    with av.open(str(path)) as container:
+        expected = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    frames = read_video(path, fps=16, num_frames=13)
+    assert frames.dtype == np.uint8
+    np.testing.assert_array_equal(frames, expected)
+    np.testing.assert_array_equal(read_video(path, fps=16, num_frames=9), expected[:9])
+
+
+@pytest.mark.parametrize(("source_fps", "num_source_frames"), [(8, 9), (24, 25), (30, 31), (60, 61)])
+def test_resampling_takes_the_frame_on_the_screen(tmp_path: Path, source_fps: int, num_source_frames: int) -> None:
+    times = [Fraction(index, source_fps) for index in range(num_source_frames)]
+    levels = [4 * index for index in range(num_source_frames)]
+    path = write_gray_levels(tmp_path / "clip.mp4", times, Fraction(num_source_frames, source_fps), levels)
+    frames = read_video(path, fps=16, num_frames=13)
+    expected = [4 * (index * source_fps // 16) for index in range(13)]
+    np.testing.assert_array_equal(frames[:, 16, 16, 0], expected)
+
+
+def test_variable_frame_rate_goes_by_presentation_time(tmp_path: Path) -> None:
+    times = [Fraction(numerator, 16) for numerator in (0, 1, 4, 5, 11, 13)]
+    path = write_gray_levels(tmp_path / "clip.mp4", times, Fraction(14, 16), [10, 60, 110, 160, 210, 230])
+    frames = read_video(path, fps=16, num_frames=13)
+    expected = [10, 60, 60, 60, 110, 160, 160, 160, 160, 160, 160, 210, 210]
+    np.testing.assert_array_equal(frames[:, 0, 0, 0], expected)
+
+
+def test_short_clip_is_refused_or_cut(write_video: Callable[..., Path], tmp_path: Path) -> None:
+    path = write_video(tmp_path / "clip.mp4", num_frames=12)
+    with pytest.raises(VideoError, match="too short: 12 frames at 16 fps, 13 are needed"):
+        read_video(path, fps=16, num_frames=13)
+    assert len(read_video(path, fps=16, num_frames=13, min_num_frames=5)) == 9
+
+
+def test_missing_file() -> None:
+    with pytest.raises(VideoError, match="there is no file 'nowhere.mp4'"):
+        read_video("nowhere.mp4", fps=16, num_frames=5)
+
+
+def test_file_that_is_no_video(tmp_path: Path) -> None:
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(b"not a video" * 100)
+    with pytest.raises(VideoError, match="cannot be decoded"):
+        read_video(path, fps=16, num_frames=5)
+
+
+def test_empty_file(tmp_path: Path) -> None:
+    path = tmp_path / "clip.mp4"
+    path.touch()
+    with pytest.raises(VideoError, match="cannot be decoded"):
+        read_video(path, fps=16, num_frames=5)
+
+
+def test_truncated_file(write_video: Callable[..., Path], tmp_path: Path) -> None:
+    path = write_video(tmp_path / "clip.mp4", num_frames=41)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(VideoError, match="cannot be decoded"):
+        read_video(path, fps=16, num_frames=41)
+
+
+def test_truncated_file_with_its_index_in_front_is_not_taken_for_a_short_one(tmp_path: Path) -> None:
+    path = tmp_path / "clip.mp4"
+    rng = np.random.default_rng(0)
+    with av.open(str(path), mode="w", options={"movflags": "faststart"}) as container:
+        stream = container.add_stream("libx264", rate=16)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        for _ in range(41):
+            image = rng.integers(0, 255, size=(64, 64, 3), dtype=np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode(None))
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(VideoError, match="truncated|cannot be decoded|damaged"):
+        read_video(path, fps=16, num_frames=41, min_num_frames=5)
+
+
+def test_zero_frames(tmp_path: Path) -> None:
+    path = tmp_path / "clip.mp4"
+    with av.open(str(path), mode="w", options={"movflags": "frag_keyframe+empty_moov"}) as container:
+        stream = container.add_stream("libx264", rate=16)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+        stream.codec_context.open()
+        container.start_encoding()
+    with pytest.raises(VideoError, match="zero frames"):
+        read_video(path, fps=16, num_frames=5)
+
+
+def test_file_without_a_video_stream(tmp_path: Path) -> None:
+    path = tmp_path / "sound.wav"
+    with av.open(str(path), mode="w") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), format="s16", layout="mono")
+        frame.sample_rate = 8000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    with pytest.raises(VideoError, match="no video stream"):
+        read_video(path, fps=16, num_frames=5)
+
+
+def test_rotation_of_the_file_is_applied(write_video: Callable[..., Path], tmp_path: Path) -> None:
+    path = write_video(tmp_path / "clip.mp4", num_frames=5, height=32, width=48)
+    upright = read_video(path, fps=16, num_frames=5)
+    # Display matrix of a track header, as a phone held upright writes it: a quarter turn clockwise.
+    data = bytearray(path.read_bytes())
+    matrix = data.index(b"tkhd") + 4 + 40
+    data[matrix : matrix + 36] = struct.pack(">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, 32 << 16, 0, 1 << 30)
+    path.write_bytes(data)
+    np.testing.assert_array_equal(read_video(path, fps=16, num_frames=5), np.rot90(upright, k=-1, axes=(1, 2)))
+
+
+@pytest.mark.parametrize(("num_frames", "floor"), [(1, 1), (4, 1), (5, 5), (8, 5), (81, 81), (84, 81)])
+def test_floor_num_frames(num_frames: int, floor: int) -> None:
+    assert floor_num_frames(num_frames) == floor
+
+
+def test_nearest_bucket_goes_by_aspect_ratio() -> None:
+    buckets = [(480, 832), (832, 480), (624, 624)]
+    assert nearest_bucket(1080, 1920, buckets) == (480, 832)
+    assert nearest_bucket(1920, 1080, buckets) == (832, 480)
+    assert nearest_bucket(500, 480, buckets) == (624, 624)
+
+
+@pytest.mark.parametrize(
+    ("size", "resolution", "max_aspect_ratio", "expected"),
+    [
+        ((1080, 1920), 480, 1.78, (480, 864)),
+        ((1080, 1920), 480, 1.7, (480, 832)),
+        ((1920, 1080), 480, 1.7, (832, 480)),
+        ((480, 832), 480, 1.78, (480, 832)),
+        ((1080, 1920), 704, 1.78, (704, 1280)),
+        ((720, 720), 704, 1.78, (704, 704)),
+        ((400, 1600), 480, 1.78, (480, 864)),
+        ((240, 320), 480, 1.78, (480, 640)),
+    ],
+)
+def test_short_side_bucket(
+    size: tuple[int, int], resolution: int, max_aspect_ratio: float, expected: tuple[int, int]
+) -> None:
+    assert short_side_bucket(*size, resolution, max_aspect_ratio) == expected
+
+
+def test_parse_size() -> None:
+    assert parse_size("480x832") == (480, 832)
+    for size in ("480", "480*832", "x", "axb", "-1x2"):
+        with pytest.raises(ValueError, match="HEIGHTxWIDTH"):
+            parse_size(size)
+
+
+@pytest.mark.parametrize(
+    ("size", "kept"), [((32, 96), (slice(None), slice(32, 64))), ((96, 32), (slice(32, 64), slice(None)))]
+)
+def test_crop_keeps_the_centre(size: tuple[int, int], kept: tuple[slice, slice]) -> None:
+    frames = np.random.default_rng(0).integers(0, 255, size=(2, *size, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(resize_and_crop(frames, 32, 32), frames[:, kept[0], kept[1]])
+
+
+def test_resize_covers_and_keeps_proportions() -> None:
+    rows, columns = np.mgrid[0:90, 0:160]
+    frames = np.stack([rows, columns, rows + columns], axis=-1)[None].astype(np.uint8)
+    resized = resize_and_crop(frames, 32, 48).astype(float)[0]
+    # The scale is 32 / 90, by height; 135 of the 160 columns stay, in the middle. Pixel centres map to pixel centres.
+    scale = 90 / 32
+    expected_rows = (np.arange(32) + 0.5) * scale - 0.5
+    expected_columns = 12.5 + (np.arange(48) + 0.5) * scale - 0.5
+    np.testing.assert_allclose(resized[4:-4, 20, 0], expected_rows[4:-4], atol=1.0)
+    np.testing.assert_allclose(resized[16, 4:-4, 1], expected_columns[4:-4], atol=1.0)
+
+
+def test_values_are_those_of_the_pipelines_video_processor() -> None:
+    frames = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, axis=-1)
+    tensor = to_float(frames)
+    assert tensor.shape == (1, 3, 16, 16)
+    expected = VideoProcessor(vae_scale_factor=8).preprocess(Image.fromarray(frames[0]), height=16, width=16)
+    torch.testing.assert_close(tensor, expected, rtol=0, atol=0)
+    np.testing.assert_array_equal(to_uint8(tensor), frames)
+
+
+def test_images_are_turned_upright(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, size=(16, 32, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    exif = image.getexif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "image.png", exif=exif)
+    np.testing.assert_array_equal(read_image(tmp_path / "image.png"), np.rot90(pixels, k=-1))
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no image"])
+def test_bad_images(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "image.png"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(VideoError, match="image.png' cannot be read"):
+        read_image(path)

@@ -1,0 +1,111 @@
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import WanImageToVideoPipeline, WanPipeline
+from PIL import Image
+
+from hy_prfl.models.loading import load_scheduler
+from hy_prfl.rollout import denoise_to_step, sample_latents
+
+
+NUM_STEPS = 5
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
+def test_whole_chain_equals_the_stock_pipeline(pipeline_dir: Path, guidance_scale: float) -> None:
+    pipeline = WanPipeline.from_pretrained(pipeline_dir)
+    pipeline.set_progress_bar_config(disable=True)
+    noise = torch.randn(2, 16, 2, 4, 6)
+    prompt_embeds, negative = pipeline.encode_prompt(["a red circle", "a wall"], max_sequence_length=16)
+    expected = pipeline(
+        prompt_embeds=prompt_embeds, negative_prompt_embeds=negative, latents=noise, height=32, width=48, num_frames=5,
+        num_inference_steps=NUM_STEPS, guidance_scale=guidance_scale, output_type="latent",
+    ).frames  # fmt: skip
+    actual = sample_latents(
+        pipeline.transformer,
+        load_scheduler(str(pipeline_dir)),
+        noise=noise,
+        num_inference_steps=NUM_STEPS,
+        encoder_hidden_states=prompt_embeds,
+        negative_encoder_hidden_states=negative,
+        guidance_scale=guidance_scale,
+    )
+    torch.testing.assert_close(actual, expected)
+
+
+def test_whole_chain_equals_the_stock_image_to_video_pipeline(i2v_pipeline_dir: Path) -> None:
+    pipeline = WanImageToVideoPipeline.from_pretrained(i2v_pipeline_dir)
+    pipeline.set_progress_bar_config(disable=True)
+    seen: dict[str, torch.Tensor] = {}
+
+    def remember(module: torch.nn.Module, args: tuple[object, ...], kwargs: dict[str, torch.Tensor]) -> None:
+        seen.update(kwargs)
+
+    hook = pipeline.transformer.register_forward_pre_hook(remember, with_kwargs=True)
+    noise = torch.randn(1, 16, 2, 4, 6)
+    expected = pipeline(
+        image=Image.new("RGB", (48, 32), (200, 30, 30)), prompt="a red circle", latents=noise, height=32, width=48,
+        num_frames=5, num_inference_steps=NUM_STEPS, guidance_scale=1.0, output_type="latent", max_sequence_length=16,
+    ).frames  # fmt: skip
+    hook.remove()
+    actual = sample_latents(
+        pipeline.transformer,
+        load_scheduler(str(i2v_pipeline_dir)),
+        noise=noise,
+        num_inference_steps=NUM_STEPS,
+        encoder_hidden_states=seen["encoder_hidden_states"],
+        condition=seen["hidden_states"][:, 16:],
+        encoder_hidden_states_image=seen["encoder_hidden_states_image"],
+    )
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("step_index", [0, 1, NUM_STEPS - 2])
+def test_rollout_stops_on_the_pipelines_path(pipeline_dir: Path, step_index: int) -> None:
+    pipeline = WanPipeline.from_pretrained(pipeline_dir)
+    pipeline.set_progress_bar_config(disable=True)
+    noise = torch.randn(2, 16, 2, 4, 4)
+    prompt_embeds = torch.randn(2, 16, 32)
+    path: list[torch.Tensor] = []
+
+    def keep(pipe: WanPipeline, index: int, timestep: int, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        path.append(tensors["latents"].clone())
+        return tensors
+
+    pipeline(
+        prompt_embeds=prompt_embeds, latents=noise, height=32, width=32, num_frames=5, num_inference_steps=NUM_STEPS,
+        guidance_scale=1.0, output_type="latent", callback_on_step_end=keep,
+    )  # fmt: skip
+    scheduler = load_scheduler(str(pipeline_dir))
+    latents, timesteps = denoise_to_step(
+        pipeline.transformer,
+        scheduler,
+        noise=noise,
+        step_index=step_index,
+        num_inference_steps=NUM_STEPS,
+        encoder_hidden_states=prompt_embeds,
+    )
+    torch.testing.assert_close(latents.detach(), path[step_index])
+    assert timesteps.tolist() == [scheduler.timesteps[step_index + 1].item()] * 2
+
+
+def test_gradient_comes_through_the_last_step_only(pipeline_dir: Path) -> None:
+    transformer = WanPipeline.from_pretrained(pipeline_dir).transformer
+    with_grad: list[bool] = []
+    transformer.register_forward_hook(lambda module, args, output: with_grad.append(output[0].requires_grad))
+    scheduler = load_scheduler(str(pipeline_dir))
+    inputs = {"num_inference_steps": NUM_STEPS, "encoder_hidden_states": torch.randn(1, 16, 32)}
+    latents, _ = denoise_to_step(transformer, scheduler, noise=torch.randn(1, 16, 2, 4, 4), step_index=3, **inputs)
+    assert with_grad == [False, False, False, True]
+    latents.square().sum().backward()
+    assert all(parameter.grad is not None for parameter in transformer.blocks.parameters())
+
+
+@pytest.mark.parametrize("step_index", [-1, NUM_STEPS - 1])
+def test_step_index_must_leave_noisy_latents(pipeline_dir: Path, step_index: int) -> None:
+    with pytest.raises(ValueError, match=r"`step_index` must be in \[0, 3\]"):
+        denoise_to_step(
+            torch.nn.Identity(), load_scheduler(str(pipeline_dir)), noise=torch.randn(1, 16, 2, 4, 4),
+            step_index=step_index, num_inference_steps=NUM_STEPS, encoder_hidden_states=torch.randn(1, 16, 32),
+        )  # fmt: skip
