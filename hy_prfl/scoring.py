@@ -1,42 +1,27 @@
 """Rewards of videos or latents at chosen noise levels, as tensors and as a table."""
 
-import csv
-import io
-import json
-import math
-import os
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from accelerate import PartialState
-from accelerate.logging import get_logger
 from datasets import Dataset
 from torch import nn
-from tqdm import tqdm
 
 from .data.collators import LatentBatch, collate_latents
 from .data.dataset import read_columns, require_latents, single_value
 from .data.encoding import LatentEncoder
 from .data.manifest import ManifestRow
 from .data.preprocessing import ClipEncoder, ClipSettings
-from .data.schema import LABELS, TASKS, table_to_rows, task_label
-from .data.store import write_text
+from .data.schema import LABELS, table_to_rows
 from .data.video import VideoError
-from .evaluation import classification_metrics
 from .flow_matching import NUM_TRAIN_TIMESTEPS, row_noise
 from .models.reward_model import WanRewardModel, score_noised
+from .score_table import write_scores
 
-
-logger = get_logger(__name__)
 
 DEFAULT_TIMESTEPS = (201, 400, 600, 800, 1000)
-
-# Columns of the table that say which clip it is; the others are scores.
-CLIP_COLUMNS = ("id", "prompt", "source")
 
 
 @torch.no_grad()
@@ -185,16 +170,22 @@ def score_dataset(
     num_noise_samples: int = 1,
     seed: int = 0,
     batch_size: int = 1,
-    identity: Mapping[str, Any] | None = None,
+    request: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
     """
     Score every row of a latent dataset into a table; see [`write_scores`] for what is written and how it resumes.
+
+    Args:
+        batch_size (`int`, defaults to 1):
+            Rows of one shape that are scored at once.
+        request (`Mapping`):
+            All that the scores depend on, for [`write_scores`].
 
     Raises:
         ValueError: If the dataset does not fit the reward model, see [`check_dataset_fits`].
     """
     check_dataset_fits(reward_model, dataset)
-    clips = read_columns(dataset, [*CLIP_COLUMNS, *LABELS, "latents_shape"])
+    clips = read_columns(dataset, ["id", "prompt", "source", *LABELS, "latents_shape"])
     by_shape: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for position, clip in enumerate(clips):
         by_shape[tuple(clip.pop("latents_shape"))].append(position)
@@ -208,9 +199,7 @@ def score_dataset(
         rows = [table_to_rows(dataset[position])[0] for position in positions]
         return score_rows(reward_model, rows, timesteps, num_noise_samples=num_noise_samples, seed=seed).tolist()
 
-    return write_scores(
-        clips, batches, score_batch, output, timesteps, task=reward_model.config.task, identity=identity
-    )
+    return write_scores(clips, batches, score_batch, output, timesteps, task=reward_model.config.task, request=request)
 
 
 def score_manifest(
@@ -223,12 +212,17 @@ def score_manifest(
     clip_settings: ClipSettings | None = None,
     num_noise_samples: int = 1,
     seed: int = 0,
-    identity: Mapping[str, Any] | None = None,
+    request: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
     """
     Score the videos of a manifest into a table; see [`write_scores`] for what is written and how it resumes.
 
-    Clips are encoded as `preprocess` does, so the scores are those of the dataset that it would make.
+    Clips are encoded as `preprocess` does, so the scores are those of the dataset that it would make. A clip that
+    cannot be used is in the table without a score, with the reason.
+
+    Args:
+        request (`Mapping`):
+            All that the scores depend on, for [`write_scores`].
 
     Raises:
         ValueError: If the encoder does not fit the reward model.
@@ -251,6 +245,75 @@ def score_manifest(
     ]
     # One by one: sizes are not known before the clips are read, and encoding is what takes the time.
     batches = [[position] for position in range(len(rows))]
-    return write_scores(
-        clips, batches, score_batch, output, timesteps, task=reward_model.config.task, identity=identity
-    )
+    return write_scores(clips, batches, score_batch, output, timesteps, task=reward_model.config.task, request=request)
+
+
+def check_timesteps(timesteps: Sequence[float]) -> None:
+    """Raise a `ValueError` unless there are timesteps, all of them different and in (0, 1000]."""
+    if not timesteps or len(set(timesteps)) < len(timesteps):
+        raise ValueError(f"`timesteps` must be different numbers, at least one, got {list(timesteps)}.")
+    for timestep in timesteps:
+        if not 0 < timestep <= NUM_TRAIN_TIMESTEPS:
+            raise ValueError(f"`timesteps` must be in (0, {NUM_TRAIN_TIMESTEPS}], got {timestep}.")
+
+
+def check_encoder_fits(reward_model: WanRewardModel, encoder: LatentEncoder) -> None:
+    """
+    Refuse encoders whose latents or prompts are not those that a reward model was trained on.
+
+    Raises:
+        ValueError: Naming what differs, with both values.
+    """
+    config, pipeline = reward_model.config, encoder.pipeline
+    _check_vae(reward_model, encoder.vae_fingerprint, "the pipeline")
+    _check_equal("latent channels", config.out_channels, pipeline.vae.config.z_dim, "the pipeline")
+    _check_equal("text width", config.text_dim, pipeline.text_encoder.config.d_model, "the pipeline")
+    if _num_condition_channels(reward_model) and not encoder.is_image_to_video:
+        raise ValueError("The reward model is image-to-video, the pipeline is text-to-video and makes no `condition`.")
+    if config.image_dim is not None and pipeline.image_encoder is None:
+        raise ValueError("The reward model takes image embeddings, the pipeline has no image encoder.")
+
+
+def check_dataset_fits(reward_model: WanRewardModel, dataset: Dataset, source: str = "the dataset") -> None:
+    """
+    Refuse a latent dataset that a reward model cannot judge, without reading its tensors.
+
+    Raises:
+        ValueError: If it comes from another VAE, has rows without latents or with the wrong channels or text width,
+            or lacks the condition or image embeddings of an image-to-video model.
+    """
+    config = reward_model.config
+    _check_vae(reward_model, single_value(dataset, "vae_fingerprint", source), source)
+    require_latents(dataset, source)
+    num_condition_channels = _num_condition_channels(reward_model)
+    shapes = ["latents_shape", "prompt_embeds_shape", "condition_shape", "image_embeds_shape"]
+    for row in read_columns(dataset, ["id", *shapes]):
+        where = f"{source}, row '{row['id']}'"
+        _check_equal("latent channels", config.out_channels, row["latents_shape"][0], where)
+        _check_equal("text width", config.text_dim, row["prompt_embeds_shape"][1], where)
+        if num_condition_channels:
+            if row["condition_shape"] is None:
+                raise ValueError(f"{where}: the reward model is image-to-video, the row has no `condition`.")
+            _check_equal("condition channels", num_condition_channels, row["condition_shape"][0], where)
+        if config.image_dim is not None:
+            if row["image_embeds_shape"] is None:
+                raise ValueError(f"{where}: the reward model is image-to-video, the row has no `image_embeds`.")
+            _check_equal("image width", config.image_dim, row["image_embeds_shape"][1], where)
+
+
+def _num_condition_channels(reward_model: WanRewardModel) -> int:
+    return reward_model.config.in_channels - reward_model.config.out_channels
+
+
+def _check_vae(reward_model: WanRewardModel, vae_fingerprint: str | None, source: str) -> None:
+    expected = reward_model.config.vae_fingerprint
+    if None not in (expected, vae_fingerprint) and expected != vae_fingerprint:
+        raise ValueError(
+            f"{source}: the latents are of another VAE than those the reward model was trained on: "
+            f"`vae_fingerprint` {vae_fingerprint} against {expected}."
+        )
+
+
+def _check_equal(what: str, expected: int, found: int, source: str) -> None:
+    if expected != found:
+        raise ValueError(f"{source}: {what}: the reward model takes {expected}, got {found}.")

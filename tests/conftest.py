@@ -1,7 +1,13 @@
 """Fixtures: tiny pipelines made of the real classes, and real mp4 files. Nothing is mocked, nothing is fetched."""
 
+# Nothing may be fetched; the Hub's client reads this when it is imported.
 import os
-from collections.abc import Callable, Mapping, Sequence
+
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -9,15 +15,22 @@ import av
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from datasets import Dataset
 
 from examples.shapes.pipeline import save_pipeline
 from hy_prfl.data.schema import latent_features, pack_tensor, rows_to_table
 
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate_state() -> Iterator[None]:
+    """Forget the process-wide state of Accelerate, as if each test were a process of its own."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 @pytest.fixture(scope="session")

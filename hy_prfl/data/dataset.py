@@ -35,7 +35,10 @@ def load_latent_dataset(path: str) -> Dataset:
     elif folder.is_dir() and not any(folder.iterdir()):
         raise FileNotFoundError(f"{path}: the folder is empty, there is no latent dataset in it.")
     else:
-        dataset = load_dataset(path)
+        try:
+            dataset = load_dataset(path)
+        except (FileNotFoundError, ConnectionError) as error:
+            raise FileNotFoundError(f"{path}: there is no such folder, and no such dataset was got from the Hub.") from error
     if isinstance(dataset, DatasetDict):
         if len(dataset) != 1:
             raise ValueError(f"{path}: expected one split, found {', '.join(dataset)}. Save the split you want.")
@@ -238,5 +241,7 @@ def stream_batches(
             collate_fn=collate,
             num_workers=num_workers,
             pin_memory=torch.cuda.is_available(),
+            # A new loader draws a seed; from the global generator that would change a resumed run.
+            generator=torch.Generator().manual_seed(sampler.seed),
         )
     )

@@ -180,7 +180,7 @@ def resize_and_crop(frames: np.ndarray, height: int, width: int) -> np.ndarray:
 
 def to_float(frames: np.ndarray) -> torch.Tensor:
     """Frames `(num_frames, height, width, 3)` uint8 as `(num_frames, 3, height, width)` float32 in [-1, 1]."""
-    tensor = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2)
+    tensor = torch.tensor(frames).permute(0, 3, 1, 2)
     # Same order of operations as `VideoProcessor.preprocess`, so that both give the same bits.
     return 2.0 * (tensor.float() / 255.0) - 1.0
 

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from diffusers import WanImageToVideoPipeline
 
 from ..configs.base import save_config
 from ..configs.generate import GenerateConfig
 from ..configs.parser import parse_config
-from ..data.encoding import pipeline_is_image_to_video
+from ..data.encoding import find_pipeline_class
 from ..data.prompts import check_prompts, read_prompts
 from ..generation import VideoSettings, generate_videos, pending_videos, write_manifest
 from ..models.pipelines import last_image_support, load_pipeline
@@ -34,10 +35,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     state = PartialState()
     output_dir = Path(config.output_dir)
     prompts = read_prompts(config.prompts, seed=config.seed, num_videos_per_prompt=config.num_videos_per_prompt)
-    image_to_video = pipeline_is_image_to_video(config.pretrained_model_name_or_path, config.revision)
-    last_image = (
-        last_image_support(config.pretrained_model_name_or_path, config.revision) if image_to_video else "none"
-    )
+    location = (config.pretrained_model_name_or_path, config.revision)
+    image_to_video = find_pipeline_class(*location) is WanImageToVideoPipeline
+    last_image = last_image_support(*location) if image_to_video else "none"
     check_prompts(prompts, image_to_video=image_to_video, last_image=last_image)
 
     settings = VideoSettings(**{name: getattr(config, name) for name in VideoSettings.__dataclass_fields__})

@@ -1,0 +1,342 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import WanPipeline, WanTransformer3DModel
+
+from hy_prfl.configs.prfl import PRFLTrainingConfig
+from hy_prfl.data.collators import LatentBatch, collate_latents
+from hy_prfl.data.dataset import load_latent_dataset
+from hy_prfl.data.schema import table_to_rows
+from hy_prfl.models.loading import load_scheduler
+from hy_prfl.models.reward_model import WanRewardModel
+from hy_prfl.trainers.prfl_trainer import FLOW_NOISE, REWARD_NOISE, PRFLTrainer
+
+
+@pytest.fixture
+def build(tmp_path: Path, pipeline_dir: Path, write_latents: Callable[..., Path]) -> Callable[..., PRFLTrainer]:
+    """Function that builds a trainer on 8 rows and an untrained reward model, with options on top of quick ones."""
+    write_latents(tmp_path / "train", 8)
+    transformer = WanTransformer3DModel.from_pretrained(pipeline_dir, subfolder="transformer")
+    torch.manual_seed(0)
+    WanRewardModel.from_transformer(transformer, num_layers=2, vae_fingerprint="tiny").save_pretrained(
+        tmp_path / "reward"
+    )
+
+    def builder(**options: Any) -> PRFLTrainer:
+        defaults: dict[str, Any] = {
+            "output_dir": str(tmp_path / "out"),
+            "pretrained_model_name_or_path": str(pipeline_dir),
+            "reward_model": str(tmp_path / "reward"),
+            "train_dataset": str(tmp_path / "train"),
+            "train_batch_size": 2,
+            "max_train_steps": 2,
+            "num_inference_steps": 4,
+            "learning_rate": 1e-3,
+            "report_to": ["none"],
+        }
+        return PRFLTrainer(PRFLTrainingConfig(**(defaults | options)))
+
+    return builder
+
+
+def snapshot(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in model.named_parameters()}
+
+
+@pytest.mark.parametrize("schedule", ["alternate", "joint", "reward", "flow_matching"])
+def test_full_tuning_moves_every_weight_and_leaves_the_reward_model(
+    build: Callable[..., PRFLTrainer], schedule: str
+) -> None:
+    trainer = build(update_schedule=schedule)
+    before, reward_before = snapshot(trainer.unwrapped), snapshot(trainer.reward_model)
+    trainer.train()
+    for name, value in trainer.unwrapped.named_parameters():
+        assert not torch.equal(value, before[name]), name
+    for name, value in trainer.reward_model.named_parameters():
+        assert torch.equal(value, reward_before[name]), name
+        assert value.grad is None, name
+
+
+def test_lora_moves_the_adapter_only(build: Callable[..., PRFLTrainer]) -> None:
+    trainer = build(lora_rank=2)
+    before = snapshot(trainer.unwrapped)
+    trainer.train()
+    moved = {name for name, value in trainer.unwrapped.named_parameters() if not torch.equal(value, before[name])}
+    assert moved == {name for name in before if "lora_" in name}
+    assert {name.split(".")[-3] for name in moved} == {"lora_A", "lora_B"}
+    assert len(moved) == 2 * 3 * 2 * 4  # A and B, 3 blocks, 2 attentions, 4 layers
+
+
+def reference_batches(trainer: PRFLTrainer, sampler: Any) -> Any:
+    rows = table_to_rows(load_latent_dataset(trainer.config.train_dataset)[:])
+    for indices in sampler():
+        yield collate_latents([rows[index] for index in indices])
+
+
+def reference_flow_loss(trainer: PRFLTrainer, model: WanTransformer3DModel, batch: LatentBatch, micro_step: int) -> Any:
+    generator = trainer.generator(FLOW_NOISE, micro_step)
+    u = 1 - torch.randint(1000, (len(batch),), generator=generator) / 1000
+    sigmas = 5 * u / (1 + 4 * u)
+    assert batch.latents is not None
+    noise = torch.randn(batch.latents.shape, generator=generator)
+    weight = sigmas.view(-1, 1, 1, 1, 1)
+    noisy = (1 - weight) * batch.latents + weight * noise
+    velocity = model(noisy, 1000 * sigmas, batch.prompt_embeds, return_dict=False)[0]
+    return ((velocity - (noise - batch.latents)) ** 2).mean()
+
+
+def reference_reward_loss(trainer: PRFLTrainer, model: WanTransformer3DModel, batch: LatentBatch, micro_step: int) -> Any:
+    """The reward loss as one graph from the last step through the reward model, without the detour over a leaf."""
+    scheduler = load_scheduler(trainer.config.pretrained_model_name_or_path)
+    scheduler.set_timesteps(trainer.config.num_inference_steps)
+    latents = torch.randn((len(batch), *batch.latents_shape), generator=trainer.generator(REWARD_NOISE, micro_step))
+    step_index = trainer.draw_step_index(micro_step)
+    for index in range(step_index + 1):
+        timestep = scheduler.timesteps[index]
+        with torch.set_grad_enabled(index == step_index):
+            velocity = model(latents, timestep.expand(len(batch)), batch.prompt_embeds, return_dict=False)[0]
+            latents = scheduler.step(velocity, timestep, latents).prev_sample
+    next_timestep = scheduler.timesteps[step_index + 1].expand(len(batch))
+    logits = trainer.reward_model(latents, next_timestep, batch.prompt_embeds).logits
+    return (1 + (-logits).exp()).log().mean()
+
+
+@pytest.mark.parametrize("schedule", ["alternate", "joint"])
+def test_one_step_equals_the_same_arithmetic_written_out(build: Callable[..., PRFLTrainer], schedule: str) -> None:
+    """Both losses, accumulation, who updates when, clipping and AdamW against a loop in plain torch."""
+    trainer = build(
+        update_schedule=schedule, gradient_accumulation_steps=2, max_train_steps=1, prompt_dropout=0.0, reward_scale=1.0
+    )
+    model = WanTransformer3DModel.from_pretrained(trainer.config.pretrained_model_name_or_path, subfolder="transformer")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
+
+    def update() -> None:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    batches = reference_batches(trainer, trainer.flow_sampler)
+    for micro_step in range(2):
+        (reference_flow_loss(trainer, model, next(batches), micro_step) / 2).backward()
+    if schedule == "alternate":
+        update()
+    batches = reference_batches(trainer, trainer.reward_sampler)
+    for micro_step in range(2):
+        (reference_reward_loss(trainer, model, next(batches), micro_step) / 2).backward()
+    update()
+
+    trainer.train()
+    for name, value in trainer.unwrapped.named_parameters():
+        difference = (value - model.get_parameter(name)).norm() / model.get_parameter(name).norm()
+        assert difference < 1e-4, name
+
+
+def test_surrogate_has_the_gradient_of_the_reward_loss(build: Callable[..., PRFLTrainer]) -> None:
+    trainer = build(prompt_dropout=0.0)
+    trainer.start_streams()
+    batch = next(trainer.reward_batches)
+    surrogate, loss, _ = trainer.compute_reward_feedback_loss(batch, 0)
+    surrogate.backward()
+    grads = {name: value.grad.clone() for name, value in trainer.unwrapped.named_parameters()}
+    trainer.unwrapped.zero_grad()
+    expected = reference_reward_loss(trainer, trainer.unwrapped, batch, 0)
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    for name, parameter in trainer.unwrapped.named_parameters():
+        torch.testing.assert_close(grads[name], parameter.grad, rtol=1e-3, atol=1e-8, msg=name)
+
+
+def test_reward_training_raises_the_reward(build: Callable[..., PRFLTrainer]) -> None:
+    trainer = build(update_schedule="reward", max_train_steps=12, train_batch_size=4, reward_loss="logit", learning_rate=3e-3)
+    trainer.start_streams()
+    batch = next(trainer.reward_batches)
+
+    def reward() -> float:
+        return trainer.compute_reward_feedback_loss(batch, 0)[2].mean().item()
+
+    before = reward()
+    trainer.train()
+    trainer.global_step = 0
+    assert reward() > before + 0.05
+
+
+@pytest.mark.parametrize("options", [{}, {"lora_rank": 2, "lora_dropout": 0.2, "use_ema": True}])
+def test_resuming_equals_never_having_stopped(
+    build: Callable[..., PRFLTrainer], tmp_path: Path, options: dict[str, Any]
+) -> None:
+    options = options | {"max_train_steps": 4, "checkpointing_steps": 2, "gradient_accumulation_steps": 2}
+    whole = build(output_dir=str(tmp_path / "whole"), **options)
+    whole.train()
+    parts = tmp_path / "parts"
+    first = build(output_dir=str(parts), **options)
+    original = first.train_step
+
+    def stop_after_three() -> dict[str, torch.Tensor]:
+        if first.global_step == 3:
+            raise KeyboardInterrupt
+        return original()
+
+    first.train_step = stop_after_three  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        first.train()
+    second = build(output_dir=str(parts), resume_from_checkpoint="latest", **options)
+    second.train()
+    for (name, value), other in zip(
+        whole.unwrapped.state_dict().items(), second.unwrapped.state_dict().values(), strict=True
+    ):
+        assert torch.equal(value, other), name
+    if whole.ema is not None:
+        assert second.ema is not None
+        assert all(map(torch.equal, whole.ema.shadow_params, second.ema.shadow_params))
+    assert (tmp_path / "whole" / "metrics.jsonl").read_text() == (parts / "metrics.jsonl").read_text()
+
+
+def test_full_result_works_in_a_stock_pipeline(build: Callable[..., PRFLTrainer], pipeline_dir: Path, tmp_path: Path) -> None:
+    trainer = build()
+    trainer.train()
+    transformer = WanTransformer3DModel.from_pretrained(tmp_path / "out" / "transformer")
+    assert all(torch.equal(value, transformer.state_dict()[name]) for name, value in trainer.unwrapped.state_dict().items())
+    pipeline = WanPipeline.from_pretrained(pipeline_dir, transformer=transformer)
+    video = pipeline(prompt="a red circle", height=32, width=32, num_frames=5, num_inference_steps=2, max_sequence_length=16)
+    assert video.frames.shape == (1, 5, 32, 32, 3)
+
+
+def test_lora_result_works_in_a_stock_pipeline(
+    build: Callable[..., PRFLTrainer], pipeline_dir: Path, tmp_path: Path
+) -> None:
+    trainer = build(lora_rank=2, lora_alpha=8.0)
+    trainer.train()
+    pipeline = WanPipeline.from_pretrained(pipeline_dir)
+    pipeline.load_lora_weights(tmp_path / "out")
+    inputs = torch.randn(1, 16, 2, 4, 4), torch.tensor([500.0]), torch.randn(1, 16, 32)
+    with torch.no_grad():
+        expected = trainer.unwrapped.eval()(*inputs).sample
+        torch.testing.assert_close(pipeline.transformer(*inputs).sample, expected)
+        pipeline.disable_lora()
+        assert not torch.allclose(pipeline.transformer(*inputs).sample, expected)
+
+
+def test_averaged_weights_are_what_is_saved(build: Callable[..., PRFLTrainer], tmp_path: Path) -> None:
+    trainer = build(use_ema=True, ema_decay=0.5, max_train_steps=3)
+    averages = snapshot(trainer.unwrapped)
+    original = trainer.train_step
+
+    def step_and_average() -> dict[str, torch.Tensor]:
+        metrics = original()
+        assert trainer.ema is not None
+        decay = trainer.ema.get_decay(trainer.ema.optimization_step)
+        for name, value in trainer.unwrapped.named_parameters():
+            averages[name] = decay * averages[name] + (1 - decay) * value.detach()
+        return metrics
+
+    trainer.train_step = step_and_average  # type: ignore[method-assign]
+    trainer.train()
+    saved = WanTransformer3DModel.from_pretrained(tmp_path / "out" / "transformer").state_dict()
+    for name, value in averages.items():
+        torch.testing.assert_close(saved[name], value, rtol=1e-5, atol=1e-6)
+        assert not torch.equal(saved[name], trainer.unwrapped.get_parameter(name)), name
+
+
+def test_validation_samples_are_fixed_scored_and_decoded(
+    build: Callable[..., PRFLTrainer], tmp_path: Path, write_latents: Callable[..., Path]
+) -> None:
+    prompts = write_latents(tmp_path / "prompts", 3, prompts_only=True, shapes=((2, 4, 4), (2, 4, 6)))
+    trainer = build(validation_dataset=str(prompts), validation_videos=True, validation_steps=2, max_train_steps=2)
+    before = trainer.validate()
+    assert before == trainer.validate()
+    assert set(before) == {"reward", "reward_logit", "latents_std", *(f"reward/t{t}" for t in (201, 400, 600, 800, 1000))}
+    trainer.train()
+    assert sorted(path.name for path in (tmp_path / "out" / "validation" / "step-2").iterdir()) == [
+        "0000.mp4", "0001.mp4", "0002.mp4",
+    ]  # fmt: skip
+    assert trainer.validate() != before
+
+
+def test_prompts_are_dropped_and_long_captions_taken(build: Callable[..., PRFLTrainer]) -> None:
+    trainer = build(prompt_dropout=0.25, long_prompt_probability=0.6)
+    batch = LatentBatch(
+        ids=["a"] * 4000, latents_shape=(1,), latents=None, image_embeds=None, condition=None,
+        prompt_embeds=torch.zeros(4000, 1, 1), long_prompt_embeds=torch.ones(4000, 1, 1),
+        null_prompt_embeds=torch.full((4000, 1, 1), 2.0),
+    )  # fmt: skip
+    chosen = trainer.choose_prompts(batch, torch.Generator().manual_seed(0)).flatten()
+    shares = [(chosen == value).float().mean().item() for value in (0, 1, 2)]
+    assert shares == pytest.approx([0.75 * 0.4, 0.75 * 0.6, 0.25], abs=0.03)
+
+
+def test_step_indices_cover_the_range_and_only_the_range(build: Callable[..., PRFLTrainer]) -> None:
+    trainer = build(num_inference_steps=10, step_range=[3, 6])
+    drawn = []
+    for trainer.global_step in range(80):
+        drawn.append(trainer.draw_step_index(0))
+    assert set(drawn) == {3, 4, 5, 6}
+
+
+def test_separate_prompt_dataset(
+    build: Callable[..., PRFLTrainer], tmp_path: Path, write_latents: Callable[..., Path]
+) -> None:
+    prompts = write_latents(tmp_path / "prompts", 4, prompts_only=True, shapes=((3, 4, 6),))
+    trainer = build(prompt_dataset=str(prompts))
+    trainer.start_streams()
+    assert next(trainer.flow_batches).latents_shape == (16, 2, 4, 4)
+    assert next(trainer.reward_batches).latents_shape == (16, 3, 4, 6)
+    trainer.train()
+    with pytest.raises(ValueError, match="4 of 4 rows have no latents"):
+        build(train_dataset=str(prompts), output_dir=str(tmp_path / "other"))
+
+
+def test_image_to_video(
+    build: Callable[..., PRFLTrainer], tmp_path: Path, i2v_pipeline_dir: Path, write_latents: Callable[..., Path]
+) -> None:
+    transformer = WanTransformer3DModel.from_pretrained(i2v_pipeline_dir, subfolder="transformer")
+    WanRewardModel.from_transformer(transformer, num_layers=2).save_pretrained(tmp_path / "i2v_reward")
+    options = {"pretrained_model_name_or_path": str(i2v_pipeline_dir), "reward_model": str(tmp_path / "i2v_reward")}
+    with pytest.raises(ValueError, match=r"image_embeds_shape.*the model takes 32, got None"):
+        build(**options)
+    dataset = write_latents(tmp_path / "image", 4, image_to_video=True)
+    trainer = build(train_dataset=str(dataset), **options)
+    before = snapshot(trainer.unwrapped)
+    trainer.train()
+    assert not any(torch.equal(value, before[name]) for name, value in trainer.unwrapped.named_parameters())
+
+
+def test_half_precision_keeps_float32_masters(
+    build: Callable[..., PRFLTrainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    trainer = build(lora_rank=2, max_train_steps=1)
+    trainer.train()
+    for name, value in trainer.unwrapped.named_parameters():
+        if value.requires_grad:
+            assert value.dtype == torch.float32, name
+    assert trainer.unwrapped.blocks[0].attn1.to_q.base_layer.weight.dtype == torch.bfloat16
+    assert trainer.reward_model.blocks[0].attn1.to_q.weight.dtype == torch.bfloat16
+    full = build(max_train_steps=1, output_dir=str(tmp_path / "full"))
+    full.train()
+    assert {value.dtype for value in full.unwrapped.parameters()} == {torch.float32}
+
+
+def test_reward_models_that_do_not_fit_are_refused(
+    build: Callable[..., PRFLTrainer], tmp_path: Path, pipeline_dir: Path, i2v_pipeline_dir: Path
+) -> None:
+    with pytest.raises((OSError, ValueError), match="nowhere"):
+        build(reward_model="nowhere/reward")
+    with pytest.raises(ValueError, match="expected a WanRewardModel, found a WanTransformer3DModel"):
+        build(reward_model=str(pipeline_dir / "transformer"))
+    transformer = WanTransformer3DModel.from_pretrained(i2v_pipeline_dir, subfolder="transformer")
+    WanRewardModel.from_transformer(transformer, num_layers=1).save_pretrained(tmp_path / "i2v")
+    with pytest.raises(ValueError, match=r"does not fit the generator: `in_channels` 36 against 16"):
+        build(reward_model=str(tmp_path / "i2v"))
+    transformer = WanTransformer3DModel.from_pretrained(pipeline_dir, subfolder="transformer")
+    model = WanRewardModel.from_transformer(transformer, num_layers=1, vae_fingerprint="other")
+    model.save_pretrained(tmp_path / "other_vae")
+    with pytest.raises(ValueError, match="trained on those of the VAE other"):
+        build(reward_model=str(tmp_path / "other_vae"))
+    model.register_to_config(base_num_layers=40, vae_fingerprint="tiny")
+    model.save_pretrained(tmp_path / "other_base")
+    with pytest.raises(ValueError, match="`base_num_layers` 40 against 3"):
+        build(reward_model=str(tmp_path / "other_base"))
+    build(reward_model=str(tmp_path / "other_base"), allow_other_base=True)

@@ -1,0 +1,252 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from diffusers import WanTransformer3DModel
+
+from hy_prfl.configs.reward import RewardTrainingConfig
+from hy_prfl.data.dataset import load_latent_dataset
+from hy_prfl.data.schema import table_to_rows, unpack_tensor
+from hy_prfl.models.reward_model import WanRewardModel
+from hy_prfl.trainers.reward_trainer import NOISE, RewardTrainer
+
+
+@pytest.fixture
+def build(tmp_path: Path, pipeline_dir: Path, write_latents: Callable[..., Path]) -> Callable[..., RewardTrainer]:
+    """Function that builds a trainer on 8 rows, with options on top of quick ones."""
+    if not (tmp_path / "train").exists():
+        write_latents(tmp_path / "train", 8)
+        write_latents(tmp_path / "validation", 6, seed=1)
+
+    def builder(**options: Any) -> RewardTrainer:
+        defaults: dict[str, Any] = {
+            "output_dir": str(tmp_path / "out"),
+            "pretrained_model_name_or_path": str(pipeline_dir),
+            "train_dataset": str(tmp_path / "train"),
+            "num_layers": 2,
+            "train_batch_size": 4,
+            "max_train_steps": 2,
+            "learning_rate": 1e-3,
+            "head_learning_rate": 1e-3,
+            "report_to": ["none"],
+        }
+        return RewardTrainer(RewardTrainingConfig(**(defaults | options)))
+
+    return builder
+
+
+def snapshot(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in model.named_parameters()}
+
+
+@pytest.mark.parametrize("loss", ["bce", "bt"])
+def test_what_trains_moves_and_what_is_frozen_does_not(build: Callable[..., RewardTrainer], loss: str) -> None:
+    trainer = build(loss=loss)
+    before = snapshot(trainer.unwrapped)
+    trainer.train()
+    for name, value in trainer.unwrapped.named_parameters():
+        frozen = name.startswith(("patch_embedding", "condition_embedder"))
+        # A constant added to both logits cancels in their difference.
+        cancels = loss == "bt" and name == "head.linear_3.bias"
+        assert torch.equal(value, before[name]) == (frozen or cancels), name
+
+
+def test_frozen_blocks_leave_a_probe(build: Callable[..., RewardTrainer]) -> None:
+    trainer = build(freeze_blocks=True)
+    before = snapshot(trainer.unwrapped)
+    trainer.train()
+    moved = {name for name, value in trainer.unwrapped.named_parameters() if not torch.equal(value, before[name])}
+    assert moved == {name for name in before if name.startswith(("pooler", "head"))}
+
+
+def test_two_learning_rates(build: Callable[..., RewardTrainer]) -> None:
+    trainer = build(learning_rate=1e-4, head_learning_rate=1e-2, max_train_steps=1, adam_weight_decay=0.0)
+    before = snapshot(trainer.unwrapped)
+    trainer.train()
+    for name, value in trainer.unwrapped.named_parameters():
+        if value.requires_grad and name.endswith("weight"):
+            # The first step of Adam is the learning rate wherever the gradient is not tiny.
+            largest = (value - before[name]).abs().max().item()
+            assert largest == pytest.approx(1e-4 if name.startswith("blocks") else 1e-2, rel=0.05), name
+
+
+def test_one_update_equals_the_same_arithmetic_written_out(build: Callable[..., RewardTrainer]) -> None:
+    """Accumulation, clipping, sigma, noise and AdamW against a loop in plain torch."""
+    trainer = build(gradient_accumulation_steps=2, train_batch_size=2, max_train_steps=1, flow_shift=3.0)
+    model = WanRewardModel.from_transformer(WanTransformer3DModel.from_config(trainer.unwrapped.config), num_layers=2)
+    model.load_state_dict(trainer.unwrapped.state_dict())
+    model.freeze_embeddings()
+    rows = table_to_rows(load_latent_dataset(trainer.config.train_dataset)[:])
+    order = iter(trainer.sampler())
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for micro_step in range(2):
+        chosen = [rows[index] for index in next(order)]
+        latents = torch.tensor(np.stack([unpack_tensor(row, "latents").astype(np.float32) for row in chosen]))
+        labels = torch.tensor([float(row["physics_quality"]) for row in chosen])
+        prompts = [torch.tensor(unpack_tensor(row, "prompt_embeds").astype(np.float32)) for row in chosen]
+        prompt_embeds = torch.stack([F.pad(prompt, (0, 0, 0, 16 - len(prompt))) for prompt in prompts])
+        generator = trainer.generator(NOISE, micro_step)
+        u = 1 - torch.randint(1000, (2,), generator=generator) / 1000
+        sigmas = 3 * u / (1 + 2 * u)
+        noise = torch.randn(latents.shape, generator=generator)
+        weight = sigmas.view(-1, 1, 1, 1, 1)
+        logits = model((1 - weight) * latents + weight * noise, 1000 * sigmas, prompt_embeds).logits
+        reward = logits.sigmoid()
+        loss = -(labels * reward.log() + (1 - labels) * (1 - reward).log()).mean()
+        (loss / 2).backward()
+    torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+    torch.optim.AdamW(trainable, lr=1e-3, weight_decay=0.01).step()
+
+    trainer.train()
+    for name, value in trainer.unwrapped.named_parameters():
+        # A bias of all keys shifts every attention score alike: its gradient is rounding noise, which Adam blows up.
+        if name != "pooler.to_k.bias":
+            torch.testing.assert_close(value, model.get_parameter(name), rtol=1e-4, atol=2e-6, msg=name)
+
+
+def test_training_learns_labels_that_can_be_learnt(build: Callable[..., RewardTrainer], tmp_path: Path) -> None:
+    trainer = build(
+        max_train_steps=30, validation_dataset=str(tmp_path / "validation"), validation_steps=30, flow_shift=1.0
+    )
+    trainer.train()
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    validation = next(line for line in lines if "validation/auc" in line)
+    assert validation["validation/accuracy/t201"] == 1.0
+    assert validation["validation/auc/t400"] == 1.0
+
+
+@pytest.mark.parametrize("loss", ["bce", "bt"])
+def test_resuming_equals_never_having_stopped(build: Callable[..., RewardTrainer], tmp_path: Path, loss: str) -> None:
+    options = {
+        "loss": loss,
+        "train_batch_size": 3 if loss == "bce" else 2,
+        "gradient_accumulation_steps": 2,
+        "checkpointing_steps": 2,
+        "lr_scheduler": "linear",
+        "validation_dataset": str(tmp_path / "validation"),
+        "validation_steps": 3,
+    }
+    whole = build(max_train_steps=5, output_dir=str(tmp_path / "whole"), **options)
+    whole.train()
+
+    parts = tmp_path / "parts"
+    first = build(max_train_steps=5, output_dir=str(parts), **options)
+    first.interrupted = False
+    original = first.train_step
+
+    def stop_after_three() -> dict[str, torch.Tensor]:
+        if first.global_step == 3:
+            raise KeyboardInterrupt
+        return original()
+
+    first.train_step = stop_after_three  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        first.train()
+    second = build(max_train_steps=5, output_dir=str(parts), resume_from_checkpoint="latest", **options)
+    second.train()
+
+    for (name, value), other in zip(
+        whole.unwrapped.state_dict().items(), second.unwrapped.state_dict().values(), strict=True
+    ):
+        assert torch.equal(value, other), name
+    assert (tmp_path / "whole" / "metrics.jsonl").read_text() == (parts / "metrics.jsonl").read_text()
+    assert whole.best_metric == second.best_metric
+
+
+def test_the_result_loads_and_scores_as_trained(build: Callable[..., RewardTrainer], tmp_path: Path) -> None:
+    trainer = build(validation_dataset=str(tmp_path / "validation"), validation_steps=1)
+    trainer.train()
+    inputs = torch.randn(2, 16, 2, 4, 4), torch.tensor([100.0, 900.0]), torch.randn(2, 16, 32)
+    loaded = WanRewardModel.from_pretrained(tmp_path / "out" / "reward_model")
+    torch.testing.assert_close(loaded(*inputs).logits, trainer.unwrapped.eval()(*inputs).logits)
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in trainer.unwrapped.state_dict().items())
+    assert loaded.config.task == "motion_quality"
+    assert loaded.config.vae_fingerprint == "tiny"
+    best = json.loads((tmp_path / "out" / "best" / "metrics.json").read_text())
+    assert best["accuracy"] == trainer.best_metric
+    WanRewardModel.from_pretrained(tmp_path / "out" / "best")
+
+
+def test_starting_from_a_reward_model(build: Callable[..., RewardTrainer], tmp_path: Path) -> None:
+    build().train()
+    second = build(output_dir=str(tmp_path / "second"), reward_model=str(tmp_path / "out" / "reward_model"), task="human_quality")
+    saved = WanRewardModel.from_pretrained(tmp_path / "out" / "reward_model").state_dict()
+    assert all(torch.equal(value, saved[name]) for name, value in second.unwrapped.state_dict().items())
+    assert second.unwrapped.config.task == "human_quality"
+
+
+def test_gradient_checkpointing_changes_nothing(build: Callable[..., RewardTrainer], tmp_path: Path) -> None:
+    plain = build(output_dir=str(tmp_path / "plain"))
+    plain.train()
+    checkpointed = build(output_dir=str(tmp_path / "checkpointed"), gradient_checkpointing=True)
+    checkpointed.train()
+    for value, other in zip(plain.unwrapped.parameters(), checkpointed.unwrapped.parameters(), strict=True):
+        torch.testing.assert_close(value, other, rtol=1e-5, atol=1e-7)
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_rows(build: Callable[..., RewardTrainer]) -> None:
+    trainer = build(max_train_steps=3)
+    original = trainer.train_step
+
+    def spoil() -> dict[str, torch.Tensor]:
+        if trainer.global_step == 1:
+            trainer.unwrapped.head.linear_3.bias.data.fill_(float("nan"))
+        return original()
+
+    trainer.train_step = spoil  # type: ignore[method-assign]
+    with pytest.raises(FloatingPointError, match=r"Step 1, rank 0.*nan.*clip-"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_layers": 4}, "has only 3 blocks"),
+        ({"task": "blur_quality"}, "no row has a label for the task 'blur_quality'"),
+        ({"train_dataset": "nowhere/data"}, "nowhere/data"),
+    ],
+)
+def test_bad_input_is_refused(build: Callable[..., RewardTrainer], options: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        build(**options)
+
+
+def test_datasets_that_do_not_fit_are_refused(
+    build: Callable[..., RewardTrainer], tmp_path: Path, write_latents: Callable[..., Path]
+) -> None:
+    empty = write_latents(tmp_path / "prompts", 4, prompts_only=True)
+    with pytest.raises(ValueError, match=r"4 of 4 rows have no latents"):
+        build(train_dataset=str(empty))
+    other_vae = write_latents(tmp_path / "other", 4, overrides={i: {"vae_fingerprint": "other"} for i in range(4)})
+    with pytest.raises(ValueError, match="encoded by the VAE other"):
+        build(validation_dataset=str(other_vae))
+    mixed = write_latents(tmp_path / "mixed", 4, overrides={1: {"vae_fingerprint": "other"}})
+    with pytest.raises(ValueError, match="same `vae_fingerprint`"):
+        build(train_dataset=str(mixed))
+    image = write_latents(tmp_path / "image", 4, image_to_video=True)
+    with pytest.raises(ValueError, match="image_embeds_shape"):
+        build(train_dataset=str(image))
+
+
+def test_a_finished_folder_is_not_overwritten(build: Callable[..., RewardTrainer]) -> None:
+    build().train()
+    with pytest.raises(ValueError, match="already holds checkpoint-2"):
+        build()
+
+
+def test_image_to_video(
+    build: Callable[..., RewardTrainer], tmp_path: Path, i2v_pipeline_dir: Path, write_latents: Callable[..., Path]
+) -> None:
+    dataset = write_latents(tmp_path / "image", 4, image_to_video=True)
+    trainer = build(
+        pretrained_model_name_or_path=str(i2v_pipeline_dir), train_dataset=str(dataset), validation_dataset=str(dataset)
+    )
+    before = snapshot(trainer.unwrapped)
+    trainer.train()
+    moved = {name for name, value in trainer.unwrapped.named_parameters() if not torch.equal(value, before[name])}
+    assert moved == {name for name in before if not name.startswith(("patch_embedding", "condition_embedder"))}
