@@ -19,7 +19,7 @@ from tqdm import tqdm
 from .data.prompts import VideoPrompt
 from .data.store import hash_file, write_text
 from .data.video import read_image, resize_and_crop, to_uint8
-from .models.pipelines import load_pipeline
+from .pipelines import load_pipeline
 
 
 __all__ = [

@@ -94,15 +94,20 @@ def write_scores(
     results = _read_results(output)
     rows = [_table_row(clip, results[position], timesteps, task) for position, clip in enumerate(clips)]
     state.wait_for_everyone()
-    if state.is_main_process:
+    any_scored = any(row["logit"] is not None for row in rows)
+    if state.is_main_process and any_scored:
         _write_table(_drop_empty_columns(rows), output)
         summary = {"request": dict(request), **summarize(rows, timesteps, task)}
         write_text(summary_path(output), json.dumps(summary, indent=1))
+    if state.is_main_process:
         for path in _partial_files(output):
             path.unlink()
     state.wait_for_everyone()
-    if all(row["logit"] is None for row in rows):
-        raise ValueError(f"none of the {len(rows)} clips could be scored; the reasons are in {output}")
+    if not any_scored:
+        raise ValueError(
+            f"none of the {len(rows)} clips could be scored, the first, '{rows[0]['id']}', for this reason: "
+            f"{rows[0]['error']}"
+        )
     return _drop_empty_columns(rows)
 
 

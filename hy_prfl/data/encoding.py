@@ -1,6 +1,7 @@
 """Frames to latents, prompts to embeddings, first frames to conditions. The only caller of VAE, UMT5 and CLIP."""
 
 import hashlib
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -221,6 +222,12 @@ def find_pipeline_class(pretrained_model_name_or_path: str, revision: str | None
         f"`pretrained_model_name_or_path` '{pretrained_model_name_or_path}' is a `{name}`, expected a `WanPipeline` "
         "or a `WanImageToVideoPipeline`."
     )
+
+
+def local_encoder_files(pretrained_model_name_or_path: str) -> list[Path]:
+    """Files of a local pipeline folder that encoded values may depend on; none for a Hub id, which has revisions."""
+    files = sorted(Path(pretrained_model_name_or_path).glob("*/*"))
+    return [path for path in files if not path.parent.name.startswith("transformer")]
 
 
 def strip_padding(prompt_embeds: torch.Tensor) -> torch.Tensor:

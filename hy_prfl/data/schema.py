@@ -162,5 +162,5 @@ def _large_list_array(values: Sequence[np.ndarray | None], arrow_type: pa.DataTy
     present = [value for value in values if value is not None]
     dtype = arrow_type.value_type.to_pandas_dtype()
     flat = np.concatenate(present) if present else np.zeros(0, dtype)
-    mask = pa.array([value is None for value in values])
+    mask = pa.array([value is None for value in values], type=pa.bool_())
     return pa.LargeListArray.from_arrays(offsets, pa.array(flat.astype(dtype, copy=False)), type=arrow_type, mask=mask)

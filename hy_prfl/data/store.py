@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +22,9 @@ from .video import VideoError
 
 
 logger = get_logger(__name__)
+
+# Processes wait for the slowest one at the end, for as long as encoding its share may take.
+TIMEOUT = timedelta(days=14)
 
 STATE_FILE = "preprocess.json"
 REPORT_FILE = "report.jsonl"
@@ -43,6 +47,11 @@ class RowEncoder(Protocol):
 
     def encode_row(self, row: ManifestRow) -> dict[str, Any]:
         """Columns of a row, tensors packed by `schema.pack_tensor`, without id, source and labels."""
+
+
+def process_state() -> PartialState:
+    """The processes of this run. Call it before anything else sets them up, so that they wait long enough."""
+    return PartialState(timeout=TIMEOUT)
 
 
 def request_digest(rows: Sequence[ManifestRow], settings: Mapping[str, Any], files: Sequence[Path] = ()) -> str:
@@ -113,7 +122,7 @@ def build_dataset(
     """
     Encode rows, split over the processes of `accelerate`, into a folder that `datasets.load_from_disk` reads.
 
-    Encoded rows are collected in `<output_dir>.partial`, in shards that are complete as soon as they have their name.
+    All processes must see the same folder. Encoded rows are collected in `<output_dir>.partial`, in shards that are complete as soon as they have their name.
     Every row is stored under a key that tells all it depends on, so a run that was killed, or whose manifest,
     settings or encoder changed, encodes only what is not there yet; a dataset already in `output_dir` is reused the
     same way and stays in place until the new one is finished. Rows are in the order of `rows`, without the bad ones,
@@ -133,7 +142,7 @@ def build_dataset(
     Raises:
         ValueError: If no row could be encoded.
     """
-    state = PartialState()
+    state = process_state()
     partial_dir = output_dir.with_name(output_dir.name + ".partial")
     if state.is_main_process:
         _recover_folder(output_dir)
@@ -163,8 +172,10 @@ def _encode_share(
     shard_size: int,
 ) -> list[dict[str, Any]]:
     """Encode this process's rows that are stored nowhere; say for each row its key, or why it has none."""
-    state = PartialState()
+    state = process_state()
     known = set(_open_sources(output_dir, partial_dir))
+    if known:
+        logger.info(f"Found {len(known)} encoded rows of earlier runs; those that still fit are reused.")
     shard: dict[str, dict[str, Any]] = {}
     progress: list[dict[str, Any]] = []
     positions = range(state.process_index, len(rows), state.num_processes)

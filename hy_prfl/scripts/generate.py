@@ -20,7 +20,7 @@ from ..configs.parser import parse_config
 from ..data.encoding import find_pipeline_class
 from ..data.prompts import check_prompts, read_prompts
 from ..generation import VideoSettings, generate_videos, pending_videos, write_manifest
-from ..models.pipelines import last_image_support, load_pipeline
+from ..pipelines import last_image_support, load_pipeline
 from ..provenance import path_identity
 
 

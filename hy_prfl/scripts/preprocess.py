@@ -6,25 +6,20 @@ Encode clips into a latent dataset.
 
 import dataclasses
 from collections.abc import Sequence
-from datetime import timedelta
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from diffusers import WanImageToVideoPipeline
 
 from ..configs.parser import parse_config
 from ..configs.preprocess import PreprocessConfig
-from ..data.encoding import LatentEncoder, find_pipeline_class
+from ..data.encoding import LatentEncoder, find_pipeline_class, local_encoder_files
 from ..data.manifest import ManifestRow, read_manifest
 from ..data.preprocessing import ClipEncoder, ClipSettings
-from ..data.store import REPORT_FILE, RowEncoder, build_dataset, is_complete, request_digest
+from ..data.store import REPORT_FILE, RowEncoder, build_dataset, is_complete, process_state, request_digest
 from ..data.upstream import UpstreamImporter, read_upstream
 from ..data.video import parse_size
 
-
-# Processes wait for the slowest one at the end, for as long as encoding its share may take.
-TIMEOUT = timedelta(days=14)
 
 # Options that change neither the rows nor their values.
 NOT_REQUESTED = ("output_dir", "manifest", "upstream_meta", "shard_size")
@@ -43,10 +38,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows = read_upstream(config.upstream_meta, config.upstream_root)
     output_dir = Path(config.output_dir).resolve()
     request = {name: value for name, value in dataclasses.asdict(config).items() if name not in NOT_REQUESTED}
-    # A local pipeline may change under its name. Its transformer does not matter here.
-    files = sorted(Path(config.pretrained_model_name_or_path).glob("*/*"))
-    digest = request_digest(rows, request, [path for path in files if not path.parent.name.startswith("transformer")])
-    state = PartialState(timeout=TIMEOUT)
+    files = local_encoder_files(config.pretrained_model_name_or_path)
+    if config.null_prompt_path is not None:
+        files.append(Path(config.null_prompt_path))
+    digest = request_digest(rows, request, files)
+    state = process_state()
     if is_complete(output_dir, digest):
         state.print(f"'{output_dir}' is complete, nothing to do.")
         return

@@ -15,6 +15,7 @@ from hy_prfl.data.schema import LABELS, table_to_rows, unpack_tensor
 from hy_prfl.data.store import build_dataset
 from hy_prfl.data.upstream import UpstreamImporter, read_upstream
 from hy_prfl.data.video import VideoError, read_video, to_float
+from hy_prfl.scripts.preprocess import main
 
 
 NUM_TOKENS = 5
@@ -145,6 +146,19 @@ def test_paths_beside_the_json_go_first(tmp_path: Path) -> None:
     beside.parent.mkdir(parents=True)
     beside.touch()
     assert row.find("latents") == beside
+
+
+def test_from_the_command_line(i2v_pipeline_dir: Path, tmp_path: Path) -> None:
+    write_clip(tmp_path, "a")
+    write_clip(tmp_path, "b", seed=1, human_quality="good")
+    np.save(tmp_path / "null.npy", np.ones((1, 3, 32), np.float32))
+    options = [f"--pretrained_model_name_or_path={i2v_pipeline_dir}", f"--output_dir={tmp_path / 'out'}"]
+    options += [f"--upstream_meta={tmp_path / '480/meta_v1'}", f"--upstream_root={tmp_path}"]
+    main([*options, f"--null_prompt_path={tmp_path / 'null.npy'}"])
+    rows = table_to_rows(load_from_disk(tmp_path / "out").data.table)
+    assert [(row["id"], row["human_quality"]) for row in rows] == [("a", None), ("b", 1)]
+    assert [row["null_prompt_embeds_shape"] for row in rows] == [[3, 32], [3, 32]]
+    assert rows[0]["latents"].dtype == np.float16
 
 
 def test_null_prompt_of_upstream(i2v_encoder: LatentEncoder, tmp_path: Path) -> None:

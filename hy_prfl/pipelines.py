@@ -1,11 +1,14 @@
 """Loads the stock diffusers Wan pipelines with what was trained put in: a transformer, a LoRA, another shift."""
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import DiffusionPipeline, WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
+from diffusers import WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
 from diffusers.hooks import FirstBlockCacheConfig, SeaCacheConfig, TaylorSeerCacheConfig
+
+from .data.encoding import find_pipeline_class
 
 
 CPUOffload = Literal["none", "model", "sequential"]
@@ -54,7 +57,7 @@ def load_pipeline(
 
     Raises:
         ValueError: If the transformer or the LoRA does not fit the pipeline, or an option does not fit it.
-        FileNotFoundError: If a folder given for the LoRA holds no weights.
+        FileNotFoundError: If there is nothing at `lora_path`, or no weights in it.
 
     Example:
         ```python
@@ -71,15 +74,14 @@ def load_pipeline(
         replaced["transformer"] = _load_tuned_transformer(
             transformer_path, pretrained_model_name_or_path, revision=revision, dtype=dtype
         )
-    pipeline = DiffusionPipeline.from_pretrained(
+    # Called on the class itself: `DiffusionPipeline.from_pretrained` would drop a `transformer` without a word.
+    pipeline = find_pipeline_class(pretrained_model_name_or_path, revision).from_pretrained(
         pretrained_model_name_or_path,
         revision=revision,
         variant=variant,
         torch_dtype={"default": dtype, "vae": torch.float32, "image_encoder": torch.float32},
         **replaced,
     )
-    if not isinstance(pipeline, (WanPipeline, WanImageToVideoPipeline)):
-        raise ValueError(f"{pretrained_model_name_or_path}: expected a Wan pipeline, got a {type(pipeline).__name__}.")
     if flow_shift is not None:
         if "flow_shift" not in pipeline.scheduler.config:
             raise ValueError(f"`flow_shift`: the pipeline's {type(pipeline.scheduler).__name__} has no such setting.")
@@ -138,6 +140,8 @@ def _lora_options(lora_path: str) -> dict[str, Any]:
     if path.is_file():
         return {"pretrained_model_name_or_path_or_dict": str(path.parent), "weight_name": path.name}
     if not path.is_dir():
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", lora_path):
+            raise FileNotFoundError(f"`lora_path` '{lora_path}': there is no such file or folder.")
         return {"pretrained_model_name_or_path_or_dict": lora_path}
     names = [file.name for file in sorted(path.glob("*.safetensors"))]
     if LORA_WEIGHTS in names:
@@ -159,8 +163,10 @@ def _enable_step_cache(
     if step_cache == "first_block":
         config = FirstBlockCacheConfig() if threshold is None else FirstBlockCacheConfig(threshold=threshold)
     elif step_cache == "taylorseer":
-        # Factors in the model's own type; bfloat16, diffusers' default, would lose precision in float32.
-        options = {"taylor_factors_dtype": pipeline.transformer.dtype}
+        # The lite mode predicts the output of the last layer and skips all blocks. The full mode would keep hundreds of
+        # gigabytes of block outputs of a 14B model, and diffusers' default patterns match no module of Wan. Factors
+        # are kept in the model's own type.
+        options = {"use_lite_mode": True, "taylor_factors_dtype": pipeline.transformer.dtype}
         config = TaylorSeerCacheConfig(**options) if interval is None else TaylorSeerCacheConfig(interval, **options)
     elif step_cache == "sea":
         if isinstance(pipeline, WanImageToVideoPipeline):

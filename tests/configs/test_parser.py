@@ -1,0 +1,81 @@
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from hy_prfl.configs.base import check, save_config
+from hy_prfl.configs.parser import parse_config
+
+
+@dataclass(kw_only=True)
+class Example:
+    output_dir: str = field(metadata={"help": "Required."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "A float."})
+    steps: int | None = field(default=None, metadata={"help": "An optional int."})
+    loss: Literal["bce", "bt"] = field(default="bce", metadata={"help": "A choice."})
+    names: list[str] = field(default_factory=lambda: ["a"], metadata={"help": "A list."})
+    enabled: bool = field(default=False, metadata={"help": "A switch."})
+    active: bool = field(default=True, metadata={"help": "A switch that is on."})
+
+    def __post_init__(self) -> None:
+        check(self.learning_rate > 0, "learning_rate", self.learning_rate, "greater than 0")
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_yaml_then_command_line(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "a.yaml",
+        "output_dir: out\nlearning_rate: 5e-6\nsteps: null\nloss: bt\nnames: [x, y]\nenabled: true\nactive: false\n",
+    )
+    config = parse_config(Example, ["--config", str(path)])
+    assert config == Example(
+        output_dir="out", learning_rate=5e-6, steps=None, loss="bt", names=["x", "y"], enabled=True, active=False
+    )
+    config = parse_config(Example, ["--config", str(path), "--names", "z", "--steps", "7", "--enabled", "false"])
+    assert (config.names, config.steps, config.enabled, config.loss) == (["z"], 7, False, "bt")
+
+
+def test_what_is_saved_reads_back_equal(tmp_path: Path) -> None:
+    config = Example(output_dir="out", learning_rate=1e-7, names=["p", "q r"], active=False)
+    save_config(config, tmp_path / "saved.yaml")
+    assert parse_config(Example, ["--config", str(tmp_path / "saved.yaml")]) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("output_dir: o\nlearning_rat: 1", "'learning_rat' is not a field of Example. Did you mean 'learning_rate'"),
+        ("output_dir: o\nlearning_rate: fast", "--learning_rate.*invalid float value: 'fast'"),
+        ("output_dir: o\nloss: btt", "--loss.*invalid choice: 'btt'"),
+        ("output_dir: o\nlearning_rate: -1", "`learning_rate` must be greater than 0, got -1.0"),
+        ("output_dir: o\nnames: {a: 1}", "'names' is a mapping"),
+        ("output_dir: o\nnames: [[a]]", "'names' must be a list of single values"),
+        ("learning_rate: 1", "--output_dir"),
+        ("- a", "expected a mapping"),
+        ("a: [", "not valid YAML"),
+    ],
+)
+def test_bad_files_are_refused_by_field(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_config(Example, ["--config", str(write(tmp_path / "bad.yaml", text))])
+
+
+def test_bad_options_are_refused() -> None:
+    with pytest.raises(ValueError, match="--learning_rat"):
+        parse_config(Example, ["--output_dir", "o", "--learning_rat", "1"])
+    with pytest.raises(FileNotFoundError, match="nowhere.yaml"):
+        parse_config(Example, ["--config", "nowhere.yaml"])
+
+
+def test_help_shows_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        parse_config(Example, ["--help"], description="What it does.")
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    for text in ("What it does.", "--config", "--learning_rate", "A choice.", "{bce,bt}"):
+        assert text in shown

@@ -1,0 +1,68 @@
+from typing import Any
+
+import pytest
+
+from hy_prfl.configs.prfl import PRFLTrainingConfig
+from hy_prfl.configs.reward import RewardTrainingConfig
+
+
+BASE: dict[str, Any] = {"output_dir": "o", "pretrained_model_name_or_path": "p", "train_dataset": "d"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("train_batch_size", 0),
+        ("gradient_accumulation_steps", 0),
+        ("max_train_steps", 0),
+        ("learning_rate", 0.0),
+        ("adam_beta2", 1.0),
+        ("adam_weight_decay", -0.1),
+        ("lr_warmup_steps", -1),
+        ("checkpointing_steps", 0),
+        ("checkpoints_total_limit", 0),
+        ("seed", -1),
+        ("num_layers", 0),
+        ("head_learning_rate", -1.0),
+        ("flow_shift", 0.0),
+        ("validation_timesteps", [0]),
+        ("validation_timesteps", []),
+        ("metric_for_best_model", "pair_accuracy"),
+    ],
+)
+def test_impossible_reward_options_are_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"`{name}`"):
+        RewardTrainingConfig(**BASE, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("lora_rank", 0),
+        ("lora_dropout", 1.5),
+        ("ema_decay", -0.1),
+        ("reward_scale", 0.0),
+        ("num_inference_steps", 1),
+        ("step_range", [3]),
+        ("step_range", [5, 3]),
+        ("step_range", [0, 39]),
+        ("prompt_dropout", -0.1),
+        ("long_prompt_probability", 2.0),
+        ("num_validation_samples", 0),
+        ("validation_timesteps", [1001]),
+    ],
+)
+def test_impossible_prfl_options_are_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"`{name}`"):
+        PRFLTrainingConfig(**BASE, reward_model="r", **{name: value})
+
+
+def test_the_papers_defaults() -> None:
+    reward = RewardTrainingConfig(**BASE)
+    assert (reward.num_layers, reward.pooling, reward.task) == (8, "query", "motion_quality")
+    assert (reward.learning_rate, reward.head_learning_rate, reward.adam_weight_decay) == (1e-6, 1e-5, 0.01)
+    assert reward.metric_for_best_model == "accuracy"
+    assert RewardTrainingConfig(**BASE, loss="bt").metric_for_best_model == "pair_accuracy"
+    prfl = PRFLTrainingConfig(**BASE, reward_model="r")
+    assert (prfl.num_inference_steps, prfl.prompt_dropout, prfl.learning_rate) == (40, 0.1, 5e-6)
+    assert prfl.update_schedule == "alternate"

@@ -1,0 +1,130 @@
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import Dataset, DatasetDict, load_from_disk
+
+from hy_prfl.data.collators import collate_latents
+from hy_prfl.data.dataset import (
+    RowDataset,
+    check_rows_fit,
+    latent_shapes,
+    load_latent_dataset,
+    preference_pairs,
+    require_latents,
+    rows_with_label,
+    single_value,
+    stream_batches,
+)
+from hy_prfl.data.sampler import BucketBatchSampler
+
+
+Write = Callable[..., Path]
+
+
+def test_rows_without_a_label_are_left_out_not_poor(tmp_path: Path, write_latents: Write) -> None:
+    overrides = {0: {"physics_quality": None}, 1: {"human_quality": None}, 3: {"human_quality": 0}}
+    dataset = load_latent_dataset(str(write_latents(tmp_path / "d", 6, overrides=overrides)))
+    assert rows_with_label(dataset, "motion_quality", "d") == ([2, 3, 4, 5], [0, 0, 0, 1])
+    assert rows_with_label(dataset, "physics_quality", "d") == ([1, 2, 3, 4, 5], [1, 0, 1, 0, 1])
+    with pytest.raises(ValueError, match="no row has a label for the task 'text_alignment'"):
+        rows_with_label(dataset, "text_alignment", "d")
+
+
+def test_pairs_of_one_prompt(tmp_path: Path, write_latents: Write) -> None:
+    dataset = load_latent_dataset(str(write_latents(tmp_path / "d", 6)))  # rows 2k and 2k+1 share a prompt
+    assert preference_pairs(dataset, "motion_quality", "d") == [(1, 0), (3, 2), (5, 4)]
+
+
+def test_pair_ids_come_before_prompts_and_named_rows_before_both(tmp_path: Path, write_latents: Write) -> None:
+    overrides: dict[int, dict[str, object]] = {
+        0: {"pair_id": "p"}, 3: {"pair_id": "p"}, 5: {"pair_id": "p"},
+        1: {"rejected_id": "clip-7"},
+    }  # fmt: skip
+    dataset = load_latent_dataset(str(write_latents(tmp_path / "d", 8, overrides=overrides)))
+    # Row 1 beats row 7 because it says so; 3 and 5 beat 0 in pair p; 2, 4 and 6 have no good partner left.
+    assert preference_pairs(dataset, "motion_quality", "d") == [(1, 7), (3, 0), (5, 0)]
+
+
+def test_unpaired_clips_only_when_asked_for(tmp_path: Path, write_latents: Write, caplog: pytest.LogCaptureFixture) -> None:
+    overrides = {index: {"prompt": f"own {index}"} for index in range(6)}
+    dataset = load_latent_dataset(str(write_latents(tmp_path / "d", 6, overrides=overrides)))
+    with pytest.raises(ValueError, match="allow_unpaired"):
+        preference_pairs(dataset, "motion_quality", "d")
+    pairs = preference_pairs(dataset, "motion_quality", "d", allow_unpaired=True)
+    assert [good for good, _ in pairs] == [1, 3, 5]
+    assert all(poor in (0, 2, 4) for _, poor in pairs)
+    assert "random poor ones" in caplog.text
+
+
+def test_pairs_of_different_shape_and_unknown_partners(tmp_path: Path, write_latents: Write) -> None:
+    different = load_latent_dataset(str(write_latents(tmp_path / "d", 4, shapes=((2, 4, 4), (2, 4, 6)))))
+    with pytest.raises(ValueError, match="no good and poor clip"):
+        preference_pairs(different, "motion_quality", "d")
+    lost = load_latent_dataset(str(write_latents(tmp_path / "e", 4, overrides={1: {"rejected_id": "gone"}})))
+    with pytest.raises(ValueError, match="row 'clip-1' names 'gone'"):
+        preference_pairs(lost, "motion_quality", "e")
+
+
+def test_a_stream_holds_the_stored_numbers(tmp_path: Path, write_latents: Write) -> None:
+    path = write_latents(tmp_path / "d", 5, shapes=((2, 4, 4), (2, 4, 6)))
+    dataset = load_latent_dataset(str(path))
+    stored = load_from_disk(path)
+    sampler = BucketBatchSampler(latent_shapes(dataset), batch_size=2, seed=0)
+    for batch in islice(stream_batches(RowDataset(dataset, range(5)), collate_latents, sampler), 6):
+        assert batch.latents is not None
+        for row_id, latents in zip(batch.ids, batch.latents, strict=True):
+            row = stored[int(row_id.removeprefix("clip-"))]
+            np.testing.assert_array_equal(latents.flatten(), np.float32(row["latents"]))
+            assert list(latents.shape) == row["latents_shape"]
+
+
+def test_reading_with_workers_gives_the_same_batches(tmp_path: Path, write_latents: Write) -> None:
+    dataset = load_latent_dataset(str(write_latents(tmp_path / "d", 6)))
+    sampler = BucketBatchSampler(latent_shapes(dataset), batch_size=2, seed=0)
+    plain, parallel = (
+        [batch.ids for batch in islice(stream_batches(RowDataset(dataset, range(6)), collate_latents, sampler, num_workers=n), 5)]
+        for n in (0, 2)
+    )  # fmt: skip
+    assert plain == parallel
+
+
+def test_what_is_no_latent_dataset_is_refused(tmp_path: Path, write_latents: Write) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        load_latent_dataset(str(tmp_path / "nowhere"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="empty"):
+        load_latent_dataset(str(tmp_path / "empty"))
+    Dataset.from_dict({"id": ["a"]}).save_to_disk(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"not a latent dataset.*latents"):
+        load_latent_dataset(str(tmp_path / "other"))
+    rows = load_from_disk(write_latents(tmp_path / "d", 2))
+    DatasetDict(train=rows, test=rows).save_to_disk(tmp_path / "splits")
+    with pytest.raises(ValueError, match="expected one split, found train, test"):
+        load_latent_dataset(str(tmp_path / "splits"))
+
+
+def test_rows_that_do_not_fit_a_model_are_named(tmp_path: Path, write_latents: Write) -> None:
+    dataset = load_latent_dataset(str(write_latents(tmp_path / "d", 2)))
+    fits = {"num_channels": 16, "text_dim": 32, "image_dim": None, "patch_size": (1, 2, 2)}
+    check_rows_fit(dataset, "d", **fits)
+    for change, message in [
+        ({"num_channels": 48}, r"'clip-0', `latents_shape`: the model takes 48, got 16"),
+        ({"text_dim": 64}, r"`prompt_embeds_shape`: the model takes 64, got 32"),
+        ({"image_dim": 32}, r"`image_embeds_shape`: the model takes 32, got None"),
+        ({"patch_size": (1, 3, 2)}, r"do not divide into patches"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            check_rows_fit(dataset, "d", **(fits | change))
+
+
+def test_one_value_for_all_rows(tmp_path: Path, write_latents: Write) -> None:
+    dataset = load_latent_dataset(str(write_latents(tmp_path / "d", 3, overrides={1: {"vae_fingerprint": "other"}})))
+    assert single_value(dataset, "max_sequence_length", "d") == 16
+    with pytest.raises(ValueError, match=r"d: all rows must have the same `vae_fingerprint`.*other.*tiny"):
+        single_value(dataset, "vae_fingerprint", "d")
+    require_latents(dataset, "d")
+    with pytest.raises(ValueError, match="2 of 2 rows have no latents"):
+        require_latents(load_latent_dataset(str(write_latents(tmp_path / "p", 2, prompts_only=True))), "p")

@@ -1,0 +1,119 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hy_prfl.data.prompts import VideoPrompt, check_prompts, read_prompts
+
+
+def write(path: Path, rows: object) -> Path:
+    path.write_text(rows if isinstance(rows, str) else json.dumps(rows), encoding="utf-8")
+    return path
+
+
+class TestReadPrompts:
+    def test_json(self, tmp_path: Path) -> None:
+        rows = [{"caption": "a cat"}, {"prompt": "a dog", "id": "dog", "seed": 7, "image": "dog.png"}]
+        assert read_prompts(write(tmp_path / "p.json", rows), seed=3) == [
+            VideoPrompt(id="00000", caption="a cat", seed=3),
+            VideoPrompt(id="dog", caption="a dog", seed=7, image=tmp_path / "dog.png"),
+        ]
+
+    def test_upstream(self, tmp_path: Path) -> None:
+        rows = [{"caption": "x", "image_id": "v1", "image_path": "/a.png", "last_image_path": "b.png", "seed": 42}]
+        assert read_prompts(write(tmp_path / "temp_prfl_infer_data.json", rows)) == [
+            VideoPrompt(id="v1", caption="x", seed=42, image=Path("/a.png"), last_image=tmp_path / "b.png")
+        ]
+
+    def test_jsonl_csv_and_text(self, tmp_path: Path) -> None:
+        expected = [
+            VideoPrompt(id="00000", caption="a cat, black", seed=1),
+            VideoPrompt(id="00001", caption="a dog", seed=1),
+        ]
+        lines = '{"caption": "a cat, black", "seed": 1}\n\n{"caption": "a dog", "seed": "1"}\n'
+        assert read_prompts(write(tmp_path / "p.jsonl", lines)) == expected
+        assert read_prompts(write(tmp_path / "p.csv", 'caption,seed\n"a cat, black",1\na dog,1\n')) == expected
+        assert read_prompts(write(tmp_path / "p.txt", "a cat, black\n\n  a dog \n"), seed=1) == expected
+
+    def test_several_videos(self, tmp_path: Path) -> None:
+        prompts = read_prompts(write(tmp_path / "p.txt", "a cat\na dog"), seed=5, num_videos_per_prompt=2)
+        assert [prompt.name for prompt in prompts] == [
+            "00000_seed_5",
+            "00000_seed_6",
+            "00001_seed_5",
+            "00001_seed_6",
+        ]
+
+    @pytest.mark.parametrize(
+        ("rows", "message"),
+        [
+            ("[{", r"p\.json: not valid JSON"),
+            ({"caption": "x"}, r"p\.json: expected a JSON list"),
+            ([], r"p\.json: there is no prompt"),
+            (["x"], r"p\.json, row 1: expected a mapping"),
+            ([{"caption": "x"}, {"id": "b"}], "row 2: `caption` is missing"),
+            ([{"caption": "  "}], "row 1: `caption` is missing"),
+            ([{"caption": 3.5}], "`caption` must be text"),
+            ([{"caption": "x", "text": "y"}], "unknown fields: text"),
+            ([{"caption": "x", "prompt": "y"}], "mean the same but differ"),
+            ([{"caption": "x", "seed": -1}], "row 1: `seed` must be a whole number"),
+            ([{"caption": "x", "seed": "one"}], "row 1: `seed` must be a whole number"),
+            ([{"caption": "x", "seed": 1.5}], "`seed` must be"),
+            ([{"caption": "x", "id": "a/b"}], "row 1: `id` becomes a file name"),
+            ([{"caption": "x", "id": ".hidden"}], "row 1: `id` becomes a file name"),
+            ([{"caption": "x", "id": "a"}, {"caption": "y", "id": "a"}], "row 2: `id` 'a' with seed 0 is already"),
+        ],
+    )
+    def test_broken(self, tmp_path: Path, rows: object, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            read_prompts(write(tmp_path / "p.json", rows))
+
+    def test_no_file(self, tmp_path: Path) -> None:
+        for name in ("p.txt", "p.json"):
+            with pytest.raises(FileNotFoundError, match=name):
+                read_prompts(tmp_path / name)
+        with pytest.raises(ValueError, match=r"p\.txt: there is no prompt"):
+            read_prompts(write(tmp_path / "p.txt", "\n\n"))
+
+
+class TestCheckPrompts:
+    @pytest.fixture
+    def image(self, tmp_path: Path) -> Path:
+        Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "a.png")
+        return tmp_path / "a.png"
+
+    def test_good(self, image: Path) -> None:
+        text = [VideoPrompt(id="a", caption="x")]
+        check_prompts(text, image_to_video=False, last_image="none")
+        one = [VideoPrompt(id="a", caption="x", image=image)]
+        two = [VideoPrompt(id="a", caption="x", image=image, last_image=image)]
+        check_prompts(one, image_to_video=True, last_image="none")
+        check_prompts(one + two, image_to_video=True, last_image="optional")
+        check_prompts(two, image_to_video=True, last_image="required")
+
+    @pytest.mark.parametrize(
+        ("images", "pipeline", "message"),
+        [
+            (("a.png", None), (False, "none"), "'a' has an image, but the pipeline is text-to-video"),
+            ((None, None), (True, "none"), "'a': `image` is missing"),
+            ((None, "a.png"), (True, "optional"), "'a': `image` is missing"),
+            (("a.png", "a.png"), (True, "none"), "'a' has a `last_image`"),
+            (("a.png", None), (True, "required"), "'a': `last_image` is missing"),
+            (("b.png", None), (True, "none"), r"'a': the image .*b\.png"),
+            (("bad.png", None), (True, "none"), r"'a': the image .*bad\.png"),
+        ],
+    )
+    def test_bad(
+        self,
+        image: Path,
+        images: tuple[str | None, str | None],
+        pipeline: tuple[bool, str],
+        message: str,
+    ) -> None:
+        (image.parent / "bad.png").write_bytes(b"no image")
+        first, last = (None if name is None else image.parent / name for name in images)
+        prompt = VideoPrompt(id="a", caption="x", image=first, last_image=last)
+        with pytest.raises(ValueError, match=message):
+            check_prompts([prompt], image_to_video=pipeline[0], last_image=pipeline[1])

@@ -1,0 +1,199 @@
+"""`preprocess` as a user calls it: order of the checks, kill and restart, several processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import load_from_disk
+
+from hy_prfl.data.labels import label_dataset
+from hy_prfl.data.schema import table_to_rows
+from hy_prfl.scripts.preprocess import main
+
+
+ROOT = Path(__file__).parents[2]
+NUM_CLIPS = 10
+
+
+@pytest.fixture(scope="module")
+def manifest(write_video: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten clips, of which one is damaged."""
+    folder = tmp_path_factory.mktemp("manifest")
+    rows = []
+    for index in range(NUM_CLIPS):
+        write_video(folder / f"clip_{index}.mp4", seed=index)
+        rows.append({"video": f"clip_{index}.mp4", "caption": f"a red circle {index}", "blur_quality": index % 2})
+    (folder / "clip_4.mp4").write_bytes(b"junk")
+    (folder / "manifest.json").write_text(json.dumps(rows))
+    return folder / "manifest.json"
+
+
+@pytest.fixture(scope="module")
+def options(pipeline_dir: Path, manifest: Path) -> list[str]:
+    return [
+        f"--pretrained_model_name_or_path={pipeline_dir}",
+        f"--manifest={manifest}",
+        "--num_frames=9",
+        "--shard_size=1",
+        "--buckets",
+        "32x48",
+    ]
+
+
+@pytest.fixture(scope="module")
+def expected(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Dataset of a run that nothing disturbed."""
+    output_dir = tmp_path_factory.mktemp("expected") / "dataset"
+    main([*options, f"--output_dir={output_dir}"])
+    return output_dir
+
+
+def comparable_rows(folder: Path) -> list[dict[str, Any]]:
+    rows = table_to_rows(load_from_disk(folder).data.table)
+    return [
+        {name: getattr(value, "tobytes", lambda value=value: value)() for name, value in row.items()} for row in rows
+    ]
+
+
+def start(options: Sequence[str], launcher: Sequence[str] = ("-m", "hy_prfl.scripts.preprocess")) -> subprocess.Popen:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launcher, *options]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def test_dataset_of_a_manifest(expected: Path) -> None:
+    rows = table_to_rows(load_from_disk(expected).data.table)
+    assert [row["id"] for row in rows] == [f"clip_{index}" for index in range(NUM_CLIPS) if index != 4]
+    assert [row["blur_quality"] for row in rows] == [index % 2 for index in range(NUM_CLIPS) if index != 4]
+    assert [row["prompt"] for row in rows][:2] == ["a red circle 0", "a red circle 1"]
+    report = (expected / "report.jsonl").read_text().splitlines()
+    assert len(report) == 1
+    assert json.loads(report[0])["id"] == "clip_4"
+    assert sorted(path.name for path in expected.parent.iterdir()) == ["dataset"]
+
+
+def test_finished_dataset_is_left_alone(
+    expected: Path, options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path.name: path.stat().st_mtime_ns for path in expected.iterdir()}
+    main([*options, f"--output_dir={expected}"])
+    assert "is complete, nothing to do" in capsys.readouterr().out
+    assert {path.name: path.stat().st_mtime_ns for path in expected.iterdir()} == before
+
+
+def test_yaml_file(expected: Path, options: list[str], tmp_path: Path) -> None:
+    values = dict(option.removeprefix("--").split("=", 1) for option in options if "=" in option)
+    lines = [f"{name}: {value}" for name, value in values.items()]
+    (tmp_path / "x.yaml").write_text("\n".join([*lines, "buckets: [32x48]", f"output_dir: {tmp_path / 'out'}"]))
+    main(["--config", str(tmp_path / "x.yaml"), "--shard_size=4"])
+    assert comparable_rows(tmp_path / "out") == comparable_rows(expected)
+
+
+def test_killed_in_the_middle_and_started_again(
+    expected: Path, options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output_dir, partial_dir = tmp_path / "out", tmp_path / "out.partial"
+    process = start([*options, f"--output_dir={output_dir}"])
+    deadline = time.monotonic() + 120
+    while not list(partial_dir.glob("shard-*.arrow")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    num_stored = len(list(partial_dir.glob("shard-*.arrow")))
+    assert process.returncode == -signal.SIGKILL
+    assert 0 < num_stored < NUM_CLIPS - 1
+    assert not output_dir.exists()
+
+    main([*options, f"--output_dir={output_dir}"])
+    assert f"encoded now {NUM_CLIPS - 1 - num_stored}, bad 1" in capsys.readouterr().out
+    assert comparable_rows(output_dir) == comparable_rows(expected)
+    assert not partial_dir.exists()
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_accelerate_launch_gives_the_same_dataset(
+    expected: Path, options: list[str], tmp_path: Path, num_processes: int
+) -> None:
+    launcher = ["-m", "accelerate.commands.launch", "--cpu", f"--num_processes={num_processes}", "--num_machines=1"]
+    launcher += ["--mixed_precision=no", "--dynamo_backend=no", "-m", "hy_prfl.scripts.preprocess"]
+    process = start([*options, f"--output_dir={tmp_path / 'out'}"], launcher)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    assert output.count(f"clips {NUM_CLIPS - 1}, encoded now {NUM_CLIPS - 1}, bad 1") == 1
+    assert comparable_rows(tmp_path / "out") == comparable_rows(expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--num_frames=8"], "`num_frames` must be of the form 4k"),
+        (["--min_num_frames=13"], "`min_num_frames` must be between 1 and num_frames"),
+        (["--fps=0"], "`fps` must be greater than 0"),
+        (["--buckets", "32*48"], "`buckets` must be sizes HEIGHTxWIDTH"),
+        (["--buckets", "30x48"], "`buckets` must be sizes HEIGHTxWIDTH with sides that are multiples of 16"),
+        (["--buckets", "0x48"], "`buckets` must be sizes"),
+        (["--resolution=500"], "`resolution` must be a multiple of 32"),
+        (["--max_aspect_ratio=0.5"], "`max_aspect_ratio` must be at least 1"),
+        (["--max_sequence_length=0"], "`max_sequence_length` must be at least 1"),
+        (["--shard_size=0"], "`shard_size` must be at least 1"),
+        (["--tensor_dtype=float8"], "tensor_dtype"),
+        (["--upstream_meta=x"], "`manifest` must be given, or else `upstream_meta`"),
+        (["--null_prompt_path=x"], "`null_prompt_path` must be left out"),
+        (["--no_such_option=1"], "no_such_option"),
+    ],
+)
+def test_bad_options_are_refused_by_name(options: list[str], tmp_path: Path, changes: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        main([*options, f"--output_dir={tmp_path / 'out'}", *changes])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_models_are_loaded_last(manifest: Path, pipeline_dir: Path, tmp_path: Path) -> None:
+    """A pipeline folder without weights is enough to get every other error."""
+    pipeline = tmp_path / "pipeline"
+    pipeline.mkdir()
+    (pipeline / "model_index.json").write_text((pipeline_dir / "model_index.json").read_text())
+    fixed = [f"--pretrained_model_name_or_path={pipeline}", f"--output_dir={tmp_path / 'out'}"]
+    with pytest.raises(FileNotFoundError, match="nowhere.json"):
+        main([*fixed, f"--manifest={tmp_path / 'nowhere.json'}"])
+    (tmp_path / "broken.json").write_text('[{"caption": "x"}]')
+    with pytest.raises(ValueError, match="broken.json, row 1: `video` is missing"):
+        main([*fixed, f"--manifest={tmp_path / 'broken.json'}"])
+    with pytest.raises(ValueError, match="`buckets` must name exactly one size"):
+        main([*fixed, f"--manifest={manifest}", "--prompts_only=true"])
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="out' is not empty"):
+        main([*fixed, f"--manifest={manifest}"])
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_labelled_dataset_is_not_replaced(
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = f"--output_dir={tmp_path / 'out'}"
+    main([*options, output])
+    label_dataset(str(tmp_path / "out"), {"clip_0": {"human_quality": 1}}, tmp_path / "out")
+    main([*options, output])
+    assert "is complete" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="labels merged by `label` that would be lost"):
+        main([*options, output, "--tensor_dtype=float32"])
+
+
+def test_prompts_only(options: list[str], tmp_path: Path) -> None:
+    (tmp_path / "prompts.csv").write_text("caption\na red circle\na blue square\n")
+    output_dir = tmp_path / "out"
+    main([*options, f"--manifest={tmp_path / 'prompts.csv'}", f"--output_dir={output_dir}", "--prompts_only=true"])
+    rows = table_to_rows(load_from_disk(output_dir).data.table)
+    assert [(row["id"], row["latents"]) for row in rows] == [("prompt_000000", None), ("prompt_000001", None)]
+    assert rows[0]["latents_shape"] == [16, 3, 4, 6]
