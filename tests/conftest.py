@@ -17,8 +17,10 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from datasets import Dataset
+from diffusers import AutoencoderKLWan
 
 from examples.shapes.pipeline import save_pipeline
+from hy_prfl.data.encoding import vae_fingerprint
 from hy_prfl.data.schema import latent_features, pack_tensor, rows_to_table
 
 
@@ -75,7 +77,13 @@ def write_video() -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def write_latents() -> Callable[..., Path]:
+def tiny_vae(pipeline_dir: Path) -> str:
+    """Fingerprint of the VAE that both tiny pipelines have."""
+    return vae_fingerprint(AutoencoderKLWan.from_pretrained(pipeline_dir, subfolder="vae"))
+
+
+@pytest.fixture(scope="session")
+def write_latents(tiny_vae: str) -> Callable[..., Path]:
     """
     Function that writes a latent dataset without encoding any video: `write_latents(path, num_rows=8, ...)`.
 
@@ -116,13 +124,13 @@ def write_latents() -> Callable[..., Path]:
                 "width": 8 * width,
                 "fps": 16.0,
                 "max_sequence_length": 16,
-                "vae_fingerprint": "tiny",
+                "vae_fingerprint": tiny_vae,
                 "text_encoder_fingerprint": "tiny",
             }
             for name, array in tensors.items():
                 row |= pack_tensor(name, array, "float16", source=str(index))
             row["latents_shape"] = [16, *size]
-            rows.append({name: None for name in latent_features()} | row | dict((overrides or {}).get(index, {})))
+            rows.append(dict.fromkeys(latent_features()) | row | dict((overrides or {}).get(index, {})))
         Dataset(rows_to_table(rows)).save_to_disk(path)
         return path
 

@@ -29,7 +29,7 @@ MAX_SEQUENCE_LENGTH = 16
 
 # Stages of the VAE's training: share of the steps, frames, height and width of the crops, batch size. Pictures are
 # cheap and teach shapes and colours; short crops teach motion; whole clips, last, the borders and the long range.
-VAE_STAGES = ((0.5, 1, 48, 2), (0.3, 9, 32, 2), (0.2, 17, 48, 1))
+VAE_STAGES = ((0.5, 1, 48, 2), (0.42, 5, 48, 1), (0.08, 17, 48, 1))
 
 # The VAE is built like that of Wan 2.2, with shortcuts around its levels and 2x2 patches as its pixels, but with one
 # level less: the same stride 4 x 8 x 8 and 16 channels as Wan 2.1, at a quarter of the cost.
@@ -51,9 +51,9 @@ class PretrainConfig:
     output_dir: str = field(metadata={"help": "Folder for the pipeline."})
     num_clips: int = field(default=1200, metadata={"help": "Clips to learn from; they are drawn, not read."})
     good_share: float = field(default=0.4, metadata={"help": "Share of good clips among them."})
-    vae_steps: int = field(default=900, metadata={"help": "Updates of the VAE."})
+    vae_steps: int = field(default=1100, metadata={"help": "Updates of the VAE."})
     vae_learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of the VAE."})
-    generator_steps: int = field(default=900, metadata={"help": "Updates of the generator."})
+    generator_steps: int = field(default=550, metadata={"help": "Updates of the generator."})
     generator_batch_size: int = field(default=32, metadata={"help": "Clips in one update of the generator."})
     generator_learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate of the generator."})
     num_layers: int = field(default=6, metadata={"help": "Transformer blocks of the generator."})

@@ -72,6 +72,13 @@ def single_value(dataset: Dataset, name: str, source: str) -> Any:
     return values.pop()
 
 
+def check_vae(dataset: Dataset, source: str, vae_fingerprint: str) -> None:
+    """Raise a `ValueError` if the dataset was encoded by another VAE than the one with this fingerprint."""
+    found = single_value(dataset, "vae_fingerprint", source)
+    if found != vae_fingerprint:
+        raise ValueError(f"{source}: encoded by the VAE {found}, but the pipeline has the VAE {vae_fingerprint}.")
+
+
 def require_latents(dataset: Dataset, source: str) -> None:
     """Raise a `ValueError` if any row has no latents, as in a prompt-only dataset."""
     tables = dataset.select_columns(["latents"]).with_format("arrow").iter(batch_size=64)

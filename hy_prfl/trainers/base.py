@@ -11,15 +11,19 @@ from types import FrameType
 from typing import Any
 
 import torch
+import yaml
 from accelerate import Accelerator
 from accelerate.logging import get_logger
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import ProjectConfiguration, set_seed
+from diffusers import AutoencoderKLWan
 from diffusers.optimization import get_scheduler
 from torch import nn
 from tqdm import tqdm
 
 from ..checkpointing import find_checkpoint, load_checkpoint, save_checkpoint
-from ..configs.base import TrainingConfig, save_config
+from ..configs.base import TrainingConfig, check, save_config
+from ..data.encoding import vae_fingerprint
 from ..distributed import all_finite, any_rank, mean_over_ranks
 from ..flow_matching import make_generator
 
@@ -49,6 +53,9 @@ class Trainer(ABC):
         self.output_dir = Path(config.output_dir)
         self.checkpoint = find_checkpoint(self.output_dir, config.resume_from_checkpoint)
         report_to = [name for name in config.report_to if name != "none"]
+        available = [str(tracker) for tracker in get_available_trackers()]
+        for name in report_to:
+            check(name in available, "report_to", name, f"`none` or one of the trackers installed here: {available}")
         self.accelerator = Accelerator(
             gradient_accumulation_steps=backwards_per_update,
             log_with=report_to or None,
@@ -56,7 +63,7 @@ class Trainer(ABC):
                 project_dir=str(self.output_dir), logging_dir=str(self.output_dir / "logs")
             ),
         )
-        set_seed(config.seed, device_specific=True)
+        set_seed(config.seed)
         self.global_step = 0
         self.interrupted = False
 
@@ -83,6 +90,16 @@ class Trainer(ABC):
     @abstractmethod
     def load_model(self, directory: Path) -> None:
         """Load what `save_model` wrote into the model in training."""
+
+    def pipeline_vae_fingerprint(self) -> str:
+        """Identity of the VAE of the pipeline that is trained; latents of another VAE mean nothing to it."""
+        vae = AutoencoderKLWan.from_pretrained(
+            self.config.pretrained_model_name_or_path,
+            subfolder="vae",
+            revision=self.config.revision,
+            variant=self.config.variant,
+        )
+        return vae_fingerprint(vae)
 
     @property
     def weight_dtype(self) -> torch.dtype:
@@ -122,6 +139,8 @@ class Trainer(ABC):
         self.trainable_parameters = [parameter for group in parameter_groups for parameter in group["params"]]
         # The schedule is not prepared: Accelerate would advance it once per process.
         wrapped, self.optimizer = self.accelerator.prepare(model, optimizer)
+        # New weights start equal on all ranks; from here on dropout may differ.
+        set_seed(config.seed, device_specific=True)
         self.accelerator.register_for_checkpointing(self.lr_scheduler)
         self.accelerator.register_save_state_pre_hook(self._save_model_hook)
         self.accelerator.register_load_state_pre_hook(self._load_model_hook)
@@ -201,16 +220,28 @@ class Trainer(ABC):
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps besides the states of Accelerate; JSON values only."""
-        return {"global_step": self.global_step}
+        return {"global_step": self.global_step, "num_processes": self.accelerator.num_processes}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Restore what `state` returned."""
+        """
+        Restore what `state` returned.
+
+        Raises:
+            ValueError: If the checkpoint was written by another number of processes: which rows were seen would be
+                unknown.
+        """
+        if state["num_processes"] != self.accelerator.num_processes:
+            raise ValueError(
+                f"`resume_from_checkpoint`: {self.checkpoint} was written by {state['num_processes']} processes, this "
+                f"run has {self.accelerator.num_processes}."
+            )
         self.global_step = state["global_step"]
 
     def _start_run(self) -> None:
         if self.checkpoint is not None:
             self.load_state(load_checkpoint(self.accelerator, self.checkpoint))
             logger.info("Continuing from %s.", self.checkpoint)
+            self._warn_of_changes(self.checkpoint / CONFIG_FILE)
         if self.accelerator.is_main_process:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             save_config(self.config, self.output_dir / CONFIG_FILE)
@@ -220,6 +251,12 @@ class Trainer(ABC):
             for name, value in dataclasses.asdict(self.config).items()
         }
         self.accelerator.init_trackers(self.config.tracker_project_name, config=options)
+
+    def _warn_of_changes(self, saved: Path) -> None:
+        before = yaml.safe_load(saved.read_text(encoding="utf-8"))
+        for name, value in dataclasses.asdict(self.config).items():
+            if before.get(name) != value and name != "resume_from_checkpoint":
+                logger.warning("`%s` was %r before the checkpoint and is %r now.", name, before.get(name), value)
 
     def _after_step(self, metrics: dict[str, torch.Tensor], progress: tqdm) -> None:
         config, is_last = self.config, self.global_step == self.max_train_steps

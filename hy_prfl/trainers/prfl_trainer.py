@@ -18,10 +18,10 @@ from ..data.collators import LatentBatch, collate_latents
 from ..data.dataset import (
     RowDataset,
     check_rows_fit,
+    check_vae,
     latent_shapes,
     load_latent_dataset,
     require_latents,
-    single_value,
     stream_batches,
 )
 from ..data.sampler import BucketBatchSampler
@@ -292,10 +292,14 @@ class PRFLTrainer(Trainer):
         self.reward_model = load_reward_model(config.reward_model, torch_dtype=self.weight_dtype)
         transformer_config = WanTransformer3DModel.load_config(path, subfolder=TRANSFORMER_FOLDER, revision=revision)
         check_fits_generator(self.reward_model.config, transformer_config, allow_other_base=config.allow_other_base)
+        fingerprint = self.pipeline_vae_fingerprint()
+        check_latents_fit(self.reward_model, vae_fingerprint=fingerprint, source=path)
         for name in ("train_dataset", "prompt_dataset", "validation_dataset"):
             source = getattr(config, name)
             if source is not None:
-                self._check_dataset(load_latent_dataset(source), source)
+                dataset = load_latent_dataset(source)
+                check_vae(dataset, source, fingerprint)
+                self._check_dataset(dataset, source)
         self.scheduler = load_scheduler(path, revision=revision, flow_shift=config.sampler_flow_shift)
         self.reward_model.to(self.accelerator.device)
         self.unwrapped = self._load_transformer()
@@ -305,8 +309,6 @@ class PRFLTrainer(Trainer):
         self.evaluator = self._build_evaluator()
 
     def _check_dataset(self, dataset: Dataset, source: str) -> None:
-        fingerprint = single_value(dataset, "vae_fingerprint", source)
-        check_latents_fit(self.reward_model, vae_fingerprint=fingerprint, source=source)
         model_config = self.reward_model.config
         check_rows_fit(
             dataset,

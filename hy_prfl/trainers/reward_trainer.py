@@ -16,12 +16,12 @@ from ..data.collators import LabeledBatch, LatentBatch, PreferenceBatch, collate
 from ..data.dataset import (
     RowDataset,
     check_rows_fit,
+    check_vae,
     latent_shapes,
     load_latent_dataset,
     preference_pairs,
     require_latents,
     rows_with_label,
-    single_value,
     stream_batches,
 )
 from ..data.sampler import BucketBatchSampler
@@ -53,8 +53,8 @@ class RewardTrainer(Trainer):
     def __init__(self, config: RewardTrainingConfig) -> None:
         super().__init__(config, backwards_per_update=config.gradient_accumulation_steps)
         self.best_metric: float | None = None
+        self.vae_fingerprint = self.pipeline_vae_fingerprint()
         self.dataset, self.items, _ = self._open(config.train_dataset)
-        self.vae_fingerprint = single_value(self.dataset, "vae_fingerprint", config.train_dataset)
         self.evaluator = self._build_evaluator()
         self.unwrapped = self._load_reward_model()
         self._check_dataset(self.dataset, config.train_dataset)
@@ -178,6 +178,7 @@ class RewardTrainer(Trainer):
         config = self.config
         dataset = load_latent_dataset(path)
         require_latents(dataset, path)
+        check_vae(dataset, path, self.vae_fingerprint)
         if config.loss == "bt":
             pairs = preference_pairs(
                 dataset, config.task, path, allow_unpaired=config.allow_unpaired, seed=config.seed
@@ -191,12 +192,6 @@ class RewardTrainer(Trainer):
         if config.validation_dataset is None:
             return None
         dataset, items, labels = self._open(config.validation_dataset)
-        fingerprint = single_value(dataset, "vae_fingerprint", config.validation_dataset)
-        if fingerprint != self.vae_fingerprint:
-            raise ValueError(
-                f"`validation_dataset`: {config.validation_dataset} was encoded by the VAE {fingerprint}, "
-                f"the training data by {self.vae_fingerprint}."
-            )
         if labels is not None and len(set(labels)) < 2 and config.metric_for_best_model == "auc":
             raise ValueError(
                 f"`metric_for_best_model` is 'auc', but all labels of {config.validation_dataset} for "

@@ -123,7 +123,7 @@ def test_rows_that_do_not_fit_a_model_are_named(tmp_path: Path, write_latents: W
 def test_one_value_for_all_rows(tmp_path: Path, write_latents: Write) -> None:
     dataset = load_latent_dataset(str(write_latents(tmp_path / "d", 3, overrides={1: {"vae_fingerprint": "other"}})))
     assert single_value(dataset, "max_sequence_length", "d") == 16
-    with pytest.raises(ValueError, match=r"d: all rows must have the same `vae_fingerprint`.*other.*tiny"):
+    with pytest.raises(ValueError, match=r"d: all rows must have the same `vae_fingerprint`.*other"):
         single_value(dataset, "vae_fingerprint", "d")
     require_latents(dataset, "d")
     with pytest.raises(ValueError, match="2 of 2 rows have no latents"):

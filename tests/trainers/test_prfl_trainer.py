@@ -16,12 +16,14 @@ from hy_prfl.trainers.prfl_trainer import FLOW_NOISE, REWARD_NOISE, PRFLTrainer
 
 
 @pytest.fixture
-def build(tmp_path: Path, pipeline_dir: Path, write_latents: Callable[..., Path]) -> Callable[..., PRFLTrainer]:
+def build(
+    tmp_path: Path, pipeline_dir: Path, write_latents: Callable[..., Path], tiny_vae: str
+) -> Callable[..., PRFLTrainer]:
     """Function that builds a trainer on 8 rows and an untrained reward model, with options on top of quick ones."""
     write_latents(tmp_path / "train", 8)
     transformer = WanTransformer3DModel.from_pretrained(pipeline_dir, subfolder="transformer")
     torch.manual_seed(0)
-    WanRewardModel.from_transformer(transformer, num_layers=2, vae_fingerprint="tiny").save_pretrained(
+    WanRewardModel.from_transformer(transformer, num_layers=2, vae_fingerprint=tiny_vae).save_pretrained(
         tmp_path / "reward"
     )
 
@@ -320,7 +322,7 @@ def test_half_precision_keeps_float32_masters(
 
 
 def test_reward_models_that_do_not_fit_are_refused(
-    build: Callable[..., PRFLTrainer], tmp_path: Path, pipeline_dir: Path, i2v_pipeline_dir: Path
+    build: Callable[..., PRFLTrainer], tmp_path: Path, pipeline_dir: Path, i2v_pipeline_dir: Path, tiny_vae: str
 ) -> None:
     with pytest.raises((OSError, ValueError), match="nowhere"):
         build(reward_model="nowhere/reward")
@@ -335,7 +337,7 @@ def test_reward_models_that_do_not_fit_are_refused(
     model.save_pretrained(tmp_path / "other_vae")
     with pytest.raises(ValueError, match="trained on those of the VAE other"):
         build(reward_model=str(tmp_path / "other_vae"))
-    model.register_to_config(base_num_layers=40, vae_fingerprint="tiny")
+    model.register_to_config(base_num_layers=40, vae_fingerprint=tiny_vae)
     model.save_pretrained(tmp_path / "other_base")
     with pytest.raises(ValueError, match="`base_num_layers` 40 against 3"):
         build(reward_model=str(tmp_path / "other_base"))

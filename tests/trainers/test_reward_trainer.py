@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
 
 from hy_prfl.configs.reward import RewardTrainingConfig
@@ -158,7 +158,9 @@ def test_resuming_equals_never_having_stopped(build: Callable[..., RewardTrainer
     assert whole.best_metric == second.best_metric
 
 
-def test_the_result_loads_and_scores_as_trained(build: Callable[..., RewardTrainer], tmp_path: Path) -> None:
+def test_the_result_loads_and_scores_as_trained(
+    build: Callable[..., RewardTrainer], tmp_path: Path, tiny_vae: str
+) -> None:
     trainer = build(validation_dataset=str(tmp_path / "validation"), validation_steps=1)
     trainer.train()
     inputs = torch.randn(2, 16, 2, 4, 4), torch.tensor([100.0, 900.0]), torch.randn(2, 16, 32)
@@ -166,7 +168,7 @@ def test_the_result_loads_and_scores_as_trained(build: Callable[..., RewardTrain
     torch.testing.assert_close(loaded(*inputs).logits, trainer.unwrapped.eval()(*inputs).logits)
     assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in trainer.unwrapped.state_dict().items())
     assert loaded.config.task == "motion_quality"
-    assert loaded.config.vae_fingerprint == "tiny"
+    assert loaded.config.vae_fingerprint == tiny_vae
     best = json.loads((tmp_path / "out" / "best" / "metrics.json").read_text())
     assert best["accuracy"] == trainer.best_metric
     WanRewardModel.from_pretrained(tmp_path / "out" / "best")
@@ -209,6 +211,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_rows(build: Callable[...,
         ({"num_layers": 4}, "has only 3 blocks"),
         ({"task": "blur_quality"}, "no row has a label for the task 'blur_quality'"),
         ({"train_dataset": "nowhere/data"}, "nowhere/data"),
+        ({"report_to": ["tensorbored"]}, "`report_to` must be .*tensorboard.*got 'tensorbored'"),
     ],
 )
 def test_bad_input_is_refused(build: Callable[..., RewardTrainer], options: dict[str, Any], message: str) -> None:
@@ -223,7 +226,7 @@ def test_datasets_that_do_not_fit_are_refused(
     with pytest.raises(ValueError, match=r"4 of 4 rows have no latents"):
         build(train_dataset=str(empty))
     other_vae = write_latents(tmp_path / "other", 4, overrides={i: {"vae_fingerprint": "other"} for i in range(4)})
-    with pytest.raises(ValueError, match="encoded by the VAE other"):
+    with pytest.raises(ValueError, match="other: encoded by the VAE other"):
         build(validation_dataset=str(other_vae))
     mixed = write_latents(tmp_path / "mixed", 4, overrides={1: {"vae_fingerprint": "other"}})
     with pytest.raises(ValueError, match="same `vae_fingerprint`"):
@@ -231,6 +234,18 @@ def test_datasets_that_do_not_fit_are_refused(
     image = write_latents(tmp_path / "image", 4, image_to_video=True)
     with pytest.raises(ValueError, match="image_embeds_shape"):
         build(train_dataset=str(image))
+
+
+def test_another_number_of_processes_and_changed_options(
+    build: Callable[..., RewardTrainer], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    build().train()
+    build(resume_from_checkpoint="latest", max_train_steps=3).train()
+    assert "`max_train_steps` was 2 before the checkpoint and is 3 now" in caplog.text
+    state = tmp_path / "out" / "checkpoint-3" / "trainer_state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"num_processes": 8}))
+    with pytest.raises(ValueError, match="written by 8 processes, this run has 1"):
+        build(resume_from_checkpoint="latest").train()
 
 
 def test_a_finished_folder_is_not_overwritten(build: Callable[..., RewardTrainer]) -> None:

@@ -1,0 +1,175 @@
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from examples.shapes.pipeline import build_pipeline
+from hy_prfl.configs.generate import GenerateConfig
+from hy_prfl.configs.parser import parse_config
+from hy_prfl.data.prompts import VideoPrompt
+from hy_prfl.data.video import read_video
+from hy_prfl.generation import VideoSettings, generate_videos, load_pipeline
+from hy_prfl.scripts.generate import main
+
+
+SIZE = {"height": 32, "width": 48, "num_frames": 5, "num_inference_steps": 2, "max_sequence_length": 16}
+PROMPTS = [{"caption": "a red circle", "id": "red"}, {"caption": "a blue square", "seed": 9}, {"caption": "a star"}]
+
+
+def write_prompts(folder: Path, prompts: Any = PROMPTS) -> Path:
+    path = folder / "prompts.json"
+    path.write_text(json.dumps(prompts))
+    return path
+
+
+def options(folder: Path, pipeline_dir: Path, **values: Any) -> list[str]:
+    common = {"prompts": folder / "prompts.json", "output_dir": folder / "out", "dtype": "float32"}
+    common |= {"pretrained_model_name_or_path": pipeline_dir}
+    return [f"--{name}={value}" for name, value in {**common, **SIZE, **values}.items()]
+
+
+def test_videos_manifest_and_rerun(tmp_path: Path, pipeline_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_prompts(tmp_path)
+    main(options(tmp_path, pipeline_dir, seed=4, flow_shift=7.0))
+    output_dir = tmp_path / "out"
+    names = ["red_seed_4.mp4", "00001_seed_9.mp4", "00002_seed_4.mp4"]
+    assert sorted(path.name for path in output_dir.iterdir()) == sorted([*names, "generate.yaml", "manifest.json"])
+    assert [row["video"] for row in json.loads((output_dir / "manifest.json").read_text())] == names
+    saved = parse_config(GenerateConfig, ["--config", str(output_dir / "generate.yaml")])
+    assert (saved.flow_shift, saved.seed) == (7.0, 4)
+    assert "3 videos generated, 0 were there" in capsys.readouterr().out
+
+    pipeline = load_pipeline(str(pipeline_dir), flow_shift=7.0, dtype=torch.float32)
+    prompt = VideoPrompt(id="00001", caption="a blue square", seed=9)
+    (path,) = generate_videos(pipeline, [prompt], tmp_path / "expected", VideoSettings(**SIZE))
+    assert np.array_equal(pixels(path), pixels(output_dir / path.name))
+
+    (output_dir / names[0]).unlink()
+    (output_dir / "manifest.json").unlink()
+    main(options(tmp_path, pipeline_dir, seed=4, flow_shift=7.0))
+    assert "1 videos generated, 2 were there" in capsys.readouterr().out
+    assert (output_dir / names[0]).is_file()
+    main(options(tmp_path, pipeline_dir, seed=4, flow_shift=7.0))
+    assert "0 videos generated, 3 were there" in capsys.readouterr().out
+
+    with pytest.raises(ValueError, match=r"\(flow_shift\)"):
+        main(options(tmp_path, pipeline_dir, seed=4))
+    main(options(tmp_path, pipeline_dir, seed=4, overwrite=True))
+    assert not np.array_equal(pixels(path), pixels(output_dir / path.name))
+
+
+def pixels(path: Path) -> np.ndarray:
+    return read_video(path, fps=16, num_frames=5)
+
+
+def test_another_transformer_under_the_same_path_is_noticed(tmp_path: Path, pipeline_dir: Path) -> None:
+    write_prompts(tmp_path)
+    build_pipeline(num_layers=3, seed=1).transformer.save_pretrained(tmp_path / "tuned")
+    main(options(tmp_path, pipeline_dir, transformer_path=tmp_path / "tuned"))
+    build_pipeline(num_layers=3, seed=2).transformer.save_pretrained(tmp_path / "tuned")
+    with pytest.raises(ValueError, match=r"\(transformer_path\)"):
+        main(options(tmp_path, pipeline_dir, transformer_path=tmp_path / "tuned"))
+
+
+def test_image_to_video(tmp_path: Path, i2v_pipeline_dir: Path) -> None:
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, size=(50, 70, 3), dtype=np.uint8)).save(tmp_path / "a.png")
+    prompts = [{"caption": "a red circle", "image_id": "x", "image_path": "a.png", "seed": 1}]
+    write_prompts(tmp_path, prompts)
+    main(options(tmp_path, i2v_pipeline_dir))
+    assert (tmp_path / "out" / "x_seed_1.mp4").is_file()
+
+    write_prompts(tmp_path, [{**prompts[0], "last_image": "a.png"}])
+    with pytest.raises(ValueError, match="takes only a first image"):
+        main(options(tmp_path, i2v_pipeline_dir))
+    write_prompts(tmp_path, [{"caption": "a red circle"}])
+    with pytest.raises(ValueError, match="`image` is missing"):
+        main(options(tmp_path, i2v_pipeline_dir))
+
+
+class TestBadInput:
+    """Everything here must be refused before a model is loaded: the folder has no weights."""
+
+    @pytest.fixture
+    def empty_pipeline_dir(self, tmp_path: Path, pipeline_dir: Path) -> Path:
+        folder = tmp_path / "pipeline"
+        (folder / "transformer").mkdir(parents=True)
+        for name in ("model_index.json", "transformer/config.json"):
+            (folder / name).write_bytes((pipeline_dir / name).read_bytes())
+        return folder
+
+    @pytest.mark.parametrize(
+        ("prompts", "message"),
+        [
+            ([{"caption": ""}], "`caption` is missing"),
+            ([{"caption": "a", "height": 3}], "unknown fields: height"),
+            ([{"caption": "a", "image": "none.png"}], "text-to-video and takes none"),
+            ({"a": 1}, "expected a JSON list"),
+        ],
+    )
+    def test_prompts(self, tmp_path: Path, empty_pipeline_dir: Path, prompts: Any, message: str) -> None:
+        write_prompts(tmp_path, prompts)
+        with pytest.raises(ValueError, match=message):
+            main(options(tmp_path, empty_pipeline_dir))
+        assert not (tmp_path / "out").exists()
+
+    def test_no_lora(self, tmp_path: Path, empty_pipeline_dir: Path) -> None:
+        write_prompts(tmp_path)
+        with pytest.raises(FileNotFoundError, match=r"lora_path.*no/such/lora"):
+            main(options(tmp_path, empty_pipeline_dir, lora_path="no/such/lora"))
+
+    def test_no_prompts(self, tmp_path: Path, empty_pipeline_dir: Path) -> None:
+        with pytest.raises(FileNotFoundError, match=r"prompts\.json"):
+            main(options(tmp_path, empty_pipeline_dir))
+
+    def test_another_pipeline(self, tmp_path: Path, empty_pipeline_dir: Path) -> None:
+        write_prompts(tmp_path)
+        (empty_pipeline_dir / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+        with pytest.raises(ValueError, match="FluxPipeline"):
+            main(options(tmp_path, empty_pipeline_dir))
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            ("height", 30),
+            ("width", 0),
+            ("num_frames", 6),
+            ("num_inference_steps", 0),
+            ("flow_shift", 0),
+            ("guidance_scale", -1),
+            ("guidance_scale", "nan"),
+            ("crf", 52),
+            ("seed", -1),
+            ("lora_scale", 0.5),
+            ("step_cache", "teacache"),
+            ("step_cache_threshold", 0.1),
+            ("step_cache_interval", 3),
+            ("cpu_offload", "disk"),
+            ("heigth", 32),
+        ],
+    )
+    def test_options(self, tmp_path: Path, empty_pipeline_dir: Path, name: str, value: Any) -> None:
+        write_prompts(tmp_path)
+        with pytest.raises(ValueError, match=name):
+            main(options(tmp_path, empty_pipeline_dir, **{name: value}))
+
+
+@pytest.mark.launch
+def test_launch_with_any_number_of_processes(tmp_path: Path, pipeline_dir: Path) -> None:
+    write_prompts(tmp_path)
+    for num_processes in (1, 2):
+        command = ["accelerate", "launch", "--cpu", "--num_processes", str(num_processes)]
+        command += ["--main_process_port", "0", "-m", "hy_prfl.scripts.generate"]
+        arguments = options(tmp_path, pipeline_dir, output_dir=tmp_path / f"out{num_processes}")
+        subprocess.run([*command, *arguments], check=True, timeout=300)
+    names = sorted(path.name for path in (tmp_path / "out1").iterdir())
+    assert len(names) == 5
+    assert names == sorted(path.name for path in (tmp_path / "out2").iterdir())
+    for name in names:
+        if name != "generate.yaml":
+            assert (tmp_path / "out1" / name).read_bytes() == (tmp_path / "out2" / name).read_bytes(), name
