@@ -1,10 +1,39 @@
-"""What the ranks have to agree on."""
+"""Processes: how they are set up, and what they have to agree on."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, gather_object
+
+
+def build_accelerator(
+    *, gradient_accumulation_steps: int, train_batch_size: int, log_with: list[str], output_dir: Path
+) -> Accelerator:
+    """
+    Accelerator for training, whatever the launch configuration says: one process, DDP or DeepSpeed.
+
+    Args:
+        gradient_accumulation_steps (`int`):
+            Backward passes that add up to one update.
+        train_batch_size (`int`):
+            Samples per process and micro-batch. DeepSpeed wants to know; its JSON says "auto" for both.
+        log_with (`list[str]`):
+            Names of trackers.
+    """
+    # Without a GPU, Accelerate would think that every DeepSpeed process is alone.
+    handlers = [] if torch.cuda.is_available() else [InitProcessGroupKwargs(backend="gloo")]
+    accelerator = Accelerator(
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        log_with=log_with or None,
+        project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
+        kwargs_handlers=handlers,
+    )
+    if accelerator.state.deepspeed_plugin is not None:
+        settings = accelerator.state.deepspeed_plugin.deepspeed_config
+        settings["train_micro_batch_size_per_gpu"] = train_batch_size
+    return accelerator
 
 
 def all_finite(accelerator: Accelerator, value: torch.Tensor) -> bool:

@@ -43,7 +43,7 @@ class DemoConfig:
     num_held_out_clips: int = field(default=96, metadata={"help": "Labelled clips with held-out captions."})
     num_prompts: int = field(default=24, metadata={"help": "Held-out captions to generate videos for, at most 24."})
     vae_steps: int = field(default=1100, metadata={"help": "Updates of the VAE's pretraining."})
-    generator_steps: int = field(default=550, metadata={"help": "Updates of the generator's pretraining."})
+    generator_steps: int = field(default=500, metadata={"help": "Updates of the generator's pretraining."})
     reward_steps: int | None = field(
         default=None, metadata={"help": "Updates of the reward model, if not the recipe's."}
     )
@@ -189,7 +189,8 @@ def run_command(command: list[str]) -> None:
     )
     print(f"$ {shown}", flush=True)
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    environment.setdefault("OMP_NUM_THREADS", str(min(os.cpu_count() or 1, 4)))
+    # Operations this small gain nothing from a second thread, and lose a lot if it has to share its core.
+    environment.setdefault("OMP_NUM_THREADS", "1")
     if not sys.stderr.isatty():
         environment.setdefault("TQDM_MININTERVAL", "20")
     code = subprocess.run(command, env=environment, check=False).returncode

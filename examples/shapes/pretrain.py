@@ -49,11 +49,11 @@ class PretrainConfig:
     """Size and length of the pretraining."""
 
     output_dir: str = field(metadata={"help": "Folder for the pipeline."})
-    num_clips: int = field(default=1200, metadata={"help": "Clips to learn from; they are drawn, not read."})
+    num_clips: int = field(default=1000, metadata={"help": "Clips to learn from; they are drawn, not read."})
     good_share: float = field(default=0.4, metadata={"help": "Share of good clips among them."})
     vae_steps: int = field(default=1100, metadata={"help": "Updates of the VAE."})
     vae_learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of the VAE."})
-    generator_steps: int = field(default=550, metadata={"help": "Updates of the generator."})
+    generator_steps: int = field(default=500, metadata={"help": "Updates of the generator."})
     generator_batch_size: int = field(default=32, metadata={"help": "Clips in one update of the generator."})
     generator_learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate of the generator."})
     num_layers: int = field(default=6, metadata={"help": "Transformer blocks of the generator."})

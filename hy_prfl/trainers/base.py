@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 import yaml
-from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import set_seed
 from diffusers import AutoencoderKLWan
 from diffusers.optimization import get_scheduler
 from torch import nn
@@ -24,7 +23,7 @@ from tqdm import tqdm
 from ..checkpointing import find_checkpoint, load_checkpoint, save_checkpoint
 from ..configs.base import TrainingConfig, check, save_config
 from ..data.encoding import vae_fingerprint
-from ..distributed import all_finite, any_rank, mean_over_ranks
+from ..distributed import all_finite, any_rank, build_accelerator, mean_over_ranks
 from ..flow_matching import make_generator
 
 
@@ -56,12 +55,11 @@ class Trainer(ABC):
         available = [str(tracker) for tracker in get_available_trackers()]
         for name in report_to:
             check(name in available, "report_to", name, f"`none` or one of the trackers installed here: {available}")
-        self.accelerator = Accelerator(
+        self.accelerator = build_accelerator(
             gradient_accumulation_steps=backwards_per_update,
-            log_with=report_to or None,
-            project_config=ProjectConfiguration(
-                project_dir=str(self.output_dir), logging_dir=str(self.output_dir / "logs")
-            ),
+            train_batch_size=config.train_batch_size,
+            log_with=report_to,
+            output_dir=self.output_dir,
         )
         set_seed(config.seed)
         self.global_step = 0

@@ -110,7 +110,6 @@ def test_dataset_of_another_vae(work: Path, tmp_path: Path) -> None:
     ("values", "message"),
     [
         ({"dataset": "a"}, "`manifest` must be given, or else `dataset`"),
-        ({"output": "scores.txt"}, "`output` must be"),
         ({"timesteps": 0}, "`timesteps` must be in"),
         ({"timesteps": 1001}, "`timesteps` must be in"),
         ({"timesteps": "x"}, "timesteps"),
@@ -130,6 +129,8 @@ def test_options(work: Path, pipeline_dir: Path, tmp_path: Path, values: dict[st
 def test_options_that_need_each_other(work: Path, pipeline_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="`pretrained_model_name_or_path` must be given with `manifest`"):
         main(from_dataset(work, tmp_path / "scores.csv", pretrained_model_name_or_path=pipeline_dir))
+    with pytest.raises(ValueError, match="`output` must be a .csv"):
+        main(from_dataset(work, tmp_path / "scores.txt"))
     with pytest.raises(ValueError, match="`manifest` must be given"):
         main([f"--reward_model={work / 'reward'}", f"--output={tmp_path / 'scores.csv'}"])
 

@@ -1,0 +1,88 @@
+"""Every file in examples/ and accelerate_configs/ is read as the commands in it would read it."""
+
+import dataclasses
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+
+from hy_prfl.configs.generate import GenerateConfig
+from hy_prfl.configs.parser import parse_config
+from hy_prfl.configs.preprocess import PreprocessConfig
+from hy_prfl.configs.prfl import PRFLTrainingConfig
+from hy_prfl.configs.reward import RewardTrainingConfig
+from hy_prfl.configs.score import ScoreConfig
+
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = {
+    "preprocess": PreprocessConfig,
+    "train_reward": RewardTrainingConfig,
+    "train_prfl": PRFLTrainingConfig,
+    "score": ScoreConfig,
+    "generate": GenerateConfig,
+}
+RECIPES = sorted((ROOT / "examples").rglob("*.yaml"))
+ACCELERATE_CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
+
+
+def relative(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def head_commands(path: Path) -> list[list[str]]:
+    """The commands in the comment at the head of a recipe, as words."""
+    text = path.read_text(encoding="utf-8")
+    comment = "\n".join(line.removeprefix("#").strip() for line in text.splitlines() if line.startswith("#"))
+    commands = re.findall(r"^accelerate launch .*$", comment.replace("\\\n", " "), flags=re.MULTILINE)
+    return [command.split() for command in commands]
+
+
+def test_there_are_recipes() -> None:
+    assert len(RECIPES) >= len(CONFIGS)
+    assert {path.stem for path in RECIPES if path.parent.name == "shapes"} == set(CONFIGS)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=relative)
+def test_recipe_parses_with_the_command_in_its_head(path: Path) -> None:
+    """The config class takes the recipe together with the options that the head gives it."""
+    commands = head_commands(path)
+    assert commands, "the head of a recipe shows the command that runs it"
+    for words in commands:
+        module = words[words.index("-m") + 1]
+        assert importlib.util.find_spec(module) is not None, module
+        options = words[words.index("-m") + 2 :]
+        assert ["--config", relative(path)] == options[:2]
+        config_class = CONFIGS[module.removeprefix("hy_prfl.scripts.")]
+        config = parse_config(config_class, ["--config", str(path), *options[2:]])
+        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+        assert set(given) <= {field.name for field in dataclasses.fields(config)}
+
+
+@pytest.mark.parametrize("path", [*RECIPES, *ACCELERATE_CONFIGS], ids=relative)
+def test_files_named_in_a_head_exist(path: Path) -> None:
+    head = "".join(line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#"))
+    for name in re.findall(r"(?:accelerate_configs|ds_configs|examples)/[\w./-]+\.(?:yaml|json)", head):
+        assert (ROOT / name).is_file(), name
+
+
+@pytest.mark.parametrize("path", ACCELERATE_CONFIGS, ids=relative)
+def test_accelerate_config_loads(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    config = load_config_from_file(str(path))
+    assert config.num_machines >= 1
+    deepspeed_config = config.deepspeed_config.get("deepspeed_config_file") if config.deepspeed_config else None
+    if deepspeed_config is not None:
+        assert Path(deepspeed_config).is_file(), deepspeed_config
+
+
+def test_shapes_recipes_agree() -> None:
+    """All stages of the demo pad to one length, and generation walks the grid that the reward updates walk."""
+    values = {name: yaml.safe_load((ROOT / f"examples/shapes/{name}.yaml").read_text()) for name in CONFIGS}
+    assert len({values[name]["max_sequence_length"] for name in ("preprocess", "score", "generate")}) == 1
+    assert values["generate"]["num_inference_steps"] == values["train_prfl"]["num_inference_steps"]
+    for name in ("fps", "num_frames", "buckets"):
+        assert values["preprocess"][name] == values["score"][name]
