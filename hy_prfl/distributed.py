@@ -1,5 +1,6 @@
 """Processes: how they are set up, and what they have to agree on."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,10 @@ def build_accelerator(
         log_with (`list[str]`):
             Names of trackers.
     """
-    # Without a GPU, Accelerate would think that every DeepSpeed process is alone.
-    handlers = [] if torch.cuda.is_available() else [InitProcessGroupKwargs(backend="gloo")]
+    # Without a GPU, and without being told, Accelerate would think that every DeepSpeed process is alone.
+    is_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    needs_backend = is_deepspeed and not torch.cuda.is_available()
+    handlers = [InitProcessGroupKwargs(backend="gloo")] if needs_backend else []
     accelerator = Accelerator(
         gradient_accumulation_steps=gradient_accumulation_steps,
         log_with=log_with or None,
