@@ -54,9 +54,9 @@ def gathered(parameter: torch.Tensor) -> Iterator[None]:
     if not hasattr(parameter, "ds_id"):
         yield
         return
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
-    with GatheredParameters([parameter]):
+    with deepspeed.zero.GatheredParameters([parameter]):
         yield
 
 
