@@ -4,14 +4,16 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import WanPipeline, WanTransformer3DModel
+from diffusers import ModelMixin, WanPipeline, WanTransformer3DModel
 from diffusers.training_utils import _collate_lora_metadata
+from huggingface_hub import save_torch_state_dict
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
 
@@ -114,17 +116,47 @@ def replace_folder(temporary: Path, target: Path) -> None:
     shutil.rmtree(outdated, ignore_errors=True)
 
 
-def save_lora(transformer: WanTransformer3DModel, directory: Path) -> None:
+def save_pretrained(
+    model: ModelMixin,
+    state_dict: dict[str, torch.Tensor],
+    directory: Path,
+    extra: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """
+    Write weights and the configuration of `model` as `ModelMixin.save_pretrained` does, but in one move.
+
+    Args:
+        state_dict (`dict[str, torch.Tensor]`):
+            All weights, whole; those of `model` itself may be split over ranks.
+        extra (`Mapping[str, str]`):
+            Text files to put beside them, by name.
+    """
+    temporary = directory.with_name(f".{directory.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_config(temporary)
+    save_torch_state_dict(
+        state_dict, temporary, filename_pattern="diffusion_pytorch_model{suffix}.safetensors", max_shard_size="10GB"
+    )
+    for name, text in extra.items():
+        (temporary / name).write_text(text, encoding="utf-8")
+    replace_folder(temporary, directory)
+
+
+def save_lora(transformer: WanTransformer3DModel, state_dict: dict[str, torch.Tensor], directory: Path) -> None:
     """
     Write the transformer's adapter as diffusers reads it: `directory/pytorch_lora_weights.safetensors`.
 
     Rank, alpha and targets go into the file's metadata; without it diffusers takes alpha for the rank.
+
+    Args:
+        state_dict (`dict[str, torch.Tensor]`):
+            Weights of the adapter, whole, by their names in `transformer`.
     """
     temporary = directory / ".lora.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     WanPipeline.save_lora_weights(
         temporary,
-        transformer_lora_layers=get_peft_model_state_dict(transformer),
+        transformer_lora_layers=get_peft_model_state_dict(transformer, state_dict=state_dict),
         **_collate_lora_metadata({"transformer": transformer}),
     )
     (temporary / LORA_FILE).replace(directory / LORA_FILE)

@@ -1,12 +1,15 @@
 """Processes: how they are set up, and what they have to agree on."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, gather_object
+from torch import nn
 
 
 def build_accelerator(
@@ -43,6 +46,49 @@ def all_finite(accelerator: Accelerator, value: torch.Tensor) -> bool:
     """Whether `value` is finite on every rank; the same answer on all of them. A collective."""
     finite = torch.isfinite(value.detach()).all().to(torch.float32)
     return bool(accelerator.reduce(finite, reduction="sum") == accelerator.num_processes)
+
+
+@contextmanager
+def gathered(parameter: torch.Tensor) -> Iterator[None]:
+    """Make a parameter that ZeRO-3 has split over the ranks whole for the time of the context. A collective."""
+    if not hasattr(parameter, "ds_id"):
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter]):
+        yield
+
+
+def full_state_dict(
+    accelerator: Accelerator, model: nn.Module, *, trainable_only: bool = False
+) -> dict[str, torch.Tensor]:
+    """
+    Weights by name, on the CPU of the main process; empty on the other ranks. A collective.
+
+    Under DeepSpeed one parameter after the other is made whole, so no rank ever holds more than one besides its own
+    share, and what trains comes as the float32 master that the optimizer keeps.
+    """
+    state_dict = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if trainable_only and not tensor.requires_grad:
+            continue
+        master = float32_master(tensor)
+        with gathered(tensor):
+            if accelerator.is_main_process:
+                state_dict[name] = (tensor if master is None else master).detach().cpu().clone()
+    return state_dict
+
+
+def float32_master(parameter: torch.Tensor) -> torch.Tensor | None:
+    """The whole float32 master of a parameter in training under DeepSpeed, None for any other. A collective."""
+    if not hasattr(parameter, "ds_id") and not hasattr(parameter, "_hp_mapping"):
+        return None
+    if not parameter.requires_grad:
+        return None
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    return safe_get_full_fp32_param(parameter)
 
 
 def any_rank(accelerator: Accelerator, flag: bool) -> bool:

@@ -1,8 +1,7 @@
 """How well a reward model tells good clips from poor ones at fixed noise levels."""
 
 import logging
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from tqdm import tqdm
 
 from .data.collators import LatentBatch, collate_latents
 from .data.dataset import latent_shapes
+from .data.sampler import split_batches
 from .data.schema import table_to_rows
 from .distributed import gather_records
 from .flow_matching import row_noise
@@ -82,7 +82,12 @@ class RewardEvaluator:
     def __call__(self, reward_model: nn.Module, accelerator: Accelerator) -> dict[str, float]:
         """Evaluate; every rank scores its share and gets the same result. A collective."""
         records: list[tuple[int, list[float]]] = []
-        batches = list(self._batches(accelerator.process_index, accelerator.num_processes))
+        batches = split_batches(
+            [self.shapes[row] for row in self.rows],
+            batch_size=self.batch_size,
+            num_replicas=accelerator.num_processes,
+            replica=accelerator.process_index,
+        )
         for positions in tqdm(batches, desc="Evaluating", disable=not accelerator.is_main_process, leave=False):
             logits = self._score(reward_model, positions, accelerator)
             records.extend(zip(positions, logits, strict=True))
@@ -99,15 +104,6 @@ class RewardEvaluator:
             if values:
                 metrics[name] = float(np.mean(values))
         return metrics
-
-    def _batches(self, process_index: int, num_processes: int) -> Iterator[list[int]]:
-        """Positions in `rows` that this rank scores, in batches of one latent shape."""
-        by_shape: dict[tuple[int, ...], list[int]] = defaultdict(list)
-        for position in range(process_index, len(self.rows), num_processes):
-            by_shape[self.shapes[self.rows[position]]].append(position)
-        for positions in by_shape.values():
-            for start in range(0, len(positions), self.batch_size):
-                yield positions[start : start + self.batch_size]
 
     def _score(self, reward_model: nn.Module, positions: list[int], accelerator: Accelerator) -> list[list[float]]:
         rows = [table_to_rows(self.dataset[self.rows[position]])[0] for position in positions]

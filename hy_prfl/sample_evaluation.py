@@ -1,6 +1,5 @@
 """Samples held-out prompts with fixed noise while the generator trains, and scores what comes out."""
 
-from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ from tqdm import tqdm
 
 from .data.collators import LatentBatch, collate_latents
 from .data.dataset import latent_shapes
+from .data.sampler import split_batches
 from .data.schema import table_to_rows
 from .distributed import gather_records
 from .flow_matching import row_noise
@@ -77,7 +77,12 @@ class SampleEvaluator:
     def __call__(self, transformer: nn.Module, accelerator: Accelerator, *, step: int) -> dict[str, float]:
         """Sample and score; all ranks do the same number of forwards and get the same result. A collective."""
         records: list[tuple[int, list[float], float]] = []
-        batches = self._batches(accelerator.process_index, accelerator.num_processes)
+        batches = split_batches(
+            latent_shapes(self.dataset),
+            batch_size=self.batch_size,
+            num_replicas=accelerator.num_processes,
+            replica=accelerator.process_index,
+        )
         for indices in tqdm(batches, desc="Sampling", disable=not accelerator.is_main_process, leave=False):
             rows = [table_to_rows(self.dataset[index])[0] for index in indices]
             batch = collate_latents(rows).to(accelerator.device)
@@ -88,7 +93,7 @@ class SampleEvaluator:
             records.extend(zip(indices, logits.tolist(), stds.tolist(), strict=True))
             if self.vae is not None:
                 self._write_videos(latents, indices, self.output_dir / f"step-{step}")
-        # Rows that fill up the last batch come more than once, with the same values.
+        # Rows that fill up a batch come more than once, with the same values.
         by_row = {index: (logits, std) for index, logits, std in gather_records(records)}
         all_logits = torch.tensor([logits for logits, _ in by_row.values()])
         metrics = {
@@ -99,19 +104,6 @@ class SampleEvaluator:
         metrics["reward_logit"] = float(all_logits.mean())
         metrics["latents_std"] = float(np.mean([std for _, std in by_row.values()]))
         return metrics
-
-    def _batches(self, process_index: int, num_processes: int) -> list[list[int]]:
-        """This rank's batches of rows of one shape; filled up, so that every rank has the same number."""
-        by_shape: dict[tuple[int, ...], list[int]] = defaultdict(list)
-        for index, shape in enumerate(latent_shapes(self.dataset)):
-            by_shape[shape].append(index)
-        batches = []
-        for rows in by_shape.values():
-            batch_size = min(self.batch_size, -(-len(rows) // num_processes))
-            num_batches = -(-len(rows) // (batch_size * num_processes))
-            filled = np.resize(rows, (num_batches, num_processes, batch_size))
-            batches.extend(filled[:, process_index].tolist())
-        return batches
 
     def _noise(self, batch: LatentBatch, draw: int) -> torch.Tensor:
         noise = [row_noise(row_id, batch.latents_shape, seed=self.seed, draw=draw) for row_id in batch.ids]

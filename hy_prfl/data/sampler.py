@@ -76,3 +76,24 @@ class BucketBatchSampler(Sampler[list[int]]):
             filled = np.resize(order, num_batches * self.global_batch_size)
             global_batches.extend(filled.reshape(num_batches, self.global_batch_size))
         return [global_batches[index] for index in rng.permutation(len(global_batches))]
+
+
+def split_batches(
+    buckets: Sequence[Hashable], *, batch_size: int, num_replicas: int, replica: int
+) -> list[list[int]]:
+    """
+    One replica's share of all rows, once and in order, in batches of one bucket.
+
+    Every replica gets the same number of batches of the same sizes, as forwards under ZeRO-3 must be; what is lacking is
+    filled up with rows of the bucket, so a row may come more than once.
+    """
+    members: dict[Hashable, list[int]] = defaultdict(list)
+    for index, bucket in enumerate(buckets):
+        members[bucket].append(index)
+    batches: list[list[int]] = []
+    for rows in members.values():
+        own_size = min(batch_size, -(-len(rows) // num_replicas))
+        num_batches = -(-len(rows) // (own_size * num_replicas))
+        filled = np.resize(rows, (num_batches, num_replicas, own_size))
+        batches.extend(filled[:, replica].tolist())
+    return batches

@@ -14,7 +14,7 @@ import torch
 import yaml
 from accelerate.logging import get_logger
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 from diffusers import AutoencoderKLWan
 from diffusers.optimization import get_scheduler
 from torch import nn
@@ -79,7 +79,7 @@ class Trainer(ABC):
 
     @abstractmethod
     def save_model(self, directory: Path) -> None:
-        """Write the trained weights into `directory`, in the format users load. Called by the main process."""
+        """Write the trained weights into `directory`, in the format users load. A collective."""
 
     def save_result(self, directory: Path) -> None:
         """Write what the run is for, once it is finished; `save_model` unless a subclass knows better."""
@@ -166,7 +166,7 @@ class Trainer(ABC):
             logger.warning(
                 "Interrupted after step %d; continue with --resume_from_checkpoint latest.", self.global_step
             )
-        elif self.accelerator.is_main_process:
+        else:
             self.save_result(self.output_dir)
             logger.info("Finished %d steps: %s", self.global_step, self.output_dir)
         self.accelerator.end_training()
@@ -308,10 +308,11 @@ class Trainer(ABC):
                 signal.signal(number, handler)
 
     def _save_model_hook(self, models: list[nn.Module], weights: list[Any], output_dir: str) -> None:
-        if self.accelerator.is_main_process:
-            self.save_model(Path(output_dir))
+        self.save_model(Path(output_dir))
         weights.clear()
 
     def _load_model_hook(self, models: list[nn.Module], input_dir: str) -> None:
-        self.load_model(Path(input_dir))
+        # DeepSpeed's engine has restored its own share of weights and optimizer by now.
+        if self.accelerator.distributed_type != DistributedType.DEEPSPEED:
+            self.load_model(Path(input_dir))
         models.clear()

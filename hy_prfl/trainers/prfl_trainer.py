@@ -12,7 +12,7 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.training_utils import EMAModel, cast_training_params
 from peft import LoraConfig
 
-from ..checkpointing import load_lora, replace_folder, save_lora
+from ..checkpointing import load_lora, save_lora, save_pretrained
 from ..configs.prfl import PRFLTrainingConfig
 from ..data.collators import LatentBatch, collate_latents
 from ..data.dataset import (
@@ -25,6 +25,7 @@ from ..data.dataset import (
     stream_batches,
 )
 from ..data.sampler import BucketBatchSampler
+from ..distributed import full_state_dict
 from ..flow_matching import add_noise, sample_sigmas, sigmas_to_timesteps, velocity_target
 from ..losses import flow_matching_loss, reward_feedback_loss
 from ..models.loading import load_reward_model, load_scheduler, load_transformer
@@ -248,13 +249,13 @@ class PRFLTrainer(Trainer):
             self.ema.restore(self.trainable_parameters)
 
     def save_model(self, directory: Path) -> None:
-        """Write the weights in training: `directory/transformer`, or the adapter's file."""
-        if self.config.lora_rank is not None:
-            save_lora(self.unwrapped, directory)
-            return
-        temporary = directory / f".{TRANSFORMER_FOLDER}.tmp"
-        self.unwrapped.save_pretrained(temporary)
-        replace_folder(temporary, directory / TRANSFORMER_FOLDER)
+        """Write the weights in training: `directory/transformer`, or the adapter's file. A collective."""
+        is_lora = self.config.lora_rank is not None
+        state_dict = full_state_dict(self.accelerator, self.unwrapped, trainable_only=is_lora)
+        if self.accelerator.is_main_process and is_lora:
+            save_lora(self.unwrapped, state_dict, directory)
+        elif self.accelerator.is_main_process:
+            save_pretrained(self.unwrapped, state_dict, directory / TRANSFORMER_FOLDER)
 
     def save_result(self, directory: Path) -> None:
         """Write the trained weights, averaged if an average is kept."""

@@ -10,7 +10,7 @@ import torch
 from accelerate.logging import get_logger
 from datasets import Dataset
 
-from ..checkpointing import replace_folder
+from ..checkpointing import save_pretrained
 from ..configs.reward import RewardTrainingConfig
 from ..data.collators import LabeledBatch, LatentBatch, PreferenceBatch, collate_labeled, collate_preferences
 from ..data.dataset import (
@@ -25,6 +25,7 @@ from ..data.dataset import (
     stream_batches,
 )
 from ..data.sampler import BucketBatchSampler
+from ..distributed import full_state_dict
 from ..evaluation import GREATER_IS_BETTER, RewardEvaluator
 from ..flow_matching import sample_sigmas
 from ..losses import binary_reward_loss, bradley_terry_loss
@@ -136,8 +137,7 @@ class RewardTrainer(Trainer):
         value = metrics[name]
         if self.best_metric is None or sign * value > sign * self.best_metric:
             self.best_metric = value
-            if self.accelerator.is_main_process:
-                self._save_best(metrics)
+            self._save_best(metrics)
         return metrics
 
     def start_streams(self) -> None:
@@ -154,10 +154,10 @@ class RewardTrainer(Trainer):
         self.unwrapped.train()
 
     def save_model(self, directory: Path) -> None:
-        """Write `directory/reward_model`."""
-        temporary = directory / f".{MODEL_FOLDER}.tmp"
-        self.unwrapped.save_pretrained(temporary)
-        replace_folder(temporary, directory / MODEL_FOLDER)
+        """Write `directory/reward_model`. A collective."""
+        state_dict = full_state_dict(self.accelerator, self.unwrapped)
+        if self.accelerator.is_main_process:
+            save_pretrained(self.unwrapped, state_dict, directory / MODEL_FOLDER)
 
     def load_model(self, directory: Path) -> None:
         """Load `directory/reward_model`."""
@@ -255,9 +255,10 @@ class RewardTrainer(Trainer):
         return [shapes[item[0] if isinstance(item, tuple) else item] for item in self.items]
 
     def _save_best(self, metrics: dict[str, float]) -> None:
-        temporary = self.output_dir / f".{BEST_FOLDER}.tmp"
-        self.unwrapped.save_pretrained(temporary)
-        report = {"global_step": self.global_step, **metrics}
-        (temporary / "metrics.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
-        replace_folder(temporary, self.output_dir / BEST_FOLDER)
+        """Write `output_dir/best`, with what made it the best. A collective."""
+        state_dict = full_state_dict(self.accelerator, self.unwrapped)
+        if self.accelerator.is_main_process:
+            report = {"global_step": self.global_step, **metrics}
+            best = self.output_dir / BEST_FOLDER
+            save_pretrained(self.unwrapped, state_dict, best, extra={"metrics.json": json.dumps(report, indent=2)})
         logger.info("Best %s so far: %.4f.", self.config.metric_for_best_model, self.best_metric)

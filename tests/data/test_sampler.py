@@ -3,7 +3,7 @@ from itertools import islice
 
 import pytest
 
-from hy_prfl.data.sampler import BucketBatchSampler
+from hy_prfl.data.sampler import BucketBatchSampler, split_batches
 
 
 BUCKETS = ["small"] * 7 + ["large"] * 4
@@ -53,3 +53,18 @@ def test_a_bucket_smaller_than_a_batch_is_filled_from_itself() -> None:
 def test_no_rows_are_refused() -> None:
     with pytest.raises(ValueError, match="no rows"):
         BucketBatchSampler([], batch_size=1, seed=0)
+
+
+@pytest.mark.parametrize("num_replicas", [1, 2, 3, 5])
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_shares_cover_every_row_with_the_same_forwards_on_every_replica(num_replicas: int, batch_size: int) -> None:
+    shares = [
+        split_batches(BUCKETS, batch_size=batch_size, num_replicas=num_replicas, replica=replica)
+        for replica in range(num_replicas)
+    ]
+    assert {index for share in shares for batch in share for index in batch} == set(range(11))
+    assert len({tuple(len(batch) for batch in share) for share in shares}) == 1
+    for together in zip(*shares, strict=True):
+        assert len({BUCKETS[index] for batch in together for index in batch}) == 1
+    if num_replicas == 1 and batch_size == 1:
+        assert shares == [[[index] for index in range(11)]]
