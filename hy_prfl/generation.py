@@ -11,13 +11,12 @@ from typing import Any
 import av
 import numpy as np
 import torch
-from accelerate import PartialState
 from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanPipeline
 from PIL import Image
 from tqdm import tqdm
 
 from .data.prompts import VideoPrompt
-from .data.store import hash_file, write_text
+from .data.store import hash_file, process_state, write_text
 from .data.video import read_image, resize_and_crop, to_uint8
 from .pipelines import load_pipeline
 
@@ -119,7 +118,7 @@ def generate_videos(
     Returns:
         `list[Path]`: the videos, in the order of the prompts.
     """
-    state = PartialState()
+    state = process_state()
     output_dir = Path(output_dir)
     settings = VideoSettings() if settings is None else settings
     pending = pending_videos(prompts, output_dir, settings, model_identity=model_identity, overwrite=overwrite)
@@ -229,7 +228,9 @@ def write_video(path: str | Path, frames: np.ndarray, fps: int, *, crf: int = 12
     with av.open(str(temporary), mode="w", format="mp4", options={"movflags": "+faststart"}) as container:
         if comment is not None:
             container.metadata["comment"] = comment
-        stream = container.add_stream("libx264", rate=Fraction(fps), options={"crf": str(crf)})
+        # Without mbtree, which reads memory that was never written: the same frames would not give the same file.
+        options = {"crf": str(crf), "x264-params": "mbtree=0"}
+        stream = container.add_stream("libx264", rate=Fraction(fps), options=options)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         for frame in frames:

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from accelerate import PartialState
 from tqdm import tqdm
 
 from .data.schema import TASKS, task_label
-from .data.store import hash_text, write_text
+from .data.store import hash_text, process_state, write_text
 from .data.video import VideoError
 from .evaluation import classification_metrics
 
@@ -69,7 +68,7 @@ def write_scores(
     Raises:
         ValueError: If a score is not finite, or no clip could be scored.
     """
-    state = PartialState()
+    state = process_state()
     output = Path(output)
     digest = _digest(request)
     if state.is_main_process:

@@ -39,15 +39,19 @@ class DemoConfig:
 
     output_dir: str = field(default="outputs/demo", metadata={"help": "Folder for everything the demo makes."})
     fresh: bool = field(default=False, metadata={"help": "Run all stages again, also those that are complete."})
-    num_clips: int = field(default=288, metadata={"help": "Labelled clips to train on."})
+    num_clips: int = field(default=384, metadata={"help": "Labelled clips to train on."})
     num_held_out_clips: int = field(default=96, metadata={"help": "Labelled clips with held-out captions."})
     num_prompts: int = field(default=24, metadata={"help": "Held-out captions to generate videos for, at most 24."})
     vae_steps: int = field(default=1100, metadata={"help": "Updates of the VAE's pretraining."})
-    generator_steps: int = field(default=500, metadata={"help": "Updates of the generator's pretraining."})
+    generator_steps: int = field(default=900, metadata={"help": "Updates of the generator's pretraining."})
     reward_steps: int | None = field(
         default=None, metadata={"help": "Updates of the reward model, if not the recipe's."}
     )
     prfl_steps: int | None = field(default=None, metadata={"help": "Updates of PRFL, if not the recipe's."})
+    failures: list[str] = field(
+        default_factory=lambda: ["frozen", "jittering", "vanishing"],
+        metadata={"help": "How bad clips fail; two more ways are harder to see in so short a training."},
+    )
     seed: int = field(default=0, metadata={"help": "Seed of clips, weights and prompts."})
 
     def __post_init__(self) -> None:
@@ -89,8 +93,9 @@ def plan(config: DemoConfig) -> list[Stage]:
         [*("--output_dir", str(root / "clips" / split)), "--num_clips", str(number), "--split", split]
         for split, number in num_clips.items()
     ]
-    pretrain = ["--output_dir", pipeline, "--vae_steps", str(config.vae_steps)]
-    pretrain += ["--generator_steps", str(config.generator_steps), "--seed", str(config.seed)]
+    world = ["--failures", *config.failures, "--seed", str(config.seed)]
+    pretrain = ["--output_dir", pipeline, *world, "--vae_steps", str(config.vae_steps)]
+    pretrain += ["--generator_steps", str(config.generator_steps)]
     train_reward = ["--train_dataset", latents["train"], "--validation_dataset", latents["held_out"]]
     train_reward += ["--output_dir", reward, *steps_option(config.reward_steps)]
     train_prfl = ["--train_dataset", latents["train"], "--output_dir", prfl, *steps_option(config.prfl_steps)]
@@ -98,7 +103,7 @@ def plan(config: DemoConfig) -> list[Stage]:
         Stage(
             "clips",
             "write mp4 clips with captions and labels",
-            [python("clips", [*options, "--seed", str(config.seed)]) for options in clips],
+            [python("clips", [*options, *world]) for options in clips],
             ["clips"],
         ),
         Stage(
@@ -275,7 +280,9 @@ def print_summary(summary: dict[str, Any]) -> None:
         values = [rewards[name][f"reward_t{timestep}"] for timestep in timesteps]
         print(f"{title:<34}" + "".join(f"{value:>8.2f}" for value in [*values, rewards[name]["reward"]]))
     print(f"Always guessing the commoner label is right for {summary['reward_model']['majority_accuracy']:.2f}.")
-    print("The reward is the reward model's own view: it says that PRFL works, not yet that the videos are better.")
+    print(
+        "The rewards are the reward model's own view of the videos: that they rise does not prove the videos better."
+    )
 
     print()
     for name, path in summary["files"].items():

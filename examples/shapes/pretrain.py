@@ -18,7 +18,7 @@ from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from diffusers.training_utils import EMAModel
 from tqdm import tqdm
 
-from examples.shapes.clips import draw_clip, render_clip, split_captions
+from examples.shapes.clips import FAILURES, draw_clip, render_clip, split_captions
 from examples.shapes.pipeline import build_pipeline
 from hy_prfl.configs.base import check
 from hy_prfl.configs.parser import parse_config
@@ -51,10 +51,11 @@ class PretrainConfig:
     output_dir: str = field(metadata={"help": "Folder for the pipeline."})
     num_clips: int = field(default=1000, metadata={"help": "Clips to learn from; they are drawn, not read."})
     good_share: float = field(default=0.4, metadata={"help": "Share of good clips among them."})
+    failures: list[str] = field(default_factory=lambda: list(FAILURES), metadata={"help": "How the others fail."})
     vae_steps: int = field(default=1100, metadata={"help": "Updates of the VAE."})
     vae_learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of the VAE."})
-    generator_steps: int = field(default=500, metadata={"help": "Updates of the generator."})
-    generator_batch_size: int = field(default=32, metadata={"help": "Clips in one update of the generator."})
+    generator_steps: int = field(default=900, metadata={"help": "Updates of the generator."})
+    generator_batch_size: int = field(default=16, metadata={"help": "Clips in one update of the generator."})
     generator_learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate of the generator."})
     num_layers: int = field(default=6, metadata={"help": "Transformer blocks of the generator."})
     num_attention_heads: int = field(default=4, metadata={"help": "Attention heads, 24 channels each."})
@@ -82,7 +83,13 @@ def pretrain(config: PretrainConfig) -> WanPipeline:
     pipeline.set_progress_bar_config(disable=True)
     captions = split_captions("train")
     clips = [
-        draw_clip(index, captions=captions, good_share=config.good_share, seed=1_000_000 + config.seed)
+        draw_clip(
+            index,
+            captions=captions,
+            good_share=config.good_share,
+            failures=config.failures,
+            seed=1_000_000 + config.seed,
+        )
         for index in range(config.num_clips)
     ]
     videos = torch.stack([torch.from_numpy(render_clip(clip)).permute(3, 0, 1, 2) for clip in clips])

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from diffusers import WanImageToVideoPipeline
 
 from ..configs.base import save_config
@@ -19,6 +18,7 @@ from ..configs.generate import GenerateConfig
 from ..configs.parser import parse_config
 from ..data.encoding import find_pipeline_class
 from ..data.prompts import check_prompts, read_prompts
+from ..data.store import process_state
 from ..generation import VideoSettings, generate_videos, pending_videos, write_manifest
 from ..pipelines import last_image_support, load_pipeline
 from ..provenance import path_identity
@@ -32,7 +32,7 @@ MODEL_PATHS = ("pretrained_model_name_or_path", "transformer_path", "lora_path")
 def main(argv: Sequence[str] | None = None) -> None:
     """Generate the videos that are not there yet."""
     config = parse_config(GenerateConfig, argv, description=__doc__)
-    state = PartialState()
+    state = process_state()
     output_dir = Path(config.output_dir)
     prompts = read_prompts(config.prompts, seed=config.seed, num_videos_per_prompt=config.num_videos_per_prompt)
     location = (config.pretrained_model_name_or_path, config.revision)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 
 from ..configs.base import save_config
 from ..configs.parser import parse_config
@@ -23,7 +22,7 @@ from ..data.dataset import load_latent_dataset
 from ..data.encoding import LatentEncoder
 from ..data.manifest import read_manifest
 from ..data.preprocessing import ClipSettings
-from ..data.store import request_digest
+from ..data.store import process_state, request_digest
 from ..data.video import parse_size
 from ..models.loading import load_reward_model
 from ..provenance import path_identity
@@ -34,7 +33,7 @@ from ..scoring import score_dataset, score_manifest
 def main(argv: Sequence[str] | None = None) -> None:
     """Score what is not scored yet."""
     config = parse_config(ScoreConfig, argv, description=__doc__)
-    state = PartialState()
+    state = process_state()
     # The files behind the paths count, not their names.
     request = {**dataclasses.asdict(config), "output": None, "overwrite": None}
     for name in ("reward_model", "dataset", "pretrained_model_name_or_path"):

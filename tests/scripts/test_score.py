@@ -1,5 +1,6 @@
 import json
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -135,12 +136,32 @@ def test_options_that_need_each_other(work: Path, pipeline_dir: Path, tmp_path: 
         main([f"--reward_model={work / 'reward'}", f"--output={tmp_path / 'scores.csv'}"])
 
 
+# `accelerate launch --cpu` starts one process whatever it is told; two need torch's own launcher.
+WORKER = """
+import sys
+from accelerate import PartialState
+from hy_prfl.scripts.score import main
+
+state = PartialState(cpu=True)
+assert state.num_processes == 2
+main(sys.argv[1:])
+"""
+
+
+def launch(folder: Path, arguments: list[str], num_processes: int) -> None:
+    """Run the script in one process, as `accelerate launch` does, or in two."""
+    if num_processes == 1:
+        command = ["accelerate.commands.launch", "--cpu", "--num_processes=1", "-m", "hy_prfl.scripts.score"]
+    else:
+        (folder / "worker.py").write_text(WORKER)
+        command = ["torch.distributed.run", "--nproc_per_node=2", "--master_port=0", str(folder / "worker.py")]
+    subprocess.run([sys.executable, "-m", *command, *arguments], check=True, timeout=300)
+
+
 @pytest.mark.launch
 def test_launch_with_any_number_of_processes(work: Path, tmp_path: Path) -> None:
     for num_processes in (1, 2):
-        command = ["accelerate", "launch", "--cpu", "--num_processes", str(num_processes)]
-        command += ["--main_process_port", "0", "-m", "hy_prfl.scripts.score"]
         arguments = from_dataset(work, tmp_path / f"scores{num_processes}.csv", batch_size=2)
-        subprocess.run([*command, *arguments], check=True, timeout=300)
+        launch(tmp_path, arguments, num_processes)
     assert (tmp_path / "scores1.csv").read_bytes() == (tmp_path / "scores2.csv").read_bytes()
     assert not list(tmp_path.glob("*.partial*"))
