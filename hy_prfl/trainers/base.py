@@ -201,20 +201,28 @@ class Trainer(ABC):
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def generator(self, stream: int, micro_step: int, *, shared: bool = False) -> torch.Generator:
+    def generators(self, stream: int, micro_step: int, batch_size: int) -> list[torch.Generator]:
         """
-        Generator for one random draw of the current step.
+        One generator for each sample of this process's micro-batch.
+
+        It is seeded by the sample's place in the global batch, so a run draws the same noise for the same clips on any
+        number of processes, and a resumed run goes on with the same draws.
 
         Args:
             stream (`int`):
                 Tells apart draws of different purpose.
             micro_step (`int`):
                 Micro-batch within the step.
-            shared (`bool`, defaults to `False`):
-                Draw the same on all ranks, as anything that decides on control flow must be.
         """
-        rank = 0 if shared else 1 + self.accelerator.process_index
-        return make_generator(self.config.seed, stream, self.global_step, micro_step, rank)
+        first = self.accelerator.process_index * batch_size
+        return [
+            make_generator(self.config.seed, stream, self.global_step, micro_step, first + index)
+            for index in range(batch_size)
+        ]
+
+    def shared_generator(self, stream: int, micro_step: int) -> torch.Generator:
+        """Generator that is the same on all ranks, for what decides on control flow."""
+        return make_generator(self.config.seed, stream, self.global_step, micro_step)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps besides the states of Accelerate; JSON values only."""

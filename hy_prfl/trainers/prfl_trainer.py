@@ -1,6 +1,6 @@
 """Process reward feedback learning: the generator climbs a latent reward, held by a flow-matching loss."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from ..data.dataset import (
 )
 from ..data.sampler import BucketBatchSampler
 from ..distributed import full_state_dict
-from ..flow_matching import add_noise, sample_sigmas, sigmas_to_timesteps, velocity_target
+from ..flow_matching import add_noise, sample_noise, sample_sigmas, sigmas_to_timesteps, velocity_target
 from ..losses import flow_matching_loss, reward_feedback_loss
 from ..models.loading import load_reward_model, load_scheduler, load_transformer
 from ..models.reward_model import check_fits_generator, check_latents_fit
@@ -112,21 +112,20 @@ class PRFLTrainer(Trainer):
         """Squared error of the predicted velocity on clean clips, noised at a random level (paper, equation 2)."""
         config, device = self.config, self.accelerator.device
         assert batch.latents is not None
-        generator = self.generator(FLOW_NOISE, micro_step)
+        generators = self.generators(FLOW_NOISE, micro_step, len(batch))
         sigmas = sample_sigmas(
-            len(batch),
-            generator=generator,
+            generators,
             weighting_scheme=config.weighting_scheme,
             flow_shift=config.flow_shift,
             logit_mean=config.logit_mean,
             logit_std=config.logit_std,
         ).to(device)
-        noise = torch.randn((len(batch), *batch.latents_shape), generator=generator).to(device)
+        noise = sample_noise(batch.latents_shape, generators).to(device)
         model_pred = predict_velocity(
             self.transformer,
             add_noise(batch.latents, noise, sigmas),
             sigmas_to_timesteps(sigmas),
-            self.choose_prompts(batch, self.generator(FLOW_PROMPT, micro_step)),
+            self.choose_prompts(batch, self.generators(FLOW_PROMPT, micro_step, len(batch))),
             **self.image_inputs(batch),
         )
         return flow_matching_loss(model_pred, velocity_target(batch.latents, noise))
@@ -146,12 +145,12 @@ class PRFLTrainer(Trainer):
             That scalar, and without gradient the loss and the logits `(batch_size,)`.
         """
         config = self.config
-        generator = self.generator(REWARD_NOISE, micro_step)
-        prompt_embeds = self.choose_prompts(batch, self.generator(REWARD_PROMPT, micro_step))
+        noise = sample_noise(batch.latents_shape, self.generators(REWARD_NOISE, micro_step, len(batch)))
+        prompt_embeds = self.choose_prompts(batch, self.generators(REWARD_PROMPT, micro_step, len(batch)))
         latents, timesteps = denoise_to_step(
             self.transformer,
             self.scheduler,
-            noise=torch.randn((len(batch), *batch.latents_shape), generator=generator).to(self.accelerator.device),
+            noise=noise.to(self.accelerator.device),
             step_index=self.draw_step_index(micro_step),
             num_inference_steps=config.num_inference_steps,
             encoder_hidden_states=prompt_embeds,
@@ -183,12 +182,11 @@ class PRFLTrainer(Trainer):
     def draw_step_index(self, micro_step: int) -> int:
         """Step that takes gradient, uniform in `step_range`; the same on every rank."""
         first, last = self.config.step_range or (0, self.config.num_inference_steps - 2)
-        generator = self.generator(STEP_INDEX, micro_step, shared=True)
-        return int(torch.randint(first, last + 1, (), generator=generator))
+        return int(torch.randint(first, last + 1, (), generator=self.shared_generator(STEP_INDEX, micro_step)))
 
-    def choose_prompts(self, batch: LatentBatch, generator: torch.Generator) -> torch.Tensor:
+    def choose_prompts(self, batch: LatentBatch, generators: Sequence[torch.Generator]) -> torch.Tensor:
         """For each clip its caption, its long caption or the empty prompt, in the type that the models compute in."""
-        draws = torch.rand((2, len(batch)), generator=generator)
+        draws = torch.stack([torch.rand(2, generator=generator) for generator in generators], dim=1)
         is_long = (draws[0] < self.config.long_prompt_probability).to(self.accelerator.device)
         is_null = (draws[1] < self.config.prompt_dropout).to(self.accelerator.device)
         embeds = torch.where(is_long[:, None, None], batch.long_prompt_embeds, batch.prompt_embeds)

@@ -27,7 +27,7 @@ from ..data.dataset import (
 from ..data.sampler import BucketBatchSampler
 from ..distributed import full_state_dict
 from ..evaluation import GREATER_IS_BETTER, RewardEvaluator
-from ..flow_matching import sample_sigmas
+from ..flow_matching import sample_noise, sample_sigmas
 from ..losses import binary_reward_loss, bradley_terry_loss
 from ..models.loading import load_transformer
 from ..models.reward_model import WanRewardModel, check_latents_fit, score_noised
@@ -92,16 +92,15 @@ class RewardTrainer(Trainer):
         """Loss of one micro-batch, and by how much each logit, or pair, is on the right side (>0)."""
         config, device = self.config, self.accelerator.device
         clips = batch.chosen if isinstance(batch, PreferenceBatch) else batch.clips
-        generator = self.generator(NOISE, micro_step)
+        generators = self.generators(NOISE, micro_step, len(clips))
         sigmas = sample_sigmas(
-            len(clips),
-            generator=generator,
+            generators,
             weighting_scheme=config.weighting_scheme,
             flow_shift=config.flow_shift,
             logit_mean=config.logit_mean,
             logit_std=config.logit_std,
         ).to(device)
-        noise = torch.randn((len(clips), *clips.latents_shape), generator=generator).to(device)
+        noise = sample_noise(clips.latents_shape, generators).to(device)
         if isinstance(batch, PreferenceBatch):
             # One forward for both, so that DDP and ZeRO see one call a backward; same noise, same sigma.
             both = LatentBatch.concatenate([batch.chosen, batch.rejected])

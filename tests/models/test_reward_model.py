@@ -73,7 +73,9 @@ def test_saving_and_loading_is_exact(transformer: WanTransformer3DModel, tmp_pat
     assert not loaded.training
 
 
-def test_a_model_with_a_missing_or_foreign_weight_does_not_load(transformer: WanTransformer3DModel, tmp_path: Path) -> None:
+def test_a_model_with_a_missing_or_foreign_weight_does_not_load(
+    transformer: WanTransformer3DModel, tmp_path: Path
+) -> None:
     WanRewardModel.from_transformer(transformer, num_layers=1).save_pretrained(tmp_path / "model")
     weights = tmp_path / "model" / "diffusion_pytorch_model.safetensors"
     state_dict = load_file(weights)
@@ -175,7 +177,9 @@ def test_too_many_blocks_are_refused(transformer: WanTransformer3DModel) -> None
         WanRewardModel.from_transformer(transformer, num_layers=4)
 
 
-def test_fitting_generator_and_latents(transformer: WanTransformer3DModel, i2v_transformer: WanTransformer3DModel) -> None:
+def test_fitting_generator_and_latents(
+    transformer: WanTransformer3DModel, i2v_transformer: WanTransformer3DModel
+) -> None:
     model = WanRewardModel.from_transformer(transformer, num_layers=2, vae_fingerprint="abc")
     check_fits_generator(model.config, transformer.config)
     with pytest.raises(ValueError, match="`in_channels` 16 against 36, `image_dim` None against 32"):
