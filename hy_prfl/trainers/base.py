@@ -4,7 +4,7 @@ import dataclasses
 import json
 import signal
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -15,6 +15,7 @@ import yaml
 from accelerate.logging import get_logger
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, set_seed
+from datasets import Dataset
 from diffusers import AutoencoderKLWan
 from diffusers.optimization import get_scheduler
 from torch import nn
@@ -22,9 +23,11 @@ from tqdm import tqdm
 
 from ..checkpointing import find_checkpoint, load_checkpoint, save_checkpoint
 from ..configs.base import TrainingConfig, check, save_config
+from ..data.dataset import latent_shapes
 from ..data.encoding import vae_fingerprint
 from ..distributed import all_finite, any_rank, build_accelerator, mean_over_ranks
 from ..flow_matching import make_generator
+from ..models.context_parallel import ContextParallelGroup, check_divisible
 
 
 logger = get_logger(__name__)
@@ -62,6 +65,13 @@ class Trainer(ABC):
             output_dir=self.output_dir,
         )
         set_seed(config.seed)
+        # Ranks that share a clip are one replica: they get the same rows and draw the same noise.
+        degree = config.context_parallel_degree
+        self.context_parallel = ContextParallelGroup(degree) if degree > 1 else None
+        self.num_replicas, self.replica = (
+            self.accelerator.num_processes // degree,
+            self.accelerator.process_index // degree,
+        )
         self.global_step = 0
         self.interrupted = False
 
@@ -98,6 +108,16 @@ class Trainer(ABC):
             variant=self.config.variant,
         )
         return vae_fingerprint(vae)
+
+    def check_context_parallel(self, dataset: Dataset, source: str, model_config: Mapping[str, Any]) -> None:
+        """Refuse rows, or a model, that do not divide over the ranks that share a clip."""
+        check_divisible(
+            self.config.context_parallel_degree,
+            num_heads=model_config["num_attention_heads"],
+            patch_size=model_config["patch_size"],
+            shapes=latent_shapes(dataset),
+            source=source,
+        )
 
     @property
     def weight_dtype(self) -> torch.dtype:
@@ -214,7 +234,7 @@ class Trainer(ABC):
             micro_step (`int`):
                 Micro-batch within the step.
         """
-        first = self.accelerator.process_index * batch_size
+        first = self.replica * batch_size
         return [
             make_generator(self.config.seed, stream, self.global_step, micro_step, first + index)
             for index in range(batch_size)

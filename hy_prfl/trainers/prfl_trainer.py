@@ -52,8 +52,10 @@ class PRFLTrainer(Trainer):
     config: PRFLTrainingConfig
 
     def __init__(self, config: PRFLTrainingConfig) -> None:
-        self.losses_per_update = 2 if config.update_schedule == "joint" else 1
-        super().__init__(config, backwards_per_update=self.losses_per_update * config.gradient_accumulation_steps)
+        losses_per_update = 2 if config.update_schedule == "joint" else 1
+        super().__init__(config, backwards_per_update=losses_per_update * config.gradient_accumulation_steps)
+        # Undoes two averages: over the backward passes of an update, and over the ranks that share a clip.
+        self.loss_weight = losses_per_update * config.context_parallel_degree
         self.uses_flow_matching = config.update_schedule != "reward"
         self.uses_reward = config.update_schedule != "flow_matching"
         self._open_datasets()
@@ -84,7 +86,7 @@ class PRFLTrainer(Trainer):
             batch = next(self.flow_batches).to(self.accelerator.device)
             with self.accelerator.accumulate(self.transformer):
                 loss = self.compute_flow_matching_loss(batch, micro_step)
-                self.backward(self.losses_per_update * loss, batch.ids)
+                self.backward(self.loss_weight * loss, batch.ids)
                 self.optimizer_step()
             losses.append(loss.detach())
         return {"flow_loss": torch.stack(losses).mean(), **self.grad_norm_of("flow")}
@@ -96,7 +98,7 @@ class PRFLTrainer(Trainer):
             batch = next(self.reward_batches).to(self.accelerator.device)
             with self.accelerator.accumulate(self.transformer):
                 surrogate, loss, batch_logits = self.compute_reward_feedback_loss(batch, micro_step)
-                self.backward(self.losses_per_update * surrogate, batch.ids, value=loss)
+                self.backward(self.loss_weight * surrogate, batch.ids, value=loss)
                 self.optimizer_step()
             losses.append(loss)
             logits.append(batch_logits)
@@ -162,6 +164,8 @@ class PRFLTrainer(Trainer):
             logits, form=config.reward_loss, scale=config.reward_scale, target=config.reward_target
         )
         (latents_grad,) = torch.autograd.grad(loss, leaf)
+        if self.context_parallel is not None:
+            latents_grad = self.context_parallel.mean(latents_grad)
         return (latents * latents_grad).sum(), loss.detach(), logits.detach()
 
     def score(
@@ -278,8 +282,8 @@ class PRFLTrainer(Trainer):
         sampler = partial(
             BucketBatchSampler,
             batch_size=config.train_batch_size,
-            num_replicas=self.accelerator.num_processes,
-            replica=self.accelerator.process_index,
+            num_replicas=self.num_replicas,
+            replica=self.replica,
         )
         # The two kinds of update must not walk the same rows in the same order.
         self.flow_sampler = partial(sampler, latent_shapes(self.dataset), seed=2 * config.seed)
@@ -305,6 +309,9 @@ class PRFLTrainer(Trainer):
         if config.gradient_checkpointing:
             self.unwrapped.enable_gradient_checkpointing()
             self.reward_model.enable_gradient_checkpointing()
+        if self.context_parallel is not None:
+            self.context_parallel.split(self.unwrapped)
+            self.context_parallel.split(self.reward_model)
         self.evaluator = self._build_evaluator()
 
     def _check_dataset(self, dataset: Dataset, source: str) -> None:
@@ -317,6 +324,7 @@ class PRFLTrainer(Trainer):
             image_dim=model_config.image_dim,
             patch_size=model_config.patch_size,
         )
+        self.check_context_parallel(dataset, source, model_config)
 
     def _load_transformer(self) -> WanTransformer3DModel:
         """The generator: float32 if all of it trains, else frozen in `weight_dtype` with a float32 adapter."""
@@ -366,4 +374,6 @@ class PRFLTrainer(Trainer):
             fps=config.validation_fps,
             seed=config.validation_seed,
             dtype=self.weight_dtype,
+            num_replicas=self.num_replicas,
+            replica=self.replica,
         )

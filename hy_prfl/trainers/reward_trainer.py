@@ -59,13 +59,15 @@ class RewardTrainer(Trainer):
         self.evaluator = self._build_evaluator()
         self.unwrapped = self._load_reward_model()
         self._check_dataset(self.dataset, config.train_dataset)
+        if self.evaluator is not None and config.validation_dataset is not None:
+            self._check_dataset(self.evaluator.dataset, config.validation_dataset)
         self.sampler = partial(
             BucketBatchSampler,
             self._buckets(),
             batch_size=config.train_batch_size,
             seed=config.seed,
-            num_replicas=self.accelerator.num_processes,
-            replica=self.accelerator.process_index,
+            num_replicas=self.num_replicas,
+            replica=self.replica,
         )
         self.reward_model = self.prepare(self.unwrapped, self._parameter_groups(), self.sampler().batches_per_epoch)
 
@@ -203,6 +205,8 @@ class RewardTrainer(Trainer):
             timesteps=config.validation_timesteps,
             seed=config.validation_seed,
             batch_size=config.train_batch_size,
+            num_replicas=self.num_replicas,
+            replica=self.replica,
         )
 
     def _load_reward_model(self) -> WanRewardModel:
@@ -229,6 +233,8 @@ class RewardTrainer(Trainer):
             model.blocks.requires_grad_(False)
         if config.gradient_checkpointing:
             model.enable_gradient_checkpointing()
+        if self.context_parallel is not None:
+            self.context_parallel.split(model)
         return model
 
     def _check_dataset(self, dataset: Dataset, source: str) -> None:
@@ -241,6 +247,7 @@ class RewardTrainer(Trainer):
             image_dim=model_config.image_dim,
             patch_size=model_config.patch_size,
         )
+        self.check_context_parallel(dataset, source, model_config)
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         head = [*self.unwrapped.pooler.parameters(), *self.unwrapped.head.parameters()]
