@@ -28,7 +28,8 @@ from hy_prfl.models.reward_model import WanRewardModel
 
 
 ENGINES = {
-    "DDP": ["--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"],
+    "one process": ["--config_file", "accelerate_configs/cpu.yaml"],
+    "DDP": ["--config_file", "accelerate_configs/ddp_cpu.yaml"],
     "ZeRO-2": ["--config_file", "accelerate_configs/zero2_cpu.yaml"],
     "ZeRO-3": ["--config_file", "accelerate_configs/zero3_cpu.yaml"],
 }
@@ -46,7 +47,7 @@ class ParityConfig:
 
     output_dir: str = field(default="outputs/parity", metadata={"help": "Folder for data and runs."})
     output: str = field(default="outputs/parity.json", metadata={"help": "Table to write."})
-    engines: list[str] = field(default_factory=lambda: list(ENGINES), metadata={"help": "Engines to compare."})
+    engines: list[str] = field(default_factory=lambda: ["DDP", "ZeRO-2", "ZeRO-3"], metadata={"help": "Engines to compare."})
 
 
 def write_inputs(folder: Path) -> None:
@@ -123,7 +124,7 @@ def main() -> None:
     folder = Path(config.output_dir)
     if not (folder / "data").exists():
         write_inputs(folder)
-    single = ["--cpu", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    single = ENGINES["one process"]
     rows = []
     for script, tuning in WEIGHTS:
         one = train(folder, f"single-{script}-{tuning}", single, script, tuning, 1, GLOBAL_BATCH_SIZE)
