@@ -26,15 +26,16 @@ def build_accelerator(
         log_with (`list[str]`):
             Names of trackers.
     """
-    # Without a GPU, and without being told, Accelerate would think that every DeepSpeed process is alone.
+    # Without a GPU Accelerate must be told that it is not alone: DeepSpeed by a backend, all else by `cpu`.
     is_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
-    needs_backend = is_deepspeed and not torch.cuda.is_available()
-    handlers = [InitProcessGroupKwargs(backend="gloo")] if needs_backend else []
+    has_device = torch.accelerator.is_available()
+    needs_backend = is_deepspeed and not has_device
     accelerator = Accelerator(
+        cpu=not has_device and not is_deepspeed,
         gradient_accumulation_steps=gradient_accumulation_steps,
         log_with=log_with or None,
         project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
-        kwargs_handlers=handlers,
+        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if needs_backend else [],
     )
     if accelerator.state.deepspeed_plugin is not None:
         settings = accelerator.state.deepspeed_plugin.deepspeed_config

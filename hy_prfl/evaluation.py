@@ -53,6 +53,8 @@ class RewardEvaluator:
             Noise levels, `1000 * sigma`, in (0, 1000].
         seed (`int`):
             Seed of the noise, see [`~hy_prfl.flow_matching.row_noise`].
+        num_replicas, replica (`int`, defaults to 1 and 0):
+            Number of data-parallel replicas and the one that this process belongs to.
     """
 
     def __init__(
@@ -64,8 +66,12 @@ class RewardEvaluator:
         timesteps: Sequence[int],
         seed: int,
         batch_size: int,
+        num_replicas: int = 1,
+        replica: int = 0,
     ) -> None:
         self.dataset = dataset
+        self.num_replicas = num_replicas
+        self.replica = replica
         self.labels = labels
         self.timesteps = list(timesteps)
         self.seed = seed
@@ -85,8 +91,8 @@ class RewardEvaluator:
         batches = split_batches(
             [self.shapes[row] for row in self.rows],
             batch_size=self.batch_size,
-            num_replicas=accelerator.num_processes,
-            replica=accelerator.process_index,
+            num_replicas=self.num_replicas,
+            replica=self.replica,
         )
         for positions in tqdm(batches, desc="Evaluating", disable=not accelerator.is_main_process, leave=False):
             logits = self._score(reward_model, positions, accelerator)

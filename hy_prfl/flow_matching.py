@@ -25,6 +25,11 @@ def make_generator(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed((int(words[0]) << 31) ^ int(words[1]))
 
 
+def sample_noise(shape: Sequence[int], generators: Sequence[torch.Generator]) -> torch.Tensor:
+    """Standard normal noise `(len(generators), *shape)`, each sample from its own generator, float32 on the CPU."""
+    return torch.stack([torch.randn(tuple(shape), generator=generator) for generator in generators])
+
+
 def row_noise(row_id: str, shape: Sequence[int], *, seed: int, draw: int = 0) -> torch.Tensor:
     """
     Standard normal noise that belongs to one row of a dataset, float32 on the CPU.
@@ -42,9 +47,8 @@ def shift_sigmas(sigmas: torch.Tensor, flow_shift: float) -> torch.Tensor:
 
 
 def sample_sigmas(
-    batch_size: int,
+    generators: Sequence[torch.Generator],
     *,
-    generator: torch.Generator,
     weighting_scheme: WeightingScheme = "uniform",
     flow_shift: float = 5.0,
     logit_mean: float = 0.0,
@@ -56,17 +60,22 @@ def sample_sigmas(
     `"uniform"` draws an index of the schedule of 1000 levels, upstream's law; `"logit_normal"` the sigmoid of a
     normal variable (SD3). Both are then shifted; `flow_shift=1` leaves the paper's U(0, 1].
 
+    Args:
+        generators (`Sequence[torch.Generator]`):
+            One for each sample.
+
     Returns:
-        `torch.Tensor` of shape `(batch_size,)`: sigmas in (0, 1], float32 on the CPU.
+        `torch.Tensor` of shape `(len(generators),)`: sigmas in (0, 1], float32 on the CPU.
     """
     if weighting_scheme == "uniform":
-        index = torch.randint(NUM_TRAIN_TIMESTEPS, (batch_size,), generator=generator)
+        index = torch.cat([torch.randint(NUM_TRAIN_TIMESTEPS, (1,), generator=each) for each in generators])
         sigmas = 1 - index.float() / NUM_TRAIN_TIMESTEPS
     elif weighting_scheme == "logit_normal":
-        sigmas = compute_density_for_timestep_sampling(
-            "logit_normal", batch_size, logit_mean=logit_mean, logit_std=logit_std, generator=generator
-        )
-        sigmas = sigmas.clamp(min=1 / NUM_TRAIN_TIMESTEPS)
+        law = {"logit_mean": logit_mean, "logit_std": logit_std}
+        draws = [
+            compute_density_for_timestep_sampling("logit_normal", 1, generator=each, **law) for each in generators
+        ]
+        sigmas = torch.cat(draws).clamp(min=1 / NUM_TRAIN_TIMESTEPS)
     else:
         raise ValueError(f"`weighting_scheme` must be 'uniform' or 'logit_normal', got {weighting_scheme!r}.")
     return shift_sigmas(sigmas, flow_shift)

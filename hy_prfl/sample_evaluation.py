@@ -42,6 +42,8 @@ class SampleEvaluator:
             Scale of classifier-free guidance away from the empty prompt, 1 is none.
         dtype (`torch.dtype`):
             Type of the embeddings that the models are given.
+        num_replicas, replica (`int`, defaults to 1 and 0):
+            Number of data-parallel replicas and the one that this process belongs to.
     """
 
     def __init__(
@@ -59,6 +61,8 @@ class SampleEvaluator:
         fps: int,
         seed: int,
         dtype: torch.dtype,
+        num_replicas: int = 1,
+        replica: int = 0,
     ) -> None:
         self.dataset = dataset
         self.reward_model = reward_model
@@ -72,6 +76,8 @@ class SampleEvaluator:
         self.fps = fps
         self.seed = seed
         self.dtype = dtype
+        self.num_replicas = num_replicas
+        self.replica = replica
 
     @torch.no_grad()
     def __call__(self, transformer: nn.Module, accelerator: Accelerator, *, step: int) -> dict[str, float]:
@@ -80,8 +86,8 @@ class SampleEvaluator:
         batches = split_batches(
             latent_shapes(self.dataset),
             batch_size=self.batch_size,
-            num_replicas=accelerator.num_processes,
-            replica=accelerator.process_index,
+            num_replicas=self.num_replicas,
+            replica=self.replica,
         )
         for indices in tqdm(batches, desc="Sampling", disable=not accelerator.is_main_process, leave=False):
             rows = [table_to_rows(self.dataset[index])[0] for index in indices]

@@ -50,7 +50,9 @@ def test_result_does_not_depend_on_the_batch(
     dataset = load_latent_dataset(str(write_latents(tmp_path / "d", 6, shapes=((2, 4, 4), (2, 4, 6)))))
     rows, labels = list(range(6)), [0, 1, 0, 1, 0, 1]
     results = [
-        RewardEvaluator(dataset, rows, labels, timesteps=[300, 1000], seed=5, batch_size=size)(model, Accelerator(cpu=True))
+        RewardEvaluator(dataset, rows, labels, timesteps=[300, 1000], seed=5, batch_size=size)(
+            model, Accelerator(cpu=True)
+        )
         for size in (1, 4)
     ]
     assert results[0] == pytest.approx(results[1], rel=1e-4)

@@ -5,6 +5,7 @@ from hy_prfl.flow_matching import (
     add_noise,
     make_generator,
     row_noise,
+    sample_noise,
     sample_sigmas,
     shift_sigmas,
     sigmas_to_timesteps,
@@ -13,7 +14,9 @@ from hy_prfl.flow_matching import (
 
 
 def test_generators_depend_on_the_whole_key() -> None:
-    draws = {key: torch.rand(1, generator=make_generator(*key)).item() for key in [(0, 1, 2), (0, 2, 1), (1, 1, 2), (0, 1)]}
+    draws = {
+        key: torch.rand(1, generator=make_generator(*key)).item() for key in [(0, 1, 2), (0, 2, 1), (1, 1, 2), (0, 1)]
+    }
     assert len(set(draws.values())) == 4
     assert draws[0, 1, 2] == torch.rand(1, generator=make_generator(0, 1, 2)).item()
 
@@ -23,8 +26,19 @@ def test_row_noise_is_normal_and_belongs_to_the_row() -> None:
     assert torch.equal(noise, row_noise("clip-1", (16, 4, 20, 20), seed=3))
     assert abs(noise.mean()) < 0.02
     assert abs(noise.std() - 1) < 0.02
-    for other in (row_noise("clip-2", (16,), seed=3), row_noise("clip-1", (16,), seed=4), row_noise("clip-1", (16,), seed=3, draw=1)):
+    for other in (
+        row_noise("clip-2", (16,), seed=3),
+        row_noise("clip-1", (16,), seed=4),
+        row_noise("clip-1", (16,), seed=3, draw=1),
+    ):
         assert not torch.equal(other, row_noise("clip-1", (16,), seed=3))
+
+
+def test_each_sample_has_its_own_generator() -> None:
+    noise = sample_noise((2, 3), [make_generator(5), make_generator(6)])
+    assert torch.equal(noise[1], torch.randn((2, 3), generator=make_generator(6)))
+    sigmas = [sample_sigmas([make_generator(key)], flow_shift=1.0).item() for key in (5, 6)]
+    assert sample_sigmas([make_generator(5), make_generator(6)], flow_shift=1.0).tolist() == sigmas
 
 
 def test_noise_path_and_its_velocity() -> None:
@@ -39,37 +53,39 @@ def test_noise_path_and_its_velocity() -> None:
 
 @pytest.mark.parametrize("flow_shift", [1.0, 3.0, 5.0])
 def test_uniform_law_is_the_shifted_schedule_of_1000_levels(flow_shift: float) -> None:
-    sigmas = sample_sigmas(200_000, generator=make_generator(0), flow_shift=flow_shift)
+    sigmas = sample_sigmas([make_generator(0)] * 100_000, flow_shift=flow_shift)
     schedule = torch.tensor([flow_shift * u / (1 + (flow_shift - 1) * u) for u in (1 - i / 1000 for i in range(1000))])
     levels = schedule.sort().values
     nearest = torch.searchsorted(levels, sigmas - 1e-6).clamp(max=999)
     torch.testing.assert_close(levels[nearest], sigmas, rtol=0, atol=1e-6)
     for bound in (0.2, 0.5, 0.8):
-        assert (sigmas <= bound).float().mean().item() == pytest.approx((schedule <= bound).float().mean().item(), abs=5e-3)
+        assert (sigmas <= bound).float().mean().item() == pytest.approx(
+            (schedule <= bound).float().mean().item(), abs=6e-3
+        )
 
 
 def test_shift_5_has_the_mass_that_upstream_trains_on() -> None:
-    sigmas = sample_sigmas(100_000, generator=make_generator(1), flow_shift=5.0)
+    sigmas = sample_sigmas([make_generator(1)] * 100_000, flow_shift=5.0)
     assert (sigmas > 0.8).float().mean().item() == pytest.approx(0.556, abs=0.01)
     assert (sigmas < 0.2).float().mean().item() == pytest.approx(0.048, abs=0.005)
 
 
 def test_logit_normal_law() -> None:
     sigmas = sample_sigmas(
-        100_000, generator=make_generator(2), weighting_scheme="logit_normal", flow_shift=1.0, logit_mean=0.5, logit_std=0.7
+        [make_generator(2)] * 50_000, weighting_scheme="logit_normal", flow_shift=1.0, logit_mean=0.5, logit_std=0.7
     )
     logits = torch.logit(sigmas)
-    assert logits.mean().item() == pytest.approx(0.5, abs=0.01)
-    assert logits.std().item() == pytest.approx(0.7, abs=0.01)
+    assert logits.mean().item() == pytest.approx(0.5, abs=0.015)
+    assert logits.std().item() == pytest.approx(0.7, abs=0.015)
 
 
 def test_sigmas_stay_in_range_and_unknown_laws_are_refused() -> None:
     for scheme in ("uniform", "logit_normal"):
-        sigmas = sample_sigmas(50_000, generator=make_generator(3), weighting_scheme=scheme, logit_std=8.0)  # type: ignore[arg-type]
+        sigmas = sample_sigmas([make_generator(3)] * 20_000, weighting_scheme=scheme, logit_std=8.0)  # type: ignore[arg-type]
         assert 0 < sigmas.min()
         assert sigmas.max() <= 1
     with pytest.raises(ValueError, match="weighting_scheme"):
-        sample_sigmas(1, generator=make_generator(0), weighting_scheme="mode")  # type: ignore[arg-type]
+        sample_sigmas([make_generator(0)], weighting_scheme="mode")  # type: ignore[arg-type]
 
 
 def test_time_runs_from_0_to_1000() -> None:

@@ -69,7 +69,9 @@ def test_rollout_stops_on_the_pipelines_path(pipeline_dir: Path, step_index: int
     prompt_embeds = torch.randn(2, 16, 32)
     path: list[torch.Tensor] = []
 
-    def keep(pipe: WanPipeline, index: int, timestep: int, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def keep(
+        pipe: WanPipeline, index: int, timestep: int, tensors: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
         path.append(tensors["latents"].clone())
         return tensors
 

@@ -69,6 +69,9 @@ class TrainingConfig:
     gradient_checkpointing: bool = field(
         default=False, metadata={"help": "Recompute block activations in the backward pass: slower, less memory."}
     )
+    context_parallel_degree: int = field(
+        default=1, metadata={"help": "Neighbouring processes that share one clip, each with a part of its tokens."}
+    )
     dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that read the dataset."})
 
     # Parameters of checkpoints, logging and evaluation
@@ -88,7 +91,7 @@ class TrainingConfig:
     logging_steps: int = field(default=1, metadata={"help": "Updates between two log entries."})
 
     def __post_init__(self) -> None:
-        for name in ("train_batch_size", "gradient_accumulation_steps", "num_train_epochs"):
+        for name in ("train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "context_parallel_degree"):
             check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("max_train_steps", "checkpoints_total_limit"):
             value = getattr(self, name)

@@ -38,7 +38,9 @@ def load_latent_dataset(path: str) -> Dataset:
         try:
             dataset = load_dataset(path)
         except (FileNotFoundError, ConnectionError) as error:
-            raise FileNotFoundError(f"{path}: there is no such folder, and no such dataset was got from the Hub.") from error
+            raise FileNotFoundError(
+                f"{path}: there is no such folder, and no such dataset was got from the Hub."
+            ) from error
     if isinstance(dataset, DatasetDict):
         if len(dataset) != 1:
             raise ValueError(f"{path}: expected one split, found {', '.join(dataset)}. Save the split you want.")

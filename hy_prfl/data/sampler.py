@@ -78,9 +78,7 @@ class BucketBatchSampler(Sampler[list[int]]):
         return [global_batches[index] for index in rng.permutation(len(global_batches))]
 
 
-def split_batches(
-    buckets: Sequence[Hashable], *, batch_size: int, num_replicas: int, replica: int
-) -> list[list[int]]:
+def split_batches(buckets: Sequence[Hashable], *, batch_size: int, num_replicas: int, replica: int) -> list[list[int]]:
     """
     One replica's share of all rows, once and in order, in batches of one bucket.
 

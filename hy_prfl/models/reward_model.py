@@ -9,6 +9,7 @@ import torch
 from diffusers import ModelMixin, WanTransformer3DModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
+from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.transformers.transformer_wan import (
@@ -20,6 +21,7 @@ from diffusers.utils import BaseOutput
 from torch import nn
 
 from ..flow_matching import add_noise, sigmas_to_timesteps
+from .context_parallel import TokenGather
 from .reward_head import PoolingType, RewardHead, build_pooling
 
 
@@ -92,6 +94,14 @@ class WanRewardModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, Atte
     _no_split_modules = ["WanTransformerBlock"]
     _keep_in_fp32_modules = ["rope", "time_embedder", "scale_shift_table", "norm1", "norm2", "norm3", "head"]
     _repeated_blocks = ["WanTransformerBlock"]
+    _cp_plan = {
+        "rope": {
+            0: ContextParallelInput(split_dim=1, expected_dims=4, split_output=True),
+            1: ContextParallelInput(split_dim=1, expected_dims=4, split_output=True),
+        },
+        "blocks.0": {"hidden_states": ContextParallelInput(split_dim=1, expected_dims=3, split_output=False)},
+        "token_gather": ContextParallelOutput(gather_dim=1, expected_dims=3),
+    }
 
     @register_to_config
     def __init__(
@@ -149,7 +159,8 @@ class WanRewardModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, Atte
             ]
         )
 
-        # 4. Pooling & head
+        # 4. Pooling & head, on all tokens
+        self.token_gather = TokenGather()
         self.pooler = build_pooling(pooling, inner_dim, num_heads=num_query_heads, residual=query_residual)
         self.head = RewardHead(inner_dim, hidden_dims=(head_dims[0], head_dims[1]))
 
@@ -257,7 +268,8 @@ class WanRewardModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, Atte
             else:
                 hidden_states = block(hidden_states, encoder_hidden_states, timestep_proj, rotary_emb)
 
-        # 4. Pooling & head
+        # 4. Pooling & head, on all tokens
+        hidden_states = self.token_gather(hidden_states)
         pooled = self.pooler(hidden_states)
         logits = self.head(pooled.to(self.head.linear_1.weight.dtype)).float()
 

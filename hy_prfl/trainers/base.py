@@ -4,7 +4,7 @@ import dataclasses
 import json
 import signal
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -15,6 +15,7 @@ import yaml
 from accelerate.logging import get_logger
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, set_seed
+from datasets import Dataset
 from diffusers import AutoencoderKLWan
 from diffusers.optimization import get_scheduler
 from torch import nn
@@ -22,9 +23,11 @@ from tqdm import tqdm
 
 from ..checkpointing import find_checkpoint, load_checkpoint, save_checkpoint
 from ..configs.base import TrainingConfig, check, save_config
+from ..data.dataset import latent_shapes
 from ..data.encoding import vae_fingerprint
 from ..distributed import all_finite, any_rank, build_accelerator, mean_over_ranks
 from ..flow_matching import make_generator
+from ..models.context_parallel import ContextParallelGroup, check_divisible
 
 
 logger = get_logger(__name__)
@@ -62,6 +65,13 @@ class Trainer(ABC):
             output_dir=self.output_dir,
         )
         set_seed(config.seed)
+        # Ranks that share a clip are one replica: they get the same rows and draw the same noise.
+        degree = config.context_parallel_degree
+        self.context_parallel = ContextParallelGroup(degree) if degree > 1 else None
+        self.num_replicas, self.replica = (
+            self.accelerator.num_processes // degree,
+            self.accelerator.process_index // degree,
+        )
         self.global_step = 0
         self.interrupted = False
 
@@ -98,6 +108,16 @@ class Trainer(ABC):
             variant=self.config.variant,
         )
         return vae_fingerprint(vae)
+
+    def check_context_parallel(self, dataset: Dataset, source: str, model_config: Mapping[str, Any]) -> None:
+        """Refuse rows, or a model, that do not divide over the ranks that share a clip."""
+        check_divisible(
+            self.config.context_parallel_degree,
+            num_heads=model_config["num_attention_heads"],
+            patch_size=model_config["patch_size"],
+            shapes=latent_shapes(dataset),
+            source=source,
+        )
 
     @property
     def weight_dtype(self) -> torch.dtype:
@@ -201,20 +221,28 @@ class Trainer(ABC):
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def generator(self, stream: int, micro_step: int, *, shared: bool = False) -> torch.Generator:
+    def generators(self, stream: int, micro_step: int, batch_size: int) -> list[torch.Generator]:
         """
-        Generator for one random draw of the current step.
+        One generator for each sample of this process's micro-batch.
+
+        It is seeded by the sample's place in the global batch, so a run draws the same noise for the same clips on any
+        number of processes, and a resumed run goes on with the same draws.
 
         Args:
             stream (`int`):
                 Tells apart draws of different purpose.
             micro_step (`int`):
                 Micro-batch within the step.
-            shared (`bool`, defaults to `False`):
-                Draw the same on all ranks, as anything that decides on control flow must be.
         """
-        rank = 0 if shared else 1 + self.accelerator.process_index
-        return make_generator(self.config.seed, stream, self.global_step, micro_step, rank)
+        first = self.replica * batch_size
+        return [
+            make_generator(self.config.seed, stream, self.global_step, micro_step, first + index)
+            for index in range(batch_size)
+        ]
+
+    def shared_generator(self, stream: int, micro_step: int) -> torch.Generator:
+        """Generator that is the same on all ranks, for what decides on control flow."""
+        return make_generator(self.config.seed, stream, self.global_step, micro_step)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps besides the states of Accelerate; JSON values only."""

@@ -1,6 +1,6 @@
 """Process reward feedback learning: the generator climbs a latent reward, held by a flow-matching loss."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from ..data.dataset import (
 )
 from ..data.sampler import BucketBatchSampler
 from ..distributed import full_state_dict
-from ..flow_matching import add_noise, sample_sigmas, sigmas_to_timesteps, velocity_target
+from ..flow_matching import add_noise, sample_noise, sample_sigmas, sigmas_to_timesteps, velocity_target
 from ..losses import flow_matching_loss, reward_feedback_loss
 from ..models.loading import load_reward_model, load_scheduler, load_transformer
 from ..models.reward_model import check_fits_generator, check_latents_fit
@@ -52,8 +52,10 @@ class PRFLTrainer(Trainer):
     config: PRFLTrainingConfig
 
     def __init__(self, config: PRFLTrainingConfig) -> None:
-        self.losses_per_update = 2 if config.update_schedule == "joint" else 1
-        super().__init__(config, backwards_per_update=self.losses_per_update * config.gradient_accumulation_steps)
+        losses_per_update = 2 if config.update_schedule == "joint" else 1
+        super().__init__(config, backwards_per_update=losses_per_update * config.gradient_accumulation_steps)
+        # Undoes two averages: over the backward passes of an update, and over the ranks that share a clip.
+        self.loss_weight = losses_per_update * config.context_parallel_degree
         self.uses_flow_matching = config.update_schedule != "reward"
         self.uses_reward = config.update_schedule != "flow_matching"
         self._open_datasets()
@@ -84,7 +86,7 @@ class PRFLTrainer(Trainer):
             batch = next(self.flow_batches).to(self.accelerator.device)
             with self.accelerator.accumulate(self.transformer):
                 loss = self.compute_flow_matching_loss(batch, micro_step)
-                self.backward(self.losses_per_update * loss, batch.ids)
+                self.backward(self.loss_weight * loss, batch.ids)
                 self.optimizer_step()
             losses.append(loss.detach())
         return {"flow_loss": torch.stack(losses).mean(), **self.grad_norm_of("flow")}
@@ -96,7 +98,7 @@ class PRFLTrainer(Trainer):
             batch = next(self.reward_batches).to(self.accelerator.device)
             with self.accelerator.accumulate(self.transformer):
                 surrogate, loss, batch_logits = self.compute_reward_feedback_loss(batch, micro_step)
-                self.backward(self.losses_per_update * surrogate, batch.ids, value=loss)
+                self.backward(self.loss_weight * surrogate, batch.ids, value=loss)
                 self.optimizer_step()
             losses.append(loss)
             logits.append(batch_logits)
@@ -112,21 +114,20 @@ class PRFLTrainer(Trainer):
         """Squared error of the predicted velocity on clean clips, noised at a random level (paper, equation 2)."""
         config, device = self.config, self.accelerator.device
         assert batch.latents is not None
-        generator = self.generator(FLOW_NOISE, micro_step)
+        generators = self.generators(FLOW_NOISE, micro_step, len(batch))
         sigmas = sample_sigmas(
-            len(batch),
-            generator=generator,
+            generators,
             weighting_scheme=config.weighting_scheme,
             flow_shift=config.flow_shift,
             logit_mean=config.logit_mean,
             logit_std=config.logit_std,
         ).to(device)
-        noise = torch.randn((len(batch), *batch.latents_shape), generator=generator).to(device)
+        noise = sample_noise(batch.latents_shape, generators).to(device)
         model_pred = predict_velocity(
             self.transformer,
             add_noise(batch.latents, noise, sigmas),
             sigmas_to_timesteps(sigmas),
-            self.choose_prompts(batch, self.generator(FLOW_PROMPT, micro_step)),
+            self.choose_prompts(batch, self.generators(FLOW_PROMPT, micro_step, len(batch))),
             **self.image_inputs(batch),
         )
         return flow_matching_loss(model_pred, velocity_target(batch.latents, noise))
@@ -146,12 +147,12 @@ class PRFLTrainer(Trainer):
             That scalar, and without gradient the loss and the logits `(batch_size,)`.
         """
         config = self.config
-        generator = self.generator(REWARD_NOISE, micro_step)
-        prompt_embeds = self.choose_prompts(batch, self.generator(REWARD_PROMPT, micro_step))
+        noise = sample_noise(batch.latents_shape, self.generators(REWARD_NOISE, micro_step, len(batch)))
+        prompt_embeds = self.choose_prompts(batch, self.generators(REWARD_PROMPT, micro_step, len(batch)))
         latents, timesteps = denoise_to_step(
             self.transformer,
             self.scheduler,
-            noise=torch.randn((len(batch), *batch.latents_shape), generator=generator).to(self.accelerator.device),
+            noise=noise.to(self.accelerator.device),
             step_index=self.draw_step_index(micro_step),
             num_inference_steps=config.num_inference_steps,
             encoder_hidden_states=prompt_embeds,
@@ -163,6 +164,8 @@ class PRFLTrainer(Trainer):
             logits, form=config.reward_loss, scale=config.reward_scale, target=config.reward_target
         )
         (latents_grad,) = torch.autograd.grad(loss, leaf)
+        if self.context_parallel is not None:
+            latents_grad = self.context_parallel.mean(latents_grad)
         return (latents * latents_grad).sum(), loss.detach(), logits.detach()
 
     def score(
@@ -183,12 +186,11 @@ class PRFLTrainer(Trainer):
     def draw_step_index(self, micro_step: int) -> int:
         """Step that takes gradient, uniform in `step_range`; the same on every rank."""
         first, last = self.config.step_range or (0, self.config.num_inference_steps - 2)
-        generator = self.generator(STEP_INDEX, micro_step, shared=True)
-        return int(torch.randint(first, last + 1, (), generator=generator))
+        return int(torch.randint(first, last + 1, (), generator=self.shared_generator(STEP_INDEX, micro_step)))
 
-    def choose_prompts(self, batch: LatentBatch, generator: torch.Generator) -> torch.Tensor:
+    def choose_prompts(self, batch: LatentBatch, generators: Sequence[torch.Generator]) -> torch.Tensor:
         """For each clip its caption, its long caption or the empty prompt, in the type that the models compute in."""
-        draws = torch.rand((2, len(batch)), generator=generator)
+        draws = torch.stack([torch.rand(2, generator=generator) for generator in generators], dim=1)
         is_long = (draws[0] < self.config.long_prompt_probability).to(self.accelerator.device)
         is_null = (draws[1] < self.config.prompt_dropout).to(self.accelerator.device)
         embeds = torch.where(is_long[:, None, None], batch.long_prompt_embeds, batch.prompt_embeds)
@@ -280,8 +282,8 @@ class PRFLTrainer(Trainer):
         sampler = partial(
             BucketBatchSampler,
             batch_size=config.train_batch_size,
-            num_replicas=self.accelerator.num_processes,
-            replica=self.accelerator.process_index,
+            num_replicas=self.num_replicas,
+            replica=self.replica,
         )
         # The two kinds of update must not walk the same rows in the same order.
         self.flow_sampler = partial(sampler, latent_shapes(self.dataset), seed=2 * config.seed)
@@ -307,6 +309,9 @@ class PRFLTrainer(Trainer):
         if config.gradient_checkpointing:
             self.unwrapped.enable_gradient_checkpointing()
             self.reward_model.enable_gradient_checkpointing()
+        if self.context_parallel is not None:
+            self.context_parallel.split(self.unwrapped)
+            self.context_parallel.split(self.reward_model)
         self.evaluator = self._build_evaluator()
 
     def _check_dataset(self, dataset: Dataset, source: str) -> None:
@@ -319,6 +324,7 @@ class PRFLTrainer(Trainer):
             image_dim=model_config.image_dim,
             patch_size=model_config.patch_size,
         )
+        self.check_context_parallel(dataset, source, model_config)
 
     def _load_transformer(self) -> WanTransformer3DModel:
         """The generator: float32 if all of it trains, else frozen in `weight_dtype` with a float32 adapter."""
@@ -368,4 +374,6 @@ class PRFLTrainer(Trainer):
             fps=config.validation_fps,
             seed=config.validation_seed,
             dtype=self.weight_dtype,
+            num_replicas=self.num_replicas,
+            replica=self.replica,
         )

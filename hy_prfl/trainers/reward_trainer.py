@@ -27,7 +27,7 @@ from ..data.dataset import (
 from ..data.sampler import BucketBatchSampler
 from ..distributed import full_state_dict
 from ..evaluation import GREATER_IS_BETTER, RewardEvaluator
-from ..flow_matching import sample_sigmas
+from ..flow_matching import sample_noise, sample_sigmas
 from ..losses import binary_reward_loss, bradley_terry_loss
 from ..models.loading import load_transformer
 from ..models.reward_model import WanRewardModel, check_latents_fit, score_noised
@@ -59,13 +59,15 @@ class RewardTrainer(Trainer):
         self.evaluator = self._build_evaluator()
         self.unwrapped = self._load_reward_model()
         self._check_dataset(self.dataset, config.train_dataset)
+        if self.evaluator is not None and config.validation_dataset is not None:
+            self._check_dataset(self.evaluator.dataset, config.validation_dataset)
         self.sampler = partial(
             BucketBatchSampler,
             self._buckets(),
             batch_size=config.train_batch_size,
             seed=config.seed,
-            num_replicas=self.accelerator.num_processes,
-            replica=self.accelerator.process_index,
+            num_replicas=self.num_replicas,
+            replica=self.replica,
         )
         self.reward_model = self.prepare(self.unwrapped, self._parameter_groups(), self.sampler().batches_per_epoch)
 
@@ -92,16 +94,15 @@ class RewardTrainer(Trainer):
         """Loss of one micro-batch, and by how much each logit, or pair, is on the right side (>0)."""
         config, device = self.config, self.accelerator.device
         clips = batch.chosen if isinstance(batch, PreferenceBatch) else batch.clips
-        generator = self.generator(NOISE, micro_step)
+        generators = self.generators(NOISE, micro_step, len(clips))
         sigmas = sample_sigmas(
-            len(clips),
-            generator=generator,
+            generators,
             weighting_scheme=config.weighting_scheme,
             flow_shift=config.flow_shift,
             logit_mean=config.logit_mean,
             logit_std=config.logit_std,
         ).to(device)
-        noise = torch.randn((len(clips), *clips.latents_shape), generator=generator).to(device)
+        noise = sample_noise(clips.latents_shape, generators).to(device)
         if isinstance(batch, PreferenceBatch):
             # One forward for both, so that DDP and ZeRO see one call a backward; same noise, same sigma.
             both = LatentBatch.concatenate([batch.chosen, batch.rejected])
@@ -204,6 +205,8 @@ class RewardTrainer(Trainer):
             timesteps=config.validation_timesteps,
             seed=config.validation_seed,
             batch_size=config.train_batch_size,
+            num_replicas=self.num_replicas,
+            replica=self.replica,
         )
 
     def _load_reward_model(self) -> WanRewardModel:
@@ -230,6 +233,8 @@ class RewardTrainer(Trainer):
             model.blocks.requires_grad_(False)
         if config.gradient_checkpointing:
             model.enable_gradient_checkpointing()
+        if self.context_parallel is not None:
+            self.context_parallel.split(model)
         return model
 
     def _check_dataset(self, dataset: Dataset, source: str) -> None:
@@ -242,6 +247,7 @@ class RewardTrainer(Trainer):
             image_dim=model_config.image_dim,
             patch_size=model_config.patch_size,
         )
+        self.check_context_parallel(dataset, source, model_config)
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         head = [*self.unwrapped.pooler.parameters(), *self.unwrapped.head.parameters()]

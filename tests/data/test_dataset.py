@@ -48,7 +48,9 @@ def test_pair_ids_come_before_prompts_and_named_rows_before_both(tmp_path: Path,
     assert preference_pairs(dataset, "motion_quality", "d") == [(1, 7), (3, 0), (5, 0)]
 
 
-def test_unpaired_clips_only_when_asked_for(tmp_path: Path, write_latents: Write, caplog: pytest.LogCaptureFixture) -> None:
+def test_unpaired_clips_only_when_asked_for(
+    tmp_path: Path, write_latents: Write, caplog: pytest.LogCaptureFixture
+) -> None:
     overrides = {index: {"prompt": f"own {index}"} for index in range(6)}
     dataset = load_latent_dataset(str(write_latents(tmp_path / "d", 6, overrides=overrides)))
     with pytest.raises(ValueError, match="allow_unpaired"):

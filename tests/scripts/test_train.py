@@ -14,7 +14,13 @@ from safetensors.torch import load_file
 
 
 ROOT = Path(__file__).parents[2]
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "accelerate_configs/cpu.yaml")]
+LAUNCH = [
+    sys.executable,
+    "-m",
+    "accelerate.commands.launch",
+    "--config_file",
+    str(ROOT / "accelerate_configs/cpu.yaml"),
+]
 
 
 def launch(script: str, *options: object) -> subprocess.Popen[str]:
@@ -48,7 +54,10 @@ def test_reward_then_prfl(tmp_path: Path, pipeline_dir: Path, write_latents: Cal
         "--train_batch_size", 2, "--max_train_steps", 2, "--num_inference_steps", 4,
     )  # fmt: skip
     assert (tmp_path / "prfl" / "pytorch_lora_weights.safetensors").is_file()
-    assert [json.loads(line)["step"] for line in (tmp_path / "prfl" / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+    assert [json.loads(line)["step"] for line in (tmp_path / "prfl" / "metrics.jsonl").read_text().splitlines()] == [
+        1,
+        2,
+    ]
 
 
 @pytest.mark.launch
@@ -88,6 +97,9 @@ def test_a_stopped_run_goes_on_where_it_was(
     assert stopped_at < 120
     run("train_reward", "--output_dir", tmp_path / "parts", "--resume_from_checkpoint", "latest", *options)
 
-    whole, parts = (load_file(tmp_path / name / "reward_model" / "diffusion_pytorch_model.safetensors") for name in ("whole", "parts"))
+    whole, parts = (
+        load_file(tmp_path / name / "reward_model" / "diffusion_pytorch_model.safetensors")
+        for name in ("whole", "parts")
+    )
     assert all((value == parts[name]).all() for name, value in whole.items())
     assert metrics.read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()

@@ -78,23 +78,28 @@ def reference_batches(trainer: PRFLTrainer, sampler: Any) -> Any:
         yield collate_latents([rows[index] for index in indices])
 
 
-def reference_flow_loss(trainer: PRFLTrainer, model: WanTransformer3DModel, batch: LatentBatch, micro_step: int) -> Any:
-    generator = trainer.generator(FLOW_NOISE, micro_step)
-    u = 1 - torch.randint(1000, (len(batch),), generator=generator) / 1000
+def reference_flow_loss(
+    trainer: PRFLTrainer, model: WanTransformer3DModel, batch: LatentBatch, micro_step: int
+) -> Any:
+    generators = trainer.generators(FLOW_NOISE, micro_step, len(batch))
+    u = torch.tensor([1 - torch.randint(1000, (1,), generator=each).item() / 1000 for each in generators])
     sigmas = 5 * u / (1 + 4 * u)
     assert batch.latents is not None
-    noise = torch.randn(batch.latents.shape, generator=generator)
+    noise = torch.stack([torch.randn(batch.latents_shape, generator=each) for each in generators])
     weight = sigmas.view(-1, 1, 1, 1, 1)
     noisy = (1 - weight) * batch.latents + weight * noise
     velocity = model(noisy, 1000 * sigmas, batch.prompt_embeds, return_dict=False)[0]
     return ((velocity - (noise - batch.latents)) ** 2).mean()
 
 
-def reference_reward_loss(trainer: PRFLTrainer, model: WanTransformer3DModel, batch: LatentBatch, micro_step: int) -> Any:
+def reference_reward_loss(
+    trainer: PRFLTrainer, model: WanTransformer3DModel, batch: LatentBatch, micro_step: int
+) -> Any:
     """The reward loss as one graph from the last step through the reward model, without the detour over a leaf."""
     scheduler = load_scheduler(trainer.config.pretrained_model_name_or_path)
     scheduler.set_timesteps(trainer.config.num_inference_steps)
-    latents = torch.randn((len(batch), *batch.latents_shape), generator=trainer.generator(REWARD_NOISE, micro_step))
+    generators = trainer.generators(REWARD_NOISE, micro_step, len(batch))
+    latents = torch.stack([torch.randn(batch.latents_shape, generator=each) for each in generators])
     step_index = trainer.draw_step_index(micro_step)
     for index in range(step_index + 1):
         timestep = scheduler.timesteps[index]
@@ -110,9 +115,15 @@ def reference_reward_loss(trainer: PRFLTrainer, model: WanTransformer3DModel, ba
 def test_one_step_equals_the_same_arithmetic_written_out(build: Callable[..., PRFLTrainer], schedule: str) -> None:
     """Both losses, accumulation, who updates when, clipping and AdamW against a loop in plain torch."""
     trainer = build(
-        update_schedule=schedule, gradient_accumulation_steps=2, max_train_steps=1, prompt_dropout=0.0, reward_scale=1.0
+        update_schedule=schedule,
+        gradient_accumulation_steps=2,
+        max_train_steps=1,
+        prompt_dropout=0.0,
+        reward_scale=1.0,
     )
-    model = WanTransformer3DModel.from_pretrained(trainer.config.pretrained_model_name_or_path, subfolder="transformer")
+    model = WanTransformer3DModel.from_pretrained(
+        trainer.config.pretrained_model_name_or_path, subfolder="transformer"
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
 
     def update() -> None:
@@ -152,7 +163,9 @@ def test_surrogate_has_the_gradient_of_the_reward_loss(build: Callable[..., PRFL
 
 
 def test_reward_training_raises_the_reward(build: Callable[..., PRFLTrainer]) -> None:
-    trainer = build(update_schedule="reward", max_train_steps=12, train_batch_size=4, reward_loss="logit", learning_rate=3e-3)
+    trainer = build(
+        update_schedule="reward", max_train_steps=12, train_batch_size=4, reward_loss="logit", learning_rate=3e-3
+    )
     trainer.start_streams()
     batch = next(trainer.reward_batches)
 
@@ -196,13 +209,19 @@ def test_resuming_equals_never_having_stopped(
     assert (tmp_path / "whole" / "metrics.jsonl").read_text() == (parts / "metrics.jsonl").read_text()
 
 
-def test_full_result_works_in_a_stock_pipeline(build: Callable[..., PRFLTrainer], pipeline_dir: Path, tmp_path: Path) -> None:
+def test_full_result_works_in_a_stock_pipeline(
+    build: Callable[..., PRFLTrainer], pipeline_dir: Path, tmp_path: Path
+) -> None:
     trainer = build()
     trainer.train()
     transformer = WanTransformer3DModel.from_pretrained(tmp_path / "out" / "transformer")
-    assert all(torch.equal(value, transformer.state_dict()[name]) for name, value in trainer.unwrapped.state_dict().items())
+    assert all(
+        torch.equal(value, transformer.state_dict()[name]) for name, value in trainer.unwrapped.state_dict().items()
+    )
     pipeline = WanPipeline.from_pretrained(pipeline_dir, transformer=transformer)
-    video = pipeline(prompt="a red circle", height=32, width=32, num_frames=5, num_inference_steps=2, max_sequence_length=16)
+    video = pipeline(
+        prompt="a red circle", height=32, width=32, num_frames=5, num_inference_steps=2, max_sequence_length=16
+    )
     assert video.frames.shape == (1, 5, 32, 32, 3)
 
 
@@ -249,7 +268,12 @@ def test_validation_samples_are_fixed_scored_and_decoded(
     trainer = build(validation_dataset=str(prompts), validation_videos=True, validation_steps=2, max_train_steps=2)
     before = trainer.validate()
     assert before == trainer.validate()
-    assert set(before) == {"reward", "reward_logit", "latents_std", *(f"reward/t{t}" for t in (201, 400, 600, 800, 1000))}
+    assert set(before) == {
+        "reward",
+        "reward_logit",
+        "latents_std",
+        *(f"reward/t{t}" for t in (201, 400, 600, 800, 1000)),
+    }
     trainer.train()
     assert sorted(path.name for path in (tmp_path / "out" / "validation" / "step-2").iterdir()) == [
         "0000.mp4", "0001.mp4", "0002.mp4",
@@ -264,7 +288,7 @@ def test_prompts_are_dropped_and_long_captions_taken(build: Callable[..., PRFLTr
         prompt_embeds=torch.zeros(4000, 1, 1), long_prompt_embeds=torch.ones(4000, 1, 1),
         null_prompt_embeds=torch.full((4000, 1, 1), 2.0),
     )  # fmt: skip
-    chosen = trainer.choose_prompts(batch, torch.Generator().manual_seed(0)).flatten()
+    chosen = trainer.choose_prompts(batch, trainer.generators(REWARD_NOISE, 0, 4000)).flatten()
     shares = [(chosen == value).float().mean().item() for value in (0, 1, 2)]
     assert shares == pytest.approx([0.75 * 0.4, 0.75 * 0.6, 0.25], abs=0.03)
 

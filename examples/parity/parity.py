@@ -1,0 +1,151 @@
+"""
+Does training on several processes give the weights that one process gives? `make parity`, or
+
+    python -m examples.parity.parity
+
+Trains tiny models for four updates with each engine, on two CPU processes, and compares the saved weights with those of
+one process that saw the same samples and the same noise. Writes `outputs/parity.json`. Takes about ten minutes.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from safetensors.torch import load_file
+
+from examples.shapes.pipeline import save_pipeline
+from hy_prfl.configs.parser import parse_config
+from hy_prfl.data.encoding import vae_fingerprint
+from hy_prfl.data.schema import latent_features, pack_tensor, rows_to_table
+from hy_prfl.models.reward_model import WanRewardModel
+
+
+ENGINES = {
+    "one process": ["--config_file", "accelerate_configs/cpu.yaml"],
+    "DDP": ["--config_file", "accelerate_configs/ddp_cpu.yaml"],
+    "ZeRO-2": ["--config_file", "accelerate_configs/zero2_cpu.yaml"],
+    "ZeRO-3": ["--config_file", "accelerate_configs/zero3_cpu.yaml"],
+}
+WEIGHTS = {
+    ("reward", "full"): "reward_model/diffusion_pytorch_model.safetensors",
+    ("prfl", "full"): "transformer/diffusion_pytorch_model.safetensors",
+    ("prfl", "lora"): "pytorch_lora_weights.safetensors",
+}
+GLOBAL_BATCH_SIZE = 4
+
+
+@dataclass(kw_only=True)
+class ParityConfig:
+    """Options of the comparison."""
+
+    output_dir: str = field(default="outputs/parity", metadata={"help": "Folder for data and runs."})
+    output: str = field(default="outputs/parity.json", metadata={"help": "Table to write."})
+    engines: list[str] = field(default_factory=lambda: ["DDP", "ZeRO-2", "ZeRO-3"], metadata={"help": "Engines to compare."})
+
+
+def write_inputs(folder: Path) -> None:
+    """A tiny pipeline, a reward model and 16 labelled rows of random latents."""
+    save_pipeline(folder / "pipeline", num_layers=3, num_attention_heads=4)
+    transformer = WanTransformer3DModel.from_pretrained(folder / "pipeline", subfolder="transformer")
+    fingerprint = vae_fingerprint(AutoencoderKLWan.from_pretrained(folder / "pipeline", subfolder="vae"))
+    torch.manual_seed(0)
+    WanRewardModel.from_transformer(transformer, num_layers=2, vae_fingerprint=fingerprint).save_pretrained(
+        folder / "reward"
+    )
+    rng = np.random.default_rng(0)
+    rows = []
+    for index in range(16):
+        row: dict[str, object] = {
+            "id": str(index), "prompt": "", "physics_quality": index % 2, "human_quality": index % 2, "fps": 16.0,
+            "max_sequence_length": 16, "vae_fingerprint": fingerprint, "text_encoder_fingerprint": "",
+        }  # fmt: skip
+        row |= pack_tensor("latents", rng.normal(index % 2, 1.0, (16, 3, 4, 4)), "float32", source=str(index))
+        for name in ("prompt_embeds", "null_prompt_embeds"):
+            row |= pack_tensor(name, rng.normal(size=(3, 32)), "float32", source=str(index))
+        rows.append(dict.fromkeys(latent_features()) | row)
+    Dataset(rows_to_table(rows, "float32")).save_to_disk(folder / "data")
+
+
+def options(folder: Path, script: str, tuning: str) -> list[str]:
+    """Options of one training run that do not depend on the engine."""
+    values: dict[str, object] = {
+        "pretrained_model_name_or_path": folder / "pipeline",
+        "train_dataset": folder / "data",
+        "gradient_accumulation_steps": 2,
+        "max_train_steps": 4,
+        "learning_rate": 1e-4,
+        "gradient_checkpointing": True,
+        "report_to": "none",
+    }
+    if script == "reward":
+        values |= {"num_layers": 2, "head_learning_rate": 1e-4}
+    else:
+        values |= {"reward_model": folder / "reward", "num_inference_steps": 4}
+    if tuning == "lora":
+        values |= {"lora_rank": 4}
+    return [f"--{name}={value}" for name, value in values.items()]
+
+
+def train(folder: Path, name: str, launch: list[str], script: str, tuning: str, degree: int, batch_size: int) -> Path:
+    """Train once and return the folder of the run."""
+    run = folder / name
+    if not (run / WEIGHTS[script, tuning]).is_file():
+        command = [
+            sys.executable, "-m", "accelerate.commands.launch", *launch, "-m", f"hy_prfl.scripts.train_{script}",
+            *options(folder, script, tuning), f"--output_dir={run}", f"--context_parallel_degree={degree}",
+            f"--train_batch_size={batch_size}",
+        ]  # fmt: skip
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+        finished = subprocess.run(command, env=environment, text=True, capture_output=True)
+        if finished.returncode:
+            raise RuntimeError(f"{' '.join(command)}\n{finished.stdout}\n{finished.stderr}")
+    return run
+
+
+def relative_difference(weights: Path, reference: Path) -> float:
+    """Norm of the difference of all weights, relative to the norm of the reference."""
+    own, other = load_file(weights), load_file(reference)
+    if set(own) != set(other):
+        raise RuntimeError(f"{weights} and {reference} do not hold the same weights.")
+    difference = sum((own[name].double() - other[name].double()).square().sum() for name in own)
+    return float((difference / sum(other[name].double().square().sum() for name in other)) ** 0.5)
+
+
+def main() -> None:
+    """Run the comparison and print the table."""
+    config = parse_config(ParityConfig, description=__doc__)
+    folder = Path(config.output_dir)
+    if not (folder / "data").exists():
+        write_inputs(folder)
+    single = ENGINES["one process"]
+    rows = []
+    for script, tuning in WEIGHTS:
+        one = train(folder, f"single-{script}-{tuning}", single, script, tuning, 1, GLOBAL_BATCH_SIZE)
+        for engine in config.engines:
+            for degree in (1, 2):
+                name = f"{engine}-{degree}-{script}-{tuning}"
+                batch_size = GLOBAL_BATCH_SIZE * degree // 2
+                run = train(folder, name, ENGINES[engine], script, tuning, degree, batch_size)
+                file = WEIGHTS[script, tuning]
+                rows.append(
+                    {
+                        "engine": engine,
+                        "context_parallel_degree": degree,
+                        "tuning": tuning,
+                        "script": script,
+                        "relative_difference": relative_difference(run / file, one / file),
+                    }
+                )
+                print("{engine:8} {context_parallel_degree} {tuning:5} {script:7} {relative_difference:.1e}".format(**rows[-1]))
+    Path(config.output).write_text(json.dumps(rows, indent=2), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
