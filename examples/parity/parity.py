@@ -47,7 +47,9 @@ class ParityConfig:
 
     output_dir: str = field(default="outputs/parity", metadata={"help": "Folder for data and runs."})
     output: str = field(default="outputs/parity.json", metadata={"help": "Table to write."})
-    engines: list[str] = field(default_factory=lambda: ["DDP", "ZeRO-2", "ZeRO-3"], metadata={"help": "Engines to compare."})
+    engines: list[str] = field(
+        default_factory=lambda: ["DDP", "ZeRO-2", "ZeRO-3"], metadata={"help": "Engines to compare."}
+    )
 
 
 def write_inputs(folder: Path) -> None:
@@ -143,7 +145,11 @@ def main() -> None:
                         "relative_difference": relative_difference(run / file, one / file),
                     }
                 )
-                print("{engine:8} {context_parallel_degree} {tuning:5} {script:7} {relative_difference:.1e}".format(**rows[-1]))
+                print(
+                    "{engine:8} {context_parallel_degree} {tuning:5} {script:7} {relative_difference:.1e}".format(
+                        **rows[-1]
+                    )
+                )
     Path(config.output).write_text(json.dumps(rows, indent=2), encoding="utf-8")
 
 

@@ -1,20 +1,19 @@
 """Options of `score`."""
 
-import re
 from dataclasses import dataclass, field
 from typing import Literal
 
 from .base import check
+from .clips import ClipConfig
 
 
 @dataclass(kw_only=True)
-class ScoreConfig:
+class ScoreConfig(ClipConfig):
     """
     Options of `score`: videos with captions, or a latent dataset -> a table of rewards at chosen noise levels.
 
     > Parameters of the input and output
     > Parameters of the scores
-    > Parameters of the clips, as for `preprocess`
     """
 
     # Parameters of the input and output
@@ -52,33 +51,8 @@ class ScoreConfig:
         default="float32", metadata={"help": "Type of the reward model."}
     )
 
-    # Parameters of the clips, as for `preprocess`
-    fps: float = field(default=16.0, metadata={"help": "Frame rate that clips are resampled to."})
-    num_frames: int = field(default=81, metadata={"help": "Frames per clip, 4k + 1. Longer clips are cut."})
-    min_num_frames: int | None = field(
-        default=None,
-        metadata={"help": "Accept clips with at least this many frames, cut to 4k + 1; num_frames if left out."},
-    )
-    buckets: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "Sizes HEIGHTxWIDTH such as 480x832 832x480; the nearest aspect ratio wins. If left out, "
-            "resolution and max_aspect_ratio give the size."
-        },
-    )
-    resolution: int = field(
-        default=480,
-        metadata={"help": "Short side in pixels, a multiple of 32 (upstream: 480 and 704). Sides round up to 32."},
-    )
-    max_aspect_ratio: float = field(
-        default=1.78, metadata={"help": "The long side is cut to resolution times this, rounded up to 32."}
-    )
-    max_sequence_length: int = field(default=512, metadata={"help": "Tokens after which a prompt is cut."})
-    text_encoder_dtype: Literal["float32", "bfloat16"] = field(
-        default="float32", metadata={"help": "Type of the text encoder. VAE and image encoder are always float32."}
-    )
-
     def __post_init__(self) -> None:
+        super().__post_init__()
         one_input = (self.manifest is None) != (self.dataset is None)
         check(one_input, "manifest", self.manifest, "given, or else `dataset`, and not both")
         pipeline = self.pretrained_model_name_or_path
@@ -93,19 +67,6 @@ class ScoreConfig:
         check(len(set(self.timesteps)) == len(self.timesteps), "timesteps", self.timesteps, "different numbers")
         for timestep in self.timesteps:
             check(0 < timestep <= 1000, "timesteps", timestep, "in (0, 1000]")
-        for name in ("num_noise_samples", "batch_size", "max_sequence_length"):
+        for name in ("num_noise_samples", "batch_size"):
             check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         check(self.seed >= 0, "seed", self.seed, "at least 0")
-        self._check_clips()
-
-    def _check_clips(self) -> None:
-        check(self.fps > 0, "fps", self.fps, "greater than 0")
-        check(self.num_frames >= 1 and self.num_frames % 4 == 1, "num_frames", self.num_frames, "of the form 4k + 1")
-        fewest = self.min_num_frames
-        check(fewest is None or 1 <= fewest <= self.num_frames, "min_num_frames", fewest, "between 1 and num_frames")
-        for size in self.buckets:
-            match = re.fullmatch(r"(\d+)x(\d+)", size)
-            valid = match is not None and all(int(side) > 0 and int(side) % 16 == 0 for side in match.groups())
-            check(valid, "buckets", size, "sizes HEIGHTxWIDTH with sides that are multiples of 16")
-        check(self.resolution > 0 and self.resolution % 32 == 0, "resolution", self.resolution, "a multiple of 32")
-        check(self.max_aspect_ratio >= 1, "max_aspect_ratio", self.max_aspect_ratio, "at least 1")

@@ -56,7 +56,6 @@ def test_what_trains_moves_and_what_is_frozen_does_not(build: Callable[..., Rewa
             assert torch.equal(value, before[name]) == frozen, name
 
 
-
 def test_frozen_blocks_leave_a_probe(build: Callable[..., RewardTrainer]) -> None:
     trainer = build(freeze_blocks=True)
     before = snapshot(trainer.unwrapped)
