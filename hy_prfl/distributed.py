@@ -3,13 +3,27 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, gather_object
 from torch import nn
+
+
+# How long a rank waits for the others: one may be encoding or decoding on its own.
+TIMEOUT = timedelta(days=14)
+
+
+def process_state() -> PartialState:
+    """
+    The processes of a run that shares out work without training.
+
+    Call it before anything else sets them up. Without an accelerator Accelerate has to be told to look for others.
+    """
+    return PartialState(cpu=not torch.accelerator.is_available(), timeout=TIMEOUT)
 
 
 def build_accelerator(

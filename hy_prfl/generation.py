@@ -16,8 +16,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from .data.prompts import VideoPrompt
-from .data.store import hash_file, process_state, write_text
+from .data.store import hash_file, write_text
 from .data.video import read_image, resize_and_crop, to_uint8
+from .distributed import process_state
 from .pipelines import load_pipeline
 
 

@@ -14,8 +14,9 @@ import numpy as np
 from tqdm import tqdm
 
 from .data.schema import TASKS, task_label
-from .data.store import hash_text, process_state, write_text
+from .data.store import hash_text, write_text
 from .data.video import VideoError
+from .distributed import process_state
 from .evaluation import classification_metrics
 
 

@@ -6,16 +6,15 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
 import pyarrow as pa
-from accelerate import PartialState
 from accelerate.logging import get_logger
 from datasets import Dataset, DatasetInfo, Features
 from tqdm import tqdm
 
+from ..distributed import process_state
 from .manifest import ManifestRow
 from .schema import LABELS, latent_features, rows_to_table
 from .video import VideoError
@@ -23,8 +22,6 @@ from .video import VideoError
 
 logger = get_logger(__name__)
 
-# Processes wait for the slowest one at the end, for as long as encoding its share may take.
-TIMEOUT = timedelta(days=14)
 
 STATE_FILE = "preprocess.json"
 REPORT_FILE = "report.jsonl"
@@ -47,11 +44,6 @@ class RowEncoder(Protocol):
 
     def encode_row(self, row: ManifestRow) -> dict[str, Any]:
         """Columns of a row, tensors packed by `schema.pack_tensor`, without id, source and labels."""
-
-
-def process_state() -> PartialState:
-    """The processes of this run. Call it before anything else sets them up, so that they wait long enough."""
-    return PartialState(timeout=TIMEOUT)
 
 
 def request_digest(rows: Sequence[ManifestRow], settings: Mapping[str, Any], files: Sequence[Path] = ()) -> str:

@@ -18,7 +18,7 @@ from ..configs.generate import GenerateConfig
 from ..configs.parser import parse_config
 from ..data.encoding import find_pipeline_class
 from ..data.prompts import check_prompts, read_prompts
-from ..data.store import process_state
+from ..distributed import process_state
 from ..generation import VideoSettings, generate_videos, pending_videos, write_manifest
 from ..pipelines import last_image_support, load_pipeline
 from ..provenance import path_identity

@@ -16,9 +16,10 @@ from ..configs.preprocess import PreprocessConfig
 from ..data.encoding import LatentEncoder, find_pipeline_class, local_encoder_files
 from ..data.manifest import ManifestRow, read_manifest
 from ..data.preprocessing import ClipEncoder, ClipSettings
-from ..data.store import REPORT_FILE, RowEncoder, build_dataset, is_complete, process_state, request_digest
+from ..data.store import REPORT_FILE, RowEncoder, build_dataset, is_complete, request_digest
 from ..data.upstream import UpstreamImporter, read_upstream
 from ..data.video import parse_size
+from ..distributed import process_state
 
 
 # Options that change neither the rows nor their values.

@@ -22,8 +22,9 @@ from ..data.dataset import load_latent_dataset
 from ..data.encoding import LatentEncoder
 from ..data.manifest import read_manifest
 from ..data.preprocessing import ClipSettings
-from ..data.store import process_state, request_digest
+from ..data.store import request_digest
 from ..data.video import parse_size
+from ..distributed import process_state
 from ..models.loading import load_reward_model
 from ..provenance import path_identity
 from ..score_table import is_scored, summary_path

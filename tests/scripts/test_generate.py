@@ -178,7 +178,7 @@ def launch(folder: Path, arguments: list[str], num_processes: int) -> None:
         command = ["accelerate.commands.launch", "--cpu", "--num_processes=1", "-m", "hy_prfl.scripts.generate"]
     else:
         (folder / "worker.py").write_text(WORKER)
-        command = ["torch.distributed.run", "--nproc_per_node=2", "--master_port=0", str(folder / "worker.py")]
+        command = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", str(folder / "worker.py")]
     subprocess.run([sys.executable, "-m", *command, *arguments], check=True, timeout=300)
 
 

@@ -124,8 +124,8 @@ def test_killed_in_the_middle_and_started_again(
 def test_accelerate_launch_gives_the_same_dataset(
     expected: Path, options: list[str], tmp_path: Path, num_processes: int
 ) -> None:
-    launcher = ["-m", "accelerate.commands.launch", "--cpu", f"--num_processes={num_processes}", "--num_machines=1"]
-    launcher += ["--mixed_precision=no", "--dynamo_backend=no", "-m", "hy_prfl.scripts.preprocess"]
+    config_file = ROOT / "accelerate_configs" / ("cpu.yaml" if num_processes == 1 else "ddp_cpu.yaml")
+    launcher = ["-m", "accelerate.commands.launch", f"--config_file={config_file}", "-m", "hy_prfl.scripts.preprocess"]
     process = start([*options, f"--output_dir={tmp_path / 'out'}"], launcher)
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output
