@@ -134,15 +134,20 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _lora_options(lora_path: str) -> dict[str, Any]:
-    """Where `load_lora_weights` finds the file; it guesses only for Hub ids, and never offline."""
+def find_lora_weights(lora_path: str) -> str:
+    """
+    The file that a LoRA is read from, or the Hub id as it is.
+
+    Raises:
+        FileNotFoundError: If there is neither such a file nor such a folder, or it is unclear which file counts.
+    """
     path = Path(lora_path)
     if path.is_file():
-        return {"pretrained_model_name_or_path_or_dict": str(path.parent), "weight_name": path.name}
+        return lora_path
     if not path.is_dir():
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", lora_path):
             raise FileNotFoundError(f"`lora_path` '{lora_path}': there is no such file or folder.")
-        return {"pretrained_model_name_or_path_or_dict": lora_path}
+        return lora_path
     names = [file.name for file in sorted(path.glob("*.safetensors"))]
     if LORA_WEIGHTS in names:
         names = [LORA_WEIGHTS]
@@ -150,7 +155,15 @@ def _lora_options(lora_path: str) -> dict[str, Any]:
         raise FileNotFoundError(
             f"`lora_path` '{lora_path}': expected {LORA_WEIGHTS} or one safetensors file, found {len(names)}."
         )
-    return {"pretrained_model_name_or_path_or_dict": lora_path, "weight_name": names[0]}
+    return str(path / names[0])
+
+
+def _lora_options(lora_path: str) -> dict[str, Any]:
+    """Where `load_lora_weights` finds the file; it guesses only for Hub ids, and never offline."""
+    path = Path(find_lora_weights(lora_path))
+    if path.is_file():
+        return {"pretrained_model_name_or_path_or_dict": str(path.parent), "weight_name": path.name}
+    return {"pretrained_model_name_or_path_or_dict": lora_path}
 
 
 def _enable_step_cache(

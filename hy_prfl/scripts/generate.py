@@ -20,7 +20,7 @@ from ..data.encoding import find_pipeline_class
 from ..data.prompts import check_prompts, read_prompts
 from ..distributed import process_state
 from ..generation import VideoSettings, generate_videos, pending_videos, write_manifest
-from ..pipelines import last_image_support, load_pipeline
+from ..pipelines import find_lora_weights, last_image_support, load_pipeline
 from ..provenance import path_identity
 
 
@@ -43,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = VideoSettings(**{name: getattr(config, name) for name in VideoSettings.__dataclass_fields__})
     identity = {name: getattr(config, name) for name in (*MODEL_OPTIONS, "revision", "variant")}
     paths = {name: getattr(config, name) for name in MODEL_PATHS}
+    if config.lora_path is not None:
+        # The folder of a training run holds more than the weights, and goes on changing.
+        paths["lora_path"] = find_lora_weights(config.lora_path)
     identity |= {name: None if path is None else path_identity(path) for name, path in paths.items()}
     pending = pending_videos(prompts, output_dir, settings, model_identity=identity, overwrite=config.overwrite)
     if pending:

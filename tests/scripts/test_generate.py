@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import WanPipeline
+from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 
 from examples.shapes.pipeline import build_pipeline
@@ -75,6 +77,20 @@ def test_another_transformer_under_the_same_path_is_noticed(tmp_path: Path, pipe
     build_pipeline(num_layers=3, seed=2).transformer.save_pretrained(tmp_path / "tuned")
     with pytest.raises(ValueError, match=r"\(transformer_path\)"):
         main(options(tmp_path, pipeline_dir, transformer_path=tmp_path / "tuned"))
+
+
+def test_other_files_beside_a_lora_do_not_count(tmp_path: Path, pipeline_dir: Path) -> None:
+    transformer = build_pipeline(num_layers=3).transformer
+    transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    layers = get_peft_model_state_dict(transformer)
+    WanPipeline.save_lora_weights(tmp_path / "run", transformer_lora_layers=layers)
+    write_prompts(tmp_path)
+    main(options(tmp_path, pipeline_dir, lora_path=tmp_path / "run"))
+    (tmp_path / "run" / "events.out.tfevents").write_text("more")
+    main(options(tmp_path, pipeline_dir, lora_path=tmp_path / "run"))
+    WanPipeline.save_lora_weights(tmp_path / "run", transformer_lora_layers=layers)
+    with pytest.raises(ValueError, match=r"\(lora_path\)"):
+        main(options(tmp_path, pipeline_dir, lora_path=tmp_path / "run"))
 
 
 def test_image_to_video(tmp_path: Path, i2v_pipeline_dir: Path) -> None:
