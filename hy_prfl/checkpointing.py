@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from diffusers import ModelMixin, WanPipeline, WanTransformer3DModel
 from diffusers.training_utils import _collate_lora_metadata
 from huggingface_hub import save_torch_state_dict
@@ -87,7 +88,9 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(temporary))
+    # The base model under an adapter is not saved again by DeepSpeed; everywhere else `save_model` decides.
+    is_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    accelerator.save_state(str(temporary), **({"exclude_frozen_parameters": True} if is_deepspeed else {}))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         write_config(temporary)
@@ -102,7 +105,9 @@ def save_checkpoint(
 
 def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> dict[str, Any]:
     """Restore what `save_checkpoint` saved and return its `state`. A collective."""
-    accelerator.load_state(str(checkpoint))
+    # Frozen weights, which the checkpoint leaves out, have come from the pipeline; the others must all be there.
+    is_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    accelerator.load_state(str(checkpoint), **({"load_module_strict": False} if is_deepspeed else {}))
     return json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
 
 

@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -95,14 +96,23 @@ def options(folder: Path, script: str, tuning: str) -> list[str]:
     return [f"--{name}={value}" for name, value in values.items()]
 
 
-def train(folder: Path, name: str, launch: list[str], script: str, tuning: str, degree: int, batch_size: int) -> Path:
+def train(
+    folder: Path,
+    name: str,
+    launch: list[str],
+    script: str,
+    tuning: str,
+    degree: int,
+    batch_size: int,
+    more: Sequence[str] = (),
+) -> Path:
     """Train once and return the folder of the run."""
     run = folder / name
     if not (run / WEIGHTS[script, tuning]).is_file():
         command = [
             sys.executable, "-m", "accelerate.commands.launch", *launch, "-m", f"hy_prfl.scripts.train_{script}",
             *options(folder, script, tuning), f"--output_dir={run}", f"--context_parallel_degree={degree}",
-            f"--train_batch_size={batch_size}",
+            f"--train_batch_size={batch_size}", *more,
         ]  # fmt: skip
         environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
         finished = subprocess.run(command, env=environment, text=True, capture_output=True)
