@@ -79,7 +79,7 @@ def load_pipeline(
         pretrained_model_name_or_path,
         revision=revision,
         variant=variant,
-        torch_dtype={"default": dtype, "vae": torch.float32, "image_encoder": torch.float32},
+        dtype={"default": dtype, "vae": torch.float32, "image_encoder": torch.float32},
         **replaced,
     )
     if flow_shift is not None:
@@ -108,9 +108,7 @@ def _load_tuned_transformer(
     expected = WanTransformer3DModel.load_config(
         pretrained_model_name_or_path, subfolder="transformer", revision=revision
     )
-    transformer, info = WanTransformer3DModel.from_pretrained(
-        transformer_path, torch_dtype=dtype, output_loading_info=True
-    )
+    transformer, info = WanTransformer3DModel.from_pretrained(transformer_path, dtype=dtype, output_loading_info=True)
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[problem]:
             keys = ", ".join(str(key) for key in list(info[problem])[:5])

@@ -127,7 +127,7 @@ class TestScoreRows:
     def test_half_precision(self, reward_model: WanRewardModel, tmp_path: Path) -> None:
         rows = [make_row(1), make_row(2)]
         reward_model.save_pretrained(tmp_path)
-        half = load_reward_model(str(tmp_path), torch_dtype=torch.bfloat16)
+        half = load_reward_model(str(tmp_path), dtype=torch.bfloat16)
         assert half.blocks[0].attn1.to_q.weight.dtype == torch.bfloat16
         logits = score_rows(half, rows, TIMESTEPS)
         np.testing.assert_allclose(logits, score_rows(reward_model, rows, TIMESTEPS), rtol=0.03)

@@ -9,18 +9,16 @@ however many clips are written.
 """
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
-import av
 import numpy as np
 
 from hy_prfl.configs.base import check
 from hy_prfl.configs.parser import parse_config
+from hy_prfl.generation import write_video
 
 
 NUM_FRAMES, SIZE, FPS = 17, 48, 16
@@ -168,20 +166,6 @@ def shape_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> n
     return np.maximum(y - 0.9 * radius, (2.0 * np.abs(x) - y - 0.9 * radius) / slope)
 
 
-def write_video(path: Path, frames: np.ndarray, fps: int = FPS) -> None:
-    """Write `uint8` RGB frames `(num_frames, height, width, 3)` as H.264 mp4, complete or not at all."""
-    temporary = path.with_name(f".{path.name}")
-    with av.open(str(temporary), mode="w", format="mp4") as container:
-        options = {"crf": "12", "preset": "fast", "threads": "1"}
-        stream = container.add_stream("libx264", rate=Fraction(fps), options=options)
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode(None))
-    os.replace(temporary, path)
-
-
 @dataclass(kw_only=True)
 class ClipsConfig:
     """Which clips to write."""
@@ -220,13 +204,13 @@ def write_clips(config: ClipsConfig) -> Path:
             index, captions=captions, good_share=config.good_share, failures=config.failures, seed=config.seed
         )
         name = f"{config.split}-{config.seed}-{index:05d}"
-        write_video(output_dir / "videos" / f"{name}.mp4", render_clip(clip))
+        write_video(output_dir / "videos" / f"{name}.mp4", render_clip(clip), FPS)
         row = {"id": name, "video": f"videos/{name}.mp4", "caption": str(clip.caption), **clip.labels}
         rows.append({**row, "failure": clip.failure})
     manifest = output_dir / "manifest.json"
     temporary = manifest.with_name(".manifest.json")
     temporary.write_text(json.dumps(rows, indent=1), encoding="utf-8")
-    os.replace(temporary, manifest)
+    temporary.replace(manifest)
     return manifest
 
 

@@ -75,7 +75,7 @@ class LatentEncoder:
             pretrained_model_name_or_path,
             revision=revision,
             variant=variant,
-            torch_dtype={"default": torch.float32, "text_encoder": dtype},
+            dtype={"default": torch.float32, "text_encoder": dtype},
             transformer=None,
             transformer_2=None,
         )

@@ -76,7 +76,8 @@ def read_manifest(path: str | Path, require_video: bool = True) -> list[Manifest
         raise ValueError(f"{path}: the manifest has no rows.")
     rows = [_parse_row(path, index, where, record, require_video) for index, (where, record) in enumerate(records)]
     check_ids(rows)
-    known = {name for names in FIELDS.values() for name in names} | set(LABELS)
+    # `generate` writes the seed of each video into its manifest.
+    known = {name for names in FIELDS.values() for name in names} | {*LABELS, "seed"}
     ignored = sorted({name for _, record in records for name in record} - known)
     if ignored:
         logger.warning(f"{path}: these fields are not known and are ignored: {', '.join(ignored)}.")

@@ -11,12 +11,12 @@ def load_transformer(
     *,
     revision: str | None = None,
     variant: str | None = None,
-    torch_dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype = torch.float32,
     subfolder: str = "transformer",
 ) -> WanTransformer3DModel:
     """Load the generator of a Wan pipeline."""
     return WanTransformer3DModel.from_pretrained(
-        pretrained_model_name_or_path, subfolder=subfolder, revision=revision, variant=variant, torch_dtype=torch_dtype
+        pretrained_model_name_or_path, subfolder=subfolder, revision=revision, variant=variant, dtype=dtype
     )
 
 
@@ -47,10 +47,8 @@ def load_scheduler(
 
 
 def load_reward_model(
-    pretrained_model_name_or_path: str, *, revision: str | None = None, torch_dtype: torch.dtype = torch.float32
+    pretrained_model_name_or_path: str, *, revision: str | None = None, dtype: torch.dtype = torch.float32
 ) -> WanRewardModel:
     """Load a reward model, frozen and in evaluation mode: its weights take no gradient, its input may."""
-    reward_model = WanRewardModel.from_pretrained(
-        pretrained_model_name_or_path, revision=revision, torch_dtype=torch_dtype
-    )
+    reward_model = WanRewardModel.from_pretrained(pretrained_model_name_or_path, revision=revision, dtype=dtype)
     return reward_model.requires_grad_(False).eval()

@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         request["manifest"] = request_digest(rows, {})
     if not is_scored(config.output, request, overwrite=config.overwrite):
         reward_model = load_reward_model(
-            config.reward_model, revision=config.reward_model_revision, torch_dtype=getattr(torch, config.dtype)
+            config.reward_model, revision=config.reward_model_revision, dtype=getattr(torch, config.dtype)
         ).to(state.device)
         options: dict[str, Any] = {
             "num_noise_samples": config.num_noise_samples,

@@ -292,7 +292,7 @@ class PRFLTrainer(Trainer):
     def _load_models(self) -> None:
         config = self.config
         path, revision = config.pretrained_model_name_or_path, config.revision
-        self.reward_model = load_reward_model(config.reward_model, torch_dtype=self.weight_dtype)
+        self.reward_model = load_reward_model(config.reward_model, dtype=self.weight_dtype)
         transformer_config = WanTransformer3DModel.load_config(path, subfolder=TRANSFORMER_FOLDER, revision=revision)
         check_fits_generator(self.reward_model.config, transformer_config, allow_other_base=config.allow_other_base)
         fingerprint = self.pipeline_vae_fingerprint()
@@ -334,7 +334,7 @@ class PRFLTrainer(Trainer):
             config.pretrained_model_name_or_path,
             revision=config.revision,
             variant=config.variant,
-            torch_dtype=self.weight_dtype if is_lora else torch.float32,
+            dtype=self.weight_dtype if is_lora else torch.float32,
         )
         if is_lora:
             transformer.requires_grad_(False)

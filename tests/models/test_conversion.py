@@ -137,7 +137,7 @@ class TestTransformer:
         half = {name: tensor.to(torch.bfloat16) for name, tensor in weights.items()}
         converted = convert_transformer(write_native(tmp_path / "native", half))
         save_converted(converted, tmp_path / "out")
-        loaded = WanTransformer3DModel.from_pretrained(tmp_path / "out", torch_dtype=torch.bfloat16)
+        loaded = WanTransformer3DModel.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
         assert loaded.blocks[0].attn1.to_q.weight.dtype == torch.bfloat16
         for name, tensor in loaded.state_dict().items():
             assert torch.equal(tensor.float(), half[native_name(name)].float()), name

@@ -195,7 +195,7 @@ def test_fitting_generator_and_latents(
 
 def test_half_precision_keeps_what_must_be_float32(transformer: WanTransformer3DModel, tmp_path: Path) -> None:
     WanRewardModel.from_transformer(transformer, num_layers=1).save_pretrained(tmp_path / "model")
-    model = load_reward_model(str(tmp_path / "model"), torch_dtype=torch.bfloat16)
+    model = load_reward_model(str(tmp_path / "model"), dtype=torch.bfloat16)
     assert model.blocks[0].attn1.to_q.weight.dtype == torch.bfloat16
     assert model.head.linear_1.weight.dtype == torch.float32
     assert model.blocks[0].scale_shift_table.dtype == torch.float32
@@ -215,4 +215,4 @@ def test_schedulers_other_than_flow_unipc_are_refused(pipeline_dir: Path, tmp_pa
 
 def test_transformer_loads_in_the_type_asked_for(pipeline_dir: Path) -> None:
     assert load_transformer(str(pipeline_dir)).dtype == torch.float32
-    assert load_transformer(str(pipeline_dir), torch_dtype=torch.bfloat16).dtype == torch.bfloat16
+    assert load_transformer(str(pipeline_dir), dtype=torch.bfloat16).dtype == torch.bfloat16
