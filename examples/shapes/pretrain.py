@@ -191,7 +191,7 @@ def train_generator(
         dropped = torch.rand(len(index), generator=generator) < config.prompt_dropout
         encoder_hidden_states = torch.where(dropped.view(-1, 1, 1), null_prompt_embeds, prompt_embeds[index])
         noise = torch.randn(latents[index].shape, generator=generator)
-        sigmas = sample_sigmas(len(index), generator=generator, flow_shift=config.flow_shift)
+        sigmas = sample_sigmas([generator] * len(index), flow_shift=config.flow_shift)
         model_pred = transformer(
             hidden_states=add_noise(latents[index], noise, sigmas),
             timestep=sigmas_to_timesteps(sigmas),

@@ -108,12 +108,13 @@ def test_gradient_reaches_the_input_and_no_weight_of_a_frozen_model(transformer:
 
 def test_gradient_agrees_with_finite_differences(transformer: WanTransformer3DModel) -> None:
     # One layer norm of diffusers computes in float32 whatever it is given, so the step must not be too small.
+    torch.manual_seed(2)  # with a kink of a ReLU in between, the difference says little
     model = WanRewardModel.from_transformer(transformer, num_layers=1, pooling="mean").requires_grad_(False)
     batch = inputs(1)
     batch["hidden_states"].requires_grad_()
     (grad,) = torch.autograd.grad(model(**batch).logits.sum(), batch["hidden_states"])
     direction = grad / grad.norm()
-    step = 0.1
+    step = 0.01
     with torch.no_grad():
         ahead, behind = (
             model(**(batch | {"hidden_states": batch["hidden_states"] + sign * step * direction})).logits
