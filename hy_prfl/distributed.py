@@ -1,7 +1,7 @@
 """Processes: how they are set up, and what they have to agree on."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -57,6 +57,18 @@ def build_accelerator(
     return accelerator
 
 
+def forget_deepspeed_in_transformers() -> None:
+    """
+    Let transformers and diffusers treat tensors as the whole tensors that they are.
+
+    Accelerate tells transformers that ZeRO-3 is on. Models loaded after that would come out split, and diffusers'
+    `EMAModel` would want to gather the shares that it is given.
+    """
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+
+
 def all_finite(accelerator: Accelerator, value: torch.Tensor) -> bool:
     """Whether `value` is finite on every rank; the same answer on all of them. A collective."""
     finite = torch.isfinite(value.detach()).all().to(torch.float32)
@@ -104,6 +116,27 @@ def float32_master(parameter: torch.Tensor) -> torch.Tensor | None:
     from deepspeed.utils import safe_get_full_fp32_param
 
     return safe_get_full_fp32_param(parameter)
+
+
+def local_masters(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """What this rank trains of each parameter: the parameter itself, or under ZeRO-3 its float32 share of it."""
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+        return list(parameters)
+    from deepspeed.utils import safe_get_local_fp32_param
+
+    return [nn.Parameter(safe_get_local_fp32_param(parameter)) for parameter in parameters]
+
+
+def write_local(parameters: Sequence[Any], values: Sequence[torch.Tensor]) -> None:
+    """Put values of the shapes of `local_masters` into the parameters, masters and working copies alike."""
+    for parameter, value in zip(parameters, values, strict=True):
+        if hasattr(parameter, "ds_id"):
+            from deepspeed.utils import safe_set_local_fp32_param
+
+            safe_set_local_fp32_param(parameter, value)
+            parameter.ds_tensor.data.copy_(value.view_as(parameter.ds_tensor))
+        else:
+            parameter.data.copy_(value)
 
 
 def any_rank(accelerator: Accelerator, flag: bool) -> bool:

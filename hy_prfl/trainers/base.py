@@ -25,7 +25,7 @@ from ..checkpointing import find_checkpoint, load_checkpoint, save_checkpoint
 from ..configs.base import TrainingConfig, check, save_config
 from ..data.dataset import latent_shapes
 from ..data.encoding import vae_fingerprint
-from ..distributed import all_finite, any_rank, build_accelerator, mean_over_ranks
+from ..distributed import all_finite, any_rank, build_accelerator, forget_deepspeed_in_transformers, mean_over_ranks
 from ..flow_matching import make_generator
 from ..models.context_parallel import ContextParallelGroup, check_divisible
 
@@ -119,6 +119,12 @@ class Trainer(ABC):
             source=source,
         )
 
+    def save_rank_state(self, directory: Path) -> None:  # noqa: B027
+        """Write what only this rank knows and `Accelerator.save_state` does not; nothing unless a subclass does."""
+
+    def load_rank_state(self, directory: Path) -> None:  # noqa: B027
+        """Load what `save_rank_state` wrote."""
+
     @property
     def weight_dtype(self) -> torch.dtype:
         """Type of the weights that do not train; those that do are float32."""
@@ -157,6 +163,8 @@ class Trainer(ABC):
         self.trainable_parameters = [parameter for group in parameter_groups for parameter in group["params"]]
         # The schedule is not prepared: Accelerate would advance it once per process.
         wrapped, self.optimizer = self.accelerator.prepare(model, optimizer)
+        if self.accelerator.state.deepspeed_plugin is not None:
+            forget_deepspeed_in_transformers()
         # New weights start equal on all ranks; from here on dropout may differ.
         set_seed(config.seed, device_specific=True)
         self.accelerator.register_for_checkpointing(self.lr_scheduler)
@@ -337,10 +345,12 @@ class Trainer(ABC):
 
     def _save_model_hook(self, models: list[nn.Module], weights: list[Any], output_dir: str) -> None:
         self.save_model(Path(output_dir))
+        self.save_rank_state(Path(output_dir))
         weights.clear()
 
     def _load_model_hook(self, models: list[nn.Module], input_dir: str) -> None:
         # DeepSpeed's engine has restored its own share of weights and optimizer by now.
         if self.accelerator.distributed_type != DistributedType.DEEPSPEED:
             self.load_model(Path(input_dir))
+        self.load_rank_state(Path(input_dir))
         models.clear()

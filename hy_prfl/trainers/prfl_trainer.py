@@ -25,7 +25,7 @@ from ..data.dataset import (
     stream_batches,
 )
 from ..data.sampler import BucketBatchSampler
-from ..distributed import full_state_dict
+from ..distributed import full_state_dict, local_masters, write_local
 from ..flow_matching import add_noise, sample_noise, sample_sigmas, sigmas_to_timesteps, velocity_target
 from ..losses import flow_matching_loss, reward_feedback_loss
 from ..models.loading import load_reward_model, load_scheduler, load_transformer
@@ -63,10 +63,7 @@ class PRFLTrainer(Trainer):
         parameters = [parameter for parameter in self.unwrapped.parameters() if parameter.requires_grad]
         main_stream = self.flow_sampler if self.uses_flow_matching else self.reward_sampler
         self.transformer = self.prepare(self.unwrapped, [{"params": parameters}], main_stream().batches_per_epoch)
-        self.ema = None
-        if config.use_ema:
-            self.ema = EMAModel(parameters, decay=config.ema_decay, foreach=True)
-            self.accelerator.register_for_checkpointing(self.ema)
+        self.ema = self._build_ema() if config.use_ema else None
 
     def train_step(self) -> dict[str, torch.Tensor]:
         """One flow-matching update, then one reward update, or both losses in one update."""
@@ -76,7 +73,7 @@ class PRFLTrainer(Trainer):
         if self.uses_reward:
             metrics |= self.reward_backwards()
         if self.ema is not None:
-            self.ema.step(self.trainable_parameters)
+            self.ema.step(local_masters(self.trainable_parameters))
         return metrics
 
     def flow_matching_backwards(self) -> dict[str, torch.Tensor]:
@@ -243,12 +240,24 @@ class PRFLTrainer(Trainer):
         if self.ema is None:
             yield
             return
-        self.ema.store(self.trainable_parameters)
-        self.ema.copy_to(self.trainable_parameters)
+        kept = [master.detach().clone() for master in local_masters(self.trainable_parameters)]
+        write_local(self.trainable_parameters, self.ema.shadow_params)
         try:
             yield
         finally:
-            self.ema.restore(self.trainable_parameters)
+            write_local(self.trainable_parameters, kept)
+
+    def save_rank_state(self, directory: Path) -> None:
+        """Write the average of what this rank trains."""
+        if self.ema is not None:
+            torch.save(self.ema.state_dict(), directory / self._ema_file())
+
+    def load_rank_state(self, directory: Path) -> None:
+        """Load what `save_rank_state` wrote."""
+        if self.ema is not None:
+            state = torch.load(directory / self._ema_file(), map_location="cpu", weights_only=True)
+            self.ema.load_state_dict(state)
+            self.ema.to(self.accelerator.device)
 
     def save_model(self, directory: Path) -> None:
         """Write the weights in training: `directory/transformer`, or the adapter's file. A collective."""
@@ -271,6 +280,21 @@ class PRFLTrainer(Trainer):
             return
         saved = WanTransformer3DModel.from_pretrained(directory / TRANSFORMER_FOLDER)
         self.unwrapped.load_state_dict(saved.state_dict())
+
+    def _ema_file(self) -> str:
+        return f"ema_{self.accelerator.process_index}.pt"
+
+    def _build_ema(self) -> EMAModel:
+        """
+        diffusers' average, over this rank's share of the weights.
+
+        Raises:
+            ValueError: Under ZeRO-1 and ZeRO-2, whose shares of the float32 masters do not follow the parameters.
+        """
+        plugin = self.accelerator.state.deepspeed_plugin
+        if plugin is not None and plugin.zero_stage in (1, 2):
+            raise ValueError(f"`use_ema` works without DeepSpeed and with ZeRO-3, not with ZeRO-{plugin.zero_stage}.")
+        return EMAModel(local_masters(self.trainable_parameters), decay=self.config.ema_decay, foreach=True)
 
     def _open_datasets(self) -> None:
         config = self.config

@@ -39,7 +39,7 @@ def test_zero3_with_context_parallelism_equals_one_process(inputs: Path, script:
 @pytest.mark.launch
 @pytest.mark.parametrize(("engine", "tuning"), [("DDP", "full"), ("ZeRO-3", "full"), ("ZeRO-3", "lora")])
 def test_resuming_equals_never_having_stopped(inputs: Path, engine: str, tuning: str) -> None:
-    file, options = WEIGHTS["prfl", tuning], ["--checkpointing_steps=2"]
+    file, options = WEIGHTS["prfl", tuning], ["--checkpointing_steps=2", "--use_ema=true", "--ema_decay=0.5"]
     run = train(inputs, f"resumed-{engine}-{tuning}", ENGINES[engine], "prfl", tuning, 1, 2, options)
     whole, metrics = load_file(run / file), (run / "metrics.jsonl").read_text()
     shutil.rmtree(run / "checkpoint-4")
@@ -48,3 +48,12 @@ def test_resuming_equals_never_having_stopped(inputs: Path, engine: str, tuning:
     resumed = load_file(run / file)
     assert all((resumed[name] == value).all() for name, value in whole.items())
     assert (run / "metrics.jsonl").read_text() == metrics
+
+
+@pytest.mark.launch
+def test_the_average_under_zero3_is_that_of_one_process(inputs: Path) -> None:
+    file, options = WEIGHTS["prfl", "full"], ["--use_ema=true", "--ema_decay=0.5", "--learning_rate=1e-3"]
+    one = train(inputs, "one-average", ENGINES["one process"], "prfl", "full", 1, GLOBAL_BATCH_SIZE, options)
+    two = train(inputs, "two-average", ENGINES["ZeRO-3"], "prfl", "full", 1, GLOBAL_BATCH_SIZE // 2, options)
+    assert relative_difference(two / file, one / file) < 1e-5
+    assert relative_difference(one / file, one / "checkpoint-4" / file) > 1e-4
