@@ -2,6 +2,7 @@
 #
 #   make demo      the whole method on small videos, under 10 minutes on 2 CPU cores; results in outputs/demo
 #   make test      all tests (CPU, no network)
+#   make parity    training on two processes against one, every engine, about 5 minutes; outputs/parity.json
 #   make quality   lint, format, types, spelling; changes nothing
 #   make style     format and fix what can be fixed by itself
 #   make clean     removes what the targets above wrote, except .venv
@@ -14,7 +15,7 @@ DEMO_ARGS ?=
 
 BIN := .venv/bin
 
-.PHONY: demo test quality style clean
+.PHONY: demo test parity quality style clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.package
@@ -22,6 +23,9 @@ demo: .venv/.package
 
 test: .venv/.dev
 	$(BIN)/python -m pytest $(TEST_ARGS)
+
+parity: .venv/.dev
+	$(BIN)/python -m examples.parity.parity
 
 quality: .venv/.dev
 	$(BIN)/ruff check .
