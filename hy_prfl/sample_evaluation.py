@@ -17,12 +17,9 @@ from .data.schema import table_to_rows
 from .distributed import gather_records
 from .flow_matching import row_noise
 from .generation import decode_latents, write_video
-from .models.reward_model import WanRewardModel, score_noised
+from .models.reward_model import WanRewardModel
 from .rollout import sample_latents
-
-
-# Draws of `row_noise`: what a sample starts from, and what it is noised with to be scored.
-START_DRAW, SCORE_DRAW = 0, 1
+from .scoring import score_latents
 
 
 class SampleEvaluator:
@@ -94,7 +91,16 @@ class SampleEvaluator:
             batch = collate_latents(rows).to(accelerator.device)
             latents = self._sample(transformer, batch)
             with accelerator.autocast():
-                logits = self._score(latents, batch)
+                logits = score_latents(
+                    self.reward_model,
+                    latents,
+                    batch.prompt_embeds.to(self.dtype),
+                    self.timesteps,
+                    row_ids=batch.ids,
+                    condition=batch.condition,
+                    image_embeds=None if batch.image_embeds is None else batch.image_embeds.to(self.dtype),
+                    seed=self.seed + 1,  # not the noise that the samples start from
+                )
             stds = latents.flatten(1).std(dim=1)
             records.extend(zip(indices, logits.tolist(), stds.tolist(), strict=True))
             if self.vae is not None:
@@ -111,15 +117,12 @@ class SampleEvaluator:
         metrics["latents_std"] = float(np.mean([std for _, std in by_row.values()]))
         return metrics
 
-    def _noise(self, batch: LatentBatch, draw: int) -> torch.Tensor:
-        noise = [row_noise(row_id, batch.latents_shape, seed=self.seed, draw=draw) for row_id in batch.ids]
-        return torch.stack(noise).to(batch.prompt_embeds.device)
-
     def _sample(self, transformer: nn.Module, batch: LatentBatch) -> torch.Tensor:
+        noise = [row_noise(row_id, batch.latents_shape, seed=self.seed) for row_id in batch.ids]
         return sample_latents(
             transformer,
             self.scheduler,
-            noise=self._noise(batch, START_DRAW),
+            noise=torch.stack(noise).to(batch.prompt_embeds.device),
             num_inference_steps=self.num_inference_steps,
             encoder_hidden_states=batch.prompt_embeds.to(self.dtype),
             negative_encoder_hidden_states=batch.null_prompt_embeds.to(self.dtype),
@@ -127,23 +130,6 @@ class SampleEvaluator:
             condition=batch.condition,
             encoder_hidden_states_image=None if batch.image_embeds is None else batch.image_embeds.to(self.dtype),
         )
-
-    def _score(self, latents: torch.Tensor, batch: LatentBatch) -> torch.Tensor:
-        """Logits `(batch_size, num_timesteps)`."""
-        noise = self._noise(batch, SCORE_DRAW)
-        logits = [
-            score_noised(
-                self.reward_model,
-                latents=latents,
-                noise=noise,
-                sigmas=torch.full((len(batch),), timestep / 1000, device=latents.device),
-                encoder_hidden_states=batch.prompt_embeds.to(self.dtype),
-                condition=batch.condition,
-                encoder_hidden_states_image=None if batch.image_embeds is None else batch.image_embeds.to(self.dtype),
-            )
-            for timestep in self.timesteps
-        ]
-        return torch.stack(logits, dim=1)
 
     def _write_videos(self, latents: torch.Tensor, indices: list[int], folder: Path) -> None:
         assert self.vae is not None

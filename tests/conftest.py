@@ -7,6 +7,8 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -135,3 +137,26 @@ def write_latents(tiny_vae: str) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def accelerate_launch() -> Callable[..., str]:
+    """
+    Function that runs a script as users do: `accelerate_launch("score", *options, num_processes=1)` -> its output.
+
+    With two processes there are really two, over gloo. A failure raises, with all that was printed.
+    """
+    root = Path(__file__).parents[1]
+
+    def launch(script: str, *options: object, num_processes: int = 1) -> str:
+        config = root / "accelerate_configs" / ("cpu.yaml" if num_processes == 1 else "ddp_cpu.yaml")
+        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+        command = [*launcher, "-m", f"hy_prfl.scripts.{script}", *map(str, options)]
+        finished = subprocess.run(
+            command, cwd=root, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, capture_output=True, timeout=300
+        )
+        if finished.returncode:
+            raise RuntimeError(f"{finished.stdout}\n{finished.stderr}")
+        return finished.stdout + finished.stderr
+
+    return launch

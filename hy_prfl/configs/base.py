@@ -1,4 +1,4 @@
-"""What every training run needs: optimiser, schedule, checkpoints, logging. Nothing about rewards or video."""
+"""What every training run needs: optimiser, schedule, noise levels, checkpoints, logging. Nothing about rewards."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -32,6 +32,7 @@ class TrainingConfig:
 
     > Parameters of the run
     > Parameters of the optimisation
+    > Parameters of the noise levels that clean clips are trained at
     > Parameters of checkpoints, logging and evaluation
     """
 
@@ -74,6 +75,14 @@ class TrainingConfig:
     )
     dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that read the dataset."})
 
+    # Parameters of the noise levels that clean clips are trained at
+    weighting_scheme: Literal["uniform", "logit_normal"] = field(
+        default="uniform", metadata={"help": "Law of the noise levels before the shift."}
+    )
+    flow_shift: float = field(default=5.0, metadata={"help": "Shift of the noise levels; 1 leaves them uniform."})
+    logit_mean: float = field(default=0.0, metadata={"help": "Mean of the logit-normal law."})
+    logit_std: float = field(default=1.0, metadata={"help": "Standard deviation of the logit-normal law."})
+
     # Parameters of checkpoints, logging and evaluation
     checkpointing_steps: int = field(default=500, metadata={"help": "Updates between two checkpoints."})
     checkpoints_total_limit: int | None = field(
@@ -96,7 +105,7 @@ class TrainingConfig:
         for name in ("max_train_steps", "checkpoints_total_limit"):
             value = getattr(self, name)
             check(value is None or value >= 1, name, value, "at least 1, or left out")
-        for name in ("learning_rate", "max_grad_norm", "adam_epsilon", "lr_power"):
+        for name in ("learning_rate", "max_grad_norm", "adam_epsilon", "lr_power", "flow_shift", "logit_std"):
             check(getattr(self, name) > 0, name, getattr(self, name), "greater than 0")
         for name in ("adam_beta1", "adam_beta2"):
             check(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")

@@ -1,5 +1,6 @@
 """Reads a config dataclass from a YAML file and the command line; the command line wins."""
 
+import argparse
 import dataclasses
 import difflib
 import sys
@@ -12,6 +13,10 @@ from transformers import HfArgumentParser
 
 
 ConfigT = TypeVar("ConfigT")
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and the description as it is written."""
 
 
 class ConfigParser(HfArgumentParser):
@@ -49,7 +54,13 @@ def parse_config(
     config_parser.add_argument("--config", type=Path, default=None)
     known, options = config_parser.parse_known_args(argv)
 
-    parser = ConfigParser(dataclass_types=config_class, description=description, allow_abbrev=False)
+    parser = ConfigParser(
+        dataclass_types=config_class,
+        description=description,
+        usage="%(prog)s --config FILE.yaml [--option value ...]",
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("--config", type=Path, default=None, help="YAML file with any of the options below.")
     if known.config is not None:
         options = yaml_to_options(known.config, config_class) + options

@@ -13,7 +13,6 @@ class PRFLTrainingConfig(TrainingConfig):
 
     > Parameters of the tuning
     > Parameters of the reward update
-    > Parameters of the flow-matching update
     > Parameters of the prompts
     > Parameters of the validation
     """
@@ -60,14 +59,6 @@ class PRFLTrainingConfig(TrainingConfig):
         default=None, metadata={"help": "Shift of the sampler's grid, the pipeline's own if left out."}
     )
 
-    # Parameters of the flow-matching update
-    weighting_scheme: Literal["uniform", "logit_normal"] = field(
-        default="uniform", metadata={"help": "Law of the noise levels before the shift."}
-    )
-    flow_shift: float = field(default=5.0, metadata={"help": "Shift of the noise levels; 1 leaves them uniform."})
-    logit_mean: float = field(default=0.0, metadata={"help": "Mean of the logit-normal law."})
-    logit_std: float = field(default=1.0, metadata={"help": "Standard deviation of the logit-normal law."})
-
     # Parameters of the prompts
     prompt_dropout: float = field(default=0.1, metadata={"help": "Share of prompts replaced by the empty one."})
     long_prompt_probability: float = field(
@@ -90,8 +81,7 @@ class PRFLTrainingConfig(TrainingConfig):
         for name in ("lora_rank", "lora_alpha", "sampler_flow_shift"):
             value = getattr(self, name)
             check(value is None or value > 0, name, value, "greater than 0, or left out")
-        for name in ("reward_scale", "flow_shift", "logit_std"):
-            check(getattr(self, name) > 0, name, getattr(self, name), "greater than 0")
+        check(self.reward_scale > 0, "reward_scale", self.reward_scale, "greater than 0")
         for name in ("lora_dropout", "ema_decay", "prompt_dropout", "long_prompt_probability"):
             check(0 <= getattr(self, name) <= 1, name, getattr(self, name), "in [0, 1]")
         for name in ("num_validation_samples", "validation_fps"):

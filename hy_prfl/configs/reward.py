@@ -44,12 +44,6 @@ class RewardTrainingConfig(TrainingConfig):
     )
     learning_rate: float = field(default=1e-6, metadata={"help": "Learning rate of the transformer blocks."})
     head_learning_rate: float = field(default=1e-5, metadata={"help": "Learning rate of pooling and head."})
-    weighting_scheme: Literal["uniform", "logit_normal"] = field(
-        default="uniform", metadata={"help": "Law of the noise levels before the shift."}
-    )
-    flow_shift: float = field(default=5.0, metadata={"help": "Shift of the noise levels; 1 leaves them uniform."})
-    logit_mean: float = field(default=0.0, metadata={"help": "Mean of the logit-normal law."})
-    logit_std: float = field(default=1.0, metadata={"help": "Standard deviation of the logit-normal law."})
 
     # Parameters of the evaluation
     validation_timesteps: list[int] = field(
@@ -69,8 +63,7 @@ class RewardTrainingConfig(TrainingConfig):
         super().__post_init__()
         for name in ("num_layers", "num_query_heads"):
             check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("head_learning_rate", "flow_shift", "logit_std"):
-            check(getattr(self, name) > 0, name, getattr(self, name), "greater than 0")
+        check(self.head_learning_rate > 0, "head_learning_rate", self.head_learning_rate, "greater than 0")
         check(len(self.validation_timesteps) > 0, "validation_timesteps", self.validation_timesteps, "not empty")
         for timestep in self.validation_timesteps:
             check(0 < timestep <= 1000, "validation_timesteps", timestep, "in (0, 1000]")

@@ -1,4 +1,4 @@
-"""
+r"""
 Converts checkpoints of upstream's and Wan's own format.
 
     python -m hy_prfl.scripts.convert --reward_transformer checkpoint-100 --mlp mlp_step_100.ckpt \

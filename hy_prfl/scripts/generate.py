@@ -1,4 +1,4 @@
-"""
+r"""
 Generates videos from a list of prompts.
 
     accelerate launch -m hy_prfl.scripts.generate --prompts prompts.json --output_dir outputs/videos \

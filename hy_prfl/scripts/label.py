@@ -1,4 +1,4 @@
-"""
+r"""
 Merge annotations into a latent dataset without encoding anything again.
 
     hy-prfl label --dataset outputs/clips --annotations labels.csv --output_dir outputs/clips_labelled

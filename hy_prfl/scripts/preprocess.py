@@ -1,4 +1,4 @@
-"""
+r"""
 Encode clips into a latent dataset.
 
     accelerate launch -m hy_prfl.scripts.preprocess --config examples/preprocess/wan2.1_t2v_480p.yaml

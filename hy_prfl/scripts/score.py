@@ -1,4 +1,4 @@
-"""
+r"""
 Scores videos, or the rows of a latent dataset, with a reward model.
 
     accelerate launch -m hy_prfl.scripts.score --reward_model outputs/reward/best --output outputs/scores.csv \

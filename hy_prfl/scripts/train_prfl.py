@@ -1,8 +1,8 @@
-"""
+r"""
 Fine-tunes a Wan generator on a latent reward.
 
     accelerate launch --config_file accelerate_configs/ddp.yaml -m hy_prfl.scripts.train_prfl \
-        --config examples/prfl/wan2.1_t2v_14b_480p_lora.yaml --train_dataset data/train \
+        --config examples/prfl/wan2.1_t2v_1.3b_480p_lora.yaml --train_dataset data/train \
         --reward_model outputs/reward/best --output_dir outputs/prfl
 """
 

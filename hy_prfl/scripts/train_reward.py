@@ -1,8 +1,8 @@
-"""
+r"""
 Trains PAVRM, the reward model on noisy latents.
 
     accelerate launch --config_file accelerate_configs/ddp.yaml -m hy_prfl.scripts.train_reward \
-        --config examples/reward/wan2.1_t2v_14b_480p_bce.yaml --train_dataset data/train --output_dir outputs/reward
+        --config examples/reward/wan2.1_t2v_1.3b_480p_bce.yaml --train_dataset data/train --output_dir outputs/reward
 """
 
 import logging

@@ -23,10 +23,11 @@ from tqdm import tqdm
 
 from ..checkpointing import find_checkpoint, load_checkpoint, save_checkpoint
 from ..configs.base import TrainingConfig, check, save_config
-from ..data.dataset import latent_shapes
+from ..data.collators import LatentBatch
+from ..data.dataset import check_rows_fit, latent_shapes
 from ..data.encoding import vae_fingerprint
 from ..distributed import all_finite, any_rank, build_accelerator, forget_deepspeed_in_transformers, mean_over_ranks
-from ..flow_matching import make_generator
+from ..flow_matching import make_generator, sample_noise, sample_sigmas
 from ..models.context_parallel import ContextParallelGroup, check_divisible
 
 
@@ -109,8 +110,16 @@ class Trainer(ABC):
         )
         return vae_fingerprint(vae)
 
-    def check_context_parallel(self, dataset: Dataset, source: str, model_config: Mapping[str, Any]) -> None:
-        """Refuse rows, or a model, that do not divide over the ranks that share a clip."""
+    def check_dataset(self, dataset: Dataset, source: str, model_config: Mapping[str, Any]) -> None:
+        """Refuse rows that the model cannot take, or that do not divide over the ranks that share a clip."""
+        check_rows_fit(
+            dataset,
+            source,
+            num_channels=model_config["out_channels"],
+            text_dim=model_config["text_dim"],
+            image_dim=model_config["image_dim"],
+            patch_size=model_config["patch_size"],
+        )
         check_divisible(
             self.config.context_parallel_degree,
             num_heads=model_config["num_attention_heads"],
@@ -247,6 +256,20 @@ class Trainer(ABC):
             make_generator(self.config.seed, stream, self.global_step, micro_step, first + index)
             for index in range(batch_size)
         ]
+
+    def draw_noise(self, stream: int, micro_step: int, batch: LatentBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Noise of the shape of the batch's latents, and a noise level for each clip from the configured law."""
+        config = self.config
+        generators = self.generators(stream, micro_step, len(batch))
+        sigmas = sample_sigmas(
+            generators,
+            weighting_scheme=config.weighting_scheme,
+            flow_shift=config.flow_shift,
+            logit_mean=config.logit_mean,
+            logit_std=config.logit_std,
+        )
+        noise = sample_noise(batch.latents_shape, generators)
+        return noise.to(self.accelerator.device), sigmas.to(self.accelerator.device)
 
     def shared_generator(self, stream: int, micro_step: int) -> torch.Generator:
         """Generator that is the same on all ranks, for what decides on control flow."""

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from accelerate.logging import get_logger
-from datasets import Dataset
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.training_utils import EMAModel, cast_training_params
 from peft import LoraConfig
@@ -17,7 +16,6 @@ from ..configs.prfl import PRFLTrainingConfig
 from ..data.collators import LatentBatch, collate_latents
 from ..data.dataset import (
     RowDataset,
-    check_rows_fit,
     check_vae,
     latent_shapes,
     load_latent_dataset,
@@ -26,7 +24,7 @@ from ..data.dataset import (
 )
 from ..data.sampler import BucketBatchSampler
 from ..distributed import full_state_dict, local_masters, write_local
-from ..flow_matching import add_noise, sample_noise, sample_sigmas, sigmas_to_timesteps, velocity_target
+from ..flow_matching import add_noise, sample_noise, sigmas_to_timesteps, velocity_target
 from ..losses import flow_matching_loss, reward_feedback_loss
 from ..models.loading import load_reward_model, load_scheduler, load_transformer
 from ..models.reward_model import check_fits_generator, check_latents_fit
@@ -109,17 +107,8 @@ class PRFLTrainer(Trainer):
 
     def compute_flow_matching_loss(self, batch: LatentBatch, micro_step: int) -> torch.Tensor:
         """Squared error of the predicted velocity on clean clips, noised at a random level (paper, equation 2)."""
-        config, device = self.config, self.accelerator.device
         assert batch.latents is not None
-        generators = self.generators(FLOW_NOISE, micro_step, len(batch))
-        sigmas = sample_sigmas(
-            generators,
-            weighting_scheme=config.weighting_scheme,
-            flow_shift=config.flow_shift,
-            logit_mean=config.logit_mean,
-            logit_std=config.logit_std,
-        ).to(device)
-        noise = sample_noise(batch.latents_shape, generators).to(device)
+        noise, sigmas = self.draw_noise(FLOW_NOISE, micro_step, batch)
         model_pred = predict_velocity(
             self.transformer,
             add_noise(batch.latents, noise, sigmas),
@@ -326,7 +315,7 @@ class PRFLTrainer(Trainer):
             if source is not None:
                 dataset = load_latent_dataset(source)
                 check_vae(dataset, source, fingerprint)
-                self._check_dataset(dataset, source)
+                self.check_dataset(dataset, source, self.reward_model.config)
         self.scheduler = load_scheduler(path, revision=revision, flow_shift=config.sampler_flow_shift)
         self.reward_model.to(self.accelerator.device)
         self.unwrapped = self._load_transformer()
@@ -337,18 +326,6 @@ class PRFLTrainer(Trainer):
             self.context_parallel.split(self.unwrapped)
             self.context_parallel.split(self.reward_model)
         self.evaluator = self._build_evaluator()
-
-    def _check_dataset(self, dataset: Dataset, source: str) -> None:
-        model_config = self.reward_model.config
-        check_rows_fit(
-            dataset,
-            source,
-            num_channels=model_config.out_channels,
-            text_dim=model_config.text_dim,
-            image_dim=model_config.image_dim,
-            patch_size=model_config.patch_size,
-        )
-        self.check_context_parallel(dataset, source, model_config)
 
     def _load_transformer(self) -> WanTransformer3DModel:
         """The generator: float32 if all of it trains, else frozen in `weight_dtype` with a float32 adapter."""

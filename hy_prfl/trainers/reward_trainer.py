@@ -15,7 +15,6 @@ from ..configs.reward import RewardTrainingConfig
 from ..data.collators import LabeledBatch, LatentBatch, PreferenceBatch, collate_labeled, collate_preferences
 from ..data.dataset import (
     RowDataset,
-    check_rows_fit,
     check_vae,
     latent_shapes,
     load_latent_dataset,
@@ -27,7 +26,6 @@ from ..data.dataset import (
 from ..data.sampler import BucketBatchSampler
 from ..distributed import full_state_dict
 from ..evaluation import GREATER_IS_BETTER, RewardEvaluator
-from ..flow_matching import sample_noise, sample_sigmas
 from ..losses import binary_reward_loss, bradley_terry_loss
 from ..models.loading import load_transformer
 from ..models.reward_model import WanRewardModel, check_latents_fit, score_noised
@@ -58,9 +56,9 @@ class RewardTrainer(Trainer):
         self.dataset, self.items, _ = self._open(config.train_dataset)
         self.evaluator = self._build_evaluator()
         self.unwrapped = self._load_reward_model()
-        self._check_dataset(self.dataset, config.train_dataset)
+        self.check_dataset(self.dataset, config.train_dataset, self.unwrapped.config)
         if self.evaluator is not None and config.validation_dataset is not None:
-            self._check_dataset(self.evaluator.dataset, config.validation_dataset)
+            self.check_dataset(self.evaluator.dataset, config.validation_dataset, self.unwrapped.config)
         self.sampler = partial(
             BucketBatchSampler,
             self._buckets(),
@@ -92,17 +90,8 @@ class RewardTrainer(Trainer):
         self, batch: LabeledBatch | PreferenceBatch, micro_step: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Loss of one micro-batch, and by how much each logit, or pair, is on the right side (>0)."""
-        config, device = self.config, self.accelerator.device
         clips = batch.chosen if isinstance(batch, PreferenceBatch) else batch.clips
-        generators = self.generators(NOISE, micro_step, len(clips))
-        sigmas = sample_sigmas(
-            generators,
-            weighting_scheme=config.weighting_scheme,
-            flow_shift=config.flow_shift,
-            logit_mean=config.logit_mean,
-            logit_std=config.logit_std,
-        ).to(device)
-        noise = sample_noise(clips.latents_shape, generators).to(device)
+        noise, sigmas = self.draw_noise(NOISE, micro_step, clips)
         if isinstance(batch, PreferenceBatch):
             # One forward for both, so that DDP and ZeRO see one call a backward; same noise, same sigma.
             both = LatentBatch.concatenate([batch.chosen, batch.rejected])
@@ -236,18 +225,6 @@ class RewardTrainer(Trainer):
         if self.context_parallel is not None:
             self.context_parallel.split(model)
         return model
-
-    def _check_dataset(self, dataset: Dataset, source: str) -> None:
-        model_config = self.unwrapped.config
-        check_rows_fit(
-            dataset,
-            source,
-            num_channels=model_config.out_channels,
-            text_dim=model_config.text_dim,
-            image_dim=model_config.image_dim,
-            patch_size=model_config.patch_size,
-        )
-        self.check_context_parallel(dataset, source, model_config)
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         head = [*self.unwrapped.pooler.parameters(), *self.unwrapped.head.parameters()]

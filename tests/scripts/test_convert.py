@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -70,3 +71,10 @@ def test_output_folder_in_use(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="output_dir"):
         main(options(transformer=GOLDEN, output_dir=tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.launch
+def test_accelerate_launch(tmp_path: Path, accelerate_launch: Callable[..., str]) -> None:
+    output = accelerate_launch("convert", *options(**REWARD_PARTS, output_dir=tmp_path / "reward"))
+    assert "Reward model with" in output
+    load_reward_model(str(tmp_path / "reward"))

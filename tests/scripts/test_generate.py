@@ -1,6 +1,5 @@
 import json
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -176,34 +175,14 @@ class TestBadInput:
             main(options(tmp_path, empty_pipeline_dir, **{name: value}))
 
 
-# `accelerate launch --cpu` starts one process whatever it is told; two need torch's own launcher.
-WORKER = """
-import sys
-from accelerate import PartialState
-from hy_prfl.scripts.generate import main
-
-state = PartialState(cpu=True)
-assert state.num_processes == 2
-main(sys.argv[1:])
-"""
-
-
-def launch(folder: Path, arguments: list[str], num_processes: int) -> None:
-    """Run the script in one process, as `accelerate launch` does, or in two."""
-    if num_processes == 1:
-        command = ["accelerate.commands.launch", "--cpu", "--num_processes=1", "-m", "hy_prfl.scripts.generate"]
-    else:
-        (folder / "worker.py").write_text(WORKER)
-        command = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", str(folder / "worker.py")]
-    subprocess.run([sys.executable, "-m", *command, *arguments], check=True, timeout=300)
-
-
 @pytest.mark.launch
-def test_launch_with_any_number_of_processes(tmp_path: Path, pipeline_dir: Path) -> None:
+def test_launch_with_any_number_of_processes(
+    tmp_path: Path, pipeline_dir: Path, accelerate_launch: Callable[..., str]
+) -> None:
     write_prompts(tmp_path)
     for num_processes in (1, 2):
         arguments = options(tmp_path, pipeline_dir, output_dir=tmp_path / f"out{num_processes}")
-        launch(tmp_path, arguments, num_processes)
+        accelerate_launch("generate", *arguments, num_processes=num_processes)
     names = sorted(path.name for path in (tmp_path / "out1").iterdir())
     assert len(names) == 5
     assert names == sorted(path.name for path in (tmp_path / "out2").iterdir())

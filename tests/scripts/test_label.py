@@ -57,3 +57,11 @@ def test_bad_options(dataset: Path, tmp_path: Path, change: str, error: type[Exc
     options = [f"--dataset={dataset}", f"--annotations={dataset}", f"--output_dir={tmp_path / 'out'}"]
     with pytest.raises(error, match="nowhere.csv|unknown_ids"):
         main([*options, change])
+
+
+@pytest.mark.launch
+def test_accelerate_launch(dataset: Path, tmp_path: Path, accelerate_launch: Callable[..., str]) -> None:
+    (tmp_path / "labels.json").write_text('[{"id": "1", "human_quality": "good"}]')
+    options = [f"--dataset={dataset}", f"--annotations={tmp_path / 'labels.json'}", f"--output_dir={tmp_path / 'out'}"]
+    accelerate_launch("label", *options)
+    assert load_from_disk(tmp_path / "out")["human_quality"][1] == 1

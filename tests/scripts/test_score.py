@@ -1,6 +1,4 @@
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -136,34 +134,14 @@ def test_options_that_need_each_other(work: Path, pipeline_dir: Path, tmp_path: 
         main([f"--reward_model={work / 'reward'}", f"--output={tmp_path / 'scores.csv'}"])
 
 
-# `accelerate launch --cpu` starts one process whatever it is told; two need torch's own launcher.
-WORKER = """
-import sys
-from accelerate import PartialState
-from hy_prfl.scripts.score import main
-
-state = PartialState(cpu=True)
-assert state.num_processes == 2
-main(sys.argv[1:])
-"""
-
-
-def launch(folder: Path, arguments: list[str], num_processes: int) -> None:
-    """Run the script in one process, as `accelerate launch` does, or in two."""
-    if num_processes == 1:
-        command = ["accelerate.commands.launch", "--cpu", "--num_processes=1", "-m", "hy_prfl.scripts.score"]
-    else:
-        (folder / "worker.py").write_text(WORKER)
-        command = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", str(folder / "worker.py")]
-    subprocess.run([sys.executable, "-m", *command, *arguments], check=True, timeout=300)
-
-
 @pytest.mark.launch
-def test_launch_with_any_number_of_processes(work: Path, tmp_path: Path) -> None:
+def test_launch_with_any_number_of_processes(
+    work: Path, tmp_path: Path, accelerate_launch: Callable[..., str]
+) -> None:
     tables = []
     for num_processes in (1, 2):
         output = tmp_path / f"scores{num_processes}.json"
-        launch(tmp_path, from_dataset(work, output, batch_size=2), num_processes)
+        accelerate_launch("score", *from_dataset(work, output, batch_size=2), num_processes=num_processes)
         tables.append(json.loads(output.read_text()))
     for one, two in zip(*tables, strict=True):
         # Equal but for the last digits, which depend on how memory is aligned in a process.

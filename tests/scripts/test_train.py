@@ -14,41 +14,21 @@ from safetensors.torch import load_file
 
 
 ROOT = Path(__file__).parents[2]
-LAUNCH = [
-    sys.executable,
-    "-m",
-    "accelerate.commands.launch",
-    "--config_file",
-    str(ROOT / "accelerate_configs/cpu.yaml"),
-]
-
-
-def launch(script: str, *options: object) -> subprocess.Popen[str]:
-    command = [*LAUNCH, "-m", f"hy_prfl.scripts.{script}", *map(str, options)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-
-
-def run(script: str, *options: object) -> str:
-    process = launch(script, *options)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    return output
 
 
 @pytest.mark.launch
-def test_reward_then_prfl(tmp_path: Path, pipeline_dir: Path, write_latents: Callable[..., Path]) -> None:
+def test_reward_then_prfl(
+    tmp_path: Path, pipeline_dir: Path, write_latents: Callable[..., Path], accelerate_launch: Callable[..., str]
+) -> None:
     data = write_latents(tmp_path / "data", 8)
     config = tmp_path / "reward.yaml"
     config.write_text(
         f"pretrained_model_name_or_path: {pipeline_dir}\ntrain_dataset: {data}\nvalidation_dataset: {data}\n"
         "num_layers: 2\ntrain_batch_size: 4\nmax_train_steps: 4\nlearning_rate: 1e-3\nhead_learning_rate: 1e-3\n"
     )
-    run("train_reward", "--config", config, "--output_dir", tmp_path / "reward")
+    accelerate_launch("train_reward", "--config", config, "--output_dir", tmp_path / "reward")
     assert list((tmp_path / "reward" / "logs").rglob("events.out.tfevents.*"))
-    run(
+    accelerate_launch(
         "train_prfl", "--output_dir", tmp_path / "prfl", "--pretrained_model_name_or_path", pipeline_dir,
         "--reward_model", tmp_path / "reward" / "best", "--train_dataset", data, "--lora_rank", 2,
         "--train_batch_size", 2, "--max_train_steps", 2, "--num_inference_steps", 4,
@@ -61,18 +41,20 @@ def test_reward_then_prfl(tmp_path: Path, pipeline_dir: Path, write_latents: Cal
 
 
 @pytest.mark.launch
-def test_bad_configuration_fails_before_anything_loads(tmp_path: Path) -> None:
-    process = launch("train_reward", "--output_dir", tmp_path / "out", "--learning_rat", 1)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode != 0
-    assert "ValueError" in output
+def test_bad_configuration_fails_before_anything_loads(tmp_path: Path, accelerate_launch: Callable[..., str]) -> None:
+    with pytest.raises(RuntimeError, match="ValueError.*learning_rat"):
+        accelerate_launch("train_reward", "--output_dir", tmp_path / "out", "--learning_rat", 1)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.launch
 @pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_stopped_run_goes_on_where_it_was(
-    tmp_path: Path, pipeline_dir: Path, write_latents: Callable[..., Path], signal_number: signal.Signals
+    tmp_path: Path,
+    pipeline_dir: Path,
+    write_latents: Callable[..., Path],
+    accelerate_launch: Callable[..., str],
+    signal_number: signal.Signals,
 ) -> None:
     data = write_latents(tmp_path / "data", 8)
     options: list[object] = [
@@ -80,7 +62,7 @@ def test_a_stopped_run_goes_on_where_it_was(
         "--train_batch_size", 2, "--gradient_accumulation_steps", 2, "--learning_rate", 1e-3, "--report_to", "none",
         "--checkpointing_steps", 5, "--checkpoints_total_limit", 2, "--max_train_steps", 120,
     ]  # fmt: skip
-    run("train_reward", "--output_dir", tmp_path / "whole", *options)
+    accelerate_launch("train_reward", "--output_dir", tmp_path / "whole", *options)
 
     command = [sys.executable, "-m", "hy_prfl.scripts.train_reward", "--output_dir", str(tmp_path / "parts")]
     process = subprocess.Popen([*command, *map(str, options)], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -95,7 +77,9 @@ def test_a_stopped_run_goes_on_where_it_was(
     assert code == (0 if signal_number == signal.SIGTERM else -signal.SIGKILL)
     stopped_at = len(metrics.read_text().splitlines())
     assert stopped_at < 120
-    run("train_reward", "--output_dir", tmp_path / "parts", "--resume_from_checkpoint", "latest", *options)
+    accelerate_launch(
+        "train_reward", "--output_dir", tmp_path / "parts", "--resume_from_checkpoint", "latest", *options
+    )
 
     whole, parts = (
         load_file(tmp_path / name / "reward_model" / "diffusion_pytorch_model.safetensors")
