@@ -199,7 +199,7 @@ class Trainer(ABC):
                 progress.update()
                 self._after_step(metrics, progress)
         progress.close()
-        if self.interrupted:
+        if self.global_step < self.max_train_steps:
             logger.warning(
                 "Interrupted after step %d; continue with --resume_from_checkpoint latest.", self.global_step
             )
