@@ -1,6 +1,5 @@
 """Processes: how they are set up, and what they have to agree on."""
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -9,7 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, gather_object
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, gather_object, parse_flag_from_env
 from torch import nn
 
 
@@ -17,13 +16,18 @@ from torch import nn
 TIMEOUT = timedelta(days=14)
 
 
+def on_cpu() -> bool:
+    """Whether this run is on the CPU: for want of an accelerator, or because the launch configuration says so."""
+    return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+
+
 def process_state() -> PartialState:
     """
     The processes of a run that shares out work without training.
 
-    Call it before anything else sets them up. Without an accelerator Accelerate has to be told to look for others.
+    Call it before anything else sets them up. On the CPU Accelerate has to be told to look for others.
     """
-    return PartialState(cpu=not torch.accelerator.is_available(), timeout=TIMEOUT)
+    return PartialState(cpu=on_cpu(), timeout=TIMEOUT)
 
 
 def build_accelerator(
@@ -40,12 +44,11 @@ def build_accelerator(
         log_with (`list[str]`):
             Names of trackers.
     """
-    # Without a GPU Accelerate must be told that it is not alone: DeepSpeed by a backend, all else by `cpu`.
-    is_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
-    has_device = torch.accelerator.is_available()
-    needs_backend = is_deepspeed and not has_device
+    # On the CPU Accelerate must be told that it is not alone: DeepSpeed by a backend, all else by `cpu`.
+    is_deepspeed = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
+    needs_backend = is_deepspeed and on_cpu()
     accelerator = Accelerator(
-        cpu=not has_device and not is_deepspeed,
+        cpu=on_cpu() and not is_deepspeed,
         gradient_accumulation_steps=gradient_accumulation_steps,
         log_with=log_with or None,
         project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),

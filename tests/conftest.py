@@ -152,9 +152,8 @@ def accelerate_launch() -> Callable[..., str]:
         config = root / "accelerate_configs" / ("cpu.yaml" if num_processes == 1 else "ddp_cpu.yaml")
         launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
         command = [*launcher, "-m", f"hy_prfl.scripts.{script}", *map(str, options)]
-        finished = subprocess.run(
-            command, cwd=root, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, capture_output=True, timeout=300
-        )
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+        finished = subprocess.run(command, cwd=root, env=environment, text=True, capture_output=True, timeout=300)
         if finished.returncode:
             raise RuntimeError(f"{finished.stdout}\n{finished.stderr}")
         return finished.stdout + finished.stderr

@@ -115,6 +115,8 @@ def train(
             f"--train_batch_size={batch_size}", *more,
         ]  # fmt: skip
         environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+        if launch == ENGINES["DDP"]:
+            environment["ACCELERATE_USE_CPU"] = "true"
         finished = subprocess.run(command, env=environment, text=True, capture_output=True)
         if finished.returncode:
             raise RuntimeError(f"{' '.join(command)}\n{finished.stdout}\n{finished.stderr}")

@@ -30,7 +30,8 @@ from hy_prfl.data.video import read_video
 
 
 RECIPES = Path("examples/shapes")
-ACCELERATE_CONFIG = Path("accelerate_configs/cpu.yaml")
+ONE_PROCESS, TWO_PROCESSES = Path("accelerate_configs/cpu.yaml"), Path("accelerate_configs/ddp_cpu.yaml")
+SHARED_OUT = ("preprocess", "generate", "score")
 
 
 @dataclass(kw_only=True)
@@ -43,7 +44,7 @@ class DemoConfig:
     num_held_out_clips: int = field(default=96, metadata={"help": "Labelled clips with held-out captions."})
     num_prompts: int = field(default=24, metadata={"help": "Held-out captions to generate videos for, at most 24."})
     vae_steps: int = field(default=1100, metadata={"help": "Updates of the VAE's pretraining."})
-    generator_steps: int = field(default=900, metadata={"help": "Updates of the generator's pretraining."})
+    generator_steps: int = field(default=800, metadata={"help": "Updates of the generator's pretraining."})
     reward_steps: int | None = field(
         default=None, metadata={"help": "Updates of the reward model, if not the recipe's."}
     )
@@ -153,8 +154,9 @@ def python(module: str, options: list[str]) -> list[str]:
 
 
 def launch(verb: str, options: list[str]) -> list[str]:
-    """What a user types to run one of the package's scripts."""
-    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ACCELERATE_CONFIG)]
+    """What a user types to run one of the package's scripts; those that only share out clips get two processes."""
+    accelerate_config = TWO_PROCESSES if verb in SHARED_OUT else ONE_PROCESS
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(accelerate_config)]
     return [*accelerate, "-m", f"hy_prfl.scripts.{verb}", "--config", str(RECIPES / f"{verb}.yaml"), *options]
 
 
@@ -193,7 +195,7 @@ def run_command(command: list[str]) -> None:
         .replace("python -m accelerate.commands.launch", "accelerate launch")
     )
     print(f"$ {shown}", flush=True)
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "ACCELERATE_USE_CPU": "true"}
     # Operations this small gain nothing from a second thread, and lose a lot if it has to share its core.
     environment.setdefault("OMP_NUM_THREADS", "1")
     if not sys.stderr.isatty():
