@@ -62,6 +62,11 @@ def parse_config(
         allow_abbrev=False,
     )
     parser.add_argument("--config", type=Path, default=None, help="YAML file with any of the options below.")
+    for option in options:
+        if option.startswith("--") and option != "--help":
+            name = option.removeprefix("--").split("=")[0].replace("-", "_")
+            positive = name.removeprefix("no_")  # `--no_flag` turns off a flag that is on by default
+            _check_name(positive if hasattr(config_class, positive) else name, config_class, source="command line")
     if known.config is not None:
         options = yaml_to_options(known.config, config_class) + options
     namespace = parser.parse_args(options)
@@ -82,15 +87,19 @@ def yaml_to_options(path: Path, config_class: type) -> list[str]:
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a mapping of field names to values, got {type(values).__name__}.")
 
-    names = [field.name for field in dataclasses.fields(config_class) if field.init]
     options: list[str] = []
     for name, value in values.items():
-        if name not in names:
-            close = difflib.get_close_matches(str(name), names, n=1)
-            hint = f" Did you mean '{close[0]}'?" if close else ""
-            raise ValueError(f"{path}: '{name}' is not a field of {config_class.__name__}.{hint}")
+        _check_name(str(name), config_class, source=str(path))
         options.extend(_to_options(path, name, value))
     return options
+
+
+def _check_name(name: str, config_class: type, *, source: str) -> None:
+    names = [field.name for field in dataclasses.fields(config_class) if field.init]
+    if name not in names:
+        close = difflib.get_close_matches(name, names, n=1)
+        hint = f" Did you mean '{close[0]}'?" if close else ""
+        raise ValueError(f"{source}: '{name}' is not a field of {config_class.__name__}.{hint}")
 
 
 def _to_options(path: Path, name: str, value: Any) -> list[str]:

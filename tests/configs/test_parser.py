@@ -66,8 +66,9 @@ def test_bad_files_are_refused_by_field(tmp_path: Path, text: str, message: str)
 
 
 def test_bad_options_are_refused() -> None:
-    with pytest.raises(ValueError, match="--learning_rat"):
-        parse_config(Example, ["--output_dir", "o", "--learning_rat", "1"])
+    with pytest.raises(ValueError, match="'learning_rat' is not a field of Example. Did you mean 'learning_rate'"):
+        parse_config(Example, ["--learning_rat", "1"])  # and not that --output_dir is missing
+    assert parse_config(Example, ["--output-dir=o", "--no_active"]).active is False
     with pytest.raises(FileNotFoundError, match="nowhere.yaml"):
         parse_config(Example, ["--config", "nowhere.yaml"])
 

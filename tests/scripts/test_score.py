@@ -117,7 +117,7 @@ def test_dataset_of_another_vae(work: Path, tmp_path: Path) -> None:
         ({"seed": -1}, "`seed`"),
         ({"num_frames": 8}, "`num_frames`"),
         ({"buckets": "30x48"}, "`buckets`"),
-        ({"reward": "a"}, "--reward"),
+        ({"reward": "a"}, "'reward' is not a field of ScoreConfig"),
     ],
 )
 def test_options(work: Path, pipeline_dir: Path, tmp_path: Path, values: dict[str, Any], message: str) -> None:
