@@ -192,7 +192,7 @@ class WanRewardModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, Atte
         model = cls(**backbone, num_layers=num_layers, base_num_layers=transformer.config.num_layers, **kwargs)
         model.patch_embedding.load_state_dict(transformer.patch_embedding.state_dict())
         model.condition_embedder.load_state_dict(transformer.condition_embedder.state_dict())
-        for block, source in zip(model.blocks, transformer.blocks, strict=False):
+        for block, source in zip(model.blocks, transformer.blocks[:num_layers], strict=True):
             block.load_state_dict(source.state_dict())
         return model
 
