@@ -43,8 +43,8 @@ class DemoConfig:
     num_clips: int = field(default=384, metadata={"help": "Labelled clips to train on."})
     num_held_out_clips: int = field(default=96, metadata={"help": "Labelled clips with held-out captions."})
     num_prompts: int = field(default=24, metadata={"help": "Held-out captions to generate videos for, at most 24."})
-    vae_steps: int = field(default=1100, metadata={"help": "Updates of the VAE's pretraining."})
-    generator_steps: int = field(default=800, metadata={"help": "Updates of the generator's pretraining."})
+    vae_steps: int = field(default=950, metadata={"help": "Updates of the VAE's pretraining."})
+    generator_steps: int = field(default=700, metadata={"help": "Updates of the generator's pretraining."})
     reward_steps: int | None = field(
         default=None, metadata={"help": "Updates of the reward model, if not the recipe's."}
     )
