@@ -17,7 +17,7 @@ from .data.dataset import latent_shapes
 from .data.sampler import split_batches
 from .data.schema import table_to_rows
 from .distributed import gather_records
-from .flow_matching import row_noise
+from .flow_matching import NUM_TRAIN_TIMESTEPS, row_noise
 from .models.reward_model import score_noised
 
 
@@ -129,7 +129,7 @@ class RewardEvaluator:
                     reward_model,
                     latents=clips.latents,
                     noise=noise,
-                    sigmas=torch.full((len(rows),), timestep / 1000, device=accelerator.device),
+                    sigmas=torch.full((len(rows),), timestep / NUM_TRAIN_TIMESTEPS, device=accelerator.device),
                     encoder_hidden_states=clips.prompt_embeds,
                     condition=clips.condition,
                     encoder_hidden_states_image=clips.image_embeds,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from accelerate.logging import get_logger
+from datasets import Dataset
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.training_utils import EMAModel, cast_training_params
 from peft import LoraConfig
@@ -290,7 +291,7 @@ class PRFLTrainer(Trainer):
         self.dataset = load_latent_dataset(config.train_dataset)
         if self.uses_flow_matching:
             require_latents(self.dataset, config.train_dataset)
-        self.prompt_dataset = load_latent_dataset(config.prompt_dataset or config.train_dataset)
+        self.prompt_dataset = load_latent_dataset(config.prompt_dataset) if config.prompt_dataset else self.dataset
         self.validation_dataset = load_latent_dataset(config.validation_dataset) if config.validation_dataset else None
         sampler = partial(
             BucketBatchSampler,
@@ -302,6 +303,15 @@ class PRFLTrainer(Trainer):
         self.flow_sampler = partial(sampler, latent_shapes(self.dataset), seed=2 * config.seed)
         self.reward_sampler = partial(sampler, latent_shapes(self.prompt_dataset), seed=2 * config.seed + 1)
 
+    def _datasets_by_source(self) -> dict[str, Dataset]:
+        """Every dataset of this run once, by the path it was opened from."""
+        datasets = {self.config.train_dataset: self.dataset}
+        if self.config.prompt_dataset is not None:
+            datasets[self.config.prompt_dataset] = self.prompt_dataset
+        if self.config.validation_dataset is not None:
+            datasets[self.config.validation_dataset] = self.validation_dataset
+        return datasets
+
     def _load_models(self) -> None:
         config = self.config
         path, revision = config.pretrained_model_name_or_path, config.revision
@@ -310,12 +320,9 @@ class PRFLTrainer(Trainer):
         check_fits_generator(self.reward_model.config, transformer_config, allow_other_base=config.allow_other_base)
         fingerprint = self.pipeline_vae_fingerprint()
         check_latents_fit(self.reward_model, vae_fingerprint=fingerprint, source=path)
-        for name in ("train_dataset", "prompt_dataset", "validation_dataset"):
-            source = getattr(config, name)
-            if source is not None:
-                dataset = load_latent_dataset(source)
-                check_vae(dataset, source, fingerprint)
-                self.check_dataset(dataset, source, self.reward_model.config)
+        for source, dataset in self._datasets_by_source().items():
+            check_vae(dataset, source, fingerprint)
+            self.check_dataset(dataset, source, self.reward_model.config)
         self.scheduler = load_scheduler(path, revision=revision, flow_shift=config.sampler_flow_shift)
         self.reward_model.to(self.accelerator.device)
         self.unwrapped = self._load_transformer()
