@@ -1,4 +1,4 @@
-"""Checkpoints that are complete or absent, and folders that are replaced in one move. No training policy."""
+"""Checkpoints that are complete or absent, and model files that diffusers loads. No training policy."""
 
 import json
 import logging
@@ -10,12 +10,15 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, init_empty_weights
 from accelerate.utils import DistributedType
 from diffusers import ModelMixin, WanPipeline, WanTransformer3DModel
 from diffusers.training_utils import _collate_lora_metadata
 from huggingface_hub import save_torch_state_dict
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from peft import get_peft_model_state_dict
+from safetensors import safe_open
+
+from .folders import recover_folder, replace_folder, temporary_folder
 
 
 logger = logging.getLogger(__name__)
@@ -51,6 +54,8 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | None) -> Pat
         FileNotFoundError: If the path is not a complete checkpoint.
         ValueError: If nothing is to be resumed but `output_dir` already holds checkpoints.
     """
+    for outdated in output_dir.glob(".checkpoint-*.old"):
+        recover_folder(output_dir / outdated.name.removeprefix(".").removesuffix(".old"))
     checkpoints = list_checkpoints(output_dir)
     if resume_from_checkpoint is None:
         if checkpoints:
@@ -83,10 +88,9 @@ def save_checkpoint(
     any moment leaves a good `latest`. Older checkpoints beyond `total_limit` are deleted after that.
     """
     target = output_dir / f"checkpoint-{step}"
-    temporary = output_dir / f".{target.name}.tmp"
+    temporary = target.with_name(f".{target.name}.tmp")
     if accelerator.is_main_process:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        temporary_folder(target).mkdir(parents=True)
     accelerator.wait_for_everyone()
     # The base model under an adapter is not saved again by DeepSpeed; everywhere else `save_model` decides.
     is_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
@@ -103,22 +107,21 @@ def save_checkpoint(
     return target
 
 
-def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> dict[str, Any]:
-    """Restore what `save_checkpoint` saved and return its `state`. A collective."""
+def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> None:
+    """Restore what `save_checkpoint` saved, but for its `state`. A collective."""
     # Frozen weights, which the checkpoint leaves out, have come from the pipeline; the others must all be there.
     is_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
     accelerator.load_state(str(checkpoint), **({"load_module_strict": False} if is_deepspeed else {}))
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """The `state` that `save_checkpoint` was given."""
     return json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
 
 
-def replace_folder(temporary: Path, target: Path) -> None:
-    """Give a finished temporary folder its final name; an older folder of that name disappears."""
-    outdated = target.with_name(f".{target.name}.old")
-    shutil.rmtree(outdated, ignore_errors=True)
-    if target.exists():
-        target.rename(outdated)
-    temporary.rename(target)
-    shutil.rmtree(outdated, ignore_errors=True)
+def read_schedule(checkpoint: Path) -> dict[str, Any]:
+    """The state of the learning rate's schedule, the only object that the trainers register with Accelerate."""
+    return torch.load(checkpoint / "custom_checkpoint_0.pkl", weights_only=True)
 
 
 def save_pretrained(
@@ -136,8 +139,7 @@ def save_pretrained(
         extra (`Mapping[str, str]`):
             Text files to put beside them, by name.
     """
-    temporary = directory.with_name(f".{directory.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = temporary_folder(directory)
     model.save_config(temporary)
     save_torch_state_dict(
         state_dict, temporary, filename_pattern="diffusion_pytorch_model{suffix}.safetensors", max_shard_size="10GB"
@@ -168,19 +170,33 @@ def save_lora(transformer: WanTransformer3DModel, state_dict: dict[str, torch.Te
     temporary.rmdir()
 
 
-def load_lora(transformer: WanTransformer3DModel, directory: Path) -> None:
-    """
-    Load an adapter written by `save_lora` into a transformer that already has one of the same shape.
+def read_lora(directory: Path) -> dict[str, torch.Tensor]:
+    """Weights of an adapter written by `save_lora`, by their names in the transformer that it was saved from."""
+    with safe_open(directory / LORA_FILE, framework="pt") as file:
+        return {_parameter_name(key): file.get_tensor(key) for key in file.keys()}
 
-    Raises:
-        ValueError: If a weight of the adapter is missing from the file, or left over.
+
+def _parameter_name(key: str) -> str:
+    layer, part = key.removeprefix("transformer.").rsplit(".", 1)
+    return f"{layer}.default.{part}"
+
+
+def merge_adapter(model: ModelMixin, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """
-    state_dict = WanPipeline.lora_state_dict(str(directory / LORA_FILE))
-    adapter: dict[str, torch.Tensor] = {key.removeprefix("transformer."): value for key, value in state_dict.items()}
-    expected = set(get_peft_model_state_dict(transformer))
-    if set(adapter) != expected:
-        different = sorted(set(adapter) ^ expected)
-        raise ValueError(
-            f"{directory / LORA_FILE}: {len(different)} weights are missing or left over, such as {different[0]}."
-        )
-    set_peft_model_state_dict(transformer, adapter)
+    Weights of a model with its LoRA adapter added to them, so that they load where there is no adapter.
+
+    Args:
+        model (`ModelMixin`):
+            A model with an adapter. Only its configuration is looked at.
+        state_dict (`Mapping[str, torch.Tensor]`):
+            All its weights, whole. The result is float32.
+    """
+    with init_empty_weights(include_buffers=False):
+        merged = type(model).from_config(model.config)
+        merged.add_adapter(model.peft_config["default"])
+    # Copies: fusing writes into them.
+    weights = {name: tensor.to(torch.float32, copy=True) for name, tensor in state_dict.items()}
+    merged.load_state_dict(weights, assign=True)
+    merged.fuse_lora()
+    merged.unload_lora()
+    return merged.state_dict()

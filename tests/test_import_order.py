@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "hy_prfl"
 ORDER = [
     {"version", "configs"},
-    {"flow_matching", "losses", "distributed", "provenance"},
+    {"flow_matching", "losses", "distributed", "folders", "provenance", "sharding"},
     {"models"},
     {"data"},
     {"checkpointing", "rollout"},

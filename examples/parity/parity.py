@@ -36,6 +36,7 @@ ENGINES = {
 }
 WEIGHTS = {
     ("reward", "full"): "reward_model/diffusion_pytorch_model.safetensors",
+    ("reward", "lora"): "reward_model/diffusion_pytorch_model.safetensors",
     ("prfl", "full"): "transformer/diffusion_pytorch_model.safetensors",
     ("prfl", "lora"): "pytorch_lora_weights.safetensors",
 }
@@ -84,6 +85,8 @@ def options(folder: Path, script: str, tuning: str) -> list[str]:
         "gradient_accumulation_steps": 2,
         "max_train_steps": 4,
         "learning_rate": 1e-4,
+        "lr_scheduler": "linear",
+        "lr_warmup_steps": 2,
         "gradient_checkpointing": True,
         "report_to": "none",
     }

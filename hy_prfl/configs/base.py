@@ -31,6 +31,7 @@ class TrainingConfig:
     configuration files (see `accelerate_configs/`).
 
     > Parameters of the run
+    > Parameters of the tuning
     > Parameters of the optimisation
     > Parameters of the noise levels that clean clips are trained at
     > Parameters of checkpoints, logging and evaluation
@@ -49,6 +50,16 @@ class TrainingConfig:
     )
     seed: int = field(default=0, metadata={"help": "Seed of everything random. Same seed, same run."})
 
+    # Parameters of the tuning
+    lora_rank: int | None = field(
+        default=None, metadata={"help": "Rank of a LoRA adapter; without it all weights train."}
+    )
+    lora_alpha: float | None = field(default=None, metadata={"help": "Scale of the adapter, the rank if left out."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of the adapter's input."})
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"], metadata={"help": "Layers that get an adapter."}
+    )
+
     # Parameters of the optimisation
     train_batch_size: int = field(default=1, metadata={"help": "Clips per process and micro-batch."})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Micro-batches of one kind per update."})
@@ -66,6 +77,10 @@ class TrainingConfig:
     max_grad_norm: float = field(
         default=1.0,
         metadata={"help": "Gradients are clipped to this norm. Under DeepSpeed its own `gradient_clipping` rules."},
+    )
+    max_skipped_updates: int = field(
+        default=10,
+        metadata={"help": "Updates with a loss or gradient that is not finite, left out before the run stops."},
     )
     gradient_checkpointing: bool = field(
         default=False, metadata={"help": "Recompute block activations in the backward pass: slower, less memory."}
@@ -105,11 +120,16 @@ class TrainingConfig:
         for name in ("max_train_steps", "checkpoints_total_limit"):
             value = getattr(self, name)
             check(value is None or value >= 1, name, value, "at least 1, or left out")
+        for name in ("lora_rank", "lora_alpha"):
+            value = getattr(self, name)
+            check(value is None or value > 0, name, value, "greater than 0, or left out")
+        check(0 <= self.lora_dropout <= 1, "lora_dropout", self.lora_dropout, "in [0, 1]")
+        check(len(self.lora_target_modules) > 0, "lora_target_modules", self.lora_target_modules, "not empty")
         for name in ("learning_rate", "max_grad_norm", "adam_epsilon", "lr_power", "flow_shift", "logit_std"):
             check(getattr(self, name) > 0, name, getattr(self, name), "greater than 0")
         for name in ("adam_beta1", "adam_beta2"):
             check(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
-        for name in ("adam_weight_decay", "lr_warmup_steps", "dataloader_num_workers", "seed"):
+        for name in ("adam_weight_decay", "lr_warmup_steps", "max_skipped_updates", "dataloader_num_workers", "seed"):
             check(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         check(self.lr_num_cycles >= 1, "lr_num_cycles", self.lr_num_cycles, "at least 1")
         for name in ("checkpointing_steps", "validation_steps", "logging_steps"):

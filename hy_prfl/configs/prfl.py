@@ -11,21 +11,13 @@ class PRFLTrainingConfig(TrainingConfig):
     """
     Options of process reward feedback learning. A step is one update of each kind that the schedule has.
 
-    > Parameters of the tuning
+    > Parameters of the average
     > Parameters of the reward update
     > Parameters of the prompts
     > Parameters of the validation
     """
 
-    # Parameters of the tuning
-    lora_rank: int | None = field(
-        default=None, metadata={"help": "Rank of a LoRA adapter; without it all weights train."}
-    )
-    lora_alpha: float | None = field(default=None, metadata={"help": "Scale of the adapter, the rank if left out."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of the adapter's input."})
-    lora_target_modules: list[str] = field(
-        default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"], metadata={"help": "Layers that get an adapter."}
-    )
+    # Parameters of the average
     use_ema: bool = field(default=False, metadata={"help": "Keep, validate and save an average of the weights."})
     ema_decay: float = field(default=0.999, metadata={"help": "Decay of that average."})
 
@@ -33,6 +25,10 @@ class PRFLTrainingConfig(TrainingConfig):
     reward_model: str = field(metadata={"help": "Reward model: a folder written by train_reward, or a Hub id."})
     allow_other_base: bool = field(
         default=False, metadata={"help": "Accept a reward model made from a transformer of another size."}
+    )
+    shard_reward_model: bool = field(
+        default=False,
+        metadata={"help": "Split the reward model's weights over all processes instead of a copy on each."},
     )
     prompt_dataset: str | None = field(
         default=None,
@@ -78,11 +74,10 @@ class PRFLTrainingConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("lora_rank", "lora_alpha", "sampler_flow_shift"):
-            value = getattr(self, name)
-            check(value is None or value > 0, name, value, "greater than 0, or left out")
+        shift = self.sampler_flow_shift
+        check(shift is None or shift > 0, "sampler_flow_shift", shift, "greater than 0, or left out")
         check(self.reward_scale > 0, "reward_scale", self.reward_scale, "greater than 0")
-        for name in ("lora_dropout", "ema_decay", "prompt_dropout", "long_prompt_probability"):
+        for name in ("ema_decay", "prompt_dropout", "long_prompt_probability"):
             check(0 <= getattr(self, name) <= 1, name, getattr(self, name), "in [0, 1]")
         for name in ("num_validation_samples", "validation_fps"):
             check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")

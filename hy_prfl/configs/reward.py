@@ -63,6 +63,8 @@ class RewardTrainingConfig(TrainingConfig):
         super().__post_init__()
         for name in ("num_layers", "num_query_heads"):
             check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        is_probe = self.freeze_blocks
+        check(self.lora_rank is None or not is_probe, "lora_rank", self.lora_rank, "left out with `freeze_blocks`")
         check(self.head_learning_rate > 0, "head_learning_rate", self.head_learning_rate, "greater than 0")
         check(len(self.validation_timesteps) > 0, "validation_timesteps", self.validation_timesteps, "not empty")
         for timestep in self.validation_timesteps:

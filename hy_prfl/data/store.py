@@ -15,6 +15,7 @@ from datasets import Dataset, DatasetInfo, Features
 from tqdm import tqdm
 
 from ..distributed import process_state
+from ..folders import recover_folder, replace_folder, temporary_folder
 from .manifest import ManifestRow
 from .schema import LABELS, latent_features, rows_to_table
 from .video import VideoError
@@ -137,7 +138,7 @@ def build_dataset(
     state = process_state()
     partial_dir = output_dir.with_name(output_dir.name + ".partial")
     if state.is_main_process:
-        _recover_folder(output_dir)
+        recover_folder(output_dir)
         partial_dir.mkdir(parents=True, exist_ok=True)
         for pattern in ("*.tmp", "progress-*.jsonl"):
             for leftover in partial_dir.glob(pattern):
@@ -282,30 +283,13 @@ def save_table(table: pa.Table, features: Features, output_dir: Path, files: Map
     """
     Write a folder for `datasets.load_from_disk`, with some text files beside the data, in one step.
 
-    The folder is written under a temporary name and then renamed; a folder in its place is removed only after that,
-    so a table that is memory-mapped from it may be written back to it.
+    A table that is memory-mapped from the folder may be written back to it.
     """
-    temporary = output_dir.with_name(output_dir.name + ".tmp")
-    if temporary.exists():
-        shutil.rmtree(temporary)
+    temporary = temporary_folder(output_dir)
     Dataset(table, info=DatasetInfo(features=features)).save_to_disk(str(temporary))
     for name, text in files.items():
         (temporary / name).write_text(text, encoding="utf-8")
-    old = output_dir.with_name(output_dir.name + ".old")
-    if output_dir.exists():
-        os.rename(output_dir, old)
-    os.rename(temporary, output_dir)
-    if old.exists():
-        shutil.rmtree(old)
-
-
-def _recover_folder(output_dir: Path) -> None:
-    """Undo or finish the swap of `save_table` if it was cut off between its two renames, or after them."""
-    old = output_dir.with_name(output_dir.name + ".old")
-    if old.exists() and output_dir.exists():
-        shutil.rmtree(old)
-    elif old.exists():
-        os.rename(old, output_dir)
+    replace_folder(temporary, output_dir)
 
 
 def write_text(path: Path, text: str) -> None:

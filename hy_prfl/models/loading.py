@@ -1,9 +1,96 @@
-"""Loads the parts of a diffusers Wan pipeline folder; the place that knows its subfolders."""
+"""Loads the parts of a diffusers Wan pipeline folder; the place that knows its subfolders and files."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from copy import copy
+from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from diffusers import UniPCMultistepScheduler, WanTransformer3DModel
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from torch import nn
 
-from .reward_model import WanRewardModel
+from ..sharding import fill_weights
+from .reward_model import BACKBONE_CONFIG, WanRewardModel
+
+
+Split = Callable[[nn.Module], None]
+
+TRANSFORMER_FOLDER = "transformer"
+WEIGHTS_NAME = "diffusion_pytorch_model"
+
+
+class WeightFiles(Mapping[str, torch.Tensor]):
+    """
+    Weights of a diffusers model by name, each read from its safetensors file when it is asked for.
+
+    Args:
+        pretrained_model_name_or_path (`str`):
+            A local folder or a Hub id.
+        subfolder (`str`, *optional*):
+            Where in it the model is.
+        revision (`str`, *optional*):
+            Hub revision.
+        variant (`str`, *optional*):
+            Variant of the files, e.g. `fp16`.
+
+    Raises:
+        FileNotFoundError: If there are no safetensors of that variant.
+    """
+
+    def __init__(
+        self,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        variant: str | None = None,
+    ) -> None:
+        root = Path(pretrained_model_name_or_path)
+        if not root.is_dir():
+            patterns = [f"{subfolder}/*" if subfolder else "*"]
+            root = Path(
+                snapshot_download(str(pretrained_model_name_or_path), revision=revision, allow_patterns=patterns)
+            )
+        folder = root / subfolder if subfolder else root
+        stem = f"{WEIGHTS_NAME}.{variant}" if variant else WEIGHTS_NAME
+        index = folder / f"{WEIGHTS_NAME}.safetensors.index{f'.{variant}' if variant else ''}.json"
+        if index.is_file():
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            self.files = {name: folder / file for name, file in weight_map.items()}
+        else:
+            file = folder / f"{stem}.safetensors"
+            if not file.is_file():
+                raise FileNotFoundError(f"{folder}: there is neither '{file.name}' nor '{index.name}'.")
+            with safe_open(file, framework="pt") as opened:
+                self.files = dict.fromkeys(opened.keys(), file)
+
+    def select(self, names: Iterable[str]) -> "WeightFiles":
+        """
+        Only these weights.
+
+        Raises:
+            ValueError: If one of them is not there.
+        """
+        selection = copy(self)
+        missing = [name for name in names if name not in self.files]
+        if missing:
+            raise ValueError(f"{len(missing)} weights are missing, such as '{missing[0]}'.")
+        selection.files = {name: self.files[name] for name in names}
+        return selection
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        with safe_open(self.files[name], framework="pt") as opened:
+            return opened.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
 
 
 def load_transformer(
@@ -12,12 +99,105 @@ def load_transformer(
     revision: str | None = None,
     variant: str | None = None,
     dtype: torch.dtype = torch.float32,
-    subfolder: str = "transformer",
+    subfolder: str = TRANSFORMER_FOLDER,
+    split: Split | None = None,
 ) -> WanTransformer3DModel:
-    """Load the generator of a Wan pipeline."""
-    return WanTransformer3DModel.from_pretrained(
-        pretrained_model_name_or_path, subfolder=subfolder, revision=revision, variant=variant, dtype=dtype
-    )
+    """
+    Load the generator of a Wan pipeline.
+
+    Args:
+        split (`Callable[[nn.Module], None]`, *optional*):
+            Splits a module's weights over the ranks, see [`~hy_prfl.sharding.fill_weights`]. Without it every process
+            loads all of the model.
+    """
+    files: dict[str, Any] = {"subfolder": subfolder, "revision": revision}
+    if split is None:
+        return WanTransformer3DModel.from_pretrained(
+            pretrained_model_name_or_path, variant=variant, dtype=dtype, **files
+        )
+    with init_empty_weights(include_buffers=False):
+        transformer = WanTransformer3DModel.from_config(
+            WanTransformer3DModel.load_config(pretrained_model_name_or_path, **files)
+        )
+    weights = WeightFiles(pretrained_model_name_or_path, variant=variant, **files)
+    fill_weights(transformer, weights, dtype=dtype, split=split)
+    return transformer.eval()
+
+
+def make_reward_model(
+    pretrained_model_name_or_path: str,
+    *,
+    num_layers: int,
+    revision: str | None = None,
+    variant: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    split: Split | None = None,
+    **kwargs: Any,
+) -> WanRewardModel:
+    """
+    [`WanRewardModel.from_transformer`] for a transformer on disk, of which only the blocks that are kept are read.
+
+    Args:
+        kwargs:
+            Any other argument of [`WanRewardModel`] (`pooling`, `task`, `vae_fingerprint`, ...).
+
+        The other arguments are those of [`load_transformer`].
+
+    Raises:
+        ValueError: If the transformer has fewer than `num_layers` blocks.
+    """
+    files: dict[str, Any] = {"subfolder": TRANSFORMER_FOLDER, "revision": revision}
+    with init_empty_weights():
+        base = WanTransformer3DModel.from_config(
+            WanTransformer3DModel.load_config(pretrained_model_name_or_path, **files)
+        ).config
+    if num_layers > base.num_layers:
+        raise ValueError(f"`num_layers` is {num_layers}, but the transformer has only {base.num_layers} blocks.")
+    backbone = {name: base[name] for name in BACKBONE_CONFIG}
+    with init_empty_weights(include_buffers=False):
+        model = WanRewardModel(**backbone, num_layers=num_layers, base_num_layers=base.num_layers, **kwargs)
+    model.reset_head()
+    model.pooler.to(dtype)
+    model.head.to(dtype)
+    weights = WeightFiles(pretrained_model_name_or_path, variant=variant, **files)
+    kept = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    fill_weights(model, weights.select(kept), dtype=dtype, split=split)
+    return model.eval()
+
+
+def load_reward_model(
+    pretrained_model_name_or_path: str,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    split: Split | None = None,
+    keep_in_fp32: bool = True,
+) -> WanRewardModel:
+    """
+    Load a reward model, frozen and in evaluation mode: its weights take no gradient, its input may.
+
+    Args:
+        split (`Callable[[nn.Module], None]`, *optional*):
+            Splits a module's weights over the ranks, see [`~hy_prfl.sharding.fill_weights`].
+        keep_in_fp32 (`bool`, defaults to `True`):
+            Leave the parts that are sensitive to rounding in float32 whatever `dtype` is. A ZeRO-3 engine wants one
+            type for all.
+    """
+    if split is None:
+        model = WanRewardModel.from_pretrained(pretrained_model_name_or_path, revision=revision, dtype=dtype)
+    else:
+        with init_empty_weights(include_buffers=False):
+            model = WanRewardModel.from_config(
+                WanRewardModel.load_own_config(pretrained_model_name_or_path, revision=revision)
+            )
+        fill_weights(
+            model,
+            WeightFiles(pretrained_model_name_or_path, revision=revision),
+            dtype=dtype,
+            keep_in_fp32=WanRewardModel._keep_in_fp32_modules if keep_in_fp32 else (),
+            split=split,
+        )
+    return model.requires_grad_(False).eval()
 
 
 def load_scheduler(
@@ -44,11 +224,3 @@ def load_scheduler(
         )
     overrides = {} if flow_shift is None else {"flow_shift": flow_shift}
     return UniPCMultistepScheduler.from_config(config, **overrides)
-
-
-def load_reward_model(
-    pretrained_model_name_or_path: str, *, revision: str | None = None, dtype: torch.dtype = torch.float32
-) -> WanRewardModel:
-    """Load a reward model, frozen and in evaluation mode: its weights take no gradient, its input may."""
-    reward_model = WanRewardModel.from_pretrained(pretrained_model_name_or_path, revision=revision, dtype=dtype)
-    return reward_model.requires_grad_(False).eval()

@@ -161,10 +161,18 @@ class WanRewardModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, Atte
 
         # 4. Pooling & head, on all tokens
         self.token_gather = TokenGather()
-        self.pooler = build_pooling(pooling, inner_dim, num_heads=num_query_heads, residual=query_residual)
-        self.head = RewardHead(inner_dim, hidden_dims=(head_dims[0], head_dims[1]))
+        self.reset_head()
 
         self.gradient_checkpointing = False
+
+    def reset_head(self) -> None:
+        """Make pooling and head anew, with random weights."""
+        config = self.config
+        dim = config.num_attention_heads * config.attention_head_dim
+        self.pooler = build_pooling(
+            config.pooling, dim, num_heads=config.num_query_heads, residual=config.query_residual
+        )
+        self.head = RewardHead(dim, hidden_dims=(config.head_dims[0], config.head_dims[1]))
 
     @classmethod
     def from_transformer(
@@ -205,11 +213,7 @@ class WanRewardModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, Atte
             ValueError: If the folder holds another kind of model, or a weight is missing or left over. diffusers
                 would only warn, and the model would score with an untrained head.
         """
-        config = cls.load_config(pretrained_model_name_or_path, **_config_options(kwargs))
-        if config.get("_class_name") != cls.__name__:
-            raise ValueError(
-                f"{pretrained_model_name_or_path}: expected a {cls.__name__}, found a {config.get('_class_name')}."
-            )
+        cls.load_own_config(pretrained_model_name_or_path, **_config_options(kwargs))
         return_loading_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
         for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -217,6 +221,21 @@ class WanRewardModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, Atte
                 keys = ", ".join(str(key) for key in list(info[problem])[:5])
                 raise ValueError(f"{pretrained_model_name_or_path}: {len(info[problem])} {problem}, such as {keys}.")
         return (model, info) if return_loading_info else model
+
+    @classmethod
+    def load_own_config(cls, pretrained_model_name_or_path: str, **kwargs: Any) -> dict[str, Any]:
+        """
+        Load the configuration of a reward model, as `load_config` does.
+
+        Raises:
+            ValueError: If it is that of another kind of model.
+        """
+        config = cls.load_config(pretrained_model_name_or_path, **kwargs)
+        if config.get("_class_name") != cls.__name__:
+            raise ValueError(
+                f"{pretrained_model_name_or_path}: expected a {cls.__name__}, found a {config.get('_class_name')}."
+            )
+        return config
 
     def forward(
         self,
@@ -375,9 +394,9 @@ def check_fits_generator(
         raise ValueError(f"The reward model does not fit the generator: {', '.join(different)}.{hint}")
 
 
-def check_latents_fit(reward_model: WanRewardModel, *, vae_fingerprint: str, source: str) -> None:
+def check_latents_fit(reward_config: Mapping[str, Any], *, vae_fingerprint: str, source: str) -> None:
     """Raise a `ValueError` if the latents of `source` come from another VAE than the reward model was trained on."""
-    known = reward_model.config.vae_fingerprint
+    known = reward_config["vae_fingerprint"]
     if known is not None and known != vae_fingerprint:
         raise ValueError(
             f"{source}: its latents were made by the VAE {vae_fingerprint}, the reward model was trained on those of "

@@ -4,8 +4,9 @@ import dataclasses
 import json
 import signal
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,17 +19,21 @@ from accelerate.utils import DistributedType, set_seed
 from datasets import Dataset
 from diffusers import AutoencoderKLWan
 from diffusers.optimization import get_scheduler
+from diffusers.training_utils import cast_training_params
+from peft import LoraConfig
 from torch import nn
 from tqdm import tqdm
 
-from ..checkpointing import find_checkpoint, load_checkpoint, save_checkpoint
+from ..checkpointing import find_checkpoint, load_checkpoint, read_schedule, read_state, save_checkpoint
 from ..configs.base import TrainingConfig, check, save_config
 from ..data.collators import LatentBatch
 from ..data.dataset import check_rows_fit, latent_shapes
 from ..data.encoding import vae_fingerprint
-from ..distributed import all_finite, any_rank, build_accelerator, forget_deepspeed_in_transformers, mean_over_ranks
+from ..distributed import any_rank, build_accelerator, mean_over_ranks
 from ..flow_matching import make_generator, sample_noise, sample_sigmas
 from ..models.context_parallel import ContextParallelGroup, check_divisible
+from ..sharding import Masters, forget_deepspeed_in_transformers, split_for_zero3
+from .updates import Updates
 
 
 logger = get_logger(__name__)
@@ -97,8 +102,8 @@ class Trainer(ABC):
         self.save_model(directory)
 
     @abstractmethod
-    def load_model(self, directory: Path) -> None:
-        """Load what `save_model` wrote into the model in training."""
+    def read_model(self, directory: Path) -> Mapping[str, torch.Tensor]:
+        """What `save_model` wrote, by the names of the parameters in training."""
 
     def pipeline_vae_fingerprint(self) -> str:
         """Identity of the VAE of the pipeline that is trained; latents of another VAE mean nothing to it."""
@@ -128,11 +133,60 @@ class Trainer(ABC):
             source=source,
         )
 
-    def save_rank_state(self, directory: Path) -> None:  # noqa: B027
-        """Write what only this rank knows and `Accelerator.save_state` does not; nothing unless a subclass does."""
+    def save_average(self, directory: Path) -> None:  # noqa: B027
+        """Write averaged weights as `save_model` writes the others; nothing unless a subclass keeps an average."""
 
-    def load_rank_state(self, directory: Path) -> None:  # noqa: B027
-        """Load what `save_rank_state` wrote."""
+    def load_average(self, directory: Path) -> None:  # noqa: B027
+        """Load what `save_average` wrote."""
+
+    @property
+    def split(self) -> Callable[[nn.Module], None] | None:
+        """Splits the weights of a model that is to be trained while it loads, if the engine splits them anyway."""
+        plugin = self.accelerator.state.deepspeed_plugin
+        if plugin is None or plugin.zero_stage != 3:
+            return None
+        settings = {
+            name: plugin.deepspeed_config[name]
+            for name in ("zero_optimization", "bf16", "fp16")
+            if name in plugin.deepspeed_config
+        }
+        return partial(split_for_zero3, deepspeed_config={"train_micro_batch_size_per_gpu": 1, **settings})
+
+    @property
+    def trained_dtype(self) -> torch.dtype:
+        """Type to load weights in that are to be trained: float32, unless the engine keeps float32 masters of them."""
+        return torch.float32 if self.split is None else self.weight_dtype
+
+    def add_adapter(self, model: Any, *, exclude_modules: str | None = None) -> None:
+        """
+        Freeze a model and give it a LoRA adapter.
+
+        Args:
+            model (`ModelMixin`):
+                The model.
+            exclude_modules (`str`, *optional*):
+                Regular expression of the names of layers that get none.
+
+        Raises:
+            ValueError: If one of `lora_target_modules` names no layer.
+        """
+        config = self.config
+        names = [name for name, _ in model.named_modules()]
+        for target in config.lora_target_modules:
+            found = any(name == target or name.endswith(f".{target}") for name in names)
+            check(found, "lora_target_modules", target, "the end of a layer's name in the model, such as `attn1.to_q`")
+        model.requires_grad_(False)
+        model.add_adapter(
+            LoraConfig(
+                r=config.lora_rank,
+                lora_alpha=config.lora_rank if config.lora_alpha is None else config.lora_alpha,
+                lora_dropout=config.lora_dropout,
+                target_modules=config.lora_target_modules,
+                exclude_modules=exclude_modules,
+                init_lora_weights=True,
+            )
+        )
+        cast_training_params(model, dtype=self.trained_dtype)
 
     @property
     def weight_dtype(self) -> torch.dtype:
@@ -169,9 +223,18 @@ class Trainer(ABC):
             num_cycles=config.lr_num_cycles,
             power=config.lr_power,
         )
-        self.trainable_parameters = [parameter for group in parameter_groups for parameter in group["params"]]
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        trainable = {names[id(parameter)]: parameter for group in parameter_groups for parameter in group["params"]}
         # The schedule is not prepared: Accelerate would advance it once per process.
-        wrapped, self.optimizer = self.accelerator.prepare(model, optimizer)
+        wrapped, prepared_optimizer = self.accelerator.prepare(model, optimizer)
+        self.updates = Updates(
+            self.accelerator,
+            prepared_optimizer,
+            list(trainable.values()),
+            max_grad_norm=config.max_grad_norm,
+            max_skipped_updates=config.max_skipped_updates,
+        )
+        self.masters = Masters(trainable, prepared_optimizer)
         if self.accelerator.state.deepspeed_plugin is not None:
             forget_deepspeed_in_transformers()
         # New weights start equal on all ranks; from here on dropout may differ.
@@ -207,36 +270,6 @@ class Trainer(ABC):
             self.save_result(self.output_dir)
             logger.info("Finished %d steps: %s", self.global_step, self.output_dir)
         self.accelerator.end_training()
-
-    def backward(self, loss: torch.Tensor, sample_ids: Iterable[str], value: torch.Tensor | None = None) -> None:
-        """
-        Accumulate the gradient of `loss`, after all ranks agreed that it is finite.
-
-        Args:
-            loss (`torch.Tensor`):
-                Scalar to differentiate.
-            sample_ids (`Iterable[str]`):
-                Rows of the micro-batch, for the message.
-            value (`torch.Tensor`, *optional*):
-                The loss to look at, if `loss` is only a surrogate with the same gradient.
-
-        Raises:
-            FloatingPointError: On every rank, if the loss is not finite on one of them.
-        """
-        value = loss if value is None else value
-        if not all_finite(self.accelerator, torch.stack([value.detach().float(), loss.detach().float()])):
-            raise FloatingPointError(
-                f"Step {self.global_step}, rank {self.accelerator.process_index}: a loss is not finite on some rank. "
-                f"Here it is {value.detach()}, for the rows {', '.join(sample_ids)}."
-            )
-        self.accelerator.backward(loss)
-
-    def optimizer_step(self) -> None:
-        """Clip and update if this backward pass was the last of its update; otherwise keep accumulating."""
-        if self.accelerator.sync_gradients:
-            self.grad_norm = self.accelerator.clip_grad_norm_(self.trainable_parameters, self.config.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
 
     def generators(self, stream: int, micro_step: int, batch_size: int) -> list[torch.Generator]:
         """
@@ -277,28 +310,75 @@ class Trainer(ABC):
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps besides the states of Accelerate; JSON values only."""
-        return {"global_step": self.global_step, "num_processes": self.accelerator.num_processes}
+        return {
+            "global_step": self.global_step,
+            "num_skipped_updates": self.updates.num_skipped,
+            "num_processes": self.accelerator.num_processes,
+            "num_replicas": self.num_replicas,
+            "train_batch_size": self.config.train_batch_size,
+            "engine": self.engine,
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """
-        Restore what `state` returned.
-
-        Raises:
-            ValueError: If the checkpoint was written by another number of processes: which rows were seen would be
-                unknown.
-        """
-        if state["num_processes"] != self.accelerator.num_processes:
-            raise ValueError(
-                f"`resume_from_checkpoint`: {self.checkpoint} was written by {state['num_processes']} processes, this "
-                f"run has {self.accelerator.num_processes}."
-            )
+        """Restore what `state` returned."""
         self.global_step = state["global_step"]
+        self.updates.num_skipped = state["num_skipped_updates"]
+
+    @property
+    def engine(self) -> str:
+        """What runs the optimizer: `ZeRO-<stage>`, or `whole` if every process has all of it."""
+        plugin = self.accelerator.state.deepspeed_plugin
+        return "whole" if plugin is None else f"ZeRO-{plugin.zero_stage}"
+
+    def _resume(self, checkpoint: Path) -> None:
+        """
+        Continue from a checkpoint, and say what is not as if the run had never stopped.
+
+        The states of DeepSpeed's optimizers belong to one number of processes. With another one, or another engine,
+        the optimizer starts anew from the saved weights.
+        """
+        state = read_state(checkpoint)
+        self.load_state(state)
+        is_same = (state["engine"], state["num_processes"]) == (self.engine, self.accelerator.num_processes)
+        if is_same or state["engine"] == self.engine == "whole":
+            load_checkpoint(self.accelerator, checkpoint)
+        else:
+            self._load_weights(checkpoint)
+            logger.warning(
+                "%s was written by %d processes with %s, this run has %d with %s: the moments of AdamW start from zero.",
+                checkpoint,
+                state["num_processes"],
+                state["engine"],
+                self.accelerator.num_processes,
+                self.engine,
+            )
+        self.load_average(checkpoint)
+        if not is_same:
+            logger.warning("The number of processes or the engine has changed: dropout draws other numbers.")
+        batches = [
+            (state["num_replicas"], state["train_batch_size"]),
+            (self.num_replicas, self.config.train_batch_size),
+        ]
+        if batches[0][0] * batches[0][1] != batches[1][0] * batches[1][1]:
+            logger.warning(
+                "A global micro-batch was %d x %d clips and is %d x %d: the epoch goes on with other clips, some of "
+                "them seen already, and noise of its own.",
+                *batches[0],
+                *batches[1],
+            )
+        logger.info("Continuing from %s.", checkpoint)
+        self._warn_of_changes(checkpoint / CONFIG_FILE)
+
+    def _load_weights(self, checkpoint: Path) -> None:
+        """Load weights and schedule, and leave the optimizer as it is."""
+        self.masters.write(self.masters.share_of(self.read_model(checkpoint)))
+        self.lr_scheduler.load_state_dict(read_schedule(checkpoint))
+        for group, rate in zip(self.lr_scheduler.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
 
     def _start_run(self) -> None:
         if self.checkpoint is not None:
-            self.load_state(load_checkpoint(self.accelerator, self.checkpoint))
-            logger.info("Continuing from %s.", self.checkpoint)
-            self._warn_of_changes(self.checkpoint / CONFIG_FILE)
+            self._resume(self.checkpoint)
         if self.accelerator.is_main_process:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             save_config(self.config, self.output_dir / CONFIG_FILE)
@@ -368,12 +448,11 @@ class Trainer(ABC):
 
     def _save_model_hook(self, models: list[nn.Module], weights: list[Any], output_dir: str) -> None:
         self.save_model(Path(output_dir))
-        self.save_rank_state(Path(output_dir))
+        self.save_average(Path(output_dir))
         weights.clear()
 
     def _load_model_hook(self, models: list[nn.Module], input_dir: str) -> None:
         # DeepSpeed's engine has restored its own share of weights and optimizer by now.
         if self.accelerator.distributed_type != DistributedType.DEEPSPEED:
-            self.load_model(Path(input_dir))
-        self.load_rank_state(Path(input_dir))
+            self.masters.write(self.masters.share_of(self.read_model(Path(input_dir))))
         models.clear()

@@ -1,18 +1,18 @@
 """Process reward feedback learning: the generator climbs a latent reward, held by a flow-matching loss."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.logging import get_logger
 from datasets import Dataset
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
-from diffusers.training_utils import EMAModel, cast_training_params
-from peft import LoraConfig
+from diffusers.training_utils import EMAModel
 
-from ..checkpointing import load_lora, save_lora, save_pretrained
+from ..checkpointing import read_lora, save_lora, save_pretrained
 from ..configs.prfl import PRFLTrainingConfig
 from ..data.collators import LatentBatch, collate_latents
 from ..data.dataset import (
@@ -24,20 +24,20 @@ from ..data.dataset import (
     stream_batches,
 )
 from ..data.sampler import BucketBatchSampler
-from ..distributed import full_state_dict, local_masters, write_local
 from ..flow_matching import add_noise, sample_noise, sigmas_to_timesteps, velocity_target
 from ..losses import flow_matching_loss, reward_feedback_loss
-from ..models.loading import load_reward_model, load_scheduler, load_transformer
-from ..models.reward_model import check_fits_generator, check_latents_fit
+from ..models.loading import TRANSFORMER_FOLDER, WeightFiles, load_reward_model, load_scheduler, load_transformer
+from ..models.reward_model import WanRewardModel, check_fits_generator, check_latents_fit
 from ..rollout import denoise_to_step, predict_velocity
 from ..sample_evaluation import SampleEvaluator
+from ..sharding import full_state_dict, split_frozen
 from .base import Trainer
 
 
 logger = get_logger(__name__)
 
 FLOW_NOISE, FLOW_PROMPT, REWARD_NOISE, REWARD_PROMPT, STEP_INDEX = range(5)
-TRANSFORMER_FOLDER = "transformer"
+AVERAGE_FOLDER = "ema"
 
 
 class PRFLTrainer(Trainer):
@@ -62,7 +62,7 @@ class PRFLTrainer(Trainer):
         parameters = [parameter for parameter in self.unwrapped.parameters() if parameter.requires_grad]
         main_stream = self.flow_sampler if self.uses_flow_matching else self.reward_sampler
         self.transformer = self.prepare(self.unwrapped, [{"params": parameters}], main_stream().batches_per_epoch)
-        self.ema = self._build_ema() if config.use_ema else None
+        self.ema = EMAModel(self.masters.values(), decay=config.ema_decay, foreach=True) if config.use_ema else None
 
     def train_step(self) -> dict[str, torch.Tensor]:
         """One flow-matching update, then one reward update, or both losses in one update."""
@@ -72,7 +72,7 @@ class PRFLTrainer(Trainer):
         if self.uses_reward:
             metrics |= self.reward_backwards()
         if self.ema is not None:
-            self.ema.step(local_masters(self.trainable_parameters))
+            self.ema.step(self.masters.values())
         return metrics
 
     def flow_matching_backwards(self) -> dict[str, torch.Tensor]:
@@ -82,8 +82,8 @@ class PRFLTrainer(Trainer):
             batch = next(self.flow_batches).to(self.accelerator.device)
             with self.accelerator.accumulate(self.transformer):
                 loss = self.compute_flow_matching_loss(batch, micro_step)
-                self.backward(self.loss_weight * loss, batch.ids)
-                self.optimizer_step()
+                self.updates.backward(self.loss_weight * loss, batch.ids)
+                self.updates.step(self.global_step)
             losses.append(loss.detach())
         return {"flow_loss": torch.stack(losses).mean(), **self.grad_norm_of("flow")}
 
@@ -94,8 +94,8 @@ class PRFLTrainer(Trainer):
             batch = next(self.reward_batches).to(self.accelerator.device)
             with self.accelerator.accumulate(self.transformer):
                 surrogate, loss, batch_logits = self.compute_reward_feedback_loss(batch, micro_step)
-                self.backward(self.loss_weight * surrogate, batch.ids, value=loss)
-                self.optimizer_step()
+                self.updates.backward(self.loss_weight * surrogate, batch.ids, value=loss)
+                self.updates.step(self.global_step)
             losses.append(loss)
             logits.append(batch_logits)
         all_logits = torch.cat(logits)
@@ -197,7 +197,7 @@ class PRFLTrainer(Trainer):
         if not self.accelerator.sync_gradients:
             return {}
         name = "grad_norm" if self.config.update_schedule == "joint" else f"{kind}_grad_norm"
-        return {name: torch.as_tensor(self.grad_norm, device=self.accelerator.device)}
+        return {name: self.updates.grad_norm}
 
     def start_streams(self) -> None:
         """Open the batches of both kinds at the position of `global_step`."""
@@ -230,24 +230,36 @@ class PRFLTrainer(Trainer):
         if self.ema is None:
             yield
             return
-        kept = [master.detach().clone() for master in local_masters(self.trainable_parameters)]
-        write_local(self.trainable_parameters, self.ema.shadow_params)
+        kept = [value.detach().clone() for value in self.masters.values()]
+        self.masters.write(self.ema.shadow_params)
         try:
             yield
         finally:
-            write_local(self.trainable_parameters, kept)
+            self.masters.write(kept)
 
-    def save_rank_state(self, directory: Path) -> None:
-        """Write the average of what this rank trains."""
-        if self.ema is not None:
-            torch.save(self.ema.state_dict(), directory / self._ema_file())
+    def save_average(self, directory: Path) -> None:
+        """Write the averaged weights to `directory/ema`, if an average is kept. A collective."""
+        if self.ema is None:
+            return
+        if self.accelerator.is_main_process:
+            (directory / AVERAGE_FOLDER).mkdir()
+        with self.averaged_weights():
+            self.save_model(directory / AVERAGE_FOLDER)
 
-    def load_rank_state(self, directory: Path) -> None:
-        """Load what `save_rank_state` wrote."""
+    def load_average(self, directory: Path) -> None:
+        """Load what `save_average` wrote, each rank its share."""
         if self.ema is not None:
-            state = torch.load(directory / self._ema_file(), map_location="cpu", weights_only=True)
-            self.ema.load_state_dict(state)
-            self.ema.to(self.accelerator.device)
+            self.ema.shadow_params = self.masters.share_of(self.read_model(directory / AVERAGE_FOLDER))
+
+    def state(self) -> dict[str, Any]:
+        """Adds the number of updates in the average."""
+        return {**super().state(), "num_averaged": self.ema.optimization_step if self.ema else 0}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Restore what `state` returned."""
+        super().load_state(state)
+        if self.ema is not None:
+            self.ema.optimization_step = state["num_averaged"]
 
     def save_model(self, directory: Path) -> None:
         """Write the weights in training: `directory/transformer`, or the adapter's file. A collective."""
@@ -263,28 +275,11 @@ class PRFLTrainer(Trainer):
         with self.averaged_weights():
             self.save_model(directory)
 
-    def load_model(self, directory: Path) -> None:
-        """Load what `save_model` wrote."""
+    def read_model(self, directory: Path) -> Mapping[str, torch.Tensor]:
+        """What `save_model` wrote, by the names of the parameters in training."""
         if self.config.lora_rank is not None:
-            load_lora(self.unwrapped, directory)
-            return
-        saved = WanTransformer3DModel.from_pretrained(directory / TRANSFORMER_FOLDER)
-        self.unwrapped.load_state_dict(saved.state_dict())
-
-    def _ema_file(self) -> str:
-        return f"ema_{self.accelerator.process_index}.pt"
-
-    def _build_ema(self) -> EMAModel:
-        """
-        diffusers' average, over this rank's share of the weights.
-
-        Raises:
-            ValueError: Under ZeRO-1 and ZeRO-2, whose shares of the float32 masters do not follow the parameters.
-        """
-        plugin = self.accelerator.state.deepspeed_plugin
-        if plugin is not None and plugin.zero_stage in (1, 2):
-            raise ValueError(f"`use_ema` works without DeepSpeed and with ZeRO-3, not with ZeRO-{plugin.zero_stage}.")
-        return EMAModel(local_masters(self.trainable_parameters), decay=self.config.ema_decay, foreach=True)
+            return read_lora(directory)
+        return WeightFiles(directory, subfolder=TRANSFORMER_FOLDER)
 
     def _open_datasets(self) -> None:
         config = self.config
@@ -315,15 +310,20 @@ class PRFLTrainer(Trainer):
     def _load_models(self) -> None:
         config = self.config
         path, revision = config.pretrained_model_name_or_path, config.revision
-        self.reward_model = load_reward_model(config.reward_model, dtype=self.weight_dtype)
+        reward_config = WanRewardModel.load_own_config(config.reward_model)
         transformer_config = WanTransformer3DModel.load_config(path, subfolder=TRANSFORMER_FOLDER, revision=revision)
-        check_fits_generator(self.reward_model.config, transformer_config, allow_other_base=config.allow_other_base)
+        check_fits_generator(reward_config, transformer_config, allow_other_base=config.allow_other_base)
         fingerprint = self.pipeline_vae_fingerprint()
-        check_latents_fit(self.reward_model, vae_fingerprint=fingerprint, source=path)
+        check_latents_fit(reward_config, vae_fingerprint=fingerprint, source=path)
         for source, dataset in self._datasets_by_source().items():
             check_vae(dataset, source, fingerprint)
-            self.check_dataset(dataset, source, self.reward_model.config)
+            self.check_dataset(dataset, source, reward_config)
         self.scheduler = load_scheduler(path, revision=revision, flow_shift=config.sampler_flow_shift)
+        self.reward_model = load_reward_model(
+            config.reward_model,
+            dtype=self.weight_dtype,
+            split=partial(split_frozen, device=self.accelerator.device) if config.shard_reward_model else None,
+        )
         self.reward_model.to(self.accelerator.device)
         self.unwrapped = self._load_transformer()
         if config.gradient_checkpointing:
@@ -342,20 +342,11 @@ class PRFLTrainer(Trainer):
             config.pretrained_model_name_or_path,
             revision=config.revision,
             variant=config.variant,
-            dtype=self.weight_dtype if is_lora else torch.float32,
+            dtype=self.weight_dtype if is_lora else self.trained_dtype,
+            split=self.split,
         )
         if is_lora:
-            transformer.requires_grad_(False)
-            transformer.add_adapter(
-                LoraConfig(
-                    r=config.lora_rank,
-                    lora_alpha=config.lora_rank if config.lora_alpha is None else config.lora_alpha,
-                    lora_dropout=config.lora_dropout,
-                    target_modules=config.lora_target_modules,
-                    init_lora_weights=True,
-                )
-            )
-            cast_training_params(transformer, dtype=torch.float32)
+            self.add_adapter(transformer)
         return transformer
 
     def _build_evaluator(self) -> SampleEvaluator | None:

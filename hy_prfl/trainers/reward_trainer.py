@@ -1,7 +1,7 @@
 """Trains PAVRM: the label of the clean clip, predicted from its latents at a random noise level."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from accelerate.logging import get_logger
 from datasets import Dataset
+from safetensors.torch import load_file, save_file
 
-from ..checkpointing import save_pretrained
+from ..checkpointing import merge_adapter, save_pretrained
 from ..configs.reward import RewardTrainingConfig
 from ..data.collators import LabeledBatch, LatentBatch, PreferenceBatch, collate_labeled, collate_preferences
 from ..data.dataset import (
@@ -24,11 +25,11 @@ from ..data.dataset import (
     stream_batches,
 )
 from ..data.sampler import BucketBatchSampler
-from ..distributed import full_state_dict
 from ..evaluation import GREATER_IS_BETTER, RewardEvaluator
 from ..losses import binary_reward_loss, bradley_terry_loss
-from ..models.loading import load_transformer
+from ..models.loading import WeightFiles, load_reward_model, make_reward_model
 from ..models.reward_model import WanRewardModel, check_latents_fit, score_noised
+from ..sharding import full_state_dict
 from .base import Trainer
 
 
@@ -37,6 +38,7 @@ logger = get_logger(__name__)
 NOISE = 0
 MODEL_FOLDER = "reward_model"
 BEST_FOLDER = "best"
+TRAINED_FILE = "trained_weights.safetensors"
 
 
 class RewardTrainer(Trainer):
@@ -76,14 +78,14 @@ class RewardTrainer(Trainer):
             batch = next(self.batches).to(self.accelerator.device)
             with self.accelerator.accumulate(self.reward_model):
                 loss, margin = self.compute_loss(batch, micro_step)
-                self.backward(loss, batch.ids)
-                self.optimizer_step()
+                self.updates.backward(loss, batch.ids)
+                self.updates.step(self.global_step)
             losses.append(loss.detach())
             margins.append(margin)
         return {
             "loss": torch.stack(losses).mean(),
             "accuracy": (torch.cat(margins) > 0).float().mean(),
-            "grad_norm": torch.as_tensor(self.grad_norm, device=self.accelerator.device),
+            "grad_norm": self.updates.grad_norm,
         }
 
     def compute_loss(
@@ -144,15 +146,23 @@ class RewardTrainer(Trainer):
         self.unwrapped.train()
 
     def save_model(self, directory: Path) -> None:
-        """Write `directory/reward_model`. A collective."""
-        state_dict = full_state_dict(self.accelerator, self.unwrapped)
+        """Write `directory/reward_model`, or of a run with LoRA what trains. A collective."""
+        if self.config.lora_rank is None:
+            self._write_reward_model(directory / MODEL_FOLDER)
+            return
+        state_dict = full_state_dict(self.accelerator, self.unwrapped, trainable_only=True)
         if self.accelerator.is_main_process:
-            save_pretrained(self.unwrapped, state_dict, directory / MODEL_FOLDER)
+            save_file(state_dict, directory / TRAINED_FILE)
 
-    def load_model(self, directory: Path) -> None:
-        """Load `directory/reward_model`."""
-        saved = WanRewardModel.from_pretrained(directory / MODEL_FOLDER)
-        self.unwrapped.load_state_dict(saved.state_dict())
+    def save_result(self, directory: Path) -> None:
+        """Write `directory/reward_model`, whole, also after LoRA."""
+        self._write_reward_model(directory / MODEL_FOLDER)
+
+    def read_model(self, directory: Path) -> Mapping[str, torch.Tensor]:
+        """What `save_model` wrote, by the names of the parameters in training."""
+        if self.config.lora_rank is None:
+            return WeightFiles(directory, subfolder=MODEL_FOLDER)
+        return load_file(directory / TRAINED_FILE)
 
     def state(self) -> dict[str, Any]:
         """Adds the best metric so far."""
@@ -201,23 +211,32 @@ class RewardTrainer(Trainer):
     def _load_reward_model(self) -> WanRewardModel:
         config = self.config
         if config.reward_model is not None:
-            model = WanRewardModel.from_pretrained(config.reward_model)
-            check_latents_fit(model, vae_fingerprint=self.vae_fingerprint, source=config.train_dataset)
+            reward_config = WanRewardModel.load_own_config(config.reward_model)
+            check_latents_fit(reward_config, vae_fingerprint=self.vae_fingerprint, source=config.train_dataset)
+            model = load_reward_model(
+                config.reward_model, dtype=self.trained_dtype, split=self.split, keep_in_fp32=False
+            )
             model.register_to_config(task=config.task, vae_fingerprint=self.vae_fingerprint)
         else:
-            transformer = load_transformer(
-                config.pretrained_model_name_or_path, revision=config.revision, variant=config.variant
-            )
-            model = WanRewardModel.from_transformer(
-                transformer,
+            model = make_reward_model(
+                config.pretrained_model_name_or_path,
                 num_layers=config.num_layers,
+                revision=config.revision,
+                variant=config.variant,
+                dtype=self.trained_dtype,
+                split=self.split,
                 pooling=config.pooling,
                 num_query_heads=config.num_query_heads,
                 query_residual=config.query_residual,
                 task=config.task,
                 vae_fingerprint=self.vae_fingerprint,
             )
-        model.freeze_embeddings()
+        if config.lora_rank is not None:
+            self.add_adapter(model, exclude_modules=r"(pooler|head)\..*")
+        else:
+            model.requires_grad_(True).freeze_embeddings()
+        for part in (model.pooler, model.head):
+            part.requires_grad_(True)
         if config.freeze_blocks:
             model.blocks.requires_grad_(False)
         if config.gradient_checkpointing:
@@ -229,8 +248,9 @@ class RewardTrainer(Trainer):
     def _parameter_groups(self) -> list[dict[str, Any]]:
         head = [*self.unwrapped.pooler.parameters(), *self.unwrapped.head.parameters()]
         groups = [{"params": head, "lr": self.config.head_learning_rate}]
-        if not self.config.freeze_blocks:
-            groups.insert(0, {"params": list(self.unwrapped.blocks.parameters()), "lr": self.config.learning_rate})
+        blocks = [parameter for parameter in self.unwrapped.blocks.parameters() if parameter.requires_grad]
+        if blocks:
+            groups.insert(0, {"params": blocks, "lr": self.config.learning_rate})
         return groups
 
     def _buckets(self) -> list[tuple[int, ...]]:
@@ -239,9 +259,13 @@ class RewardTrainer(Trainer):
 
     def _save_best(self, metrics: dict[str, float]) -> None:
         """Write `output_dir/best`, with what made it the best. A collective."""
+        report = {"global_step": self.global_step, **metrics}
+        self._write_reward_model(self.output_dir / BEST_FOLDER, extra={"metrics.json": json.dumps(report, indent=2)})
+        logger.info("Best %s so far: %.4f.", self.config.metric_for_best_model, self.best_metric)
+
+    def _write_reward_model(self, folder: Path, **kwargs: Any) -> None:
         state_dict = full_state_dict(self.accelerator, self.unwrapped)
         if self.accelerator.is_main_process:
-            report = {"global_step": self.global_step, **metrics}
-            best = self.output_dir / BEST_FOLDER
-            save_pretrained(self.unwrapped, state_dict, best, extra={"metrics.json": json.dumps(report, indent=2)})
-        logger.info("Best %s so far: %.4f.", self.config.metric_for_best_model, self.best_metric)
+            if self.config.lora_rank is not None:
+                state_dict = merge_adapter(self.unwrapped, state_dict)
+            save_pretrained(self.unwrapped, state_dict, folder, **kwargs)

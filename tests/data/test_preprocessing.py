@@ -188,7 +188,7 @@ def test_interrupted_run_continues_where_it_was(encoder: LatentEncoder, clips: l
     assert not (tmp_path / "out").exists()
     # Leftovers of a process that was killed while it wrote.
     (tmp_path / "out.partial" / "shard-0.arrow.1.tmp").write_bytes(b"half a shard")
-    (tmp_path / "out.tmp").mkdir()
+    (tmp_path / ".out.tmp").mkdir()
 
     summary = build(rows, ClipEncoder(encoder, settings), tmp_path / "out")
     assert summary == DatasetSummary(num_rows=5, num_encoded=2, num_bad=0)
@@ -271,7 +271,7 @@ def test_swap_that_was_cut_off_is_undone(encoder: LatentEncoder, clips: list[Pat
     rows = [make_row("a", video=clips[0])]
     row_encoder = ClipEncoder(encoder, ClipSettings(**SETTINGS))
     build(rows, row_encoder, tmp_path / "out")
-    (tmp_path / "out").rename(tmp_path / "out.old")
+    (tmp_path / "out").rename(tmp_path / ".out.old")
     assert build(rows, row_encoder, tmp_path / "out").num_encoded == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

@@ -189,9 +189,9 @@ def test_fitting_generator_and_latents(
     with pytest.raises(ValueError, match=r"`ffn_dim` 32 against 64, `base_num_layers` 3 against 40.*allow_other_base"):
         check_fits_generator(model.config, larger)
     check_fits_generator(model.config, larger, allow_other_base=True)
-    check_latents_fit(model, vae_fingerprint="abc", source="d")
+    check_latents_fit(model.config, vae_fingerprint="abc", source="d")
     with pytest.raises(ValueError, match=r"d: its latents were made by the VAE xyz.*VAE abc"):
-        check_latents_fit(model, vae_fingerprint="xyz", source="d")
+        check_latents_fit(model.config, vae_fingerprint="xyz", source="d")
 
 
 def test_half_precision_keeps_what_must_be_float32(transformer: WanTransformer3DModel, tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -193,18 +194,85 @@ def test_gradient_checkpointing_changes_nothing(build: Callable[..., RewardTrain
         torch.testing.assert_close(value, other, rtol=1e-5, atol=1e-7)
 
 
-def test_a_loss_that_is_not_finite_stops_with_step_and_rows(build: Callable[..., RewardTrainer]) -> None:
-    trainer = build(max_train_steps=3)
+@pytest.fixture
+def spoilt(tmp_path: Path, write_latents: Callable[..., Path]) -> str:
+    """Dataset of 8 rows of which clip-5 is not finite; `pack_tensor` would not write such a row."""
+    broken = {5: {"latents": np.full(16 * 2 * 4 * 4, np.nan, np.float16)}}
+    return str(write_latents(tmp_path / "spoilt", 8, overrides=broken))
+
+
+def test_an_update_with_a_loss_that_is_not_finite_is_left_out(
+    build: Callable[..., RewardTrainer], spoilt: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = build(train_dataset=spoilt, gradient_accumulation_steps=2, train_batch_size=2, max_train_steps=4)
+    seen = [snapshot(trainer.unwrapped)]
     original = trainer.train_step
 
-    def spoil() -> dict[str, torch.Tensor]:
-        if trainer.global_step == 1:
-            trainer.unwrapped.head.linear_3.bias.data.fill_(float("nan"))
-        return original()
+    def watch() -> dict[str, torch.Tensor]:
+        metrics = original()
+        seen.append(snapshot(trainer.unwrapped))
+        return metrics
 
-    trainer.train_step = spoil  # type: ignore[method-assign]
-    with pytest.raises(FloatingPointError, match=r"Step 1, rank 0.*nan.*clip-"):
-        trainer.train()
+    trainer.train_step = watch  # type: ignore[method-assign]
+    trainer.train()
+    changed = [not torch.equal(seen[i]["head.linear_3.weight"], seen[i + 1]["head.linear_3.weight"]) for i in range(4)]
+    # 4 updates are two epochs: the row comes once in each.
+    assert sum(changed[:2]) == sum(changed[2:]) == 1
+    assert all(value.isfinite().all() for value in seen[-1].values())
+    reports = [record.getMessage() for record in caplog.records if "update left out" in record.getMessage()]
+    assert len(reports) == 2
+    for report, step in zip(reports, [index for index, moved in enumerate(changed) if not moved], strict=True):
+        assert f"Step {step}: a loss is not finite" in report
+        assert "rank 0: loss nan" in report
+        assert "clip-5" in report
+
+
+def test_too_many_updates_left_out_stop_the_run(build: Callable[..., RewardTrainer], spoilt: str) -> None:
+    with pytest.raises(FloatingPointError, match=r"number 2 of this run.*clip-5.*`max_skipped_updates` is 1"):
+        build(train_dataset=spoilt, max_train_steps=8, max_skipped_updates=1).train()
+
+
+def test_the_count_of_updates_left_out_survives_a_restart(build: Callable[..., RewardTrainer], spoilt: str) -> None:
+    build(train_dataset=spoilt, max_train_steps=2).train()
+    with pytest.raises(FloatingPointError, match="number 2 of this run"):
+        build(train_dataset=spoilt, max_train_steps=4, max_skipped_updates=1, resume_from_checkpoint="latest").train()
+
+
+def test_adapter_trains_and_the_result_is_an_ordinary_reward_model(
+    build: Callable[..., RewardTrainer], tmp_path: Path
+) -> None:
+    trainer = build(lora_rank=2, lora_alpha=8.0, max_train_steps=3)
+    before = snapshot(trainer.unwrapped)
+    trainer.train()
+    moved = {name for name, value in trainer.unwrapped.named_parameters() if not torch.equal(value, before[name])}
+    assert moved == {name for name in before if "lora_" in name or name.startswith(("pooler", "head"))}
+    assert not any("pooler" in name for name in before if "lora_" in name)
+
+    plain = WanRewardModel.from_pretrained(str(tmp_path / "out" / "reward_model"))
+    inputs = {
+        "hidden_states": torch.randn(2, 16, 2, 4, 4),
+        "timestep": torch.tensor([300.0, 900.0]),
+        "encoder_hidden_states": torch.randn(2, 3, 32),
+    }
+    with torch.no_grad():
+        expected = trainer.unwrapped.eval()(**inputs).logits
+        torch.testing.assert_close(plain(**inputs).logits, expected, rtol=1e-4, atol=1e-5)
+        for layer in trainer.unwrapped.modules():
+            if hasattr(layer, "scaling"):
+                assert layer.scaling == {"default": 4.0}
+
+
+@pytest.mark.parametrize("options", [{"lora_rank": 2, "lora_dropout": 0.3}])
+def test_resuming_an_adapter_equals_never_having_stopped(
+    build: Callable[..., RewardTrainer], tmp_path: Path, options: dict[str, Any]
+) -> None:
+    whole = build(max_train_steps=4, output_dir=str(tmp_path / "whole"), **options)
+    whole.train()
+    build(max_train_steps=2, **options).train()
+    second = build(max_train_steps=4, resume_from_checkpoint="latest", **options)
+    second.train()
+    expected = snapshot(whole.unwrapped)
+    assert all(torch.equal(value, expected[name]) for name, value in second.unwrapped.named_parameters())
 
 
 @pytest.mark.parametrize(
@@ -245,9 +313,34 @@ def test_another_number_of_processes_and_changed_options(
     build(resume_from_checkpoint="latest", max_train_steps=3).train()
     assert "`max_train_steps` was 2 before the checkpoint and is 3 now" in caplog.text
     state = tmp_path / "out" / "checkpoint-3" / "trainer_state.json"
-    state.write_text(json.dumps(json.loads(state.read_text()) | {"num_processes": 8}))
-    with pytest.raises(ValueError, match="written by 8 processes, this run has 1"):
-        build(resume_from_checkpoint="latest").train()
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"num_processes": 8, "num_replicas": 8}))
+    build(resume_from_checkpoint="latest", max_train_steps=4).train()
+    assert "A global micro-batch was 8 x 4 clips and is 1 x 4" in caplog.text
+    assert "dropout draws other numbers" in caplog.text
+    assert "moments of AdamW" not in caplog.text
+
+
+def test_another_engine_goes_on_from_the_weights_with_a_new_optimizer(
+    build: Callable[..., RewardTrainer], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = {"lr_scheduler": "linear", "max_train_steps": 4, "checkpointing_steps": 2}
+    build(**options).train()
+    shutil.rmtree(tmp_path / "out" / "checkpoint-4")
+    checkpoint = tmp_path / "out" / "checkpoint-2"
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state | {"engine": "ZeRO-3"}))
+    # Nothing but weights and schedule can be read, nothing else is needed.
+    for name in ("optimizer.bin", "random_states_0.pkl"):
+        (checkpoint / name).unlink()
+    trainer = build(**options, resume_from_checkpoint="latest")
+    trainer._start_run()
+    saved = WanRewardModel.from_pretrained(str(checkpoint / "reward_model"))
+    expected = dict(saved.named_parameters())
+    assert all(torch.equal(value, expected[name]) for name, value in trainer.unwrapped.named_parameters())
+    assert [group["lr"] for group in trainer.updates.optimizer.param_groups] == [0.5e-3, 0.5e-3]
+    assert "the moments of AdamW start from zero" in caplog.text
+    trainer.start_streams()
+    trainer.train_step()
 
 
 def test_a_finished_folder_is_not_overwritten(build: Callable[..., RewardTrainer]) -> None:

@@ -1,0 +1,39 @@
+"""Folders that are replaced in one move: whoever reads one finds it whole, old or new."""
+
+import shutil
+from pathlib import Path
+
+
+def temporary_folder(target: Path) -> Path:
+    """Where a folder is written before `replace_folder` gives it its name. Leftovers of a killed run are removed."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    return temporary
+
+
+def replace_folder(temporary: Path, target: Path) -> None:
+    """
+    Give a finished temporary folder its final name; an older folder of that name disappears.
+
+    The older one is removed only after that, so a table that is memory-mapped from it may be written back to it. A
+    process killed between the two renames leaves no folder of that name; `recover_folder` brings the old one back.
+    """
+    recover_folder(target)
+    outdated = _outdated(target)
+    if target.exists():
+        target.rename(outdated)
+    temporary.rename(target)
+    shutil.rmtree(outdated, ignore_errors=True)
+
+
+def recover_folder(target: Path) -> None:
+    """Undo or finish the swap of `replace_folder` if it was cut off between its two renames, or after them."""
+    outdated = _outdated(target)
+    if outdated.exists() and target.exists():
+        shutil.rmtree(outdated)
+    elif outdated.exists():
+        outdated.rename(target)
+
+
+def _outdated(target: Path) -> Path:
+    return target.with_name(f".{target.name}.old")

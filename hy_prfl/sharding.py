@@ -1,0 +1,221 @@
+"""Weights that are split over ranks: filled piece by piece, made whole one at a time, written back."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+
+
+def forget_deepspeed_in_transformers() -> None:
+    """
+    Let transformers and diffusers treat tensors as the whole tensors that they are.
+
+    Accelerate tells transformers that ZeRO-3 is on. Models loaded after that would come out split, and diffusers'
+    `EMAModel` would want to gather the shares that it is given.
+    """
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+
+
+def fill_weights(
+    model: nn.Module,
+    weights: Mapping[str, torch.Tensor],
+    *,
+    dtype: torch.dtype,
+    keep_in_fp32: Sequence[str] = (),
+    split: Callable[[nn.Module], None] | None = None,
+) -> None:
+    """
+    Give a model that was made on the meta device its weights, a block at a time.
+
+    Args:
+        model (`nn.Module`):
+            The model. Parameters that are not on the meta device are left as they are.
+        weights (`Mapping[str, torch.Tensor]`):
+            Weights by name; each is asked for once, so they may be read from disk when they are.
+        dtype (`torch.dtype`):
+            Type to convert to.
+        keep_in_fp32 (`Sequence[str]`):
+            Names of modules and parameters whose weights become float32 instead.
+        split (`Callable[[nn.Module], None]`, *optional*):
+            Called with every block as soon as it is filled, and with the model at the end: `split_for_zero3` or
+            `split_frozen`. No rank ever holds more than one whole block then.
+
+    Raises:
+        ValueError: If a weight is missing, left over, or of another shape.
+    """
+    expected = {name: parameter.shape for name, parameter in model.named_parameters() if parameter.is_meta}
+    different = sorted(set(expected) ^ set(weights))
+    if different:
+        raise ValueError(f"{len(different)} weights are missing or left over, such as '{different[0]}'.")
+    num_blocks = len(model.get_submodule("blocks")._modules)
+    for unit in [*(f"blocks.{index}" for index in range(num_blocks)), ""]:
+        module = model.get_submodule(unit)
+        for name, parameter in list(module.named_parameters()):
+            if not parameter.is_meta:
+                continue
+            full_name = f"{unit}.{name}" if unit else name
+            tensor = weights[full_name]
+            if tensor.shape != expected[full_name]:
+                raise ValueError(
+                    f"'{full_name}' must have the shape {tuple(expected[full_name])}, got {tuple(tensor.shape)}."
+                )
+            parent, _, leaf = name.rpartition(".")
+            # A copy: weights read from a file are mapped from it, and the file may be replaced.
+            own_dtype = torch.float32 if set(keep_in_fp32) & set(full_name.split(".")) else dtype
+            value = nn.Parameter(tensor.to(own_dtype, copy=True), requires_grad=parameter.requires_grad)
+            module.get_submodule(parent).register_parameter(leaf, value)
+        if split is not None:
+            split(module)
+
+
+def split_for_zero3(module: nn.Module, deepspeed_config: Mapping[str, Any]) -> None:
+    """Split the weights of a module as the ZeRO-3 engine of this configuration will want them. A collective."""
+    import deepspeed
+
+    deepspeed.zero.Init(module=module, config_dict_or_path=dict(deepspeed_config))
+
+
+def split_frozen(module: nn.Module, device: torch.device) -> None:
+    """
+    Split the weights of a frozen module over all ranks; it is whole only while it computes. A collective.
+
+    It needs no engine (torch's `fully_shard`), so it is the same beside DDP, ZeRO-2 and ZeRO-3, stays out of their
+    checkpoints, and the module is called as before. All ranks must call it the same number of times.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    module.requires_grad_(False)
+    fully_shard(module, mesh=init_device_mesh(device.type, (dist.get_world_size(),)), reshard_after_forward=True)
+
+
+@contextmanager
+def gathered(parameter: torch.Tensor) -> Iterator[None]:
+    """Make a parameter that ZeRO-3 has split over the ranks whole for the time of the context. A collective."""
+    if not hasattr(parameter, "ds_id"):
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter]):
+        yield
+
+
+def full_state_dict(
+    accelerator: Accelerator, model: nn.Module, *, trainable_only: bool = False
+) -> dict[str, torch.Tensor]:
+    """
+    Weights by name, on the CPU of the main process; empty on the other ranks. A collective.
+
+    Under DeepSpeed one parameter after the other is made whole, so no rank ever holds more than one besides its own
+    share, and what trains comes as the float32 master that the optimizer keeps.
+    """
+    state_dict = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if trainable_only and not tensor.requires_grad:
+            continue
+        master = full_master(tensor)
+        with gathered(tensor):
+            if accelerator.is_main_process:
+                state_dict[name] = (tensor if master is None else master).detach().cpu().clone()
+    return state_dict
+
+
+def full_master(parameter: torch.Tensor) -> torch.Tensor | None:
+    """The whole float32 master of a parameter in training under DeepSpeed, None for any other. A collective."""
+    if not hasattr(parameter, "ds_id") and not hasattr(parameter, "_hp_mapping"):
+        return None
+    if not parameter.requires_grad:
+        return None
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    return safe_get_full_fp32_param(parameter)
+
+
+class Masters:
+    """
+    What this rank keeps, in float32, of the parameters in training: all of them without DeepSpeed, else its share.
+
+    Args:
+        named_parameters (`Mapping[str, nn.Parameter]`):
+            The parameters in training by name, after `Accelerator.prepare`.
+        optimizer (`torch.optim.Optimizer`):
+            The prepared optimizer.
+    """
+
+    def __init__(self, named_parameters: Mapping[str, Any], optimizer: Any) -> None:
+        self.optimizer = optimizer
+        self.is_zero3 = any(hasattr(parameter, "ds_id") for parameter in named_parameters.values())
+        self.is_zero2 = any(hasattr(parameter, "_hp_mapping") for parameter in named_parameters.values())
+        self.shapes = {name: getattr(tensor, "ds_shape", tensor.shape) for name, tensor in named_parameters.items()}
+        # ZeRO-2 cuts one long buffer: a rank has no part of most parameters.
+        self.parameters = {
+            name: parameter
+            for name, parameter in named_parameters.items()
+            if not self.is_zero2 or getattr(parameter, "_hp_mapping", None) is not None
+        }
+
+    def values(self) -> list[nn.Parameter]:
+        """This rank's share of each parameter that it has a share of."""
+        if self.is_zero3:
+            from deepspeed.utils import safe_get_local_fp32_param
+
+            return [nn.Parameter(safe_get_local_fp32_param(parameter)) for parameter in self.parameters.values()]
+        if self.is_zero2:
+            return [nn.Parameter(parameter._hp_mapping.get_hp_fragment()) for parameter in self.parameters.values()]
+        return list(self.parameters.values())
+
+    def share_of(self, weights: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        """
+        Cut whole weights, one for each parameter in training, as `values` are cut.
+
+        Raises:
+            ValueError: If one of them is missing, or has another shape than its parameter.
+        """
+        missing = sorted(set(self.shapes) - set(weights))
+        if missing:
+            raise ValueError(f"{len(missing)} weights are missing, such as '{missing[0]}'.")
+        shares = []
+        for name, parameter in self.parameters.items():
+            tensor = weights[name]
+            if tensor.shape != self.shapes[name]:
+                raise ValueError(
+                    f"'{name}' must have the shape {tuple(self.shapes[name])}, got {tuple(tensor.shape)}."
+                )
+            shares.append(self._cut(parameter, tensor))
+        return shares
+
+    def write(self, values: Sequence[torch.Tensor]) -> None:
+        """Put values of the shapes of `values` into the parameters, masters and working copies alike. A collective."""
+        for parameter, value in zip(self.parameters.values(), values, strict=True):
+            if self.is_zero3:
+                from deepspeed.utils import safe_set_local_fp32_param
+
+                safe_set_local_fp32_param(parameter, value)
+                parameter.ds_tensor.data.copy_(value.view_as(parameter.ds_tensor))
+            elif self.is_zero2:
+                parameter._hp_mapping.get_hp_fragment().data.copy_(value)
+            else:
+                parameter.data.copy_(value)
+        if self.is_zero2:
+            self.optimizer.optimizer.update_lp_params()
+
+    def _cut(self, parameter: Any, tensor: torch.Tensor) -> torch.Tensor:
+        if self.is_zero3:
+            # Shares are of equal size; what is beyond the end of the last one is padding.
+            size = parameter.ds_tensor.numel()
+            start = dist.get_rank(parameter.ds_process_group) * size
+            share = torch.zeros(size, device=parameter.ds_tensor.device)
+            own = tensor.flatten()[start : start + size]
+            share[: own.numel()].copy_(own)
+            return share
+        if self.is_zero2:
+            address = parameter._hp_mapping.lp_fragment_address
+            tensor = tensor.flatten()[address.start : address.start + address.numel]
+        return tensor.to(parameter.device, torch.float32, copy=True)
