@@ -22,6 +22,8 @@ COMMANDS = {
     "score": "score videos or latents",
     "generate": "prompts -> videos",
     "convert": "read checkpoints in Wan's or upstream's own format",
+    "push": "a run, a model or a dataset -> the Hugging Face Hub",
+    "pull": "a repository of the Hub -> a folder",
 }
 
 

@@ -1,8 +1,18 @@
+import json
 import os
+import platform
 import shutil
+import subprocess
+import sys
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
-from hy_prfl.provenance import path_identity
+import diffusers
+import pytest
+import torch
+
+import hy_prfl
+from hy_prfl.provenance import git_state, path_identity, run_record, write_run_record
 
 
 def test_changes_with_the_files_and_not_with_the_name(tmp_path: Path) -> None:
@@ -24,3 +34,89 @@ def test_file_and_hub_id(tmp_path: Path) -> None:
     assert len(path_identity(str(tmp_path / "a.safetensors"))) == 16
     assert path_identity("owner/name") == "owner/name"
     assert path_identity("owner/name", "v2") == "owner/name@v2"
+
+
+def git(folder: Path, *arguments: str) -> str:
+    identity = ["-c", "user.name=tester", "-c", "user.email=tester@example.com", "-c", "commit.gpgsign=false"]
+    command = ["git", "-C", str(folder), *identity, *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """A git repository with one commit."""
+    folder = tmp_path / "repository"
+    folder.mkdir()
+    git(folder, "init", "--quiet")
+    (folder / "code.py").write_text("a = 1\n")
+    git(folder, "add", "code.py")
+    git(folder, "commit", "--quiet", "-m", "first")
+    return folder
+
+
+class TestGitState:
+    def test_commit_and_changes(self, repository: Path) -> None:
+        commit = git(repository, "rev-parse", "HEAD")
+        assert git_state(repository) == {"commit": commit, "dirty": False}
+        (repository / "outputs").mkdir()
+        (repository / "outputs" / "x.txt").write_text("not tracked")
+        assert git_state(repository / "outputs") == {"commit": commit, "dirty": False}
+        (repository / "code.py").write_text("a = 2\n")
+        assert git_state(repository) == {"commit": commit, "dirty": True}
+
+    def test_nothing_to_tell(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, repository: Path) -> None:
+        monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
+        (tmp_path / "plain").mkdir()
+        assert git_state(tmp_path / "plain") is None
+        git(tmp_path / "plain", "init", "--quiet")
+        assert git_state(tmp_path / "plain") is None  # no commit yet
+        monkeypatch.setenv("PATH", str(tmp_path / "plain"))
+        assert git_state(repository) is None  # no git
+
+
+class TestRunRecord:
+    def test_record(self, repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(repository)
+        words = ["train_prfl.py", "--seed", "7", "--hub_token", "hf_secret", "--token=hf_secret", "--max_tokens=3"]
+        monkeypatch.setattr(sys, "argv", words)
+        record = run_record(seed=7, num_processes=2)
+        assert json.loads(json.dumps(record)) == record
+        assert (record["seed"], record["num_processes"]) == (7, 2)
+        assert record["command"] == [
+            "train_prfl.py",
+            "--seed",
+            "7",
+            "--hub_token",
+            "...",
+            "--token=...",
+            "--max_tokens=3",
+        ]
+        age = datetime.now(timezone.utc) - datetime.fromisoformat(record["started"])
+        assert timedelta(0) <= age < timedelta(minutes=1)
+        assert record["hy_prfl"] == hy_prfl.__version__
+        assert record["python"] == platform.python_version()
+        assert record["platform"]
+        assert record["libraries"]["diffusers"] == diffusers.__version__
+        assert record["libraries"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+        assert {"accelerate", "deepspeed", "transformers", "peft", "datasets"} <= set(record["libraries"])
+        if torch.cuda.is_available():
+            names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+            assert record["devices"] == {"type": "cuda", "names": names}
+        elif not torch.accelerator.is_available():
+            assert record["devices"] == {"type": "cpu", "names": []}
+        assert record["git"] == {"commit": git(repository, "rev-parse", "HEAD"), "dirty": False}
+
+    def test_file_has_a_record_for_each_start(self, tmp_path: Path) -> None:
+        path = tmp_path / "out" / "run.json"
+        write_run_record(path, {"seed": 1})
+        write_run_record(path, {"seed": 2})
+        assert json.loads(path.read_text()) == [{"seed": 1}, {"seed": 2}]
+        assert [file.name for file in path.parent.iterdir()] == ["run.json"]
+
+    @pytest.mark.parametrize(("text", "message"), [("{", "not valid JSON"), ("{}", "expected a JSON list")])
+    def test_another_file_is_not_overwritten(self, text: str, message: str, tmp_path: Path) -> None:
+        path = tmp_path / "run.json"
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            write_run_record(path, {})
+        assert path.read_text() == text

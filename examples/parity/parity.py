@@ -99,27 +99,42 @@ def options(folder: Path, script: str, tuning: str) -> list[str]:
     return [f"--{name}={value}" for name, value in values.items()]
 
 
+def launch_command(
+    folder: Path,
+    name: str,
+    launch: Sequence[str],
+    script: str,
+    tuning: str,
+    degree: int,
+    batch_size: int,
+    more: Sequence[str] = (),
+) -> tuple[list[str], dict[str, str]]:
+    """Command line and environment of one training run."""
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", *launch, "-m", f"hy_prfl.scripts.train_{script}",
+        *options(folder, script, tuning), f"--output_dir={folder / name}", f"--context_parallel_degree={degree}",
+        f"--train_batch_size={batch_size}", *more,
+    ]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    if launch == ENGINES["DDP"]:
+        environment["ACCELERATE_USE_CPU"] = "true"
+    return command, environment
+
+
 def train(
     folder: Path,
     name: str,
-    launch: list[str],
+    launch: Sequence[str],
     script: str,
     tuning: str,
     degree: int,
     batch_size: int,
     more: Sequence[str] = (),
 ) -> Path:
-    """Train once and return the folder of the run."""
+    """Train once, unless it has been done, and return the folder of the run."""
     run = folder / name
     if not (run / WEIGHTS[script, tuning]).is_file():
-        command = [
-            sys.executable, "-m", "accelerate.commands.launch", *launch, "-m", f"hy_prfl.scripts.train_{script}",
-            *options(folder, script, tuning), f"--output_dir={run}", f"--context_parallel_degree={degree}",
-            f"--train_batch_size={batch_size}", *more,
-        ]  # fmt: skip
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-        if launch == ENGINES["DDP"]:
-            environment["ACCELERATE_USE_CPU"] = "true"
+        command, environment = launch_command(folder, name, launch, script, tuning, degree, batch_size, more)
         finished = subprocess.run(command, env=environment, text=True, capture_output=True)
         if finished.returncode:
             raise RuntimeError(f"{' '.join(command)}\n{finished.stdout}\n{finished.stderr}")
@@ -135,6 +150,11 @@ def relative_difference(weights: Path, reference: Path) -> float:
     return float((difference / sum(other[name].double().square().sum() for name in other)) ** 0.5)
 
 
+def variants(script: str) -> list[tuple[int, bool]]:
+    """Degrees of context parallelism, and whether the reward model is split, that are compared for a script."""
+    return [(1, False), (2, False)] if script == "reward" else [(1, False), (2, False), (2, True)]
+
+
 def main() -> None:
     """Run the comparison and print the table."""
     config = parse_config(ParityConfig, description=__doc__)
@@ -144,26 +164,27 @@ def main() -> None:
     single = ENGINES["one process"]
     rows = []
     for script, tuning in WEIGHTS:
+        file = WEIGHTS[script, tuning]
         one = train(folder, f"single-{script}-{tuning}", single, script, tuning, 1, GLOBAL_BATCH_SIZE)
         for engine in config.engines:
-            for degree in (1, 2):
-                name = f"{engine}-{degree}-{script}-{tuning}"
+            for degree, is_split in variants(script):
+                name = f"{engine}-{degree}-{script}-{tuning}{'-split' if is_split else ''}"
+                more = ["--shard_reward_model=true"] if is_split else []
                 batch_size = GLOBAL_BATCH_SIZE * degree // 2
-                run = train(folder, name, ENGINES[engine], script, tuning, degree, batch_size)
-                file = WEIGHTS[script, tuning]
+                run = train(folder, name, ENGINES[engine], script, tuning, degree, batch_size, more)
                 rows.append(
                     {
                         "engine": engine,
                         "context_parallel_degree": degree,
                         "tuning": tuning,
                         "script": script,
+                        "shard_reward_model": is_split,
                         "relative_difference": relative_difference(run / file, one / file),
                     }
                 )
                 print(
-                    "{engine:8} {context_parallel_degree} {tuning:5} {script:7} {relative_difference:.1e}".format(
-                        **rows[-1]
-                    )
+                    "{engine:8} {context_parallel_degree} {tuning:5} {script:7} {shard_reward_model!s:5} "
+                    "{relative_difference:.1e}".format(**rows[-1])
                 )
     Path(config.output).write_text(json.dumps(rows, indent=2), encoding="utf-8")
 

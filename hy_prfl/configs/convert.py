@@ -1,23 +1,77 @@
 """Options of `convert`."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
 from .base import check
 
 
+# What is converted -> formats that it can be written in.
+OUTPUT_FORMATS = {
+    "transformer": ("diffusers", "native"),
+    "lora": ("diffusers", "comfyui", "kohya", "upstream"),
+    "reward_model": ("upstream",),
+    "reward_transformer": ("diffusers",),
+}
+REWARD_PARTS = ("reward_transformer", "mlp", "query_attention")
+
+
 @dataclass(kw_only=True)
 class ConvertConfig:
     """
-    Options of `convert`: either the three parts of an upstream reward model, or a native Wan transformer.
+    Options of `convert`. One call converts one thing: a generator, a LoRA, or a reward model.
 
-    > Parameters of the reward model
+    > Parameters of the output
     > Parameters of the generator
+    > Parameters of the LoRA
+    > Parameters of the reward model
     """
 
-    output_dir: str = field(metadata={"help": "New folder for the converted model."})
+    # Parameters of the output
+    output_dir: str = field(metadata={"help": "New folder for the result."})
+    output_format: Literal["diffusers", "native", "comfyui", "kohya", "upstream"] = field(
+        default="diffusers",
+        metadata={
+            "help": "Format of the result. Generator: diffusers, or native for Wan's and upstream's inference and "
+            "ComfyUI. LoRA: diffusers, comfyui, kohya, or upstream (its three files). Reward model: diffusers from "
+            "upstream's three parts, upstream from `reward_model`."
+        },
+    )
+
+    # Parameters of the generator
+    transformer: str | None = field(
+        default=None,
+        metadata={
+            "help": "Generator in Wan's native or diffusers' format: a folder with config.json and safetensors (one "
+            "file or shards), or a file (safetensors, pt, pth, ckpt, bin)."
+        },
+    )
+    transformer_config: str | None = field(
+        default=None, metadata={"help": "config.json of a single file, if it does not lie beside it."}
+    )
+    max_shard_size: str | None = field(
+        default=None,
+        metadata={"help": "Largest weight file, e.g. 5GB. Left out: one file (native), 10GB (diffusers)."},
+    )
+    text_len: int | None = field(
+        default=None,
+        metadata={"help": "Tokens that native code pads a prompt to, which diffusers' files do not tell; else 512."},
+    )
+
+    # Parameters of the LoRA
+    lora: str | None = field(
+        default=None,
+        metadata={
+            "help": "LoRA of diffusers, ComfyUI, kohya or upstream, told by its keys: a file, or a folder of "
+            "diffusers' or upstream's."
+        },
+    )
 
     # Parameters of the reward model
+    reward_model: str | None = field(
+        default=None, metadata={"help": "Reward model of this project, to be written in upstream's three parts."}
+    )
     reward_transformer: str | None = field(
         default=None, metadata={"help": "Upstream reward model: folder of its transformer, `checkpoint-N`."}
     )
@@ -35,22 +89,42 @@ class ConvertConfig:
         default="motion_quality", metadata={"help": "Label that the reward model was trained on."}
     )
 
-    # Parameters of the generator
-    transformer: str | None = field(
-        default=None,
-        metadata={"help": "Folder of a generator in Wan's native format (config.json, one safetensors or shards)."},
-    )
-
     def __post_init__(self) -> None:
-        parts = {name: getattr(self, name) for name in ("reward_transformer", "mlp", "query_attention")}
-        given = [name for name, value in parts.items() if value is not None]
-        if self.transformer is not None:
-            check(
-                not given, given[0] if given else "", parts[given[0]] if given else "", "left out with `transformer`"
-            )
-            return
-        if not given:
-            raise ValueError("Give `transformer`, or `reward_transformer` with `mlp` and `query_attention`.")
-        for name, value in parts.items():
-            check(value is not None, name, value, f"given together with `{given[0]}`")
+        kind = self._kind()
+        formats = OUTPUT_FORMATS[kind]
+        check(
+            self.output_format in formats, "output_format", self.output_format, f"{' or '.join(formats)} with `{kind}`"
+        )
+        for name in ("transformer_config", "max_shard_size", "text_len"):
+            value = getattr(self, name)
+            check(value is None or kind == "transformer", name, value, "left out without `transformer`")
+        check(
+            self.text_len is None or (self.text_len >= 1 and self.output_format == "native"),
+            "text_len",
+            self.text_len,
+            "at least 1, and left out unless `output_format` is native",
+        )
+        check(
+            self.max_shard_size is None or re.fullmatch(r"[1-9]\d*[KMGT]B", self.max_shard_size) is not None,
+            "max_shard_size",
+            self.max_shard_size,
+            "a number with KB, MB, GB or TB, such as 5GB",
+        )
         check(self.num_query_heads >= 1, "num_query_heads", self.num_query_heads, "at least 1")
+
+    def _kind(self) -> str:
+        """Which of the things to convert is given; upstream's reward model stands for its three parts."""
+        names = dict.fromkeys((*OUTPUT_FORMATS, *REWARD_PARTS))
+        given = [name for name in names if getattr(self, name) is not None]
+        if not given:
+            raise ValueError(
+                "Give `transformer`, `lora`, `reward_model`, or `reward_transformer` with `mlp` and `query_attention`."
+            )
+        if given[0] in REWARD_PARTS:
+            for name in REWARD_PARTS:
+                value = getattr(self, name)
+                check(value is not None, name, value, f"given together with `{given[0]}`")
+            return "reward_transformer"
+        for name in given[1:]:
+            check(False, name, getattr(self, name), f"left out with `{given[0]}`")
+        return given[0]

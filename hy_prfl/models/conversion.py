@@ -1,14 +1,16 @@
 """
-Reads checkpoints in the format of Wan's and upstream's own code and turns them into diffusers models.
+Converts whole models between diffusers' folders and the files of Wan's and upstream's own code.
+
+A model is the hub of it: whatever it was read from, it can be written in any format. Its weights are mapped from the
+files, in the types they have there, and written file by file, so a conversion needs no copy of them in memory.
 
 Nothing is guessed and nothing is skipped: a key, a shape or a configuration entry that is not understood is an error
 that names it.
 """
 
+import inspect
 import json
-import math
-import os
-import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,52 +18,121 @@ from typing import Any, TypeVar
 import torch
 from accelerate import init_empty_weights
 from diffusers import ModelMixin, WanTransformer3DModel
-from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
-from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import safe_open
+from huggingface_hub import save_torch_state_dict
 
+from .native import key_names, native_config, read_native_config, strip_prefix, transformer_config
 from .reward_model import WanRewardModel
+from .weight_files import StateDict, check_keys, new_folder, read_checkpoint, read_json, read_weights
 
 
 ModelT = TypeVar("ModelT", bound=ModelMixin)
 
-StateDict = dict[str, torch.Tensor]
-
-MODEL_TYPES = ("t2v", "i2v", "ti2v", "flf2v")
-
-# Entries of a native config.json that only say what every Wan model is; another value is another architecture.
-FIXED_ENTRIES: dict[str, Any] = {"window_size": [-1, -1], "qk_norm": True, "cross_attn_norm": True}
-IGNORED_ENTRIES = ("_class_name", "_diffusers_version", "text_len")
-
-# Native name of an entry -> name in `WanTransformer3DModel.config`; checked against the weights where they tell.
-ENTRIES = {
-    "in_dim": "in_channels",
-    "out_dim": "out_channels",
-    "ffn_dim": "ffn_dim",
-    "freq_dim": "freq_dim",
-    "text_dim": "text_dim",
-    "patch_size": "patch_size",
-}
-
 MLP_NAMES = {"fc1": "head.linear_1", "fc2": "head.linear_2", "fc3": "head.linear_3"}
 
+WEIGHTS_PATTERN = "diffusion_pytorch_model{suffix}.safetensors"
 
-def convert_transformer(folder: str | Path) -> WanTransformer3DModel:
+
+def read_transformer(path: str | Path, config: str | Path | None = None) -> WanTransformer3DModel:
     """
-    Read a generator in Wan's native format: a folder with `config.json` and safetensors, one file or shards.
+    Read a generator, in the format that its config.json tells.
+
+    Args:
+        path (`str` or `Path`):
+            A folder with `config.json` and safetensors, one file or shards; or a file, safetensors or pickled.
+        config (`str` or `Path`, *optional*):
+            The `config.json` of a single file, if it does not lie beside it.
 
     Raises:
         FileNotFoundError: If a file is missing.
         ValueError: Naming the key or entry that is missing, unknown or of another shape.
     """
-    native_config, weights = read_native_config(folder), read_weights(folder)
-    config = transformer_config(native_config, weights)
-    if native_config["num_layers"] != config["num_layers"]:
-        raise ValueError(
-            f"{folder}: config.json counts {native_config['num_layers']} blocks (`num_layers`), the weights have "
-            f"{config['num_layers']}. Parts of a reward model go to `--reward_transformer`."
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"There is no file or folder '{path}'.")
+    config_path = Path(config) if config is not None else (path if path.is_dir() else path.parent) / "config.json"
+    if not config_path.is_file():
+        raise FileNotFoundError(
+            f"There is no file '{config_path}'. The weights do not tell the number of heads: give Wan's config.json "
+            "as `transformer_config`."
         )
-    return build_model(WanTransformer3DModel, config, rename_transformer_keys(weights), source=str(folder))
+    class_name = read_json(config_path).get("_class_name")
+    if class_name == WanTransformer3DModel.__name__:
+        return read_diffusers(WanTransformer3DModel, path, config_path)
+    if class_name == WanRewardModel.__name__:
+        raise ValueError(f"{config_path}: this is a reward model, it goes to `reward_model`.")
+    return convert_transformer(path, config_path)
+
+
+def convert_transformer(path: str | Path, config: str | Path | None = None) -> WanTransformer3DModel:
+    """Read a generator in Wan's native format; for the arguments see [`read_transformer`]."""
+    entries = read_native_config(config if config is not None else path)
+    weights = strip_prefix(read_weights(path))
+    model_config = transformer_config(entries, weights, source=str(path))
+    if entries["num_layers"] != model_config["num_layers"]:
+        raise ValueError(
+            f"{path}: config.json counts {entries['num_layers']} blocks (`num_layers`), the weights have "
+            f"{model_config['num_layers']}. Parts of a reward model go to `reward_transformer`."
+        )
+    return build_model(WanTransformer3DModel, model_config, weights, key_names(range(entries["num_layers"])), path)
+
+
+def read_diffusers(model_class: type[ModelT], path: str | Path, config: str | Path | None = None) -> ModelT:
+    """
+    Read a model in diffusers' format, in the types of its files; `from_pretrained` would change some of them.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: Naming the key or entry that is missing, unknown or of another shape.
+    """
+    config_path = Path(path) / "config.json" if config is None else Path(config)
+    entries = read_json(config_path)
+    if entries.get("_class_name") != model_class.__name__:
+        raise ValueError(
+            f"{config_path}: `_class_name` must be {model_class.__name__}, got {entries.get('_class_name')!r}."
+        )
+    entries = {name: value for name, value in entries.items() if not name.startswith("_")}
+    unknown = sorted(set(entries) - set(inspect.signature(model_class.__init__).parameters))
+    if unknown:
+        raise ValueError(f"{config_path}: unknown entries {', '.join(unknown)}.")
+    return build_model(model_class, entries, read_weights(path), {}, path)
+
+
+def save_native(
+    model: WanTransformer3DModel,
+    output_dir: str | Path,
+    *,
+    max_shard_size: str | None = None,
+    text_len: int = 512,
+) -> None:
+    """
+    Write a generator as Wan's and upstream's inference and ComfyUI read it, to a new folder.
+
+    Args:
+        max_shard_size (`str`, *optional*):
+            Largest file, such as `"5GB"`; one file if left out, which is what ComfyUI needs.
+        text_len (`int`, defaults to 512):
+            See [`~models.native.native_config`].
+    """
+    config = native_config(model.config, text_len=text_len, source=str(output_dir))
+    names = key_names(range(model.config.num_layers))
+    weights = model.state_dict()
+    check_keys(weights, set(names) & set(weights), source=str(output_dir))
+    with new_folder(output_dir) as folder:
+        _write_native(folder, config, {names[key]: tensor for key, tensor in weights.items()}, max_shard_size)
+
+
+def _write_native(folder: Path, config: Mapping[str, Any], weights: StateDict, max_shard_size: str | None) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    save_torch_state_dict(
+        weights, folder, filename_pattern=WEIGHTS_PATTERN, max_shard_size=max_shard_size or sys.maxsize
+    )
+
+
+def save_converted(model: ModelMixin, output_dir: str | Path, *, max_shard_size: str | None = None) -> None:
+    """Save a model in diffusers' format to a new folder that appears only when it is complete."""
+    with new_folder(output_dir) as folder:
+        model.save_pretrained(folder, max_shard_size=max_shard_size or "10GB")
 
 
 def convert_reward_model(
@@ -85,7 +156,7 @@ def convert_reward_model(
         query_attention (`str` or `Path`):
             `query_attention_step_N.ckpt`.
         num_query_heads (`int`, defaults to 8):
-            Heads of the query attention; no file holds it, upstream's code always has 8.
+            Heads of the query attention; no file holds it, upstream's code has 8 unless its configuration says else.
         query_residual (`bool`, defaults to `True`):
             Whether the query is added to the pooled vector; upstream's code does.
         task (`str`, defaults to `"motion_quality"`):
@@ -95,127 +166,65 @@ def convert_reward_model(
         FileNotFoundError: If a file is missing.
         ValueError: Naming the key or entry that is missing, unknown or of another shape.
     """
-    native_config, weights = read_native_config(reward_transformer), read_weights(reward_transformer)
-    config = transformer_config(native_config, weights)
-    if config["num_layers"] > native_config["num_layers"]:
+    entries, weights = read_native_config(reward_transformer), strip_prefix(read_weights(reward_transformer))
+    config = transformer_config(entries, weights, source=str(reward_transformer))
+    if config["num_layers"] > entries["num_layers"]:
         raise ValueError(
             f"{reward_transformer}: the weights have {config['num_layers']} blocks, more than the "
-            f"{native_config['num_layers']} that config.json counts (`num_layers`)."
+            f"{entries['num_layers']} that config.json counts (`num_layers`)."
         )
-    mlp_weights = rename_mlp_keys(read_checkpoint(mlp), source=str(mlp))
+    head = rename_mlp_keys(read_checkpoint(mlp), source=str(mlp))
+    pooler = rename_query_attention_keys(read_checkpoint(query_attention), source=str(query_attention))
     config |= {
-        "base_num_layers": native_config["num_layers"],
+        "base_num_layers": entries["num_layers"],
         "pooling": "query",
         "num_query_heads": num_query_heads,
         "query_residual": query_residual,
-        "head_dims": (mlp_weights["head.linear_1.weight"].shape[0], mlp_weights["head.linear_2.weight"].shape[0]),
+        "head_dims": (head["head.linear_1.weight"].shape[0], head["head.linear_2.weight"].shape[0]),
         "task": task,
     }
-    state_dict = {
-        **rename_transformer_keys(weights),
-        **rename_query_attention_keys(read_checkpoint(query_attention), source=str(query_attention)),
-        **mlp_weights,
-    }
-    return build_model(WanRewardModel, config, state_dict, source=str(reward_transformer))
+    names = key_names(range(config["num_layers"]))
+    source = f"{reward_transformer}, {mlp}, {query_attention}"
+    return build_model(WanRewardModel, config, {**weights, **pooler, **head}, names, source)
 
 
-def read_native_config(folder: str | Path) -> dict[str, Any]:
+def save_reward_parts(model: WanRewardModel, output_dir: str | Path) -> None:
     """
-    Read and check the `config.json` of a native Wan model.
+    Write a reward model in upstream's three parts, to a new folder.
+
+    They are called `checkpoint-0`, `mlp_step_0.ckpt` and `query_attention_step_0.ckpt`, because upstream reads a step
+    from the name. Upstream's files have no place for `task` and `vae_fingerprint`, nor for the number of heads of
+    the query attention, which must be told to its configuration unless it is 8.
 
     Raises:
-        FileNotFoundError: If there is none.
-        ValueError: If an entry is missing, unknown, or describes another architecture.
+        ValueError: If upstream's code could not compute the same score.
     """
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no file '{path}'.")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: expected a mapping, got {type(config).__name__}.")
-    if config.get("_class_name") == "WanTransformer3DModel":
-        raise ValueError(f"{path}: this is a diffusers model already, nothing to convert.")
-    for name in ("model_type", "dim", "num_heads", "num_layers", "out_dim", "eps"):
-        if name not in config:
-            raise ValueError(f"{path}: `{name}` is missing.")
-    known = {"model_type", "dim", "num_heads", "num_layers", "eps", *ENTRIES, *FIXED_ENTRIES, *IGNORED_ENTRIES}
-    unknown = sorted(set(config) - known)
-    if unknown:
-        raise ValueError(f"{path}: unknown entries {', '.join(unknown)}: not a Wan 2.1 or 2.2 video model.")
-    if config["model_type"] not in MODEL_TYPES:
-        raise ValueError(
-            f"{path}: `model_type` must be one of {', '.join(MODEL_TYPES)}, got {config['model_type']!r}."
+    config = model.config
+    for name, value in (("pooling", "query"), ("query_residual", True)):
+        if config[name] != value:
+            raise ValueError(f"{output_dir}: `{name}` must be {value!r} in upstream's format, got {config[name]!r}.")
+    state_dict = model.state_dict()
+    names = key_names(range(config.num_layers))
+    backbone = {key: value for key, value in state_dict.items() if not key.startswith(("pooler.", "head."))}
+    check_keys(backbone, set(names) & set(backbone), source=str(output_dir))
+    entries = native_config(config, source=str(output_dir))
+    entries["num_layers"] = config.base_num_layers or config.num_layers
+
+    query_attention = {"queries": state_dict["pooler.query"]}
+    for part in ("weight", "bias"):
+        stacked = [state_dict[f"pooler.{layer}.{part}"] for layer in ("to_q", "to_k", "to_v")]
+        query_attention[f"multihead_attn.in_proj_{part}"] = torch.cat(stacked)
+        query_attention[f"multihead_attn.out_proj.{part}"] = state_dict[f"pooler.to_out.{part}"]
+    mlp = {
+        f"{old}.{part}": state_dict[f"{new}.{part}"] for old, new in MLP_NAMES.items() for part in ("weight", "bias")
+    }
+    with new_folder(output_dir) as folder:
+        _write_native(folder / "checkpoint-0", entries, {names[key]: value for key, value in backbone.items()}, None)
+        # A tensor is saved with all of the storage that it is a part of.
+        torch.save({key: value.clone() for key, value in mlp.items()}, folder / "mlp_step_0.ckpt")
+        torch.save(
+            {key: value.clone() for key, value in query_attention.items()}, folder / "query_attention_step_0.ckpt"
         )
-    for name, value in FIXED_ENTRIES.items():
-        if config.get(name, value) != value:
-            raise ValueError(f"{path}: `{name}` must be {value}, got {config[name]}.")
-    if config["dim"] % config["num_heads"]:
-        raise ValueError(f"{path}: `num_heads` {config['num_heads']} does not divide `dim` {config['dim']}.")
-    return config
-
-
-def transformer_config(native_config: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """
-    Configuration in diffusers' words, read from native weights, and from `native_config` what they cannot tell.
-
-    `image_dim` and `added_kv_proj_dim`, for one, are in no config.json of Wan's. `num_layers` is the number of blocks
-    in the weights.
-
-    Raises:
-        ValueError: If a weight that tells a size is missing, or weights and `native_config` disagree.
-    """
-    for key in (
-        "patch_embedding.weight",
-        "text_embedding.0.weight",
-        "time_embedding.0.weight",
-        "blocks.0.ffn.0.weight",
-    ):
-        if key not in weights:
-            raise ValueError(f"The weight '{key}' is missing: not a Wan transformer in its native format.")
-    dim, in_channels, *patch_size = weights["patch_embedding.weight"].shape
-    blocks = {key.split(".")[1] for key in weights if key.startswith("blocks.")}
-    image_key, position_key = "img_emb.proj.0.weight", "img_emb.emb_pos"
-    config = {
-        "patch_size": tuple(patch_size),
-        "num_attention_heads": native_config["num_heads"],
-        "attention_head_dim": dim // native_config["num_heads"],
-        "in_channels": in_channels,
-        "out_channels": native_config["out_dim"],
-        "text_dim": weights["text_embedding.0.weight"].shape[1],
-        "freq_dim": weights["time_embedding.0.weight"].shape[1],
-        "ffn_dim": weights["blocks.0.ffn.0.weight"].shape[0],
-        "num_layers": len(blocks),
-        "cross_attn_norm": True,
-        "qk_norm": "rms_norm_across_heads",
-        "eps": native_config["eps"],
-        "image_dim": weights[image_key].shape[0] if image_key in weights else None,
-        "added_kv_proj_dim": dim if "blocks.0.cross_attn.k_img.weight" in weights else None,
-        "pos_embed_seq_len": weights[position_key].shape[1] if position_key in weights else None,
-    }
-    if native_config["dim"] != dim:
-        raise ValueError(f"config.json says `dim` {native_config['dim']}, the weights have {dim}.")
-    for native_name, name in ENTRIES.items():
-        expected = native_config.get(native_name, config[name])
-        expected = tuple(expected) if isinstance(expected, list) else expected
-        if expected != config[name]:
-            raise ValueError(f"config.json says `{native_name}` {expected}, the weights have {config[name]}.")
-    if "head.head.weight" in weights:
-        out_channels = weights["head.head.weight"].shape[0] // math.prod(patch_size)
-        if out_channels != config["out_channels"]:
-            raise ValueError(f"config.json says `out_dim` {config['out_channels']}, the weights have {out_channels}.")
-    return config
-
-
-def rename_transformer_keys(weights: Mapping[str, torch.Tensor]) -> StateDict:
-    """Native keys of a Wan transformer -> the keys of `WanTransformer3DModel`, with diffusers' own converter."""
-    renamed = convert_wan_transformer_to_diffusers(dict(weights))
-    position = renamed.pop("img_emb.emb_pos", None)
-    if position is not None:
-        renamed["condition_embedder.image_embedder.pos_embed"] = position
-    return renamed
 
 
 def rename_mlp_keys(weights: Mapping[str, torch.Tensor], *, source: str) -> StateDict:
@@ -252,108 +261,29 @@ def rename_query_attention_keys(weights: Mapping[str, torch.Tensor], *, source: 
 
 
 def build_model(
-    model_class: type[ModelT], config: Mapping[str, Any], state_dict: Mapping[str, torch.Tensor], *, source: str
+    model_class: type[ModelT],
+    config: Mapping[str, Any],
+    weights: Mapping[str, torch.Tensor],
+    names: Mapping[str, str],
+    source: str | Path,
 ) -> ModelT:
     """
-    Make a model whose weights are exactly `state_dict`, in the types they have; nothing is initialised at random.
+    Make a model whose weights are exactly `weights`, in the types they have; nothing is initialised at random.
+
+    Args:
+        names (`Mapping[str, str]`):
+            Keys of the model -> keys of `weights`, where they differ.
 
     Raises:
-        ValueError: Naming the keys that are missing, unexpected, or of another shape.
+        ValueError: Naming the keys of `weights` that are missing, unexpected, or of another shape.
     """
     with init_empty_weights(include_buffers=False):
         model = model_class(**config)
-    expected = model.state_dict()
-    check_keys(state_dict, expected, source=source)
-    for key, tensor in state_dict.items():
-        if tensor.shape != expected[key].shape:
-            raise ValueError(
-                f"{source}: '{key}' must have the shape {tuple(expected[key].shape)}, got {tuple(tensor.shape)}."
-            )
-    model.load_state_dict(state_dict, strict=True, assign=True)
+    expected = {names.get(key, key): (key, tensor.shape) for key, tensor in model.state_dict().items()}
+    check_keys(weights, expected, source=str(source))
+    for key, tensor in weights.items():
+        shape = expected[key][1]
+        if tensor.shape != shape:
+            raise ValueError(f"{source}: '{key}' must have the shape {tuple(shape)}, got {tuple(tensor.shape)}.")
+    model.load_state_dict({expected[key][0]: tensor for key, tensor in weights.items()}, strict=True, assign=True)
     return model.eval()
-
-
-def check_keys(found: Mapping[str, Any], expected: Mapping[str, Any] | list[str], *, source: str) -> None:
-    """Raise a `ValueError` that names missing and unexpected keys."""
-    missing, unexpected = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
-    problems = [
-        f"{len(keys)} {word} ({', '.join(keys[:5])}{', ...' if len(keys) > 5 else ''})"
-        for word, keys in (("missing", missing), ("unexpected", unexpected))
-        if keys
-    ]
-    if problems:
-        raise ValueError(f"{source}: keys do not fit: {' and '.join(problems)}.")
-
-
-def read_weights(folder: str | Path) -> StateDict:
-    """
-    Read the safetensors of a folder: one file, or shards with their `*.safetensors.index.json`.
-
-    Raises:
-        FileNotFoundError: If the folder, its weights or one shard is missing.
-        ValueError: If it is unclear which file counts, or a shard does not hold what the index says.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"There is no folder '{folder}'.")
-    files = sorted(folder.glob("*.safetensors"))
-    indices = sorted(folder.glob("*.safetensors.index.json"))
-    if not indices:
-        if not files:
-            raise FileNotFoundError(f"{folder}: there is no safetensors file.")
-        usual = [path for path in files if path.name == SAFETENSORS_WEIGHTS_NAME]
-        if len(files) > 1 and not usual:
-            raise ValueError(f"{folder}: {len(files)} safetensors files without an index; which one is the model?")
-        return read_safetensors((usual or files)[0])
-    if len(indices) > 1:
-        raise ValueError(f"{folder}: {len(indices)} index files: {', '.join(path.name for path in indices)}.")
-    weight_map: dict[str, str] = json.loads(indices[0].read_text(encoding="utf-8"))["weight_map"]
-    weights: StateDict = {}
-    for name in sorted(set(weight_map.values())):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder}: the shard '{name}' of {indices[0].name} is missing.")
-        shard = read_safetensors(folder / name)
-        check_keys(shard, [key for key, file in weight_map.items() if file == name], source=str(folder / name))
-        weights |= shard
-    return weights
-
-
-def read_safetensors(path: Path) -> StateDict:
-    """All tensors of one safetensors file, mapped from disk rather than copied."""
-    with safe_open(path, framework="pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}
-
-
-def read_checkpoint(path: str | Path) -> StateDict:
-    """
-    Read a `.ckpt` state dict, without running code from it.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it holds anything but tensors by name.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"There is no file '{path}'.")
-    weights = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
-        raise ValueError(f"{path}: expected a state dict, tensors by name, got {type(weights).__name__}.")
-    return dict(weights)
-
-
-def check_output_dir(output_dir: str | Path) -> None:
-    """Raise a `ValueError` if `output_dir` exists and is not an empty folder."""
-    path = Path(output_dir)
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise ValueError(f"`output_dir` '{output_dir}' exists and is not an empty folder.")
-
-
-def save_converted(model: ModelMixin, output_dir: str | Path) -> None:
-    """Save a model to a new folder that appears only when it is complete."""
-    check_output_dir(output_dir)
-    output_dir = Path(output_dir)
-    unfinished = output_dir.with_name(f".{output_dir.name}.tmp")
-    if unfinished.exists():
-        shutil.rmtree(unfinished)
-    unfinished.parent.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(unfinished)
-    os.replace(unfinished, output_dir)

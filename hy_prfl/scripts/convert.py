@@ -1,27 +1,79 @@
 r"""
-Converts checkpoints of upstream's and Wan's own format.
+Converts checkpoints between the formats of diffusers, Wan, ComfyUI, kohya and upstream.
 
-    python -m hy_prfl.scripts.convert --reward_transformer checkpoint-100 --mlp mlp_step_100.ckpt \
+    hy-prfl convert --transformer weights/Wan2.1-T2V-14B --output_dir outputs/transformer
+    hy-prfl convert --transformer outputs/prfl/transformer --output_format native --output_dir outputs/native
+    hy-prfl convert --lora outputs/prfl --output_format comfyui --output_dir outputs/comfyui
+    hy-prfl convert --reward_transformer checkpoint-100 --mlp mlp_step_100.ckpt \
         --query_attention query_attention_step_100.ckpt --output_dir outputs/reward_model
-    python -m hy_prfl.scripts.convert --transformer weights/Wan2.1-T2V-14B --output_dir outputs/transformer
+    hy-prfl convert --reward_model outputs/reward/best --output_format upstream --output_dir outputs/upstream
+    hy-prfl convert --config upstream.yaml --output ours.yaml
 """
 
+import sys
 from collections.abc import Sequence
 
 from ..configs.convert import ConvertConfig
 from ..configs.parser import parse_config
-from ..models.conversion import check_output_dir, convert_reward_model, convert_transformer, save_converted
+from ..models.adapters import read_adapter, save_adapter
+from ..models.conversion import (
+    convert_reward_model,
+    read_diffusers,
+    read_transformer,
+    save_converted,
+    save_native,
+    save_reward_parts,
+)
+from ..models.reward_model import WanRewardModel
+from ..models.weight_files import check_output_dir
+from . import convert_recipe
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Convert one checkpoint."""
+    """Convert one thing."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if convert_recipe.is_about_recipe(argv):
+        convert_recipe.main(argv)
+        return
     config = parse_config(ConvertConfig, argv, description=__doc__)
     check_output_dir(config.output_dir)
     if config.transformer is not None:
-        transformer = convert_transformer(config.transformer)
-        save_converted(transformer, config.output_dir)
-        print(f"Generator with {transformer.config.num_layers} blocks: {config.output_dir}")
-        return
+        print(convert_generator(config, config.transformer))
+    elif config.lora is not None:
+        print(convert_lora(config, config.lora))
+    else:
+        print(convert_reward(config))
+
+
+def convert_generator(config: ConvertConfig, path: str) -> str:
+    """Read a generator in any format and write it in another."""
+    transformer = read_transformer(path, config.transformer_config)
+    if config.output_format == "native":
+        shard_size = config.max_shard_size
+        save_native(transformer, config.output_dir, max_shard_size=shard_size, text_len=config.text_len or 512)
+    else:
+        save_converted(transformer, config.output_dir, max_shard_size=config.max_shard_size)
+    return f"Generator with {transformer.config.num_layers} blocks, {config.output_format}: {config.output_dir}"
+
+
+def convert_lora(config: ConvertConfig, path: str) -> str:
+    """Read a LoRA in any format and write it in another."""
+    assert config.output_format != "native"
+    adapter = read_adapter(path)
+    files = save_adapter(adapter, config.output_dir, config.output_format)
+    return (
+        f"LoRA of {len(adapter.layers)} layers, {adapter.format} to {config.output_format}: "
+        f"{', '.join(f'{config.output_dir}/{name}' for name in files)}"
+    )
+
+
+def convert_reward(config: ConvertConfig) -> str:
+    """Read upstream's reward model and write ours, or the other way round."""
+    if config.reward_model is not None:
+        reward_model = read_diffusers(WanRewardModel, config.reward_model)
+        save_reward_parts(reward_model, config.output_dir)
+        lost = [f"{name}={reward_model.config[name]}" for name in ("task", "vae_fingerprint", "num_query_heads")]
+        return f"Reward model in upstream's three parts, which do not tell {', '.join(lost)}: {config.output_dir}"
     assert config.reward_transformer is not None
     assert config.mlp is not None
     assert config.query_attention is not None
@@ -34,10 +86,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         task=config.task,
     )
     save_converted(reward_model, config.output_dir)
-    print(
-        f"Reward model with {reward_model.config.num_layers} of {reward_model.config.base_num_layers} blocks: "
-        f"{config.output_dir}"
-    )
+    num_layers, base_num_layers = reward_model.config.num_layers, reward_model.config.base_num_layers
+    return f"Reward model with {num_layers} of {base_num_layers} blocks: {config.output_dir}"
 
 
 if __name__ == "__main__":

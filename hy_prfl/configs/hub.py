@@ -1,0 +1,47 @@
+"""Options of `push` and `pull`."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .base import check
+
+
+@dataclass(kw_only=True)
+class PushConfig:
+    """Options of `push`."""
+
+    folder: str = field(
+        metadata={"help": "A run, a folder with a model in it, or a dataset written by `preprocess` or `label`."}
+    )
+    repo_id: str | None = field(
+        default=None, metadata={"help": "Repository, `user/name`; the one of the run's hub_pending.json if left out."}
+    )
+    repo_type: Literal["model", "dataset"] = field(default="model", metadata={"help": "What the folder holds."})
+    private: bool = field(
+        default=False, metadata={"help": "Make a new repository private, and refuse one that is public."}
+    )
+    revision: str | None = field(default=None, metadata={"help": "Branch to commit to, main if left out."})
+    commit_message: str | None = field(default=None, metadata={"help": "Headline of the commit."})
+    token: str | None = field(
+        default=None, metadata={"help": "Token that may write; that of `hf auth login` or HF_TOKEN if left out."}
+    )
+
+    def __post_init__(self) -> None:
+        check(bool(self.folder), "folder", self.folder, "a folder")
+
+
+@dataclass(kw_only=True)
+class PullConfig:
+    """Options of `pull`."""
+
+    repo_id: str = field(metadata={"help": "Repository, `user/name`."})
+    output_dir: str = field(metadata={"help": "New folder for its files."})
+    repo_type: Literal["model", "dataset"] = field(default="model", metadata={"help": "Kind of the repository."})
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit, main if left out."})
+    subfolder: str | None = field(default=None, metadata={"help": "Take only this folder of the repository."})
+    token: str | None = field(
+        default=None, metadata={"help": "Token that may read; that of `hf auth login` or HF_TOKEN if left out."}
+    )
+
+    def __post_init__(self) -> None:
+        check(bool(self.output_dir), "output_dir", self.output_dir, "a folder")

@@ -1,0 +1,406 @@
+"""Runs and datasets on the Hugging Face Hub: uploads that never stop training, downloads that are complete."""
+
+import json
+import logging
+import os
+import re
+import shlex
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from huggingface_hub import HfApi, constants, get_token, snapshot_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import disable_progress_bars, validate_repo_id
+
+from .data.dataset import load_latent_dataset
+from .hub_files import add_card, model_files, run_files, stage
+from .version import __version__
+
+
+logger = logging.getLogger(__name__)
+
+RepoType = Literal["model", "dataset"]
+
+PENDING_FILE = "hub_pending.json"
+SNAPSHOT_PREFIX = ".hub-"
+NO_TOKEN = "There is no Hugging Face token: log in with `hf auth login`, or set HF_TOKEN to a token that may write."
+
+
+class HubError(RuntimeError):
+    """What was asked of the Hub could not be done, for a reason that may pass: no network, a quota, a fault there."""
+
+
+def failure_reason(error: BaseException) -> str:
+    """One line on why a call to the Hub failed, for a person to act on."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OfflineModeIsEnabled):
+            return "HF_HUB_OFFLINE is set"
+        if isinstance(cause, RepositoryNotFoundError):
+            return "there is no such repository, or this token may not see it"
+        if isinstance(cause, RevisionNotFoundError):
+            return "there is no such revision"
+        if isinstance(cause, HfHubHTTPError):
+            status = cause.response.status_code
+            message = (cause.server_message or cause.response.reason_phrase).splitlines()[0].rstrip(".")
+            return "the token was refused" if status == 401 else f"the Hub answered {status}: {message}"
+        if isinstance(cause, HTTPError):
+            return f"{constants.ENDPOINT} cannot be reached ({type(cause).__name__}: {cause})"
+        cause = cause.__cause__
+    line = next(iter(str(error).splitlines()), "").rstrip(".")
+    # Ours and the client's ValueErrors are written for people; anything else is better known by its kind.
+    return line if isinstance(error, ValueError) else f"{type(error).__name__}: {line}"
+
+
+@contextmanager
+def hub_errors(what: str) -> Iterator[None]:
+    """Turn what the client raises into one [`HubError`] of one line. A `ValueError` passes: it is the user's."""
+    try:
+        yield
+    # A part of an upload that fails comes out of the client as a RuntimeError with the reason as its cause.
+    except (HTTPError, OSError, RuntimeError) as error:
+        raise HubError(f"{what}: {failure_reason(error)}.") from error
+
+
+def hub_api(token: str | None = None) -> HfApi:
+    """The client, with the token given, or the stored one."""
+    return HfApi(token=token, library_name="hy_prfl", library_version=__version__)
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Raise a `ValueError` if no repository can be called that."""
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"'{repo_id}' is no name of a repository, `user/name`: {error}") from error
+
+
+def open_repo(
+    repo_id: str, *, private: bool | None = None, repo_type: RepoType = "model", token: str | None = None
+) -> str:
+    """
+    Create a repository, or make sure that an existing one can be written to.
+
+    Args:
+        repo_id (`str`):
+            `user/name`; a bare `name` is put under the token's account.
+        private (`bool`, *optional*):
+            Who may see a new repository; the account's own default if left out.
+
+    Returns:
+        `str`: the whole id.
+
+    Raises:
+        ValueError: For what the user has to correct: no token or a bad one, a malformed id, no right to write, a
+            public repository where a private one was asked for.
+        HubError: If the Hub cannot be asked now.
+    """
+    check_repo_id(repo_id)
+    if (token or get_token()) is None:
+        raise ValueError(f"'{repo_id}': {NO_TOKEN}")
+    api = hub_api(token)
+    with hub_errors(f"'{repo_id}' could not be opened"):
+        try:
+            if "/" not in repo_id:
+                repo_id = f"{api.whoami()['name']}/{repo_id}"
+            return api.create_repo(repo_id, private=private, repo_type=repo_type).repo_id
+        except HfHubHTTPError as error:
+            status, reason = error.response.status_code, failure_reason(error)
+            if status == 401:
+                raise ValueError(f"'{repo_id}': {reason}. {NO_TOKEN}") from error
+            if status not in (402, 403, 409):
+                raise
+        # It is there already (409), or may not be created by this token, which may still write to it.
+        try:
+            api.auth_check(repo_id, repo_type=repo_type, write=True)
+        except RepositoryNotFoundError as error:
+            raise ValueError(f"'{repo_id}' could not be created: {reason}.") from error
+        except HfHubHTTPError as error:
+            if error.response.status_code not in (401, 403):
+                raise
+            raise ValueError(f"'{repo_id}' exists, and this token may not write to it: {reason}.") from error
+        if private and not api.repo_info(repo_id, repo_type=repo_type).private:
+            raise ValueError(f"'{repo_id}' exists and is public, but a private repository was asked for.")
+    return repo_id
+
+
+def push_folder(
+    folder: str | Path,
+    repo_id: str | None = None,
+    *,
+    private: bool | None = None,
+    repo_type: RepoType = "model",
+    revision: str | None = None,
+    commit_message: str | None = None,
+    token: str | None = None,
+) -> str:
+    """
+    Push the result of a run, a model folder or a latent dataset.
+
+    Args:
+        folder (`str` or `Path`):
+            A run (what goes up is [`run_files`]), a folder with a model in it, or a dataset. A run whose uploads
+            failed has a `hub_pending.json`, which is removed once all is pushed.
+        repo_id (`str`, *optional*):
+            `user/name`; the one of `hub_pending.json` if left out.
+        private (`bool`, *optional*):
+            Who may see a new repository.
+        revision (`str`, *optional*):
+            Branch to commit to, made if there is none of that name; `main` if left out.
+
+    Returns:
+        `str`: address of the commit.
+
+    Raises:
+        ValueError: If the folder holds nothing to push, or for what [`open_repo`] raises it.
+        HubError: If the upload failed.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"`folder`: there is no folder '{folder}'.")
+    pending = _read_pending(folder)
+    repo_id = repo_id or pending.get("repo_id")
+    if repo_id is None:
+        raise ValueError(f"`repo_id` must be given: there is no {PENDING_FILE} in '{folder}' that tells it.")
+    is_dataset = any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
+    if is_dataset != (repo_type == "dataset"):
+        found = "a dataset" if is_dataset else "no dataset written by `preprocess`"
+        raise ValueError(f"`repo_type` is '{repo_type}', but '{folder}' is {found}.")
+    dataset = load_latent_dataset(str(folder)) if is_dataset else None
+    files = {} if is_dataset else model_files(folder)
+
+    if private is None:
+        private = pending.get("private")
+    repo_id = open_repo(repo_id, private=private, repo_type=repo_type, token=token)
+    message = commit_message or pending.get("commit_message") or f"Upload {folder.resolve().name}"
+    api = hub_api(token)
+    with hub_errors(f"'{folder}' was not pushed to '{repo_id}'"):
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, repo_type=repo_type, exist_ok=True)
+        if dataset is not None:
+            plain = dataset.with_format(None)
+            return plain.push_to_hub(repo_id, revision=revision, token=token, commit_message=message).commit_url
+        with tempfile.TemporaryDirectory(prefix=SNAPSHOT_PREFIX, dir=folder) as snapshot:
+            staged = stage(files, Path(snapshot))
+            add_card(staged, Path(snapshot), repo_id)
+            commit = api.upload_folder(
+                repo_id=repo_id, folder_path=snapshot, repo_type=repo_type, revision=revision, commit_message=message
+            )
+    (folder / PENDING_FILE).unlink(missing_ok=True)
+    return commit.commit_url
+
+
+def _read_pending(folder: Path) -> dict[str, Any]:
+    path = folder / PENDING_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def pull(
+    repo_id: str,
+    output_dir: str | Path,
+    *,
+    revision: str | None = None,
+    repo_type: RepoType = "model",
+    subfolder: str | None = None,
+    token: str | None = None,
+) -> Path:
+    """
+    Download a repository, or one folder of it, into a new folder that appears when it is complete.
+
+    A pull that was cut off leaves `.<name>.<commit>.partial` beside `output_dir`; the same pull goes on from there.
+
+    Raises:
+        ValueError: If `output_dir` is not empty, or the repository has no such `subfolder`.
+        HubError: If the download failed.
+    """
+    output_dir = Path(output_dir).absolute()
+    if output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir())):
+        raise ValueError(f"`output_dir` '{output_dir}' exists and is not an empty folder.")
+    check_repo_id(repo_id)
+    if subfolder is not None and not re.fullmatch(r"(?!\.)[\w.-]+(/(?!\.)[\w.-]+)*", subfolder):
+        raise ValueError(f"`subfolder` must be the path of a folder, such as 'best', got '{subfolder}'.")
+    with hub_errors(f"'{repo_id}' was not pulled"):
+        # Pinned, so that a pull that is taken up again cannot mix two commits.
+        commit = hub_api(token).repo_info(repo_id, repo_type=repo_type, revision=revision).sha
+        partial_dir = output_dir.with_name(f".{output_dir.name}.{str(commit)[:12]}.partial")
+        snapshot_download(
+            repo_id,
+            repo_type=repo_type,
+            revision=commit,
+            local_dir=partial_dir,
+            allow_patterns=None if subfolder is None else f"{subfolder}/*",
+            token=token,
+        )
+    content = partial_dir if subfolder is None else partial_dir / subfolder
+    if not content.is_dir():
+        shutil.rmtree(partial_dir, ignore_errors=True)
+        raise ValueError(f"`subfolder`: there is no folder '{subfolder}' in '{repo_id}'.")
+    # The client's notes on what it has downloaded so far.
+    shutil.rmtree(partial_dir / ".cache", ignore_errors=True)
+    if output_dir.is_dir():
+        output_dir.rmdir()
+    content.rename(output_dir)
+    shutil.rmtree(partial_dir, ignore_errors=True)
+    return output_dir
+
+
+@dataclass
+class _Upload:
+    """One upload that was asked for."""
+
+    commit_message: str
+    snapshot: Path | None = None
+    staged: dict[str, Path] = field(default_factory=dict)
+    done: threading.Event = field(default_factory=threading.Event)
+    reason: str | None = None
+
+
+class HubUploader:
+    """
+    Pushes a run while it trains, one upload at a time and in the background. For the main process.
+
+    An upload works on a snapshot of hard links, so checkpoints may be deleted or replaced meanwhile. One that is asked
+    for while another runs waits; the next one takes its place. Whatever goes wrong is a warning, never an error: the
+    run's `hub_pending.json` says what is missing on the Hub until an upload, or `hy-prfl push`, gets through.
+
+    Args:
+        run_dir (`Path`):
+            Output folder of the run.
+        repo_id (`str`):
+            `user/name`; a bare `name` is put under the token's account.
+        private (`bool`, *optional*):
+            Who may see a new repository.
+        token (`str`, *optional*):
+            Token with the right to write; the stored one, or HF_TOKEN, if left out.
+
+    Raises:
+        ValueError: Before anything is trained, for what the user has to correct; see [`open_repo`]. If only the
+            network fails, there is a warning, and every upload tries again.
+    """
+
+    def __init__(
+        self, run_dir: str | Path, repo_id: str, *, private: bool | None = None, token: str | None = None
+    ) -> None:
+        self.run_dir = Path(run_dir)
+        self.repo_id = repo_id
+        self.private = private
+        self.token = token
+        self._api = hub_api(token)
+        self._is_open = False
+        self._latest: _Upload | None = None
+        self._future: Future[str] | None = None
+        self._lock = threading.Lock()
+        try:
+            self._open()
+        except HubError as error:
+            logger.warning("%s Training goes on, and every upload will try again.", error)
+        # Of a run that was killed in the middle of an upload.
+        for leftover in self.run_dir.glob(f"{SNAPSHOT_PREFIX}*"):
+            shutil.rmtree(leftover)
+
+    def upload(self, *, commit_message: str, weights_dir: Path | None = None) -> None:
+        """
+        Push the run as it is now, in the background.
+
+        Args:
+            commit_message (`str`):
+                Headline of the commit.
+            weights_dir (`Path`, *optional*):
+                Checkpoint to take the weights from; see [`run_files`].
+        """
+        upload = _Upload(commit_message)
+        with self._lock:
+            self._latest = upload
+        try:
+            # Also if the process dies in the middle, the folder tells what is missing.
+            self._write_pending(upload, "the upload had not ended")
+            upload.snapshot = Path(tempfile.mkdtemp(prefix=SNAPSHOT_PREFIX, dir=self.run_dir))
+            upload.staged = stage(run_files(self.run_dir, weights_dir), upload.snapshot)
+        except (OSError, ValueError) as error:
+            self._end(upload, error)
+            return
+        if self._future is not None and self._future.cancel():
+            logger.info("An upload still waits; '%s' takes its place.", commit_message)
+        self._future = self._api.run_as_future(self._push, upload)
+        self._future.add_done_callback(partial(self._after, upload))
+
+    def finish(self, *, commit_message: str) -> bool:
+        """
+        Push the run's result and wait until it is there, or has failed.
+
+        Returns:
+            `bool`: whether all is on the Hub; if not, the log says how to finish it.
+        """
+        self.upload(commit_message=commit_message)
+        assert self._latest is not None
+        self._latest.done.wait()
+        if self._latest.reason is not None:
+            logger.warning(
+                "The run is complete in %s, but not on the Hub. Once that is mended, this pushes it:\n    %s",
+                self.run_dir, shlex.join(["hy-prfl", "push", "--folder", str(self.run_dir)]),
+            )  # fmt: skip
+        return self._latest.reason is None
+
+    def _open(self) -> None:
+        self.repo_id = open_repo(self.repo_id, private=self.private, token=self.token)
+        self._is_open = True
+
+    def _push(self, upload: _Upload) -> str:
+        """Runs in the background; what it raises is looked at by `_after`."""
+        # One bar per process group, and that is the trainer's.
+        disable_progress_bars()
+        assert upload.snapshot is not None
+        if not self._is_open:
+            self._open()
+        made = add_card(upload.staged, upload.snapshot, self.repo_id)
+        commit = self._api.upload_folder(
+            repo_id=self.repo_id, folder_path=upload.snapshot, commit_message=upload.commit_message
+        )
+        for name in made:
+            os.replace(upload.snapshot / name, self.run_dir / name)
+        return commit.commit_url
+
+    def _after(self, upload: _Upload, future: "Future[str]") -> None:
+        if not future.cancelled() and future.exception() is None:
+            logger.info("Pushed '%s': %s", upload.commit_message, future.result())
+        self._end(upload, None if future.cancelled() else future.exception())
+
+    def _end(self, upload: _Upload, error: BaseException | None) -> None:
+        """Clean up after an upload that ended, failed, or was replaced before it began."""
+        if upload.snapshot is not None:
+            shutil.rmtree(upload.snapshot, ignore_errors=True)
+        try:
+            with self._lock:
+                if error is not None:
+                    upload.reason = failure_reason(error)
+                    logger.warning("'%s' is not on the Hub: %s.", upload.commit_message, upload.reason)
+                if upload is self._latest and upload.reason is not None:
+                    self._write_pending(upload, upload.reason)
+                elif upload is self._latest:
+                    (self.run_dir / PENDING_FILE).unlink(missing_ok=True)
+        except OSError as disk_error:
+            logger.warning("%s could not be written: %s.", self.run_dir / PENDING_FILE, disk_error)
+        finally:
+            upload.done.set()
+
+    def _write_pending(self, upload: _Upload, reason: str) -> None:
+        state = {"repo_id": self.repo_id, "private": self.private, "folder": str(self.run_dir)}
+        state |= {"commit_message": upload.commit_message, "reason": reason}
+        temporary = self.run_dir / f".{PENDING_FILE}.tmp"
+        temporary.write_text(json.dumps(state, indent=2), encoding="utf-8")
+        os.replace(temporary, self.run_dir / PENDING_FILE)

@@ -1,0 +1,105 @@
+"""Which files of a run, or of a model folder, make up its repository on the Hub, and how they lie there."""
+
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from .checkpointing import LORA_FILE, list_checkpoints
+from .model_card import CARD_FILE, CONFIG_FILE, METRICS_FILE, may_replace_card, model_kind, write_model_card
+from .models.loading import TRANSFORMER_FOLDER
+from .provenance import RUN_FILE
+
+
+logger = logging.getLogger(__name__)
+
+BEST_FOLDER, MODEL_FOLDER, AVERAGE_FOLDER = "best", "reward_model", "ema"
+
+
+def model_files(folder: Path) -> dict[str, Path]:
+    """
+    Files of a run ([`run_files`]), or all files of a folder with a model in it.
+
+    Raises:
+        ValueError: If the folder is neither.
+    """
+    if (folder / CONFIG_FILE).is_file():
+        return run_files(folder)
+    files = _visible_files(folder)
+    if model_kind(files) is None:
+        raise ValueError(f"`folder`: '{folder}' is neither a run nor a folder with a model in it.")
+    return files
+
+
+def run_files(run_dir: Path, weights_dir: Path | None = None) -> dict[str, Path]:
+    """
+    What of a run goes to the Hub: path in the repository -> file. Never the state of an optimizer.
+
+    The best reward model, or else the last one, becomes the root of the repository, so that an id alone names it; an
+    adapter lies there too, a transformer in its folder, as pipelines have it. Averaged weights go before others. With
+    them go configuration, metrics, the record of how the run was started, and its card.
+
+    Args:
+        weights_dir (`Path`, *optional*):
+            The checkpoint to take the weights from; the run's result, or else its newest checkpoint, if left out.
+
+    Raises:
+        ValueError: If there are no weights yet.
+    """
+    places = [run_dir, *reversed(list_checkpoints(run_dir))] if weights_dir is None else [weights_dir]
+    weights = next(filter(None, (_weight_files(place, run_dir) for place in places)), None)
+    if weights is None:
+        raise ValueError(f"{places[0]}: no trained model here to push, neither a result nor a checkpoint.")
+    texts = [run_dir / name for name in (CONFIG_FILE, METRICS_FILE, RUN_FILE, CARD_FILE)]
+    return weights | {path.name: path for path in texts if path.is_file()}
+
+
+def _weight_files(place: Path, run_dir: Path) -> dict[str, Path] | None:
+    """Weights in the run's `best`, or in one result or checkpoint folder."""
+    for root in (run_dir / BEST_FOLDER, place / MODEL_FOLDER):
+        if root.is_dir():
+            return _visible_files(root)
+    for folder in (place / AVERAGE_FOLDER, place):
+        if (folder / TRANSFORMER_FOLDER).is_dir():
+            files = _visible_files(folder / TRANSFORMER_FOLDER)
+            return {f"{TRANSFORMER_FOLDER}/{name}": path for name, path in files.items()}
+        if (folder / LORA_FILE).is_file():
+            return {LORA_FILE: folder / LORA_FILE}
+    return None
+
+
+def _visible_files(folder: Path) -> dict[str, Path]:
+    """All files below a folder by their path in it, but for those that are hidden."""
+    files = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        name.as_posix(): path for name, path in files.items() if not any(part.startswith(".") for part in name.parts)
+    }
+
+
+def stage(files: Mapping[str, Path], folder: Path) -> dict[str, Path]:
+    """
+    Lay out files as their repository will have them, so that nothing that happens to the originals matters.
+
+    Weights, which are replaced but never changed in place, are linked and cost neither time nor space; where the file
+    system has no hard links, and for small files, which do change, they are copied.
+    """
+    staged = {}
+    for path_in_repo, source in files.items():
+        target = staged[path_in_repo] = folder / path_in_repo
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.suffix == ".safetensors":
+            try:
+                os.link(source, target)
+                continue
+            except OSError:
+                logger.info("%s cannot be linked and is copied for its upload.", source)
+        shutil.copyfile(source, target)
+    return staged
+
+
+def add_card(staged: Mapping[str, Path], folder: Path, repo_id: str) -> list[str]:
+    """Put a card and its plot into a staged repository, unless a person has written one; return their names."""
+    if model_kind(staged) is None or not may_replace_card(staged.get(CARD_FILE)):
+        return []
+    return write_model_card(staged, folder, repo_id=repo_id)

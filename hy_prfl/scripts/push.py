@@ -1,0 +1,37 @@
+r"""
+Pushes the result of a run, a model folder or a latent dataset to the Hugging Face Hub.
+
+    hy-prfl push --folder outputs/reward --repo_id user/reward --private
+    hy-prfl push --folder data/train --repo_id user/clips --repo_type dataset
+
+A run whose own uploads failed knows its repository and needs only the folder.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from ..configs.hub import PushConfig
+from ..configs.parser import parse_config
+from ..hub import HubError, push_folder
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Push one folder."""
+    config = parse_config(PushConfig, argv, description=__doc__)
+    try:
+        url = push_folder(
+            config.folder,
+            config.repo_id,
+            private=config.private or None,
+            repo_type=config.repo_type,
+            revision=config.revision,
+            commit_message=config.commit_message,
+            token=config.token,
+        )
+    except (HubError, ValueError, FileNotFoundError) as error:
+        sys.exit(f"hy-prfl push: {error}")
+    print(f"Pushed {config.folder}: {url}")
+
+
+if __name__ == "__main__":
+    main()
