@@ -13,12 +13,14 @@ import torch
 from accelerate import Accelerator, init_empty_weights
 from accelerate.utils import DistributedType
 from diffusers import ModelMixin, WanPipeline, WanTransformer3DModel
-from diffusers.training_utils import _collate_lora_metadata
 from huggingface_hub import save_torch_state_dict
 from peft import get_peft_model_state_dict
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from .folders import recover_folder, replace_folder, temporary_folder
+from .models.adapters import parse_adapter
+from .models.lora_metadata import lora_header
 
 
 logger = logging.getLogger(__name__)
@@ -149,7 +151,12 @@ def save_pretrained(
     replace_folder(temporary, directory)
 
 
-def save_lora(transformer: WanTransformer3DModel, state_dict: dict[str, torch.Tensor], directory: Path) -> None:
+def save_lora(
+    transformer: WanTransformer3DModel,
+    state_dict: dict[str, torch.Tensor],
+    directory: Path,
+    metadata: Mapping[str, str] = MappingProxyType({}),
+) -> None:
     """
     Write the transformer's adapter as diffusers reads it: `directory/pytorch_lora_weights.safetensors`.
 
@@ -158,13 +165,21 @@ def save_lora(transformer: WanTransformer3DModel, state_dict: dict[str, torch.Te
     Args:
         state_dict (`dict[str, torch.Tensor]`):
             Weights of the adapter, whole, by their names in `transformer`.
+        metadata (`Mapping[str, str]`):
+            Where it comes from, see [`~hy_prfl.models.lora_metadata.lora_metadata`].
+
+    Raises:
+        ValueError: If a weight is empty or half of a pair is missing; nothing is written then.
     """
+    layers = get_peft_model_state_dict(transformer, state_dict=state_dict)
+    header = lora_header(transformer.peft_config["default"].to_dict(), metadata)
+    parse_adapter({f"transformer.{name}": weight for name, weight in layers.items()}, header, source=str(directory))
     temporary = directory / ".lora.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     WanPipeline.save_lora_weights(
         temporary,
-        transformer_lora_layers=get_peft_model_state_dict(transformer, state_dict=state_dict),
-        **_collate_lora_metadata({"transformer": transformer}),
+        transformer_lora_layers=layers,
+        save_function=lambda weights, filename: save_file(weights, filename, metadata=header),
     )
     (temporary / LORA_FILE).replace(directory / LORA_FILE)
     temporary.rmdir()

@@ -1,16 +1,33 @@
 """Processes: how they are set up, and what they have to agree on."""
 
+import logging
+import os
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import datasets
+import diffusers
 import torch
+import transformers
 from accelerate import Accelerator, PartialState
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, gather_object, parse_flag_from_env
 
 
 # How long a rank waits for the others: one may be encoding or decoding on its own.
 TIMEOUT = timedelta(days=14)
+
+
+def set_up_logging() -> None:
+    """Messages and progress bars of the main process only. Reads `RANK`, so that it sets up no processes itself."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    is_main = os.environ.get("RANK", "0") == "0"
+    logging.getLogger("hy_prfl").setLevel(logging.INFO if is_main else logging.ERROR)
+    if not is_main:
+        for library in (diffusers.utils.logging, transformers.utils.logging):
+            library.set_verbosity_error()
+            library.disable_progress_bar()
+        datasets.disable_progress_bars()
 
 
 def on_cpu() -> bool:

@@ -20,6 +20,7 @@ from .generation import decode_latents, write_video
 from .models.reward_model import WanRewardModel
 from .rollout import sample_latents
 from .scoring import score_latents
+from .tracking import log_videos
 
 
 class SampleEvaluator:
@@ -80,6 +81,7 @@ class SampleEvaluator:
     def __call__(self, transformer: nn.Module, accelerator: Accelerator, *, step: int) -> dict[str, float]:
         """Sample and score; all ranks do the same number of forwards and get the same result. A collective."""
         records: list[tuple[int, list[float], float]] = []
+        folder = self.output_dir / f"step-{step}"
         batches = split_batches(
             latent_shapes(self.dataset),
             batch_size=self.batch_size,
@@ -104,9 +106,12 @@ class SampleEvaluator:
             stds = latents.flatten(1).std(dim=1)
             records.extend(zip(indices, logits.tolist(), stds.tolist(), strict=True))
             if self.vae is not None:
-                self._write_videos(latents, indices, self.output_dir / f"step-{step}")
+                self._write_videos(latents, indices, folder)
         # Rows that fill up a batch come more than once, with the same values.
         by_row = {index: (logits, std) for index, logits, std in gather_records(records)}
+        # By now all ranks have written theirs.
+        videos = {f"validation/{path.stem}": path for path in sorted(folder.glob("*.mp4"))}
+        log_videos(accelerator, videos, step=step, fps=self.fps)
         all_logits = torch.tensor([logits for logits, _ in by_row.values()])
         metrics = {
             f"reward/t{timestep}": float(all_logits[:, column].sigmoid().mean())

@@ -35,6 +35,7 @@ class TrainingConfig:
     > Parameters of the optimisation
     > Parameters of the noise levels that clean clips are trained at
     > Parameters of checkpoints, logging and evaluation
+    > Parameters of the Hub
     """
 
     # Parameters of the run
@@ -114,7 +115,27 @@ class TrainingConfig:
     tracker_project_name: str = field(default="hy_prfl", metadata={"help": "Project name given to the trackers."})
     logging_steps: int = field(default=1, metadata={"help": "Updates between two log entries."})
 
+    # Parameters of the Hub
+    push_to_hub: bool = field(
+        default=False, metadata={"help": "Push the result, with a model card, to the Hugging Face Hub."}
+    )
+    hub_model_id: str | None = field(
+        default=None,
+        metadata={"help": "Repository, `user/name`; the name of output_dir, under the token's account, if left out."},
+    )
+    hub_private_repo: bool = field(
+        default=False, metadata={"help": "Make a new repository private, and refuse one that is public."}
+    )
+    hub_push_checkpoints: int | None = field(
+        default=None, metadata={"help": "Push every this many checkpoints too, in the background; if left out, none."}
+    )
+
     def __post_init__(self) -> None:
+        for name in ("hub_model_id", "hub_private_repo", "hub_push_checkpoints"):
+            value = getattr(self, name)
+            check(self.push_to_hub or not value, name, value, "left out without `push_to_hub`")
+        every = self.hub_push_checkpoints
+        check(every is None or every >= 1, "hub_push_checkpoints", every, "at least 1, or left out")
         for name in ("train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "context_parallel_degree"):
             check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("max_train_steps", "checkpoints_total_limit"):

@@ -18,7 +18,7 @@ from ..configs.generate import GenerateConfig
 from ..configs.parser import parse_config
 from ..data.encoding import find_pipeline_class
 from ..data.prompts import check_prompts, read_prompts
-from ..distributed import process_state
+from ..distributed import process_state, set_up_logging
 from ..generation import VideoSettings, generate_videos, pending_videos, write_manifest
 from ..pipelines import find_lora_weights, last_image_support, load_pipeline
 from ..provenance import path_identity
@@ -31,6 +31,7 @@ MODEL_PATHS = ("pretrained_model_name_or_path", "transformer_path", "lora_path")
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Generate the videos that are not there yet."""
+    set_up_logging()
     config = parse_config(GenerateConfig, argv, description=__doc__)
     state = process_state()
     output_dir = Path(config.output_dir)

@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from ..configs.label import LabelConfig
 from ..configs.parser import parse_config
 from ..data.labels import label_dataset, read_annotations
+from ..distributed import set_up_logging
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    set_up_logging()
     config = parse_config(LabelConfig, argv, description="Merge annotations into a latent dataset.")
     annotations = read_annotations(config.annotations)
     counts = label_dataset(

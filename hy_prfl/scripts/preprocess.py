@@ -19,7 +19,7 @@ from ..data.preprocessing import ClipEncoder, ClipSettings
 from ..data.store import REPORT_FILE, RowEncoder, build_dataset, is_complete, request_digest
 from ..data.upstream import UpstreamImporter, read_upstream
 from ..data.video import parse_size
-from ..distributed import process_state
+from ..distributed import process_state, set_up_logging
 
 
 # Options that change neither the rows nor their values.
@@ -27,6 +27,7 @@ NOT_REQUESTED = ("output_dir", "manifest", "upstream_meta", "shard_size")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    set_up_logging()
     config = parse_config(PreprocessConfig, argv, description="Encode clips, or import upstream's, into a dataset.")
     # 1. The cheap checks: settings, rows, output folder
     settings = build_settings(config)

@@ -24,7 +24,7 @@ from ..data.manifest import read_manifest
 from ..data.preprocessing import ClipSettings
 from ..data.store import request_digest
 from ..data.video import parse_size
-from ..distributed import process_state
+from ..distributed import process_state, set_up_logging
 from ..models.loading import load_reward_model
 from ..provenance import path_identity
 from ..score_table import is_scored, summary_path
@@ -33,6 +33,7 @@ from ..scoring import score_dataset, score_manifest
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Score what is not scored yet."""
+    set_up_logging()
     config = parse_config(ScoreConfig, argv, description=__doc__)
     state = process_state()
     # The files behind the paths count, not their names.

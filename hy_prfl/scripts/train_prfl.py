@@ -6,17 +6,17 @@ Fine-tunes a Wan generator on a latent reward.
         --reward_model outputs/reward/best --output_dir outputs/prfl
 """
 
-import logging
 from collections.abc import Sequence
 
 from ..configs.parser import parse_config
 from ..configs.prfl import PRFLTrainingConfig
+from ..distributed import set_up_logging
 from ..trainers.prfl_trainer import PRFLTrainer
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train a generator."""
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    set_up_logging()
     PRFLTrainer(parse_config(PRFLTrainingConfig, argv, description=__doc__)).train()
 
 

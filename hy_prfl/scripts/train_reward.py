@@ -5,17 +5,17 @@ Trains PAVRM, the reward model on noisy latents.
         --config examples/reward/wan2.1_t2v_1.3b_480p_bce.yaml --train_dataset data/train --output_dir outputs/reward
 """
 
-import logging
 from collections.abc import Sequence
 
 from ..configs.parser import parse_config
 from ..configs.reward import RewardTrainingConfig
+from ..distributed import set_up_logging
 from ..trainers.reward_trainer import RewardTrainer
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train a reward model."""
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    set_up_logging()
     RewardTrainer(parse_config(RewardTrainingConfig, argv, description=__doc__)).train()
 
 

@@ -1,7 +1,6 @@
 """The training loop: updates, logging, validation, checkpoints, resuming. Knows no loss."""
 
 import dataclasses
-import json
 import signal
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +13,6 @@ from typing import Any
 import torch
 import yaml
 from accelerate.logging import get_logger
-from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, set_seed
 from datasets import Dataset
 from diffusers import AutoencoderKLWan
@@ -33,13 +31,11 @@ from ..distributed import any_rank, build_accelerator, mean_over_ranks
 from ..flow_matching import make_generator, sample_noise, sample_sigmas
 from ..models.context_parallel import ContextParallelGroup, check_divisible
 from ..sharding import Masters, forget_deepspeed_in_transformers, split_for_zero3
+from .reports import CONFIG_FILE, Reports, known_trackers
 from .updates import Updates
 
 
 logger = get_logger(__name__)
-
-CONFIG_FILE = "config.yaml"
-METRICS_FILE = "metrics.jsonl"
 
 
 class Trainer(ABC):
@@ -60,16 +56,13 @@ class Trainer(ABC):
         self.config = config
         self.output_dir = Path(config.output_dir)
         self.checkpoint = find_checkpoint(self.output_dir, config.resume_from_checkpoint)
-        report_to = [name for name in config.report_to if name != "none"]
-        available = [str(tracker) for tracker in get_available_trackers()]
-        for name in report_to:
-            check(name in available, "report_to", name, f"`none` or one of the trackers installed here: {available}")
         self.accelerator = build_accelerator(
             gradient_accumulation_steps=backwards_per_update,
             train_batch_size=config.train_batch_size,
-            log_with=report_to,
+            log_with=known_trackers(config.report_to),
             output_dir=self.output_dir,
         )
+        self.reports = Reports(self.accelerator, config)
         set_seed(config.seed)
         # Ranks that share a clip are one replica: they get the same rows and draw the same noise.
         degree = config.context_parallel_degree
@@ -270,6 +263,8 @@ class Trainer(ABC):
             self.save_result(self.output_dir)
             logger.info("Finished %d steps: %s", self.global_step, self.output_dir)
         self.accelerator.end_training()
+        if self.global_step == self.max_train_steps:
+            self.reports.finish(global_step=self.global_step)
 
     def generators(self, stream: int, micro_step: int, batch_size: int) -> list[torch.Generator]:
         """
@@ -379,15 +374,7 @@ class Trainer(ABC):
     def _start_run(self) -> None:
         if self.checkpoint is not None:
             self._resume(self.checkpoint)
-        if self.accelerator.is_main_process:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
-            save_config(self.config, self.output_dir / CONFIG_FILE)
-            self._truncate_metrics()
-        options = {
-            name: value if isinstance(value, (int, float, str, bool)) else str(value)
-            for name, value in dataclasses.asdict(self.config).items()
-        }
-        self.accelerator.init_trackers(self.config.tracker_project_name, config=options)
+        self.reports.start(self.global_step)
 
     def _warn_of_changes(self, saved: Path) -> None:
         before = yaml.safe_load(saved.read_text(encoding="utf-8"))
@@ -401,12 +388,12 @@ class Trainer(ABC):
             values = mean_over_ranks(self.accelerator, metrics)
             values["learning_rate"] = self.lr_scheduler.get_last_lr()[0]
             progress.set_postfix({name: f"{value:.4g}" for name, value in values.items()})
-            self.log({f"train/{name}": value for name, value in values.items()})
+            self.reports.log(values, global_step=self.global_step, prefix="train")
         self.interrupted = any_rank(self.accelerator, self.interrupted)
         if config.validation_dataset and (self.global_step % config.validation_steps == 0 or is_last):
-            self.log({f"validation/{name}": value for name, value in self.validate().items()})
+            self.reports.log_validation(self.validate(), global_step=self.global_step)
         if self.global_step % config.checkpointing_steps == 0 or is_last or self.interrupted:
-            save_checkpoint(
+            checkpoint = save_checkpoint(
                 self.accelerator,
                 self.output_dir,
                 step=self.global_step,
@@ -414,22 +401,8 @@ class Trainer(ABC):
                 write_config=lambda folder: save_config(config, folder / CONFIG_FILE),
                 total_limit=config.checkpoints_total_limit,
             )
-
-    def log(self, values: dict[str, float]) -> None:
-        """Send scalars to the trackers and append them to `metrics.jsonl`."""
-        self.accelerator.log(values, step=self.global_step)
-        if self.accelerator.is_main_process:
-            with (self.output_dir / METRICS_FILE).open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": self.global_step, **values}) + "\n")
-
-    def _truncate_metrics(self) -> None:
-        """Drop the lines that a run wrote after the checkpoint it is continued from."""
-        path = self.output_dir / METRICS_FILE
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= self.global_step]
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        temporary.replace(path)
+            if not is_last:
+                self.reports.checkpoint_saved(checkpoint, global_step=self.global_step)
 
     @contextmanager
     def _catch_signals(self) -> Iterator[None]:

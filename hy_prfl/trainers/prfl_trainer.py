@@ -1,5 +1,6 @@
 """Process reward feedback learning: the generator climbs a latent reward, held by a flow-matching loss."""
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -27,6 +28,7 @@ from ..data.sampler import BucketBatchSampler
 from ..flow_matching import add_noise, sample_noise, sigmas_to_timesteps, velocity_target
 from ..losses import flow_matching_loss, reward_feedback_loss
 from ..models.loading import TRANSFORMER_FOLDER, WeightFiles, load_reward_model, load_scheduler, load_transformer
+from ..models.lora_metadata import lora_metadata
 from ..models.reward_model import WanRewardModel, check_fits_generator, check_latents_fit
 from ..rollout import denoise_to_step, predict_velocity
 from ..sample_evaluation import SampleEvaluator
@@ -266,9 +268,18 @@ class PRFLTrainer(Trainer):
         is_lora = self.config.lora_rank is not None
         state_dict = full_state_dict(self.accelerator, self.unwrapped, trainable_only=is_lora)
         if self.accelerator.is_main_process and is_lora:
-            save_lora(self.unwrapped, state_dict, directory)
+            save_lora(self.unwrapped, state_dict, directory, self._lora_metadata())
         elif self.accelerator.is_main_process:
             save_pretrained(self.unwrapped, state_dict, directory / TRANSFORMER_FOLDER)
+
+    def _lora_metadata(self) -> dict[str, str]:
+        return lora_metadata(
+            base_model=self.config.pretrained_model_name_or_path,
+            reward_model=self.config.reward_model,
+            step=self.global_step,
+            run=self.output_dir.resolve().name,
+            config=dataclasses.asdict(self.config),
+        )
 
     def save_result(self, directory: Path) -> None:
         """Write the trained weights, averaged if an average is kept."""

@@ -1,0 +1,106 @@
+"""What a run tells people: metrics, trackers, how it was started, and what it puts on the Hub."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+
+from ..configs.base import TrainingConfig, check, save_config
+from ..hub import HubUploader
+from ..provenance import RUN_FILE, run_record, write_run_record
+from ..tracking import announce_trackers, log_timestep_curves
+
+
+CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.jsonl"
+
+
+def known_trackers(report_to: list[str]) -> list[str]:
+    """Names of trackers without `none`; a `ValueError` if one is not installed."""
+    names = [name for name in report_to if name != "none"]
+    available = [str(tracker) for tracker in get_available_trackers()]
+    for name in names:
+        check(name in available, "report_to", name, f"`none` or one of the trackers installed here: {available}")
+    return names
+
+
+class Reports:
+    """
+    Writes into `output_dir` and to the trackers, and pushes to the Hub. Its methods are for all ranks.
+
+    Made before any model is loaded: what is wrong with the token or the repository costs no GPU time.
+
+    Args:
+        accelerator (`Accelerator`):
+            Built with the trackers of `config.report_to`.
+        config (`TrainingConfig`):
+            Options of the run.
+
+    Raises:
+        ValueError: If the run is to be pushed and may not be, see [`~hy_prfl.hub.open_repo`].
+    """
+
+    def __init__(self, accelerator: Accelerator, config: TrainingConfig) -> None:
+        self.accelerator = accelerator
+        self.config = config
+        self.output_dir = Path(config.output_dir)
+        self.uploader: HubUploader | None = None
+        if config.push_to_hub and accelerator.is_main_process:
+            repo_id = config.hub_model_id or self.output_dir.resolve().name
+            self.uploader = HubUploader(self.output_dir, repo_id, private=config.hub_private_repo or None)
+
+    def start(self, global_step: int) -> None:
+        """Begin, or go on after `global_step` updates."""
+        config = self.config
+        if self.accelerator.is_main_process:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            save_config(config, self.output_dir / CONFIG_FILE)
+            self._truncate_metrics(global_step)
+            record = run_record(seed=config.seed, num_processes=self.accelerator.num_processes)
+            write_run_record(self.output_dir / RUN_FILE, record)
+        options = {
+            name: value if isinstance(value, (int, float, str, bool)) else str(value)
+            for name, value in dataclasses.asdict(config).items()
+        }
+        name = {"name": self.output_dir.name}
+        self.accelerator.init_trackers(
+            config.tracker_project_name,
+            config=options,
+            init_kwargs={"wandb": {**name, "dir": str(self.output_dir)}, "trackio": name},
+        )
+        announce_trackers(self.accelerator)
+
+    def log(self, values: dict[str, float], *, global_step: int, prefix: str) -> None:
+        """Send scalars, called `prefix/name`, to the trackers and append them to `metrics.jsonl`."""
+        entries = {f"{prefix}/{name}": value for name, value in values.items()}
+        self.accelerator.log(entries, step=global_step)
+        if self.accelerator.is_main_process:
+            with (self.output_dir / METRICS_FILE).open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": global_step, **entries}) + "\n")
+
+    def log_validation(self, values: dict[str, float], *, global_step: int) -> None:
+        """As `log`, and curves of what was measured at several timesteps."""
+        self.log(values, global_step=global_step, prefix="validation")
+        log_timestep_curves(self.accelerator, values, step=global_step, name="validation/by_timestep")
+
+    def checkpoint_saved(self, checkpoint: Path, *, global_step: int) -> None:
+        """Push in the background, if it is this checkpoint's turn."""
+        every = self.config.checkpointing_steps * (self.config.hub_push_checkpoints or 0)
+        if self.uploader is not None and every and global_step % every == 0:
+            self.uploader.upload(commit_message=f"Step {global_step}", weights_dir=checkpoint)
+
+    def finish(self, *, global_step: int) -> None:
+        """Push the result. The other ranks are let go: an upload may take long."""
+        if self.uploader is not None:
+            self.uploader.finish(commit_message=f"Step {global_step}, end of training")
+
+    def _truncate_metrics(self, global_step: int) -> None:
+        """Drop the lines that a run wrote after the checkpoint it is continued from."""
+        path = self.output_dir / METRICS_FILE
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        kept = [line for line in lines if json.loads(line)["step"] <= global_step]
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        temporary.replace(path)
