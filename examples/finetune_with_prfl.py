@@ -29,12 +29,13 @@ class Config:
 
 
 class PrintingTrainer(PRFLTrainer):
-    """A trainer is a class: what it does is changed in a subclass, here where its numbers go."""
+    """A trainer is a class: what it does is changed in a subclass, here only what it prints."""
 
-    def log(self, values: dict[str, float]) -> None:
-        super().log(values)
-        if self.accelerator.is_main_process and "train/reward" in values:
-            print(f"step {self.global_step}: reward {values['train/reward']:.3f}")
+    def train_step(self) -> dict[str, torch.Tensor]:
+        metrics = super().train_step()
+        if self.accelerator.is_main_process:
+            print(f"step {self.global_step + 1}: reward {metrics['reward']:.3f}")
+        return metrics
 
 
 def main(argv: Sequence[str] | None = None) -> WanPipeline:
