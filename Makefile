@@ -2,7 +2,8 @@
 #
 #   make demo      the whole method on small videos, under 10 minutes on 2 CPU cores; results in outputs/demo
 #   make test      all tests (CPU, no network)
-#   make parity    training on two processes against one, every engine, about 5 minutes; outputs/parity.json
+#   make parity    training on two processes against one, every engine, about 12 minutes; outputs/parity.json
+#   make memory    memory of a process with each engine, about 10 minutes; outputs/memory.json
 #   make quality   lint, format, types, spelling; changes nothing
 #   make style     format and fix what can be fixed by itself
 #   make clean     removes what the targets above wrote, except .venv
@@ -15,7 +16,7 @@ DEMO_ARGS ?=
 
 BIN := .venv/bin
 
-.PHONY: demo test parity quality style clean
+.PHONY: demo test parity memory quality style clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.package
@@ -26,6 +27,9 @@ test: .venv/.dev
 
 parity: .venv/.dev
 	$(BIN)/python -m examples.parity.parity
+
+memory: .venv/.dev
+	$(BIN)/python -m examples.parity.memory
 
 quality: .venv/.dev
 	$(BIN)/ruff check .
@@ -54,5 +58,5 @@ clean:
 # deepspeed is built from source, and in isolation its build would fetch a torch of its own. Its kernels are not
 # built here: they compile on first use, and the tests use none.
 .venv/.dev: .venv/.package
-	DS_BUILD_OPS=0 $(BIN)/pip install --no-build-isolation --editable ".[dev,deepspeed]"
+	DS_BUILD_OPS=0 $(BIN)/pip install --no-build-isolation --editable ".[dev,deepspeed,trackers]"
 	touch $@

@@ -1,0 +1,146 @@
+"""
+How much memory does a process need with each engine? `make memory`, or
+
+    python -m examples.parity.memory
+
+Trains all weights of a generator of 104 million parameters (416 MB) for two steps on two CPU processes, watches the
+memory of each, and prints it as a share of what DDP needs in the same run. Then loads the same generator in bfloat16,
+whole and split. Writes `outputs/memory.json`. Takes about ten minutes.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+
+from examples.parity.parity import ENGINES, launch_command
+from examples.shapes.pipeline import save_pipeline
+from hy_prfl.configs.parser import parse_config
+from hy_prfl.data.encoding import vae_fingerprint
+from hy_prfl.data.schema import latent_features, pack_tensor, rows_to_table
+from hy_prfl.models.loading import load_transformer
+from hy_prfl.models.reward_model import WanRewardModel
+from hy_prfl.sharding import split_for_zero3
+
+
+# Engine, degree of context parallelism, is the reward model split.
+RUNS = [("DDP", 1, False), ("ZeRO-2", 1, False), ("ZeRO-3", 1, False), ("ZeRO-3", 2, False), ("ZeRO-3", 2, True)]
+LATENTS = (16, 5, 40, 40)
+
+
+@dataclass(kw_only=True)
+class MemoryConfig:
+    """Options of the measurement."""
+
+    output_dir: str = field(default="outputs/memory", metadata={"help": "Folder for data and runs."})
+    output: str = field(default="outputs/memory.json", metadata={"help": "Table to write."})
+    load: str | None = field(default=None, metadata={"help": "Only load, `whole` or `split`; used by the script."})
+
+
+def write_inputs(folder: Path) -> None:
+    """A pipeline with a generator of some size, a reward model of two of its blocks, and 4 rows."""
+    save_pipeline(folder / "pipeline", num_layers=10, num_attention_heads=12, attention_head_dim=64, ffn_dim=3072)
+    transformer = WanTransformer3DModel.from_pretrained(folder / "pipeline", subfolder="transformer")
+    fingerprint = vae_fingerprint(AutoencoderKLWan.from_pretrained(folder / "pipeline", subfolder="vae"))
+    WanRewardModel.from_transformer(transformer, num_layers=2, vae_fingerprint=fingerprint).save_pretrained(
+        folder / "reward"
+    )
+    rng = np.random.default_rng(0)
+    rows = []
+    for index in range(4):
+        row: dict[str, object] = {
+            "id": str(index), "prompt": "", "fps": 16.0, "max_sequence_length": 16, "vae_fingerprint": fingerprint,
+            "text_encoder_fingerprint": "",
+        }  # fmt: skip
+        row |= pack_tensor("latents", rng.normal(size=LATENTS), "float32", source=str(index))
+        for name in ("prompt_embeds", "null_prompt_embeds"):
+            row |= pack_tensor(name, rng.normal(size=(3, 32)), "float32", source=str(index))
+        rows.append(dict.fromkeys(latent_features()) | row)
+    Dataset(rows_to_table(rows, "float32")).save_to_disk(folder / "data")
+
+
+def peak_memory(command: Sequence[str], environment: Mapping[str, str], module: str) -> list[float]:
+    """
+    Run a command and return the peak memory of each process that runs `module`, in MB.
+
+    Counted is what a process has allocated; files that are mapped, whose pages can be dropped again, are not.
+    """
+    peaks: dict[int, float] = {}
+    launcher = psutil.Popen(
+        command, env=dict(environment), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    while launcher.poll() is None:
+        for process in launcher.children(recursive=True):
+            try:
+                if "LOCAL_RANK" in process.environ() and module in process.cmdline():
+                    status = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8")
+                    allocated = int(status.split("RssAnon:")[1].split()[0]) / 1000
+                    peaks[process.pid] = max(allocated, peaks.get(process.pid, 0.0))
+            except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError, IndexError):
+                continue
+        time.sleep(0.02)
+    if launcher.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{launcher.stderr.read()}")
+    return sorted(peaks.values())
+
+
+def load(folder: Path, how: str) -> None:
+    """What a process of the second measurement does."""
+    PartialState(cpu=True)
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}, "bf16": {"enabled": True}}
+    load_transformer(
+        str(folder / "pipeline"),
+        dtype=torch.bfloat16,
+        split=None if how == "whole" else lambda module: split_for_zero3(module, config),
+    )
+
+
+def main() -> None:
+    """Run everything and print the table."""
+    config = parse_config(MemoryConfig, description=__doc__)
+    folder = Path(config.output_dir)
+    if config.load is not None:
+        load(folder, config.load)
+        return
+    if not (folder / "data").exists():
+        write_inputs(folder)
+    rows: list[dict[str, object]] = []
+    first = 0.0
+    for engine, degree, is_split in RUNS:
+        more = ["--max_train_steps=2", "--gradient_accumulation_steps=1", "--num_inference_steps=3"]
+        more += ["--step_range", "1", "1", f"--shard_reward_model={is_split}", f"--checkpointing_steps={10**6}"]
+        name = f"{engine}-{degree}-{is_split}-{time.time_ns()}"
+        command, environment = launch_command(folder, name, ENGINES[engine], "prfl", "full", degree, 1, more)
+        peaks = peak_memory(command, environment, "hy_prfl.scripts.train_prfl")
+        first = first or max(peaks)
+        rows.append(
+            {
+                "engine": engine,
+                "context_parallel_degree": degree,
+                "shard_reward_model": is_split,
+                "peak_megabytes": [round(peak) for peak in peaks],
+                "share_of_ddp": round(max(peaks) / first, 3),
+            }
+        )
+        print(json.dumps(rows[-1]), flush=True)
+    for how in ("whole", "split"):
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        command = [*launch, "-m", "examples.parity.memory", f"--output_dir={folder}", f"--load={how}"]
+        peaks = peak_memory(command, environment, "examples.parity.memory")
+        rows.append({"load": how, "dtype": "bfloat16", "peak_megabytes": [round(peak) for peak in peaks]})
+        print(json.dumps(rows[-1]), flush=True)
+    Path(config.output).write_text(json.dumps(rows, indent=2), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
