@@ -13,7 +13,7 @@ ORDER = [
     {"models"},
     {"data"},
     {"checkpointing", "rollout"},
-    {"evaluation", "scoring", "generation", "pipelines", "score_table", "tracking", "hub", "hub_files", "model_card"},
+    {"evaluation", "scoring", "generation", "pipelines", "score_table", "tracking", "hub"},
     {"sample_evaluation"},
     {"trainers"},
     {"scripts"},

@@ -27,7 +27,7 @@ from examples import (
 from hy_prfl import WanRewardModel
 from hy_prfl.data.dataset import load_latent_dataset
 from hy_prfl.flow_matching import row_noise
-from tests.hub_server import HubServer, running_hub, use_in_this_process
+from tests.hub.hub_server import HubServer, running_hub, use_in_this_process
 
 
 ROOT = Path(__file__).parents[2]

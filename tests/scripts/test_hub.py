@@ -10,7 +10,7 @@ import torch
 from hy_prfl.data.dataset import load_latent_dataset
 from hy_prfl.models.reward_model import WanRewardModel
 from hy_prfl.scripts import pull, push
-from tests.hub_server import STRANGER, HubServer, client_environment, running_hub, use_in_this_process
+from tests.hub.hub_server import STRANGER, HubServer, client_environment, running_hub, use_in_this_process
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from hy_prfl.models.reward_model import WanRewardModel
 from hy_prfl.trainers.base import Trainer
 from hy_prfl.trainers.prfl_trainer import PRFLTrainer
 from hy_prfl.trainers.reward_trainer import RewardTrainer
-from tests.hub_server import HubServer, client_environment, running_hub, use_in_this_process
+from tests.hub.hub_server import HubServer, client_environment, running_hub, use_in_this_process
 
 
 FILES = {

@@ -19,12 +19,13 @@ from hy_prfl.checkpointing import LORA_FILE
 from hy_prfl.configs.base import save_config
 from hy_prfl.configs.reward import RewardTrainingConfig
 from hy_prfl.data.dataset import load_latent_dataset
-from hy_prfl.hub import PENDING_FILE, HubError, HubUploader, open_repo, pull, push_folder
-from hy_prfl.hub_files import run_files, stage
-from hy_prfl.model_card import OWN_CARD
+from hy_prfl.hub import HubError, HubUploader, open_repo, pull, push_folder
+from hy_prfl.hub.files import run_files, stage
+from hy_prfl.hub.model_card import OWN_CARD
+from hy_prfl.hub.repositories import PENDING_FILE
 from hy_prfl.models.loading import load_reward_model
 from hy_prfl.models.reward_model import WanRewardModel
-from tests.hub_server import READER, STRANGER, HubServer, running_hub, use_in_this_process
+from tests.hub.hub_server import READER, STRANGER, HubServer, running_hub, use_in_this_process
 
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -6,10 +6,10 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from .checkpointing import LORA_FILE, list_checkpoints
+from ..checkpointing import LORA_FILE, list_checkpoints
+from ..models.loading import TRANSFORMER_FOLDER
+from ..provenance import RUN_FILE
 from .model_card import CARD_FILE, CONFIG_FILE, METRICS_FILE, may_replace_card, model_kind, write_model_card
-from .models.loading import TRANSFORMER_FOLDER
-from .provenance import RUN_FILE
 
 
 logger = logging.getLogger(__name__)

@@ -13,10 +13,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from .checkpointing import LORA_FILE
-from .flow_matching import NUM_TRAIN_TIMESTEPS
-from .models.lora_metadata import read_lora_metadata
-from .provenance import RUN_FILE
+from ..checkpointing import LORA_FILE
+from ..flow_matching import NUM_TRAIN_TIMESTEPS
+from ..models.lora_metadata import read_lora_metadata
+from ..provenance import RUN_FILE
 
 
 ModelKind = Literal["reward", "lora", "transformer"]
@@ -65,7 +65,7 @@ def write_model_card(
 
     Args:
         files (`Mapping[str, Path]`):
-            The repository that the card is for: path in it -> file; see [`~hy_prfl.hub_files.run_files`]. Read are
+            The repository that the card is for: path in it -> file; see [`~hy_prfl.hub.files.run_files`]. Read are
             `config.yaml`, `metrics.jsonl`, `metrics.json` of the best model and the model's `config.json`, as far as
             they are there.
         directory (`Path`):

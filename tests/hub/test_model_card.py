@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 
 from hy_prfl.configs.prfl import PRFLTrainingConfig
 from hy_prfl.configs.reward import RewardTrainingConfig
-from hy_prfl.hub_files import run_files
-from hy_prfl.model_card import OWN_CARD, build_card, draw_training, may_replace_card, model_kind, write_model_card
+from hy_prfl.hub.files import run_files
+from hy_prfl.hub.model_card import OWN_CARD, build_card, draw_training, may_replace_card, model_kind, write_model_card
 from hy_prfl.models.reward_model import WanRewardModel
 from hy_prfl.trainers.prfl_trainer import PRFLTrainer
 from hy_prfl.trainers.reward_trainer import RewardTrainer
-from tests.hub_server import HubServer, check_card, running_hub, use_in_this_process
+from tests.hub.hub_server import HubServer, check_card, running_hub, use_in_this_process
 
 
 @pytest.fixture
