@@ -56,7 +56,8 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | None) -> Pat
         FileNotFoundError: If the path is not a complete checkpoint.
         ValueError: If nothing is to be resumed but `output_dir` already holds checkpoints.
     """
-    for outdated in output_dir.glob(".checkpoint-*.old"):
+    # Of a run that was killed while it gave a finished folder its name.
+    for outdated in output_dir.glob(".*.old"):
         recover_folder(output_dir / outdated.name.removeprefix(".").removesuffix(".old"))
     checkpoints = list_checkpoints(output_dir)
     if resume_from_checkpoint is None:
