@@ -42,15 +42,31 @@ def assert_same_weights(own: Path, other: Path) -> None:
     assert all((weights[name] == value).all() for name, value in expected.items())
 
 
+AVERAGE = ["--use_ema=true", "--ema_decay=0.5"]
+DROPOUT = "--lora_dropout=0.3"
+
+
 @pytest.mark.launch
-@pytest.mark.parametrize(("engine", "tuning"), [("DDP", "full"), ("ZeRO-3", "full"), ("ZeRO-3", "lora")])
-def test_resuming_equals_never_having_stopped(inputs: Path, engine: str, tuning: str) -> None:
-    file, options = WEIGHTS["prfl", tuning], ["--checkpointing_steps=2", "--use_ema=true", "--ema_decay=0.5"]
-    run = train(inputs, f"resumed-{engine}-{tuning}", ENGINES[engine], "prfl", tuning, 1, 2, options)
+@pytest.mark.parametrize(
+    ("engine", "script", "tuning", "degree", "more"),
+    [
+        ("DDP", "prfl", "full", 1, AVERAGE),
+        ("ZeRO-2", "prfl", "full", 1, AVERAGE),
+        ("ZeRO-3", "prfl", "full", 1, AVERAGE),
+        ("ZeRO-3", "prfl", "lora", 2, [*AVERAGE, DROPOUT, "--shard_reward_model=true"]),
+        ("ZeRO-3", "reward", "lora", 1, [DROPOUT]),
+    ],
+)
+def test_resuming_equals_never_having_stopped(
+    inputs: Path, engine: str, script: str, tuning: str, degree: int, more: list[str]
+) -> None:
+    file, options = WEIGHTS[script, tuning], ["--checkpointing_steps=2", *more]
+    arguments = (ENGINES[engine], script, tuning, degree, 2 * degree)
+    run = train(inputs, f"resumed-{engine}-{script}-{tuning}", *arguments, options)
     whole, metrics = load_file(run / file), (run / "metrics.jsonl").read_text()
     shutil.rmtree(run / "checkpoint-4")
     (run / file).unlink()
-    train(inputs, run.name, ENGINES[engine], "prfl", tuning, 1, 2, [*options, "--resume_from_checkpoint=latest"])
+    train(inputs, run.name, *arguments, [*options, "--resume_from_checkpoint=latest"])
     resumed = load_file(run / file)
     assert all((resumed[name] == value).all() for name, value in whole.items())
     assert (run / "metrics.jsonl").read_text() == metrics
