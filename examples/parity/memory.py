@@ -35,7 +35,7 @@ from hy_prfl.sharding import split_for_zero3
 
 # Engine, degree of context parallelism, is the reward model split.
 RUNS = [("DDP", 1, False), ("ZeRO-2", 1, False), ("ZeRO-3", 1, False), ("ZeRO-3", 2, False), ("ZeRO-3", 2, True)]
-LATENTS = (16, 5, 40, 40)
+LATENTS = (16, 5, 32, 32)
 
 
 @dataclass(kw_only=True)
