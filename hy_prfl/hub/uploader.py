@@ -1,0 +1,168 @@
+"""Uploads of a run while it trains, which never stop it."""
+
+import json
+import logging
+import os
+import shlex
+import shutil
+import tempfile
+import threading
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from huggingface_hub.utils import disable_progress_bars
+
+from .files import add_card, run_files, stage
+from .repositories import PENDING_FILE, SNAPSHOT_PREFIX, HubError, failure_reason, hub_api, open_repo
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _Upload:
+    """One upload that was asked for."""
+
+    commit_message: str
+    snapshot: Path | None = None
+    staged: dict[str, Path] = field(default_factory=dict)
+    done: threading.Event = field(default_factory=threading.Event)
+    reason: str | None = None
+
+
+class HubUploader:
+    """
+    Pushes a run while it trains, one upload at a time and in the background. For the main process.
+
+    An upload works on a snapshot of hard links, so checkpoints may be deleted or replaced meanwhile. One that is asked
+    for while another runs waits; the next one takes its place. Whatever goes wrong is a warning, never an error: the
+    run's `hub_pending.json` says what is missing on the Hub until an upload, or `hy-prfl push`, gets through.
+
+    Args:
+        run_dir (`Path`):
+            Output folder of the run.
+        repo_id (`str`):
+            `user/name`; a bare `name` is put under the token's account.
+        private (`bool`, *optional*):
+            Who may see a new repository.
+        token (`str`, *optional*):
+            Token with the right to write; the stored one, or HF_TOKEN, if left out.
+
+    Raises:
+        ValueError: Before anything is trained, for what the user has to correct; see [`open_repo`]. If only the
+            network fails, there is a warning, and every upload tries again.
+    """
+
+    def __init__(
+        self, run_dir: str | Path, repo_id: str, *, private: bool | None = None, token: str | None = None
+    ) -> None:
+        self.run_dir = Path(run_dir)
+        self.repo_id = repo_id
+        self.private = private
+        self.token = token
+        self._api = hub_api(token)
+        self._is_open = False
+        self._latest: _Upload | None = None
+        self._future: Future[str] | None = None
+        self._lock = threading.Lock()
+        try:
+            self._open()
+        except HubError as error:
+            logger.warning("%s Training goes on, and every upload will try again.", error)
+        # Of a run that was killed in the middle of an upload.
+        for leftover in self.run_dir.glob(f"{SNAPSHOT_PREFIX}*"):
+            shutil.rmtree(leftover)
+
+    def upload(self, *, commit_message: str, weights_dir: Path | None = None) -> None:
+        """
+        Push the run as it is now, in the background.
+
+        Args:
+            commit_message (`str`):
+                Headline of the commit.
+            weights_dir (`Path`, *optional*):
+                Checkpoint to take the weights from; see [`run_files`].
+        """
+        upload = _Upload(commit_message)
+        with self._lock:
+            self._latest = upload
+        try:
+            # Also if the process dies in the middle, the folder tells what is missing.
+            self._write_pending(upload, "the upload had not ended")
+            upload.snapshot = Path(tempfile.mkdtemp(prefix=SNAPSHOT_PREFIX, dir=self.run_dir))
+            upload.staged = stage(run_files(self.run_dir, weights_dir), upload.snapshot)
+        except (OSError, ValueError) as error:
+            self._end(upload, error)
+            return
+        if self._future is not None and self._future.cancel():
+            logger.info("An upload still waits; '%s' takes its place.", commit_message)
+        self._future = self._api.run_as_future(self._push, upload)
+        self._future.add_done_callback(partial(self._after, upload))
+
+    def finish(self, *, commit_message: str) -> bool:
+        """
+        Push the run's result and wait until it is there, or has failed.
+
+        Returns:
+            `bool`: whether all is on the Hub; if not, the log says how to finish it.
+        """
+        self.upload(commit_message=commit_message)
+        assert self._latest is not None
+        self._latest.done.wait()
+        if self._latest.reason is not None:
+            logger.warning(
+                "The run is complete in %s, but not on the Hub. Once that is mended, this pushes it:\n    %s",
+                self.run_dir, shlex.join(["hy-prfl", "push", "--folder", str(self.run_dir)]),
+            )  # fmt: skip
+        return self._latest.reason is None
+
+    def _open(self) -> None:
+        self.repo_id = open_repo(self.repo_id, private=self.private, token=self.token)
+        self._is_open = True
+
+    def _push(self, upload: _Upload) -> str:
+        """Runs in the background; what it raises is looked at by `_after`."""
+        # One bar per process group, and that is the trainer's.
+        disable_progress_bars()
+        assert upload.snapshot is not None
+        if not self._is_open:
+            self._open()
+        made = add_card(upload.staged, upload.snapshot, self.repo_id)
+        commit = self._api.upload_folder(
+            repo_id=self.repo_id, folder_path=upload.snapshot, commit_message=upload.commit_message
+        )
+        for name in made:
+            os.replace(upload.snapshot / name, self.run_dir / name)
+        return commit.commit_url
+
+    def _after(self, upload: _Upload, future: "Future[str]") -> None:
+        if not future.cancelled() and future.exception() is None:
+            logger.info("Pushed '%s': %s", upload.commit_message, future.result())
+        self._end(upload, None if future.cancelled() else future.exception())
+
+    def _end(self, upload: _Upload, error: BaseException | None) -> None:
+        """Clean up after an upload that ended, failed, or was replaced before it began."""
+        if upload.snapshot is not None:
+            shutil.rmtree(upload.snapshot, ignore_errors=True)
+        try:
+            with self._lock:
+                if error is not None:
+                    upload.reason = failure_reason(error)
+                    logger.warning("'%s' is not on the Hub: %s.", upload.commit_message, upload.reason)
+                if upload is self._latest and upload.reason is not None:
+                    self._write_pending(upload, upload.reason)
+                elif upload is self._latest:
+                    (self.run_dir / PENDING_FILE).unlink(missing_ok=True)
+        except OSError as disk_error:
+            logger.warning("%s could not be written: %s.", self.run_dir / PENDING_FILE, disk_error)
+        finally:
+            upload.done.set()
+
+    def _write_pending(self, upload: _Upload, reason: str) -> None:
+        state = {"repo_id": self.repo_id, "private": self.private, "folder": str(self.run_dir)}
+        state |= {"commit_message": upload.commit_message, "reason": reason}
+        temporary = self.run_dir / f".{PENDING_FILE}.tmp"
+        temporary.write_text(json.dumps(state, indent=2), encoding="utf-8")
+        os.replace(temporary, self.run_dir / PENDING_FILE)
