@@ -1,8 +1,116 @@
-"""Denoising with the pipeline's own sampler to one step, and one step with gradient. Knows no reward."""
+"""Denoising with the pipeline's own sampler, with gradient through chosen steps only. Knows no reward."""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from diffusers import UniPCMultistepScheduler
 from torch import nn
+
+from .models.attention import use_attention_backend
+
+
+@dataclass
+class GradientStep:
+    """
+    A step of the chain that takes gradient.
+
+    Args:
+        latents (`torch.Tensor` of shape `(batch_size, num_channels, num_frames, height, width)`):
+            What the step leads to, noisy, float32, without gradient.
+        timesteps (`torch.Tensor` of shape `(batch_size,)`):
+            Noise level of these latents, `1000 * sigma`.
+        differentiable_latents (`Callable[[], torch.Tensor]`):
+            Returns the same latents with gradient in the generator's weights. To be called once.
+    """
+
+    latents: torch.Tensor
+    timesteps: torch.Tensor
+    differentiable_latents: Callable[[], torch.Tensor]
+
+
+def walk_with_gradient(
+    transformer: nn.Module,
+    scheduler: UniPCMultistepScheduler,
+    *,
+    noise: torch.Tensor,
+    step_indices: Sequence[int],
+    num_inference_steps: int,
+    encoder_hidden_states: torch.Tensor,
+    condition: torch.Tensor | None = None,
+    encoder_hidden_states_image: torch.Tensor | None = None,
+    rerun: bool = False,
+    rollout_attention_backend: str | None = None,
+) -> Iterator[GradientStep]:
+    r"""
+    Walk one chain from noise, without gradient but for the steps `step_indices`, and stop at each of these.
+
+    Each is a rollout to one step (paper, equations 7 and 8) whose first part is the chain that is there already:
+    the solver is multistep, the gradient of a step also passes through its corrector, but neither the latents it
+    starts from nor any earlier model output takes any. The gradient of a step must be used before the next one is
+    asked for, so that only one graph exists at a time. Every rank must pass the same `step_indices`, because under
+    ZeRO-3 each forward is a collective.
+
+    Args:
+        transformer (`nn.Module`):
+            The generator, as it is trained (wrapped by its engine). Called by keyword, `return_dict=False`.
+        scheduler (`UniPCMultistepScheduler`):
+            The pipeline's sampler; its state is reset.
+        noise (`torch.Tensor` of shape `(batch_size, num_channels, num_frames, height, width)`):
+            Standard normal start of the chain, float32.
+        step_indices (`Sequence[int]`):
+            Steps that take gradient, ascending, in `[0, num_inference_steps - 2]`: the latents that come out must still
+            be noisy.
+        num_inference_steps (`int`):
+            Steps of the whole chain.
+        encoder_hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, text_dim)`):
+            Prompt embeddings.
+        condition (`torch.Tensor`, *optional*):
+            The 20 condition channels of image-to-video models.
+        encoder_hidden_states_image (`torch.Tensor`, *optional*):
+            Image embeddings of image-to-video models.
+        rerun (`bool`, defaults to `False`):
+            Take each of these steps without gradient first, and again with gradient when that is asked for: what is
+            done with the latents in between has the memory of the step's activations to itself. One forward more.
+        rollout_attention_backend (`str`, *optional*):
+            Attention kernel of the steps between, by diffusers' name; the model's own if left out.
+
+    Yields:
+        [`GradientStep`], one for each of `step_indices`.
+
+    Raises:
+        ValueError: If `step_indices` are out of range or order.
+    """
+    last = num_inference_steps - 2
+    if not step_indices or list(step_indices) != sorted({*step_indices} & {*range(last + 1)}):
+        raise ValueError(f"`step_indices` must be ascending and in [0, {last}], got {list(step_indices)}.")
+    scheduler.set_timesteps(num_inference_steps, device=noise.device)
+    scheduler.set_begin_index(0)
+    predict = partial(
+        predict_velocity,
+        transformer,
+        encoder_hidden_states=encoder_hidden_states,
+        condition=condition,
+        encoder_hidden_states_image=encoder_hidden_states_image,
+    )
+    latents, next_index = noise, 0
+    for step_index in step_indices:
+        with use_attention_backend(transformer, rollout_attention_backend):
+            for timestep in scheduler.timesteps[next_index:step_index]:
+                latents = _take_step(predict, timestep, latents, scheduler, with_gradient=False)
+        next_index = step_index + 1
+        take_step = partial(_take_step, predict, scheduler.timesteps[step_index], latents)
+        if rerun:
+            differentiable_latents = partial(take_step, copy.deepcopy(scheduler), with_gradient=True)
+            latents = take_step(scheduler, with_gradient=False)
+        else:
+            result = take_step(scheduler, with_gradient=True)
+            differentiable_latents = partial(_identity, result)
+            _forget_gradient(scheduler)
+            latents = result.detach()
+        yield GradientStep(latents, scheduler.timesteps[next_index].expand(latents.shape[0]), differentiable_latents)
 
 
 def denoise_to_step(
@@ -19,27 +127,11 @@ def denoise_to_step(
     r"""
     Roll out from noise: `step_index` steps without gradient, then one with it (paper, equations 7 and 8).
 
-    The solver is multistep: the gradient also passes through its corrector, but no earlier model output takes any.
-    Every rank must pass the same `step_index`, because under ZeRO-3 each forward is a collective.
-
     Args:
-        transformer (`nn.Module`):
-            The generator, as it is trained (wrapped by its engine). Called by keyword, `return_dict=False`.
-        scheduler (`UniPCMultistepScheduler`):
-            The pipeline's sampler; its state is reset.
-        noise (`torch.Tensor` of shape `(batch_size, num_channels, num_frames, height, width)`):
-            Standard normal start of the chain, float32.
         step_index (`int`):
-            The step that takes gradient, in `[0, num_inference_steps - 2]`: the latents that come out must still be
-            noisy.
-        num_inference_steps (`int`):
-            Steps of the whole chain.
-        encoder_hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, text_dim)`):
-            Prompt embeddings.
-        condition (`torch.Tensor`, *optional*):
-            The 20 condition channels of image-to-video models.
-        encoder_hidden_states_image (`torch.Tensor`, *optional*):
-            Image embeddings of image-to-video models.
+            The step that takes gradient, in `[0, num_inference_steps - 2]`.
+
+        The other arguments are those of [`walk_with_gradient`].
 
     Returns:
         The noisy latents after step `step_index`, float32, with gradient, and their timesteps `(batch_size,)`.
@@ -49,16 +141,18 @@ def denoise_to_step(
     """
     if not 0 <= step_index <= num_inference_steps - 2:
         raise ValueError(f"`step_index` must be in [0, {num_inference_steps - 2}], got {step_index}.")
-    scheduler.set_timesteps(num_inference_steps, device=noise.device)
-    scheduler.set_begin_index(0)
-    latents = noise
-    for index, timestep in enumerate(scheduler.timesteps[: step_index + 1]):
-        with torch.set_grad_enabled(index == step_index):
-            model_pred = predict_velocity(
-                transformer, latents, timestep, encoder_hidden_states, condition, encoder_hidden_states_image
-            )
-            latents = scheduler.step(model_pred, timestep, latents, return_dict=False)[0]
-    return latents, scheduler.timesteps[step_index + 1].expand(latents.shape[0])
+    chain = walk_with_gradient(
+        transformer,
+        scheduler,
+        noise=noise,
+        step_indices=[step_index],
+        num_inference_steps=num_inference_steps,
+        encoder_hidden_states=encoder_hidden_states,
+        condition=condition,
+        encoder_hidden_states_image=encoder_hidden_states_image,
+    )
+    step = next(chain)
+    return step.differentiable_latents(), step.timesteps
 
 
 @torch.no_grad()
@@ -85,7 +179,7 @@ def sample_latents(
         guidance_scale (`float`, defaults to 1.0):
             Scale of classifier-free guidance, 1 is none.
 
-        The other arguments are those of [`denoise_to_step`].
+        The other arguments are those of [`walk_with_gradient`].
 
     Returns:
         Clean latents `(batch_size, num_channels, num_frames, height, width)`, float32.
@@ -132,3 +226,26 @@ def predict_velocity(
         encoder_hidden_states_image=encoder_hidden_states_image,
         return_dict=False,
     )[0].float()
+
+
+def _take_step(
+    predict: Callable[..., torch.Tensor],
+    timestep: torch.Tensor,
+    latents: torch.Tensor,
+    scheduler: UniPCMultistepScheduler,
+    *,
+    with_gradient: bool,
+) -> torch.Tensor:
+    with torch.set_grad_enabled(with_gradient):
+        return scheduler.step(predict(latents, timestep), timestep, latents, return_dict=False)[0]
+
+
+def _forget_gradient(scheduler: UniPCMultistepScheduler) -> None:
+    """Cut the solver's memory from the graph of the step that it has just taken."""
+    outputs = scheduler.model_outputs
+    scheduler.model_outputs = [None if output is None else output.detach() for output in outputs]
+    scheduler.last_sample = scheduler.last_sample.detach()
+
+
+def _identity(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor

@@ -86,6 +86,27 @@ class TrainingConfig:
     gradient_checkpointing: bool = field(
         default=False, metadata={"help": "Recompute block activations in the backward pass: slower, less memory."}
     )
+    gradient_checkpointing_blocks: int | None = field(
+        default=None,
+        metadata={"help": "How many blocks of the model in training are recomputed; all if left out."},
+    )
+    offload_activations: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep what recomputed blocks start from in (pinned) host memory, copied while they compute."
+        },
+    )
+    attention_backend: str | None = field(
+        default=None,
+        metadata={
+            "help": "Attention kernel of whatever takes gradient, by diffusers' name: native, _native_cudnn, flash, "
+            "_flash_3_hub, ...; torch's own choice if left out."
+        },
+    )
+    compile: bool = field(
+        default=False,
+        metadata={"help": "Compile the transformer blocks with torch.compile. On one process or under DDP."},
+    )
     context_parallel_degree: int = field(
         default=1, metadata={"help": "Neighbouring processes that share one clip, each with a part of its tokens."}
     )
@@ -152,6 +173,13 @@ class TrainingConfig:
             check(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
         for name in ("adam_weight_decay", "lr_warmup_steps", "max_skipped_updates", "dataloader_num_workers", "seed"):
             check(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        blocks = self.gradient_checkpointing_blocks
+        check(blocks is None or blocks >= 1, "gradient_checkpointing_blocks", blocks, "at least 1, or left out")
+        for name in ("gradient_checkpointing_blocks", "offload_activations"):
+            value = getattr(self, name)
+            check(self.gradient_checkpointing or not value, name, value, "left out without `gradient_checkpointing`")
+        parallel = self.context_parallel_degree > 1
+        check(not (self.compile and parallel), "compile", self.compile, "false with `context_parallel_degree` above 1")
         check(self.lr_num_cycles >= 1, "lr_num_cycles", self.lr_num_cycles, "at least 1")
         for name in ("checkpointing_steps", "validation_steps", "logging_steps"):
             check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")

@@ -51,6 +51,31 @@ class PRFLTrainingConfig(TrainingConfig):
         default=None,
         metadata={"help": "First and last step that may take gradient; 0 and num_inference_steps - 2 if left out."},
     )
+    num_gradient_steps: int = field(
+        default=1,
+        metadata={
+            "help": "Steps of one chain that take gradient, each with a backward pass of its own; an update takes their "
+            "mean. More reward gradients for one rollout."
+        },
+    )
+    rerun_gradient_step: bool = field(
+        default=False,
+        metadata={
+            "help": "Take the step without gradient first, and again once the reward's gradient is known: one forward "
+            "more, but the memory of the generator's step and of the reward model never adds up."
+        },
+    )
+    reward_gradient_checkpointing_blocks: int | None = field(
+        default=None,
+        metadata={"help": "How many of the reward model's blocks are recomputed; all if left out."},
+    )
+    rollout_attention_backend: str | None = field(
+        default=None,
+        metadata={
+            "help": "Attention kernel of the rollout, which takes no gradient, so that forward-only ones will do "
+            "(_flash_3, sage, ...); attention_backend if left out."
+        },
+    )
     sampler_flow_shift: float | None = field(
         default=None, metadata={"help": "Shift of the sampler's grid, the pipeline's own if left out."}
     )
@@ -89,3 +114,33 @@ class PRFLTrainingConfig(TrainingConfig):
         if bounds is not None:
             ordered = len(bounds) == 2 and 0 <= bounds[0] <= bounds[1] <= last
             check(ordered, "step_range", bounds, f"two step indices, first <= last, within [0, {last}]")
+        indices = (bounds[1] - bounds[0] if bounds is not None else last) + 1
+        requirement = f"in [1, {indices}], the steps that may take gradient"
+        check(1 <= self.num_gradient_steps <= indices, "num_gradient_steps", self.num_gradient_steps, requirement)
+        self._check_memory_options()
+
+    def _check_memory_options(self) -> None:
+        blocks, name = self.reward_gradient_checkpointing_blocks, "reward_gradient_checkpointing_blocks"
+        check(blocks is None or blocks >= 1, name, blocks, "at least 1, or left out")
+        check(self.gradient_checkpointing or not blocks, name, blocks, "left out without `gradient_checkpointing`")
+        check(
+            not (self.rerun_gradient_step and self.lora_dropout),
+            "rerun_gradient_step", self.rerun_gradient_step,
+            f"false with `lora_dropout` {self.lora_dropout}: the second run would drop others",
+        )  # fmt: skip
+        check(
+            not (self.compile and self.shard_reward_model),
+            "compile", self.compile, "false with `shard_reward_model`",
+        )  # fmt: skip
+        if self.update_schedule == "flow_matching":
+            for name, unused in (
+                ("num_gradient_steps", self.num_gradient_steps == 1),
+                ("rerun_gradient_step", not self.rerun_gradient_step),
+                ("rollout_attention_backend", self.rollout_attention_backend is None),
+            ):
+                check(
+                    unused,
+                    name,
+                    getattr(self, name),
+                    "left out with the schedule 'flow_matching': it rolls out nothing",
+                )

@@ -29,7 +29,9 @@ from ..data.dataset import check_rows_fit, latent_shapes
 from ..data.encoding import vae_fingerprint
 from ..distributed import any_rank, build_accelerator, mean_over_ranks
 from ..flow_matching import make_generator, sample_noise, sample_sigmas
+from ..models.attention import check_attention_backend, set_attention_backend
 from ..models.context_parallel import ContextParallelGroup, check_divisible
+from ..models.recomputation import recompute_blocks
 from ..sharding import Masters, forget_deepspeed_in_transformers, split_for_zero3
 from .reports import CONFIG_FILE, Reports, known_trackers
 from .updates import Updates
@@ -49,11 +51,12 @@ class Trainer(ABC):
         config (`TrainingConfig`):
             Options of the run.
         backwards_per_update (`int`):
-            Number of backward passes that add up to one optimizer update.
+            Number of backward passes that add up to one optimizer update; the most there are, if updates differ.
     """
 
     def __init__(self, config: TrainingConfig, *, backwards_per_update: int) -> None:
         self.config = config
+        self.backwards_per_update = backwards_per_update
         self.output_dir = Path(config.output_dir)
         self.checkpoint = find_checkpoint(self.output_dir, config.resume_from_checkpoint)
         self.accelerator = build_accelerator(
@@ -73,6 +76,8 @@ class Trainer(ABC):
         )
         self.global_step = 0
         self.interrupted = False
+        is_whole = self.engine == "whole"
+        check(is_whole or not config.compile, "compile", config.compile, f"false under {self.engine}")
 
     @abstractmethod
     def start_streams(self) -> None:
@@ -185,6 +190,62 @@ class Trainer(ABC):
     def weight_dtype(self) -> torch.dtype:
         """Type of the weights that do not train; those that do are float32."""
         return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.accelerator.mixed_precision, torch.float32)
+
+    def set_up_blocks(self, model: Any, *, num_recomputed: int | None) -> None:
+        """
+        Give a model's blocks what the options ask for: recomputation, attention kernel, share of the tokens, compiler.
+
+        Args:
+            model (`ModelMixin`):
+                The model, with its adapter if it gets one.
+            num_recomputed (`int`, *optional*):
+                How many blocks are recomputed with `gradient_checkpointing`, all if left out.
+        """
+        config = self.config
+        if config.gradient_checkpointing:
+            recompute_blocks(model, num_blocks=num_recomputed, offload=config.offload_activations)
+        if config.attention_backend is not None:
+            set_attention_backend(model, config.attention_backend)
+        if self.context_parallel is not None:
+            self.context_parallel.split(model)
+        if config.compile:
+            model.compile_repeated_blocks()
+
+    def check_kernel(self, option: str, *, trains: bool, dtype: torch.dtype) -> None:
+        """
+        Refuse an attention kernel that cannot do what the option of this name wants of it.
+
+        Args:
+            option (`str`):
+                Name of the option.
+            trains (`bool`):
+                Whether a backward pass follows.
+            dtype (`torch.dtype`):
+                Type of the model's weights.
+        """
+        name = getattr(self.config, option)
+        if name is not None:
+            check_attention_backend(
+                name,
+                option=option,
+                trains=trains,
+                device=self.accelerator.device,
+                dtype=dtype,
+                autocast=self.accelerator.autocast(),
+                context_parallel=self.context_parallel is not None,
+            )
+
+    def begin_update(self, num_backwards: int) -> int:
+        """
+        Let the next `num_backwards` backward passes add up to one update.
+
+        Returns:
+            `int`: what the engine divides each of them by. DeepSpeed does not ask how many there are, it divides by the
+            number that it was set up with.
+        """
+        self.accelerator.gradient_accumulation_steps = num_backwards
+        self.accelerator.step = 0
+        return num_backwards if self.engine == "whole" else self.backwards_per_update
 
     def prepare(self, model: nn.Module, parameter_groups: list[dict[str, Any]], batches_per_epoch: int) -> nn.Module:
         """

@@ -30,7 +30,7 @@ from ..losses import flow_matching_loss, reward_feedback_loss
 from ..models.loading import TRANSFORMER_FOLDER, WeightFiles, load_reward_model, load_scheduler, load_transformer
 from ..models.lora_metadata import lora_metadata
 from ..models.reward_model import WanRewardModel, check_fits_generator, check_latents_fit
-from ..rollout import denoise_to_step, predict_velocity
+from ..rollout import GradientStep, predict_velocity, walk_with_gradient
 from ..sample_evaluation import SampleEvaluator
 from ..sharding import full_state_dict, split_frozen
 from .base import Trainer
@@ -40,6 +40,13 @@ logger = get_logger(__name__)
 
 FLOW_NOISE, FLOW_PROMPT, REWARD_NOISE, REWARD_PROMPT, STEP_INDEX = range(5)
 AVERAGE_FOLDER = "ema"
+# The losses of each update of a step.
+UPDATES: dict[str, list[tuple[str, ...]]] = {
+    "alternate": [("flow",), ("reward",)],
+    "joint": [("flow", "reward")],
+    "reward": [("reward",)],
+    "flow_matching": [("flow",)],
+}
 
 
 class PRFLTrainer(Trainer):
@@ -53,12 +60,15 @@ class PRFLTrainer(Trainer):
     config: PRFLTrainingConfig
 
     def __init__(self, config: PRFLTrainingConfig) -> None:
-        losses_per_update = 2 if config.update_schedule == "joint" else 1
-        super().__init__(config, backwards_per_update=losses_per_update * config.gradient_accumulation_steps)
-        # Undoes two averages: over the backward passes of an update, and over the ranks that share a clip.
-        self.loss_weight = losses_per_update * config.context_parallel_degree
+        num_flow = config.gradient_accumulation_steps
+        num_reward = config.gradient_accumulation_steps * config.num_gradient_steps
+        self.num_backwards = {"flow": num_flow, "reward": num_reward}
+        most = max(sum(self.num_backwards[loss] for loss in losses) for losses in UPDATES[config.update_schedule])
+        super().__init__(config, backwards_per_update=most)
         self.uses_flow_matching = config.update_schedule != "reward"
         self.uses_reward = config.update_schedule != "flow_matching"
+        self.check_kernel("attention_backend", trains=True, dtype=self.generator_dtype)
+        self.check_kernel("rollout_attention_backend", trains=False, dtype=self.generator_dtype)
         self._open_datasets()
         self._load_models()
         parameters = [parameter for parameter in self.unwrapped.parameters() if parameter.requires_grad]
@@ -69,37 +79,46 @@ class PRFLTrainer(Trainer):
     def train_step(self) -> dict[str, torch.Tensor]:
         """One flow-matching update, then one reward update, or both losses in one update."""
         metrics: dict[str, torch.Tensor] = {}
-        if self.uses_flow_matching:
-            metrics |= self.flow_matching_backwards()
-        if self.uses_reward:
-            metrics |= self.reward_backwards()
+        for losses in UPDATES[self.config.update_schedule]:
+            divisor = self.begin_update(sum(self.num_backwards[loss] for loss in losses))
+            # Undoes two averages: over all backward passes of an update, and over the ranks that share a clip.
+            weight = divisor * self.config.context_parallel_degree
+            if "flow" in losses:
+                metrics |= self.flow_matching_backwards(weight / self.num_backwards["flow"])
+            if "reward" in losses:
+                metrics |= self.reward_backwards(weight / self.num_backwards["reward"])
         if self.ema is not None:
             self.ema.step(self.masters.values())
         return metrics
 
-    def flow_matching_backwards(self) -> dict[str, torch.Tensor]:
+    def flow_matching_backwards(self, weight: float) -> dict[str, torch.Tensor]:
         """Backward passes of the flow-matching loss over its micro-batches."""
         losses = []
         for micro_step in range(self.config.gradient_accumulation_steps):
             batch = next(self.flow_batches).to(self.accelerator.device)
             with self.accelerator.accumulate(self.transformer):
                 loss = self.compute_flow_matching_loss(batch, micro_step)
-                self.updates.backward(self.loss_weight * loss, batch.ids)
+                self.updates.backward(weight * loss, batch.ids)
                 self.updates.step(self.global_step)
             losses.append(loss.detach())
         return {"flow_loss": torch.stack(losses).mean(), **self.grad_norm_of("flow")}
 
-    def reward_backwards(self) -> dict[str, torch.Tensor]:
-        """Backward passes of the reward loss over its micro-batches."""
+    def reward_backwards(self, weight: float) -> dict[str, torch.Tensor]:
+        """Backward passes of the reward loss over its micro-batches, and over the gradient steps of each chain."""
         losses, logits = [], []
         for micro_step in range(self.config.gradient_accumulation_steps):
             batch = next(self.reward_batches).to(self.accelerator.device)
-            with self.accelerator.accumulate(self.transformer):
-                surrogate, loss, batch_logits = self.compute_reward_feedback_loss(batch, micro_step)
-                self.updates.backward(self.loss_weight * surrogate, batch.ids, value=loss)
-                self.updates.step(self.global_step)
-            losses.append(loss)
-            logits.append(batch_logits)
+            prompt_embeds = self.choose_prompts(batch, self.generators(REWARD_PROMPT, micro_step, len(batch)))
+            chain = self.roll_out(batch, prompt_embeds, micro_step)
+            for _ in range(self.config.num_gradient_steps):
+                with self.accelerator.accumulate(self.transformer):
+                    surrogate, loss, batch_logits = self.compute_reward_feedback_loss(
+                        next(chain), prompt_embeds, batch
+                    )
+                    self.updates.backward(weight * surrogate, batch.ids, value=loss)
+                    self.updates.step(self.global_step)
+                losses.append(loss)
+                logits.append(batch_logits)
         all_logits = torch.cat(logits)
         return {
             "reward_loss": torch.stack(losses).mean(),
@@ -121,11 +140,27 @@ class PRFLTrainer(Trainer):
         )
         return flow_matching_loss(model_pred, velocity_target(batch.latents, noise))
 
+    def roll_out(self, batch: LatentBatch, prompt_embeds: torch.Tensor, micro_step: int) -> Iterator[GradientStep]:
+        """The chain of a micro-batch, which goes on from one gradient step to the next as they are asked for."""
+        config = self.config
+        noise = sample_noise(batch.latents_shape, self.generators(REWARD_NOISE, micro_step, len(batch)))
+        return walk_with_gradient(
+            self.transformer,
+            self.scheduler,
+            noise=noise.to(self.accelerator.device),
+            step_indices=self.draw_step_indices(micro_step),
+            num_inference_steps=config.num_inference_steps,
+            encoder_hidden_states=prompt_embeds,
+            rerun=config.rerun_gradient_step,
+            rollout_attention_backend=config.rollout_attention_backend,
+            **self.image_inputs(batch),
+        )
+
     def compute_reward_feedback_loss(
-        self, batch: LatentBatch, micro_step: int
+        self, step: GradientStep, prompt_embeds: torch.Tensor, batch: LatentBatch
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
-        Roll out, take one step with gradient, score what comes out (paper, equations 7 to 9).
+        Score what a step with gradient leads to (paper, equation 9).
 
         The reward is differentiated with respect to the new latents first, on a leaf of their own. The scalar that
         is returned, `sum(latents * d loss / d latents)`, has the same gradient in the generator's weights as the
@@ -136,26 +171,15 @@ class PRFLTrainer(Trainer):
             That scalar, and without gradient the loss and the logits `(batch_size,)`.
         """
         config = self.config
-        noise = sample_noise(batch.latents_shape, self.generators(REWARD_NOISE, micro_step, len(batch)))
-        prompt_embeds = self.choose_prompts(batch, self.generators(REWARD_PROMPT, micro_step, len(batch)))
-        latents, timesteps = denoise_to_step(
-            self.transformer,
-            self.scheduler,
-            noise=noise.to(self.accelerator.device),
-            step_index=self.draw_step_index(micro_step),
-            num_inference_steps=config.num_inference_steps,
-            encoder_hidden_states=prompt_embeds,
-            **self.image_inputs(batch),
-        )
-        leaf = latents.detach().requires_grad_()
-        logits = self.score(leaf, timesteps, prompt_embeds, batch)
+        leaf = step.latents.detach().requires_grad_()
+        logits = self.score(leaf, step.timesteps, prompt_embeds, batch)
         loss = reward_feedback_loss(
             logits, form=config.reward_loss, scale=config.reward_scale, target=config.reward_target
         )
         (latents_grad,) = torch.autograd.grad(loss, leaf)
         if self.context_parallel is not None:
             latents_grad = self.context_parallel.mean(latents_grad)
-        return (latents * latents_grad).sum(), loss.detach(), logits.detach()
+        return (step.differentiable_latents() * latents_grad).sum(), loss.detach(), logits.detach()
 
     def score(
         self, latents: torch.Tensor, timesteps: torch.Tensor, prompt_embeds: torch.Tensor, batch: LatentBatch
@@ -172,10 +196,16 @@ class PRFLTrainer(Trainer):
                 encoder_hidden_states_image=inputs["encoder_hidden_states_image"],
             ).logits
 
-    def draw_step_index(self, micro_step: int) -> int:
-        """Step that takes gradient, uniform in `step_range`; the same on every rank."""
+    def draw_step_indices(self, micro_step: int) -> list[int]:
+        """Steps of a chain that take gradient, any of `step_range` as likely as any other; the same on every rank."""
         first, last = self.config.step_range or (0, self.config.num_inference_steps - 2)
-        return int(torch.randint(first, last + 1, (), generator=self.shared_generator(STEP_INDEX, micro_step)))
+        generator = self.shared_generator(STEP_INDEX, micro_step)
+        left = list(range(first, last + 1))
+        draws = [
+            torch.randint(n, (), generator=generator)
+            for n in range(len(left), 0, -1)[: self.config.num_gradient_steps]
+        ]
+        return sorted(left.pop(int(draw)) for draw in draws)
 
     def choose_prompts(self, batch: LatentBatch, generators: Sequence[torch.Generator]) -> torch.Tensor:
         """For each clip its caption, its long caption or the empty prompt, in the type that the models compute in."""
@@ -337,26 +367,25 @@ class PRFLTrainer(Trainer):
         )
         self.reward_model.to(self.accelerator.device)
         self.unwrapped = self._load_transformer()
-        if config.gradient_checkpointing:
-            self.unwrapped.enable_gradient_checkpointing()
-            self.reward_model.enable_gradient_checkpointing()
-        if self.context_parallel is not None:
-            self.context_parallel.split(self.unwrapped)
-            self.context_parallel.split(self.reward_model)
+        self.set_up_blocks(self.unwrapped, num_recomputed=config.gradient_checkpointing_blocks)
+        self.set_up_blocks(self.reward_model, num_recomputed=config.reward_gradient_checkpointing_blocks)
         self.evaluator = self._build_evaluator()
 
+    @property
+    def generator_dtype(self) -> torch.dtype:
+        """Type to load the generator in: as what trains if all of it does, else, with an adapter, as what does not."""
+        return self.trained_dtype if self.config.lora_rank is None else self.weight_dtype
+
     def _load_transformer(self) -> WanTransformer3DModel:
-        """The generator: float32 if all of it trains, else frozen in `weight_dtype` with a float32 adapter."""
         config = self.config
-        is_lora = config.lora_rank is not None
         transformer = load_transformer(
             config.pretrained_model_name_or_path,
             revision=config.revision,
             variant=config.variant,
-            dtype=self.weight_dtype if is_lora else self.trained_dtype,
+            dtype=self.generator_dtype,
             split=self.split,
         )
-        if is_lora:
+        if config.lora_rank is not None:
             self.add_adapter(transformer)
         return transformer
 

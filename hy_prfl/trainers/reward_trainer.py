@@ -53,6 +53,7 @@ class RewardTrainer(Trainer):
 
     def __init__(self, config: RewardTrainingConfig) -> None:
         super().__init__(config, backwards_per_update=config.gradient_accumulation_steps)
+        self.check_kernel("attention_backend", trains=True, dtype=self.trained_dtype)
         self.best_metric: float | None = None
         self.vae_fingerprint = self.pipeline_vae_fingerprint()
         self.dataset, self.items, _ = self._open(config.train_dataset)
@@ -239,10 +240,7 @@ class RewardTrainer(Trainer):
             part.requires_grad_(True)
         if config.freeze_blocks:
             model.blocks.requires_grad_(False)
-        if config.gradient_checkpointing:
-            model.enable_gradient_checkpointing()
-        if self.context_parallel is not None:
-            self.context_parallel.split(model)
+        self.set_up_blocks(model, num_recomputed=config.gradient_checkpointing_blocks)
         return model
 
     def _parameter_groups(self) -> list[dict[str, Any]]:

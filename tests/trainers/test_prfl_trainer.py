@@ -1,3 +1,4 @@
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -93,14 +94,13 @@ def reference_flow_loss(
 
 
 def reference_reward_loss(
-    trainer: PRFLTrainer, model: WanTransformer3DModel, batch: LatentBatch, micro_step: int
+    trainer: PRFLTrainer, model: WanTransformer3DModel, batch: LatentBatch, micro_step: int, step_index: int
 ) -> Any:
-    """The reward loss as one graph from the last step through the reward model, without the detour over a leaf."""
+    """A rollout to one step, and the reward loss as one graph through the reward model, with no detour over a leaf."""
     scheduler = load_scheduler(trainer.config.pretrained_model_name_or_path)
     scheduler.set_timesteps(trainer.config.num_inference_steps)
     generators = trainer.generators(REWARD_NOISE, micro_step, len(batch))
     latents = torch.stack([torch.randn(batch.latents_shape, generator=each) for each in generators])
-    step_index = trainer.draw_step_index(micro_step)
     for index in range(step_index + 1):
         timestep = scheduler.timesteps[index]
         with torch.set_grad_enabled(index == step_index):
@@ -111,10 +111,21 @@ def reference_reward_loss(
     return (1 + (-logits).exp()).log().mean()
 
 
-@pytest.mark.parametrize("schedule", ["alternate", "joint"])
-def test_one_step_equals_the_same_arithmetic_written_out(build: Callable[..., PRFLTrainer], schedule: str) -> None:
-    """Both losses, accumulation, who updates when, clipping and AdamW against a loop in plain torch."""
+@pytest.mark.parametrize(
+    ("schedule", "options"),
+    [
+        ("alternate", {}),
+        ("joint", {}),
+        ("alternate", {"num_gradient_steps": 2, "rerun_gradient_step": True}),
+        ("joint", {"num_gradient_steps": 3}),
+    ],
+)
+def test_one_step_equals_the_same_arithmetic_written_out(
+    build: Callable[..., PRFLTrainer], schedule: str, options: dict[str, Any]
+) -> None:
+    """Both losses, accumulation, who updates when, clipping and AdamW against a loop in plain torch, a rollout each."""
     trainer = build(
+        **options,
         update_schedule=schedule,
         gradient_accumulation_steps=2,
         max_train_steps=1,
@@ -138,7 +149,11 @@ def test_one_step_equals_the_same_arithmetic_written_out(build: Callable[..., PR
         update()
     batches = reference_batches(trainer, trainer.reward_sampler)
     for micro_step in range(2):
-        (reference_reward_loss(trainer, model, next(batches), micro_step) / 2).backward()
+        batch, step_indices = next(batches), trainer.draw_step_indices(micro_step)
+        assert len(step_indices) == options.get("num_gradient_steps", 1)
+        for step_index in step_indices:
+            loss = reference_reward_loss(trainer, model, batch, micro_step, step_index)
+            (loss / 2 / len(step_indices)).backward()
     update()
 
     trainer.train()
@@ -147,19 +162,31 @@ def test_one_step_equals_the_same_arithmetic_written_out(build: Callable[..., PR
         assert difference < 1e-4, name
 
 
-def test_surrogate_has_the_gradient_of_the_reward_loss(build: Callable[..., PRFLTrainer]) -> None:
-    trainer = build(prompt_dropout=0.0)
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Gradients by name; the model forgets them."""
+    grads = {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
+    model.zero_grad()
+    return grads
+
+
+@pytest.mark.parametrize("options", [{}, {"rerun_gradient_step": True}])
+def test_surrogates_along_a_chain_have_the_gradients_of_separate_rollouts(
+    build: Callable[..., PRFLTrainer], options: dict[str, Any]
+) -> None:
+    trainer = build(prompt_dropout=0.0, num_inference_steps=7, num_gradient_steps=3, **options)
     trainer.start_streams()
     batch = next(trainer.reward_batches)
-    surrogate, loss, _ = trainer.compute_reward_feedback_loss(batch, 0)
-    surrogate.backward()
-    grads = {name: value.grad.clone() for name, value in trainer.unwrapped.named_parameters()}
-    trainer.unwrapped.zero_grad()
-    expected = reference_reward_loss(trainer, trainer.unwrapped, batch, 0)
-    expected.backward()
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    for name, parameter in trainer.unwrapped.named_parameters():
-        torch.testing.assert_close(grads[name], parameter.grad, rtol=1e-3, atol=1e-8, msg=name)
+    chain = trainer.roll_out(batch, batch.prompt_embeds, 0)
+    for step_index in trainer.draw_step_indices(0):
+        surrogate, loss, _ = trainer.compute_reward_feedback_loss(next(chain), batch.prompt_embeds, batch)
+        surrogate.backward()
+        grads = gradients(trainer.unwrapped)
+        expected = reference_reward_loss(trainer, trainer.unwrapped, batch, 0, step_index)
+        expected.backward()
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+        for name, grad in gradients(trainer.unwrapped).items():
+            torch.testing.assert_close(grads[name], grad, rtol=1e-3, atol=1e-8, msg=name)
+    assert next(chain, None) is None
 
 
 def test_reward_training_raises_the_reward(build: Callable[..., PRFLTrainer]) -> None:
@@ -170,12 +197,66 @@ def test_reward_training_raises_the_reward(build: Callable[..., PRFLTrainer]) ->
     batch = next(trainer.reward_batches)
 
     def reward() -> float:
-        return trainer.compute_reward_feedback_loss(batch, 0)[2].mean().item()
+        step = next(trainer.roll_out(batch, batch.prompt_embeds, 0))
+        return trainer.compute_reward_feedback_loss(step, batch.prompt_embeds, batch)[2].mean().item()
 
     before = reward()
     trainer.train()
     trainer.global_step = 0
     assert reward() > before + 0.05
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rerun_gradient_step": True},
+        {
+            "gradient_checkpointing": True,
+            "gradient_checkpointing_blocks": 2,
+            "reward_gradient_checkpointing_blocks": 1,
+        },
+        {"gradient_checkpointing": True, "offload_activations": True, "rerun_gradient_step": True},
+        {"rollout_attention_backend": "_native_math"},
+        {"attention_backend": "_native_math", "rollout_attention_backend": "native"},
+    ],
+)
+@pytest.mark.parametrize("tuning", [{}, {"lora_rank": 2, "learning_rate": 1e-2}])
+def test_what_saves_memory_or_time_changes_no_weight(
+    build: Callable[..., PRFLTrainer], tmp_path: Path, options: dict[str, Any], tuning: dict[str, Any]
+) -> None:
+    more = {"num_gradient_steps": 2, "update_schedule": "reward", **tuning}
+    plain, other = build(**more), build(output_dir=str(tmp_path / "other"), **more, **options)
+    before = snapshot(plain.unwrapped)
+    plain.train()
+    other.train()
+    moved = [(value - before[name]).norm() for name, value in plain.unwrapped.named_parameters()]
+    differences = [
+        (value - other.unwrapped.get_parameter(name)).norm() for name, value in plain.unwrapped.named_parameters()
+    ]
+    assert torch.stack(differences).norm() < 1e-3 * torch.stack(moved).norm()
+
+
+def test_memory_options_that_exclude_each_other_are_refused(build: Callable[..., PRFLTrainer]) -> None:
+    with pytest.raises(ValueError, match=r"`num_gradient_steps` must be in \[1, 2\]"):
+        build(num_inference_steps=10, step_range=[3, 4], num_gradient_steps=3)
+    with pytest.raises(ValueError, match="`rerun_gradient_step` must be false with `lora_dropout` 0.1"):
+        build(lora_rank=2, lora_dropout=0.1, rerun_gradient_step=True)
+    with pytest.raises(ValueError, match="`offload_activations` must be left out without `gradient_checkpointing`"):
+        build(offload_activations=True)
+    with pytest.raises(ValueError, match="`compile` must be false with `context_parallel_degree` above 1"):
+        build(compile=True, context_parallel_degree=2)
+    with pytest.raises(ValueError, match="`num_gradient_steps` must be left out with the schedule 'flow_matching'"):
+        build(update_schedule="flow_matching", num_gradient_steps=2)
+    with pytest.raises(ValueError, match=r"must be in \[0, 3\], the WanTransformer3DModel's, got 4"):
+        build(gradient_checkpointing=True, gradient_checkpointing_blocks=4)
+
+
+def test_attention_kernels_are_refused_before_anything_loads(build: Callable[..., PRFLTrainer]) -> None:
+    nowhere = {"pretrained_model_name_or_path": "nowhere", "reward_model": "nowhere", "train_dataset": "nowhere"}
+    with pytest.raises(ValueError, match=r"`attention_backend` must have a backward pass, which '_flash_3' has not"):
+        build(attention_backend="_flash_3", **nowhere)
+    with pytest.raises(ValueError, match=r"`rollout_attention_backend` '_flash_3' does not work here.*build FA3"):
+        build(rollout_attention_backend="_flash_3", **nowhere)
 
 
 @pytest.mark.parametrize("options", [{}, {"lora_rank": 2, "lora_dropout": 0.2, "use_ema": True}])
@@ -297,8 +378,18 @@ def test_step_indices_cover_the_range_and_only_the_range(build: Callable[..., PR
     trainer = build(num_inference_steps=10, step_range=[3, 6])
     drawn = []
     for trainer.global_step in range(80):
-        drawn.append(trainer.draw_step_index(0))
+        drawn += trainer.draw_step_indices(0)
     assert set(drawn) == {3, 4, 5, 6}
+
+
+def test_several_step_indices_are_distinct_ascending_and_equally_likely(build: Callable[..., PRFLTrainer]) -> None:
+    trainer = build(num_inference_steps=10, step_range=[3, 6], num_gradient_steps=2)
+    pairs = []
+    for trainer.global_step in range(1200):
+        pairs.append(tuple(trainer.draw_step_indices(0)))
+    counts = Counter(pairs)
+    assert set(counts) == {(3, 4), (3, 5), (3, 6), (4, 5), (4, 6), (5, 6)}
+    assert max(abs(count - 200) for count in counts.values()) < 60
 
 
 def test_separate_prompt_dataset(

@@ -1,0 +1,127 @@
+"""Blocks that are recomputed in the backward pass, their inputs kept on the device or in host memory."""
+
+import weakref
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+
+def recompute_blocks(model: Any, *, num_blocks: int | None = None, offload: bool = False) -> None:
+    """
+    Make the model keep only the inputs of its first blocks for the backward pass, and compute the rest again there.
+
+    The first ones, because the last ones go first in the backward pass: what they have kept is gone when the others
+    are computed again.
+
+    Args:
+        model (`ModelMixin`):
+            A model with `blocks` that diffusers' `enable_gradient_checkpointing` knows.
+        num_blocks (`int`, *optional*):
+            How many blocks; all if left out.
+        offload (`bool`, defaults to `False`):
+            Keep these inputs in host memory, see [`InputOffload`].
+
+    Raises:
+        ValueError: If the model has fewer blocks.
+    """
+    if num_blocks is not None and not 0 <= num_blocks <= len(model.blocks):
+        raise ValueError(
+            f"Blocks to recompute must be in [0, {len(model.blocks)}], the {type(model).__name__}'s, got {num_blocks}."
+        )
+    recomputed = frozenset(list(model.blocks)[:num_blocks])
+    input_offload = InputOffload() if offload else None
+
+    def run(block: Callable[..., torch.Tensor], hidden_states: torch.Tensor, *args: Any) -> torch.Tensor:
+        if block not in recomputed:
+            return block(hidden_states, *args)
+        with nullcontext() if input_offload is None else input_offload.of(hidden_states):
+            # Not reentrant: the reentrant kind fails with adapters and when losses are summed.
+            return checkpoint(block, hidden_states, *args, use_reentrant=False)
+
+    model.enable_gradient_checkpointing(run)
+
+
+class InputOffload:
+    """
+    Keeps the inputs of recomputed blocks in host memory between forward and backward pass.
+
+    At 75,600 tokens of width 5,120 an input has 0.77 GB in bfloat16, and a model of 40 blocks keeps 31 GB of them. Only
+    the hidden states move; what all blocks share (text, time and rotary embeddings) stays.
+
+    With CUDA the host memory is pinned and a stream of its own copies while the blocks compute: an input leaves during
+    its block, and comes back during the backward pass of the block after it. Without CUDA the copies are made in place
+    of that, by the same code.
+    """
+
+    def __init__(self) -> None:
+        self._stream: torch.cuda.Stream | None = None
+        self._last: weakref.ref[_HostTensor] | None = None
+
+    def of(self, hidden_states: torch.Tensor) -> saved_tensors_hooks:
+        """Context in which autograd, if it saves these hidden states, keeps them in host memory."""
+        # Autograd keeps the functions below, and they must not keep the tensor.
+        address, shape = hidden_states.data_ptr(), hidden_states.shape
+
+        def pack(tensor: torch.Tensor) -> "torch.Tensor | _HostTensor":
+            is_input = tensor.data_ptr() == address and tensor.shape == shape
+            return self._store(tensor) if is_input else tensor
+
+        def unpack(packed: "torch.Tensor | _HostTensor") -> torch.Tensor:
+            return packed.take_back() if isinstance(packed, _HostTensor) else packed
+
+        return saved_tensors_hooks(pack, unpack)
+
+    def _store(self, tensor: torch.Tensor) -> "_HostTensor":
+        if tensor.is_cuda and self._stream is None:
+            self._stream = torch.cuda.Stream(tensor.device)
+        stored = _HostTensor(tensor.detach(), self._stream, self._last)
+        # Weak: what is kept belongs to its graph, and is gone with it.
+        self._last = weakref.ref(stored)
+        return stored
+
+
+class _HostTensor:
+    """A tensor in host memory that knows which one will be wanted after it: the one that was stored before."""
+
+    def __init__(
+        self,
+        tensor: torch.Tensor,
+        stream: torch.cuda.Stream | None,
+        before: "weakref.ref[_HostTensor] | None",
+    ) -> None:
+        self.device, self.stream, self.before = tensor.device, stream, before
+        self.fetched: torch.Tensor | None = None
+        self.host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=stream is not None)
+        if stream is None:
+            self.host.copy_(tensor)
+            return
+        stream.wait_stream(torch.cuda.current_stream(tensor.device))
+        with torch.cuda.stream(stream):
+            self.host.copy_(tensor, non_blocking=True)
+        # The allocator may not hand out the tensor's memory before the copy is done.
+        tensor.record_stream(stream)
+
+    def fetch(self) -> None:
+        """Start the copy back to the device, unless it has been started."""
+        if self.stream is not None and self.fetched is None:
+            with torch.cuda.stream(self.stream):
+                self.fetched = self.host.to(self.device, non_blocking=True)
+
+    def take_back(self) -> torch.Tensor:
+        """The tensor on its device; starts fetching the one that will be wanted next."""
+        if self.stream is None:
+            return self.host
+        self.fetch()
+        assert self.fetched is not None
+        tensor, self.fetched = self.fetched, None
+        current = torch.cuda.current_stream(self.device)
+        current.wait_stream(self.stream)
+        tensor.record_stream(current)
+        before = None if self.before is None else self.before()
+        if before is not None:
+            before.fetch()
+        return tensor

@@ -1,0 +1,142 @@
+"""What an engine keeps on each GPU besides activations: weights, gradients, optimizer states, and its own buffers."""
+
+from dataclasses import dataclass
+
+import torch
+
+from ..configs.base import check
+from .models import ParameterSizes
+from .workloads import Numerics
+
+
+FLOAT32, BFLOAT16 = 4, 2
+
+
+@dataclass(frozen=True)
+class Engine:
+    """
+    How a run is spread over GPUs.
+
+    Bucket sizes are those of `ds_configs/`, what these leave open are DeepSpeed's own defaults.
+
+    Args:
+        num_gpus (`int`):
+            Processes.
+        zero_stage (`int`, defaults to 0):
+            0 is a single process or DDP, with bfloat16 autocast; 2 and 3 are DeepSpeed's, with all weights in bfloat16
+            and float32 masters in the optimizer.
+        offload (`bool`, defaults to `False`):
+            Weights, gradients and optimizer states in host memory between uses, with ZeRO-3.
+        mixed_precision (`bool`, defaults to `True`):
+            bfloat16; without it all is float32, as on the CPU.
+        on_gpu (`bool`, defaults to `True`):
+            Count what a GPU's kernels allocate, and not a CPU's.
+    """
+
+    num_gpus: int = 1
+    zero_stage: int = 0
+    offload: bool = False
+    mixed_precision: bool = True
+    on_gpu: bool = True
+
+    zero2_reduce_bucket = 500_000_000
+    zero3_reduce_bucket = 100_000_000
+    zero3_prefetch_bucket = 100_000_000
+    zero3_persistence_threshold = 100_000
+    zero3_max_live_parameters = 1_000_000_000
+    zero3_sub_group = 1_000_000_000
+
+    def __post_init__(self) -> None:
+        check(self.num_gpus >= 1, "num_gpus", self.num_gpus, "at least 1")
+        check(self.zero_stage in (0, 2, 3), "zero_stage", self.zero_stage, "0, 2 or 3")
+        check(self.zero_stage == 3 or not self.offload, "offload", self.offload, "false without `zero_stage` 3")
+        is_bf16 = self.mixed_precision or self.zero_stage == 0
+        check(is_bf16, "mixed_precision", self.mixed_precision, "true with DeepSpeed, whose bfloat16 is planned")
+
+    @property
+    def name(self) -> str:
+        """Short name for tables."""
+        if self.zero_stage:
+            return f"ZeRO-{self.zero_stage}{' with offload' if self.offload else ''}"
+        return "DDP" if self.num_gpus > 1 else "one process"
+
+    def numerics(self, *, is_lora: bool) -> Numerics:
+        """Types of the generator's run."""
+        half = torch.bfloat16 if self.mixed_precision else torch.float32
+        is_whole = self.zero_stage == 0
+        trained = torch.float32 if is_whole else half
+        return Numerics(
+            frozen=half if is_lora or not is_whole else torch.float32,
+            trained=trained,
+            compute=half,
+            autocast=self.mixed_precision and is_whole,
+            keeps_in_fp32=is_whole,
+            on_gpu=self.on_gpu,
+        )
+
+    def held(self, sizes: ParameterSizes) -> dict[str, float]:
+        """Bytes on each GPU that a model in training takes all the time."""
+        if self.zero_stage == 0:
+            # DDP copies gradients into buckets of the same size (`gradient_as_bucket_view` is off in Accelerate).
+            return {
+                "weights": sizes.num_bytes,
+                "gradients": sizes.trained_bytes,
+                "optimizer states": 2 * FLOAT32 * sizes.trained,
+                "gradient buckets": sizes.trained_bytes if self.num_gpus > 1 else 0,
+            }
+        share = sizes.trained / self.num_gpus
+        states = {"gradients": BFLOAT16 * share, "optimizer states": 3 * FLOAT32 * share}
+        if self.zero_stage == 2:
+            # Two buckets, so that one can be filled while the other is reduced.
+            return {
+                "weights": BFLOAT16 * sizes.total,
+                **states,
+                "gradient buckets": 2 * BFLOAT16 * self.zero2_reduce_bucket,
+            }
+        whole = sizes.persistent + (0 if self.offload else (sizes.total - sizes.persistent) / self.num_gpus)
+        gathered = min(sizes.total, self.zero3_max_live_parameters) + min(sizes.total, self.zero3_prefetch_bucket)
+        return {
+            "weights": BFLOAT16 * whole,
+            **(dict.fromkeys(states, 0.0) if self.offload else states),
+            "gradient buckets": BFLOAT16 * self.zero3_reduce_bucket,
+            "gathered weights": BFLOAT16 * gathered,
+        }
+
+    def step_memory(self, sizes: ParameterSizes) -> float:
+        """Bytes that the optimizer's step needs for itself, after the activations are gone."""
+        if not self.on_gpu or self.offload:
+            return 0
+        # AdamW updates all tensors at once, with a root of the second moments beside them.
+        if self.zero_stage == 0:
+            return FLOAT32 * sizes.trained
+        share = sizes.trained / self.num_gpus
+        at_once = share if self.zero_stage == 2 else min(share, self.zero3_sub_group)
+        return 2 * FLOAT32 * at_once
+
+    def average(self, sizes: ParameterSizes) -> float:
+        """Bytes of averaged weights on each GPU."""
+        if self.offload:
+            return 0
+        return FLOAT32 * sizes.trained / (self.num_gpus if self.zero_stage else 1)
+
+    def host_memory(self, sizes: ParameterSizes) -> float:
+        """Bytes of host memory behind each GPU."""
+        if not self.offload:
+            return 0
+        return (BFLOAT16 * sizes.total + (BFLOAT16 + 3 * FLOAT32) * sizes.trained) / self.num_gpus
+
+
+def frozen_memory(sizes: ParameterSizes, *, num_gpus: int, is_split: bool) -> dict[str, float]:
+    """
+    Bytes of a frozen model on each GPU: whole, or split by torch's `fully_shard`.
+
+    Split, what is outside of the blocks is whole while the model computes, and so are the block at work, the next one and
+    the buffer that it is gathered through.
+    """
+    if not is_split or num_gpus == 1:
+        return {"reward model": sizes.num_bytes}
+    per_parameter = sizes.num_bytes / sizes.total
+    return {
+        "reward model": sizes.num_bytes / num_gpus,
+        "reward model, gathered": per_parameter * (sizes.rest + 3 * sizes.block),
+    }

@@ -1,0 +1,251 @@
+"""Memory of a GPU and operations of an update, for one recipe on one engine."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..configs.base import TrainingConfig, check
+from ..configs.prfl import PRFLTrainingConfig
+from ..configs.reward import RewardTrainingConfig
+from ..models.context_parallel import check_divisible
+from .engines import BFLOAT16, FLOAT32, Engine, frozen_memory
+from .models import (
+    ParameterSizes,
+    build_reward_model,
+    build_transformer,
+    count_parameters,
+    reward_model_config,
+    set_dtypes,
+)
+from .simulation import Phase
+from .workloads import Numerics, Shape, generator_phases, reward_phases, reward_training_phases
+
+
+@dataclass(frozen=True)
+class Request:
+    """
+    What is to be estimated.
+
+    Args:
+        training (`PRFLTrainingConfig` or `RewardTrainingConfig`):
+            The recipe.
+        transformer_config (`Mapping[str, Any]`):
+            Configuration of the generator, or of what the reward model is made from.
+        reward_config (`Mapping[str, Any]`):
+            Configuration of the reward model.
+        engine (`Engine`):
+            How the run is spread over GPUs.
+        shape (`Shape`):
+            Clips of a micro-batch.
+    """
+
+    training: TrainingConfig
+    transformer_config: Mapping[str, Any]
+    reward_config: Mapping[str, Any]
+    engine: Engine
+    shape: Shape
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of one clip."""
+        return self.shape.num_tokens(self.transformer_config["patch_size"])
+
+    @property
+    def width(self) -> int:
+        """Width of a token."""
+        return int(self.transformer_config["num_attention_heads"] * self.transformer_config["attention_head_dim"])
+
+    def check(self) -> None:
+        """Raise a `ValueError` if clips do not divide over GPUs."""
+        degree, num_gpus = self.training.context_parallel_degree, self.engine.num_gpus
+        fits = num_gpus % degree == 0
+        check(fits, "context_parallel_degree", degree, f"a divisor of `num_gpus`, {num_gpus}")
+        check_divisible(
+            degree,
+            num_heads=self.transformer_config["num_attention_heads"],
+            patch_size=self.transformer_config["patch_size"],
+            shapes=[(self.transformer_config["out_channels"], *self.shape.latents)],
+            source="the plan",
+        )
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """
+    Needs of a run. Memory is in bytes on each GPU, operations are those of one update of a whole replica.
+
+    Args:
+        held (`dict[str, float]`):
+            What is there all the time, by part.
+        phases (`dict[str, float]`):
+            What each phase of an update needs at most in addition; they follow each other, so only the largest counts.
+        flops (`dict[str, float]`):
+            Floating point operations of an update, by part. Context parallelism divides them over its GPUs.
+        host_memory (`float`):
+            Bytes of host memory that take the place of GPU memory, per GPU.
+        num_parameters, num_trained (`int`):
+            Parameters of the model in training, and how many of them train.
+    """
+
+    held: dict[str, float]
+    phases: dict[str, float]
+    flops: dict[str, float]
+    host_memory: float
+    num_parameters: int
+    num_trained: int
+    reserved: float = field(default=0.0)
+
+    @property
+    def peak(self) -> float:
+        """Most bytes needed at a time."""
+        return sum(self.held.values()) + max(self.phases.values()) + self.reserved
+
+
+def estimate(request: Request, *, reserved: float = 0.0) -> Estimate:
+    """
+    Estimate one recipe.
+
+    Args:
+        reserved (`float`):
+            Bytes for what no allocation of the program shows: the CUDA context, NCCL's buffers, fragmentation.
+    """
+    request.check()
+    if isinstance(request.training, PRFLTrainingConfig):
+        return _estimate_prfl(request, request.training, reserved)
+    assert isinstance(request.training, RewardTrainingConfig)
+    return _estimate_reward(request, request.training, reserved)
+
+
+def _estimate_prfl(request: Request, training: PRFLTrainingConfig, reserved: float) -> Estimate:
+    engine, config = request.engine, request.transformer_config
+    numerics = engine.numerics(is_lora=training.lora_rank is not None)
+    sizes = _sizes(build_transformer(config, training), numerics, numerics.frozen, engine)
+    uses_reward, uses_flow = training.update_schedule != "flow_matching", training.update_schedule != "reward"
+    held = engine.held(sizes) | {"averaged weights": engine.average(sizes) if training.use_ema else 0.0}
+    part = request.shape.part(training.context_parallel_degree, config["patch_size"])
+    generator = generator_phases(config, training, numerics, part)
+    flow_peak = max(generator["forward"].peak, generator["backward"].peak)
+    phases = {"optimizer step": engine.step_memory(sizes)}
+    if uses_flow:
+        phases["flow matching"] = flow_peak
+    if uses_reward:
+        reward_config = request.reward_config
+        reward_sizes = _sizes(build_reward_model(reward_config), numerics, numerics.compute, engine)
+        is_split = training.shard_reward_model
+        held |= frozen_memory(reward_sizes, num_gpus=engine.num_gpus, is_split=is_split)
+        reward = reward_phases(reward_config, training, numerics, part)
+        beside = 0.0 if training.rerun_gradient_step else generator["forward"].kept
+        phases |= {
+            "rollout": generator["rollout"].peak,
+            "reward": beside + max(reward["forward"].peak, reward["backward"].peak) + _whole_tokens(request, 5),
+            "gradient step": flow_peak,
+        }
+    held |= _held_by_batch(request)
+    _take_turns(held, phases, training, engine, num_backwards=_num_backwards(training))
+    flops = _prfl_flops(request, training, numerics, uses_flow=uses_flow, uses_reward=uses_reward)
+    return Estimate(held, phases, flops, engine.host_memory(sizes), sizes.total, sizes.trained, reserved)
+
+
+def _estimate_reward(request: Request, training: RewardTrainingConfig, reserved: float) -> Estimate:
+    engine, config = request.engine, request.reward_config
+    # The reward trainer loads frozen weights in the type of those that train.
+    numerics = engine.numerics(is_lora=False)
+    whole = Numerics(**{**vars(numerics), "compute": numerics.trained})
+    sizes = _sizes(build_reward_model(config, training), whole, whole.trained, engine)
+    part = request.shape.part(training.context_parallel_degree, config["patch_size"])
+    phases = reward_training_phases(config, training, whole, part)
+    held = engine.held(sizes) | _held_by_batch(request)
+    peaks = {
+        "optimizer step": engine.step_memory(sizes),
+        "forward and backward": max(phases["forward"].peak, phases["backward"].peak) + _whole_tokens(request, 5),
+    }
+    num_backwards = training.gradient_accumulation_steps
+    _take_turns(held, peaks, training, engine, num_backwards=num_backwards)
+    full = reward_training_phases(config, training, whole, request.shape)
+    flops = {"reward": num_backwards * _both(full)}
+    return Estimate(held, peaks, flops, engine.host_memory(sizes), sizes.total, sizes.trained, reserved)
+
+
+def _sizes(model: Any, numerics: Numerics, frozen: Any, engine: Engine) -> ParameterSizes:
+    keeps = numerics.keeps_in_fp32 or not any(parameter.requires_grad for parameter in model.parameters())
+    set_dtypes(model, frozen=frozen, trained=numerics.trained, keep_in_fp32=keeps)
+    return count_parameters(model, persistence_threshold=engine.zero3_persistence_threshold)
+
+
+def _held_by_batch(request: Request) -> dict[str, float]:
+    """Inputs and the float32 tensors of the size of latents: clean, noise, noisy, target, and the sampler's last two."""
+    shape, config, degree = request.shape, request.transformer_config, request.training.context_parallel_degree
+    num_channels = config["in_channels"] - config["out_channels"] + 6 * config["out_channels"]
+    latents = FLOAT32 * shape.batch_size * num_channels
+    for side in shape.latents:
+        latents *= side
+    text = FLOAT32 * shape.batch_size * shape.text_tokens * config["text_dim"] * 3
+    parts = {"batch and loss buffers": float(latents + text)}
+    if degree > 1:
+        # Every rank embeds all patches before it takes its share, which is a view; queries, keys, values and outputs are
+        # copied to be exchanged.
+        exchange = 4 * BFLOAT16 * shape.batch_size * request.width * request.num_tokens / degree
+        parts["context parallel"] = _whole_tokens(request, 1) + exchange
+    return parts
+
+
+def _whole_tokens(request: Request, count: int) -> float:
+    """Bytes by which `count` tensors of all tokens exceed those of one rank's share."""
+    degree = request.training.context_parallel_degree
+    others = request.num_tokens * (1 - 1 / degree)
+    return count * BFLOAT16 * request.shape.batch_size * request.width * others
+
+
+def _num_backwards(training: PRFLTrainingConfig) -> int:
+    """Backward passes of the update that has most."""
+    flow, reward = 1, training.num_gradient_steps
+    most = {"alternate": max(flow, reward), "joint": flow + reward, "reward": reward, "flow_matching": flow}
+    return training.gradient_accumulation_steps * most[training.update_schedule]
+
+
+def _take_turns(
+    held: dict[str, float], phases: dict[str, float], training: TrainingConfig, engine: Engine, *, num_backwards: int
+) -> None:
+    """In one process with one backward pass per update, gradients come while activations go: the larger counts."""
+    if engine.num_gpus == 1 and engine.zero_stage == 0 and num_backwards == 1:
+        gradients = held["gradients"]
+        held["gradients"] = 0.0
+        phases["optimizer step"] += gradients
+
+
+def _prfl_flops(
+    request: Request, training: PRFLTrainingConfig, numerics: Numerics, *, uses_flow: bool, uses_reward: bool
+) -> dict[str, float]:
+    """
+    Operations of one update, averaged over the steps that may take gradient.
+
+    Of `n` steps, of which `k` take gradient, each set as likely as any other, the last one is on average the
+    `k (n + 1) / (k + 1)`-th (order statistics of draws without repetition).
+    """
+    micro_batches = training.gradient_accumulation_steps
+    generator = generator_phases(request.transformer_config, training, numerics, request.shape)
+    step = _both(generator)
+    flops = {"flow matching": micro_batches * step} if uses_flow else {}
+    if not uses_reward:
+        return flops
+    first, last = training.step_range or (0, training.num_inference_steps - 2)
+    num_steps, num_gradient_steps = last - first + 1, training.num_gradient_steps
+    last_index = first - 1 + num_gradient_steps * (num_steps + 1) / (num_gradient_steps + 1)
+    without_gradient = last_index + 1 - num_gradient_steps
+    if training.rerun_gradient_step:
+        without_gradient += num_gradient_steps
+    reward = reward_phases(request.reward_config, training, numerics, request.shape)
+    return flops | {
+        "rollout": micro_batches * without_gradient * generator["rollout"].flops,
+        "gradient step": micro_batches * num_gradient_steps * step,
+        "reward": micro_batches * num_gradient_steps * _both(reward),
+    }
+
+
+def _both(phases: Mapping[str, Phase]) -> float:
+    return phases["forward"].flops + phases["backward"].flops
+
+
+def default_reward_config(training: TrainingConfig, transformer_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Configuration of the reward model that a recipe trains, or, if it uses one, of the paper's 8 blocks."""
+    return reward_model_config(transformer_config, training if isinstance(training, RewardTrainingConfig) else None)

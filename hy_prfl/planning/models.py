@@ -1,0 +1,178 @@
+"""Models without weights: their configurations, published or on disk, and how many parameters of which type they hold."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import WanTransformer3DModel
+from peft import LoraConfig
+from torch import nn
+
+from ..configs.base import TrainingConfig
+from ..configs.reward import RewardTrainingConfig
+from ..models.loading import TRANSFORMER_FOLDER
+from ..models.reward_model import BACKBONE_CONFIG, WanRewardModel
+
+
+# Sizes of the transformers as published in the Wan 2.1 repository (`wan/configs/wan_{t2v,i2v}_*.py`) and as diffusers'
+# conversion of them names them (`scripts/convert_wan_to_diffusers.py`); all else is a default of the class.
+_T2V_1_3B = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
+_T2V_14B = {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40}
+_I2V_14B = {**_T2V_14B, "in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120}
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": _T2V_1_3B,
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": _T2V_14B,
+    "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers": _I2V_14B,
+    "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers": _I2V_14B,
+}
+# Strides of Wan 2.1's VAE over frames, height and width.
+VAE_STRIDE = (4, 8, 8)
+
+
+def load_transformer_config(pretrained_model_name_or_path: str, revision: str | None = None) -> dict[str, Any]:
+    """
+    Configuration of a generator, every argument of `WanTransformer3DModel` in it.
+
+    Args:
+        pretrained_model_name_or_path (`str`):
+            A pipeline's folder, or a Hub id. The four published Wan 2.1 pipelines are known without asking the Hub.
+        revision (`str`, *optional*):
+            Hub revision; with one the Hub is asked.
+    """
+    if pretrained_model_name_or_path in PUBLISHED and revision is None:
+        config = PUBLISHED[pretrained_model_name_or_path]
+    else:
+        config = WanTransformer3DModel.load_config(
+            pretrained_model_name_or_path, subfolder=TRANSFORMER_FOLDER, revision=revision
+        )
+    with init_empty_weights():
+        model = WanTransformer3DModel.from_config({**config, "num_layers": 1})
+    full = {name: value for name, value in model.config.items() if not name.startswith("_")}
+    return {**full, "num_layers": config.get("num_layers", 40)}
+
+
+def reward_model_config(
+    transformer_config: Mapping[str, Any], training: RewardTrainingConfig | None = None
+) -> dict[str, Any]:
+    """Configuration of the reward model that `train_reward` makes of a generator; 8 blocks, as the paper's, if not told."""
+    config = {name: transformer_config[name] for name in BACKBONE_CONFIG}
+    if training is None:
+        return {**config, "num_layers": min(8, transformer_config["num_layers"])}
+    names = ("num_layers", "pooling", "num_query_heads", "query_residual")
+    return {**config, **{name: getattr(training, name) for name in names}}
+
+
+def build_transformer(config: Mapping[str, Any], training: TrainingConfig) -> WanTransformer3DModel:
+    """A generator on the meta device, with what trains as `training` says."""
+    with torch.device("meta"):
+        transformer = WanTransformer3DModel.from_config(dict(config))
+        select_trainable(transformer, training)
+    return transformer
+
+
+def build_reward_model(config: Mapping[str, Any], training: RewardTrainingConfig | None = None) -> WanRewardModel:
+    """A reward model on the meta device: frozen, or with what trains as `training` says."""
+    with torch.device("meta"):
+        reward_model = WanRewardModel.from_config(dict(config)).requires_grad_(False)
+        if training is not None:
+            select_trainable(reward_model, training)
+    return reward_model
+
+
+def materialize(model: nn.Module) -> None:
+    """Put the parameters and buffers of a model from the meta device to where new tensors are made."""
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                value = torch.empty(parameter.shape, dtype=parameter.dtype)
+                module._parameters[name] = nn.Parameter(value, requires_grad=parameter.requires_grad)
+        for name, buffer in list(module._buffers.items()):
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
+def select_trainable(model: Any, training: TrainingConfig) -> None:
+    """
+    Choose what trains, as the trainers do: all weights, an adapter, or of a reward model all but its embeddings.
+
+    Args:
+        model (`WanTransformer3DModel` or `WanRewardModel`):
+            The model; a LoRA adapter is added to it if `training` has one.
+    """
+    is_reward_model = isinstance(model, WanRewardModel)
+    if training.lora_rank is not None:
+        model.requires_grad_(False)
+        model.add_adapter(
+            LoraConfig(
+                r=training.lora_rank,
+                target_modules=training.lora_target_modules,
+                exclude_modules=r"(pooler|head)\..*" if is_reward_model else None,
+            )
+        )
+    elif is_reward_model:
+        model.requires_grad_(True).freeze_embeddings()
+    if is_reward_model:
+        for part in (model.pooler, model.head):
+            part.requires_grad_(True)
+        if isinstance(training, RewardTrainingConfig) and training.freeze_blocks:
+            model.blocks.requires_grad_(False)
+
+
+def set_dtypes(model: Any, *, frozen: torch.dtype, trained: torch.dtype, keep_in_fp32: bool) -> None:
+    """
+    Give the parameters the types that they have in a run.
+
+    Args:
+        keep_in_fp32 (`bool`):
+            Leave the frozen parts that the class names so in float32, as loading does and a DeepSpeed engine does not.
+    """
+    kept = set(model._keep_in_fp32_modules) if keep_in_fp32 else set()
+    for name, parameter in model.named_parameters():
+        is_kept = bool(kept & set(name.split("."))) and not parameter.requires_grad
+        dtype = torch.float32 if is_kept else (trained if parameter.requires_grad else frozen)
+        parameter.data = parameter.data.to(dtype)
+
+
+@dataclass(frozen=True)
+class ParameterSizes:
+    """
+    Parameters of a model, counted.
+
+    Args:
+        total, trained (`int`):
+            Number of parameters, and of those that train.
+        num_bytes, trained_bytes (`int`):
+            Bytes of all of them, and of those that train, in the types that they are held in.
+        persistent (`int`):
+            Number in tensors too small for ZeRO-3 to split.
+        block, rest (`int`):
+            Number in one transformer block, and in all that is outside of the blocks.
+    """
+
+    total: int
+    trained: int
+    num_bytes: int
+    trained_bytes: int
+    persistent: int
+    block: int
+    rest: int
+
+
+def count_parameters(model: nn.Module, *, persistence_threshold: int = 0) -> ParameterSizes:
+    """Count the parameters of a model, which may be on the meta device."""
+    parameters = list(model.parameters())
+    blocks: Sequence[nn.Module] = list(model.get_submodule("blocks").children())
+    in_blocks = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks]
+    total = sum(parameter.numel() for parameter in parameters)
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    return ParameterSizes(
+        total=total,
+        trained=sum(parameter.numel() for parameter in trained),
+        num_bytes=sum(parameter.nbytes for parameter in parameters),
+        trained_bytes=sum(parameter.nbytes for parameter in trained),
+        persistent=sum(each.numel() for each in parameters if each.numel() <= persistence_threshold),
+        block=max(in_blocks),
+        rest=total - sum(in_blocks),
+    )

@@ -1,0 +1,253 @@
+"""`plan`: memory, operations and time of a recipe, whether it fits, and what would make it fit."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..configs.base import TrainingConfig, check
+from ..configs.reward import RewardTrainingConfig
+from .advice import cheapest_changes
+from .engines import Engine
+from .estimate import Estimate, Request, default_reward_config, estimate
+from .models import VAE_STRIDE, load_transformer_config
+from .workloads import Shape
+
+
+GIGA, TERA = 1e9, 1e12
+
+
+@dataclass(frozen=True)
+class Plan:
+    """
+    What a run will need. Gigabytes are 10^9 bytes and per GPU.
+
+    Args:
+        command (`str`):
+            `train_prfl` or `train_reward`.
+        model (`str`):
+            The pipeline.
+        engine (`str`):
+            Single process, DDP, or the ZeRO stage.
+        num_gpus, context_parallel_degree (`int`):
+            GPUs of the run, and how many of them share a clip.
+        num_parameters, num_trained (`int`):
+            Of the model in training.
+        num_tokens (`int`):
+            Tokens of a clip.
+        memory (`dict[str, float]`):
+            Gigabytes that are taken all the time, by part.
+        phases (`dict[str, float]`):
+            Gigabytes that each phase of an update takes in addition; only the largest counts.
+        reserved (`float`):
+            Gigabytes set aside for the CUDA context, communication buffers and fragmentation: an assumption.
+        peak, gpu_memory (`float`):
+            Gigabytes needed, and there.
+        host_memory (`float`):
+            Gigabytes of host memory per GPU for what is offloaded, activations apart.
+        teraflops (`dict[str, float]`):
+            Operations of a step of the trainer, of one replica, in 10^12.
+        seconds_per_step (`float`):
+            Time of these at the rate that was given. Communication is not in it.
+        hours (`float`, *optional*):
+            Time of the run, if it is known how many steps it has.
+        changes (`list[str]`):
+            If it does not fit, options with which it does; empty if there are none.
+        changed_peak, changed_seconds_per_step (`float`, *optional*):
+            Gigabytes and time with them.
+    """
+
+    command: str
+    model: str
+    engine: str
+    num_gpus: int
+    context_parallel_degree: int
+    num_parameters: int
+    num_trained: int
+    num_tokens: int
+    memory: dict[str, float]
+    phases: dict[str, float]
+    reserved: float
+    peak: float
+    gpu_memory: float
+    host_memory: float
+    teraflops: dict[str, float]
+    seconds_per_step: float
+    hours: float | None = None
+    changes: list[str] = dataclasses.field(default_factory=list)
+    changed_peak: float | None = None
+    changed_seconds_per_step: float | None = None
+
+    @property
+    def fits(self) -> bool:
+        """Whether the run fits as it is."""
+        return self.peak <= self.gpu_memory
+
+    def to_json(self) -> str:
+        """The plan as a JSON object."""
+        return json.dumps({**dataclasses.asdict(self), "fits": self.fits}, indent=2)
+
+    def __str__(self) -> str:
+        share = "" if self.context_parallel_degree == 1 else f", {self.context_parallel_degree} to a clip"
+        lines = [
+            f"{self.command} of {self.model}: {self.num_trained:,} of {self.num_parameters:,} parameters train",
+            f"{self.num_tokens:,} tokens a clip, {self.num_gpus} GPU(s){share}, {self.engine}",
+            "",
+            "memory of a GPU, GB",
+        ]
+        lines += [_row(name, size) for name, size in self.memory.items() if size > 0]
+        largest = max(self.phases, key=lambda name: self.phases[name])
+        lines += [_row("reserved (assumed)", self.reserved)]
+        lines += [
+            _row(f"then {name}", size, "  <- counts" if name == largest else "") for name, size in self.phases.items()
+        ]
+        lines.append(_row("peak", self.peak, f"  of {self.gpu_memory:g}: {'fits' if self.fits else 'DOES NOT FIT'}"))
+        if self.host_memory:
+            lines.append(_row("host memory", self.host_memory))
+        total = sum(self.teraflops.values())
+        lines += ["", "operations of a step, TFLOP"]
+        lines += [_row(name, count, f"  {count / total:.0%}") for name, count in self.teraflops.items()]
+        lines.append(_row("time of a step, s", self.seconds_per_step, "  compute only, at the rate given"))
+        if self.hours is not None:
+            lines.append(_row("time of the run, h", self.hours))
+        return "\n".join([*lines, *self._advice()])
+
+    def _advice(self) -> list[str]:
+        if self.fits:
+            return []
+        if self.changed_peak is None:
+            return [
+                "",
+                "No change of options makes it fit; it takes more or larger GPUs, fewer frames or a smaller size.",
+            ]
+        return [
+            "",
+            f"It fits with {', '.join(self.changes)}: {self.changed_peak:.1f} GB, {self.changed_seconds_per_step:.1f} s a step.",
+        ]
+
+
+def plan(
+    training: TrainingConfig,
+    *,
+    height: int,
+    width: int,
+    num_frames: int,
+    num_gpus: int = 1,
+    gpu_memory: float = 80.0,
+    zero_stage: int = 0,
+    offload: bool = False,
+    tflops: float = 989.0,
+    utilization: float = 0.4,
+    reserved: float = 3.0,
+    num_rows: int | None = None,
+    transformer_config: Mapping[str, Any] | None = None,
+    reward_config: Mapping[str, Any] | None = None,
+    engine: Engine | None = None,
+) -> Plan:
+    """
+    Plan a recipe, without weights, data or a GPU.
+
+    The models' own code runs on fake tensors to see what it allocates and computes; what engines and optimizers hold is
+    added by their rules. Communication and the loading of data take no time here.
+
+    Args:
+        training (`PRFLTrainingConfig` or `RewardTrainingConfig`):
+            The recipe.
+        height, width, num_frames (`int`):
+            Size of the clips in pixels and frames.
+        num_gpus (`int`, defaults to 1):
+            Processes of the run.
+        gpu_memory (`float`, defaults to 80.0):
+            Gigabytes (10^9) of a GPU.
+        zero_stage (`int`, defaults to 0):
+            0 for a single process or DDP, 2 or 3 for DeepSpeed's ZeRO as configured in `ds_configs/`.
+        offload (`bool`, defaults to `False`):
+            Keep weights and optimizer states in host memory, as `ds_configs/zero3_offload.json`.
+        tflops (`float`, defaults to 989.0):
+            Peak rate of a GPU in 10^12 dense bfloat16 operations a second; the default is an H100's data sheet.
+        utilization (`float`, defaults to 0.4):
+            Share of that rate that is reached; an assumption to be replaced by a measurement.
+        reserved (`float`, defaults to 3.0):
+            Gigabytes for the CUDA context, communication buffers and fragmentation, an assumption too.
+        num_rows (`int`, *optional*):
+            Rows (pairs for `bt`) of the training dataset, to tell the time of `num_train_epochs`.
+        transformer_config, reward_config (`Mapping[str, Any]`, *optional*):
+            Configurations to take instead of those of the recipe's pipeline, and of a reward model of its first 8 blocks.
+        engine (`Engine`, *optional*):
+            Replaces `num_gpus`, `zero_stage` and `offload`.
+
+    Raises:
+        ValueError: If the clips do not divide over the GPUs, or a size is not one of the VAE's.
+    """
+    frames_ok = num_frames % VAE_STRIDE[0] == 1
+    check(frames_ok, "num_frames", num_frames, f"of the form {VAE_STRIDE[0]}k + 1")
+    for name, side in (("height", height), ("width", width)):
+        check(side > 0 and side % 16 == 0, name, side, "a multiple of 16")
+    check(0 < utilization <= 1, "utilization", utilization, "in (0, 1]")
+    config = transformer_config
+    if config is None:
+        config = load_transformer_config(training.pretrained_model_name_or_path, training.revision)
+    latents = ((num_frames - 1) // VAE_STRIDE[0] + 1, height // VAE_STRIDE[1], width // VAE_STRIDE[2])
+    request = Request(
+        training=training,
+        transformer_config=config,
+        reward_config=reward_config or default_reward_config(training, config),
+        engine=engine or Engine(num_gpus=num_gpus, zero_stage=zero_stage, offload=offload),
+        shape=Shape(training.train_batch_size, latents),
+    )
+    needs = estimate(request, reserved=reserved * GIGA)
+    changes: list[str] = []
+    changed: Estimate | None = None
+    if needs.peak > gpu_memory * GIGA:
+        changes, changed = cheapest_changes(request, capacity=gpu_memory * GIGA, reserved=reserved * GIGA)
+    rate = tflops * utilization * TERA
+    return _to_plan(request, needs, gpu_memory, rate, num_rows, changes, changed)
+
+
+def _to_plan(
+    request: Request,
+    needs: Estimate,
+    gpu_memory: float,
+    rate: float,
+    num_rows: int | None,
+    changes: list[str],
+    changed: Estimate | None,
+) -> Plan:
+    training, engine = request.training, request.engine
+    seconds = sum(needs.flops.values()) / training.context_parallel_degree / rate
+    num_steps = training.max_train_steps
+    if num_steps is None and num_rows is not None:
+        replicas = engine.num_gpus // training.context_parallel_degree
+        rows_per_step = replicas * training.train_batch_size * training.gradient_accumulation_steps
+        num_steps = training.num_train_epochs * -(-num_rows // rows_per_step)
+    degree = training.context_parallel_degree
+    for change in changes:
+        if change.startswith("--context_parallel_degree"):
+            degree = int(change.split()[1])
+    return Plan(
+        command="train_reward" if isinstance(training, RewardTrainingConfig) else "train_prfl",
+        model=training.pretrained_model_name_or_path,
+        engine=engine.name,
+        num_gpus=engine.num_gpus,
+        context_parallel_degree=training.context_parallel_degree,
+        num_parameters=needs.num_parameters,
+        num_trained=needs.num_trained,
+        num_tokens=request.num_tokens,
+        memory={name: size / GIGA for name, size in needs.held.items()},
+        phases={name: size / GIGA for name, size in needs.phases.items()},
+        reserved=needs.reserved / GIGA,
+        peak=needs.peak / GIGA,
+        gpu_memory=gpu_memory,
+        host_memory=needs.host_memory / GIGA,
+        teraflops={name: count / TERA for name, count in needs.flops.items()},
+        seconds_per_step=seconds,
+        hours=None if num_steps is None else num_steps * seconds / 3600,
+        changes=changes,
+        changed_peak=None if changed is None else changed.peak / GIGA,
+        changed_seconds_per_step=None if changed is None else sum(changed.flops.values()) / degree / rate,
+    )
+
+
+def _row(name: str, value: float, remark: str = "") -> str:
+    return f"  {name:<28}{value:>12,.1f}{remark}"

@@ -1,0 +1,180 @@
+"""
+Runs the real models without memory and without arithmetic, and watches what they would need.
+
+The modules, the sampler, autograd and recomputation are those of a training run; only the tensors are torch's fake ones,
+which know their shape and type and hold nothing. Bytes are counted when a storage comes and goes, operations by the
+formulas of torch's own FLOP counter. So there is no formula here that could fall behind the models.
+"""
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+
+def _attention_flops(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> int:
+    return sdpa_flop_count(query.shape, key.shape, value.shape)
+
+
+def _attention_backward_flops(
+    grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+) -> int:
+    return sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape)
+
+
+_FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+# Operations of each kernel. Fake tensors are on the CPU, whose attention torch does not count; it is a GPU's.
+FLOPS: dict[Any, Any] = {**flop_registry, _FLASH: _attention_flops, _FLASH_BACKWARD: _attention_backward_flops}
+
+
+@dataclass(frozen=True)
+class Phase:
+    """
+    What one phase of an update needs.
+
+    Args:
+        peak (`float`):
+            Most bytes alive at a time, besides parameters, their gradients and what was alive before the simulation.
+        kept (`float`):
+            Bytes still alive at its end.
+        flops (`float`):
+            Floating point operations, two for each multiplication with its addition.
+    """
+
+    peak: float
+    kept: float
+    flops: float
+
+    def extrapolate(self, other: "Phase", factor: float) -> "Phase":
+        """The straight line through `self` (at 0) and `other` (at 1), at `factor`."""
+        pairs = zip(
+            (self.peak, self.kept, self.flops),
+            (other.peak, other.kept, other.flops),
+            strict=True,
+        )
+        return Phase(*(first + factor * (second - first) for first, second in pairs))
+
+
+class MemoryMeter(TorchDispatchMode):
+    """
+    Counts the bytes of all tensors that come into being while it is active, as long as they live.
+
+    Args:
+        ignore (`list[torch.Tensor]`):
+            Tensors whose storage is not counted: parameters and inputs. They must outlive the meter.
+        on_gpu (`bool`):
+            Add the float32 sum of the queries' gradient that flash attention keeps during its backward on a GPU.
+    """
+
+    def __init__(self, ignore: list[torch.Tensor], *, on_gpu: bool) -> None:
+        super().__init__()
+        self.on_gpu = on_gpu
+        self.live = 0
+        self.peak = 0
+        self.flops = 0
+        self.phases: dict[str, Phase] = {}
+        self._known = {tensor.untyped_storage()._cdata for tensor in ignore}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Record what is needed within the context as the phase of that name."""
+        self.peak, self.flops = self.live, 0
+        yield
+        self.phases[name] = Phase(self.peak, self.live, self.flops)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._add(tensor.untyped_storage())
+        workspace = 4 * args[1].numel() if self.on_gpu and func.overloadpacket is _FLASH_BACKWARD else 0
+        self.peak = max(self.peak, self.live + workspace)
+        if func.overloadpacket in FLOPS:
+            self.flops += FLOPS[func.overloadpacket](*args, **(kwargs or {}), out_val=result)
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self._known:
+            self._known.add(key)
+            self.live += storage.nbytes()
+            weakref.finalize(storage, self._release, key, storage.nbytes())
+
+    def _release(self, key: int, num_bytes: int) -> None:
+        self._known.discard(key)
+        self.live -= num_bytes
+
+
+class _FusedRMSNorm(torch.autograd.Function):
+    """Allocates what the fused kernel of a GPU does; the CPU has none, and is left with many intermediate tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(hidden_states, weight, hidden_states.new_empty(hidden_states.shape[:-1]))
+        return torch.empty_like(hidden_states)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        hidden_states, weight, _ = ctx.saved_tensors
+        needs_input, needs_weight = ctx.needs_input_grad
+        return (
+            torch.empty_like(hidden_states) if needs_input else None,
+            torch.empty_like(weight) if needs_weight else None,
+        )
+
+
+def use_gpu_kernels(model: nn.Module) -> None:
+    """Let the `RMSNorm` of a model on fake CPU tensors allocate what it does on a GPU, under autocast in float32."""
+    for module in model.modules():
+        if isinstance(module, nn.RMSNorm):
+            module.forward = partial(_rms_norm, module)  # type: ignore[method-assign]
+
+
+def _rms_norm(module: nn.RMSNorm, hidden_states: torch.Tensor) -> torch.Tensor:
+    weight: torch.Tensor = module.weight
+    if torch.is_autocast_enabled("cpu"):
+        hidden_states, weight = hidden_states.float(), weight.float()
+    return _FusedRMSNorm.apply(hidden_states, weight)
+
+
+def autocast(enabled: bool) -> AbstractContextManager[Any]:
+    """bfloat16 autocast, as Accelerate puts it around a model's forward."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=enabled)
+
+
+def drop_gradients(model: nn.Module) -> None:
+    """Let every gradient of a parameter go as soon as it is there: the plan counts gradients by themselves."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(_drop_gradient)
+
+
+def _drop_gradient(parameter: torch.Tensor) -> None:
+    parameter.grad = None
+
+
+def extrapolated(
+    simulate: Callable[[int], Mapping[str, Phase]], num_layers: int, *, first: int = 2
+) -> dict[str, Phase]:
+    """
+    Phases of a model of many equal blocks from those of it with `first` and with one block more.
+
+    Args:
+        simulate (`Callable[[int], Mapping[str, Phase]]`):
+            Runs the model with a number of blocks.
+        num_layers (`int`):
+            Number of blocks of the model. Up to `first + 1` of them are really run.
+    """
+    if num_layers <= first + 1:
+        return dict(simulate(num_layers))
+    shorter, longer = simulate(first), simulate(first + 1)
+    return {name: shorter[name].extrapolate(longer[name], num_layers - first) for name in shorter}

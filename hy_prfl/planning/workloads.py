@@ -1,0 +1,329 @@
+"""The parts of an update that compute, run on fake tensors: the generator's, the reward's and the reward model's own."""
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from diffusers import UniPCMultistepScheduler
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ..configs.base import TrainingConfig
+from ..configs.prfl import PRFLTrainingConfig
+from ..configs.reward import RewardTrainingConfig
+from ..losses import binary_reward_loss, bradley_terry_loss, reward_feedback_loss
+from ..models.recomputation import recompute_blocks
+from ..models.reward_model import score_noised
+from ..rollout import denoise_to_step, predict_velocity
+from .models import build_reward_model, build_transformer, materialize, set_dtypes
+from .simulation import MemoryMeter, Phase, autocast, drop_gradients, extrapolated, use_gpu_kernels
+
+
+# Length of the text, and tokens of CLIP's image embeddings, that Wan was trained with.
+TEXT_TOKENS, IMAGE_TOKENS = 512, 257
+# Options of a recipe that a simulation must be given and does not look at.
+UNUSED: dict[str, Any] = {"output_dir": "-", "pretrained_model_name_or_path": "-", "train_dataset": "-"}
+# What of a recipe the simulated models depend on.
+GENERATOR_OPTIONS = ("lora_rank", "lora_target_modules")
+REWARD_OPTIONS = (*GENERATOR_OPTIONS, "freeze_blocks", "loss")
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """
+    Types of a run.
+
+    Args:
+        frozen, trained (`torch.dtype`):
+            Of parameters that do not train and of those that do.
+        compute (`torch.dtype`):
+            Of the models' inputs.
+        autocast (`bool`):
+            Whether matrix products are cast to bfloat16.
+        keeps_in_fp32 (`bool`):
+            Whether frozen parameters that are sensitive to rounding stay in float32.
+        on_gpu (`bool`):
+            Whether kernels are a GPU's.
+    """
+
+    frozen: torch.dtype
+    trained: torch.dtype
+    compute: torch.dtype
+    autocast: bool
+    keeps_in_fp32: bool
+    on_gpu: bool
+
+
+@dataclass(frozen=True)
+class Shape:
+    """
+    Clips of a micro-batch.
+
+    Args:
+        batch_size (`int`):
+            Clips.
+        latents (`tuple[int, int, int]`):
+            Frames, height and width of their latents.
+        text_tokens, image_tokens (`int`):
+            Length of the prompt and of the image embeddings.
+    """
+
+    batch_size: int
+    latents: tuple[int, int, int]
+    text_tokens: int = TEXT_TOKENS
+    image_tokens: int = IMAGE_TOKENS
+
+    def num_tokens(self, patch_size: Sequence[int]) -> int:
+        """Tokens of one clip."""
+        return math.prod(size // patch for size, patch in zip(self.latents, patch_size, strict=True))
+
+    def part(self, degree: int, patch_size: Sequence[int]) -> "Shape":
+        """Clips with `1 / degree` of the tokens, whatever their sides: memory depends on nothing else."""
+        if degree == 1:
+            return self
+        num_tokens = self.num_tokens(patch_size) // degree
+        width = next(size for size in range(min(1024, num_tokens), 0, -1) if num_tokens % size == 0)
+        rows = num_tokens // width
+        height = next(size for size in range(min(1024, rows), 0, -1) if rows % size == 0)
+        frames, rows, columns = patch_size
+        return replace(self, latents=(num_tokens // (width * height) * frames, height * rows, width * columns))
+
+
+class Inputs:
+    """Fake inputs of a micro-batch."""
+
+    def __init__(self, config: Mapping[str, Any], shape: Shape, dtype: torch.dtype) -> None:
+        batch, is_i2v = shape.batch_size, config["image_dim"] is not None
+        num_condition = config["in_channels"] - config["out_channels"]
+        self.noise = torch.empty(batch, config["out_channels"], *shape.latents)
+        self.condition = torch.empty(batch, num_condition, *shape.latents) if num_condition else None
+        self.text = torch.empty(batch, shape.text_tokens, config["text_dim"], dtype=dtype)
+        self.image = torch.empty(batch, shape.image_tokens, config["image_dim"], dtype=dtype) if is_i2v else None
+        self.timestep = torch.empty(batch)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All of them."""
+        every = (self.noise, self.condition, self.text, self.image, self.timestep)
+        return [tensor for tensor in every if tensor is not None]
+
+
+def generator_phases(
+    config: Mapping[str, Any], training: PRFLTrainingConfig, numerics: Numerics, shape: Shape
+) -> dict[str, Phase]:
+    """
+    What the generator needs for a rollout step, and for the forward and the backward of its step with gradient.
+
+    A flow-matching update is such a forward and backward too: the sampler multiplies no matrices.
+    """
+    run = _runner(_simulate_generator, config, training, GENERATOR_OPTIONS, numerics, shape)
+    return _with_recomputation(run, config, training, training.gradient_checkpointing_blocks)
+
+
+def reward_phases(
+    config: Mapping[str, Any], training: PRFLTrainingConfig, numerics: Numerics, shape: Shape
+) -> dict[str, Phase]:
+    """What the frozen reward model needs for its forward and its backward to the latents."""
+    run = _runner(_simulate_reward, config, training, (), numerics, shape)
+    return _with_recomputation(run, config, training, training.reward_gradient_checkpointing_blocks)
+
+
+def reward_training_phases(
+    config: Mapping[str, Any], training: RewardTrainingConfig, numerics: Numerics, shape: Shape
+) -> dict[str, Phase]:
+    """What a micro-batch of the reward model's own training needs, forward and backward."""
+    run = _runner(_simulate_reward_training, config, training, REWARD_OPTIONS, numerics, shape)
+    return _with_recomputation(run, config, training, training.gradient_checkpointing_blocks)
+
+
+Frozen = tuple[tuple[str, Any], ...]
+Run = Callable[[int, bool], dict[str, Phase]]
+
+
+def _runner(
+    simulate: Callable[..., dict[str, Phase]],
+    config: Mapping[str, Any],
+    training: TrainingConfig,
+    names: Sequence[str],
+    numerics: Numerics,
+    shape: Shape,
+) -> Run:
+    """Phases as a function of the number of blocks and of whether they are recomputed. What was simulated is kept."""
+    values = _freeze({name: value for name, value in config.items() if name != "num_layers"})
+    options = {name: getattr(training, name) for name in names}
+
+    def run(num_layers: int, recompute: bool) -> dict[str, Phase]:
+        frozen = _freeze({**options, "gradient_checkpointing": recompute})
+        return extrapolated(lambda count: simulate(values, frozen, numerics, shape, count), num_layers)
+
+    return run
+
+
+def _freeze(values: Mapping[str, Any]) -> Frozen:
+    return tuple((name, tuple(value) if isinstance(value, list) else value) for name, value in values.items())
+
+
+def _thaw(frozen: Frozen) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in frozen}
+
+
+def _with_recomputation(
+    run: Run, config: Mapping[str, Any], training: TrainingConfig, num_blocks: int | None
+) -> dict[str, Phase]:
+    """
+    Phases of a model whose first blocks are recomputed and whose others keep their activations.
+
+    Two inputs of blocks are on the device at a time if they are kept in host memory: of the block at work, and of the
+    one that is copied meanwhile.
+    """
+    num_layers = config["num_layers"]
+    if not training.gradient_checkpointing:
+        return run(num_layers, False)
+    num_recomputed = num_layers if num_blocks is None else num_blocks
+    phases = run(num_recomputed, True)
+    block_input = run(4, True)["forward"].kept - run(3, True)["forward"].kept
+    away = max(0, num_recomputed - 2) * block_input if training.offload_activations else 0.0
+    for name in ("forward", "backward"):
+        kept = phases[name].kept - (away if name == "forward" else 0.0)
+        phases[name] = replace(phases[name], peak=phases[name].peak - away, kept=kept)
+    return phases if num_recomputed == num_layers else _add_kept_blocks(run, phases, num_layers - num_recomputed)
+
+
+def _add_kept_blocks(run: Run, phases: dict[str, Phase], num_blocks: int) -> dict[str, Phase]:
+    """Blocks after the recomputed ones. Their activations are gone when the others are computed again."""
+    shorter, longer = run(3, False), run(4, False)
+    grown = {name: phase.extrapolate(phase, 0.0) for name, phase in phases.items()}
+    for name, phase in phases.items():
+        slope = shorter[name].extrapolate(longer[name], 1.0)
+        more_kept = num_blocks * (slope.kept - shorter[name].kept)
+        more_flops = num_blocks * (slope.flops - shorter[name].flops)
+        grown[name] = Phase(phase.peak, phase.kept + more_kept, phase.flops + more_flops)
+    forward = grown["forward"]
+    head = longer["backward"].peak - longer["forward"].kept
+    grown["forward"] = replace(forward, peak=max(phases["forward"].peak, forward.kept))
+    grown["backward"] = replace(grown["backward"], peak=max(phases["backward"].peak, forward.kept + head))
+    return grown
+
+
+@functools.cache
+def _simulate_generator(
+    config: Frozen, options: Frozen, numerics: Numerics, shape: Shape, num_layers: int
+) -> dict[str, Phase]:
+    training = PRFLTrainingConfig(**_thaw(options), **UNUSED, reward_model="-")
+    values = {**_thaw(config), "num_layers": num_layers}
+    transformer = build_transformer(values, training)
+    set_dtypes(transformer, frozen=numerics.frozen, trained=numerics.trained, keep_in_fp32=numerics.keeps_in_fp32)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return _run_generator(transformer, values, training, numerics, shape)
+
+
+def _run_generator(
+    transformer: Any, config: Mapping[str, Any], training: TrainingConfig, numerics: Numerics, shape: Shape
+) -> dict[str, Phase]:
+    materialize(transformer)
+    if numerics.on_gpu:
+        use_gpu_kernels(transformer)
+    drop_gradients(transformer)
+    if training.gradient_checkpointing:
+        recompute_blocks(transformer)
+    inputs = Inputs(config, shape, numerics.compute)
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    forward = transformer.forward
+    transformer.forward = lambda *args, **kwargs: _under_autocast(forward, numerics, *args, **kwargs)
+    model_inputs: dict[str, Any] = {
+        "encoder_hidden_states": inputs.text,
+        "condition": inputs.condition,
+        "encoder_hidden_states_image": inputs.image,
+    }
+    state = [*transformer.parameters(), *transformer.buffers(), *inputs.tensors()]
+    with MemoryMeter(state, on_gpu=numerics.on_gpu) as meter:
+        with meter.phase("rollout"), torch.no_grad():
+            predict_velocity(transformer, inputs.noise, inputs.timestep, **model_inputs)
+        with meter.phase("forward"):
+            latents, _ = denoise_to_step(
+                transformer, scheduler, noise=inputs.noise, step_index=1, num_inference_steps=3, **model_inputs
+            )
+        latents_grad = torch.empty_like(latents)
+        with meter.phase("backward"):
+            (latents * latents_grad).sum().backward()
+    rollout, both = meter.phases["rollout"], meter.phases["forward"]
+    return {**meter.phases, "forward": replace(both, flops=both.flops - rollout.flops)}
+
+
+def _under_autocast(forward: Any, numerics: Numerics, *args: Any, **kwargs: Any) -> Any:
+    with autocast(numerics.autocast):
+        return forward(*args, **kwargs)
+
+
+@functools.cache
+def _simulate_reward(
+    config: Frozen, options: Frozen, numerics: Numerics, shape: Shape, num_layers: int
+) -> dict[str, Phase]:
+    values = {**_thaw(config), "num_layers": num_layers}
+    reward_model = build_reward_model(values)
+    set_dtypes(reward_model, frozen=numerics.compute, trained=numerics.compute, keep_in_fp32=True)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        materialize(reward_model)
+        if numerics.on_gpu:
+            use_gpu_kernels(reward_model)
+        if dict(options)["gradient_checkpointing"]:
+            recompute_blocks(reward_model)
+        inputs = Inputs(values, shape, numerics.compute)
+        leaf = inputs.noise.requires_grad_()
+        parts = [leaf] if inputs.condition is None else [leaf, inputs.condition]
+        state = [*reward_model.parameters(), *reward_model.buffers(), *inputs.tensors()]
+        with MemoryMeter(state, on_gpu=numerics.on_gpu) as meter:
+            with meter.phase("forward"), autocast(numerics.autocast):
+                logits = reward_model(
+                    hidden_states=torch.cat(parts, dim=1).to(inputs.text.dtype),
+                    timestep=inputs.timestep,
+                    encoder_hidden_states=inputs.text,
+                    encoder_hidden_states_image=inputs.image,
+                ).logits
+            with meter.phase("backward"):
+                torch.autograd.grad(reward_feedback_loss(logits), leaf)
+    return meter.phases
+
+
+@functools.cache
+def _simulate_reward_training(
+    config: Frozen, options: Frozen, numerics: Numerics, shape: Shape, num_layers: int
+) -> dict[str, Phase]:
+    training = RewardTrainingConfig(**_thaw(options), **UNUSED)
+    values = {**_thaw(config), "num_layers": num_layers}
+    reward_model = build_reward_model(values, training)
+    set_dtypes(reward_model, frozen=numerics.trained, trained=numerics.trained, keep_in_fp32=numerics.keeps_in_fp32)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return _run_reward_training(reward_model, values, training, numerics, shape)
+
+
+def _run_reward_training(
+    reward_model: Any, config: Mapping[str, Any], training: RewardTrainingConfig, numerics: Numerics, shape: Shape
+) -> dict[str, Phase]:
+    materialize(reward_model)
+    if numerics.on_gpu:
+        use_gpu_kernels(reward_model)
+    drop_gradients(reward_model)
+    if training.gradient_checkpointing:
+        recompute_blocks(reward_model)
+    is_pair = training.loss == "bt"
+    inputs = Inputs(config, replace(shape, batch_size=shape.batch_size * (2 if is_pair else 1)), numerics.compute)
+    sigmas = torch.empty(inputs.noise.shape[0])
+    latents = torch.empty_like(inputs.noise)
+    state = [*reward_model.parameters(), *reward_model.buffers(), *inputs.tensors(), latents, sigmas]
+    with MemoryMeter(state, on_gpu=numerics.on_gpu) as meter:
+        with meter.phase("forward"), autocast(numerics.autocast):
+            logits = score_noised(
+                reward_model,
+                latents=latents,
+                noise=inputs.noise,
+                sigmas=sigmas,
+                encoder_hidden_states=inputs.text,
+                condition=inputs.condition,
+                encoder_hidden_states_image=inputs.image,
+            )
+            loss = bradley_terry_loss(*logits.chunk(2)) if is_pair else binary_reward_loss(logits, sigmas)
+        with meter.phase("backward"):
+            loss.backward()
+    return meter.phases
