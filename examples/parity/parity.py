@@ -116,6 +116,9 @@ def launch_command(
         f"--train_batch_size={batch_size}", *more,
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    # DeepSpeed compiles a kernel on its first start. A start that is killed meanwhile leaves a lock that all later ones
+    # wait for, so these runs do not share the user's folder.
+    environment["TORCH_EXTENSIONS_DIR"] = str(folder.resolve() / "torch_extensions")
     if launch == ENGINES["DDP"]:
         environment["ACCELERATE_USE_CPU"] = "true"
     return command, environment
