@@ -1,4 +1,6 @@
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -6,7 +8,7 @@ from diffusers import WanImageToVideoPipeline, WanPipeline
 from PIL import Image
 
 from hy_prfl.models.loading import load_scheduler
-from hy_prfl.rollout import denoise_to_step, sample_latents
+from hy_prfl.rollout import denoise_to_step, sample_latents, walk_with_gradient
 
 
 NUM_STEPS = 5
@@ -111,3 +113,76 @@ def test_step_index_must_leave_noisy_latents(pipeline_dir: Path, step_index: int
             torch.nn.Identity(), load_scheduler(str(pipeline_dir)), noise=torch.randn(1, 16, 2, 4, 4),
             step_index=step_index, num_inference_steps=NUM_STEPS, encoder_hidden_states=torch.randn(1, 16, 32),
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("rerun", [False, True])
+@pytest.mark.parametrize("pipeline_class", [WanPipeline, WanImageToVideoPipeline])
+def test_a_chain_with_gradient_steps_is_the_chain_without(
+    pipeline_dir: Path, i2v_pipeline_dir: Path, pipeline_class: Any, rerun: bool
+) -> None:
+    folder = pipeline_dir if pipeline_class is WanPipeline else i2v_pipeline_dir
+    transformer = pipeline_class.from_pretrained(folder).transformer
+    scheduler = load_scheduler(str(folder))
+    noise, inputs = torch.randn(2, 16, 2, 4, 4), {"encoder_hidden_states": torch.randn(2, 16, 32)}
+    if pipeline_class is WanImageToVideoPipeline:
+        inputs |= {"condition": torch.randn(2, 20, 2, 4, 4), "encoder_hidden_states_image": torch.randn(2, 5, 32)}
+    path: dict[int, torch.Tensor] = {}
+    with torch.no_grad():
+        scheduler.set_timesteps(7)
+        latents = noise
+        for index, timestep in enumerate(scheduler.timesteps):
+            hidden_states = torch.cat([latents, inputs["condition"]], dim=1) if "condition" in inputs else latents
+            velocity = transformer(
+                hidden_states, timestep.expand(2), inputs["encoder_hidden_states"],
+                inputs.get("encoder_hidden_states_image"),
+            ).sample  # fmt: skip
+            path[index] = latents = scheduler.step(velocity, timestep, latents).prev_sample
+    chain = walk_with_gradient(
+        transformer, scheduler, noise=noise, step_indices=[0, 3, 4], num_inference_steps=7, rerun=rerun, **inputs
+    )
+    for step_index, step in zip([0, 3, 4], chain, strict=True):
+        assert torch.equal(step.latents, path[step_index])
+        assert step.timesteps.tolist() == [scheduler.timesteps[step_index + 1].item()] * 2
+        differentiable = step.differentiable_latents()
+        assert torch.equal(differentiable, step.latents)
+        differentiable.square().mean().backward()
+        assert not step.latents.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("rerun", "expected"),
+    [(False, [True, False, True]), (True, [False, True, False, False, True])],
+)
+def test_forwards_of_a_chain_and_what_is_left_of_them(pipeline_dir: Path, rerun: bool, expected: list[bool]) -> None:
+    """Only the forwards that are asked for, and no graph of a step outlives it."""
+    transformer = WanPipeline.from_pretrained(pipeline_dir).transformer
+    with_grad: list[bool] = []
+    outputs: list[weakref.ref[torch.Tensor]] = []
+
+    def watch(module: torch.nn.Module, args: Any, output: tuple[torch.Tensor]) -> None:
+        with_grad.append(output[0].requires_grad)
+        outputs.append(weakref.ref(output[0]))
+
+    transformer.register_forward_hook(watch)
+    scheduler = load_scheduler(str(pipeline_dir))
+    chain = walk_with_gradient(
+        transformer, scheduler, noise=torch.randn(1, 16, 2, 4, 4), step_indices=[0, 2], num_inference_steps=NUM_STEPS,
+        encoder_hidden_states=torch.randn(1, 16, 32), rerun=rerun,
+    )  # fmt: skip
+    for step in chain:
+        step.differentiable_latents().square().sum().backward()
+    assert with_grad == expected
+    del step
+    assert all(output() is None for output in outputs)
+    kept = [*scheduler.model_outputs, scheduler.last_sample]
+    assert not any(tensor.requires_grad for tensor in kept)
+
+
+@pytest.mark.parametrize("step_indices", [[], [1, 1], [2, 1], [0, NUM_STEPS - 1], [-1, 2]])
+def test_step_indices_must_ascend_and_leave_noisy_latents(pipeline_dir: Path, step_indices: list[int]) -> None:
+    chain = walk_with_gradient(
+        torch.nn.Identity(), load_scheduler(str(pipeline_dir)), noise=torch.randn(1, 16, 2, 4, 4),
+        step_indices=step_indices, num_inference_steps=NUM_STEPS, encoder_hidden_states=torch.randn(1, 16, 32),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"`step_indices` must be ascending and in \[0, 3\]"):
+        next(chain)

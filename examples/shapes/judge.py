@@ -3,10 +3,9 @@ Judges clips of moving shapes from their decoded pixels alone; it never sees a r
 
     python -m examples.shapes.judge --manifest outputs/videos/manifest.json --output outputs/verdicts.json
 
-Only the shapes of this world have a colour, so a clip's shape is where the colour is. It is tracked, measured, and held
-against what good clips of the generator of the world show: a clip that leaves their range on the bad side fails, and so
-does one that is *better* than they ever are (faster, larger, more saturated), as over-optimised videos are. The ranges
-are measured on good clips by `calibrate` and stored in `judge_calibration.json`:
+The shape of a clip is tracked and measured (`tracking.py`), and held against what good clips of the world show: a clip
+that is far outside of their ranges fails, and so does one that is *better* than they ever are (faster, larger, more
+saturated), as over-optimised videos are. The ranges are measured by `calibrate` and stored in `judge_calibration.json`:
 
     python -m examples.shapes.judge --calibrate
 """
@@ -14,10 +13,9 @@ are measured on good clips by `calibrate` and stored in `judge_calibration.json`
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import combinations
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -31,14 +29,19 @@ from examples.shapes.clips import (
     FPS,
     NUM_FRAMES,
     SHAPES,
-    SIZE,
     WALLS,
     Caption,
     Clip,
     draw_clip,
     render_clip,
-    shape_distance,
     split_captions,
+)
+from examples.shapes.tracking import (
+    WINDOW,
+    area_of_unit,
+    measure_video,
+    recognise,
+    smallest_angle,
 )
 from hy_prfl.configs.base import check
 from hy_prfl.configs.parser import parse_config
@@ -51,38 +54,36 @@ CALIBRATION = Path(__file__).with_name("judge_calibration.json")
 
 KINDS = ("good", *FAILURES, "beyond", "unrecognisable")
 
-# A value fails that lies further from the good clips of the calibration than this share of the way from the outermost
-# of them to the mildest clip that fails so. Real videos are softer than the calibration's, so not at the first step.
+# A value fails that is further from the good clips of the calibration than this share of the way from the outermost of
+# them to the mildest clip that fails so. Generated videos are softer than the calibration's clips: leave them some room.
 FAILURE_SHARE = 1 / 3
 
-# What is beyond the real is a matter of degree, with no clip that fails so: this much past the outermost good clip.
-BEYOND_SHARE = 0.05
+# Being beyond the real is a matter of degree, so there is no mildest failure: this much past the outermost good clip.
+# Soft edges make a small shape look larger, so its size gets more.
+BEYOND_SHARE = {"speed": 0.05, "radius": 0.08, "saturation": 0.05, "wall_light": 0.05, "wall_contrast": 0.05}
 
 # What is checked, in this order: measurement, side, kind of the failure. The first one decides, so what makes later
-# measurements meaningless comes first.
+# measurements meaningless comes first; last comes what is too much in a clip that is good otherwise.
 CHECKS = (
     ("saturation", "low", "unrecognisable"),
     ("hue_error", "high", "unrecognisable"),
     ("clutter", "high", "unrecognisable"),
     ("spread", "high", "unrecognisable"),
-    ("saturation", "high", "beyond"),
+    ("aspect_change", "high", "deforming"),
+    ("presence", "low", "vanishing"),
+    ("radius", "low", "vanishing"),
+    ("area_change", "high", "deforming"),
+    ("hue_change", "high", "deforming"),
+    ("unsteadiness", "high", "jittering"),
+    ("speed", "low", "frozen"),
+    ("angle", "high", "wrong_direction"),
+    ("speed", "high", "beyond"),
     ("radius", "high", "beyond"),
+    ("saturation", "high", "beyond"),
     ("wall_light", "low", "beyond"),
     ("wall_light", "high", "beyond"),
     ("wall_contrast", "high", "beyond"),
-    ("aspect_change", "high", "deforming"),
-    ("area_change", "high", "deforming"),
-    ("hue_change", "high", "deforming"),
-    ("presence", "low", "vanishing"),
-    ("radius", "low", "vanishing"),
-    ("unsteadiness", "high", "jittering"),
-    ("speed", "low", "frozen"),
-    ("speed", "high", "beyond"),
-    ("angle", "high", "wrong_direction"),
 )
-# Radius of the window around a shape, in radii of a disc of its area.
-WINDOW = 2.2
-
 PATTERN = re.compile(
     rf"an? ({'|'.join(COLORS)}) ({'|'.join(SHAPES)}) moves ({'|'.join(DIRECTIONS)}) over an? ({'|'.join(WALLS)}) wall"
 )
@@ -143,7 +144,7 @@ def judge_video(frames: np.ndarray, caption: Caption | str) -> Verdict:
     if shape is not None:
         measured["radius"] = float(np.sqrt(measured["area"] / area_of_unit(shape)))
     for name, side, kind in CHECKS:
-        bound = bound_of(calibration["ranges"][name], side, kind)
+        bound = bound_of(name, calibration["ranges"][name], side, kind)
         value = measured.get(name, np.nan)
         # Written so that a measurement that does not exist fails.
         passed = value >= bound if side == "low" else value <= bound
@@ -171,188 +172,22 @@ def summarize_verdicts(verdicts: Sequence[Verdict], captions: Sequence[Caption |
     }
 
 
-def bound_of(values: Mapping[str, float], side: str, kind: str) -> float:
+def bound_of(name: str, values: Mapping[str, float], side: str, kind: str) -> float:
     """The outermost value of a measurement, on the side "low" or "high", that is no failure of this kind."""
     outermost = values[side]
     if kind == "beyond":
-        return outermost * (1 + BEYOND_SHARE if side == "high" else 1 - BEYOND_SHARE)
+        return outermost * (1 + BEYOND_SHARE[name] if side == "high" else 1 - BEYOND_SHARE[name])
     return outermost + FAILURE_SHARE * (values["fails"] - outermost)
 
 
-@cache
-def chroma_of_colors() -> dict[str, np.ndarray]:
-    """What is left of each colour without its grey, RGB in [0, 1]."""
-    return {name: (np.array(rgb) - np.mean(rgb)) / 255 for name, rgb in COLORS.items()}
-
-
-@cache
-def area_of_unit(shape: str) -> float:
-    """Area of a shape of radius 1, measured on a fine grid."""
-    axis = np.linspace(-1.2, 1.2, 601)
-    inside = shape_distance(shape, axis[None, :], axis[:, None], 1.0) < 0
-    return float(inside.sum() * (axis[1] - axis[0]) ** 2)
-
-
-def smallest_angle() -> float:
-    """Angle between the two colours that are nearest to each other."""
-    return min(angle_between(*pair) for pair in combinations(chroma_of_colors().values(), 2))
-
-
-def measure_video(frames: np.ndarray, caption: Caption) -> dict[str, float]:
-    """All measurements of a clip but its radius, which depends on what shape it is."""
-    if frames.ndim != 4 or frames.shape[0] < 5 or frames.shape[1:] != (SIZE, SIZE, 3):
-        raise ValueError(f"`frames` must have the shape (5 or more, {SIZE}, {SIZE}, 3), got {frames.shape}.")
-    pixels = frames / 255 if frames.dtype == np.uint8 else np.asarray(frames, dtype=float)
-    chroma = pixels - pixels.mean(axis=-1, keepdims=True)
-    chroma = chroma - np.median(chroma, axis=(1, 2), keepdims=True)  # a tint of everything is not the shape
-    hue, strength = find_color(chroma)
-    if strength == 0:
-        return {"saturation": 0.0, "hue_error": np.nan}
-    color, hue_error = nearest_color(hue)
-    ideal = float(np.linalg.norm(chroma_of_colors()[color]))
-    along = chroma @ hue
-    along = np.where(along > 0.2 * strength, along, 0.0)  # faint stains of the wall are none of the shape
-    cover = np.clip((along / strength - 0.25) / 0.5, 0, 1)
-    by_frame = (cover[..., None] * chroma).sum(axis=(1, 2))
-    return {
-        "saturation": strength / ideal,
-        "hue_error": hue_error,
-        **measure_wall(pixels.mean(axis=-1), along),
-        **measure_body(along / ideal, cover, np.array([angle_between(one, hue) for one in by_frame]), caption),
-        **{f"hue_{axis}": float(value) for axis, value in zip("rgb", hue, strict=True)},
-    }
-
-
-def find_color(chroma: np.ndarray, num_frames: int = 4) -> tuple[np.ndarray, float]:
-    """
-    Direction and strength of the shape's colour.
-
-    From the most coloured fiftieth of the pixels (half of the smallest shape) of the most coloured frames: a shape may
-    be there for a few frames only.
-    """
-    length = np.linalg.norm(chroma, axis=-1)
-    peak = np.sort(np.quantile(length, 0.98, axis=(1, 2)))[-num_frames:].mean()
-    if peak < 1e-3:
-        return np.zeros(3), 0.0
-    core = chroma[length > 0.7 * peak]
-    hue = core.mean(axis=0) / np.linalg.norm(core.mean(axis=0))
-    return hue, max(float(np.median(core @ hue)), 0.0)
-
-
-def nearest_color(hue: np.ndarray) -> tuple[str, float]:
-    """Name of the nearest colour, and the angle to it in radians."""
-    angles = {name: angle_between(hue, vector) for name, vector in chroma_of_colors().items()}
-    name = min(angles, key=lambda key: angles[key])
-    return name, angles[name]
-
-
-def angle_between(one: np.ndarray, other: np.ndarray) -> float:
-    """Angle between two vectors in radians; NaN if one has no length."""
-    lengths = np.linalg.norm(one) * np.linalg.norm(other)
-    return float(np.arccos(np.clip(one @ other / lengths, -1, 1))) if lengths > 0 else np.nan
-
-
-def measure_wall(light: np.ndarray, paint: np.ndarray) -> dict[str, float]:
-    """Mean light of the wall, and the distance between its dark and its light places, both in [0, 1]."""
-    wall = light[paint == 0]
-    if wall.size == 0:
-        return {}
-    dark, bright = np.quantile(wall, [0.05, 0.95])
-    return {"wall_light": float(wall.mean()), "wall_contrast": float(bright - dark)}
-
-
-def measure_body(paint: np.ndarray, cover: np.ndarray, hues: np.ndarray, caption: Caption) -> dict[str, float]:
-    """
-    Follow the shape through the frames: how big, how shaped, where, and how steadily it is.
-
-    Args:
-        paint (`np.ndarray` of shape `(num_frames, SIZE, SIZE)`):
-            How much colour a pixel has, 1 inside a perfect shape. Its sum is the area, however soft the edges are.
-        cover (`np.ndarray` of shape `(num_frames, SIZE, SIZE)`):
-            How much of a pixel is the shape's, its outline sharpened.
-        hues (`np.ndarray` of shape `(num_frames,)`):
-            Angle between the shape's colour in each frame and in all.
-    """
-    total = cover.sum(axis=(1, 2))
-    # A shape that is fading has no outline to measure.
-    there = total > 0.6 * np.quantile(total, 0.75)
-    if there.sum() < 3:
-        return {"presence": 0.0}
-    times = np.flatnonzero(there)
-    bodies, centres = zip(*(cut_out(cover[index]) for index in times), strict=True)
-    moments = np.array([moments_of(body, centre) for body, centre in zip(bodies, centres, strict=True)])
-    area, aspect, spread, skew, cross = moments.T
-    painted = paint.sum(axis=(1, 2))
-    usual = np.median(painted[times])
-    return {
-        "clutter": float(np.median(1 - area / total[times])),
-        "spread": float(np.median(spread)),
-        "presence": float(painted.min() / usual),
-        "area": float(usual),
-        "aspect_change": float(np.ptp(np.log(aspect))),
-        "area_change": float(painted.max() / usual - 1),
-        "hue_change": float(hues[times].max()),
-        "skew": float(np.median(skew)),
-        "cross": float(np.median(cross)),
-        **measure_motion(times, np.array(centres), caption),
-    }
-
-
-def cut_out(cover: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """One frame's shape without what lies far from it, and its centre (x, y)."""
-    y, x = np.mgrid[: cover.shape[0], : cover.shape[1]] + 0.5
-    # The median is where most of the shape is, whatever else has a colour.
-    columns, rows = np.cumsum(cover.sum(axis=0)), np.cumsum(cover.sum(axis=1))
-    middle = [np.searchsorted(sums, sums[-1] / 2) + 0.5 for sums in (columns, rows)]
-    reach = WINDOW * np.sqrt(cover.sum() / np.pi)
-    body = np.where(np.hypot(x - middle[0], y - middle[1]) < reach, cover, 0.0)
-    return body, np.array([(body * x).sum(), (body * y).sum()]) / body.sum()
-
-
-def moments_of(body: np.ndarray, centre: np.ndarray) -> tuple[float, ...]:
-    """Area, width over height, spread (1 / 2 pi for a disc), skewness of y, and E[x^2 y^2] / (E[x^2] E[y^2])."""
-    y, x = np.mgrid[: body.shape[0], : body.shape[1]] + 0.5
-    x, y = x - centre[0], y - centre[1]
-    area = body.sum()
-    xx, yy, yyy, xxyy = ((body * product).sum() / area for product in (x**2, y**2, y**3, x**2 * y**2))
-    xx, yy = max(xx, 1e-6), max(yy, 1e-6)
-    return area, np.sqrt(xx / yy), (xx + yy) / area, yyy / yy**1.5, xxyy / (xx * yy)
-
-
-def measure_motion(times: np.ndarray, centres: np.ndarray, caption: Caption) -> dict[str, float]:
-    """Least-squares velocity, its angle to the caption's direction, and the distance of the path from a steady one."""
-    line = np.polynomial.polynomial.polyfit(times, centres, 1)
-    expected = np.polynomial.polynomial.polyval(times, line).T
-    velocity = line[1]
-    return {
-        "speed": float(np.linalg.norm(velocity)),
-        "angle": angle_between(velocity, np.array(DIRECTIONS[caption.direction], dtype=float)),
-        "unsteadiness": float(np.sqrt(((centres - expected) ** 2).sum(axis=1).mean())),
-    }
-
-
-def recognise(
-    measured: Mapping[str, float], shapes: Mapping[str, Mapping[str, float]]
-) -> tuple[str | None, str | None]:
-    """The shape whose skewness and cross moment are nearest, and the nearest colour; None where there is nothing."""
-    color = None if "hue_r" not in measured else nearest_color(np.array([measured[f"hue_{axis}"] for axis in "rgb"]))[0]
-    if "skew" not in measured:
-        return None, color
-    distance = {
-        shape: np.hypot(measured["skew"] - typical["skew"], measured["cross"] - typical["cross"])
-        for shape, typical in shapes.items()
-    }
-    return min(distance, key=lambda shape: distance[shape]), color
-
-
 # What the mildest failure is where the world makes no such clips: no colour, half the way to another colour, all of it
-# elsewhere, spread over the whole window, no size, the size of two, another colour.
+# elsewhere, spread over the whole window, half the smallest radius, the area of two, another colour.
 FAILS = {
     "saturation": 0.0,
     "hue_error": smallest_angle() / 2,
     "clutter": 1.0,
     "spread": WINDOW**2 / (2 * np.pi),
-    "radius": 0.0,
+    "radius": 3.5,
     "area_change": 1.0,
     "hue_change": smallest_angle(),
 }
@@ -375,10 +210,12 @@ def calibrate(num_clips: int = 240, num_failures: int = 48, seed: int = 900_000)
             mildest = max if side == "low" else min
             fails[name] = mildest(values[name] for values in bad)
         measured = [values[name] for values in good]
-        ranges[name] = {"low": min(measured), "high": max(measured), "fails": fails.get(name)}
+        ranges[name] = {"low": round(min(measured), 4), "high": round(max(measured), 4)}
+        if name in fails:
+            ranges[name]["fails"] = round(fails[name], 4)
     typical = {
         shape: {
-            name: float(np.median([values[name] for values in good if values["shape"] == shape]))
+            name: round(float(np.median([values[name] for values in good if values["shape"] == shape])), 4)
             for name in ("skew", "cross")
         }
         for shape in SHAPES
@@ -461,7 +298,7 @@ class JudgeConfig:
 def main(argv: Sequence[str] | None = None) -> None:
     config = parse_config(JudgeConfig, argv, description=__doc__)
     if config.calibrate:
-        write_json(CALIBRATION, json.loads(json.dumps(calibrate()), parse_float=lambda text: round(float(text), 4)))
+        write_json(CALIBRATION, calibrate())
         print(f"{CALIBRATION}: the ranges of good clips")
     if config.manifest is not None and config.output is not None:
         records, summary = judge_manifest(config.manifest)

@@ -19,6 +19,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 
+STYLE = Path(__file__).with_name("report.css")
+
 ARMS = {"base": "Before", "flow_matching": "Flow matching only", "prfl": "PRFL"}
 ARM_COLORS = {"base": "#8a93a0", "flow_matching": "#3b82c4", "prfl": "#e0762f"}
 OTHER_COLORS = ("#4ba37a", "#a06cc9", "#c2557a", "#b59a2c")
@@ -36,6 +38,9 @@ CURVES = {
     "Reward loss": ("train/reward_loss",),
     "Loss of the reward model": ("train/loss", "validation/loss"),
 }
+
+# Metrics that lie between 0 and 1, and are drawn on that scale.
+SHARES = {"train/reward", "judge/good"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,14 +102,16 @@ def write_report(
     records = {name: read_metrics(Path(path)) for name, path in runs.items()}
     sections = [
         headline(summary, arms),
-        section("Results", results_table(summary, arms), RESULTS_NOTE),
+        section("Results", results_tables(summary, arms), RESULTS_NOTE),
         section("Before and after", video_grid(videos), VIDEOS_NOTE),
         section("Training", plots(curve_figures(records))),
         section("Reward model", plots(sigma_figures(records, summary)), SIGMA_NOTE),
         section("Cost", seconds_table(summary.get("seconds", {}))),
         section("Configuration", config_tables(config)),
     ]
-    page = PAGE.format(title=escape(title), style=STYLE, body="\n".join(filter(None, sections)))
+    page = PAGE.format(
+        title=escape(title), style=STYLE.read_text(encoding="utf-8"), body="\n".join(filter(None, sections))
+    )
     output = Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(f".{output.name}.tmp")
@@ -134,26 +141,22 @@ def headline(summary: Mapping[str, Any], arms: Sequence[str]) -> str:
     return f'<div class="cards">{"".join(cards)}</div>'
 
 
-def results_table(summary: Mapping[str, Any], arms: Sequence[str]) -> str:
-    """One row for each arm: share of good clips, failures by kind, rewards."""
+def results_tables(summary: Mapping[str, Any], arms: Sequence[str]) -> str:
+    """The judge's view of each arm, and below it the reward model's."""
     kinds = list(dict.fromkeys(kind for arm in arms for kind in summary[arm].get("failures", {})))
-    extras = [name for name in ("right_shape", "right_color") if any(name in summary[arm] for arm in arms)]
-    thirds = {arm: rewards_by_third(summary[arm].get("rewards_by_timestep", {})) for arm in arms}
-    head = ["", "good", *kinds, *extras, "reward", *(f"reward, {third}" for third in THIRDS)]
-    rows = []
-    for arm in arms:
-        values = summary[arm]
-        rows.append(
-            [
-                ARMS[arm],
-                percent(values["good"]),
-                *(str(values.get("failures", {}).get(kind, 0)) for kind in kinds),
-                *(percent(values.get(name)) for name in extras),
-                decimal(values.get("reward")),
-                *(decimal(thirds[arm].get(third)) for third in THIRDS),
-            ]
-        )
-    return table([word.replace("_", " ") for word in head], rows)
+    shares = ["good", *(name for name in ("right_shape", "right_color") if any(name in summary[arm] for arm in arms))]
+    judged = [
+        [ARMS[arm], *(percent(summary[arm].get(name)) for name in shares)]
+        + [str(summary[arm].get("failures", {}).get(kind, 0)) for kind in kinds]
+        for arm in arms
+    ]
+    rewards = [
+        [ARMS[arm], decimal(summary[arm].get("reward"))] + [decimal(thirds.get(third)) for third in THIRDS]
+        for arm in arms
+        for thirds in [rewards_by_third(summary[arm].get("rewards_by_timestep", {}))]
+    ]
+    head = [word.replace("_", " ") for word in ["", *shares, *kinds]]
+    return table(head, judged) + table(["", "mean reward", *(f"{third} timesteps" for third in THIRDS)], rewards)
 
 
 def rewards_by_third(rewards: Mapping[str, float]) -> dict[str, float]:
@@ -182,7 +185,7 @@ def video_grid(videos: Sequence[Comparison]) -> str:
             if arm in comparison.videos
         ]
         cards.append(
-            f'<article><h3>{escape(comparison.caption)} <small>seed {comparison.seed}</small></h3>'
+            f"<article><h3>{escape(comparison.caption)} <small>seed {comparison.seed}</small></h3>"
             f'<div class="row">{"".join(figures)}</div></article>'
         )
     return f'<div class="grid">{"".join(cards)}</div>' if cards else ""
@@ -222,6 +225,8 @@ def curve_figures(records: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[
                 color = ARM_COLORS.get(run, OTHER_COLORS[index % len(OTHER_COLORS)])
                 axes.plot(*zip(*points, strict=True), label=label, color=color, marker="o" if len(points) < 20 else "")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            if set(names) <= SHARES:
+                axes.set_ylim(-0.03, 1.03)
             add_legend(axes)
             figures[title] = figure
     return figures
@@ -325,10 +330,10 @@ def decimal(value: float | None) -> str:
 
 
 RESULTS_NOTE = (
-    "All arms: the same held-out captions and seeds. <b>Good</b> is the share of clips that pass the independent judge, "
-    "which tracks the shape in the decoded pixels and never sees the reward model; the columns after it count how the "
-    "others fail. The reward is the reward model's own view, at noisy (early), middle and nearly clean (late) timesteps: "
-    "that it rises does not prove the videos better."
+    "The same held-out captions and seeds for all. <b>Good</b> is the share of clips that pass the independent judge, "
+    "which tracks the shape in the decoded pixels and never sees the reward model; how many of the others fail in which "
+    "way stands behind it. The mean reward is the reward model's own view, with much noise (early), some, and little "
+    "(late): that it rises does not prove the videos better."
 )
 VIDEOS_NOTE = "The same prompt and seed in each row. Tap a video to stop it."
 SIGMA_NOTE = "How well the reward model tells good clips from bad ones through the noise."
@@ -349,48 +354,4 @@ PAGE = """<!DOCTYPE html>
 </main>
 </body>
 </html>
-"""
-
-STYLE = """
-:root { color-scheme: light dark; --page: #f6f7f9; --card: #fff; --ink: #1d2430; --soft: #667080; --line: #dfe3e8;
-  --good: #1b7f4d; --good-back: #dff3e8; --bad: #a8402c; --bad-back: #fae5e0; }
-@media (prefers-color-scheme: dark) { :root { --page: #14171c; --card: #1d2127; --ink: #e4e8ee; --soft: #97a1af;
-  --line: #323943; --good: #7fd8a8; --good-back: #1b3a2b; --bad: #f0a08d; --bad-back: #462720; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
-main { max-width: 1120px; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
-h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 1.2rem; }
-h2 { font-size: 1.2rem; margin: 2.4rem 0 .6rem; }
-h3 { font-size: .92rem; font-weight: 600; margin: 0 0 .6rem; }
-small, .note { color: var(--soft); font-weight: 400; }
-.note { margin: 0 0 .9rem; max-width: 75ch; font-size: .92rem; }
-.cards, .plots, .grid { display: grid; gap: .9rem; }
-.cards { grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); }
-.plots { grid-template-columns: repeat(auto-fit, minmax(min(100%, 330px), 1fr)); }
-.grid { grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr)); }
-.card, article, .plots img, .scroll, details { background: var(--card); border: 1px solid var(--line);
-  border-radius: 10px; }
-.card, article { padding: .9rem; }
-.card { color: var(--soft); font-size: .92rem; }
-.card b { display: block; color: var(--ink); font-size: 2rem; line-height: 1.25; }
-.dot { display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .45em; }
-.row { display: flex; gap: .6rem; }
-figure { flex: 1 1 0; min-width: 0; margin: 0; }
-figcaption { font-size: .8rem; color: var(--soft); line-height: 1.35; margin-top: .3rem; }
-video { display: block; width: 100%; aspect-ratio: 1; border-radius: 6px; background: #888; cursor: pointer;
-  image-rendering: pixelated; }
-.chip { display: table; padding: 0 .5em; border-radius: 1em; font-size: .76rem; margin-top: .15rem; }
-.chip.good { color: var(--good); background: var(--good-back); }
-.chip.bad { color: var(--bad); background: var(--bad-back); }
-.plots img { width: 100%; height: auto; padding: .5rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: .88rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .45rem .7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th:first-child { text-align: left; position: sticky; left: 0; background: var(--card); }
-thead th { color: var(--soft); font-weight: 500; }
-tbody tr:last-child > * { border-bottom: 0; }
-details { margin-bottom: .6rem; padding: .6rem .8rem; }
-details .scroll { border: 0; margin-top: .4rem; }
-details td { white-space: normal; overflow-wrap: anywhere; }
-summary { cursor: pointer; font-weight: 600; }
 """

@@ -124,7 +124,7 @@ class PRFLTrainingConfig(TrainingConfig):
         check(blocks is None or blocks >= 1, name, blocks, "at least 1, or left out")
         check(self.gradient_checkpointing or not blocks, name, blocks, "left out without `gradient_checkpointing`")
         check(
-            not (self.rerun_gradient_step and self.lora_dropout),
+            not (self.rerun_gradient_step and self.lora_rank and self.lora_dropout),
             "rerun_gradient_step", self.rerun_gradient_step,
             f"false with `lora_dropout` {self.lora_dropout}: the second run would drop others",
         )  # fmt: skip

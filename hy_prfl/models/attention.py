@@ -11,7 +11,7 @@ from diffusers.models.attention_dispatch import (
     _AttentionBackendRegistry,
     attention_backend,
 )
-from diffusers.models.transformers.transformer_wan import WanAttention
+from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
 from torch import nn
 
 
@@ -80,7 +80,7 @@ def check_attention_backend(
     if context_parallel and name not in parallel:
         raise ValueError(f"`{option}` must work with context parallelism, as do {', '.join(parallel)}; got '{name}'.")
     with torch.device("meta"):
-        attention = WanAttention(dim=256, heads=2, dim_head=128).requires_grad_(trains)
+        attention = WanAttention(dim=256, heads=2, dim_head=128, processor=WanAttnProcessor()).requires_grad_(trains)
     # Nothing random: what the run draws later must not depend on this option.
     attention.to_empty(device=device).to(dtype)
     for parameter in attention.parameters():

@@ -53,8 +53,8 @@ class InputOffload:
     the hidden states move; what all blocks share (text, time and rotary embeddings) stays.
 
     With CUDA the host memory is pinned and a stream of its own copies while the blocks compute: an input leaves during
-    its block, and comes back during the backward pass of the block after it. Without CUDA the copies are made in place
-    of that, by the same code.
+    its block, and comes back during the backward pass of the block after it. That part has not been run yet: it was
+    written without a GPU at hand. Without CUDA plain copies are made.
     """
 
     def __init__(self) -> None:

@@ -35,46 +35,54 @@ def cheapest_changes(request: Request, *, capacity: float, reserved: float) -> t
         return estimate(changed, reserved=reserved)
 
     taken: list[Change] = []
-    for name, change in possible_changes(request):
+    possible = possible_changes(request)
+    for change in possible:
         # Of one option the later, more costly value takes the place of the earlier one.
-        option = name.split()[0]
-        taken = [*(each for each in taken if each[0].split()[0] != option), (name, change)]
+        taken = [*(each for each in taken if _option(each) != _option(change)), change]
         if apply(taken).peak <= capacity:
             break
     else:
         return [], None
     for candidate in reversed(taken[:-1]):
-        fewer = [each for each in taken if each is not candidate]
-        if apply(fewer).peak <= capacity:
-            taken = fewer
+        cheaper = [each for each in possible if _option(each) == _option(candidate)]
+        for less in ([], *([each] for each in cheaper[: cheaper.index(candidate)])):
+            fewer = [new for each in taken for new in (less if each is candidate else [each])]
+            if apply(fewer).peak <= capacity:
+                taken = fewer
+                break
     return [name for name, _ in taken], apply(taken)
 
 
 def possible_changes(request: Request) -> list[Change]:
     """Options that save memory, the cheapest first: those that cost little time, then much time, then quality."""
     training, engine = request.training, request.engine
+    recompute = "--gradient_checkpointing true"
     changes: list[Change] = []
     if not training.gradient_checkpointing:
-        changes.append(_set("--gradient_checkpointing true", gradient_checkpointing=True))
-    is_prfl = isinstance(training, PRFLTrainingConfig)
-    if is_prfl and not training.shard_reward_model and engine.num_gpus > 1:
+        changes.append(_set(recompute, gradient_checkpointing=True))
+    if isinstance(training, PRFLTrainingConfig) and not training.shard_reward_model and engine.num_gpus > 1:
         changes.append(_set("--shard_reward_model true", shard_reward_model=True))
-    if engine.zero_stage < 2 and engine.num_gpus > 1:
-        changes.append(_spread("--zero_stage 2", zero_stage=2))
-    if engine.zero_stage < 3 and engine.num_gpus > 1:
-        changes.append(_spread("--zero_stage 3", zero_stage=3))
-    if not training.offload_activations:
-        changes.append(_set("--offload_activations true", offload_activations=True, gradient_checkpointing=True))
-    if is_prfl and not training.rerun_gradient_step:
-        changes.append(_set("--rerun_gradient_step true", rerun_gradient_step=True))
     for degree in (2, 4, 8):
         if degree > training.context_parallel_degree and _divides(request, degree):
             changes.append(_set(f"--context_parallel_degree {degree}", context_parallel_degree=degree))
+    for stage in (2, 3):
+        if engine.zero_stage < stage and engine.num_gpus > 1:
+            changes.append(_spread(f"--zero_stage {stage}", zero_stage=stage))
+    if not training.offload_activations:
+        name = "--offload_activations true"
+        name = name if training.gradient_checkpointing else f"{recompute} {name}"
+        changes.append(_set(name, gradient_checkpointing=True, offload_activations=True))
+    if isinstance(training, PRFLTrainingConfig) and not training.rerun_gradient_step:
+        changes.append(_set("--rerun_gradient_step true", rerun_gradient_step=True))
     if engine.num_gpus > 1 and not engine.offload:
-        changes.append(_spread("--offload true (with --zero_stage 3)", zero_stage=3, offload=True))
+        changes.append(_spread("--zero_stage 3 --offload true", zero_stage=3, offload=True))
     if training.lora_rank is None:
         changes.append(_set("--lora_rank 32", lora_rank=32))
     return changes
+
+
+def _option(change: Change) -> str:
+    return change[0].split()[0]
 
 
 def _set(name: str, **options: Any) -> Change:

@@ -141,7 +141,7 @@ def _estimate_prfl(request: Request, training: PRFLTrainingConfig, reserved: flo
             "gradient step": flow_peak,
         }
     held |= _held_by_batch(request)
-    _take_turns(held, phases, training, engine, num_backwards=_num_backwards(training))
+    _take_turns(request, held, phases, generator, config["num_layers"], num_backwards=_num_backwards(training))
     flops = _prfl_flops(request, training, numerics, uses_flow=uses_flow, uses_reward=uses_reward)
     return Estimate(held, phases, flops, engine.host_memory(sizes), sizes.total, sizes.trained, reserved)
 
@@ -160,7 +160,7 @@ def _estimate_reward(request: Request, training: RewardTrainingConfig, reserved:
         "forward and backward": max(phases["forward"].peak, phases["backward"].peak) + _whole_tokens(request, 5),
     }
     num_backwards = training.gradient_accumulation_steps
-    _take_turns(held, peaks, training, engine, num_backwards=num_backwards)
+    _take_turns(request, held, peaks, phases, config["num_layers"], num_backwards=num_backwards)
     full = reward_training_phases(config, training, whole, request.shape)
     flops = {"reward": num_backwards * _both(full)}
     return Estimate(held, peaks, flops, engine.host_memory(sizes), sizes.total, sizes.trained, reserved)
@@ -204,13 +204,27 @@ def _num_backwards(training: PRFLTrainingConfig) -> int:
 
 
 def _take_turns(
-    held: dict[str, float], phases: dict[str, float], training: TrainingConfig, engine: Engine, *, num_backwards: int
+    request: Request,
+    held: dict[str, float],
+    peaks: dict[str, float],
+    model: Mapping[str, Phase],
+    num_layers: int,
+    *,
+    num_backwards: int,
 ) -> None:
-    """In one process with one backward pass per update, gradients come while activations go: the larger counts."""
-    if engine.num_gpus == 1 and engine.zero_stage == 0 and num_backwards == 1:
-        gradients = held["gradients"]
-        held["gradients"] = 0.0
-        phases["optimizer step"] += gradients
+    """
+    In one process with one backward pass per update, gradients come while activations go.
+
+    Instead of their sum the most counts of: all activations, which the other phases have; nearly all gradients while the
+    first block is gone through; all gradients and what the optimizer needs.
+    """
+    if request.engine.num_gpus > 1 or request.engine.zero_stage or num_backwards > 1:
+        return
+    gradients = held["gradients"]
+    held["gradients"] = 0.0
+    in_first_block = model["backward"].peak - model["forward"].kept * (1 - 1 / num_layers)
+    peaks["optimizer step"] += gradients
+    peaks["end of backward"] = gradients * (1 - 1 / num_layers) + max(0.0, in_first_block)
 
 
 def _prfl_flops(

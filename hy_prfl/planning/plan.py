@@ -12,7 +12,7 @@ from .advice import cheapest_changes
 from .engines import Engine
 from .estimate import Estimate, Request, default_reward_config, estimate
 from .models import VAE_STRIDE, load_transformer_config
-from .workloads import Shape
+from .workloads import TEXT_TOKENS, Shape
 
 
 GIGA, TERA = 1e9, 1e12
@@ -141,6 +141,7 @@ def plan(
     utilization: float = 0.4,
     reserved: float = 3.0,
     num_rows: int | None = None,
+    text_tokens: int = TEXT_TOKENS,
     transformer_config: Mapping[str, Any] | None = None,
     reward_config: Mapping[str, Any] | None = None,
     engine: Engine | None = None,
@@ -172,6 +173,8 @@ def plan(
             Gigabytes for the CUDA context, communication buffers and fragmentation, an assumption too.
         num_rows (`int`, *optional*):
             Rows (pairs for `bt`) of the training dataset, to tell the time of `num_train_epochs`.
+        text_tokens (`int`, defaults to 512):
+            Length that prompts are padded to.
         transformer_config, reward_config (`Mapping[str, Any]`, *optional*):
             Configurations to take instead of those of the recipe's pipeline, and of a reward model of its first 8 blocks.
         engine (`Engine`, *optional*):
@@ -194,7 +197,7 @@ def plan(
         transformer_config=config,
         reward_config=reward_config or default_reward_config(training, config),
         engine=engine or Engine(num_gpus=num_gpus, zero_stage=zero_stage, offload=offload),
-        shape=Shape(training.train_batch_size, latents),
+        shape=Shape(training.train_batch_size, latents, text_tokens),
     )
     needs = estimate(request, reserved=reserved * GIGA)
     changes: list[str] = []

@@ -1,28 +1,21 @@
 """The training loop: updates, logging, validation, checkpoints, resuming. Knows no loss."""
 
-import dataclasses
-import signal
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
-import yaml
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedType, set_seed
 from datasets import Dataset
 from diffusers import AutoencoderKLWan
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import cast_training_params
-from peft import LoraConfig
 from torch import nn
 from tqdm import tqdm
 
-from ..checkpointing import find_checkpoint, load_checkpoint, read_schedule, read_state, save_checkpoint
+from ..checkpointing import find_checkpoint, save_checkpoint
 from ..configs.base import TrainingConfig, check, save_config
 from ..data.collators import LatentBatch
 from ..data.dataset import check_rows_fit, latent_shapes
@@ -31,9 +24,12 @@ from ..distributed import any_rank, build_accelerator, mean_over_ranks
 from ..flow_matching import make_generator, sample_noise, sample_sigmas
 from ..models.attention import check_attention_backend, set_attention_backend
 from ..models.context_parallel import ContextParallelGroup, check_divisible
+from ..models.lora import add_lora
 from ..models.recomputation import recompute_blocks
 from ..sharding import Masters, forget_deepspeed_in_transformers, split_for_zero3
 from .reports import CONFIG_FILE, Reports, known_trackers
+from .resuming import resume
+from .signals import signals_caught
 from .updates import Updates
 
 
@@ -156,35 +152,18 @@ class Trainer(ABC):
         return torch.float32 if self.split is None else self.weight_dtype
 
     def add_adapter(self, model: Any, *, exclude_modules: str | None = None) -> None:
-        """
-        Freeze a model and give it a LoRA adapter.
-
-        Args:
-            model (`ModelMixin`):
-                The model.
-            exclude_modules (`str`, *optional*):
-                Regular expression of the names of layers that get none.
-
-        Raises:
-            ValueError: If one of `lora_target_modules` names no layer.
-        """
+        """Freeze a model and give it the LoRA adapter of the options, see [`~hy_prfl.models.lora.add_lora`]."""
         config = self.config
-        names = [name for name, _ in model.named_modules()]
-        for target in config.lora_target_modules:
-            found = any(name == target or name.endswith(f".{target}") for name in names)
-            check(found, "lora_target_modules", target, "the end of a layer's name in the model, such as `attn1.to_q`")
-        model.requires_grad_(False)
-        model.add_adapter(
-            LoraConfig(
-                r=config.lora_rank,
-                lora_alpha=config.lora_rank if config.lora_alpha is None else config.lora_alpha,
-                lora_dropout=config.lora_dropout,
-                target_modules=config.lora_target_modules,
-                exclude_modules=exclude_modules,
-                init_lora_weights=True,
-            )
+        assert config.lora_rank is not None
+        add_lora(
+            model,
+            rank=config.lora_rank,
+            lora_alpha=config.lora_rank if config.lora_alpha is None else config.lora_alpha,
+            lora_dropout=config.lora_dropout,
+            target_modules=config.lora_target_modules,
+            exclude_modules=exclude_modules,
+            dtype=self.trained_dtype,
         )
-        cast_training_params(model, dtype=self.trained_dtype)
 
     @property
     def weight_dtype(self) -> torch.dtype:
@@ -308,7 +287,7 @@ class Trainer(ABC):
             desc="Steps",
             disable=not self.accelerator.is_main_process,
         )
-        with self._catch_signals():
+        with signals_caught(self._interrupt):
             while self.global_step < self.max_train_steps and not self.interrupted:
                 metrics = self.train_step()
                 self.lr_scheduler.step()
@@ -386,62 +365,10 @@ class Trainer(ABC):
         plugin = self.accelerator.state.deepspeed_plugin
         return "whole" if plugin is None else f"ZeRO-{plugin.zero_stage}"
 
-    def _resume(self, checkpoint: Path) -> None:
-        """
-        Continue from a checkpoint, and say what is not as if the run had never stopped.
-
-        The states of DeepSpeed's optimizers belong to one number of processes. With another one, or another engine,
-        the optimizer starts anew from the saved weights.
-        """
-        state = read_state(checkpoint)
-        self.load_state(state)
-        is_same = (state["engine"], state["num_processes"]) == (self.engine, self.accelerator.num_processes)
-        if is_same or state["engine"] == self.engine == "whole":
-            load_checkpoint(self.accelerator, checkpoint)
-        else:
-            self._load_weights(checkpoint)
-            logger.warning(
-                "%s was written by %d processes with %s, this run has %d with %s: the moments of AdamW start from zero.",
-                checkpoint,
-                state["num_processes"],
-                state["engine"],
-                self.accelerator.num_processes,
-                self.engine,
-            )
-        self.load_average(checkpoint)
-        if not is_same:
-            logger.warning("The number of processes or the engine has changed: dropout draws other numbers.")
-        batches = [
-            (state["num_replicas"], state["train_batch_size"]),
-            (self.num_replicas, self.config.train_batch_size),
-        ]
-        if batches[0][0] * batches[0][1] != batches[1][0] * batches[1][1]:
-            logger.warning(
-                "A global micro-batch was %d x %d clips and is %d x %d: the epoch goes on with other clips, some of "
-                "them seen already, and noise of its own.",
-                *batches[0],
-                *batches[1],
-            )
-        logger.info("Continuing from %s.", checkpoint)
-        self._warn_of_changes(checkpoint / CONFIG_FILE)
-
-    def _load_weights(self, checkpoint: Path) -> None:
-        """Load weights and schedule, and leave the optimizer as it is."""
-        self.masters.write(self.masters.share_of(self.read_model(checkpoint)))
-        self.lr_scheduler.load_state_dict(read_schedule(checkpoint))
-        for group, rate in zip(self.lr_scheduler.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
-            group["lr"] = rate
-
     def _start_run(self) -> None:
         if self.checkpoint is not None:
-            self._resume(self.checkpoint)
+            resume(self, self.checkpoint)
         self.reports.start(self.global_step)
-
-    def _warn_of_changes(self, saved: Path) -> None:
-        before = yaml.safe_load(saved.read_text(encoding="utf-8"))
-        for name, value in dataclasses.asdict(self.config).items():
-            if before.get(name) != value and name != "resume_from_checkpoint":
-                logger.warning("`%s` was %r before the checkpoint and is %r now.", name, before.get(name), value)
 
     def _after_step(self, metrics: dict[str, torch.Tensor], progress: tqdm) -> None:
         config, is_last = self.config, self.global_step == self.max_train_steps
@@ -465,20 +392,8 @@ class Trainer(ABC):
             if not is_last:
                 self.reports.checkpoint_saved(checkpoint, global_step=self.global_step)
 
-    @contextmanager
-    def _catch_signals(self) -> Iterator[None]:
-        """On SIGINT or SIGTERM finish the step, save and stop; a second signal stops at once."""
-
-        def interrupt(number: int, frame: FrameType | None) -> None:
-            self.interrupted = True
-            signal.signal(number, previous[number])
-
-        previous = {int(number): signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+    def _interrupt(self) -> None:
+        self.interrupted = True
 
     def _save_model_hook(self, models: list[nn.Module], weights: list[Any], output_dir: str) -> None:
         self.save_model(Path(output_dir))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import json
 import re
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from hy_prfl.configs.preprocess import PreprocessConfig
 from hy_prfl.configs.prfl import PRFLTrainingConfig
 from hy_prfl.configs.reward import RewardTrainingConfig
 from hy_prfl.configs.score import ScoreConfig
+from hy_prfl.planning.models import PUBLISHED
+from hy_prfl.scripts.plan import main as plan_command
 
 
 ROOT = Path(__file__).parents[2]
@@ -25,6 +28,8 @@ CONFIGS = {
     "score": ScoreConfig,
     "generate": GenerateConfig,
 }
+TRAINING_RECIPES = sorted([*(ROOT / "examples/prfl").glob("*.yaml"), *(ROOT / "examples/reward").glob("*.yaml")])
+PLANNED = re.compile(r"Planned, not measured: .* ([\d.]+) GB on each; (\d+) s a step")
 RECIPES = sorted((ROOT / "examples").rglob("*.yaml"))
 ACCELERATE_CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 
@@ -39,6 +44,12 @@ def head_commands(path: Path) -> list[list[str]]:
     comment = "\n".join(line.removeprefix("#").strip() for line in text.splitlines() if line.startswith("#"))
     commands = re.findall(r"^accelerate launch .*$", comment.replace("\\\n", " "), flags=re.MULTILINE)
     return [command.split() for command in commands]
+
+
+def head_text(path: Path) -> str:
+    """The comment at the head of a recipe, on one line."""
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+    return " ".join(line.removeprefix("#").strip().removesuffix("\\").strip() for line in lines)
 
 
 def test_there_are_recipes() -> None:
@@ -79,6 +90,45 @@ def test_accelerate_config_loads(path: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert Path(deepspeed_config).is_file(), deepspeed_config
 
 
+@pytest.mark.parametrize("path", TRAINING_RECIPES, ids=relative)
+def test_head_says_what_the_recipe_needs(path: Path) -> None:
+    """Memory, time, and the command that they come from, whose options are those of the launch above it."""
+    head = head_text(path)
+    assert PLANNED.search(head), "the head says what `hy-prfl plan` says"
+    (command,) = re.findall(r"hy-prfl plan .*?--num_rows \d+", head)
+    options = dict(zip(*[iter(command.split()[2:])] * 2, strict=True))
+    assert options["--config"] == relative(path)
+    assert ("720P" in head.split(",")[1]) == (options["--height"] == "720")
+    launch = re.findall(r"accelerate_configs/(\w+)\.yaml", head)[0]
+    stage = {"zero2": "2", "zero3": "3"}.get(launch, "0")
+    assert options["--zero_stage"] == stage
+    assert options["--num_gpus"] == ("1" if launch == "single_gpu" else "8")
+
+
+@pytest.mark.parametrize("name", ["prfl/wan2.1_t2v_1.3b_480p_lora", "reward/wan2.1_t2v_1.3b_480p_bt"])
+def test_head_is_what_the_planner_says(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    head = head_text(ROOT / f"examples/{name}.yaml")
+    (command,) = re.findall(r"hy-prfl plan (.*?--num_rows \d+)", head)
+    plan_command([*command.split(), "--output", str(tmp_path / "plan.json")])
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    found = PLANNED.search(head)
+    assert found is not None
+    assert plan["fits"]
+    assert plan["peak"] == pytest.approx(float(found[1]), abs=0.1)
+    assert plan["seconds_per_step"] == pytest.approx(float(found[2]), abs=1)
+
+
+def test_recipes_cover_the_published_models() -> None:
+    """All four Wan 2.1 pipelines, each with a reward model and with PRFL of all weights and of an adapter."""
+    trained = {"reward": set(), "full": set(), "lora": set()}
+    for path in TRAINING_RECIPES:
+        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+        kind = "reward" if path.parent.name == "reward" else ("lora" if "lora_rank" in given else "full")
+        trained[kind].add(given["pretrained_model_name_or_path"])
+    assert trained == dict.fromkeys(trained, set(PUBLISHED))
+
+
 def test_shapes_recipes_agree() -> None:
     """All stages of the demo pad to one length, and generation walks the grid that the reward updates walk."""
     values = {name: yaml.safe_load((ROOT / f"examples/shapes/{name}.yaml").read_text()) for name in CONFIGS}
@@ -93,6 +143,8 @@ def test_commands_of_the_readme_parse() -> None:
     commands = re.findall(
         r"^accelerate launch .*$", (ROOT / "README.md").read_text().replace("\\\n", " "), re.MULTILINE
     )
+    # What is abridged by "..." shows an option, not a command.
+    commands = [command for command in commands if "..." not in command]
     assert len(commands) >= len(CONFIGS)
     for words in map(str.split, commands):
         options = words[words.index("-m") + 2 :]

@@ -35,6 +35,14 @@ def test_kernels_that_work_here_are_let_through() -> None:
     check_attention_backend("native", option="attention_backend", trains=True, context_parallel=True, **HERE)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_are_tried_in_the_context_that_the_model_computes_in(dtype: torch.dtype) -> None:
+    """Wan's query norm leaves float32 under autocast if its weight has it: torch's attention casts, others do not."""
+    options: dict[str, Any] = {"option": "kernel", "trains": True, "device": torch.device("cpu"), "dtype": dtype}
+    for name in ("native", "_native_math"):
+        check_attention_backend(name, autocast=torch.autocast("cpu", dtype=torch.bfloat16), **options)
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import WanPipeline, WanTransformer3DModel
+from safetensors.torch import load_file
 
 from hy_prfl.configs.prfl import PRFLTrainingConfig
 from hy_prfl.data.collators import LatentBatch, collate_latents
@@ -234,6 +235,21 @@ def test_what_saves_memory_or_time_changes_no_weight(
         (value - other.unwrapped.get_parameter(name)).norm() for name, value in plain.unwrapped.named_parameters()
     ]
     assert torch.stack(differences).norm() < 1e-3 * torch.stack(moved).norm()
+
+
+def test_compiled_blocks_train_and_save_as_others(build: Callable[..., PRFLTrainer], tmp_path: Path) -> None:
+    """The compiler itself would take minutes here: it is told to run what it was given as it is."""
+    options: dict[str, Any] = {"gradient_checkpointing": True, "update_schedule": "reward", "num_gradient_steps": 2}
+    plain, other = build(**options), build(output_dir=str(tmp_path / "compiled"), compile=True, **options)
+    for model in (other.unwrapped, other.reward_model):
+        assert all(block._compiled_call_impl is not None for block in model.blocks)
+    plain.train()
+    with torch.compiler.set_stance("force_eager"):
+        other.train()
+    file = "transformer/diffusion_pytorch_model.safetensors"
+    expected, weights = load_file(tmp_path / "out" / file), load_file(tmp_path / "compiled" / file)
+    assert set(weights) == set(expected)
+    assert all(torch.equal(value, weights[name]) for name, value in expected.items())
 
 
 def test_memory_options_that_exclude_each_other_are_refused(build: Callable[..., PRFLTrainer]) -> None:

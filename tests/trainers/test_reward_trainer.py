@@ -185,13 +185,23 @@ def test_starting_from_a_reward_model(build: Callable[..., RewardTrainer], tmp_p
     assert second.unwrapped.config.task == "human_quality"
 
 
-def test_gradient_checkpointing_changes_nothing(build: Callable[..., RewardTrainer], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "options", [{}, {"gradient_checkpointing_blocks": 1}, {"offload_activations": True, "attention_backend": "native"}]
+)
+def test_gradient_checkpointing_changes_nothing(
+    build: Callable[..., RewardTrainer], tmp_path: Path, options: dict[str, Any]
+) -> None:
     plain = build(output_dir=str(tmp_path / "plain"))
     plain.train()
-    checkpointed = build(output_dir=str(tmp_path / "checkpointed"), gradient_checkpointing=True)
+    checkpointed = build(output_dir=str(tmp_path / "checkpointed"), gradient_checkpointing=True, **options)
     checkpointed.train()
     for value, other in zip(plain.unwrapped.parameters(), checkpointed.unwrapped.parameters(), strict=True):
         torch.testing.assert_close(value, other, rtol=1e-5, atol=1e-7)
+
+
+def test_forward_only_attention_kernels_are_refused(build: Callable[..., RewardTrainer]) -> None:
+    with pytest.raises(ValueError, match="`attention_backend` must have a backward pass, which 'sage' has not"):
+        build(attention_backend="sage")
 
 
 @pytest.fixture

@@ -1,0 +1,55 @@
+"""Options of `plan`."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .base import check
+
+
+@dataclass(kw_only=True)
+class PlanConfig:
+    """Options of `plan --config recipe.yaml`. Any option of the recipe may be given too, and wins."""
+
+    recipe: str = field(
+        metadata={"help": "Recipe of train_prfl or train_reward; on the command line `--config` will do."}
+    )
+    recipe_command: Literal["train_prfl", "train_reward"] | None = field(
+        default=None, metadata={"help": "What the recipe is for; told by its keys if left out."}
+    )
+    output: str | None = field(default=None, metadata={"help": "JSON file to write the plan to."})
+
+    # Parameters of the clips
+    height: int = field(default=480, metadata={"help": "Height of the clips in pixels."})
+    width: int = field(default=832, metadata={"help": "Width of the clips in pixels."})
+    num_frames: int = field(default=81, metadata={"help": "Frames of the clips, 4k + 1."})
+    num_rows: int | None = field(
+        default=None, metadata={"help": "Clips, or pairs, of the training dataset, to tell the hours of a run."}
+    )
+
+    # Parameters of the machine
+    num_gpus: int = field(default=1, metadata={"help": "GPUs of the run."})
+    gpu_memory: float = field(default=80.0, metadata={"help": "Memory of a GPU in GB, 10^9 bytes."})
+    zero_stage: int = field(
+        default=0, metadata={"help": "0 for a single process or DDP, 2 or 3 for ZeRO as in ds_configs/."}
+    )
+    offload: bool = field(
+        default=False, metadata={"help": "Weights and optimizer states in host memory, as ds_configs/zero3_offload."}
+    )
+    tflops: float = field(
+        default=989.0, metadata={"help": "Peak of a GPU in dense bfloat16 TFLOP/s; the default is an H100's."}
+    )
+    utilization: float = field(
+        default=0.4, metadata={"help": "Share of that peak that is reached; an assumption until measured."}
+    )
+    reserved_memory: float = field(
+        default=3.0,
+        metadata={"help": "GB for the CUDA context, communication buffers and fragmentation; an assumption."},
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("height", "width", "num_frames", "num_gpus"):
+            check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("gpu_memory", "tflops"):
+            check(getattr(self, name) > 0, name, getattr(self, name), "greater than 0")
+        check(self.reserved_memory >= 0, "reserved_memory", self.reserved_memory, "at least 0")
+        check(self.num_rows is None or self.num_rows >= 1, "num_rows", self.num_rows, "at least 1, or left out")

@@ -1,0 +1,105 @@
+r"""
+Says what a recipe will need: memory of a GPU, operations and time of a step, and what to change if it does not fit.
+
+    hy-prfl plan --config examples/prfl/wan2.1_t2v_14b_480p_full.yaml --num_gpus 8 --zero_stage 3 --gpu_memory 80
+
+Needs no GPU, no weights and no data. Options of the recipe can be tried on the command line:
+
+    hy-prfl plan --config examples/prfl/wan2.1_t2v_14b_480p_full.yaml --height 720 --width 1280 --num_gpus 8 \
+        --zero_stage 3 --context_parallel_degree 8 --offload_activations true
+"""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from ..configs.base import TrainingConfig
+from ..configs.parser import parse_config
+from ..configs.plan import PlanConfig
+from ..configs.prfl import PRFLTrainingConfig
+from ..configs.reward import RewardTrainingConfig
+from ..distributed import set_up_logging
+from ..models.reward_model import WanRewardModel
+from ..planning import plan
+
+
+CONFIGS: dict[str, type[TrainingConfig]] = {"train_prfl": PRFLTrainingConfig, "train_reward": RewardTrainingConfig}
+# What a run needs and a plan does not.
+PLACEHOLDERS = ("output_dir", "train_dataset", "reward_model")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Plan one recipe."""
+    set_up_logging()
+    own, others = split_options(sys.argv[1:] if argv is None else argv)
+    config = parse_config(PlanConfig, own, description=__doc__)
+    training = read_recipe(config, others)
+    reward_config = None
+    if isinstance(training, PRFLTrainingConfig) and Path(training.reward_model).is_dir():
+        reward_config = WanRewardModel.load_own_config(training.reward_model)
+    result = plan(
+        training,
+        height=config.height,
+        width=config.width,
+        num_frames=config.num_frames,
+        num_gpus=config.num_gpus,
+        gpu_memory=config.gpu_memory,
+        zero_stage=config.zero_stage,
+        offload=config.offload,
+        tflops=config.tflops,
+        utilization=config.utilization,
+        reserved=config.reserved_memory,
+        num_rows=config.num_rows,
+        reward_config=reward_config,
+    )
+    print(result)
+    if config.output is not None:
+        Path(config.output).write_text(result.to_json(), encoding="utf-8")
+
+
+def split_options(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The options of `plan`, with the recipe's file under its own name, and those of the recipe."""
+    names = {field.name for field in dataclasses.fields(PlanConfig)}
+    own: list[str] = []
+    others: list[str] = []
+    target = own
+    for word in argv:
+        name, equals, value = word.removeprefix("--").partition("=")
+        if word.startswith("--"):
+            name = name.replace("-", "_")
+            word = f"--recipe{equals}{value}" if name == "config" else word
+            target = own if name in names or name in ("config", "help") else others
+        target.append(word)
+    return own, others
+
+
+def read_recipe(config: PlanConfig, options: Sequence[str]) -> TrainingConfig:
+    """
+    The recipe, with the options that win over it; what only a run needs may be missing.
+
+    Raises:
+        ValueError: If its keys fit both commands.
+    """
+    path = Path(config.recipe)
+    given = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    fields = {name: {field.name for field in dataclasses.fields(each)} for name, each in CONFIGS.items()}
+    command: str | None = config.recipe_command
+    if command is None:
+        # `reward_model` is a field of both.
+        fitting = [name for name in CONFIGS if set(given) <= fields[name]]
+        if len(fitting) != 1:
+            raise ValueError(f"{path}: its keys do not tell one of {', '.join(CONFIGS)}; give `--recipe_command`.")
+        command = fitting[0]
+    present = {*given, *(word.removeprefix("--").split("=")[0] for word in options)}
+    missing = [name for name in PLACEHOLDERS if name not in present]
+    if command == "train_reward":
+        missing = [name for name in missing if name != "reward_model"]
+    placeholders = [f"--{name}=planned" for name in missing]
+    return parse_config(CONFIGS[command], ["--config", str(path), *placeholders, *options])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""Operations agree with torch's FLOP counter on real models that really compute, and with a count by hand."""
+
+import math
+from itertools import combinations
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UniPCMultistepScheduler, WanTransformer3DModel
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from hy_prfl.configs.prfl import PRFLTrainingConfig
+from hy_prfl.losses import bradley_terry_loss, flow_matching_loss, reward_feedback_loss
+from hy_prfl.models.reward_model import WanRewardModel
+from hy_prfl.planning.engines import Engine
+from hy_prfl.planning.estimate import Request, estimate
+from hy_prfl.planning.models import load_transformer_config, reward_model_config, select_trainable
+from hy_prfl.planning.plan import plan
+from hy_prfl.planning.workloads import Shape
+from hy_prfl.rollout import denoise_to_step, predict_velocity
+from tests.planning.recipes import prfl_recipe, reward_recipe
+
+
+TINY = {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 32, "num_layers": 5, "text_dim": 32}
+MIDDLE = {"num_attention_heads": 4, "attention_head_dim": 48, "ffn_dim": 768, "num_layers": 6, "text_dim": 64}
+I2V = {**TINY, "in_channels": 36, "image_dim": 32, "added_kv_proj_dim": 24}
+SIZES = {"tiny": (TINY, (2, 4, 4)), "middle": (MIDDLE, (3, 16, 16)), "i2v": (I2V, (2, 6, 4))}
+REWARD_LAYERS = 4
+aten = torch.ops.aten
+# torch leaves out the CPU's attention kernel; its own formulas for it.
+COUNT_ATTENTION = {
+    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *args, **kwargs: sdpa_flop_count(q, k, v),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, v, *args, **kwargs: (
+        sdpa_backward_flop_count(grad, q, k, v)
+    ),
+}
+
+
+def count_flops() -> FlopCounterMode:
+    return FlopCounterMode(display=False, custom_mapping=COUNT_ATTENTION)
+
+
+def full_config(sizes: dict[str, Any]) -> dict[str, Any]:
+    with torch.device("meta"):
+        config = WanTransformer3DModel(**sizes).config
+    return {name: value for name, value in config.items() if not name.startswith("_")}
+
+
+def real_update(
+    sizes: dict[str, Any], training: PRFLTrainingConfig, latents_shape: tuple[int, ...], step_index: int
+) -> dict[str, float]:
+    """One update of each kind with real tensors, by the functions that the trainer calls."""
+    transformer = WanTransformer3DModel(**sizes)
+    reward_model = WanRewardModel.from_transformer(transformer, num_layers=REWARD_LAYERS).requires_grad_(False)
+    select_trainable(transformer, training)
+    if training.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+        reward_model.enable_gradient_checkpointing()
+    is_i2v = sizes.get("image_dim") is not None
+    noise = torch.randn(1, 16, *latents_shape)
+    inputs: dict[str, Any] = {
+        "encoder_hidden_states": torch.randn(1, 512, sizes["text_dim"]),
+        "condition": torch.randn(1, 20, *latents_shape) if is_i2v else None,
+        "encoder_hidden_states_image": torch.randn(1, 257, 32) if is_i2v else None,
+    }
+    counted = {}
+    with count_flops() as counter:
+        flow_matching_loss(predict_velocity(transformer, noise, torch.tensor([500.0]), **inputs), noise).backward()
+    counted["flow matching"] = counter.get_total_flops()
+    with count_flops() as counter, torch.no_grad():
+        for _ in range(step_index):
+            predict_velocity(transformer, noise, torch.tensor([500.0]), **inputs)
+    counted["rollout"] = counter.get_total_flops()
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    with count_flops() as counter:
+        latents, timesteps = denoise_to_step(
+            transformer, scheduler, noise=noise, step_index=step_index, num_inference_steps=6, **inputs
+        )
+    counted["gradient step"] = counter.get_total_flops() - counted["rollout"]
+    leaf = latents.detach().requires_grad_()
+    parts = [leaf] if inputs["condition"] is None else [leaf, inputs["condition"]]
+    with count_flops() as counter:
+        output = reward_model(
+            torch.cat(parts, dim=1),
+            timesteps,
+            inputs["encoder_hidden_states"],
+            encoder_hidden_states_image=inputs["encoder_hidden_states_image"],
+        )
+        (grad,) = torch.autograd.grad(reward_feedback_loss(output.logits), leaf)
+    counted["reward"] = counter.get_total_flops()
+    with count_flops() as counter:
+        (latents * grad).sum().backward()
+    counted["gradient step"] += counter.get_total_flops()
+    return counted
+
+
+def estimated(sizes: dict[str, Any], training: Any, latents_shape: tuple[int, int, int]) -> dict[str, float]:
+    config = full_config(sizes)
+    reward_config = {**reward_model_config(config), "num_layers": REWARD_LAYERS}
+    if not isinstance(training, PRFLTrainingConfig):
+        reward_config = reward_model_config(config, training)
+    engine = Engine(mixed_precision=False, on_gpu=False)
+    return estimate(Request(training, config, reward_config, engine, Shape(1, latents_shape))).flops
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}, {"lora_rank": 4}], ids=str)
+@pytest.mark.parametrize("size", sorted(SIZES))
+def test_update_agrees_with_the_flop_counter(size: str, options: dict[str, Any]) -> None:
+    sizes, shape = SIZES[size]
+    training = prfl_recipe(num_inference_steps=6, step_range=[3, 3], **options)
+    counted = real_update(sizes, training, shape, step_index=3)
+    planned = estimated(sizes, training, shape)
+    assert set(planned) == set(counted)
+    for part, count in counted.items():
+        assert planned[part] == pytest.approx(count, rel=0.02), part
+
+
+@pytest.mark.parametrize(
+    "options", [{"loss": "bt"}, {"freeze_blocks": True}, {"gradient_checkpointing": True}], ids=str
+)
+def test_reward_training_agrees_with_the_flop_counter(options: dict[str, Any]) -> None:
+    training = reward_recipe(num_layers=REWARD_LAYERS, **options)
+    transformer = WanTransformer3DModel(**MIDDLE)
+    model = WanRewardModel.from_transformer(transformer, num_layers=REWARD_LAYERS).requires_grad_(False)
+    select_trainable(model, training)
+    if training.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    shape, batch = (3, 16, 16), 2 if training.loss == "bt" else 1
+    with count_flops() as counter:
+        logits = model(torch.randn(batch, 16, *shape), torch.ones(batch), torch.randn(batch, 512, 64)).logits
+        (bradley_terry_loss(*logits.chunk(2)) if batch == 2 else logits.sum()).backward()
+    assert estimated(MIDDLE, training, shape)["reward"] == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+def test_forward_agrees_with_a_count_by_hand() -> None:
+    """Of 14B at 720P: two operations for each weight and token, and two products of queries, keys and values."""
+    config = load_transformer_config("Wan-AI/Wan2.1-T2V-14B-Diffusers")
+    dim, num_tokens, num_layers = 5120, 21 * 45 * 80, 40
+    per_token = 6 * dim**2 + 2 * dim * config["ffn_dim"]  # self-attention, cross-attention's query and output
+    per_text_token = 2 * dim**2
+    linear = 2 * num_layers * (num_tokens * per_token + 512 * per_text_token)
+    attention = 4 * num_layers * dim * num_tokens * (num_tokens + 512)
+    training = prfl_recipe(num_inference_steps=3, step_range=[1, 1], gradient_checkpointing=True)
+    engine = Engine(num_gpus=8, zero_stage=3)
+    flops = estimate(Request(training, config, reward_model_config(config), engine, Shape(1, (21, 90, 160)))).flops
+    assert flops["rollout"] == pytest.approx(linear + attention, rel=0.02)
+    # Forward, recomputation, and backward: twice the linear layers, and five products instead of two in attention.
+    assert flops["flow matching"] == pytest.approx(4 * linear + 4.5 * attention, rel=0.02)
+
+
+def test_rollout_is_the_mean_over_the_steps_that_are_drawn() -> None:
+    """Against every set of steps that can be drawn."""
+    first, last, count = 2, 6, 2
+    training = prfl_recipe(num_inference_steps=9, step_range=[first, last], num_gradient_steps=count)
+    one = estimated(TINY, prfl_recipe(num_inference_steps=9, step_range=[1, 1]), (2, 4, 4))
+    flops = estimated(TINY, training, (2, 4, 4))
+    lengths = [max(drawn) + 1 - count for drawn in combinations(range(first, last + 1), count)]
+    assert flops["rollout"] / one["rollout"] == pytest.approx(sum(lengths) / len(lengths))
+    assert flops["gradient step"] == pytest.approx(count * one["gradient step"])
+    rerun = estimated(TINY, prfl_recipe(num_inference_steps=9, step_range=[1, 1], rerun_gradient_step=True), (2, 4, 4))
+    assert rerun["rollout"] == pytest.approx(2 * one["rollout"])
+
+
+def test_part_of_the_blocks_recomputed() -> None:
+    training = prfl_recipe(
+        num_inference_steps=6, step_range=[3, 3], gradient_checkpointing=True, gradient_checkpointing_blocks=3
+    )
+    few = estimated(MIDDLE, training, (3, 16, 16))["flow matching"]
+    none = estimated(MIDDLE, prfl_recipe(), (3, 16, 16))["flow matching"]
+    every = estimated(MIDDLE, prfl_recipe(gradient_checkpointing=True), (3, 16, 16))["flow matching"]
+    assert few == pytest.approx((none + every) / 2, rel=0.01)
+
+
+def test_attention_of_the_math_kernel_is_counted_alike() -> None:
+    """The products themselves, without a formula for a fused kernel: its backward spares a recomputed one."""
+    query = torch.randn(1, 2, 24, 8, requires_grad=True)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        torch.nn.functional.scaled_dot_product_attention(query, query, query)
+    assert counter.get_total_flops() == 4 * math.prod(query.shape) * 24
+
+
+def test_time_is_operations_over_rate() -> None:
+    made = plan(
+        prfl_recipe("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", gradient_checkpointing=True, gradient_accumulation_steps=2),
+        height=480, width=832, num_frames=81, num_gpus=4, tflops=100, utilization=0.5, num_rows=81,
+    )  # fmt: skip
+    assert made.seconds_per_step == pytest.approx(sum(made.teraflops.values()) / 50)
+    assert made.hours == pytest.approx(11 * made.seconds_per_step / 3600)

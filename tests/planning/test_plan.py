@@ -1,0 +1,134 @@
+"""What the plan adds up, says and advises."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from hy_prfl.planning.engines import Engine
+from hy_prfl.planning.models import build_transformer, count_parameters, load_transformer_config
+from hy_prfl.planning.plan import plan
+from tests.planning.recipes import prfl_recipe, reward_recipe
+
+
+ROOT = Path(__file__).parents[2]
+SMALL = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+CLIP = {"height": 480, "width": 832, "num_frames": 81}
+NUM_PARAMETERS = 1_418_996_800
+
+
+def test_bucket_sizes_are_those_of_the_configurations() -> None:
+    for stage in (2, 3):
+        settings = json.loads((ROOT / f"ds_configs/zero{stage}.json").read_text())
+        zero = settings["zero_optimization"]
+        assert settings["bf16"]["enabled"]
+        assert zero["reduce_bucket_size"] == getattr(Engine, f"zero{stage}_reduce_bucket")
+    assert zero["stage3_prefetch_bucket_size"] == Engine.zero3_prefetch_bucket
+    assert zero["stage3_param_persistence_threshold"] == Engine.zero3_persistence_threshold
+    assert "stage3_max_live_parameters" not in zero
+    assert "sub_group_size" not in zero
+
+
+def test_engines_default_sizes_are_deepspeeds() -> None:
+    deepspeed = pytest.importorskip("deepspeed.runtime.zero.config")
+    defaults = deepspeed.DeepSpeedZeroConfig()
+    assert defaults.max_live_parameters == Engine.zero3_max_live_parameters
+    assert defaults.sub_group_size == Engine.zero3_sub_group
+
+
+def test_sixteen_bytes_a_weight() -> None:
+    """All weights in mixed precision: 2 + 2 + 12 under ZeRO, split; 4 + 4 + 8 in one process, and DDP's buckets."""
+    sizes = count_parameters(build_transformer(load_transformer_config(SMALL), prfl_recipe(SMALL)))
+    one = Engine(num_gpus=1).held(sizes)
+    assert sum(one.values()) == 16 * NUM_PARAMETERS
+    assert sum(Engine(num_gpus=2).held(sizes).values()) == 20 * NUM_PARAMETERS
+    zero2 = Engine(num_gpus=4, zero_stage=2).held(sizes)
+    assert zero2["weights"] == 2 * NUM_PARAMETERS
+    assert zero2["gradients"] + zero2["optimizer states"] == pytest.approx(14 * NUM_PARAMETERS / 4)
+    zero3 = Engine(num_gpus=4, zero_stage=3).held(sizes)
+    states = zero3["weights"] + zero3["gradients"] + zero3["optimizer states"]
+    assert states == pytest.approx(16 * NUM_PARAMETERS / 4, rel=1e-3)
+    offload = Engine(num_gpus=4, zero_stage=3, offload=True)
+    assert offload.held(sizes)["optimizer states"] == 0
+    assert offload.host_memory(sizes) == pytest.approx(16 * NUM_PARAMETERS / 4)
+
+
+def test_fits_and_prints() -> None:
+    made = plan(prfl_recipe(SMALL, gradient_checkpointing=True, use_ema=True), **CLIP, num_gpus=8)
+    assert made.fits
+    assert made.num_parameters == made.num_trained == NUM_PARAMETERS
+    assert made.num_tokens == 21 * 30 * 52
+    assert made.peak == pytest.approx(sum(made.memory.values()) + max(made.phases.values()) + made.reserved)
+    assert made.memory["averaged weights"] == pytest.approx(4 * NUM_PARAMETERS / 1e9)
+    assert "fits" in str(made)
+    assert "1,418,996,800" in str(made)
+    read = json.loads(made.to_json())
+    assert read["fits"]
+    assert read["phases"] == made.phases
+    assert made.changes == []
+
+
+def test_each_option_saves_what_it_is_for() -> None:
+    def peak(**options: object) -> float:
+        engine = {name: options.pop(name) for name in ("num_gpus", "zero_stage") if name in options}
+        # With two micro-batches the activations count, not the optimizer's step.
+        training = prfl_recipe(SMALL, gradient_accumulation_steps=2, **options)
+        made = plan(training, **CLIP, gpu_memory=1e6, **engine)
+        return made.peak
+
+    recomputed = peak(gradient_checkpointing=True)
+    assert recomputed < peak(gradient_checkpointing=True, gradient_checkpointing_blocks=20) < peak()
+    assert peak(gradient_checkpointing=True, offload_activations=True) < recomputed
+    assert peak(gradient_checkpointing=True, rerun_gradient_step=True) <= recomputed
+    assert peak(gradient_checkpointing=True, lora_rank=8) < recomputed
+    shared = [peak(gradient_checkpointing=True, num_gpus=4, zero_stage=stage) for stage in (0, 2, 3)]
+    assert shared == sorted(shared, reverse=True)
+    split = peak(gradient_checkpointing=True, num_gpus=4, zero_stage=3, context_parallel_degree=4)
+    assert split < shared[-1]
+
+
+def test_cheapest_change_is_enough_and_needed() -> None:
+    made = plan(prfl_recipe(SMALL), **CLIP, num_gpus=4, gpu_memory=48)
+    assert not made.fits
+    assert made.changed_peak is not None
+    assert made.changed_peak <= 48
+    assert made.changes[0] == "--gradient_checkpointing true"
+    assert "It fits with" in str(made)
+    chosen = plan(prfl_recipe(SMALL, gradient_checkpointing=True), **CLIP, num_gpus=4, gpu_memory=48)
+    if made.changes == ["--gradient_checkpointing true"]:
+        assert chosen.peak == pytest.approx(made.changed_peak)
+    else:
+        assert not chosen.fits
+
+
+def test_nothing_helps() -> None:
+    made = plan(prfl_recipe(SMALL), **CLIP, gpu_memory=2)
+    assert not made.fits
+    assert made.changes == []
+    assert "No change of options" in str(made)
+
+
+def test_clips_that_do_not_divide_are_refused() -> None:
+    with pytest.raises(ValueError, match="context_parallel_degree"):
+        plan(prfl_recipe(SMALL, context_parallel_degree=8), **CLIP, num_gpus=8)
+    with pytest.raises(ValueError, match="num_gpus"):
+        plan(prfl_recipe(SMALL, context_parallel_degree=4), **CLIP, num_gpus=6)
+    with pytest.raises(ValueError, match="zero_stage"):
+        plan(prfl_recipe(SMALL), **CLIP, offload=True)
+
+
+def test_reward_training_is_planned() -> None:
+    options = {"gradient_checkpointing": True, "gradient_accumulation_steps": 2}
+    bce, bt = (plan(reward_recipe(SMALL, loss=loss, **options), **CLIP, num_gpus=2) for loss in ("bce", "bt"))
+    assert bce.command == "train_reward"
+    assert bce.num_trained < bce.num_parameters
+    assert bt.teraflops["reward"] == pytest.approx(2 * bce.teraflops["reward"], rel=0.01)
+    assert bt.peak > bce.peak
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(Engine), ids=lambda field: field.name)
+def test_engine_is_hashable_and_checked(field: dataclasses.Field) -> None:
+    assert hash(Engine()) == hash(dataclasses.replace(Engine(), **{field.name: getattr(Engine(), field.name)}))
+    with pytest.raises(ValueError, match="zero_stage"):
+        Engine(zero_stage=1)
