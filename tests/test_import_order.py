@@ -15,6 +15,7 @@ ORDER = [
     {"checkpointing", "rollout"},
     {"evaluation", "scoring", "generation", "pipelines", "score_table", "tracking", "hub"},
     {"sample_evaluation"},
+    {"planning"},
     {"trainers"},
     {"scripts"},
     {"cli"},
