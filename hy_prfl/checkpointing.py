@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 STATE_FILE = "trainer_state.json"
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 LORA_FILE = "pytorch_lora_weights.safetensors"
+BEST_FOLDER, MODEL_FOLDER, AVERAGE_FOLDER = "best", "reward_model", "ema"
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:

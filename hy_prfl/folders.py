@@ -1,4 +1,4 @@
-"""Folders that are replaced in one move: whoever reads one finds it whole, old or new."""
+"""Folders and text files that are replaced in one move: whoever reads one finds it whole, old or new."""
 
 import shutil
 from pathlib import Path
@@ -33,6 +33,13 @@ def recover_folder(target: Path) -> None:
         shutil.rmtree(outdated)
     elif outdated.exists():
         outdated.rename(target)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file under a temporary name and rename it."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
 
 
 def _outdated(target: Path) -> Path:

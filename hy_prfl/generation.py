@@ -16,9 +16,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from .data.prompts import VideoPrompt
-from .data.store import hash_file, write_text
+from .data.store import hash_file
 from .data.video import read_image, resize_and_crop, to_uint8
 from .distributed import process_state
+from .folders import write_text
 from .pipelines import load_pipeline
 
 

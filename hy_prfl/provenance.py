@@ -3,21 +3,24 @@
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
 import re
 import subprocess
 import sys
 from collections.abc import Mapping
 from datetime import datetime, timezone
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .folders import write_text
 from .version import __version__
 
 
+# What a run leaves in its folder, besides weights.
+CONFIG_FILE, METRICS_FILE = "config.yaml", "metrics.jsonl"
 RUN_FILE = "run.json"
 
 LIBRARIES = (
@@ -101,9 +104,7 @@ def write_run_record(path: str | Path, record: Mapping[str, Any]) -> None:
         if not isinstance(records, list):
             raise ValueError(f"{path}: expected a JSON list of records, got {type(records).__name__}.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps([*records, dict(record)], indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, json.dumps([*records, dict(record)], indent=2) + "\n")
 
 
 def git_state(directory: str | Path = ".") -> dict[str, Any] | None:
@@ -152,7 +153,7 @@ def _devices() -> dict[str, Any]:
 def _without_tokens(words: list[str]) -> list[str]:
     """The command line with `...` for whatever follows an option that is, or ends in, `token`."""
     kept = []
-    for previous, word in zip(["", *words], words, strict=False):
+    for previous, word in pairwise(["", *words]):
         is_value = re.fullmatch(r"--?(\w+[-_])?token", previous) is not None
         kept.append("..." if is_value else re.sub(r"^(--?(?:\w+[-_])?token)=.*$", r"\1=...", word, flags=re.DOTALL))
     return kept

@@ -14,10 +14,11 @@ import numpy as np
 from tqdm import tqdm
 
 from .data.schema import TASKS, task_label
-from .data.store import hash_text, write_text
+from .data.store import hash_text
 from .data.video import VideoError
 from .distributed import process_state
 from .evaluation import classification_metrics
+from .folders import write_text
 
 
 SUFFIXES = (".csv", ".json", ".jsonl")

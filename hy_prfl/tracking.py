@@ -148,7 +148,7 @@ def draw_timestep_curves(metrics: Mapping[str, float]) -> Figure | None:
     num_rows = math.ceil(len(curves) / num_columns)
     figure = Figure(figsize=(3.6 * num_columns, 2.6 * num_rows), layout="constrained")
     panels = figure.subplots(num_rows, num_columns, squeeze=False).flatten()
-    for panel, (metric, points) in zip(panels, curves.items(), strict=False):
+    for panel, (metric, points) in zip(panels[: len(curves)], curves.items(), strict=True):
         timesteps = sorted(points)
         panel.plot(timesteps, [points[timestep] for timestep in timesteps], marker="o")
         panel.set_title(metric)

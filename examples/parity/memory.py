@@ -16,20 +16,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import psutil
 import torch
 from accelerate import PartialState
-from datasets import Dataset
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
-from examples.parity.parity import ENGINES, launch_command
-from examples.shapes.pipeline import save_pipeline
+from examples.parity.parity import ENGINES, launch_command, write_inputs
 from hy_prfl.configs.parser import parse_config
-from hy_prfl.data.encoding import vae_fingerprint
-from hy_prfl.data.schema import latent_features, pack_tensor, rows_to_table
 from hy_prfl.models.loading import load_transformer
-from hy_prfl.models.reward_model import WanRewardModel
 from hy_prfl.sharding import split_for_zero3
 
 
@@ -49,28 +42,6 @@ class MemoryConfig:
     )
 
 
-def write_inputs(folder: Path) -> None:
-    """A pipeline with a generator of some size, a reward model of two of its blocks, and 4 rows."""
-    save_pipeline(folder / "pipeline", num_layers=10, num_attention_heads=12, attention_head_dim=64, ffn_dim=3072)
-    transformer = WanTransformer3DModel.from_pretrained(folder / "pipeline", subfolder="transformer")
-    fingerprint = vae_fingerprint(AutoencoderKLWan.from_pretrained(folder / "pipeline", subfolder="vae"))
-    WanRewardModel.from_transformer(transformer, num_layers=2, vae_fingerprint=fingerprint).save_pretrained(
-        folder / "reward"
-    )
-    rng = np.random.default_rng(0)
-    rows = []
-    for index in range(4):
-        row: dict[str, object] = {
-            "id": str(index), "prompt": "", "fps": 16.0, "max_sequence_length": 16, "vae_fingerprint": fingerprint,
-            "text_encoder_fingerprint": "",
-        }  # fmt: skip
-        row |= pack_tensor("latents", rng.normal(size=LATENTS), "float32", source=str(index))
-        for name in ("prompt_embeds", "null_prompt_embeds"):
-            row |= pack_tensor(name, rng.normal(size=(3, 32)), "float32", source=str(index))
-        rows.append(dict.fromkeys(latent_features()) | row)
-    Dataset(rows_to_table(rows, "float32")).save_to_disk(folder / "data")
-
-
 def peak_memory(command: Sequence[str], environment: Mapping[str, str], module: str) -> list[float]:
     """
     Run a command and return the peak memory of each process that runs `module`, in MB.
@@ -81,9 +52,7 @@ def peak_memory(command: Sequence[str], environment: Mapping[str, str], module: 
     # Without this the C library keeps what was freed: ZeRO-3, which makes weights whole and lets go of them all the time,
     # would be charged for the holes.
     environment = {**environment, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    launcher = psutil.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
+    launcher = psutil.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while launcher.poll() is None:
         for process in launcher.children(recursive=True):
             try:
@@ -123,7 +92,15 @@ def main() -> None:
         load(folder, config.load)
         return
     if not (folder / "data").exists():
-        write_inputs(folder)
+        write_inputs(
+            folder,
+            num_rows=4,
+            latents_shape=LATENTS,
+            num_layers=10,
+            num_attention_heads=12,
+            attention_head_dim=64,
+            ffn_dim=3072,
+        )
     rows: list[dict[str, object]] = []
     first = 0.0
     for engine, degree, is_split in RUNS:

@@ -54,9 +54,11 @@ class ParityConfig:
     )
 
 
-def write_inputs(folder: Path) -> None:
-    """A tiny pipeline, a reward model and 16 labelled rows of random latents."""
-    save_pipeline(folder / "pipeline", num_layers=3, num_attention_heads=4)
+def write_inputs(
+    folder: Path, *, num_rows: int = 16, latents_shape: Sequence[int] = (16, 3, 4, 4), **pipeline_options: int
+) -> None:
+    """A pipeline, tiny unless told else, a reward model of two of its blocks and labelled rows of random latents."""
+    save_pipeline(folder / "pipeline", **{"num_layers": 3, "num_attention_heads": 4, **pipeline_options})
     transformer = WanTransformer3DModel.from_pretrained(folder / "pipeline", subfolder="transformer")
     fingerprint = vae_fingerprint(AutoencoderKLWan.from_pretrained(folder / "pipeline", subfolder="vae"))
     torch.manual_seed(0)
@@ -65,12 +67,12 @@ def write_inputs(folder: Path) -> None:
     )
     rng = np.random.default_rng(0)
     rows = []
-    for index in range(16):
+    for index in range(num_rows):
         row: dict[str, object] = {
             "id": str(index), "prompt": "", "physics_quality": index % 2, "human_quality": index % 2, "fps": 16.0,
             "max_sequence_length": 16, "vae_fingerprint": fingerprint, "text_encoder_fingerprint": "",
         }  # fmt: skip
-        row |= pack_tensor("latents", rng.normal(index % 2, 1.0, (16, 3, 4, 4)), "float32", source=str(index))
+        row |= pack_tensor("latents", rng.normal(index % 2, 1.0, latents_shape), "float32", source=str(index))
         for name in ("prompt_embeds", "null_prompt_embeds"):
             row |= pack_tensor(name, rng.normal(size=(3, 32)), "float32", source=str(index))
         rows.append(dict.fromkeys(latent_features()) | row)

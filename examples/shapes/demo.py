@@ -24,6 +24,7 @@ import numpy as np
 from PIL import Image
 
 from examples.shapes.clips import FPS, NUM_FRAMES, split_captions
+from examples.shapes.judge import write_json
 from hy_prfl.configs.base import check
 from hy_prfl.configs.parser import parse_config
 from hy_prfl.data.video import read_video
@@ -289,12 +290,6 @@ def print_summary(summary: dict[str, Any]) -> None:
     print()
     for name, path in summary["files"].items():
         print(f"{name:<14}{path}")
-
-
-def write_json(path: Path, value: Any) -> None:
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(json.dumps(value, indent=1), encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

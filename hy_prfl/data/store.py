@@ -15,7 +15,7 @@ from datasets import Dataset, DatasetInfo, Features
 from tqdm import tqdm
 
 from ..distributed import process_state
-from ..folders import recover_folder, replace_folder, temporary_folder
+from ..folders import recover_folder, replace_folder, temporary_folder, write_text
 from .manifest import ManifestRow
 from .schema import LABELS, latent_features, rows_to_table
 from .video import VideoError
@@ -290,13 +290,6 @@ def save_table(table: pa.Table, features: Features, output_dir: Path, files: Map
     for name, text in files.items():
         (temporary / name).write_text(text, encoding="utf-8")
     replace_folder(temporary, output_dir)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file under a temporary name and rename it."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def hash_text(text: str) -> str:

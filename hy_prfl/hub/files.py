@@ -6,15 +6,13 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..checkpointing import LORA_FILE, list_checkpoints
+from ..checkpointing import AVERAGE_FOLDER, BEST_FOLDER, LORA_FILE, MODEL_FOLDER, list_checkpoints
 from ..models.loading import TRANSFORMER_FOLDER
-from ..provenance import RUN_FILE
-from .model_card import CARD_FILE, CONFIG_FILE, METRICS_FILE, may_replace_card, model_kind, write_model_card
+from ..provenance import CONFIG_FILE, METRICS_FILE, RUN_FILE
+from .model_card import CARD_FILE, may_replace_card, model_kind, write_model_card
 
 
 logger = logging.getLogger(__name__)
-
-BEST_FOLDER, MODEL_FOLDER, AVERAGE_FOLDER = "best", "reward_model", "ema"
 
 
 def model_files(folder: Path) -> dict[str, Path]:

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from ..checkpointing import LORA_FILE
 from ..flow_matching import NUM_TRAIN_TIMESTEPS
 from ..models.lora_metadata import read_lora_metadata
-from ..provenance import RUN_FILE
+from ..provenance import CONFIG_FILE, METRICS_FILE, RUN_FILE
 
 
 ModelKind = Literal["reward", "lora", "transformer"]
@@ -24,8 +24,6 @@ Task = Literal["video-classification", "text-to-video", "image-to-video"]
 Metrics = dict[str, float]
 
 CARD_FILE = "README.md"
-CONFIG_FILE = "config.yaml"
-METRICS_FILE = "metrics.jsonl"
 PLOT_FILE = "training.png"
 
 # A card without this line was written, or taken over, by a person, and is left alone.

@@ -22,6 +22,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from ..data.dataset import load_latent_dataset
+from ..models.weight_files import check_output_dir
 from ..version import __version__
 from .files import add_card, model_files, stage
 
@@ -223,8 +224,7 @@ def pull(
         HubError: If the download failed.
     """
     output_dir = Path(output_dir).absolute()
-    if output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir())):
-        raise ValueError(f"`output_dir` '{output_dir}' exists and is not an empty folder.")
+    check_output_dir(output_dir)
     check_repo_id(repo_id)
     if subfolder is not None and not re.fullmatch(r"(?!\.)[\w.-]+(/(?!\.)[\w.-]+)*", subfolder):
         raise ValueError(f"`subfolder` must be the path of a folder, such as 'best', got '{subfolder}'.")

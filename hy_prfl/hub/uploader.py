@@ -14,6 +14,7 @@ from pathlib import Path
 
 from huggingface_hub.utils import disable_progress_bars
 
+from ..folders import write_text
 from .files import add_card, run_files, stage
 from .repositories import PENDING_FILE, SNAPSHOT_PREFIX, HubError, failure_reason, hub_api, open_repo
 
@@ -163,6 +164,4 @@ class HubUploader:
     def _write_pending(self, upload: _Upload, reason: str) -> None:
         state = {"repo_id": self.repo_id, "private": self.private, "folder": str(self.run_dir)}
         state |= {"commit_message": upload.commit_message, "reason": reason}
-        temporary = self.run_dir / f".{PENDING_FILE}.tmp"
-        temporary.write_text(json.dumps(state, indent=2), encoding="utf-8")
-        os.replace(temporary, self.run_dir / PENDING_FILE)
+        write_text(self.run_dir / PENDING_FILE, json.dumps(state, indent=2))

@@ -22,6 +22,7 @@ from ..configs.plan import PlanConfig
 from ..configs.prfl import PRFLTrainingConfig
 from ..configs.reward import RewardTrainingConfig
 from ..distributed import set_up_logging
+from ..folders import write_text
 from ..models.reward_model import WanRewardModel
 from ..planning import plan
 
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     print(result)
     if config.output is not None:
-        Path(config.output).write_text(result.to_json(), encoding="utf-8")
+        write_text(Path(config.output), result.to_json())
 
 
 def split_options(argv: Sequence[str]) -> tuple[list[str], list[str]]:

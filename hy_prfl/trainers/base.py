@@ -26,8 +26,9 @@ from ..models.attention import check_attention_backend, set_attention_backend
 from ..models.context_parallel import ContextParallelGroup, check_divisible
 from ..models.lora import add_lora
 from ..models.recomputation import recompute_blocks
+from ..provenance import CONFIG_FILE
 from ..sharding import Masters, forget_deepspeed_in_transformers, split_for_zero3
-from .reports import CONFIG_FILE, Reports, known_trackers
+from .reports import Reports, known_trackers
 from .resuming import resume
 from .signals import signals_caught
 from .updates import Updates

@@ -13,7 +13,7 @@ from datasets import Dataset
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.training_utils import EMAModel
 
-from ..checkpointing import read_lora, save_lora, save_pretrained
+from ..checkpointing import AVERAGE_FOLDER, read_lora, save_lora, save_pretrained
 from ..configs.prfl import PRFLTrainingConfig
 from ..data.collators import LatentBatch, collate_latents
 from ..data.dataset import (
@@ -39,7 +39,6 @@ from .base import Trainer
 logger = get_logger(__name__)
 
 FLOW_NOISE, FLOW_PROMPT, REWARD_NOISE, REWARD_PROMPT, STEP_INDEX = range(5)
-AVERAGE_FOLDER = "ema"
 # The losses of each update of a step.
 UPDATES: dict[str, list[tuple[str, ...]]] = {
     "alternate": [("flow",), ("reward",)],

@@ -8,13 +8,10 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 
 from ..configs.base import TrainingConfig, check, save_config
+from ..folders import write_text
 from ..hub import HubUploader
-from ..provenance import RUN_FILE, run_record, write_run_record
+from ..provenance import CONFIG_FILE, METRICS_FILE, RUN_FILE, run_record, write_run_record
 from ..tracking import announce_trackers, log_timestep_curves
-
-
-CONFIG_FILE = "config.yaml"
-METRICS_FILE = "metrics.jsonl"
 
 
 def known_trackers(report_to: list[str]) -> list[str]:
@@ -101,6 +98,4 @@ class Reports:
         path = self.output_dir / METRICS_FILE
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
         kept = [line for line in lines if json.loads(line)["step"] <= global_step]
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        temporary.replace(path)
+        write_text(path, "".join(f"{line}\n" for line in kept))

@@ -8,7 +8,7 @@ import yaml
 from accelerate.logging import get_logger
 
 from ..checkpointing import load_checkpoint, read_schedule, read_state
-from .reports import CONFIG_FILE
+from ..provenance import CONFIG_FILE
 
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from accelerate.logging import get_logger
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 
-from ..checkpointing import merge_adapter, save_pretrained
+from ..checkpointing import BEST_FOLDER, MODEL_FOLDER, merge_adapter, save_pretrained
 from ..configs.reward import RewardTrainingConfig
 from ..data.collators import LabeledBatch, LatentBatch, PreferenceBatch, collate_labeled, collate_preferences
 from ..data.dataset import (
@@ -36,8 +36,6 @@ from .base import Trainer
 logger = get_logger(__name__)
 
 NOISE = 0
-MODEL_FOLDER = "reward_model"
-BEST_FOLDER = "best"
 TRAINED_FILE = "trained_weights.safetensors"
 
 
