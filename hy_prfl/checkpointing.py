@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 from .folders import recover_folder, replace_folder, temporary_folder
 from .models.adapters import parse_adapter
+from .models.experts import ExpertName
 from .models.lora_metadata import lora_header
 
 
@@ -28,6 +29,8 @@ logger = logging.getLogger(__name__)
 STATE_FILE = "trainer_state.json"
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 LORA_FILE = "pytorch_lora_weights.safetensors"
+# diffusers' name, and for the expert that it calls `transformer_2` one that is not taken for the other's.
+LORA_FILES: dict[ExpertName, str] = {"high_noise": LORA_FILE, "low_noise": "pytorch_lora_weights_2.safetensors"}
 BEST_FOLDER, MODEL_FOLDER, AVERAGE_FOLDER = "best", "reward_model", "ema"
 
 
@@ -156,17 +159,19 @@ def save_pretrained(
 def save_lora(
     transformer: WanTransformer3DModel,
     state_dict: dict[str, torch.Tensor],
-    directory: Path,
+    file: Path,
     metadata: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """
-    Write the transformer's adapter as diffusers reads it: `directory/pytorch_lora_weights.safetensors`.
+    Write a transformer's adapter as diffusers reads it.
 
     Rank, alpha and targets go into the file's metadata; without it diffusers takes alpha for the rank.
 
     Args:
         state_dict (`dict[str, torch.Tensor]`):
             Weights of the adapter, whole, by their names in `transformer`.
+        file (`Path`):
+            `<folder>/pytorch_lora_weights.safetensors`, or another of `LORA_FILES`.
         metadata (`Mapping[str, str]`):
             Where it comes from, see [`~hy_prfl.models.lora_metadata.lora_metadata`].
 
@@ -175,21 +180,21 @@ def save_lora(
     """
     layers = get_peft_model_state_dict(transformer, state_dict=state_dict)
     header = lora_header(transformer.peft_config["default"].to_dict(), metadata)
-    parse_adapter({f"transformer.{name}": weight for name, weight in layers.items()}, header, source=str(directory))
-    temporary = directory / ".lora.tmp"
+    parse_adapter({f"transformer.{name}": weight for name, weight in layers.items()}, header, source=str(file))
+    temporary = file.with_name(".lora.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     WanPipeline.save_lora_weights(
         temporary,
         transformer_lora_layers=layers,
         save_function=lambda weights, filename: save_file(weights, filename, metadata=header),
     )
-    (temporary / LORA_FILE).replace(directory / LORA_FILE)
+    (temporary / LORA_FILE).replace(file)
     temporary.rmdir()
 
 
-def read_lora(directory: Path) -> dict[str, torch.Tensor]:
+def read_lora(path: Path) -> dict[str, torch.Tensor]:
     """Weights of an adapter written by `save_lora`, by their names in the transformer that it was saved from."""
-    with safe_open(directory / LORA_FILE, framework="pt") as file:
+    with safe_open(path, framework="pt") as file:
         return {_parameter_name(key): file.get_tensor(key) for key in file.keys()}
 
 

@@ -11,7 +11,13 @@ import diffusers
 import torch
 import transformers
 from accelerate import Accelerator, PartialState
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, gather_object, parse_flag_from_env
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    gather_object,
+    parse_flag_from_env,
+)
 
 
 # How long a rank waits for the others: one may be encoding or decoding on its own.
@@ -45,7 +51,12 @@ def process_state() -> PartialState:
 
 
 def build_accelerator(
-    *, gradient_accumulation_steps: int, train_batch_size: int, log_with: list[str], output_dir: Path
+    *,
+    gradient_accumulation_steps: int,
+    train_batch_size: int,
+    log_with: list[str],
+    output_dir: Path,
+    find_unused_parameters: bool = False,
 ) -> Accelerator:
     """
     Accelerator for training, whatever the launch configuration says: one process, DDP or DeepSpeed.
@@ -57,6 +68,8 @@ def build_accelerator(
             Samples per process and micro-batch. DeepSpeed wants to know; its JSON says "auto" for both.
         log_with (`list[str]`):
             Names of trackers.
+        find_unused_parameters (`bool`, defaults to `False`):
+            Let DDP look, in every forward, for parameters that take no part in it.
     """
     # On the CPU Accelerate must be told that it is not alone: DeepSpeed by a backend, all else by `cpu`.
     is_deepspeed = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
@@ -66,7 +79,10 @@ def build_accelerator(
         gradient_accumulation_steps=gradient_accumulation_steps,
         log_with=log_with or None,
         project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
-        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if needs_backend else [],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters),
+            *([InitProcessGroupKwargs(backend="gloo")] if needs_backend else []),
+        ],
     )
     if accelerator.state.deepspeed_plugin is not None:
         settings = accelerator.state.deepspeed_plugin.deepspeed_config

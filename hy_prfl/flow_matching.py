@@ -1,8 +1,10 @@
 """Rectified-flow arithmetic as pure tensor functions: no models, no processes, no global random state."""
 
 import hashlib
+import math
+import statistics
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -53,6 +55,7 @@ def sample_sigmas(
     flow_shift: float = 5.0,
     logit_mean: float = 0.0,
     logit_std: float = 1.0,
+    timestep_range: tuple[float, float] = (-math.inf, math.inf),
 ) -> torch.Tensor:
     """
     Draw the noise level of each sample.
@@ -63,22 +66,62 @@ def sample_sigmas(
     Args:
         generators (`Sequence[torch.Generator]`):
             One for each sample.
+        timestep_range (`tuple[float, float]`):
+            Draw from the law on condition that `1000 * sigma` is not below the first and is below the second number,
+            by drawing again until it is. It must have a positive probability.
 
     Returns:
         `torch.Tensor` of shape `(len(generators),)`: sigmas in (0, 1], float32 on the CPU.
     """
+    law: dict[str, Any] = {"weighting_scheme": weighting_scheme, "flow_shift": flow_shift}
+    law |= {"logit_mean": logit_mean, "logit_std": logit_std}
+    sigmas = []
+    for generator in generators:
+        sigma = _draw_sigma(generator, **law)
+        while not timestep_range[0] <= sigmas_to_timesteps(sigma) < timestep_range[1]:
+            sigma = _draw_sigma(generator, **law)
+        sigmas.append(sigma)
+    return torch.cat(sigmas)
+
+
+def _draw_sigma(
+    generator: torch.Generator,
+    *,
+    weighting_scheme: WeightingScheme,
+    flow_shift: float,
+    logit_mean: float,
+    logit_std: float,
+) -> torch.Tensor:
     if weighting_scheme == "uniform":
-        index = torch.cat([torch.randint(NUM_TRAIN_TIMESTEPS, (1,), generator=each) for each in generators])
-        sigmas = 1 - index.float() / NUM_TRAIN_TIMESTEPS
+        index = torch.randint(NUM_TRAIN_TIMESTEPS, (1,), generator=generator)
+        sigma = 1 - index.float() / NUM_TRAIN_TIMESTEPS
     elif weighting_scheme == "logit_normal":
-        law = {"logit_mean": logit_mean, "logit_std": logit_std}
-        draws = [
-            compute_density_for_timestep_sampling("logit_normal", 1, generator=each, **law) for each in generators
-        ]
-        sigmas = torch.cat(draws).clamp(min=1 / NUM_TRAIN_TIMESTEPS)
+        draw = compute_density_for_timestep_sampling(
+            "logit_normal", 1, logit_mean=logit_mean, logit_std=logit_std, generator=generator
+        )
+        sigma = draw.clamp(min=1 / NUM_TRAIN_TIMESTEPS)
     else:
         raise ValueError(f"`weighting_scheme` must be 'uniform' or 'logit_normal', got {weighting_scheme!r}.")
-    return shift_sigmas(sigmas, flow_shift)
+    return shift_sigmas(sigma, flow_shift)
+
+
+def timestep_probability(
+    timestep: float,
+    *,
+    weighting_scheme: WeightingScheme = "uniform",
+    flow_shift: float = 5.0,
+    logit_mean: float = 0.0,
+    logit_std: float = 1.0,
+) -> float:
+    """How often the law of [`sample_sigmas`] draws a noise level whose timestep is not below this one, in [0, 1000)."""
+    if weighting_scheme == "uniform":
+        levels = shift_sigmas(torch.arange(1, NUM_TRAIN_TIMESTEPS + 1) / NUM_TRAIN_TIMESTEPS, flow_shift)
+        return float((sigmas_to_timesteps(levels) >= timestep).double().mean())
+    sigma = timestep / NUM_TRAIN_TIMESTEPS
+    unshifted = sigma / (flow_shift - (flow_shift - 1) * sigma)
+    if unshifted <= 1 / NUM_TRAIN_TIMESTEPS:
+        return 1.0
+    return 1 - statistics.NormalDist(logit_mean, logit_std).cdf(math.log(unshifted / (1 - unshifted)))
 
 
 def sigmas_to_timesteps(sigmas: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Weights that are split over ranks: filled piece by piece, made whole one at a time, written back."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -136,6 +136,30 @@ def full_master(parameter: torch.Tensor) -> torch.Tensor | None:
     from deepspeed.utils import safe_get_full_fp32_param
 
     return safe_get_full_fp32_param(parameter)
+
+
+def forget_gradients(optimizer: Any) -> None:
+    """
+    Set this rank's share of the gradients to zero, where ZeRO-3 keeps it from one update to the next.
+
+    ZeRO-3 overwrites a share when its parameter's gradient comes, and uses it at the end of the update whether one has
+    come or not: without this a parameter that took no part would be moved by the gradient of an earlier update.
+
+    Args:
+        optimizer (`AcceleratedOptimizer`):
+            The prepared optimizer.
+    """
+    shares = getattr(optimizer.optimizer, "grad_partitions_flat_buffer", None)
+    if shares is not None:
+        shares.zero_()
+
+
+def fill_gradients(parameters: Iterable[torch.Tensor]) -> None:
+    """Give parameters that have none a gradient of zero. Not under DeepSpeed, which holds gradients itself."""
+    for parameter in parameters:
+        is_split = hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
+        if parameter.grad is None and not is_split:
+            parameter.grad = torch.zeros_like(parameter)
 
 
 class Masters:

@@ -50,6 +50,12 @@ def i2v_pipeline_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def expert_pipeline_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny `WanPipeline` of two experts, boundary 0.875, 3 blocks each. Do not write into it."""
+    return save_pipeline(tmp_path_factory.mktemp("experts") / "pipeline", num_layers=3, boundary_ratio=0.875)
+
+
+@pytest.fixture(scope="session")
 def write_video() -> Callable[..., Path]:
     """
     Function that writes a real H.264 mp4: `write_video(path, num_frames=9, height=32, width=48, fps=16, seed=0)`.

@@ -46,15 +46,18 @@ def build_pipeline(
     text_dim: int = 32,
     vae_base_dim: int = 3,
     flow_shift: float = 3.0,
+    boundary_ratio: float | None = None,
     vae_config: Mapping[str, object] | None = None,
     seed: int = 0,
 ) -> WanPipeline | WanImageToVideoPipeline:
     """
-    Wan 2.1 pipeline of toy size.
+    Wan pipeline of toy size: a Wan 2.1, or with a boundary a Wan 2.2 A14B.
 
     Args:
         image_to_video (`bool`, defaults to `False`):
             Build a `WanImageToVideoPipeline` with a CLIP image encoder, its transformer taking 16 + 20 channels.
+        boundary_ratio (`float`, *optional*):
+            Add a second transformer for the noise levels below it; an image-to-video pipeline has no image encoder then.
         vae_config (`Mapping`, *optional*):
             Arguments of `AutoencoderKLWan` to use instead of those of this function.
         seed (`int`, defaults to 0):
@@ -70,23 +73,26 @@ def build_pipeline(
             vocab_size=len(tokenizer), d_model=text_dim, d_kv=8, d_ff=64, num_layers=2, num_heads=4, dropout_rate=0.0
         )
     )
-    image_dim = 32 if image_to_video else None
-    transformer = WanTransformer3DModel(
-        patch_size=(1, 2, 2),
-        num_attention_heads=num_attention_heads,
-        attention_head_dim=attention_head_dim,
-        in_channels=36 if image_to_video else 16,
-        out_channels=16,
-        text_dim=text_dim,
-        freq_dim=64,
-        ffn_dim=ffn_dim,
-        num_layers=num_layers,
-        cross_attn_norm=True,
-        qk_norm="rms_norm_across_heads",
-        image_dim=image_dim,
-        added_kv_proj_dim=num_attention_heads * attention_head_dim if image_to_video else None,
-        rope_max_seq_len=64,
-    )
+    image_dim = 32 if image_to_video and boundary_ratio is None else None
+    transformers = [
+        WanTransformer3DModel(
+            patch_size=(1, 2, 2),
+            num_attention_heads=num_attention_heads,
+            attention_head_dim=attention_head_dim,
+            in_channels=36 if image_to_video else 16,
+            out_channels=16,
+            text_dim=text_dim,
+            freq_dim=64,
+            ffn_dim=ffn_dim,
+            num_layers=num_layers,
+            cross_attn_norm=True,
+            qk_norm="rms_norm_across_heads",
+            image_dim=image_dim,
+            added_kv_proj_dim=num_attention_heads * attention_head_dim if image_dim else None,
+            rope_max_seq_len=64,
+        ).eval()
+        for _ in range(1 if boundary_ratio is None else 2)
+    ]
     scheduler = UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=flow_shift
     )
@@ -94,11 +100,14 @@ def build_pipeline(
         "vae": vae.eval(),
         "text_encoder": text_encoder.eval(),
         "tokenizer": tokenizer,
-        "transformer": transformer.eval(),
         "scheduler": scheduler,
+        "boundary_ratio": boundary_ratio,
+        **dict(zip(("transformer", "transformer_2"), transformers, strict=False)),
     }
     if not image_to_video:
         return WanPipeline(**components)
+    if image_dim is None:
+        return WanImageToVideoPipeline(**components)
 
     image_encoder = CLIPVisionModel(
         CLIPVisionConfig(

@@ -12,6 +12,7 @@ class PRFLTrainingConfig(TrainingConfig):
     Options of process reward feedback learning. A step is one update of each kind that the schedule has.
 
     > Parameters of the average
+    > Parameters of the experts
     > Parameters of the reward update
     > Parameters of the prompts
     > Parameters of the validation
@@ -20,6 +21,21 @@ class PRFLTrainingConfig(TrainingConfig):
     # Parameters of the average
     use_ema: bool = field(default=False, metadata={"help": "Keep, validate and save an average of the weights."})
     ema_decay: float = field(default=0.999, metadata={"help": "Decay of that average."})
+
+    # Parameters of the experts
+    expert: Literal["high_noise", "low_noise", "both"] | None = field(
+        default=None,
+        metadata={
+            "help": "Which transformer of a pipeline of two (Wan2.2 A14B) trains: high_noise is its `transformer`, "
+            "low_noise its `transformer_2`. To be left out for pipelines of one."
+        },
+    )
+    shard_frozen_expert: bool = field(
+        default=False,
+        metadata={
+            "help": "Split the weights of the expert that does not train over all processes instead of a copy on each."
+        },
+    )
 
     # Parameters of the reward update
     reward_model: str = field(metadata={"help": "Reward model: a folder written by train_reward, or a Hub id."})
@@ -49,7 +65,10 @@ class PRFLTrainingConfig(TrainingConfig):
     num_inference_steps: int = field(default=40, metadata={"help": "Steps of the sampler's whole chain."})
     step_range: list[int] | None = field(
         default=None,
-        metadata={"help": "First and last step that may take gradient; 0 and num_inference_steps - 2 if left out."},
+        metadata={
+            "help": "First and last step that may take gradient; 0 and num_inference_steps - 2, or of these the steps of "
+            "the expert in training, if left out."
+        },
     )
     num_gradient_steps: int = field(
         default=1,
@@ -128,9 +147,12 @@ class PRFLTrainingConfig(TrainingConfig):
             "rerun_gradient_step", self.rerun_gradient_step,
             f"false with `lora_dropout` {self.lora_dropout}: the second run would drop others",
         )  # fmt: skip
+        for name in ("shard_reward_model", "shard_frozen_expert"):
+            check(not (self.compile and getattr(self, name)), "compile", self.compile, f"false with `{name}`")
+        one_trains = self.expert in ("high_noise", "low_noise")
         check(
-            not (self.compile and self.shard_reward_model),
-            "compile", self.compile, "false with `shard_reward_model`",
+            one_trains or not self.shard_frozen_expert,
+            "shard_frozen_expert", self.shard_frozen_expert, "false unless `expert` is high_noise or low_noise",
         )  # fmt: skip
         if self.update_schedule == "flow_matching":
             for name, unused in (

@@ -26,6 +26,13 @@ class RewardTrainingConfig(TrainingConfig):
     reward_model: str | None = field(
         default=None, metadata={"help": "Reward model to start from, instead of the pipeline's transformer."}
     )
+    expert: Literal["high_noise", "low_noise"] | None = field(
+        default=None,
+        metadata={
+            "help": "Which transformer of a pipeline of two (Wan2.2 A14B) gives the blocks, the high-noise or the "
+            "low-noise expert; the reward model scores all noise levels. To be left out for pipelines of one."
+        },
+    )
     num_layers: int = field(default=8, metadata={"help": "Transformer blocks to keep."})
     pooling: Literal["query", "mean", "max"] = field(default="query", metadata={"help": "How tokens are pooled."})
     num_query_heads: int = field(default=8, metadata={"help": "Heads of the query attention."})
@@ -63,6 +70,8 @@ class RewardTrainingConfig(TrainingConfig):
         super().__post_init__()
         for name in ("num_layers", "num_query_heads"):
             check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        made_new = self.reward_model is None
+        check(made_new or self.expert is None, "expert", self.expert, "left out with `reward_model`")
         is_probe = self.freeze_blocks
         check(self.lora_rank is None or not is_probe, "lora_rank", self.lora_rank, "left out with `freeze_blocks`")
         check(self.head_learning_rate > 0, "head_learning_rate", self.head_learning_rate, "greater than 0")

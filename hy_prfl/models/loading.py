@@ -14,12 +14,13 @@ from safetensors import safe_open
 from torch import nn
 
 from ..sharding import fill_weights
+from .experts import EXPERT_FOLDERS
 from .reward_model import BACKBONE_CONFIG, WanRewardModel
 
 
 Split = Callable[[nn.Module], None]
 
-TRANSFORMER_FOLDER = "transformer"
+TRANSFORMER_FOLDER = EXPERT_FOLDERS["high_noise"]
 WEIGHTS_NAME = "diffusion_pytorch_model"
 
 
@@ -101,6 +102,7 @@ def load_transformer(
     dtype: torch.dtype = torch.float32,
     subfolder: str = TRANSFORMER_FOLDER,
     split: Split | None = None,
+    keep_in_fp32: bool = False,
 ) -> WanTransformer3DModel:
     """
     Load the generator of a Wan pipeline.
@@ -109,6 +111,9 @@ def load_transformer(
         split (`Callable[[nn.Module], None]`, *optional*):
             Splits a module's weights over the ranks, see [`~hy_prfl.sharding.fill_weights`]. Without it every process
             loads all of the model.
+        keep_in_fp32 (`bool`, defaults to `False`):
+            Leave the parts that are sensitive to rounding in float32 although `split` is given; without it diffusers
+            always does.
     """
     files: dict[str, Any] = {"subfolder": subfolder, "revision": revision}
     if split is None:
@@ -120,7 +125,8 @@ def load_transformer(
             WanTransformer3DModel.load_config(pretrained_model_name_or_path, **files)
         )
     weights = WeightFiles(pretrained_model_name_or_path, variant=variant, **files)
-    fill_weights(transformer, weights, dtype=dtype, split=split)
+    kept = WanTransformer3DModel._keep_in_fp32_modules if keep_in_fp32 else ()
+    fill_weights(transformer, weights, dtype=dtype, keep_in_fp32=kept, split=split)
     return transformer.eval()
 
 
@@ -131,6 +137,7 @@ def make_reward_model(
     revision: str | None = None,
     variant: str | None = None,
     dtype: torch.dtype = torch.float32,
+    subfolder: str = TRANSFORMER_FOLDER,
     split: Split | None = None,
     **kwargs: Any,
 ) -> WanRewardModel:
@@ -146,7 +153,7 @@ def make_reward_model(
     Raises:
         ValueError: If the transformer has fewer than `num_layers` blocks.
     """
-    files: dict[str, Any] = {"subfolder": TRANSFORMER_FOLDER, "revision": revision}
+    files: dict[str, Any] = {"subfolder": subfolder, "revision": revision}
     with init_empty_weights():
         base = WanTransformer3DModel.from_config(
             WanTransformer3DModel.load_config(pretrained_model_name_or_path, **files)

@@ -27,6 +27,7 @@ def lora_metadata(
     reward_model: str | None = None,
     run: str | None = None,
     config: Mapping[str, Any] | None = None,
+    expert: str | None = None,
 ) -> dict[str, str]:
     """
     The origin of a LoRA, as entries for the header of its file; conversions keep it.
@@ -42,6 +43,8 @@ def lora_metadata(
             Name of the run.
         config (`Mapping[str, Any]`, *optional*):
             The run's resolved options, of which a hash is kept: equal hashes, equal recipe.
+        expert (`str`, *optional*):
+            `high_noise` or `low_noise`, for a pipeline of two experts.
     """
     entries: dict[str, str | None] = {
         "version": __version__,
@@ -49,6 +52,7 @@ def lora_metadata(
         "reward_model": reward_model,
         "step": str(step),
         "run": run,
+        "expert": expert,
     }
     if config is not None:
         recipe = json.dumps(dict(config), sort_keys=True, default=str)

@@ -1,5 +1,6 @@
 """The training loop: updates, logging, validation, checkpoints, resuming. Knows no loss."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -49,9 +50,11 @@ class Trainer(ABC):
             Options of the run.
         backwards_per_update (`int`):
             Number of backward passes that add up to one optimizer update; the most there are, if updates differ.
+        takes_turns (`bool`, defaults to `False`):
+            Whether a backward pass reaches some of the parameters in training only.
     """
 
-    def __init__(self, config: TrainingConfig, *, backwards_per_update: int) -> None:
+    def __init__(self, config: TrainingConfig, *, backwards_per_update: int, takes_turns: bool = False) -> None:
         self.config = config
         self.backwards_per_update = backwards_per_update
         self.output_dir = Path(config.output_dir)
@@ -61,6 +64,7 @@ class Trainer(ABC):
             train_batch_size=config.train_batch_size,
             log_with=known_trackers(config.report_to),
             output_dir=self.output_dir,
+            find_unused_parameters=takes_turns,
         )
         self.reports = Reports(self.accelerator, config)
         set_seed(config.seed)
@@ -223,6 +227,7 @@ class Trainer(ABC):
             `int`: what the engine divides each of them by. DeepSpeed does not ask how many there are, it divides by the
             number that it was set up with.
         """
+        self.updates.begin()
         self.accelerator.gradient_accumulation_steps = num_backwards
         self.accelerator.step = 0
         return num_backwards if self.engine == "whole" else self.backwards_per_update
@@ -326,17 +331,22 @@ class Trainer(ABC):
             for index in range(batch_size)
         ]
 
-    def draw_noise(self, stream: int, micro_step: int, batch: LatentBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    @property
+    def noise_law(self) -> dict[str, Any]:
+        """Options of the law that noise levels of clean clips are drawn from, as `flow_matching` names them."""
+        names = ("weighting_scheme", "flow_shift", "logit_mean", "logit_std")
+        return {name: getattr(self.config, name) for name in names}
+
+    def draw_noise(
+        self,
+        stream: int,
+        micro_step: int,
+        batch: LatentBatch,
+        timestep_range: tuple[float, float] = (-math.inf, math.inf),
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Noise of the shape of the batch's latents, and a noise level for each clip from the configured law."""
-        config = self.config
         generators = self.generators(stream, micro_step, len(batch))
-        sigmas = sample_sigmas(
-            generators,
-            weighting_scheme=config.weighting_scheme,
-            flow_shift=config.flow_shift,
-            logit_mean=config.logit_mean,
-            logit_std=config.logit_std,
-        )
+        sigmas = sample_sigmas(generators, **self.noise_law, timestep_range=timestep_range)
         noise = sample_noise(batch.latents_shape, generators)
         return noise.to(self.accelerator.device), sigmas.to(self.accelerator.device)
 

@@ -13,7 +13,8 @@ from datasets import Dataset
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.training_utils import EMAModel
 
-from ..checkpointing import AVERAGE_FOLDER, read_lora, save_lora, save_pretrained
+from ..checkpointing import AVERAGE_FOLDER, LORA_FILES, read_lora, save_lora, save_pretrained
+from ..configs.base import check
 from ..configs.prfl import PRFLTrainingConfig
 from ..data.collators import LatentBatch, collate_latents
 from ..data.dataset import (
@@ -25,9 +26,10 @@ from ..data.dataset import (
     stream_batches,
 )
 from ..data.sampler import BucketBatchSampler
-from ..flow_matching import add_noise, sample_noise, sigmas_to_timesteps, velocity_target
+from ..flow_matching import add_noise, sample_noise, sigmas_to_timesteps, timestep_probability, velocity_target
 from ..losses import flow_matching_loss, reward_feedback_loss
-from ..models.loading import TRANSFORMER_FOLDER, WeightFiles, load_reward_model, load_scheduler, load_transformer
+from ..models.experts import EXPERT_FOLDERS, ExpertName, PairWeights, read_experts
+from ..models.loading import WeightFiles, load_reward_model, load_scheduler, load_transformer
 from ..models.lora_metadata import lora_metadata
 from ..models.reward_model import WanRewardModel, check_fits_generator, check_latents_fit
 from ..rollout import GradientStep, predict_velocity, walk_with_gradient
@@ -38,7 +40,7 @@ from .base import Trainer
 
 logger = get_logger(__name__)
 
-FLOW_NOISE, FLOW_PROMPT, REWARD_NOISE, REWARD_PROMPT, STEP_INDEX = range(5)
+FLOW_NOISE, FLOW_PROMPT, REWARD_NOISE, REWARD_PROMPT, STEP_INDEX, FLOW_EXPERT = range(6)
 # The losses of each update of a step.
 UPDATES: dict[str, list[tuple[str, ...]]] = {
     "alternate": [("flow",), ("reward",)],
@@ -53,7 +55,11 @@ class PRFLTrainer(Trainer):
     Fine-tunes a Wan transformer, whole or by LoRA (paper, algorithm 1).
 
     A step is an update on the flow-matching loss and an update on the reward, or one update on both (`joint`). The
-    result is `output_dir/transformer`, or for LoRA `output_dir/pytorch_lora_weights.safetensors`.
+    result is `output_dir/transformer`, or for LoRA `output_dir/pytorch_lora_weights.safetensors`; of the low-noise
+    expert of a pipeline of two, `output_dir/transformer_2` or `output_dir/pytorch_lora_weights_2.safetensors`.
+
+    `unwrapped` is what trains, `transformer` the same in its engine's wrapping, and `generator` what walks whole chains:
+    the latter, with a frozen expert at its side if there is one.
     """
 
     config: PRFLTrainingConfig
@@ -63,16 +69,21 @@ class PRFLTrainer(Trainer):
         num_reward = config.gradient_accumulation_steps * config.num_gradient_steps
         self.num_backwards = {"flow": num_flow, "reward": num_reward}
         most = max(sum(self.num_backwards[loss] for loss in losses) for losses in UPDATES[config.update_schedule])
-        super().__init__(config, backwards_per_update=most)
+        super().__init__(config, backwards_per_update=most, takes_turns=config.expert == "both")
         self.uses_flow_matching = config.update_schedule != "reward"
         self.uses_reward = config.update_schedule != "flow_matching"
         self.check_kernel("attention_backend", trains=True, dtype=self.generator_dtype)
         self.check_kernel("rollout_attention_backend", trains=False, dtype=self.generator_dtype)
+        self.experts = read_experts(config.pretrained_model_name_or_path, config.expert, revision=config.revision)
+        self._check_offload()
         self._open_datasets()
         self._load_models()
         parameters = [parameter for parameter in self.unwrapped.parameters() if parameter.requires_grad]
         main_stream = self.flow_sampler if self.uses_flow_matching else self.reward_sampler
         self.transformer = self.prepare(self.unwrapped, [{"params": parameters}], main_stream().batches_per_epoch)
+        self.generator = self.transformer
+        if self.frozen:
+            self.generator = self.experts.join({self.experts.trained[0]: self.transformer, **self.frozen})
         self.ema = EMAModel(self.masters.values(), decay=config.ema_decay, foreach=True) if config.use_ema else None
 
     def train_step(self) -> dict[str, torch.Tensor]:
@@ -129,7 +140,8 @@ class PRFLTrainer(Trainer):
     def compute_flow_matching_loss(self, batch: LatentBatch, micro_step: int) -> torch.Tensor:
         """Squared error of the predicted velocity on clean clips, noised at a random level (paper, equation 2)."""
         assert batch.latents is not None
-        noise, sigmas = self.draw_noise(FLOW_NOISE, micro_step, batch)
+        timestep_range = self.experts.timesteps_of(self.draw_expert(micro_step))
+        noise, sigmas = self.draw_noise(FLOW_NOISE, micro_step, batch, timestep_range)
         model_pred = predict_velocity(
             self.transformer,
             add_noise(batch.latents, noise, sigmas),
@@ -144,7 +156,7 @@ class PRFLTrainer(Trainer):
         config = self.config
         noise = sample_noise(batch.latents_shape, self.generators(REWARD_NOISE, micro_step, len(batch)))
         return walk_with_gradient(
-            self.transformer,
+            self.generator,
             self.scheduler,
             noise=noise.to(self.accelerator.device),
             step_indices=self.draw_step_indices(micro_step),
@@ -196,8 +208,8 @@ class PRFLTrainer(Trainer):
             ).logits
 
     def draw_step_indices(self, micro_step: int) -> list[int]:
-        """Steps of a chain that take gradient, any of `step_range` as likely as any other; the same on every rank."""
-        first, last = self.config.step_range or (0, self.config.num_inference_steps - 2)
+        """Steps of a chain that take gradient, any of the range as likely as any other; the same on every rank."""
+        first, last = self.step_range
         generator = self.shared_generator(STEP_INDEX, micro_step)
         left = list(range(first, last + 1))
         draws = [
@@ -205,6 +217,11 @@ class PRFLTrainer(Trainer):
             for n in range(len(left), 0, -1)[: self.config.num_gradient_steps]
         ]
         return sorted(left.pop(int(draw)) for draw in draws)
+
+    def draw_expert(self, micro_step: int) -> ExpertName:
+        """The expert of a flow-matching micro-batch, as often as the noise levels are its; the same on every rank."""
+        uniform = torch.rand((), generator=self.shared_generator(FLOW_EXPERT, micro_step))
+        return self.experts.draw(float(uniform), self.high_noise_probability)
 
     def choose_prompts(self, batch: LatentBatch, generators: Sequence[torch.Generator]) -> torch.Tensor:
         """For each clip its caption, its long caption or the empty prompt, in the type that the models compute in."""
@@ -251,7 +268,7 @@ class PRFLTrainer(Trainer):
         assert self.evaluator is not None
         self.unwrapped.eval()
         with self.averaged_weights():
-            metrics = self.evaluator(self.transformer, self.accelerator, step=self.global_step)
+            metrics = self.evaluator(self.generator, self.accelerator, step=self.global_step)
         self.unwrapped.train()
         return metrics
 
@@ -293,21 +310,23 @@ class PRFLTrainer(Trainer):
             self.ema.optimization_step = state["num_averaged"]
 
     def save_model(self, directory: Path) -> None:
-        """Write the weights in training: `directory/transformer`, or the adapter's file. A collective."""
+        """Write the weights in training: `directory/transformer`, or the adapter's file, by expert. A collective."""
         is_lora = self.config.lora_rank is not None
-        state_dict = full_state_dict(self.accelerator, self.unwrapped, trainable_only=is_lora)
-        if self.accelerator.is_main_process and is_lora:
-            save_lora(self.unwrapped, state_dict, directory, self._lora_metadata())
-        elif self.accelerator.is_main_process:
-            save_pretrained(self.unwrapped, state_dict, directory / TRANSFORMER_FOLDER)
+        for expert, transformer in self.trained.items():
+            state_dict = full_state_dict(self.accelerator, transformer, trainable_only=is_lora)
+            if self.accelerator.is_main_process and is_lora:
+                save_lora(transformer, state_dict, directory / LORA_FILES[expert], self._lora_metadata(expert))
+            elif self.accelerator.is_main_process:
+                save_pretrained(transformer, state_dict, directory / EXPERT_FOLDERS[expert])
 
-    def _lora_metadata(self) -> dict[str, str]:
+    def _lora_metadata(self, expert: ExpertName) -> dict[str, str]:
         return lora_metadata(
             base_model=self.config.pretrained_model_name_or_path,
             reward_model=self.config.reward_model,
             step=self.global_step,
             run=self.output_dir.resolve().name,
             config=dataclasses.asdict(self.config),
+            expert=expert if self.experts.are_two else None,
         )
 
     def save_result(self, directory: Path) -> None:
@@ -317,9 +336,13 @@ class PRFLTrainer(Trainer):
 
     def read_model(self, directory: Path) -> Mapping[str, torch.Tensor]:
         """What `save_model` wrote, by the names of the parameters in training."""
-        if self.config.lora_rank is not None:
-            return read_lora(directory)
-        return WeightFiles(directory, subfolder=TRANSFORMER_FOLDER)
+        weights: dict[ExpertName, Mapping[str, torch.Tensor]] = {
+            expert: WeightFiles(directory, subfolder=EXPERT_FOLDERS[expert])
+            if self.config.lora_rank is None
+            else read_lora(directory / LORA_FILES[expert])
+            for expert in self.experts.trained
+        }
+        return PairWeights(weights) if len(weights) > 1 else weights[self.experts.trained[0]]
 
     def _open_datasets(self) -> None:
         config = self.config
@@ -351,42 +374,90 @@ class PRFLTrainer(Trainer):
         config = self.config
         path, revision = config.pretrained_model_name_or_path, config.revision
         reward_config = WanRewardModel.load_own_config(config.reward_model)
-        transformer_config = WanTransformer3DModel.load_config(path, subfolder=TRANSFORMER_FOLDER, revision=revision)
-        check_fits_generator(reward_config, transformer_config, allow_other_base=config.allow_other_base)
+        for expert in self.experts.trained:
+            subfolder = EXPERT_FOLDERS[expert]
+            transformer_config = WanTransformer3DModel.load_config(path, subfolder=subfolder, revision=revision)
+            check_fits_generator(reward_config, transformer_config, allow_other_base=config.allow_other_base)
         fingerprint = self.pipeline_vae_fingerprint()
         check_latents_fit(reward_config, vae_fingerprint=fingerprint, source=path)
         for source, dataset in self._datasets_by_source().items():
             check_vae(dataset, source, fingerprint)
             self.check_dataset(dataset, source, reward_config)
         self.scheduler = load_scheduler(path, revision=revision, flow_shift=config.sampler_flow_shift)
+        self._divide_noise_levels()
         self.reward_model = load_reward_model(
             config.reward_model,
             dtype=self.weight_dtype,
             split=partial(split_frozen, device=self.accelerator.device) if config.shard_reward_model else None,
         )
         self.reward_model.to(self.accelerator.device)
-        self.unwrapped = self._load_transformer()
-        self.set_up_blocks(self.unwrapped, num_recomputed=config.gradient_checkpointing_blocks)
+        self.trained = {expert: self._load_transformer(expert) for expert in self.experts.trained}
+        self.unwrapped = self.experts.join(self.trained)
+        self.frozen = self._load_frozen_expert()
         self.set_up_blocks(self.reward_model, num_recomputed=config.reward_gradient_checkpointing_blocks)
         self.evaluator = self._build_evaluator()
+
+    def _divide_noise_levels(self) -> None:
+        """Which steps of a chain, and which share of the law of the noise levels, belong to what trains."""
+        config, experts = self.config, self.experts
+        self.step_range = (0, 0)
+        if self.uses_reward:
+            self.scheduler.set_timesteps(config.num_inference_steps)
+            self.step_range = experts.gradient_steps(
+                self.scheduler.timesteps.tolist(), config.step_range, config.num_gradient_steps
+            )
+        self.high_noise_probability = timestep_probability(experts.boundary, **self.noise_law)
+        shares = {"high_noise": self.high_noise_probability, "low_noise": 1 - self.high_noise_probability}
+        if self.uses_flow_matching and len(experts.trained) == 1:
+            share = shares[experts.trained[0]]
+            levels = f"such that it draws noise levels of `expert` {config.expert}, more than one in 10,000"
+            check(share > 1e-4, "weighting_scheme", f"{config.weighting_scheme} with {share:.2%}", levels)
+
+    def _check_offload(self) -> None:
+        """ZeRO-3 hands over to host memory only the gradients of the last backward pass's parameters."""
+        plugin = self.accelerator.state.deepspeed_plugin
+        if plugin is not None and len(self.experts.trained) > 1:
+            place = plugin.deepspeed_config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device")
+            check(place in (None, "none"), "expert", self.config.expert, "one expert with an offloaded optimizer")
 
     @property
     def generator_dtype(self) -> torch.dtype:
         """Type to load the generator in: as what trains if all of it does, else, with an adapter, as what does not."""
         return self.trained_dtype if self.config.lora_rank is None else self.weight_dtype
 
-    def _load_transformer(self) -> WanTransformer3DModel:
+    def _load_transformer(self, expert: ExpertName) -> WanTransformer3DModel:
         config = self.config
         transformer = load_transformer(
             config.pretrained_model_name_or_path,
             revision=config.revision,
             variant=config.variant,
             dtype=self.generator_dtype,
+            subfolder=EXPERT_FOLDERS[expert],
             split=self.split,
         )
         if config.lora_rank is not None:
             self.add_adapter(transformer)
+        self.set_up_blocks(transformer, num_recomputed=config.gradient_checkpointing_blocks)
         return transformer
+
+    def _load_frozen_expert(self) -> dict[ExpertName, WanTransformer3DModel]:
+        """The expert that chains need beside the one in training, by its name; empty if they need none."""
+        config = self.config
+        name = self.experts.frozen(rolls_out=self.uses_reward, samples=self.validation_dataset is not None)
+        if name is None:
+            return {}
+        transformer = load_transformer(
+            config.pretrained_model_name_or_path,
+            revision=config.revision,
+            variant=config.variant,
+            dtype=self.weight_dtype,
+            subfolder=EXPERT_FOLDERS[name],
+            split=partial(split_frozen, device=self.accelerator.device) if config.shard_frozen_expert else None,
+            keep_in_fp32=True,
+        )
+        transformer.requires_grad_(False).eval().to(self.accelerator.device)
+        self.set_up_blocks(transformer, num_recomputed=0)
+        return {name: transformer}
 
     def _build_evaluator(self) -> SampleEvaluator | None:
         config = self.config

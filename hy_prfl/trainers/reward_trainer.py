@@ -27,7 +27,8 @@ from ..data.dataset import (
 from ..data.sampler import BucketBatchSampler
 from ..evaluation import GREATER_IS_BETTER, RewardEvaluator
 from ..losses import binary_reward_loss, bradley_terry_loss
-from ..models.loading import WeightFiles, load_reward_model, make_reward_model
+from ..models.experts import EXPERT_FOLDERS, read_experts
+from ..models.loading import TRANSFORMER_FOLDER, WeightFiles, load_reward_model, make_reward_model
 from ..models.reward_model import WanRewardModel, check_latents_fit, score_noised
 from ..sharding import full_state_dict
 from .base import Trainer
@@ -53,6 +54,7 @@ class RewardTrainer(Trainer):
         super().__init__(config, backwards_per_update=config.gradient_accumulation_steps)
         self.check_kernel("attention_backend", trains=True, dtype=self.trained_dtype)
         self.best_metric: float | None = None
+        self.subfolder = self._find_transformer()
         self.vae_fingerprint = self.pipeline_vae_fingerprint()
         self.dataset, self.items, _ = self._open(config.train_dataset)
         self.evaluator = self._build_evaluator()
@@ -207,6 +209,15 @@ class RewardTrainer(Trainer):
             replica=self.replica,
         )
 
+    def _find_transformer(self) -> str:
+        """Folder of the transformer whose blocks the reward model is made of."""
+        config = self.config
+        if config.reward_model is not None:
+            return TRANSFORMER_FOLDER
+        expert = config.expert
+        (trained,) = read_experts(config.pretrained_model_name_or_path, expert, revision=config.revision).trained
+        return EXPERT_FOLDERS[trained]
+
     def _load_reward_model(self) -> WanRewardModel:
         config = self.config
         if config.reward_model is not None:
@@ -223,6 +234,7 @@ class RewardTrainer(Trainer):
                 revision=config.revision,
                 variant=config.variant,
                 dtype=self.trained_dtype,
+                subfolder=self.subfolder,
                 split=self.split,
                 pooling=config.pooling,
                 num_query_heads=config.num_query_heads,

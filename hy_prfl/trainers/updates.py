@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 
 from ..distributed import all_finite, gather_records
+from ..sharding import fill_gradients, forget_gradients
 
 
 logger = get_logger(__name__)
@@ -19,7 +20,8 @@ class Updates:
     Accumulates gradients and applies them, the same way on every rank.
 
     An update in which a loss or the gradient is not finite on any rank is left out on all of them, and reported with
-    the rows of every rank concerned.
+    the rows of every rank concerned. A parameter that no backward pass of an update has reached, as of an expert that
+    took no part in it, has a gradient of zero, with every engine: AdamW's averages of it go on.
 
     Args:
         accelerator (`Accelerator`):
@@ -52,6 +54,10 @@ class Updates:
         self.grad_norm = torch.zeros(())
         self._micro_batches: list[tuple[torch.Tensor, list[str]]] = []
 
+    def begin(self) -> None:
+        """Start from gradients of zero."""
+        forget_gradients(self.optimizer)
+
     def backward(self, loss: torch.Tensor, sample_ids: Iterable[str], value: torch.Tensor | None = None) -> None:
         """
         Add the gradient of `loss`. If it is not finite on some rank, the gradient becomes NaN on all of them.
@@ -79,6 +85,7 @@ class Updates:
             FloatingPointError: On every rank, if more than `max_skipped_updates` updates had to be left out.
         """
         if self.accelerator.sync_gradients:
+            fill_gradients(self.parameters)
             norm = self.accelerator.clip_grad_norm_(self.parameters, self.max_grad_norm)
             self.grad_norm = torch.as_tensor(norm, device=self.accelerator.device)
             if torch.isfinite(self.grad_norm):
