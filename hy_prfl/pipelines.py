@@ -1,22 +1,29 @@
 """Loads the stock diffusers Wan pipelines with what was trained put in: a transformer, a LoRA, another shift."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
+from diffusers import DiffusionPipeline, WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
 from diffusers.hooks import FirstBlockCacheConfig, SeaCacheConfig, TaylorSeerCacheConfig
 
+from .checkpointing import LORA_FILES
+from .configs.base import check
 from .data.encoding import find_pipeline_class
+from .models.experts import EXPERT_FOLDERS, ExpertName
+from .models.lora_metadata import read_lora_metadata
 
 
 CPUOffload = Literal["none", "model", "sequential"]
 StepCache = Literal["none", "first_block", "taylorseer", "sea"]
 LastImage = Literal["none", "optional", "required"]
 
-LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 LORA_ADAPTER = "prfl"
+# Options of what is tuned, a transformer and a LoRA for each expert; a pipeline of one transformer has the first only.
+TRANSFORMER_OPTIONS: dict[ExpertName, str] = {"high_noise": "transformer_path", "low_noise": "transformer_2_path"}
+LORA_OPTIONS: dict[ExpertName, str] = {"high_noise": "lora_path", "low_noise": "lora_2_path"}
 
 # What a transformer must share with the one that it replaces in a pipeline.
 INTERFACE = ("patch_size", "in_channels", "out_channels", "text_dim", "image_dim")
@@ -28,7 +35,9 @@ def load_pipeline(
     revision: str | None = None,
     variant: str | None = None,
     transformer_path: str | None = None,
+    transformer_2_path: str | None = None,
     lora_path: str | None = None,
+    lora_2_path: str | None = None,
     lora_scale: float = 1.0,
     flow_shift: float | None = None,
     dtype: torch.dtype = torch.bfloat16,
@@ -46,6 +55,8 @@ def load_pipeline(
             Fully fine-tuned transformer that replaces the pipeline's: a folder or a Hub id.
         lora_path (`str`, *optional*):
             LoRA weights: a file, a folder or a Hub id; applied with strength `lora_scale`.
+        transformer_2_path, lora_2_path (`str`, *optional*):
+            The same for the low-noise expert of a pipeline of two (Wan2.2 A14B).
         flow_shift (`float`, *optional*):
             Replaces the shift of the pipeline's scheduler.
         dtype (`torch.dtype`, defaults to `torch.bfloat16`):
@@ -68,12 +79,16 @@ def load_pipeline(
     device = torch.device(device)
     if cpu_offload != "none" and device.type == "cpu":
         raise ValueError(f"`cpu_offload` '{cpu_offload}' needs an accelerator, the device is the CPU.")
-    lora = None if lora_path is None else _lora_options(lora_path)
-    replaced: dict[str, Any] = {}
-    if transformer_path is not None:
-        replaced["transformer"] = _load_tuned_transformer(
-            transformer_path, pretrained_model_name_or_path, revision=revision, dtype=dtype
+    tuned: dict[ExpertName, str | None] = {"high_noise": transformer_path, "low_noise": transformer_2_path}
+    lora_paths: dict[ExpertName, str | None] = {"high_noise": lora_path, "low_noise": lora_2_path}
+    loras = {expert: _lora_options(path, expert) for expert, path in lora_paths.items() if path is not None}
+    replaced = {
+        EXPERT_FOLDERS[expert]: _load_tuned_transformer(
+            path, pretrained_model_name_or_path, expert, revision=revision, dtype=dtype
         )
+        for expert, path in tuned.items()
+        if path is not None
+    }
     # Called on the class itself: `DiffusionPipeline.from_pretrained` would drop a `transformer` without a word.
     pipeline = find_pipeline_class(pretrained_model_name_or_path, revision).from_pretrained(
         pretrained_model_name_or_path,
@@ -86,10 +101,13 @@ def load_pipeline(
         if "flow_shift" not in pipeline.scheduler.config:
             raise ValueError(f"`flow_shift`: the pipeline's {type(pipeline.scheduler).__name__} has no such setting.")
         pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, flow_shift=flow_shift)
-    if lora is not None:
-        pipeline.load_lora_weights(**lora, adapter_name=LORA_ADAPTER)
-        if LORA_ADAPTER not in pipeline.get_list_adapters().get("transformer", []):
-            raise ValueError(f"`lora_path` '{lora_path}' has no weights for the transformer.")
+    for expert, options in loras.items():
+        pipeline.load_lora_weights(**options, adapter_name=LORA_ADAPTER, load_into_transformer_2=expert == "low_noise")
+        if LORA_ADAPTER not in pipeline.get_list_adapters().get(EXPERT_FOLDERS[expert], []):
+            raise ValueError(
+                f"`{LORA_OPTIONS[expert]}` '{lora_paths[expert]}' has no weights for the {EXPERT_FOLDERS[expert]}."
+            )
+    if loras:
         pipeline.set_adapters([LORA_ADAPTER], adapter_weights=[lora_scale])
     if step_cache != "none":
         _enable_step_cache(pipeline, step_cache, step_cache_threshold, step_cache_interval)
@@ -102,19 +120,34 @@ def load_pipeline(
     return pipeline
 
 
+def check_options_fit(
+    pretrained_model_name_or_path: str, options: Mapping[str, Any], *, revision: str | None = None
+) -> None:
+    """Raise a `ValueError` if something is given for a second transformer that the pipeline has not."""
+    second = DiffusionPipeline.load_config(pretrained_model_name_or_path, revision=revision).get("transformer_2")
+    for name in (TRANSFORMER_OPTIONS["low_noise"], LORA_OPTIONS["low_noise"]):
+        fits = options.get(name) is None or (second is not None and second[0] is not None)
+        without = f"{pretrained_model_name_or_path}: model_index.json has no `transformer_2`"
+        check(fits, name, options.get(name), f"left out, {without}")
+
+
 def _load_tuned_transformer(
-    transformer_path: str, pretrained_model_name_or_path: str, *, revision: str | None, dtype: torch.dtype
+    transformer_path: str,
+    pretrained_model_name_or_path: str,
+    expert: ExpertName,
+    *,
+    revision: str | None,
+    dtype: torch.dtype,
 ) -> WanTransformer3DModel:
+    option = TRANSFORMER_OPTIONS[expert]
     expected = WanTransformer3DModel.load_config(
-        pretrained_model_name_or_path, subfolder="transformer", revision=revision
+        pretrained_model_name_or_path, subfolder=EXPERT_FOLDERS[expert], revision=revision
     )
     transformer, info = WanTransformer3DModel.from_pretrained(transformer_path, dtype=dtype, output_loading_info=True)
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[problem]:
             keys = ", ".join(str(key) for key in list(info[problem])[:5])
-            raise ValueError(
-                f"`transformer_path` '{transformer_path}': {len(info[problem])} {problem}, such as {keys}."
-            )
+            raise ValueError(f"`{option}` '{transformer_path}': {len(info[problem])} {problem}, such as {keys}.")
     different = [
         f"`{name}` {transformer.config[name]} against {expected[name]}"
         for name in INTERFACE
@@ -122,7 +155,7 @@ def _load_tuned_transformer(
     ]
     if different:
         raise ValueError(
-            f"`transformer_path` '{transformer_path}' does not fit the pipeline '{pretrained_model_name_or_path}': "
+            f"`{option}` '{transformer_path}' does not fit the pipeline '{pretrained_model_name_or_path}': "
             f"{', '.join(different)}."
         )
     return transformer
@@ -132,36 +165,43 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def find_lora_weights(lora_path: str) -> str:
+def find_lora_weights(lora_path: str, expert: ExpertName = "high_noise") -> str:
     """
     The file that a LoRA is read from, or the Hub id as it is.
+
+    Args:
+        expert (`str`, defaults to `"high_noise"`):
+            The expert that it is for. The folder of a run that trained both has a file for each.
 
     Raises:
         FileNotFoundError: If there is neither such a file nor such a folder, or it is unclear which file counts.
     """
-    path = Path(lora_path)
+    path, option = Path(lora_path), LORA_OPTIONS[expert]
     if path.is_file():
         return lora_path
     if not path.is_dir():
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", lora_path):
-            raise FileNotFoundError(f"`lora_path` '{lora_path}': there is no such file or folder.")
+            raise FileNotFoundError(f"`{option}` '{lora_path}': there is no such file or folder.")
         return lora_path
-    names = [file.name for file in sorted(path.glob("*.safetensors"))]
-    if LORA_WEIGHTS in names:
-        names = [LORA_WEIGHTS]
+    names = {file.name for file in path.glob("*.safetensors")}
+    own = LORA_FILES[expert]
+    names = {own} if own in names else names - set(LORA_FILES.values())
     if len(names) != 1:
         raise FileNotFoundError(
-            f"`lora_path` '{lora_path}': expected {LORA_WEIGHTS} or one safetensors file, found {len(names)}."
+            f"`{option}` '{lora_path}': expected {own} or one safetensors file, found {len(names)}."
         )
-    return str(path / names[0])
+    return str(path / names.pop())
 
 
-def _lora_options(lora_path: str) -> dict[str, Any]:
+def _lora_options(lora_path: str, expert: ExpertName) -> dict[str, Any]:
     """Where `load_lora_weights` finds the file; it guesses only for Hub ids, and never offline."""
-    path = Path(find_lora_weights(lora_path))
-    if path.is_file():
-        return {"pretrained_model_name_or_path_or_dict": str(path.parent), "weight_name": path.name}
-    return {"pretrained_model_name_or_path_or_dict": lora_path}
+    path = Path(find_lora_weights(lora_path, expert))
+    if not path.is_file():
+        own = {} if expert == "high_noise" else {"weight_name": LORA_FILES[expert]}
+        return {"pretrained_model_name_or_path_or_dict": lora_path, **own}
+    trained = read_lora_metadata(path).get("expert", expert) if path.suffix == ".safetensors" else expert
+    check(trained == expert, LORA_OPTIONS[expert], str(path), f"of the {expert} expert, this LoRA is of the {trained}")
+    return {"pretrained_model_name_or_path_or_dict": str(path.parent), "weight_name": path.name}
 
 
 def _enable_step_cache(

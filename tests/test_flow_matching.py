@@ -1,3 +1,6 @@
+import math
+from typing import Any
+
 import pytest
 import torch
 
@@ -9,6 +12,7 @@ from hy_prfl.flow_matching import (
     sample_sigmas,
     shift_sigmas,
     sigmas_to_timesteps,
+    timestep_probability,
     velocity_target,
 )
 
@@ -91,3 +95,30 @@ def test_sigmas_stay_in_range_and_unknown_laws_are_refused() -> None:
 def test_time_runs_from_0_to_1000() -> None:
     assert sigmas_to_timesteps(torch.tensor([0.0, 0.25, 1.0])).tolist() == [0.0, 250.0, 1000.0]
     assert shift_sigmas(torch.tensor([0.0, 1.0]), 5.0).tolist() == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("flow_shift", [1.0, 5.0])
+@pytest.mark.parametrize(
+    "law", [{"weighting_scheme": "uniform"}, {"weighting_scheme": "logit_normal", "logit_mean": 0.4, "logit_std": 1.3}]
+)
+def test_conditional_noise_levels(law: dict[str, Any], flow_shift: float) -> None:
+    """Against draws from the whole law, of which those on the other side are thrown away."""
+    options = {**law, "flow_shift": flow_shift}
+    every = sample_sigmas([make_generator(0, index) for index in range(20_000)], **options)
+    share = timestep_probability(875.0, **options)
+    assert share == pytest.approx((1000 * every >= 875).double().mean().item(), abs=0.015)
+    for timestep_range in ((875.0, math.inf), (-math.inf, 875.0)):
+        low, high = timestep_range
+        expected = every[(1000 * every >= low) & (1000 * every < high)]
+        generators = [make_generator(1, index) for index in range(4000)]
+        drawn = sample_sigmas(generators, **options, timestep_range=timestep_range)
+        assert ((1000 * drawn >= low) & (1000 * drawn < high)).all()
+        levels = torch.linspace(0.05, 0.95, 19)
+        found = (drawn[:, None] <= expected.quantile(levels)).double().mean(dim=0)
+        assert (found - levels).abs().max() < 0.04
+    assert timestep_probability(0.0, **options) == 1.0
+
+
+def test_a_range_of_all_timesteps_changes_no_draw() -> None:
+    generators = [[make_generator(index) for index in range(8)] for _ in range(2)]
+    assert torch.equal(sample_sigmas(generators[0]), sample_sigmas(generators[1], timestep_range=(0.0, 1001.0)))

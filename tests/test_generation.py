@@ -25,6 +25,7 @@ from hy_prfl.generation import (
     read_record,
     write_video,
 )
+from hy_prfl.pipelines import check_options_fit
 
 
 SETTINGS = VideoSettings(
@@ -380,3 +381,51 @@ def test_vae_of_the_fixture_has_a_mean(pipeline: WanPipeline) -> None:
     """Otherwise the tests of the decoding would test nothing."""
     assert isinstance(pipeline.vae, AutoencoderKLWan)
     assert any(value != 0 for value in pipeline.vae.config.latents_mean)
+
+
+class TestTwoExperts:
+    """A pipeline of two transformers, each with what was tuned for it."""
+
+    VIDEO = VideoPrompt(id="a", caption="a red circle")
+
+    def video(self, folder: Path, **options: str) -> np.ndarray:
+        return generate_video(load_pipeline(str(folder), dtype=torch.float32, **options), self.VIDEO, SETTINGS)  # type: ignore[arg-type]
+
+    def test_loras_go_into_their_experts(self, expert_pipeline_dir: Path, lora_dir: Path, tmp_path: Path) -> None:
+        weights = (lora_dir / "pytorch_lora_weights.safetensors").read_bytes()
+        for name in ("pytorch_lora_weights.safetensors", "pytorch_lora_weights_2.safetensors"):
+            (tmp_path / name).write_bytes(weights)
+        run = str(tmp_path)
+        videos = [
+            self.video(expert_pipeline_dir, **options)
+            for options in ({}, {"lora_path": run}, {"lora_2_path": run}, {"lora_path": run, "lora_2_path": run})
+        ]
+        stock = WanPipeline.from_pretrained(expert_pipeline_dir)
+        stock.set_progress_bar_config(disable=True)
+        stock.load_lora_weights(run, weight_name="pytorch_lora_weights_2.safetensors", load_into_transformer_2=True)
+        np.testing.assert_allclose(generate_video(stock, self.VIDEO, SETTINGS), videos[2], atol=1e-5)
+        for index, video in enumerate(videos):
+            assert all(np.abs(video - other).max() > 1e-4 for other in videos[:index])
+
+    def test_a_lora_of_the_other_expert_is_refused(self, expert_pipeline_dir: Path, tmp_path: Path) -> None:
+        file = tmp_path / "pytorch_lora_weights_2.safetensors"
+        save_file({"a": torch.zeros(1)}, file, metadata={"hy_prfl.expert": "low_noise"})
+        with pytest.raises(
+            ValueError, match="`lora_path` must be of the high_noise expert, this LoRA is of the low_n"
+        ):
+            load_pipeline(str(expert_pipeline_dir), lora_path=str(file))
+        with pytest.raises(FileNotFoundError, match=r"`lora_path` .*expected pytorch_lora_weights.safetensors or one"):
+            load_pipeline(str(expert_pipeline_dir), lora_path=str(tmp_path))
+
+    def test_tuned_experts(self, expert_pipeline_dir: Path, tmp_path: Path) -> None:
+        tuned = build_pipeline(num_layers=3, seed=1, boundary_ratio=0.875)
+        expected = load_pipeline(str(expert_pipeline_dir), dtype=torch.float32)
+        expected.transformer_2 = tuned.transformer_2
+        tuned.transformer_2.save_pretrained(tmp_path / "transformer_2")
+        video = self.video(expert_pipeline_dir, transformer_2_path=str(tmp_path / "transformer_2"))
+        np.testing.assert_allclose(video, generate_video(expected, self.VIDEO, SETTINGS), atol=1e-5)
+
+    def test_options_of_a_second_transformer_need_one(self, pipeline_dir: Path) -> None:
+        options = {"transformer_2_path": None, "lora_2_path": "somewhere"}
+        with pytest.raises(ValueError, match=r"`lora_2_path` must be left out, .*has no `transformer_2`"):
+            check_options_fit(str(pipeline_dir), options)

@@ -46,7 +46,13 @@ class GenerateConfig:
         default=None, metadata={"help": "Fully fine-tuned transformer that replaces the pipeline's: folder or Hub id."}
     )
     lora_path: str | None = field(default=None, metadata={"help": "LoRA weights: a file, a folder or a Hub id."})
-    lora_scale: float | None = field(default=None, metadata={"help": "Strength of the LoRA; 1 if left out."})
+    transformer_2_path: str | None = field(
+        default=None, metadata={"help": "The same for the low-noise expert of a pipeline of two (Wan2.2 A14B)."}
+    )
+    lora_2_path: str | None = field(
+        default=None, metadata={"help": "LoRA weights of the low-noise expert of a pipeline of two."}
+    )
+    lora_scale: float | None = field(default=None, metadata={"help": "Strength of the LoRAs; 1 if left out."})
     dtype: Literal["bfloat16", "float16", "float32"] = field(
         default="bfloat16",
         metadata={"help": "Type of transformer and text encoder. VAE and image encoder always run in float32."},
@@ -115,10 +121,10 @@ class GenerateConfig:
         )
         check(self.flow_shift is None or self.flow_shift > 0, "flow_shift", self.flow_shift, "greater than 0")
         check(
-            self.lora_scale is None or self.lora_path is not None,
+            self.lora_scale is None or self.lora_path is not None or self.lora_2_path is not None,
             "lora_scale",
             self.lora_scale,
-            "left out when there is no `lora_path`",
+            "left out when there is no `lora_path` and no `lora_2_path`",
         )
         check(
             self.step_cache_threshold is None or self.step_cache in ("first_block", "sea"),

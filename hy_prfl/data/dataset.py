@@ -96,14 +96,15 @@ def check_rows_fit(
     num_channels: int,
     text_dim: int,
     image_dim: int | None,
+    condition_channels: int,
     patch_size: Sequence[int],
 ) -> None:
     """
     Refuse rows that a model cannot take.
 
     Args:
-        num_channels, text_dim, image_dim, patch_size:
-            What the model takes; `image_dim` None means a text-to-video model.
+        num_channels, text_dim, image_dim, condition_channels, patch_size:
+            What the model takes; `image_dim` None means no image embeddings, and 0 channels a text-to-video model.
 
     Raises:
         ValueError: Naming the row, the column and both values.
@@ -116,7 +117,7 @@ def check_rows_fit(
             "latents_shape": (shape[0], num_channels),
             "prompt_embeds_shape": (row["prompt_embeds_shape"][1], text_dim),
             "image_embeds_shape": (None if image_shape is None else image_shape[1], image_dim),
-            "condition_shape": (condition_shape is not None, image_dim is not None),
+            "condition_shape": (0 if condition_shape is None else condition_shape[0], condition_channels),
         }
         for name, (value, expected) in found.items():
             if value != expected:

@@ -195,7 +195,7 @@ class PairWeights(Mapping[str, torch.Tensor]):
     """Weights of an [`ExpertPair`] by name, made of those of the experts; each is read when it is asked for."""
 
     def __init__(self, weights: Mapping[ExpertName, Mapping[str, torch.Tensor]]) -> None:
-        self.weights: dict[str, Mapping[str, torch.Tensor]] = {**weights}
+        self.weights: dict[str, Mapping[str, torch.Tensor]] = {str(name): each for name, each in weights.items()}
 
     def __getitem__(self, name: str) -> torch.Tensor:
         expert, _, rest = name.partition(".")

@@ -20,13 +20,21 @@ from ..data.encoding import find_pipeline_class
 from ..data.prompts import check_prompts, read_prompts
 from ..distributed import process_state, set_up_logging
 from ..generation import VideoSettings, generate_videos, pending_videos, write_manifest
-from ..pipelines import find_lora_weights, last_image_support, load_pipeline
+from ..pipelines import (
+    LORA_OPTIONS,
+    check_options_fit,
+    find_lora_weights,
+    last_image_support,
+    load_pipeline,
+)
 from ..provenance import path_identity
 
 
 # Options that a video depends on and that neither its prompt nor `VideoSettings` tells.
 MODEL_OPTIONS = ("lora_scale", "dtype", "flow_shift", "step_cache", "step_cache_threshold", "step_cache_interval")
 MODEL_PATHS = ("pretrained_model_name_or_path", "transformer_path", "lora_path")
+# In the record of a video only where they are given, so that older videos count as what they are.
+EXPERT_PATHS = ("transformer_2_path", "lora_2_path")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -44,9 +52,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = VideoSettings(**{name: getattr(config, name) for name in VideoSettings.__dataclass_fields__})
     identity = {name: getattr(config, name) for name in (*MODEL_OPTIONS, "revision", "variant")}
     paths = {name: getattr(config, name) for name in MODEL_PATHS}
-    if config.lora_path is not None:
-        # The folder of a training run holds more than the weights, and goes on changing.
-        paths["lora_path"] = find_lora_weights(config.lora_path)
+    paths |= {name: getattr(config, name) for name in EXPERT_PATHS if getattr(config, name) is not None}
+    check_options_fit(location[0], paths, revision=config.revision)
+    for expert, option in LORA_OPTIONS.items():
+        if paths.get(option) is not None:
+            # The folder of a training run holds more than the weights, and goes on changing.
+            paths[option] = find_lora_weights(paths[option], expert)
     identity |= {name: None if path is None else path_identity(path) for name, path in paths.items()}
     pending = pending_videos(prompts, output_dir, settings, model_identity=identity, overwrite=config.overwrite)
     if pending:
@@ -55,7 +66,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             revision=config.revision,
             variant=config.variant,
             transformer_path=config.transformer_path,
+            transformer_2_path=config.transformer_2_path,
             lora_path=config.lora_path,
+            lora_2_path=config.lora_2_path,
             lora_scale=1.0 if config.lora_scale is None else config.lora_scale,
             flow_shift=config.flow_shift,
             dtype=getattr(torch, config.dtype),

@@ -122,6 +122,7 @@ class Trainer(ABC):
             num_channels=model_config["out_channels"],
             text_dim=model_config["text_dim"],
             image_dim=model_config["image_dim"],
+            condition_channels=model_config["in_channels"] - model_config["out_channels"],
             patch_size=model_config["patch_size"],
         )
         check_divisible(
