@@ -118,6 +118,7 @@ class Trainer(ABC):
             num_channels=model_config["out_channels"],
             text_dim=model_config["text_dim"],
             image_dim=model_config["image_dim"],
+            pos_embed_seq_len=model_config["pos_embed_seq_len"],
             patch_size=model_config["patch_size"],
         )
         check_divisible(

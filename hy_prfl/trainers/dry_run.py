@@ -139,14 +139,15 @@ def write_inputs(config: TrainingConfig, folder: Path) -> tuple[int, ...]:
         latents_shape = max(shapes, key=math.prod)
     else:
         latents_shape = shape_of_latents(vae, config.dry_run_size)
-    image_dim = transformer["image_dim"]
+    image_dim, both_images = transformer["image_dim"], transformer["pos_embed_seq_len"]
+    image_tokens = (IMAGE_TOKENS,) if both_images is None else (2, both_images // 2)
     dataset = synthetic_dataset(
         latents_shape=latents_shape,
         text_dim=transformer["text_dim"],
         text_tokens=TEXT_TOKENS,
         vae_fingerprint=vae_fingerprint(vae),
         condition_channels=transformer["in_channels"] - transformer["out_channels"],
-        image_embeds_shape=None if image_dim is None else (IMAGE_TOKENS, image_dim),
+        image_embeds_shape=None if image_dim is None else (*image_tokens, image_dim),
     )
     dataset.save_to_disk(folder)
     return latents_shape
