@@ -21,7 +21,7 @@ from ..data.encoding import vae_fingerprint
 from ..data.synthetic import synthetic_dataset
 from ..distributed import gather_records, mean_over_ranks
 from ..models.loading import TRANSFORMER_FOLDER
-from ..planning.workloads import IMAGE_TOKENS, TEXT_TOKENS
+from ..planning.workloads import TEXT_TOKENS, images_of_clip
 from .base import Trainer
 
 
@@ -139,8 +139,9 @@ def write_inputs(config: TrainingConfig, folder: Path) -> tuple[int, ...]:
         latents_shape = max(shapes, key=math.prod)
     else:
         latents_shape = shape_of_latents(vae, config.dry_run_size)
-    image_dim, both_images = transformer["image_dim"], transformer["pos_embed_seq_len"]
-    image_tokens = (IMAGE_TOKENS,) if both_images is None else (2, both_images // 2)
+    image_dim = transformer["image_dim"]
+    num_images, num_tokens = images_of_clip(transformer)
+    image_tokens = (num_tokens,) if num_images == 1 else (num_images, num_tokens)
     dataset = synthetic_dataset(
         latents_shape=latents_shape,
         text_dim=transformer["text_dim"],
