@@ -18,7 +18,6 @@ from .models.lora_metadata import read_lora_metadata
 
 CPUOffload = Literal["none", "model", "sequential"]
 StepCache = Literal["none", "first_block", "taylorseer", "sea"]
-LastImage = Literal["none", "optional", "required"]
 
 LORA_ADAPTER = "prfl"
 # Options of what is tuned, a transformer and a LoRA for each expert; a pipeline of one transformer has the first only.
@@ -228,18 +227,3 @@ def _enable_step_cache(
     for transformer in (pipeline.transformer, pipeline.transformer_2):
         if transformer is not None:
             transformer.enable_cache(config)
-
-
-def last_image_support(pretrained_model_name_or_path: str, revision: str | None = None) -> LastImage:
-    """
-    Whether an image-to-video pipeline takes a last image: `"none"`, `"optional"` or `"required"`.
-
-    A transformer with positions for the tokens of two images needs two (Wan2.1 FLF2V); without them its image tokens
-    are those of one (Wan2.1 I2V). One without image tokens sees the last image in the condition alone (Wan2.2).
-    """
-    config = WanTransformer3DModel.load_config(
-        pretrained_model_name_or_path, subfolder="transformer", revision=revision
-    )
-    if config.get("image_dim") is None:
-        return "optional"
-    return "none" if config.get("pos_embed_seq_len") is None else "required"

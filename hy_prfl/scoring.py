@@ -10,7 +10,7 @@ from datasets import Dataset
 from torch import nn
 
 from .data.collators import LatentBatch, collate_latents
-from .data.dataset import read_columns, require_latents, single_value
+from .data.dataset import check_number_of_images, read_columns, require_latents, single_value
 from .data.encoding import LatentEncoder
 from .data.manifest import ManifestRow
 from .data.preprocessing import ClipEncoder, ClipSettings
@@ -272,6 +272,10 @@ def check_encoder_fits(reward_model: WanRewardModel, encoder: LatentEncoder) -> 
         raise ValueError("The reward model is image-to-video, the pipeline is text-to-video and makes no `condition`.")
     if config.image_dim is not None and pipeline.image_encoder is None:
         raise ValueError("The reward model takes image embeddings, the pipeline has no image encoder.")
+    takes_two = config.pos_embed_seq_len is not None
+    if config.image_dim is not None and takes_two != encoder.uses_last_frame:
+        number, found = ("first and last image", "the first") if takes_two else ("first image only", "both")
+        raise ValueError(f"The reward model takes the {number}, the pipeline encodes {found}.")
 
 
 def check_dataset_fits(reward_model: WanRewardModel, dataset: Dataset, source: str = "the dataset") -> None:
@@ -298,7 +302,8 @@ def check_dataset_fits(reward_model: WanRewardModel, dataset: Dataset, source: s
         if config.image_dim is not None:
             if row["image_embeds_shape"] is None:
                 raise ValueError(f"{where}: the reward model is image-to-video, the row has no `image_embeds`.")
-            _check_equal("image width", config.image_dim, row["image_embeds_shape"][1], where)
+            _check_equal("image width", config.image_dim, row["image_embeds_shape"][-1], where)
+            check_number_of_images(row["image_embeds_shape"], config.pos_embed_seq_len, where)
 
 
 def _num_condition_channels(reward_model: WanRewardModel) -> int:

@@ -7,6 +7,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from datasets import Dataset
-from diffusers import AutoencoderKLWan
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
 from examples.shapes.pipeline import save_pipeline
 from hy_prfl.data.encoding import vae_fingerprint
@@ -53,6 +54,20 @@ def i2v_pipeline_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def expert_pipeline_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny `WanPipeline` of two experts, boundary 0.875, 3 blocks each. Do not write into it."""
     return save_pipeline(tmp_path_factory.mktemp("experts") / "pipeline", num_layers=3, boundary_ratio=0.875)
+
+
+@pytest.fixture(scope="session")
+def flf2v_pipeline_dir(i2v_pipeline_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the same with a transformer for the first and the last frame, as Wan2.1 FLF2V. Do not write into it."""
+    folder = tmp_path_factory.mktemp("flf2v") / "pipeline"
+    shutil.copytree(i2v_pipeline_dir, folder)
+    config = WanTransformer3DModel.load_config(folder / "transformer")
+    torch.manual_seed(0)
+    # The tiny CLIP makes 5 tokens of an image.
+    transformer = WanTransformer3DModel.from_config({**config, "pos_embed_seq_len": 10})
+    torch.nn.init.normal_(transformer.condition_embedder.image_embedder.pos_embed)
+    transformer.save_pretrained(folder / "transformer")
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -235,7 +235,7 @@ class TestVideos:
         path = write_video(tmp_path / "a.mp4")
         logits = score_videos(i2v_reward_model, encoder, [path], ["a circle"], TIMESTEPS, clip_settings=CLIP_SETTINGS)
         frames = to_float(read_video(path, fps=16, num_frames=9))
-        image_embeds, condition = encoder.encode_first_frame(frames)
+        image_embeds, condition = encoder.encode_condition(frames)
         row = {"id": "a"}
         for name, tensor in [
             ("latents", encoder.encode_video(frames)),

@@ -3,8 +3,8 @@ How much memory does a process need with each engine? `make memory`, or
 
     python -m examples.parity.memory
 
-Trains all weights of a generator of 104 million parameters (416 MB) for two steps on two CPU processes, watches the
-memory of each, and prints it as a share of what DDP needs in the same run. Then loads the same generator in bfloat16,
+Trains all weights of a generator of 104 million parameters (416 MB) on two CPU processes for one step, a flow-matching and a
+reward update, watches the memory of each process, and prints it as a share of what DDP needs in the same run. Then loads the same generator in bfloat16,
 whole and split. Writes `outputs/memory.json`. Takes about ten minutes.
 """
 
@@ -28,7 +28,8 @@ from hy_prfl.sharding import split_for_zero3
 
 # Engine, degree of context parallelism, is the reward model split.
 RUNS = [("DDP", 1, False), ("ZeRO-3", 2, False), ("ZeRO-3", 1, False), ("ZeRO-2", 1, False), ("ZeRO-3", 2, True)]
-LATENTS = (16, 5, 32, 32)
+# Frames, height and width of the clips.
+CLIP = ("17", "256", "256")
 
 
 @dataclass(kw_only=True)
@@ -94,8 +95,7 @@ def main() -> None:
     if not (folder / "data").exists():
         write_inputs(
             folder,
-            num_rows=4,
-            latents_shape=LATENTS,
+            num_rows=2,
             num_layers=10,
             num_attention_heads=12,
             attention_head_dim=64,
@@ -104,8 +104,8 @@ def main() -> None:
     rows: list[dict[str, object]] = []
     first = 0.0
     for engine, degree, is_split in RUNS:
-        more = ["--max_train_steps=2", "--gradient_accumulation_steps=1", "--num_inference_steps=3"]
-        more += ["--step_range", "1", "1", f"--shard_reward_model={is_split}", f"--checkpointing_steps={10**6}"]
+        more = ["--dry_run", "--dry_run_size", *CLIP, "--gradient_accumulation_steps=1", "--num_inference_steps=3"]
+        more += ["--step_range", "1", "1", f"--shard_reward_model={is_split}"]
         name = f"{engine}-{degree}-{is_split}-{time.time_ns()}"
         command, environment = launch_command(folder, name, ENGINES[engine], "prfl", "full", degree, 1, more)
         peaks = peak_memory(command, environment, "hy_prfl.scripts.train_prfl")

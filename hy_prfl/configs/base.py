@@ -50,6 +50,20 @@ class TrainingConfig:
         default=None, metadata={"help": "Latent dataset for validation; without it there is none."}
     )
     seed: int = field(default=0, metadata={"help": "Seed of everything random. Same seed, same run."})
+    dry_run: bool = field(
+        default=False,
+        metadata={
+            "help": "Do one step on random latents, say what memory and time it took, and keep nothing. No dataset is "
+            "trained on."
+        },
+    )
+    dry_run_size: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Frames, height and width, in pixels, of the dry run's clips; those of the largest clip of "
+            "train_dataset if left out, and with it train_dataset need not exist."
+        },
+    )
 
     # Parameters of the tuning
     lora_rank: int | None = field(
@@ -152,6 +166,10 @@ class TrainingConfig:
     )
 
     def __post_init__(self) -> None:
+        size = self.dry_run_size
+        check(self.dry_run or size is None, "dry_run_size", size, "left out without `dry_run`")
+        is_size = size is None or (len(size) == 3 and all(number >= 1 for number in size))
+        check(is_size, "dry_run_size", size, "frames, height and width, or left out")
         for name in ("hub_model_id", "hub_private_repo", "hub_push_checkpoints"):
             value = getattr(self, name)
             check(self.push_to_hub or not value, name, value, "left out without `push_to_hub`")

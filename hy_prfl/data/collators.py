@@ -54,9 +54,10 @@ class LatentBatch(Batch):
             (`torch.Tensor` of shape `(batch_size, max_sequence_length, text_dim)`):
             Embeddings of caption, long caption (the caption where a row has none) and empty prompt, zero-padded.
         image_embeds (`torch.Tensor` of shape `(batch_size, num_image_tokens, image_dim)`, *optional*):
-            CLIP embeddings of the first frame, for image-to-video models.
+            CLIP embeddings of the first frame, for image-to-video models. Models of first and last frame take
+            `2 * batch_size` of them, those of a clip behind each other.
         condition (`torch.Tensor` of shape `(batch_size, 20, num_frames, height, width)`, *optional*):
-            Mask and first-frame latents, for image-to-video models.
+            Mask and latents of the images, for image-to-video models.
     """
 
     ids: list[str]
@@ -123,6 +124,7 @@ def collate_latents(rows: Sequence[dict[str, Any]]) -> LatentBatch:
         short if long is None else long
         for short, long in zip(prompts["prompt_embeds"], prompts["long_prompt_embeds"], strict=True)
     ]
+    image_embeds = _stack(rows, "image_embeds")
     return LatentBatch(
         ids=[row["id"] for row in rows],
         latents_shape=shapes.pop(),
@@ -130,7 +132,7 @@ def collate_latents(rows: Sequence[dict[str, Any]]) -> LatentBatch:
         prompt_embeds=_pad(rows, prompts["prompt_embeds"], length),
         long_prompt_embeds=_pad(rows, long_or_short, length),
         null_prompt_embeds=_pad(rows, prompts["null_prompt_embeds"], length),
-        image_embeds=_stack(rows, "image_embeds"),
+        image_embeds=None if image_embeds is None else image_embeds.flatten(0, -3),
         condition=_stack(rows, "condition"),
     )
 

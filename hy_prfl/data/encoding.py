@@ -1,11 +1,11 @@
-"""Frames to latents, prompts to embeddings, first frames to conditions. The only caller of VAE, UMT5 and CLIP."""
+"""Frames to latents, prompts to embeddings, images to conditions. The only caller of VAE, UMT5 and CLIP."""
 
 import hashlib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from diffusers import DiffusionPipeline, WanImageToVideoPipeline, WanPipeline
+from diffusers import DiffusionPipeline, WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
 from PIL import Image
 
 from .video import to_uint8
@@ -13,6 +13,8 @@ from .video import to_uint8
 
 # Values of each weight tensor that enter a fingerprint: enough to tell any two trainings apart, quick for UMT5-XXL.
 FINGERPRINT_VALUES = 4096
+
+LastImage = Literal["none", "optional", "required"]
 
 VAE_CONFIG = ("z_dim", "scale_factor_spatial", "scale_factor_temporal", "latents_mean", "latents_std")
 
@@ -26,6 +28,8 @@ class LatentEncoder:
             The transformer may be None; it is not used.
         max_sequence_length (`int`, defaults to 512):
             Tokens after which a prompt is cut.
+        uses_last_frame (`bool`, defaults to `False`):
+            Whether the transformer that is left out needs a last image beside the first one (Wan2.1 FLF2V).
 
     Raises:
         ValueError: If the pipeline is no Wan pipeline, or one that conditions on timesteps per token (Wan2.2 5B).
@@ -37,7 +41,7 @@ class LatentEncoder:
         ```
     """
 
-    def __init__(self, pipeline: Any, max_sequence_length: int = 512) -> None:
+    def __init__(self, pipeline: Any, max_sequence_length: int = 512, *, uses_last_frame: bool = False) -> None:
         if not isinstance(pipeline, (WanPipeline, WanImageToVideoPipeline)):
             raise ValueError(
                 f"expected a `WanPipeline` or a `WanImageToVideoPipeline`, got a `{type(pipeline).__name__}`."
@@ -47,6 +51,7 @@ class LatentEncoder:
         self.pipeline = pipeline
         self.max_sequence_length = max_sequence_length
         self.is_image_to_video = isinstance(pipeline, WanImageToVideoPipeline)
+        self.uses_last_frame = uses_last_frame
         self.vae_fingerprint = vae_fingerprint(pipeline.vae)
         self.text_encoder_fingerprint = text_encoder_fingerprint(pipeline.text_encoder, pipeline.tokenizer)
         image_encoder = pipeline.image_encoder if self.is_image_to_video else None
@@ -71,7 +76,12 @@ class LatentEncoder:
                 Type of the text encoder. VAE and image encoder are always float32, as diffusers recommends for Wan.
         """
         # Called on the class itself: `DiffusionPipeline.from_pretrained` does not know that transformers are optional.
-        pipeline = find_pipeline_class(pretrained_model_name_or_path, revision).from_pretrained(
+        pipeline_class = find_pipeline_class(pretrained_model_name_or_path, revision)
+        uses_last_frame = (
+            pipeline_class is WanImageToVideoPipeline
+            and last_image_support(pretrained_model_name_or_path, revision) == "required"
+        )
+        pipeline = pipeline_class.from_pretrained(
             pretrained_model_name_or_path,
             revision=revision,
             variant=variant,
@@ -79,7 +89,7 @@ class LatentEncoder:
             transformer=None,
             transformer_2=None,
         )
-        return cls(pipeline.to(device), max_sequence_length=max_sequence_length)
+        return cls(pipeline.to(device), max_sequence_length=max_sequence_length, uses_last_frame=uses_last_frame)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -89,6 +99,7 @@ class LatentEncoder:
             "vae": self.vae_fingerprint,
             "text_encoder": self.text_encoder_fingerprint,
             "image_encoder": self.image_encoder_fingerprint,
+            "uses_last_frame": self.uses_last_frame,
             "text_encoder_dtype": str(self.pipeline.text_encoder.dtype),
             "max_sequence_length": self.max_sequence_length,
         }
@@ -145,7 +156,7 @@ class LatentEncoder:
         return strip_padding(prompt_embeds[0].float().cpu())
 
     @torch.no_grad()
-    def encode_first_frame(
+    def encode_condition(
         self, frames: torch.Tensor, num_frames: int | None = None
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
         """
@@ -153,37 +164,41 @@ class LatentEncoder:
 
         Args:
             frames (`torch.Tensor` of shape `(num_frames, 3, height, width)`):
-                In [-1, 1]. Only the first one is used.
+                In [-1, 1]. Only the first one is used, and by pipelines that need a last image the last one.
             num_frames (`int`, *optional*):
                 Frames of the video to generate, `len(frames)` if not given.
 
         Returns:
-            `image_embeds` of shape `(num_image_tokens, image_dim)`, None if the pipeline has no image encoder
-            (Wan2.2), and `condition` of shape `(4 + num_channels, num_latent_frames, height / 8, width / 8)`: mask
-            and latents of the first frame. float32 on the CPU.
+            `image_embeds` of shape `(num_image_tokens, image_dim)`, or `(2, num_image_tokens, image_dim)` for two
+            images, None if the pipeline has no image encoder (Wan2.2), and `condition` of shape
+            `(4 + num_channels, num_latent_frames, height / 8, width / 8)`: mask and latents of the first frame, or of
+            the first and the last one. float32 on the CPU.
 
         Raises:
-            ValueError: If the pipeline is a text-to-video pipeline.
+            ValueError: If the pipeline is a text-to-video pipeline, or needs two images and `frames` is one.
         """
         if not self.is_image_to_video:
             raise ValueError(
-                f"`encode_first_frame` needs an image-to-video pipeline, not {type(self.pipeline).__name__}."
+                f"`encode_condition` needs an image-to-video pipeline, not {type(self.pipeline).__name__}."
             )
-        self._check_frames(frames)
+        if self.uses_last_frame and len(frames) == 1:
+            raise ValueError("the pipeline needs a first and a last image, got one frame.")
+        self._check_sides(frames)
         device = self.pipeline.vae.device
-        first = frames[:1].to(device, torch.float32)
+        images = frames[[0, -1] if self.uses_last_frame else [0]].to(device, torch.float32)
         height, width = frames.shape[-2:]
         num_frames = len(frames) if num_frames is None else num_frames
 
         image_embeds = None
         if self.pipeline.image_encoder is not None:
-            image = Image.fromarray(to_uint8(first)[0])
-            image_embeds = self.pipeline.encode_image(image, device)[0].float().cpu()
+            pictures = [Image.fromarray(image) for image in to_uint8(images)]
+            image_embeds = self.pipeline.encode_image(pictures, device).float().cpu()
+            image_embeds = image_embeds if self.uses_last_frame else image_embeds[0]
 
         # Given latents, the pipeline draws no noise; they are of no other use here.
         latents = torch.zeros(1, *self.latents_shape(num_frames, height, width))
         _, condition = self.pipeline.prepare_latents(
-            first,
+            images[:1],
             batch_size=1,
             num_channels_latents=latents.shape[1],
             height=height,
@@ -192,19 +207,24 @@ class LatentEncoder:
             dtype=torch.float32,
             device=device,
             latents=latents,
+            last_image=images[1:] if self.uses_last_frame else None,
         )
         return image_embeds, condition[0].float().cpu()
 
     def _check_frames(self, frames: torch.Tensor) -> None:
+        self._check_sides(frames)
+        temporal = self.pipeline.vae_scale_factor_temporal
+        if (len(frames) - 1) % temporal:
+            raise ValueError(f"the number of frames must be {temporal}k + 1, got {len(frames)}.")
+
+    def _check_sides(self, frames: torch.Tensor) -> None:
         height, width = frames.shape[-2:]
-        multiple, temporal = self.size_multiple, self.pipeline.vae_scale_factor_temporal
+        multiple = self.size_multiple
         if frames.ndim != 4 or frames.shape[1] != 3 or height % multiple or width % multiple:
             raise ValueError(
                 f"expected frames of shape (num_frames, 3, height, width), sides multiples of {multiple}, "
                 f"got {tuple(frames.shape)}."
             )
-        if (len(frames) - 1) % temporal:
-            raise ValueError(f"the number of frames must be {temporal}k + 1, got {len(frames)}.")
 
 
 def find_pipeline_class(pretrained_model_name_or_path: str, revision: str | None = None) -> Any:
@@ -222,6 +242,21 @@ def find_pipeline_class(pretrained_model_name_or_path: str, revision: str | None
         f"`pretrained_model_name_or_path` '{pretrained_model_name_or_path}' is a `{name}`, expected a `WanPipeline` "
         "or a `WanImageToVideoPipeline`."
     )
+
+
+def last_image_support(pretrained_model_name_or_path: str, revision: str | None = None) -> LastImage:
+    """
+    Whether an image-to-video pipeline takes a last image: `"none"`, `"optional"` or `"required"`.
+
+    A transformer with positions for the tokens of two images needs two (Wan2.1 FLF2V); without them its image tokens
+    are those of one (Wan2.1 I2V). One without image tokens sees the last image in the condition alone (Wan2.2).
+    """
+    config = WanTransformer3DModel.load_config(
+        pretrained_model_name_or_path, subfolder="transformer", revision=revision
+    )
+    if config.get("image_dim") is None:
+        return "optional"
+    return "none" if config.get("pos_embed_seq_len") is None else "required"
 
 
 def local_encoder_files(pretrained_model_name_or_path: str) -> list[Path]:

@@ -21,6 +21,7 @@ FIELDS = {
     "prompt": ("caption", "prompt", "short_caption"),
     "long_prompt": ("long_prompt", "long_caption"),
     "image": ("image", "first_image"),
+    "last_image": ("last_image",),
     "pair_id": ("pair_id",),
     "rejected_id": ("rejected_id",),
 }
@@ -36,6 +37,7 @@ class ManifestRow:
     long_prompt: str | None = None
     video: Path | None = None
     image: Path | None = None
+    last_image: Path | None = None
     pair_id: str | None = None
     rejected_id: str | None = None
     labels: Mapping[str, int | None] = field(default_factory=dict)
@@ -43,7 +45,7 @@ class ManifestRow:
     @property
     def files(self) -> list[Path]:
         """Files that the row is made from; they need not exist."""
-        return [path for path in (self.video, self.image) if path is not None]
+        return [path for path in (self.video, self.image, self.last_image) if path is not None]
 
 
 def read_manifest(path: str | Path, require_video: bool = True) -> list[ManifestRow]:
@@ -60,6 +62,7 @@ def read_manifest(path: str | Path, require_video: bool = True) -> list[Manifest
     | `pair_id` | clips with the same one show the same scene, optional |
     | `rejected_id` | id of the clip that this one is better than, optional |
     | `image` (`first_image`) | first frame of an image-to-video prompt without a video, optional |
+    | `last_image` | its last frame, for pipelines that need one (FLF2V), optional |
 
     Args:
         require_video (`bool`, defaults to `True`):
@@ -179,6 +182,7 @@ def _parse_row(path: Path, index: int, where: str, record: Mapping[str, Any], re
     text = {name: read_text(record, names, where) for name, names in FIELDS.items()}
     video = path.parent / text["video"] if text["video"] else None
     image = path.parent / text["image"] if text["image"] else None
+    last_image = path.parent / text["last_image"] if text["last_image"] else None
     if require_video and video is None:
         raise ValueError(f"{where}: `video` is missing.")
     media = video or image
@@ -190,6 +194,7 @@ def _parse_row(path: Path, index: int, where: str, record: Mapping[str, Any], re
         long_prompt=text["long_prompt"] if text["prompt"] else None,
         video=video,
         image=image,
+        last_image=last_image,
         pair_id=text["pair_id"],
         rejected_id=text["rejected_id"],
         labels=read_labels(record, where),

@@ -98,7 +98,7 @@ class ClipEncoder:
         }
         if row.long_prompt is not None:
             arrays["long_prompt_embeds"] = self.encoder.encode_prompt(row.long_prompt).numpy()
-        encode = self._encode_first_frame_only if self.settings.prompts_only else self._encode_video
+        encode = self._encode_condition_only if self.settings.prompts_only else self._encode_video
         num_frames, height, width = encode(row, arrays)
         return pack_row(
             self.encoder,
@@ -121,40 +121,50 @@ class ClipEncoder:
         frames = to_float(resize_and_crop(source, height, width))
         arrays["latents"] = self.encoder.encode_video(frames).numpy()
         if self.encoder.is_image_to_video:
-            self._encode_first_frame(frames, len(frames), arrays)
+            self._encode_condition(frames, len(frames), arrays)
         return len(frames), height, width
 
-    def _encode_first_frame_only(self, row: ManifestRow, arrays: dict[str, np.ndarray | None]) -> tuple[int, int, int]:
+    def _encode_condition_only(self, row: ManifestRow, arrays: dict[str, np.ndarray | None]) -> tuple[int, int, int]:
         """As `_encode_video`, for a row of a prompt-only dataset."""
         settings = self.settings
         if not self.encoder.is_image_to_video:
             ((height, width),) = settings.buckets
             return settings.num_frames, height, width
-        (path,) = self._sources(row)
-        image = read_image(path) if path == row.image else read_video(path, settings.fps, num_frames=1)[0]
-        height, width = settings.choose_size(*image.shape[:2])
-        frames = to_float(resize_and_crop(image[None], height, width))
-        self._encode_first_frame(frames, settings.num_frames, arrays)
+        sources = self._sources(row)
+        if row.image is not None:
+            images = [read_image(path) for path in sources]
+        else:
+            # The video may be shorter than what is to be generated; its last frame is the last one all the same.
+            num_frames = settings.num_frames if self.encoder.uses_last_frame else 1
+            video = read_video(sources[0], settings.fps, num_frames=num_frames)
+            images = [video[0], video[-1]] if self.encoder.uses_last_frame else [video[0]]
+        height, width = settings.choose_size(*images[0].shape[:2])
+        frames = to_float(np.concatenate([resize_and_crop(image[None], height, width) for image in images]))
+        self._encode_condition(frames, settings.num_frames, arrays)
         return settings.num_frames, height, width
 
-    def _encode_first_frame(self, frames: torch.Tensor, num_frames: int, arrays: dict[str, np.ndarray | None]) -> None:
-        image_embeds, condition = self.encoder.encode_first_frame(frames, num_frames=num_frames)
+    def _encode_condition(self, frames: torch.Tensor, num_frames: int, arrays: dict[str, np.ndarray | None]) -> None:
+        image_embeds, condition = self.encoder.encode_condition(frames, num_frames=num_frames)
         arrays["image_embeds"] = None if image_embeds is None else image_embeds.numpy()
         arrays["condition"] = condition.numpy()
 
     def _sources(self, row: ManifestRow) -> list[Path]:
-        """Files whose content ends up in the row: the clip, or the one that gives the first frame of a prompt."""
+        """Files whose content ends up in the row: the clip, or what gives the first and last frame of a prompt."""
+        needed: dict[str, Path | None] = {}
         if not self.settings.prompts_only:
-            path, missing = row.video, "no video"
+            needed = {"no video": row.video}
+        elif self.encoder.is_image_to_video and row.image is None:
+            needed = {"neither a first image nor a video": row.video}
         elif self.encoder.is_image_to_video:
-            path, missing = row.image or row.video, "neither a first image nor a video"
-        else:
-            return []
-        if path is None:
-            raise VideoError(missing)
-        if not path.is_file():
-            raise VideoError(f"there is no file '{path}'")
-        return [path]
+            needed = {"no image": row.image}
+            if self.encoder.uses_last_frame:
+                needed["no last image beside the first one"] = row.last_image
+        for missing, path in needed.items():
+            if path is None:
+                raise VideoError(missing)
+            if not path.is_file():
+                raise VideoError(f"there is no file '{path}'")
+        return [path for path in needed.values() if path is not None]
 
 
 def pack_row(

@@ -118,9 +118,14 @@ class UpstreamImporter:
         fps (`float`): Frame rate of upstream's clips.
         tensor_dtype (`str`): Storage type, `"float16"` or `"float32"`.
         null_prompt_path (`str`, *optional*): Upstream's null.npy, instead of encoding the empty prompt.
+
+    Raises:
+        ValueError: If the pipeline needs a last frame, which upstream did not keep.
     """
 
     def __init__(self, encoder: LatentEncoder, fps: float, tensor_dtype: str, null_prompt_path: str | None) -> None:
+        if encoder.uses_last_frame:
+            raise ValueError("upstream's arrays have the first frame only, the pipeline needs a first and a last one.")
         self.encoder = encoder
         self.fps = fps
         self.tensor_dtype = tensor_dtype

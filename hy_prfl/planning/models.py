@@ -16,7 +16,7 @@ from ..models.loading import TRANSFORMER_FOLDER
 from ..models.reward_model import BACKBONE_CONFIG, WanRewardModel
 
 
-# Sizes of the transformers as published in the Wan 2.1 repository (`wan/configs/wan_{t2v,i2v}_*.py`) and as diffusers'
+# Sizes of the transformers as published in the Wan 2.1 repository (`wan/configs/wan_{t2v,i2v}_*.py`, FLF2V as I2V) and as diffusers'
 # conversion of them names them (`scripts/convert_wan_to_diffusers.py`); all else is a default of the class.
 _T2V_1_3B = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
 _T2V_14B = {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40}
@@ -26,6 +26,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": _T2V_14B,
     "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers": _I2V_14B,
     "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers": _I2V_14B,
+    "Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers": {**_I2V_14B, "pos_embed_seq_len": 514},
 }
 # Strides of Wan 2.1's VAE over frames, height and width.
 VAE_STRIDE = (4, 8, 8)
@@ -37,7 +38,7 @@ def load_transformer_config(pretrained_model_name_or_path: str, revision: str | 
 
     Args:
         pretrained_model_name_or_path (`str`):
-            A pipeline's folder, or a Hub id. The four published Wan 2.1 pipelines are known without asking the Hub.
+            A pipeline's folder, or a Hub id. The published Wan pipelines are known without asking the Hub.
         revision (`str`, *optional*):
             Hub revision; with one the Hub is asked.
     """

@@ -21,7 +21,7 @@ from .models import build_reward_model, build_transformer, materialize, set_dtyp
 from .simulation import MemoryMeter, Phase, autocast, drop_gradients, extrapolated, use_gpu_kernels
 
 
-# Length of the text, and tokens of CLIP's image embeddings, that Wan was trained with.
+# Length of the text, and tokens of CLIP's embedding of an image, that Wan was trained with.
 TEXT_TOKENS, IMAGE_TOKENS = 512, 257
 # Options of a recipe that a simulation must be given and does not look at.
 UNUSED: dict[str, Any] = {"output_dir": "-", "pretrained_model_name_or_path": "-", "train_dataset": "-"}
@@ -66,14 +66,13 @@ class Shape:
             Clips.
         latents (`tuple[int, int, int]`):
             Frames, height and width of their latents.
-        text_tokens, image_tokens (`int`):
-            Length of the prompt and of the image embeddings.
+        text_tokens (`int`):
+            Length of the prompt.
     """
 
     batch_size: int
     latents: tuple[int, int, int]
     text_tokens: int = TEXT_TOKENS
-    image_tokens: int = IMAGE_TOKENS
 
     def num_tokens(self, patch_size: Sequence[int]) -> int:
         """Tokens of one clip."""
@@ -91,16 +90,25 @@ class Shape:
         return replace(self, latents=(num_tokens // (width * height) * frames, height * rows, width * columns))
 
 
+def images_of_clip(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Images that an image-to-video model is given with a clip, one or two, and the tokens of each."""
+    both = config["pos_embed_seq_len"]
+    return (1, IMAGE_TOKENS) if both is None else (2, both // 2)
+
+
 class Inputs:
     """Fake inputs of a micro-batch."""
 
     def __init__(self, config: Mapping[str, Any], shape: Shape, dtype: torch.dtype) -> None:
-        batch, is_i2v = shape.batch_size, config["image_dim"] is not None
+        batch, image_dim = shape.batch_size, config["image_dim"]
         num_condition = config["in_channels"] - config["out_channels"]
         self.noise = torch.empty(batch, config["out_channels"], *shape.latents)
         self.condition = torch.empty(batch, num_condition, *shape.latents) if num_condition else None
         self.text = torch.empty(batch, shape.text_tokens, config["text_dim"], dtype=dtype)
-        self.image = torch.empty(batch, shape.image_tokens, config["image_dim"], dtype=dtype) if is_i2v else None
+        self.image = None
+        if image_dim is not None:
+            num_images, num_tokens = images_of_clip(config)
+            self.image = torch.empty(num_images * batch, num_tokens, image_dim, dtype=dtype)
         self.timestep = torch.empty(batch)
 
     def tensors(self) -> list[torch.Tensor]:

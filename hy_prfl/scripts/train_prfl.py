@@ -11,13 +11,18 @@ from collections.abc import Sequence
 from ..configs.parser import parse_config
 from ..configs.prfl import PRFLTrainingConfig
 from ..distributed import set_up_logging
+from ..trainers.dry_run import dry_run
 from ..trainers.prfl_trainer import PRFLTrainer
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train a generator."""
     set_up_logging()
-    PRFLTrainer(parse_config(PRFLTrainingConfig, argv, description=__doc__)).train()
+    config = parse_config(PRFLTrainingConfig, argv, description=__doc__)
+    if config.dry_run:
+        dry_run(PRFLTrainer, config)
+    else:
+        PRFLTrainer(config).train()
 
 
 if __name__ == "__main__":

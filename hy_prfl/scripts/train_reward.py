@@ -10,13 +10,18 @@ from collections.abc import Sequence
 from ..configs.parser import parse_config
 from ..configs.reward import RewardTrainingConfig
 from ..distributed import set_up_logging
+from ..trainers.dry_run import dry_run
 from ..trainers.reward_trainer import RewardTrainer
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train a reward model."""
     set_up_logging()
-    RewardTrainer(parse_config(RewardTrainingConfig, argv, description=__doc__)).train()
+    config = parse_config(RewardTrainingConfig, argv, description=__doc__)
+    if config.dry_run:
+        dry_run(RewardTrainer, config)
+    else:
+        RewardTrainer(config).train()
 
 
 if __name__ == "__main__":

@@ -123,6 +123,7 @@ class Trainer(ABC):
             text_dim=model_config["text_dim"],
             image_dim=model_config["image_dim"],
             condition_channels=model_config["in_channels"] - model_config["out_channels"],
+            pos_embed_seq_len=model_config["pos_embed_seq_len"],
             patch_size=model_config["patch_size"],
         )
         check_divisible(

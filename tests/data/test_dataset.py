@@ -110,7 +110,7 @@ def test_what_is_no_latent_dataset_is_refused(tmp_path: Path, write_latents: Wri
 
 def test_rows_that_do_not_fit_a_model_are_named(tmp_path: Path, write_latents: Write) -> None:
     dataset = load_latent_dataset(str(write_latents(tmp_path / "d", 2)))
-    fits = {"num_channels": 16, "text_dim": 32, "image_dim": None, "patch_size": (1, 2, 2)}
+    fits = {"num_channels": 16, "text_dim": 32, "image_dim": None, "pos_embed_seq_len": None, "patch_size": (1, 2, 2)}
     check_rows_fit(dataset, "d", **fits)
     for change, message in [
         ({"num_channels": 48}, r"'clip-0', `latents_shape`: the model takes 48, got 16"),
@@ -120,6 +120,24 @@ def test_rows_that_do_not_fit_a_model_are_named(tmp_path: Path, write_latents: W
     ]:
         with pytest.raises(ValueError, match=message):
             check_rows_fit(dataset, "d", **(fits | change))
+
+
+def test_the_number_of_images_has_to_be_the_models(tmp_path: Path, write_latents: Write) -> None:
+    one = load_latent_dataset(str(write_latents(tmp_path / "one", 2, image_to_video=True)))
+    shape = {"image_embeds_shape": [2, 5, 32]}
+    two = load_latent_dataset(
+        str(write_latents(tmp_path / "two", 2, image_to_video=True, overrides={0: shape, 1: shape}))
+    )
+    fits = {"num_channels": 16, "text_dim": 32, "image_dim": 32, "patch_size": (1, 2, 2)}
+    check_rows_fit(one, "d", pos_embed_seq_len=None, **fits)
+    check_rows_fit(two, "d", pos_embed_seq_len=10, **fits)
+    for dataset, length, message in [
+        (one, 10, "takes 2 images of 5 tokens, got 1 image"),
+        (two, None, "takes 1 image, got 2 images of 5 tokens"),
+        (two, 514, "takes 2 images of 257 tokens, got 2 images of 5 tokens"),
+    ]:
+        with pytest.raises(ValueError, match=f"'clip-0', `image_embeds_shape`: the model {message}"):
+            check_rows_fit(dataset, "d", pos_embed_seq_len=length, **fits)
 
 
 def test_one_value_for_all_rows(tmp_path: Path, write_latents: Write) -> None:

@@ -111,7 +111,7 @@ def test_first_frame_is_that_of_the_image_to_video_pipeline(i2v_pipeline_dir: Pa
     )
     encoder = LatentEncoder.from_pretrained(str(i2v_pipeline_dir))
     assert encoder.is_image_to_video
-    image_embeds, condition = encoder.encode_first_frame(frames)
+    image_embeds, condition = encoder.encode_condition(frames)
     assert condition.shape == (20, 3, 4, 6)
     torch.testing.assert_close(condition, inputs["hidden_states"][0, 16:], rtol=0, atol=0)
     torch.testing.assert_close(image_embeds, inputs["encoder_hidden_states_image"][0], rtol=0, atol=0)
@@ -119,23 +119,47 @@ def test_first_frame_is_that_of_the_image_to_video_pipeline(i2v_pipeline_dir: Pa
 
 def test_first_frame_alone_is_enough(i2v_pipeline_dir: Path, frames: torch.Tensor) -> None:
     encoder = LatentEncoder.from_pretrained(str(i2v_pipeline_dir))
-    from_clip, from_image = encoder.encode_first_frame(frames), encoder.encode_first_frame(frames[:1], num_frames=9)
+    from_clip, from_image = encoder.encode_condition(frames), encoder.encode_condition(frames[:1], num_frames=9)
     for clip_value, image_value in zip(from_clip, from_image, strict=True):
         torch.testing.assert_close(clip_value, image_value, rtol=0, atol=0)
+
+
+def test_first_and_last_frame_are_those_of_the_pipeline(flf2v_pipeline_dir: Path, frames: torch.Tensor) -> None:
+    first, *_, last = (Image.fromarray(image) for image in to_uint8(frames))
+    inputs = first_transformer_inputs(
+        WanImageToVideoPipeline.from_pretrained(flf2v_pipeline_dir),
+        prompt=PROMPT,
+        image=first,
+        last_image=last,
+        height=32,
+        width=48,
+        num_frames=9,
+    )
+    encoder = LatentEncoder.from_pretrained(str(flf2v_pipeline_dir))
+    assert encoder.uses_last_frame
+    image_embeds, condition = encoder.encode_condition(frames)
+    torch.testing.assert_close(condition, inputs["hidden_states"][0, 16:], rtol=0, atol=0)
+    # The pipeline hands over two rows for one clip.
+    torch.testing.assert_close(image_embeds, inputs["encoder_hidden_states_image"], rtol=0, atol=0)
+    images_alone = encoder.encode_condition(frames[[0, -1]], num_frames=9)
+    for clip_value, image_value in zip((image_embeds, condition), images_alone, strict=True):
+        torch.testing.assert_close(clip_value, image_value, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="needs a first and a last image"):
+        encoder.encode_condition(frames[:1], num_frames=9)
 
 
 def test_image_to_video_without_an_image_encoder_has_no_image_embeds(frames: torch.Tensor) -> None:
     pipeline = build_pipeline(image_to_video=True)
     pipeline.image_encoder = None
     encoder = LatentEncoder(pipeline)
-    image_embeds, condition = encoder.encode_first_frame(frames)
+    image_embeds, condition = encoder.encode_condition(frames)
     assert image_embeds is None
     assert condition.shape == (20, 3, 4, 6)
 
 
 def test_text_to_video_has_no_first_frame(pipeline_dir: Path, frames: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="image-to-video"):
-        LatentEncoder.from_pretrained(str(pipeline_dir)).encode_first_frame(frames)
+        LatentEncoder.from_pretrained(str(pipeline_dir)).encode_condition(frames)
 
 
 @pytest.mark.parametrize("shape", [(9, 3, 40, 48), (9, 3, 32, 40), (9, 1, 32, 48), (8, 3, 32, 48)])

@@ -100,7 +100,7 @@ def test_row_of_an_image_to_video_clip(i2v_encoder: LatentEncoder, clips: list[P
     build([make_row("x", video=clips[0])], ClipEncoder(i2v_encoder, settings), tmp_path / "out")
     (stored,) = read_rows(tmp_path / "out")
     frames = to_float(read_video(clips[0], 16, 9))
-    image_embeds, condition = i2v_encoder.encode_first_frame(frames)
+    image_embeds, condition = i2v_encoder.encode_condition(frames)
     assert image_embeds is not None
     for name, value in {"image_embeds": image_embeds, "condition": condition}.items():
         unpacked = unpack_tensor(stored, name)
@@ -313,12 +313,33 @@ def test_prompts_of_an_image_to_video_pipeline(i2v_encoder: LatentEncoder, clips
     summary = build(rows, ClipEncoder(i2v_encoder, settings), tmp_path / "out")
     assert summary == DatasetSummary(num_rows=2, num_encoded=2, num_bad=1)
     assert "neither a first image nor a video" in (tmp_path / "out" / "report.jsonl").read_text()
-    _, condition = i2v_encoder.encode_first_frame(to_float(read_video(clips[0], 16, 9)))
+    _, condition = i2v_encoder.encode_condition(to_float(read_video(clips[0], 16, 9)))
     for row in read_rows(tmp_path / "out"):
         assert row["latents"] is None
         assert row["latents_shape"] == [16, 3, 4, 6]
         np.testing.assert_array_equal(unpack_tensor(row, "condition"), condition.to(torch.float16).numpy())
         assert row["image_embeds_shape"] == [5, 32]
+
+
+def test_first_and_last_frame(flf2v_pipeline_dir: Path, clips: list[Path], tmp_path: Path) -> None:
+    encoder = LatentEncoder.from_pretrained(str(flf2v_pipeline_dir))
+    video = read_video(clips[0], 16, 9)
+    for name, image in (("first", video[0]), ("last", video[-1])):
+        Image.fromarray(image).save(tmp_path / f"{name}.png")
+    images = {"image": tmp_path / "first.png", "last_image": tmp_path / "last.png"}
+    settings = {"num_frames": 9, "buckets": ((32, 48),)}
+    clip_settings = ClipSettings(**settings, min_num_frames=9)
+    build([make_row("clip", video=clips[0])], ClipEncoder(encoder, clip_settings), tmp_path / "clips")
+    rows = [make_row("images", **images), make_row("video", video=clips[0]), make_row("one", image=images["image"])]
+    prompt_encoder = ClipEncoder(encoder, ClipSettings(**settings, prompts_only=True))
+    assert build(rows, prompt_encoder, tmp_path / "prompts") == DatasetSummary(num_rows=2, num_encoded=2, num_bad=1)
+    assert "no last image beside the first one" in (tmp_path / "prompts" / "report.jsonl").read_text()
+    image_embeds, condition = encoder.encode_condition(to_float(video))
+    assert image_embeds is not None
+    for row in [*read_rows(tmp_path / "clips"), *read_rows(tmp_path / "prompts")]:
+        np.testing.assert_array_equal(unpack_tensor(row, "condition"), condition.to(torch.float16).numpy())
+        np.testing.assert_array_equal(unpack_tensor(row, "image_embeds"), image_embeds.to(torch.float16).numpy())
+        assert row["image_embeds_shape"] == [2, 5, 32]
 
 
 @pytest.mark.parametrize("buckets", [(), ((32, 48), (48, 32))])

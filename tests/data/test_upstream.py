@@ -88,7 +88,7 @@ def test_mask_of_the_condition_is_the_pipelines(
     i2v_encoder: LatentEncoder, write_video: Callable[..., Path], tmp_path: Path
 ) -> None:
     frames = to_float(read_video(write_video(tmp_path / "clip.mp4"), 16, 9))
-    _, expected = i2v_encoder.encode_first_frame(frames)
+    _, expected = i2v_encoder.encode_condition(frames)
     write_clip(tmp_path, "clip")
     np.save(tmp_path / "480" / "f1_black_path" / "clip.npy", expected[None, 4:].numpy())
     (row,) = import_rows(tmp_path, i2v_encoder, tmp_path / "out")

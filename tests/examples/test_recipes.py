@@ -120,7 +120,7 @@ def test_head_is_what_the_planner_says(name: str, tmp_path: Path, monkeypatch: p
 
 
 def test_recipes_cover_the_published_models() -> None:
-    """All four Wan 2.1 pipelines, each with a reward model and with PRFL of all weights and of an adapter."""
+    """All published pipelines, each with a reward model and with PRFL of all weights and of an adapter."""
     trained = {"reward": set(), "full": set(), "lora": set()}
     for path in TRAINING_RECIPES:
         given = yaml.safe_load(path.read_text(encoding="utf-8"))

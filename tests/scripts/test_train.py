@@ -41,6 +41,17 @@ def test_reward_then_prfl(
 
 
 @pytest.mark.launch
+def test_dry_run_of_two_processes(tmp_path: Path, pipeline_dir: Path, accelerate_launch: Callable[..., str]) -> None:
+    output = accelerate_launch(
+        "train_reward", "--dry_run", "--dry_run_size", 9, 32, 32, "--output_dir", tmp_path / "out",
+        "--train_dataset", "none", "--pretrained_model_name_or_path", pipeline_dir, "--num_layers", 2,
+        num_processes=2,
+    )  # fmt: skip
+    assert output.count("dry run: latents 16 x 3 x 4 x 4, 2 process(es), engine whole") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.launch
 def test_bad_configuration_fails_before_anything_loads(tmp_path: Path, accelerate_launch: Callable[..., str]) -> None:
     with pytest.raises(RuntimeError, match="ValueError: command line: 'learning_rat' is not a field"):
         accelerate_launch("train_reward", "--output_dir", tmp_path / "out", "--learning_rat", 1)

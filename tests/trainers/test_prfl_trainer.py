@@ -1,3 +1,4 @@
+import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -5,15 +6,19 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import WanPipeline, WanTransformer3DModel
+from diffusers import WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
+from PIL import Image
 from safetensors.torch import load_file
 
 from hy_prfl.configs.prfl import PRFLTrainingConfig
 from hy_prfl.data.collators import LatentBatch, collate_latents
 from hy_prfl.data.dataset import load_latent_dataset
 from hy_prfl.data.schema import table_to_rows
+from hy_prfl.data.video import read_video, resize_and_crop
+from hy_prfl.flow_matching import row_noise
 from hy_prfl.models.loading import load_scheduler
 from hy_prfl.models.reward_model import WanRewardModel
+from hy_prfl.scripts import preprocess
 from hy_prfl.trainers.prfl_trainer import FLOW_NOISE, REWARD_NOISE, PRFLTrainer
 
 
@@ -431,6 +436,52 @@ def test_image_to_video(
         build(**options)
     dataset = write_latents(tmp_path / "image", 4, image_to_video=True)
     trainer = build(train_dataset=str(dataset), **options)
+    before = snapshot(trainer.unwrapped)
+    trainer.train()
+    assert not any(torch.equal(value, before[name]) for name, value in trainer.unwrapped.named_parameters())
+
+
+def test_first_and_last_frame(
+    build: Callable[..., PRFLTrainer],
+    tmp_path: Path,
+    flf2v_pipeline_dir: Path,
+    write_video: Callable[..., Path],
+) -> None:
+    rows = [{"id": str(index), "video": str(write_video(tmp_path / f"{index}.mp4", seed=index))} for index in range(2)]
+    (tmp_path / "clips.json").write_text(json.dumps([{**row, "caption": "a square moves"} for row in rows]))
+    preprocess.main(
+        ["--pretrained_model_name_or_path", str(flf2v_pipeline_dir), "--manifest", str(tmp_path / "clips.json")]
+        + ["--output_dir", str(tmp_path / "clips"), "--num_frames", "9", "--buckets", "32x48"]
+        + ["--max_sequence_length", "16", "--tensor_dtype", "float32"]
+    )
+    transformer = WanTransformer3DModel.from_pretrained(flf2v_pipeline_dir, subfolder="transformer")
+    WanRewardModel.from_transformer(transformer, num_layers=2).save_pretrained(tmp_path / "flf_reward")
+    trainer = build(
+        pretrained_model_name_or_path=str(flf2v_pipeline_dir),
+        reward_model=str(tmp_path / "flf_reward"),
+        train_dataset=str(tmp_path / "clips"),
+        validation_dataset=str(tmp_path / "clips"),
+        train_batch_size=2,
+        max_train_steps=1,
+    )
+    # What validation samples is what the stock pipeline samples from the same noise, images and prompt.
+    assert trainer.evaluator is not None
+    dataset = trainer.evaluator.dataset
+    batch = collate_latents([table_to_rows(dataset[index])[0] for index in range(2)])
+    assert batch.image_embeds is not None
+    assert batch.image_embeds.shape == (4, 5, 32)
+    latents = trainer.evaluator._sample(trainer.unwrapped.eval(), batch)
+    pipeline = WanImageToVideoPipeline.from_pretrained(flf2v_pipeline_dir)
+    pipeline.scheduler = trainer.scheduler
+    for index, row in enumerate(rows):
+        frames = [Image.fromarray(image) for image in resize_and_crop(read_video(row["video"], 16, 9), 32, 48)]
+        expected = pipeline(
+            prompt="a square moves", image=frames[0], last_image=frames[-1], height=32, width=48, num_frames=9,
+            num_inference_steps=trainer.config.num_inference_steps, guidance_scale=1.0, max_sequence_length=16,
+            latents=row_noise(batch.ids[index], batch.latents_shape, seed=trainer.evaluator.seed)[None],
+            output_type="latent",
+        ).frames  # fmt: skip
+        torch.testing.assert_close(latents[index : index + 1], expected, rtol=1e-4, atol=1e-4)
     before = snapshot(trainer.unwrapped)
     trainer.train()
     assert not any(torch.equal(value, before[name]) for name, value in trainer.unwrapped.named_parameters())

@@ -1,0 +1,178 @@
+"""`--dry_run`: one step of a recipe on random latents of its real shape, and what memory and time it took."""
+
+import dataclasses
+import logging
+import math
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+
+from ..configs.base import TrainingConfig, check
+from ..configs.prfl import PRFLTrainingConfig
+from ..data.dataset import latent_shapes, load_latent_dataset
+from ..data.encoding import vae_fingerprint
+from ..data.synthetic import synthetic_dataset
+from ..distributed import gather_records, mean_over_ranks
+from ..models.loading import TRANSFORMER_FOLDER
+from ..planning.workloads import TEXT_TOKENS, images_of_clip
+from .base import Trainer
+
+
+logger = logging.getLogger(__name__)
+
+GIGA = 1e9
+# What a dry run neither reads nor writes, with the value that says so.
+LEFT_OUT: dict[str, Any] = {
+    "validation_dataset": None,
+    "resume_from_checkpoint": None,
+    "report_to": ["none"],
+    "push_to_hub": False,
+    "hub_model_id": None,
+    "hub_private_repo": False,
+    "hub_push_checkpoints": None,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class DryRunReport:
+    """
+    What one step took. Gigabytes are 10^9 bytes, of the process that needed most.
+
+    Args:
+        latents_shape (`tuple[int, ...]`):
+            `(num_channels, num_frames, height, width)` of each clip.
+        num_processes, engine:
+            How the step was run.
+        on_device (`bool`):
+            Whether memory is what tensors took on an accelerator, or else all that the process took.
+        loading_seconds, loading_memory (`float`):
+            Until the models, the optimizer and the batches were there.
+        step_seconds, step_memory (`float`):
+            The step, the first of the process: kernels are chosen and optimizer states made in it. The memory is
+            the peak since the process began.
+        metrics (`dict[str, float]`):
+            What the step would have logged.
+    """
+
+    latents_shape: tuple[int, ...]
+    num_processes: int
+    engine: str
+    on_device: bool
+    loading_seconds: float
+    loading_memory: float
+    step_seconds: float
+    step_memory: float
+    metrics: dict[str, float]
+
+    def __str__(self) -> str:
+        kind = "on the device" if self.on_device else "of the process"
+        metrics = ", ".join(f"{name} {value:.4g}" for name, value in self.metrics.items())
+        return (
+            f"dry run: latents {' x '.join(map(str, self.latents_shape))}, {self.num_processes} process(es), "
+            f"engine {self.engine}\n"
+            f"  loading   {self.loading_seconds:10.1f} s {self.loading_memory:10.2f} GB {kind}, at most\n"
+            f"  one step  {self.step_seconds:10.1f} s {self.step_memory:10.2f} GB {kind}, at most\n"
+            f"  {metrics}"
+        )
+
+
+def dry_run(trainer_class: Callable[[Any], Trainer], config: TrainingConfig) -> DryRunReport:
+    """
+    Do everything up to and including one step, on random latents, and keep nothing of it.
+
+    Models, engine, options and shapes are those of the real run. A collective.
+
+    Args:
+        trainer_class (`Callable`):
+            The trainer, made from its options.
+        config (`TrainingConfig`):
+            Its options. The clips are as large as `dry_run_size` says, or as the largest of `train_dataset`.
+
+    Raises:
+        ValueError: If `dry_run_size` is not one that the pipeline's VAE can encode.
+    """
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="hy_prfl_dry_run_") as folder:
+        dataset_dir = Path(folder) / "data"
+        latents_shape = write_inputs(config, dataset_dir)
+        changes = {**LEFT_OUT, "train_dataset": str(dataset_dir), "output_dir": str(Path(folder) / "run")}
+        if isinstance(config, PRFLTrainingConfig):
+            changes["prompt_dataset"] = None
+        trainer = trainer_class(dataclasses.replace(config, **changes))
+        trainer.start_streams()
+        loading_seconds, loading_memory = time.perf_counter() - start, peak_memory(trainer.accelerator.device)
+        start = time.perf_counter()
+        metrics = mean_over_ranks(trainer.accelerator, trainer.train_step())
+        step_seconds, step_memory = time.perf_counter() - start, peak_memory(trainer.accelerator.device)
+        measured = gather_records([(loading_seconds, loading_memory, step_seconds, step_memory)])
+        most = [max(values) for values in zip(*measured, strict=True)]
+        trainer.accelerator.end_training()
+    report = DryRunReport(
+        latents_shape=latents_shape,
+        num_processes=trainer.accelerator.num_processes,
+        engine=trainer.engine,
+        on_device=trainer.accelerator.device.type != "cpu",
+        loading_seconds=most[0],
+        loading_memory=most[1] / GIGA,
+        step_seconds=most[2],
+        step_memory=most[3] / GIGA,
+        metrics=metrics,
+    )
+    logger.info("%s", report)
+    return report
+
+
+def write_inputs(config: TrainingConfig, folder: Path) -> tuple[int, ...]:
+    """Write the rows of a dry run, each process for itself, and return the shape of their latents."""
+    path, revision = config.pretrained_model_name_or_path, config.revision
+    vae = AutoencoderKLWan.from_pretrained(path, subfolder="vae", revision=revision, variant=config.variant)
+    transformer = WanTransformer3DModel.load_config(path, subfolder=TRANSFORMER_FOLDER, revision=revision)
+    if config.dry_run_size is None:
+        shapes = latent_shapes(load_latent_dataset(config.train_dataset))
+        latents_shape = max(shapes, key=math.prod)
+    else:
+        latents_shape = shape_of_latents(vae, config.dry_run_size)
+    image_dim = transformer["image_dim"]
+    num_images, num_tokens = images_of_clip(transformer)
+    image_tokens = (num_tokens,) if num_images == 1 else (num_images, num_tokens)
+    dataset = synthetic_dataset(
+        latents_shape=latents_shape,
+        text_dim=transformer["text_dim"],
+        text_tokens=TEXT_TOKENS,
+        vae_fingerprint=vae_fingerprint(vae),
+        condition_channels=transformer["in_channels"] - transformer["out_channels"],
+        image_embeds_shape=None if image_dim is None else (*image_tokens, image_dim),
+    )
+    dataset.save_to_disk(folder)
+    return latents_shape
+
+
+def shape_of_latents(vae: AutoencoderKLWan, size: list[int]) -> tuple[int, ...]:
+    """
+    `(num_channels, num_frames, height, width)` of the latents of a clip of this size.
+
+    Raises:
+        ValueError: If the VAE cannot encode such a clip.
+    """
+    num_frames, height, width = size
+    temporal, spatial = vae.config.scale_factor_temporal, vae.config.scale_factor_spatial
+    fits = num_frames % temporal == 1 and height % spatial == 0 and width % spatial == 0
+    check(fits, "dry_run_size", size, f"{temporal}k + 1 frames, height and width multiples of {spatial}")
+    return vae.config.z_dim, (num_frames - 1) // temporal + 1, height // spatial, width // spatial
+
+
+def peak_memory(device: torch.device) -> float:
+    """Most bytes so far: of tensors on an accelerator, or of the whole process on the CPU."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+        return float(torch.accelerator.max_memory_allocated())
+    # In kilobytes but on macOS.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
