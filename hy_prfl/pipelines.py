@@ -12,7 +12,7 @@ from diffusers.hooks import FirstBlockCacheConfig, SeaCacheConfig, TaylorSeerCac
 from .checkpointing import LORA_FILES
 from .configs.base import check
 from .data.encoding import find_pipeline_class
-from .models.experts import EXPERT_FOLDERS, ExpertName
+from .models.experts import EXPERT_FOLDERS, ExpertName, has_two_experts
 from .models.lora_metadata import read_lora_metadata
 
 
@@ -123,9 +123,9 @@ def check_options_fit(
     pretrained_model_name_or_path: str, options: Mapping[str, Any], *, revision: str | None = None
 ) -> None:
     """Raise a `ValueError` if something is given for a second transformer that the pipeline has not."""
-    second = DiffusionPipeline.load_config(pretrained_model_name_or_path, revision=revision).get("transformer_2")
+    has_second = has_two_experts(DiffusionPipeline.load_config(pretrained_model_name_or_path, revision=revision))
     for name in (TRANSFORMER_OPTIONS["low_noise"], LORA_OPTIONS["low_noise"]):
-        fits = options.get(name) is None or (second is not None and second[0] is not None)
+        fits = options.get(name) is None or has_second
         without = f"{pretrained_model_name_or_path}: model_index.json has no `transformer_2`"
         check(fits, name, options.get(name), f"left out, {without}")
 

@@ -55,7 +55,7 @@ class ParityConfig:
 
 
 def write_inputs(
-    folder: Path, *, num_rows: int = 16, latents_shape: Sequence[int] = (16, 3, 4, 4), **pipeline_options: int
+    folder: Path, *, num_rows: int = 16, latents_shape: Sequence[int] = (16, 3, 4, 4), **pipeline_options: float
 ) -> None:
     """A pipeline, tiny unless told else, a reward model of two of its blocks and labelled rows of random latents."""
     save_pipeline(folder / "pipeline", **{"num_layers": 3, "num_attention_heads": 4, **pipeline_options})

@@ -6,8 +6,8 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..checkpointing import AVERAGE_FOLDER, BEST_FOLDER, LORA_FILE, MODEL_FOLDER, list_checkpoints
-from ..models.loading import TRANSFORMER_FOLDER
+from ..checkpointing import AVERAGE_FOLDER, BEST_FOLDER, LORA_FILES, MODEL_FOLDER, list_checkpoints
+from ..models.experts import EXPERT_FOLDERS
 from ..provenance import CONFIG_FILE, METRICS_FILE, RUN_FILE
 from .model_card import CARD_FILE, may_replace_card, model_kind, write_model_card
 
@@ -59,11 +59,12 @@ def _weight_files(place: Path, run_dir: Path) -> dict[str, Path] | None:
         if root.is_dir():
             return _visible_files(root)
     for folder in (place / AVERAGE_FOLDER, place):
-        if (folder / TRANSFORMER_FOLDER).is_dir():
-            files = _visible_files(folder / TRANSFORMER_FOLDER)
-            return {f"{TRANSFORMER_FOLDER}/{name}": path for name, path in files.items()}
-        if (folder / LORA_FILE).is_file():
-            return {LORA_FILE: folder / LORA_FILE}
+        # Of a pipeline of two experts one or both.
+        transformers = [folder / name for name in EXPERT_FOLDERS.values() if (folder / name).is_dir()]
+        found = {f"{each.name}/{name}": path for each in transformers for name, path in _visible_files(each).items()}
+        found = found or {name: folder / name for name in LORA_FILES.values() if (folder / name).is_file()}
+        if found:
+            return found
     return None
 
 

@@ -4,7 +4,7 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,8 +13,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ..checkpointing import LORA_FILE
+from ..checkpointing import LORA_FILES
 from ..flow_matching import NUM_TRAIN_TIMESTEPS
+from ..models.experts import EXPERT_FOLDERS, ExpertName
 from ..models.lora_metadata import read_lora_metadata
 from ..provenance import CONFIG_FILE, METRICS_FILE, RUN_FILE
 
@@ -42,12 +43,22 @@ CITATION = """@article{mi2025video,
 
 def model_kind(files: Mapping[str, Path]) -> ModelKind | None:
     """What a repository holds, by its files (path in it -> file); None if it is no model of this package."""
-    if LORA_FILE in files:
+    if experts_of("lora", files):
         return "lora"
-    if "transformer/config.json" in files:
+    if experts_of("transformer", files):
         return "transformer"
     name = _read_json(files, "config.json").get("_class_name")
     return "reward" if name == "WanRewardModel" else None
+
+
+def experts_of(kind: ModelKind, files: Mapping[str, Path]) -> dict[ExpertName, str]:
+    """
+    File of the adapter, or of the transformer's configuration, of each expert that a repository has.
+
+    A model of a pipeline of one transformer counts as its high-noise expert.
+    """
+    names = LORA_FILES if kind == "lora" else {name: f"{each}/config.json" for name, each in EXPERT_FOLDERS.items()}
+    return {} if kind == "reward" else {expert: name for expert, name in names.items() if name in files}
 
 
 def may_replace_card(path: Path | None) -> bool:
@@ -96,9 +107,10 @@ def build_card(
 ) -> ModelCard:
     """The card as an object, with its evaluation as `eval_results`; the arguments are those of `write_model_card`."""
     config = _read_config(files)
+    experts = experts_of(kind, files)
     if kind == "lora":
-        config = _known_of_adapter(read_lora_metadata(files[LORA_FILE])) | config
-    model_config = _read_json(files, "transformer/config.json" if kind == "transformer" else "config.json")
+        config = _known_of_adapter(read_lora_metadata(files[next(iter(experts.values()))])) | config
+    model_config = _read_json(files, next(iter(experts.values())) if kind == "transformer" else "config.json")
     metrics = best_metrics(files)
     base_model = str(config.get("pretrained_model_name_or_path") or "")
     datasets = [str(config[name]) for name in ("train_dataset", "prompt_dataset") if config.get(name)]
@@ -120,7 +132,9 @@ def build_card(
         f"# {data.model_name}",
         OWN_CARD,
         _introduction(kind, config, model_config),
-        "## Use\n\n```python\n" + usage(kind, repo_id, base_model, image_to_video=is_i2v) + "\n```",
+        "## Use\n\n```python\n"
+        + usage(kind, repo_id, base_model, image_to_video=is_i2v, experts=list(experts))
+        + "\n```",
         _training_section(config, datasets),
         _evaluation_section(kind, config, metrics),
         f"![Training curves, and evaluation against the timestep]({PLOT_FILE})" if has_plot else "",
@@ -133,7 +147,14 @@ def build_card(
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n")
 
 
-def usage(kind: ModelKind, repo_id: str, base_model: str, *, image_to_video: bool) -> str:
+def usage(
+    kind: ModelKind,
+    repo_id: str,
+    base_model: str,
+    *,
+    image_to_video: bool,
+    experts: Sequence[ExpertName] = ("high_noise",),
+) -> str:
     """Python code that loads the model."""
     if kind == "reward":
         inputs = "noisy_latents, timesteps, prompt_embeds"
@@ -146,15 +167,23 @@ def usage(kind: ModelKind, repo_id: str, base_model: str, *, image_to_video: boo
         )
     pipeline = "WanImageToVideoPipeline" if image_to_video else "WanPipeline"
     if kind == "lora":
-        return (
-            f"from diffusers import {pipeline}\n\n"
-            f'pipeline = {pipeline}.from_pretrained("{base_model}")\n'
-            f'pipeline.load_lora_weights("{repo_id}")'
-        )
-    return (
-        f"from diffusers import {pipeline}, WanTransformer3DModel\n\n"
-        f'transformer = WanTransformer3DModel.from_pretrained("{repo_id}", subfolder="transformer")\n'
-        f'pipeline = {pipeline}.from_pretrained("{base_model}", transformer=transformer)'
+        low_noise = f', weight_name="{LORA_FILES["low_noise"]}", load_into_transformer_2=True'
+        loads = [f'pipeline.load_lora_weights("{repo_id}"{low_noise * (each == "low_noise")})' for each in experts]
+        lines = [
+            f"from diffusers import {pipeline}\n",
+            f'pipeline = {pipeline}.from_pretrained("{base_model}")',
+            *loads,
+        ]
+        return "\n".join(lines)
+    folders = [EXPERT_FOLDERS[each] for each in experts]
+    tuned = [f'{each} = WanTransformer3DModel.from_pretrained("{repo_id}", subfolder="{each}")' for each in folders]
+    arguments = ", ".join(f"{each}={each}" for each in folders)
+    return "\n".join(
+        [
+            f"from diffusers import {pipeline}, WanTransformer3DModel\n",
+            *tuned,
+            f'pipeline = {pipeline}.from_pretrained("{base_model}", {arguments})',
+        ]
     )
 
 

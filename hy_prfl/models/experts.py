@@ -115,28 +115,38 @@ class Experts:
         return first, last
 
 
-def read_experts(
-    pretrained_model_name_or_path: str, expert: str | None, *, revision: str | None = None, option: str = "expert"
-) -> Experts:
+def read_experts(pretrained_model_name_or_path: str, expert: str | None, *, revision: str | None = None) -> Experts:
+    """Experts of a pipeline on disk or on the Hub, and the choice among them, see [`choose_experts`]."""
+    index = DiffusionPipeline.load_config(pretrained_model_name_or_path, revision=revision)
+    return choose_experts(index, expert, source=pretrained_model_name_or_path)
+
+
+def has_two_experts(index: Mapping[str, Any]) -> bool:
+    """Whether the pipeline of this `model_index.json` has a second transformer."""
+    second = index.get("transformer_2")
+    return second is not None and second[0] is not None
+
+
+def choose_experts(index: Mapping[str, Any], expert: str | None, *, source: str) -> Experts:
     """
-    Experts of a pipeline by its `model_index.json`, and the choice among them.
+    Experts of a pipeline, and the choice among them.
 
     Args:
+        index (`Mapping[str, Any]`):
+            The pipeline's `model_index.json`.
         expert (`str`, *optional*):
             `"high_noise"`, `"low_noise"` or `"both"`; to be left out if the pipeline has one transformer.
-        option (`str`, defaults to `"expert"`):
-            Name of that option, for the error.
+        source (`str`):
+            The pipeline, for the error.
 
     Raises:
         ValueError: If the choice does not fit the pipeline, or the file contradicts itself.
     """
-    config = DiffusionPipeline.load_config(pretrained_model_name_or_path, revision=revision)
-    file = f"{pretrained_model_name_or_path}: model_index.json"
-    second, ratio = config.get("transformer_2"), config.get("boundary_ratio")
-    if second is None or second[0] is None:
+    file, ratio = f"{source}: model_index.json", index.get("boundary_ratio")
+    if not has_two_experts(index):
         if ratio is not None:
             raise ValueError(f"{file}: `boundary_ratio` is {ratio}, but there is no `transformer_2`.")
-        check(expert is None, option, expert, f"left out, {file} has one transformer")
+        check(expert is None, "expert", expert, f"left out, {file} has one transformer")
         return Experts()
     if ratio is None or not 0 < ratio < 1:
         raise ValueError(f"{file}: there is a `transformer_2`, but `boundary_ratio` is {ratio}, not in (0, 1).")
@@ -145,7 +155,7 @@ def read_experts(
         "low_noise": ("low_noise",),
         "both": ("high_noise", "low_noise"),
     }
-    check(expert in choices, option, expert, f"high_noise, low_noise or both, {file} has a `transformer_2`")
+    check(expert in choices, "expert", expert, f"high_noise, low_noise or both, {file} has a `transformer_2`")
     # As the pipelines compute it.
     return Experts(ratio * NUM_TRAIN_TIMESTEPS, choices[expert])
 

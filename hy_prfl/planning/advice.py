@@ -62,6 +62,8 @@ def possible_changes(request: Request) -> list[Change]:
         changes.append(_set(recompute, gradient_checkpointing=True))
     if isinstance(training, PRFLTrainingConfig) and not training.shard_reward_model and engine.num_gpus > 1:
         changes.append(_set("--shard_reward_model true", shard_reward_model=True))
+    if request.experts.frozen(rolls_out=True, samples=False) and engine.num_gpus > 1:
+        changes.append(_set("--shard_frozen_expert true", shard_frozen_expert=True))
     for degree in (2, 4, 8):
         if degree > training.context_parallel_degree and _divides(request, degree):
             changes.append(_set(f"--context_parallel_degree {degree}", context_parallel_degree=degree))

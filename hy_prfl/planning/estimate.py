@@ -4,10 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from diffusers import UniPCMultistepScheduler
+
 from ..configs.base import TrainingConfig, check
 from ..configs.prfl import PRFLTrainingConfig
 from ..configs.reward import RewardTrainingConfig
 from ..models.context_parallel import check_divisible
+from ..models.experts import Experts
 from .engines import BFLOAT16, FLOAT32, Engine, frozen_memory
 from .models import (
     ParameterSizes,
@@ -37,6 +40,10 @@ class Request:
             How the run is spread over GPUs.
         shape (`Shape`):
             Clips of a micro-batch.
+        experts (`Experts`, *optional*):
+            The experts of the pipeline, both as large as the generator; one transformer if left out.
+        sampler_shift (`float`, defaults to 3.0):
+            Shift of the sampler's grid, which divides a chain's steps between two experts.
     """
 
     training: TrainingConfig
@@ -44,6 +51,8 @@ class Request:
     reward_config: Mapping[str, Any]
     engine: Engine
     shape: Shape
+    experts: Experts = Experts()
+    sampler_shift: float = 3.0
 
     @property
     def num_tokens(self) -> int:
@@ -119,7 +128,8 @@ def estimate(request: Request, *, reserved: float = 0.0) -> Estimate:
 def _estimate_prfl(request: Request, training: PRFLTrainingConfig, reserved: float) -> Estimate:
     engine, config = request.engine, request.transformer_config
     numerics = engine.numerics(is_lora=training.lora_rank is not None)
-    sizes = _sizes(build_transformer(config, training), numerics, numerics.frozen, engine)
+    experts = request.experts
+    sizes = _sizes(build_transformer(config, training), numerics, numerics.frozen, engine).times(len(experts.trained))
     uses_reward, uses_flow = training.update_schedule != "flow_matching", training.update_schedule != "reward"
     held = engine.held(sizes) | {"averaged weights": engine.average(sizes) if training.use_ema else 0.0}
     part = request.shape.part(training.context_parallel_degree, config["patch_size"])
@@ -132,7 +142,8 @@ def _estimate_prfl(request: Request, training: PRFLTrainingConfig, reserved: flo
         reward_config = request.reward_config
         reward_sizes = _sizes(build_reward_model(reward_config), numerics, numerics.compute, engine)
         is_split = training.shard_reward_model
-        held |= frozen_memory(reward_sizes, num_gpus=engine.num_gpus, is_split=is_split)
+        whole, gathered = frozen_memory(reward_sizes, num_gpus=engine.num_gpus, is_split=is_split)
+        held |= {"reward model": whole, "reward model, gathered": gathered}
         reward = reward_phases(reward_config, training, numerics, part)
         beside = 0.0 if training.rerun_gradient_step else generator["forward"].kept
         phases |= {
@@ -140,6 +151,12 @@ def _estimate_prfl(request: Request, training: PRFLTrainingConfig, reserved: flo
             "reward": beside + max(reward["forward"].peak, reward["backward"].peak) + _whole_tokens(request, 5),
             "gradient step": flow_peak,
         }
+    if experts.frozen(rolls_out=uses_reward, samples=training.validation_dataset is not None):
+        other = build_transformer(config, training, frozen=True)
+        other_sizes = _sizes(other, numerics, numerics.compute, engine)
+        is_split = training.shard_frozen_expert
+        held["frozen expert"], gathered = frozen_memory(other_sizes, num_gpus=engine.num_gpus, is_split=is_split)
+        phases["rollout"] = gathered + generator["rollout"].peak
     held |= _held_by_batch(request)
     _take_turns(request, held, phases, generator, config["num_layers"], num_backwards=_num_backwards(training))
     flops = _prfl_flops(request, training, numerics, uses_flow=uses_flow, uses_reward=uses_reward)
@@ -242,7 +259,7 @@ def _prfl_flops(
     flops = {"flow matching": micro_batches * step} if uses_flow else {}
     if not uses_reward:
         return flops
-    first, last = training.step_range or (0, training.num_inference_steps - 2)
+    first, last = _gradient_steps(request, training)
     num_steps, num_gradient_steps = last - first + 1, training.num_gradient_steps
     last_index = first - 1 + num_gradient_steps * (num_steps + 1) / (num_gradient_steps + 1)
     without_gradient = last_index + 1 - num_gradient_steps
@@ -254,6 +271,16 @@ def _prfl_flops(
         "gradient step": micro_batches * num_gradient_steps * step,
         "reward": micro_batches * num_gradient_steps * _both(reward),
     }
+
+
+def _gradient_steps(request: Request, training: PRFLTrainingConfig) -> tuple[int, int]:
+    """First and last step that may take gradient."""
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=request.sampler_shift
+    )
+    scheduler.set_timesteps(training.num_inference_steps)
+    timesteps = scheduler.timesteps.tolist()
+    return request.experts.gradient_steps(timesteps, training.step_range, training.num_gradient_steps)
 
 
 def _both(phases: Mapping[str, Phase]) -> float:

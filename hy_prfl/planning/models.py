@@ -1,23 +1,26 @@
 """Models without weights: their configurations, published or on disk, and how many parameters of which type they hold."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from diffusers import WanTransformer3DModel
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from peft import LoraConfig
 from torch import nn
 
 from ..configs.base import TrainingConfig
 from ..configs.reward import RewardTrainingConfig
+from ..models.experts import Experts, choose_experts, read_experts
 from ..models.loading import TRANSFORMER_FOLDER
 from ..models.reward_model import BACKBONE_CONFIG, WanRewardModel
 
 
-# Sizes of the transformers as published in the Wan 2.1 repository (`wan/configs/wan_{t2v,i2v}_*.py`, FLF2V as I2V) and as diffusers'
-# conversion of them names them (`scripts/convert_wan_to_diffusers.py`); all else is a default of the class.
+# Sizes of the transformers as published in the Wan 2.1 and 2.2 repositories (`wan/configs/wan_{t2v,i2v,ti2v}_*.py`, FLF2V
+# as I2V) and as diffusers' conversion of them names them (`scripts/convert_wan_to_diffusers.py`); all else is a default of
+# the class.
 _T2V_1_3B = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
 _T2V_14B = {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40}
 _I2V_14B = {**_T2V_14B, "in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120}
@@ -27,8 +30,12 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers": _I2V_14B,
     "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers": _I2V_14B,
     "Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers": {**_I2V_14B, "pos_embed_seq_len": 514},
+    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": _T2V_14B,
+    "Wan-AI/Wan2.2-I2V-A14B-Diffusers": {**_T2V_14B, "in_channels": 36},
 }
-# Strides of Wan 2.1's VAE over frames, height and width.
+# `boundary_ratio` of those that have a second transformer, of the same size.
+BOUNDARY_RATIOS = {"Wan-AI/Wan2.2-T2V-A14B-Diffusers": 0.875, "Wan-AI/Wan2.2-I2V-A14B-Diffusers": 0.9}
+# Strides over frames, height and width of the VAE of the published pipelines.
 VAE_STRIDE = (4, 8, 8)
 
 
@@ -54,6 +61,26 @@ def load_transformer_config(pretrained_model_name_or_path: str, revision: str | 
     return {**full, "num_layers": config.get("num_layers", 40)}
 
 
+def load_experts(pretrained_model_name_or_path: str, expert: str | None, revision: str | None = None) -> Experts:
+    """The experts of a pipeline and those that train; the Hub is asked as for the transformer's configuration."""
+    if pretrained_model_name_or_path in PUBLISHED and revision is None:
+        ratio = BOUNDARY_RATIOS.get(pretrained_model_name_or_path)
+        second = None if ratio is None else ["diffusers", "WanTransformer3DModel"]
+        index = {"transformer_2": second, "boundary_ratio": ratio}
+        return choose_experts(index, expert, source=pretrained_model_name_or_path)
+    return read_experts(pretrained_model_name_or_path, expert, revision=revision)
+
+
+def load_vae_stride(pretrained_model_name_or_path: str, revision: str | None = None) -> tuple[int, int, int]:
+    """Strides of a pipeline's VAE over frames, height and width; the Hub is asked as above."""
+    if pretrained_model_name_or_path in PUBLISHED and revision is None:
+        return VAE_STRIDE
+    config = AutoencoderKLWan.load_config(pretrained_model_name_or_path, subfolder="vae", revision=revision)
+    with init_empty_weights():
+        full = AutoencoderKLWan.from_config(config).config
+    return full.scale_factor_temporal, full.scale_factor_spatial, full.scale_factor_spatial
+
+
 def reward_model_config(
     transformer_config: Mapping[str, Any], training: RewardTrainingConfig | None = None
 ) -> dict[str, Any]:
@@ -65,10 +92,14 @@ def reward_model_config(
     return {**config, **{name: getattr(training, name) for name in names}}
 
 
-def build_transformer(config: Mapping[str, Any], training: TrainingConfig) -> WanTransformer3DModel:
-    """A generator on the meta device, with what trains as `training` says."""
+def build_transformer(
+    config: Mapping[str, Any], training: TrainingConfig, *, frozen: bool = False
+) -> WanTransformer3DModel:
+    """A generator on the meta device, with what trains as `training` says, or frozen, without an adapter."""
     with torch.device("meta"):
         transformer = WanTransformer3DModel.from_config(dict(config))
+        if frozen:
+            return transformer.requires_grad_(False)
         select_trainable(transformer, training)
     return transformer
 
@@ -159,6 +190,11 @@ class ParameterSizes:
     persistent: int
     block: int
     rest: int
+
+    def times(self, count: int) -> "ParameterSizes":
+        """Sizes of so many models of this kind; a block is still a block."""
+        values = dataclasses.asdict(self)
+        return ParameterSizes(**{name: size * (1 if name == "block" else count) for name, size in values.items()})
 
 
 def count_parameters(model: nn.Module, *, persistence_threshold: int = 0) -> ParameterSizes:

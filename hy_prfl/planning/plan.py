@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..configs.base import TrainingConfig, check
+from ..configs.prfl import PRFLTrainingConfig
 from ..configs.reward import RewardTrainingConfig
+from ..models.experts import Experts
+from ..models.loading import load_scheduler
 from .advice import cheapest_changes
 from .engines import Engine
 from .estimate import Estimate, Request, default_reward_config, estimate
-from .models import VAE_STRIDE, load_transformer_config
+from .models import VAE_STRIDE, load_experts, load_transformer_config, load_vae_stride
 from .workloads import TEXT_TOKENS, Shape
 
 
@@ -144,6 +147,7 @@ def plan(
     text_tokens: int = TEXT_TOKENS,
     transformer_config: Mapping[str, Any] | None = None,
     reward_config: Mapping[str, Any] | None = None,
+    experts: Experts | None = None,
     engine: Engine | None = None,
 ) -> Plan:
     """
@@ -177,27 +181,36 @@ def plan(
             Length that prompts are padded to.
         transformer_config, reward_config (`Mapping[str, Any]`, *optional*):
             Configurations to take instead of those of the recipe's pipeline, and of a reward model of its first 8 blocks.
+        experts (`Experts`, *optional*):
+            To be given with `transformer_config` if there are two.
         engine (`Engine`, *optional*):
             Replaces `num_gpus`, `zero_stage` and `offload`.
 
     Raises:
         ValueError: If the clips do not divide over the GPUs, or a size is not one of the VAE's.
     """
-    frames_ok = num_frames % VAE_STRIDE[0] == 1
-    check(frames_ok, "num_frames", num_frames, f"of the form {VAE_STRIDE[0]}k + 1")
-    for name, side in (("height", height), ("width", width)):
-        check(side > 0 and side % 16 == 0, name, side, "a multiple of 16")
     check(0 < utilization <= 1, "utilization", utilization, "in (0, 1]")
-    config = transformer_config
+    config, stride, shift = transformer_config, VAE_STRIDE, 3.0
     if config is None:
-        config = load_transformer_config(training.pretrained_model_name_or_path, training.revision)
-    latents = ((num_frames - 1) // VAE_STRIDE[0] + 1, height // VAE_STRIDE[1], width // VAE_STRIDE[2])
+        path, revision = training.pretrained_model_name_or_path, training.revision
+        config, stride = load_transformer_config(path, revision), load_vae_stride(path, revision)
+        if isinstance(training, PRFLTrainingConfig):
+            experts = load_experts(path, training.expert, revision)
+            if experts.are_two:
+                shift = training.sampler_flow_shift or load_scheduler(path, revision=revision).config.flow_shift
+    frames_ok = num_frames % stride[0] == 1
+    check(frames_ok, "num_frames", num_frames, f"of the form {stride[0]}k + 1")
+    for name, side, multiple in (("height", height, 2 * stride[1]), ("width", width, 2 * stride[2])):
+        check(side > 0 and side % multiple == 0, name, side, f"a multiple of {multiple}")
+    latents = ((num_frames - 1) // stride[0] + 1, height // stride[1], width // stride[2])
     request = Request(
         training=training,
         transformer_config=config,
         reward_config=reward_config or default_reward_config(training, config),
         engine=engine or Engine(num_gpus=num_gpus, zero_stage=zero_stage, offload=offload),
         shape=Shape(training.train_batch_size, latents, text_tokens),
+        experts=experts or Experts(),
+        sampler_shift=shift,
     )
     needs = estimate(request, reserved=reserved * GIGA)
     changes: list[str] = []

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from hy_prfl.planning.engines import Engine
@@ -132,3 +133,38 @@ def test_engine_is_hashable_and_checked(field: dataclasses.Field) -> None:
     assert hash(Engine()) == hash(dataclasses.replace(Engine(), **{field.name: getattr(Engine(), field.name)}))
     with pytest.raises(ValueError, match="zero_stage"):
         Engine(zero_stage=1)
+
+
+A14B = "Wan-AI/Wan2.2-T2V-A14B-Diffusers"
+
+
+@pytest.mark.parametrize("expert", ["high_noise", "low_noise", "both"])
+def test_experts(expert: str) -> None:
+    """Weights of one or both, of which one may be frozen, and chains as long as the steps of those that train."""
+    options = {"expert": expert, "lora_rank": 32, "gradient_checkpointing": True, "sampler_flow_shift": 12.0}
+    one = plan(prfl_recipe(lora_rank=32, gradient_checkpointing=True), **CLIP)
+    made = plan(prfl_recipe(A14B, **options), **CLIP)
+    count = 2 if expert == "both" else 1
+    assert (made.num_parameters, made.num_trained) == (count * one.num_parameters, count * one.num_trained)
+    assert made.memory["weights"] == pytest.approx(count * one.memory["weights"])
+    frozen = made.memory.get("frozen expert", 0.0)
+    assert frozen == pytest.approx(one.memory["weights"] - 4 * one.num_trained / 1e9 if expert == "low_noise" else 0.0)
+
+    # sigma = 12 u / (1 + 11 u) at the sampler's 40 values of u, compared as the pipelines do.
+    sigmas = np.linspace(1, 1 / 1000, 41)[:-1]
+    is_high = (1000 * (12 * sigmas / (1 + 11 * sigmas))).astype(int) >= 875
+    last = {"high_noise": is_high.sum() - 1, "low_noise": 38, "both": 38}[expert]
+    first = is_high.sum() if expert == "low_noise" else 0
+    mean_length = np.mean(range(first, last + 1))
+    rollout = one.teraflops["rollout"] / np.mean(range(39))
+    assert made.teraflops["rollout"] == pytest.approx(mean_length * rollout)
+
+    split = plan(prfl_recipe(A14B, **options, shard_frozen_expert=expert != "both"), **CLIP, num_gpus=8)
+    assert split.memory.get("frozen expert", 0.0) == pytest.approx(frozen / 8)
+    sampled = plan(prfl_recipe(A14B, **options, validation_dataset="-"), **CLIP)
+    assert ("frozen expert" in sampled.memory) == (expert != "both")
+
+
+def test_two_experts_need_a_choice() -> None:
+    with pytest.raises(ValueError, match=r"`expert` must be high_noise, low_noise or both, Wan-AI/Wan2.2-T2V-A14B"):
+        plan(prfl_recipe(A14B), **CLIP)
