@@ -15,6 +15,7 @@ from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanPipeline
 from PIL import Image
 from tqdm import tqdm
 
+from .configs.base import check
 from .data.prompts import VideoPrompt
 from .data.store import hash_file
 from .data.video import read_image, resize_and_crop, to_uint8
@@ -44,7 +45,8 @@ class VideoSettings:
     How videos are sampled and written.
 
     Args:
-        height, width (`int`): Size in pixels, multiples of 16. Images are resized and centre-cropped to it.
+        height, width (`int`): Size in pixels, multiples of 16, for Wan2.2 TI2V 5B of 32. Images are resized and
+            centre-cropped to it.
         num_frames (`int`): Frames, `4k + 1`.
         num_inference_steps (`int`): Denoising steps.
         guidance_scale (`float`): Classifier-free guidance; 1 turns it off.
@@ -119,10 +121,19 @@ def generate_videos(
 
     Returns:
         `list[Path]`: the videos, in the order of the prompts.
+
+    Raises:
+        ValueError: If the size is none that the pipeline makes, or a file is there that was made from something else.
     """
     state = process_state()
     output_dir = Path(output_dir)
     settings = VideoSettings() if settings is None else settings
+    multiple = 2 * pipeline.vae_scale_factor_spatial
+    for name, side in (("height", settings.height), ("width", settings.width)):
+        # The pipeline itself would only warn, and make a smaller video.
+        check(
+            side % multiple == 0, name, side, f"a multiple of {multiple}, what a patch of the pipeline's latents shows"
+        )
     pending = pending_videos(prompts, output_dir, settings, model_identity=model_identity, overwrite=overwrite)
     # Nobody writes before everybody has looked, so that all split the same list.
     state.wait_for_everyone()
@@ -249,7 +260,7 @@ def decode_latents(vae: AutoencoderKLWan, latents: torch.Tensor) -> np.ndarray:
     Args:
         vae (`AutoencoderKLWan`):
             VAE of the pipeline.
-        latents (`torch.Tensor` of shape `(batch_size, num_channels, num_latent_frames, height / 8, width / 8)`):
+        latents (`torch.Tensor` of shape `(batch_size, num_channels, num_latent_frames, height / 8, width / 8)`, or a sixteenth):
             Clean normalised latents.
 
     Returns:

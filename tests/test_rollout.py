@@ -7,6 +7,7 @@ import torch
 from diffusers import WanImageToVideoPipeline, WanPipeline
 from PIL import Image
 
+from examples.shapes.pipeline import save_pipeline
 from hy_prfl.models.loading import load_scheduler
 from hy_prfl.rollout import denoise_to_step, sample_latents, walk_with_gradient
 
@@ -186,3 +187,27 @@ def test_step_indices_must_ascend_and_leave_noisy_latents(pipeline_dir: Path, st
     )  # fmt: skip
     with pytest.raises(ValueError, match=r"`step_indices` must be ascending and in \[0, 3\]"):
         next(chain)
+
+
+def test_timesteps_that_all_tokens_share_are_given_once(tmp_path: Path) -> None:
+    """Text-to-video of Wan2.2 TI2V 5B: the stock pipeline repeats the timestep for every token, which changes nothing."""
+    folder = save_pipeline(tmp_path / "5b", num_layers=3, expand_timesteps=True)
+    pipeline = WanPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    shapes = []
+    pipeline.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["timestep"].shape)), with_kwargs=True
+    )
+    noise = torch.randn(2, 48, 2, 4, 6)
+    prompt_embeds, negative = pipeline.encode_prompt(["a red circle", "a wall"], max_sequence_length=16)
+    expected = pipeline(
+        prompt_embeds=prompt_embeds, negative_prompt_embeds=negative, latents=noise, height=64, width=96, num_frames=5,
+        num_inference_steps=NUM_STEPS, guidance_scale=4.0, output_type="latent",
+    ).frames  # fmt: skip
+    assert set(shapes) == {(2, 2 * 2 * 3)}
+    actual = sample_latents(
+        pipeline.transformer, load_scheduler(str(folder)), noise=noise, num_inference_steps=NUM_STEPS,
+        encoder_hidden_states=prompt_embeds, negative_encoder_hidden_states=negative, guidance_scale=4.0,
+    )  # fmt: skip
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    assert shapes[-1] == (2,)

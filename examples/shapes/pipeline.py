@@ -28,6 +28,18 @@ WORDS = (
 ).split()
 
 
+# What the VAE of Wan 2.2 TI2V 5B has besides its width.
+VAE_OF_5B: dict[str, object] = {
+    "is_residual": True,
+    "in_channels": 12,
+    "out_channels": 12,
+    "patch_size": 2,
+    "scale_factor_spatial": 16,
+    "latents_mean": [0.01 * index for index in range(48)],
+    "latents_std": [1 + 0.01 * index for index in range(48)],
+}
+
+
 def build_tokenizer(words: Iterable[str] = WORDS) -> T5Tokenizer:
     """T5 tokenizer with one piece for each word and each printable character."""
     whole_words = [(f"▁{word}", -2.0) for word in words]
@@ -47,25 +59,36 @@ def build_pipeline(
     vae_base_dim: int = 3,
     flow_shift: float = 3.0,
     boundary_ratio: float | None = None,
+    expand_timesteps: bool = False,
     vae_config: Mapping[str, object] | None = None,
     seed: int = 0,
 ) -> WanPipeline | WanImageToVideoPipeline:
     """
-    Wan pipeline of toy size: a Wan 2.1, or with a boundary a Wan 2.2 A14B.
+    Wan pipeline of toy size: a Wan 2.1, with a boundary a Wan 2.2 A14B, with timesteps per token a Wan 2.2 TI2V 5B.
 
     Args:
         image_to_video (`bool`, defaults to `False`):
             Build a `WanImageToVideoPipeline` with a CLIP image encoder, its transformer taking 16 + 20 channels.
         boundary_ratio (`float`, *optional*):
             Add a second transformer for the noise levels below it; an image-to-video pipeline has no image encoder then.
+        expand_timesteps (`bool`, defaults to `False`):
+            Give every token a timestep of its own, and the VAE 48 channels and a stride of 16 pixels.
         vae_config (`Mapping`, *optional*):
             Arguments of `AutoencoderKLWan` to use instead of those of this function.
         seed (`int`, defaults to 0):
             Seed of the random weights.
     """
     torch.manual_seed(seed)
+    num_channels = 48 if expand_timesteps else 16
     vae = AutoencoderKLWan(
-        **{"base_dim": vae_base_dim, "z_dim": 16, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1, **(vae_config or {})}
+        **{
+            "base_dim": vae_base_dim,
+            "z_dim": num_channels,
+            "dim_mult": [1, 1, 1, 1],
+            "num_res_blocks": 1,
+            **(VAE_OF_5B if expand_timesteps else {}),
+            **(vae_config or {}),
+        }
     )
     tokenizer = build_tokenizer()
     text_encoder = UMT5EncoderModel(
@@ -79,8 +102,8 @@ def build_pipeline(
             patch_size=(1, 2, 2),
             num_attention_heads=num_attention_heads,
             attention_head_dim=attention_head_dim,
-            in_channels=36 if image_to_video else 16,
-            out_channels=16,
+            in_channels=36 if image_to_video else num_channels,
+            out_channels=num_channels,
             text_dim=text_dim,
             freq_dim=64,
             ffn_dim=ffn_dim,
@@ -102,6 +125,7 @@ def build_pipeline(
         "tokenizer": tokenizer,
         "scheduler": scheduler,
         "boundary_ratio": boundary_ratio,
+        "expand_timesteps": expand_timesteps,
         **dict(zip(("transformer", "transformer_2"), transformers, strict=False)),
     }
     if not image_to_video:

@@ -32,7 +32,8 @@ class LatentEncoder:
             Whether the transformer that is left out needs a last image beside the first one (Wan2.1 FLF2V).
 
     Raises:
-        ValueError: If the pipeline is no Wan pipeline, or one that conditions on timesteps per token (Wan2.2 5B).
+        ValueError: If the pipeline is no Wan pipeline, or an image-to-video pipeline that tells the first frame's tokens
+            by a timestep of their own (Wan2.2 TI2V 5B).
 
     Example:
         ```python
@@ -46,8 +47,11 @@ class LatentEncoder:
             raise ValueError(
                 f"expected a `WanPipeline` or a `WanImageToVideoPipeline`, got a `{type(pipeline).__name__}`."
             )
-        if pipeline.config.expand_timesteps:
-            raise ValueError("pipelines with `expand_timesteps` (Wan2.2 5B) are not supported.")
+        if pipeline.config.expand_timesteps and isinstance(pipeline, WanImageToVideoPipeline):
+            raise ValueError(
+                "a `WanImageToVideoPipeline` with `expand_timesteps` (image-to-video of Wan2.2 TI2V 5B) is not supported; "
+                "as a `WanPipeline` (text-to-video) it is."
+            )
         self.pipeline = pipeline
         self.max_sequence_length = max_sequence_length
         self.is_image_to_video = isinstance(pipeline, WanImageToVideoPipeline)
@@ -127,10 +131,11 @@ class LatentEncoder:
 
         Args:
             frames (`torch.Tensor` of shape `(num_frames, 3, height, width)`):
-                In [-1, 1]; `4k + 1` frames, height and width multiples of 16.
+                In [-1, 1]; `4k + 1` frames, height and width multiples of `size_multiple`.
 
         Returns:
-            `torch.Tensor` of shape `(num_channels, num_latent_frames, height / 8, width / 8)`, float32 on the CPU.
+            `torch.Tensor` of shape `(num_channels, num_latent_frames, height / 8, width / 8)`, or a sixteenth for Wan2.2
+            TI2V 5B, float32 on the CPU.
         """
         self._check_frames(frames)
         vae = self.pipeline.vae

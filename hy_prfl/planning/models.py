@@ -24,6 +24,7 @@ from ..models.reward_model import BACKBONE_CONFIG, WanRewardModel
 _T2V_1_3B = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
 _T2V_14B = {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40}
 _I2V_14B = {**_T2V_14B, "in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120}
+_TI2V_5B = {"num_attention_heads": 24, "ffn_dim": 14336, "num_layers": 30, "in_channels": 48, "out_channels": 48}
 PUBLISHED: dict[str, dict[str, Any]] = {
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": _T2V_1_3B,
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": _T2V_14B,
@@ -32,11 +33,13 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers": {**_I2V_14B, "pos_embed_seq_len": 514},
     "Wan-AI/Wan2.2-T2V-A14B-Diffusers": _T2V_14B,
     "Wan-AI/Wan2.2-I2V-A14B-Diffusers": {**_T2V_14B, "in_channels": 36},
+    "Wan-AI/Wan2.2-TI2V-5B-Diffusers": _TI2V_5B,
 }
 # `boundary_ratio` of those that have a second transformer, of the same size.
 BOUNDARY_RATIOS = {"Wan-AI/Wan2.2-T2V-A14B-Diffusers": 0.875, "Wan-AI/Wan2.2-I2V-A14B-Diffusers": 0.9}
-# Strides over frames, height and width of the VAE of the published pipelines.
+# Strides over frames, height and width of Wan 2.1's VAE, and of that of the published pipelines that have another.
 VAE_STRIDE = (4, 8, 8)
+OTHER_STRIDES = {"Wan-AI/Wan2.2-TI2V-5B-Diffusers": (4, 16, 16)}
 
 
 def load_transformer_config(pretrained_model_name_or_path: str, revision: str | None = None) -> dict[str, Any]:
@@ -74,7 +77,7 @@ def load_experts(pretrained_model_name_or_path: str, expert: str | None, revisio
 def load_vae_stride(pretrained_model_name_or_path: str, revision: str | None = None) -> tuple[int, int, int]:
     """Strides of a pipeline's VAE over frames, height and width; the Hub is asked as above."""
     if pretrained_model_name_or_path in PUBLISHED and revision is None:
-        return VAE_STRIDE
+        return OTHER_STRIDES.get(pretrained_model_name_or_path, VAE_STRIDE)
     config = AutoencoderKLWan.load_config(pretrained_model_name_or_path, subfolder="vae", revision=revision)
     with init_empty_weights():
         full = AutoencoderKLWan.from_config(config).config
