@@ -10,13 +10,25 @@ import torch
 import yaml
 from diffusers import WanPipeline, WanTransformer3DModel
 from huggingface_hub import ModelCard, metadata_load
+from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file
 
+from examples.shapes.pipeline import build_pipeline
+from hy_prfl.checkpointing import LORA_FILES
 from hy_prfl.configs.prfl import PRFLTrainingConfig
 from hy_prfl.configs.reward import RewardTrainingConfig
 from hy_prfl.hub.files import run_files
-from hy_prfl.hub.model_card import OWN_CARD, build_card, draw_training, may_replace_card, model_kind, write_model_card
+from hy_prfl.hub.model_card import (
+    OWN_CARD,
+    build_card,
+    draw_training,
+    experts_of,
+    may_replace_card,
+    model_kind,
+    usage,
+    write_model_card,
+)
 from hy_prfl.models.reward_model import WanRewardModel
 from hy_prfl.trainers.prfl_trainer import PRFLTrainer
 from hy_prfl.trainers.reward_trainer import RewardTrainer
@@ -239,3 +251,27 @@ def test_only_own_cards_are_replaced(tmp_path: Path) -> None:
     assert may_replace_card(tmp_path / "README.md")
     (tmp_path / "README.md").write_text("# Model\n")
     assert not may_replace_card(tmp_path / "README.md")
+
+
+def test_a_card_loads_each_expert_into_its_place(expert_pipeline_dir: Path, tmp_path: Path) -> None:
+    """What the cards of two adapters, and of the low-noise expert's transformer, say."""
+    pipeline = build_pipeline(num_layers=3, boundary_ratio=0.875, seed=1)
+    pipeline.transformer_2.save_pretrained(tmp_path / "transformer_2")
+    files = {"transformer_2/config.json": tmp_path / "transformer_2/config.json"}
+    assert model_kind(files) == "transformer"
+    assert experts_of("transformer", files) == {"low_noise": "transformer_2/config.json"}
+    code = usage("transformer", str(tmp_path), str(expert_pipeline_dir), image_to_video=False, experts=["low_noise"])
+    names: dict[str, Any] = {}
+    exec(code, names)
+    tuned = names["pipeline"].transformer_2.state_dict()
+    assert all(torch.equal(value, tuned[name]) for name, value in pipeline.transformer_2.state_dict().items())
+
+    pipeline.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    layers = get_peft_model_state_dict(pipeline.transformer)
+    for name in LORA_FILES.values():
+        WanPipeline.save_lora_weights(tmp_path, transformer_lora_layers=layers, weight_name=name)
+    files = {name: tmp_path / name for name in LORA_FILES.values()}
+    assert model_kind(files) == "lora"
+    experts = list(experts_of("lora", files))
+    exec(usage("lora", str(tmp_path), str(expert_pipeline_dir), image_to_video=False, experts=experts), names)
+    assert set(names["pipeline"].get_list_adapters()) == {"transformer", "transformer_2"}
