@@ -10,6 +10,7 @@ from diffusers import UniPCMultistepScheduler
 from torch import nn
 
 from .models.attention import use_attention_backend
+from .models.conditioning import add_condition, put_condition
 
 
 @dataclass
@@ -68,7 +69,8 @@ def walk_with_gradient(
         encoder_hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, text_dim)`):
             Prompt embeddings.
         condition (`torch.Tensor`, *optional*):
-            The 20 condition channels of image-to-video models.
+            The 20 condition channels, or the clean first frame, of image-to-video models; see
+            [`~hy_prfl.models.conditioning.add_condition`].
         encoder_hidden_states_image (`torch.Tensor`, *optional*):
             Image embeddings of image-to-video models.
         rerun (`bool`, defaults to `False`):
@@ -198,7 +200,7 @@ def sample_latents(
             )
             model_pred = unguided + guidance_scale * (model_pred - unguided)
         latents = scheduler.step(model_pred, timestep, latents, return_dict=False)[0]
-    return latents
+    return put_condition(latents, condition)
 
 
 def predict_velocity(
@@ -218,10 +220,10 @@ def predict_velocity(
         timestep (`torch.Tensor`, scalar or of shape `(batch_size,)`):
             Noise level, `1000 * sigma`.
     """
-    hidden_states = latents if condition is None else torch.cat([latents, condition], dim=1)
+    hidden_states, timestep = add_condition(latents, timestep.expand(latents.shape[0]), condition)
     return transformer(
         hidden_states=hidden_states.to(encoder_hidden_states.dtype),
-        timestep=timestep.expand(latents.shape[0]),
+        timestep=timestep,
         encoder_hidden_states=encoder_hidden_states,
         encoder_hidden_states_image=encoder_hidden_states_image,
         return_dict=False,

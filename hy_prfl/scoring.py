@@ -154,7 +154,7 @@ def score_rows(
         clips.prompt_embeds.to(reward_model.dtype),
         timesteps,
         row_ids=clips.ids,
-        condition=clips.condition if _num_condition_channels(reward_model) else None,
+        condition=clips.condition if _takes(reward_model, clips.condition) else None,
         image_embeds=clips.image_embeds if reward_model.config.image_dim is not None else None,
         num_noise_samples=num_noise_samples,
         seed=seed,
@@ -304,6 +304,13 @@ def check_dataset_fits(reward_model: WanRewardModel, dataset: Dataset, source: s
                 raise ValueError(f"{where}: the reward model is image-to-video, the row has no `image_embeds`.")
             _check_equal("image width", config.image_dim, row["image_embeds_shape"][-1], where)
             check_number_of_images(row["image_embeds_shape"], config.pos_embed_seq_len, where)
+
+
+def _takes(reward_model: WanRewardModel, condition: torch.Tensor | None) -> bool:
+    """Whether a reward model looks at this condition: channels beside the latents, or their first frame."""
+    config = reward_model.config
+    is_first_frame = condition is not None and condition.shape[1] == config.out_channels
+    return config.in_channels > config.out_channels or is_first_frame
 
 
 def _num_condition_channels(reward_model: WanRewardModel) -> int:

@@ -8,6 +8,7 @@ from diffusers import WanImageToVideoPipeline, WanPipeline
 from PIL import Image
 
 from examples.shapes.pipeline import save_pipeline
+from hy_prfl.data.encoding import LatentEncoder
 from hy_prfl.models.loading import load_scheduler
 from hy_prfl.rollout import denoise_to_step, sample_latents, walk_with_gradient
 
@@ -211,3 +212,34 @@ def test_timesteps_that_all_tokens_share_are_given_once(tmp_path: Path) -> None:
     )  # fmt: skip
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
     assert shapes[-1] == (2,)
+
+
+def test_a_clean_first_frame_is_that_of_the_stock_pipeline(tmp_path: Path) -> None:
+    """Image-to-video of Wan2.2 TI2V 5B: the image as first frame of the latents, its tokens at timestep 0."""
+    folder = save_pipeline(tmp_path / "5b", num_layers=3, expand_timesteps=True, image_to_video=True)
+    pipeline = WanImageToVideoPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    calls: list[dict[str, torch.Tensor]] = []
+    pipeline.transformer.register_forward_pre_hook(lambda module, args, kwargs: calls.append(kwargs), with_kwargs=True)
+    noise = torch.randn(1, 48, 3, 4, 6)
+    image = Image.new("RGB", (96, 64), (200, 30, 30))
+    expected = pipeline(
+        image=image, prompt="a red circle", latents=noise, height=64, width=96, num_frames=9, guidance_scale=4.0,
+        num_inference_steps=NUM_STEPS, output_type="latent", max_sequence_length=16,
+    ).frames  # fmt: skip
+    stock = list(calls)
+    prompt_embeds, negative = (stock[index]["encoder_hidden_states"] for index in (0, 1))
+    frames = torch.tensor([200, 30, 30]).view(1, 3, 1, 1).expand(9, 3, 64, 96) / 127.5 - 1
+    image_embeds, condition = LatentEncoder.from_pretrained(str(folder)).encode_condition(frames)
+    assert image_embeds is None
+    assert condition.shape == (48, 1, 4, 6)
+    actual = sample_latents(
+        pipeline.transformer, load_scheduler(str(folder)), noise=noise, num_inference_steps=NUM_STEPS,
+        encoder_hidden_states=prompt_embeds, negative_encoder_hidden_states=negative, guidance_scale=4.0,
+        condition=condition[None],
+    )  # fmt: skip
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(actual[:, :, 0], condition[None, :, 0])
+    for own, other in zip(calls[len(stock) :], stock, strict=True):
+        assert torch.equal(own["timestep"].float(), other["timestep"].float())
+        assert own["timestep"][0].unique().numel() == 2

@@ -72,7 +72,8 @@ def build_pipeline(
         boundary_ratio (`float`, *optional*):
             Add a second transformer for the noise levels below it; an image-to-video pipeline has no image encoder then.
         expand_timesteps (`bool`, defaults to `False`):
-            Give every token a timestep of its own, and the VAE 48 channels and a stride of 16 pixels.
+            Give every token a timestep of its own, and the VAE 48 channels and a stride of 16 pixels; an image-to-video
+            pipeline takes the image as first frame.
         vae_config (`Mapping`, *optional*):
             Arguments of `AutoencoderKLWan` to use instead of those of this function.
         seed (`int`, defaults to 0):
@@ -96,13 +97,13 @@ def build_pipeline(
             vocab_size=len(tokenizer), d_model=text_dim, d_kv=8, d_ff=64, num_layers=2, num_heads=4, dropout_rate=0.0
         )
     )
-    image_dim = 32 if image_to_video and boundary_ratio is None else None
+    image_dim = 32 if image_to_video and boundary_ratio is None and not expand_timesteps else None
     transformers = [
         WanTransformer3DModel(
             patch_size=(1, 2, 2),
             num_attention_heads=num_attention_heads,
             attention_head_dim=attention_head_dim,
-            in_channels=36 if image_to_video else num_channels,
+            in_channels=36 if image_to_video and not expand_timesteps else num_channels,
             out_channels=num_channels,
             text_dim=text_dim,
             freq_dim=64,

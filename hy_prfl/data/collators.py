@@ -57,7 +57,8 @@ class LatentBatch(Batch):
             CLIP embeddings of the first frame, for image-to-video models. Models of first and last frame take
             `2 * batch_size` of them, those of a clip behind each other.
         condition (`torch.Tensor` of shape `(batch_size, 20, num_frames, height, width)`, *optional*):
-            Mask and latents of the images, for image-to-video models.
+            Mask and latents of the images, for image-to-video models; of Wan2.2 TI2V 5B `(batch_size, 48, 1, height,
+            width)`, the clean first frame.
     """
 
     ids: list[str]

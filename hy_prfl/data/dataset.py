@@ -99,6 +99,7 @@ def check_rows_fit(
     condition_channels: int,
     pos_embed_seq_len: int | None,
     patch_size: Sequence[int],
+    takes_first_frame: bool = False,
 ) -> None:
     """
     Refuse rows that a model cannot take.
@@ -107,12 +108,17 @@ def check_rows_fit(
         num_channels, text_dim, image_dim, condition_channels, pos_embed_seq_len, patch_size:
             What the model takes; `image_dim` None means no image embeddings, 0 channels a text-to-video model,
             `pos_embed_seq_len` is the number of tokens of two images, None for a model that takes one.
+        takes_first_frame (`bool`, defaults to `False`):
+            Whether all rows may have, instead of channels beside the latents, a clean first frame of them.
 
     Raises:
         ValueError: Naming the row, the column and both values.
     """
     columns = ["id", "latents_shape", "prompt_embeds_shape", "image_embeds_shape", "condition_shape"]
-    for row in read_columns(dataset, columns):
+    rows = read_columns(dataset, columns)
+    if takes_first_frame and rows[0]["condition_shape"] is not None:
+        condition_channels = num_channels
+    for row in rows:
         image_shape, condition_shape = row["image_embeds_shape"], row["condition_shape"]
         shape = row["latents_shape"]
         found = {

@@ -32,8 +32,7 @@ class LatentEncoder:
             Whether the transformer that is left out needs a last image beside the first one (Wan2.1 FLF2V).
 
     Raises:
-        ValueError: If the pipeline is no Wan pipeline, or an image-to-video pipeline that tells the first frame's tokens
-            by a timestep of their own (Wan2.2 TI2V 5B).
+        ValueError: If the pipeline is no Wan pipeline.
 
     Example:
         ```python
@@ -46,11 +45,6 @@ class LatentEncoder:
         if not isinstance(pipeline, (WanPipeline, WanImageToVideoPipeline)):
             raise ValueError(
                 f"expected a `WanPipeline` or a `WanImageToVideoPipeline`, got a `{type(pipeline).__name__}`."
-            )
-        if pipeline.config.expand_timesteps and isinstance(pipeline, WanImageToVideoPipeline):
-            raise ValueError(
-                "a `WanImageToVideoPipeline` with `expand_timesteps` (image-to-video of Wan2.2 TI2V 5B) is not supported; "
-                "as a `WanPipeline` (text-to-video) it is."
             )
         self.pipeline = pipeline
         self.max_sequence_length = max_sequence_length
@@ -177,7 +171,8 @@ class LatentEncoder:
             `image_embeds` of shape `(num_image_tokens, image_dim)`, or `(2, num_image_tokens, image_dim)` for two
             images, None if the pipeline has no image encoder (Wan2.2), and `condition` of shape
             `(4 + num_channels, num_latent_frames, height / 8, width / 8)`: mask and latents of the first frame, or of
-            the first and the last one. float32 on the CPU.
+            the first and the last one; for Wan2.2 TI2V 5B the latents of the first frame alone,
+            `(num_channels, 1, height / 16, width / 16)`. float32 on the CPU.
 
         Raises:
             ValueError: If the pipeline is a text-to-video pipeline, or needs two images and `frames` is one.
@@ -202,7 +197,7 @@ class LatentEncoder:
 
         # Given latents, the pipeline draws no noise; they are of no other use here.
         latents = torch.zeros(1, *self.latents_shape(num_frames, height, width))
-        _, condition = self.pipeline.prepare_latents(
+        _, condition, *_ = self.pipeline.prepare_latents(
             images[:1],
             batch_size=1,
             num_channels_latents=latents.shape[1],
@@ -249,13 +244,22 @@ def find_pipeline_class(pretrained_model_name_or_path: str, revision: str | None
     )
 
 
+def takes_first_frame(pretrained_model_name_or_path: str, revision: str | None = None) -> bool:
+    """Whether a pipeline's transformer can take the first frame clean, told by timesteps of each token (TI2V 5B)."""
+    index = DiffusionPipeline.load_config(pretrained_model_name_or_path, revision=revision)
+    return bool(index.get("expand_timesteps"))
+
+
 def last_image_support(pretrained_model_name_or_path: str, revision: str | None = None) -> LastImage:
     """
     Whether an image-to-video pipeline takes a last image: `"none"`, `"optional"` or `"required"`.
 
     A transformer with positions for the tokens of two images needs two (Wan2.1 FLF2V); without them its image tokens
-    are those of one (Wan2.1 I2V). One without image tokens sees the last image in the condition alone (Wan2.2).
+    are those of one (Wan2.1 I2V). One without image tokens sees the last image in the condition alone (Wan2.2 A14B), but
+    for one that takes the first frame of the latents for a condition (Wan2.2 TI2V 5B).
     """
+    if takes_first_frame(pretrained_model_name_or_path, revision):
+        return "none"
     config = WanTransformer3DModel.load_config(
         pretrained_model_name_or_path, subfolder="transformer", revision=revision
     )

@@ -27,7 +27,8 @@ def latent_features(dtype: str = "float16") -> Features:
       caption, of the long caption if there is one, and of the empty prompt;
     - `image_embeds` `(num_image_tokens, image_dim)` and `condition` `(20, num_frames, height, width)`, 4 mask channels
       and 16 latents of the first frame: null in a text-to-video dataset. For models of first and last frame,
-      `image_embeds` is `(2, num_image_tokens, image_dim)`, and the condition has the latents of both.
+      `image_embeds` is `(2, num_image_tokens, image_dim)`, and the condition has the latents of both. For Wan2.2 TI2V 5B
+      the condition is the clean first latent frame, `(48, 1, height, width)`.
 
     Labels are 1 (good), 0 (poor) or null (unknown). `rejected_id` names the row that lost against this one;
     rows of one `pair_id` show the same scene and are compared by their labels.

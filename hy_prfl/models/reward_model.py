@@ -21,6 +21,7 @@ from diffusers.utils import BaseOutput
 from torch import nn
 
 from ..flow_matching import add_noise, sigmas_to_timesteps
+from .conditioning import add_condition
 from .context_parallel import TokenGather
 from .reward_head import PoolingType, RewardHead, build_pooling
 
@@ -101,6 +102,7 @@ class WanRewardModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, Atte
         },
         "blocks.0": {"hidden_states": ContextParallelInput(split_dim=1, expected_dims=3, split_output=False)},
         "token_gather": ContextParallelOutput(gather_dim=1, expected_dims=3),
+        "": {"timestep": ContextParallelInput(split_dim=1, expected_dims=2, split_output=False)},
     }
 
     @register_to_config
@@ -251,8 +253,8 @@ class WanRewardModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, Atte
         Args:
             hidden_states (`torch.Tensor` of shape `(batch_size, num_channels, num_frames, height, width)`):
                 Noisy latents, for image-to-video models with the 20 channels of the condition after them.
-            timestep (`torch.Tensor` of shape `(batch_size,)`):
-                Noise level of each sample, `1000 * sigma`, in [0, 1000].
+            timestep (`torch.Tensor` of shape `(batch_size,)` or `(batch_size, num_tokens)`):
+                Noise level of each sample, or of each of its tokens, `1000 * sigma`, in [0, 1000].
             encoder_hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, text_dim)`):
                 Prompt embeddings, padded with zeros.
             encoder_hidden_states_image (`torch.Tensor`, *optional*):
@@ -271,10 +273,11 @@ class WanRewardModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, Atte
         hidden_states = self.patch_embedding(hidden_states).flatten(2).transpose(1, 2).contiguous()
 
         # 2. Condition embeddings
+        num_timesteps = timestep.shape[1] if timestep.ndim == 2 else None
         _, timestep_proj, encoder_hidden_states, encoder_hidden_states_image = self.condition_embedder(
-            timestep, encoder_hidden_states, encoder_hidden_states_image
+            timestep.flatten(), encoder_hidden_states, encoder_hidden_states_image, timestep_seq_len=num_timesteps
         )
-        timestep_proj = timestep_proj.unflatten(1, (6, -1))
+        timestep_proj = timestep_proj.unflatten(-1, (6, -1))
         if encoder_hidden_states_image is not None:
             encoder_hidden_states = torch.cat([encoder_hidden_states_image, encoder_hidden_states], dim=1)
 
@@ -307,9 +310,10 @@ class WanRewardModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, Atte
                 f"`hidden_states` must be (batch_size, {self.config.in_channels}, num_frames, height, width), "
                 f"got {tuple(hidden_states.shape)}."
             )
-        if timestep.shape != hidden_states.shape[:1]:
+        # With context parallelism a rank gets the timesteps of its own tokens.
+        if timestep.ndim not in (1, 2) or timestep.shape[0] != hidden_states.shape[0]:
             raise ValueError(
-                f"`timestep` must hold one value per sample, {tuple(hidden_states.shape[:1])}, "
+                f"`timestep` must hold one value per sample, {tuple(hidden_states.shape[:1])}, or per token, "
                 f"got {tuple(timestep.shape)}."
             )
         if (encoder_hidden_states_image is None) != (self.config.image_dim is None):
@@ -352,12 +356,11 @@ def score_noised(
     Returns:
         `torch.Tensor` of shape `(batch_size,)`: logits, float32.
     """
-    hidden_states = add_noise(latents, noise, sigmas)
-    if condition is not None:
-        hidden_states = torch.cat([hidden_states, condition], dim=1)
+    noisy, timesteps = add_noise(latents, noise, sigmas), sigmas_to_timesteps(sigmas).to(latents.device)
+    hidden_states, timesteps = add_condition(noisy, timesteps, condition)
     return reward_model(
         hidden_states=hidden_states.to(encoder_hidden_states.dtype),
-        timestep=sigmas_to_timesteps(sigmas).to(latents.device),
+        timestep=timesteps,
         encoder_hidden_states=encoder_hidden_states,
         encoder_hidden_states_image=encoder_hidden_states_image,
     ).logits

@@ -20,7 +20,7 @@ from ..checkpointing import find_checkpoint, save_checkpoint
 from ..configs.base import TrainingConfig, check, save_config
 from ..data.collators import LatentBatch
 from ..data.dataset import check_rows_fit, latent_shapes
-from ..data.encoding import vae_fingerprint
+from ..data.encoding import takes_first_frame, vae_fingerprint
 from ..distributed import any_rank, build_accelerator, mean_over_ranks
 from ..flow_matching import make_generator, sample_noise, sample_sigmas
 from ..models.attention import check_attention_backend, set_attention_backend
@@ -125,6 +125,7 @@ class Trainer(ABC):
             condition_channels=model_config["in_channels"] - model_config["out_channels"],
             pos_embed_seq_len=model_config["pos_embed_seq_len"],
             patch_size=model_config["patch_size"],
+            takes_first_frame=takes_first_frame(self.config.pretrained_model_name_or_path, self.config.revision),
         )
         check_divisible(
             self.config.context_parallel_degree,

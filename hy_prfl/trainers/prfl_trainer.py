@@ -28,6 +28,7 @@ from ..data.dataset import (
 from ..data.sampler import BucketBatchSampler
 from ..flow_matching import add_noise, sample_noise, sigmas_to_timesteps, timestep_probability, velocity_target
 from ..losses import flow_matching_loss, reward_feedback_loss
+from ..models.conditioning import add_condition, num_clean_frames
 from ..models.experts import EXPERT_FOLDERS, ExpertName, PairWeights, read_experts
 from ..models.loading import WeightFiles, load_reward_model, load_scheduler, load_transformer
 from ..models.lora_metadata import lora_metadata
@@ -149,7 +150,9 @@ class PRFLTrainer(Trainer):
             self.choose_prompts(batch, self.generators(FLOW_PROMPT, micro_step, len(batch))),
             **self.image_inputs(batch),
         )
-        return flow_matching_loss(model_pred, velocity_target(batch.latents, noise))
+        num_clean = num_clean_frames(batch.latents, batch.condition)
+        target = velocity_target(batch.latents, noise)
+        return flow_matching_loss(model_pred[:, :, num_clean:], target[:, :, num_clean:])
 
     def roll_out(self, batch: LatentBatch, prompt_embeds: torch.Tensor, micro_step: int) -> Iterator[GradientStep]:
         """The chain of a micro-batch, which goes on from one gradient step to the next as they are asked for."""
@@ -197,8 +200,7 @@ class PRFLTrainer(Trainer):
     ) -> torch.Tensor:
         """Logits `(batch_size,)` of noisy latents at their timesteps."""
         inputs = self.image_inputs(batch)
-        condition = inputs["condition"]
-        hidden_states = latents if condition is None else torch.cat([latents, condition], dim=1)
+        hidden_states, timesteps = add_condition(latents, timesteps, inputs["condition"])
         with self.accelerator.autocast():
             return self.reward_model(
                 hidden_states=hidden_states.to(prompt_embeds.dtype),

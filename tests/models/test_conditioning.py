@@ -1,0 +1,103 @@
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+
+from examples.shapes.pipeline import build_pipeline
+from hy_prfl.configs.prfl import PRFLTrainingConfig
+from hy_prfl.data.encoding import vae_fingerprint
+from hy_prfl.data.synthetic import synthetic_dataset
+from hy_prfl.models.conditioning import add_condition, num_clean_frames, put_condition
+from hy_prfl.models.reward_model import WanRewardModel, score_noised
+from hy_prfl.trainers.prfl_trainer import FLOW_NOISE, PRFLTrainer
+
+
+def test_channels_beside_the_latents() -> None:
+    latents, timestep, condition = torch.randn(2, 16, 3, 4, 6), torch.tensor([900.0, 3.0]), torch.randn(2, 20, 3, 4, 6)
+    hidden_states, timesteps = add_condition(latents, timestep, condition)
+    assert torch.equal(hidden_states[:, :16], latents)
+    assert torch.equal(hidden_states[:, 16:], condition)
+    assert torch.equal(timesteps, timestep)
+    assert torch.equal(put_condition(latents, condition), latents)
+    assert add_condition(latents, timestep, None) == (latents, timestep)
+
+
+def test_first_frame_of_the_latents() -> None:
+    """As `WanImageToVideoPipeline` computes it with its mask."""
+    latents, timestep, condition = torch.randn(2, 48, 3, 4, 6), torch.tensor([900.0, 3.0]), torch.randn(2, 48, 1, 4, 6)
+    mask = torch.ones(1, 1, 3, 4, 6)
+    mask[:, :, 0] = 0
+    hidden_states, timesteps = add_condition(latents, timestep, condition)
+    assert torch.equal(hidden_states, (1 - mask) * condition + mask * latents)
+    for index in range(2):
+        assert torch.equal(timesteps[index], (mask[0][0][:, ::2, ::2] * timestep[index]).flatten())
+    assert num_clean_frames(latents, condition) == 1
+    assert torch.equal(put_condition(latents, condition), hidden_states)
+
+
+@pytest.fixture(scope="module")
+def transformer() -> WanTransformer3DModel:
+    return build_pipeline(expand_timesteps=True, num_layers=3).transformer
+
+
+def test_reward_model_sees_the_tokens_of_the_generator(transformer: WanTransformer3DModel) -> None:
+    """Its features, with a timestep for each token, are what the generator's second block puts out."""
+    model = WanRewardModel.from_transformer(transformer, num_layers=2).eval()
+    seen: list[torch.Tensor] = []
+    hook = transformer.blocks[1].register_forward_hook(lambda module, args, output: seen.append(output))
+    latents, prompt, condition = torch.randn(2, 48, 3, 4, 6), torch.randn(2, 7, 32), torch.randn(2, 48, 1, 4, 6)
+    inputs = add_condition(latents, torch.tensor([900.0, 300.0]), condition)
+    with torch.no_grad():
+        transformer(*inputs, prompt)
+        features = model(*inputs, prompt).features
+        hook.remove()
+        torch.testing.assert_close(features, seen[0])
+        shared = model(latents, torch.tensor([900.0, 300.0]), prompt).features
+        repeated = model(latents, torch.tensor([900.0, 300.0])[:, None].expand(2, 18), prompt).features
+    torch.testing.assert_close(shared, repeated)
+    assert not torch.allclose(features, shared, atol=1e-2)
+
+
+def test_reward_has_no_gradient_in_the_first_frame(transformer: WanTransformer3DModel) -> None:
+    model = WanRewardModel.from_transformer(transformer, num_layers=2).eval()
+    latents = torch.randn(1, 48, 3, 4, 6, requires_grad=True)
+    logits = score_noised(
+        model, latents=latents, noise=torch.randn(1, 48, 3, 4, 6), sigmas=torch.tensor([0.5]),
+        encoder_hidden_states=torch.randn(1, 7, 32), condition=torch.randn(1, 48, 1, 4, 6),
+    )  # fmt: skip
+    (grad,) = torch.autograd.grad(logits.sum(), latents)
+    assert (grad[:, :, 0] == 0).all()
+    assert (grad[:, :, 1:] != 0).any()
+
+
+def test_flow_matching_loss_leaves_out_the_first_frame(tmp_path: Path) -> None:
+    pipeline = build_pipeline(expand_timesteps=True, num_layers=3)
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    WanRewardModel.from_transformer(pipeline.transformer, num_layers=1).save_pretrained(tmp_path / "reward")
+    fingerprint = vae_fingerprint(AutoencoderKLWan.from_pretrained(tmp_path / "pipeline", subfolder="vae"))
+    dataset = synthetic_dataset(
+        latents_shape=(48, 3, 4, 6), text_dim=32, vae_fingerprint=fingerprint, text_tokens=5, dtype="float32"
+    )
+    rows = [{**row, "condition": row["latents"][: 48 * 24], "condition_shape": [48, 1, 4, 6]} for row in dataset]
+    type(dataset).from_list(rows, features=dataset.features).save_to_disk(tmp_path / "data")
+    trainer = PRFLTrainer(
+        PRFLTrainingConfig(
+            output_dir=str(tmp_path / "out"), pretrained_model_name_or_path=str(tmp_path / "pipeline"),
+            reward_model=str(tmp_path / "reward"), train_dataset=str(tmp_path / "data"), train_batch_size=2,
+            max_train_steps=1, num_inference_steps=4, report_to=["none"], prompt_dropout=0.0,
+        )
+    )  # fmt: skip
+    trainer.start_streams()
+    batch = next(trainer.flow_batches)
+    assert batch.latents is not None
+    noise, sigmas = trainer.draw_noise(FLOW_NOISE, 0, batch)
+    weight = sigmas.view(-1, 1, 1, 1, 1)
+    noisy = (1 - weight) * batch.latents + weight * noise
+    noisy[:, :, :1] = batch.condition
+    timesteps = (1000 * sigmas)[:, None].repeat(1, 18)
+    timesteps[:, :6] = 0
+    with torch.no_grad():
+        velocity = trainer.unwrapped(noisy, timesteps, batch.prompt_embeds).sample
+        expected = ((velocity - (noise - batch.latents))[:, :, 1:] ** 2).mean()
+        torch.testing.assert_close(trainer.compute_flow_matching_loss(batch, 0), expected)
