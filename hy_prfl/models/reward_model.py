@@ -102,7 +102,7 @@ class WanRewardModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, Atte
         },
         "blocks.0": {"hidden_states": ContextParallelInput(split_dim=1, expected_dims=3, split_output=False)},
         "token_gather": ContextParallelOutput(gather_dim=1, expected_dims=3),
-        "": {"timestep": ContextParallelInput(split_dim=1, expected_dims=2, split_output=False)},
+        "token_timesteps": {0: ContextParallelInput(split_dim=1, expected_dims=2, split_output=True)},
     }
 
     @register_to_config
@@ -150,6 +150,9 @@ class WanRewardModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, Atte
             image_embed_dim=image_dim,
             pos_embed_seq_len=pos_embed_seq_len,
         )
+
+        # The place of a timestep for each token, of which every rank takes those of its own tokens.
+        self.token_timesteps = nn.Identity()
 
         # 3. Transformer blocks
         self.blocks = nn.ModuleList(
@@ -273,6 +276,7 @@ class WanRewardModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, Atte
         hidden_states = self.patch_embedding(hidden_states).flatten(2).transpose(1, 2).contiguous()
 
         # 2. Condition embeddings
+        timestep = self.token_timesteps(timestep) if timestep.ndim == 2 else timestep
         num_timesteps = timestep.shape[1] if timestep.ndim == 2 else None
         _, timestep_proj, encoder_hidden_states, encoder_hidden_states_image = self.condition_embedder(
             timestep.flatten(), encoder_hidden_states, encoder_hidden_states_image, timestep_seq_len=num_timesteps
@@ -310,8 +314,8 @@ class WanRewardModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, Atte
                 f"`hidden_states` must be (batch_size, {self.config.in_channels}, num_frames, height, width), "
                 f"got {tuple(hidden_states.shape)}."
             )
-        # With context parallelism a rank gets the timesteps of its own tokens.
-        if timestep.ndim not in (1, 2) or timestep.shape[0] != hidden_states.shape[0]:
+        num_tokens = hidden_states[0, 0].numel() // math.prod(self.config.patch_size)
+        if timestep.shape not in (hidden_states.shape[:1], (hidden_states.shape[0], num_tokens)):
             raise ValueError(
                 f"`timestep` must hold one value per sample, {tuple(hidden_states.shape[:1])}, or per token, "
                 f"got {tuple(timestep.shape)}."
