@@ -135,10 +135,11 @@ def train(
     degree: int,
     batch_size: int,
     more: Sequence[str] = (),
+    file: str | None = None,
 ) -> Path:
-    """Train once, unless it has been done, and return the folder of the run."""
+    """Train once, unless its weights, `WEIGHTS` if not told which, are there, and return the folder of the run."""
     run = folder / name
-    if not (run / WEIGHTS[script, tuning]).is_file():
+    if not (run / (file or WEIGHTS[script, tuning])).is_file():
         command, environment = launch_command(folder, name, launch, script, tuning, degree, batch_size, more)
         finished = subprocess.run(command, env=environment, text=True, capture_output=True)
         if finished.returncode:
