@@ -47,6 +47,7 @@ def build_pipeline(
     vae_base_dim: int = 3,
     flow_shift: float = 3.0,
     vae_config: Mapping[str, object] | None = None,
+    transformer_config: Mapping[str, object] | None = None,
     seed: int = 0,
 ) -> WanPipeline | WanImageToVideoPipeline:
     """
@@ -57,6 +58,8 @@ def build_pipeline(
             Build a `WanImageToVideoPipeline` with a CLIP image encoder, its transformer taking 16 + 20 channels.
         vae_config (`Mapping`, *optional*):
             Arguments of `AutoencoderKLWan` to use instead of those of this function.
+        transformer_config (`Mapping`, *optional*):
+            The same for `WanTransformer3DModel`.
         seed (`int`, defaults to 0):
             Seed of the random weights.
     """
@@ -71,22 +74,23 @@ def build_pipeline(
         )
     )
     image_dim = 32 if image_to_video else None
-    transformer = WanTransformer3DModel(
-        patch_size=(1, 2, 2),
-        num_attention_heads=num_attention_heads,
-        attention_head_dim=attention_head_dim,
-        in_channels=36 if image_to_video else 16,
-        out_channels=16,
-        text_dim=text_dim,
-        freq_dim=64,
-        ffn_dim=ffn_dim,
-        num_layers=num_layers,
-        cross_attn_norm=True,
-        qk_norm="rms_norm_across_heads",
-        image_dim=image_dim,
-        added_kv_proj_dim=num_attention_heads * attention_head_dim if image_to_video else None,
-        rope_max_seq_len=64,
-    )
+    transformer_options: dict[str, object] = {
+        "patch_size": (1, 2, 2),
+        "num_attention_heads": num_attention_heads,
+        "attention_head_dim": attention_head_dim,
+        "in_channels": 36 if image_to_video else 16,
+        "out_channels": 16,
+        "text_dim": text_dim,
+        "freq_dim": 64,
+        "ffn_dim": ffn_dim,
+        "num_layers": num_layers,
+        "cross_attn_norm": True,
+        "qk_norm": "rms_norm_across_heads",
+        "image_dim": image_dim,
+        "added_kv_proj_dim": num_attention_heads * attention_head_dim if image_to_video else None,
+        "rope_max_seq_len": 64,
+    }
+    transformer = WanTransformer3DModel(**{**transformer_options, **(transformer_config or {})})
     scheduler = UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=flow_shift
     )
