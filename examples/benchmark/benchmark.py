@@ -16,8 +16,9 @@ import multiprocessing
 import os
 import platform
 import shutil
+import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,29 +82,38 @@ def machine(num_threads: int) -> dict[str, Any]:
     }
 
 
-def in_process_of_its_own(function: Any, *args: Any) -> None:
+def in_process_of_its_own(log: Path, function: Any, *args: Any) -> None:
     """
-    Call a function in a new process and wait for it.
+    Call a function in a new process, with what it prints in a file, and wait for it.
 
     The processes are forked from one that has imported everything and done nothing.
 
     Raises:
-        RuntimeError: If the process failed.
+        RuntimeError: If the process failed; with the end of what it printed.
     """
-    # The trainer's own progress bar, and messages of torch's profiler; read when the libraries are imported.
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["examples.benchmark.cases", "examples.benchmark.report"])
-    process = context.Process(target=function, args=args)
+    process = context.Process(target=_with_output_in, args=(log, function, *args))
     process.start()
     try:
         process.join()
     finally:
         process.kill()
     if process.exitcode:
-        reason = "killed, maybe for want of memory" if process.exitcode < 0 else "see above"
-        raise RuntimeError(f"{function.__name__} of {args[0]} ended with {process.exitcode}: {reason}.")
+        printed = log.read_text(encoding="utf-8", errors="replace")[-3000:] if log.is_file() else ""
+        reason = " (killed, maybe for want of memory)" if process.exitcode < 0 else ""
+        what = " of ".join([function.__name__, *(str(each) for each in args[:1])])
+        raise RuntimeError(f"{what} ended with {process.exitcode}{reason}.\n{printed}")
+
+
+def _with_output_in(log: Path, function: Any, *args: Any) -> None:
+    # Not only Python prints: torch's profiler does too.
+    with log.open("w", encoding="utf-8") as file:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        for number in (1, 2):
+            os.dup2(file.fileno(), number)
+    function(*args)
 
 
 def precision() -> torch.dtype:
@@ -182,9 +192,9 @@ def measured(path: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
     return kept["result"] if kept["settings"] == json.loads(json.dumps(settings)) else None
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Measure whatever has not been measured, and write the report."""
-    config = parse_config(BenchmarkConfig, description=__doc__)
+    config = parse_config(BenchmarkConfig, argv, description=__doc__)
     folder = Path(config.output_dir)
     if config.fresh:
         for name in (MODELS, CASES):
@@ -201,12 +211,13 @@ def main() -> None:
         settings = {**case.settings, "num_updates": config.num_updates, "machine": where}
         slug = "".join(letter if letter.isalnum() else "_" for letter in case.label)
         path = folder / CASES / f"{case.size_name}-{case.clip}-{slug}.json"
+        log = path.with_suffix(".log")
         result = measured(path, settings)
         if result is None:
             inputs = folder / MODELS / f"{case.size_name}-{digest(settings['models'])}"
             if not (inputs / str(case.clip)).exists():
-                in_process_of_its_own(prepare_inputs, case, inputs)
-            in_process_of_its_own(run_case, case, inputs, path, settings)
+                in_process_of_its_own(log, prepare_inputs, case, inputs)
+            in_process_of_its_own(log, run_case, case, inputs, path, settings)
             result = measured(path, settings)
             assert result is not None
         columns = ("size", "clip", "num_tokens", "method", "switch", "options")

@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from examples.benchmark.benchmark import prepare_inputs
+from examples.benchmark.benchmark import in_process_of_its_own, main, prepare_inputs
 from examples.benchmark.cases import FLOW, PRFL, RGB_ALL, RGB_FIRST, Case, all_cases, anywhere, late
 from examples.benchmark.inputs import write_models, write_rows
 from examples.benchmark.measuring import Measured, Recorder, measure
@@ -262,19 +260,17 @@ def test_report_says_what_was_missed(tmp_path: Path) -> None:
     assert list(targets(rows[:1]))[0]["target"] == "framework overhead"
 
 
-def test_command_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_command_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A case that is there is not measured again, one that is not is; another setting measures anew."""
-    command = [
-        sys.executable, "-m", "examples.benchmark.benchmark", f"--output_dir={tmp_path}", "--sizes=tiny",
-        "--base_clip_only", "--num_updates=1", "--num_inference_steps=8", "--num_threads=1",
-    ]  # fmt: skip
+    monkeypatch.chdir(ROOT)
 
     def run(*options: str) -> dict[str, Any]:
-        subprocess.run([*command, *options], cwd=ROOT, check=True, capture_output=True, text=True)
+        where = [f"--output_dir={tmp_path}", "--sizes=tiny", "--base_clip_only"]
+        main([*where, "--num_updates=1", "--num_inference_steps=8", "--num_threads=1", *options])
         return json.loads((tmp_path / "results.json").read_text())
 
     run("--cases", FLOW)
-    (path,) = (tmp_path / "cases").iterdir()
+    (path,) = (tmp_path / "cases").glob("*.json")
     kept = json.loads(path.read_text())
     kept["result"]["seconds"] = [123.0]
     path.write_text(json.dumps(kept))
@@ -286,9 +282,17 @@ def test_command_goes_on_where_it_was(tmp_path: Path) -> None:
     kept["settings"]["machine"]["num_threads"] = 3
     path.write_text(json.dumps(kept))
     assert run("--cases", FLOW)["cases"][0]["seconds_per_update"] != 123.0
-    with pytest.raises(subprocess.CalledProcessError) as error:
+    with pytest.raises(ValueError, match="`cases` must be of"):
         run("--cases", "sparkling")
-    assert "`cases` must be of" in error.value.stderr
+
+
+def fail() -> None:
+    raise FloatingPointError("no number")
+
+
+def test_a_process_that_fails_says_why(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="no number"):
+        in_process_of_its_own(tmp_path / "log", fail)
 
 
 def test_what_is_not_for_rgb_refl_is_refused(inputs: Path, tmp_path: Path) -> None:
