@@ -4,6 +4,7 @@
 #   make test      all tests (CPU, no network)
 #   make parity    training on two processes against one, every engine, about 12 minutes; outputs/parity.json
 #   make memory    memory of a process with each engine, about 10 minutes; outputs/memory.json
+#   make benchmark what an update costs, against RGB ReFL and with each switch, about 8 minutes; outputs/benchmark
 #   make quality   lint, format, types, spelling; changes nothing
 #   make style     format and fix what can be fixed by itself
 #   make clean     removes what the targets above wrote, except .venv
@@ -13,10 +14,12 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 # Passed on to the demo: make demo DEMO_ARGS=--fresh
 DEMO_ARGS ?=
+# The same for the benchmark: make benchmark BENCHMARK_ARGS="--sizes tiny"
+BENCHMARK_ARGS ?=
 
 BIN := .venv/bin
 
-.PHONY: demo test parity memory quality style clean
+.PHONY: demo test parity memory benchmark quality style clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.package
@@ -30,6 +33,9 @@ parity: .venv/.dev
 
 memory: .venv/.dev
 	$(BIN)/python -m examples.parity.memory
+
+benchmark: .venv/.package
+	$(BIN)/python -m examples.benchmark.benchmark $(BENCHMARK_ARGS)
 
 quality: .venv/.dev
 	$(BIN)/ruff check .

@@ -7,7 +7,6 @@ own memory (`RssAnon`), in which everything else is too: Python, libraries, what
 is a process of its own. Writes `examples/benchmark/memory_check.json`. Takes some minutes.
 """
 
-import gc
 import json
 import platform
 import subprocess
@@ -17,17 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from datasets import Dataset
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
-from torch.profiler import ProfilerActivity, profile
 
-from examples.shapes.pipeline import save_pipeline
+from examples.benchmark.inputs import write_models, write_rows
+from examples.benchmark.measuring import most_bytes_alive
 from hy_prfl.configs.parser import parse_config
 from hy_prfl.configs.prfl import PRFLTrainingConfig
-from hy_prfl.data.encoding import vae_fingerprint
-from hy_prfl.data.schema import latent_features, pack_tensor, rows_to_table
 from hy_prfl.models.reward_model import WanRewardModel
 from hy_prfl.planning import Plan, plan
 from hy_prfl.planning.engines import Engine
@@ -63,27 +57,12 @@ def write_inputs(
     folder: Path, *, num_layers: int, num_attention_heads: int, ffn_dim: int, num_frames: int, size: int
 ) -> None:
     """A pipeline with a generator of these sizes, a reward model of two of its blocks, and 4 rows."""
-    save_pipeline(
-        folder / "pipeline",
+    write_models(
+        folder,
         num_layers=num_layers, num_attention_heads=num_attention_heads, attention_head_dim=64, ffn_dim=ffn_dim,
     )  # fmt: skip
-    transformer = WanTransformer3DModel.from_pretrained(folder / "pipeline", subfolder="transformer")
-    fingerprint = vae_fingerprint(AutoencoderKLWan.from_pretrained(folder / "pipeline", subfolder="vae"))
-    reward_model = WanRewardModel.from_transformer(transformer, num_layers=2, vae_fingerprint=fingerprint)
-    reward_model.save_pretrained(folder / "reward")
-    rng = np.random.default_rng(0)
-    rows = []
-    for index in range(4):
-        row: dict[str, object] = {
-            "id": str(index), "prompt": "", "fps": 16.0, "max_sequence_length": TEXT_TOKENS,
-            "vae_fingerprint": fingerprint, "text_encoder_fingerprint": "",
-        }  # fmt: skip
-        latents = rng.normal(size=(16, (num_frames - 1) // 4 + 1, size // 8, size // 8))
-        row |= pack_tensor("latents", latents, "float32", source=str(index))
-        for name in ("prompt_embeds", "null_prompt_embeds"):
-            row |= pack_tensor(name, rng.normal(size=(3, 32)), "float32", source=str(index))
-        rows.append(dict.fromkeys(latent_features()) | row)
-    Dataset(rows_to_table(rows, "float32")).save_to_disk(folder / "data")
+    latents_shape = (16, (num_frames - 1) // 4 + 1, size // 8, size // 8)
+    write_rows(folder, latents_shape=latents_shape, max_sequence_length=TEXT_TOKENS)
 
 
 def recipe(folder: Path, **options: Any) -> PRFLTrainingConfig:
@@ -116,30 +95,11 @@ def planned(training: PRFLTrainingConfig, *, num_frames: int, size: int) -> Plan
 
 
 def measure_step(trainer: PRFLTrainer) -> float:
-    """
-    Most bytes alive at a time in the trainer's second step.
-
-    What is there before it is counted tensor by tensor, what comes and goes in it by the allocator's own records: torch
-    reports each allocation and release on the CPU to the profiler, those inside of kernels too.
-    """
+    """Most bytes alive at a time in the trainer's second step."""
     trainer.start_streams()
     trainer.train_step()
     trainer.global_step += 1
-    gc.collect()
-    tensors = [*trainer.unwrapped.parameters(), *trainer.unwrapped.buffers()]
-    tensors += [*trainer.reward_model.parameters(), *trainer.reward_model.buffers()]
-    for state in trainer.updates.optimizer.state.values():
-        tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
-    tensors += [parameter.grad for parameter in trainer.unwrapped.parameters() if parameter.grad is not None]
-    before = sum({each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}.values())
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        trainer.train_step()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return before + peak
+    return most_bytes_alive(trainer, trainer.train_step)
 
 
 def run_case(config: MemoryCheckConfig) -> dict[str, Any]:

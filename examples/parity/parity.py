@@ -15,17 +15,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-import torch
-from datasets import Dataset
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from safetensors.torch import load_file
 
-from examples.shapes.pipeline import save_pipeline
+from examples.benchmark.inputs import write_models, write_rows
 from hy_prfl.configs.parser import parse_config
-from hy_prfl.data.encoding import vae_fingerprint
-from hy_prfl.data.schema import latent_features, pack_tensor, rows_to_table
-from hy_prfl.models.reward_model import WanRewardModel
 
 
 ENGINES = {
@@ -58,25 +51,8 @@ def write_inputs(
     folder: Path, *, num_rows: int = 16, latents_shape: Sequence[int] = (16, 3, 4, 4), **pipeline_options: float
 ) -> None:
     """A pipeline, tiny unless told else, a reward model of two of its blocks and labelled rows of random latents."""
-    save_pipeline(folder / "pipeline", **{"num_layers": 3, "num_attention_heads": 4, **pipeline_options})
-    transformer = WanTransformer3DModel.from_pretrained(folder / "pipeline", subfolder="transformer")
-    fingerprint = vae_fingerprint(AutoencoderKLWan.from_pretrained(folder / "pipeline", subfolder="vae"))
-    torch.manual_seed(0)
-    WanRewardModel.from_transformer(transformer, num_layers=2, vae_fingerprint=fingerprint).save_pretrained(
-        folder / "reward"
-    )
-    rng = np.random.default_rng(0)
-    rows = []
-    for index in range(num_rows):
-        row: dict[str, object] = {
-            "id": str(index), "prompt": "", "physics_quality": index % 2, "human_quality": index % 2, "fps": 16.0,
-            "max_sequence_length": 16, "vae_fingerprint": fingerprint, "text_encoder_fingerprint": "",
-        }  # fmt: skip
-        row |= pack_tensor("latents", rng.normal(index % 2, 1.0, latents_shape), "float32", source=str(index))
-        for name in ("prompt_embeds", "null_prompt_embeds"):
-            row |= pack_tensor(name, rng.normal(size=(3, 32)), "float32", source=str(index))
-        rows.append(dict.fromkeys(latent_features()) | row)
-    Dataset(rows_to_table(rows, "float32")).save_to_disk(folder / "data")
+    write_models(folder, **{"num_layers": 3, "num_attention_heads": 4, **pipeline_options})
+    write_rows(folder, latents_shape=latents_shape, num_rows=num_rows)
 
 
 def options(folder: Path, script: str, tuning: str) -> list[str]:

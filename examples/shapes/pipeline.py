@@ -61,6 +61,7 @@ def build_pipeline(
     boundary_ratio: float | None = None,
     expand_timesteps: bool = False,
     vae_config: Mapping[str, object] | None = None,
+    transformer_config: Mapping[str, object] | None = None,
     seed: int = 0,
 ) -> WanPipeline | WanImageToVideoPipeline:
     """
@@ -76,6 +77,8 @@ def build_pipeline(
             pipeline takes the image as first frame.
         vae_config (`Mapping`, *optional*):
             Arguments of `AutoencoderKLWan` to use instead of those of this function.
+        transformer_config (`Mapping`, *optional*):
+            The same for `WanTransformer3DModel`.
         seed (`int`, defaults to 0):
             Seed of the random weights.
     """
@@ -98,24 +101,25 @@ def build_pipeline(
         )
     )
     image_dim = 32 if image_to_video and boundary_ratio is None and not expand_timesteps else None
+    transformer_options: dict[str, object] = {
+        "patch_size": (1, 2, 2),
+        "num_attention_heads": num_attention_heads,
+        "attention_head_dim": attention_head_dim,
+        "in_channels": 36 if image_to_video and not expand_timesteps else num_channels,
+        "out_channels": num_channels,
+        "text_dim": text_dim,
+        "freq_dim": 64,
+        "ffn_dim": ffn_dim,
+        "num_layers": num_layers,
+        "cross_attn_norm": True,
+        "qk_norm": "rms_norm_across_heads",
+        "image_dim": image_dim,
+        "added_kv_proj_dim": num_attention_heads * attention_head_dim if image_dim else None,
+        "rope_max_seq_len": 64,
+        **(transformer_config or {}),
+    }
     transformers = [
-        WanTransformer3DModel(
-            patch_size=(1, 2, 2),
-            num_attention_heads=num_attention_heads,
-            attention_head_dim=attention_head_dim,
-            in_channels=36 if image_to_video and not expand_timesteps else num_channels,
-            out_channels=num_channels,
-            text_dim=text_dim,
-            freq_dim=64,
-            ffn_dim=ffn_dim,
-            num_layers=num_layers,
-            cross_attn_norm=True,
-            qk_norm="rms_norm_across_heads",
-            image_dim=image_dim,
-            added_kv_proj_dim=num_attention_heads * attention_head_dim if image_dim else None,
-            rope_max_seq_len=64,
-        ).eval()
-        for _ in range(1 if boundary_ratio is None else 2)
+        WanTransformer3DModel(**transformer_options).eval() for _ in range(1 if boundary_ratio is None else 2)
     ]
     scheduler = UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=flow_shift

@@ -1,0 +1,231 @@
+"""
+What an update of PRFL costs, against RGB ReFL and with each switch: `make benchmark`, or
+
+    python -m examples.benchmark.benchmark
+    python -m examples.benchmark.benchmark --sizes 1.3b 14b --num_updates 2     # on a GPU, in bfloat16
+
+Measures time, memory and FLOPs of every case in a process of its own and writes `results.json`, `results.md` and two plots
+into `outputs/benchmark`. Some minutes for the sizes of a CPU. An interrupted run goes on where it was; what was measured
+at another commit, on another machine or with other settings is measured again. See `examples/benchmark/README.md`.
+"""
+
+import dataclasses
+import hashlib
+import json
+import multiprocessing
+import os
+import platform
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from examples.benchmark.cases import Case, all_cases
+from examples.benchmark.inputs import write_models, write_rows
+from examples.benchmark.measuring import Measured, matmul_flops, measure
+from examples.benchmark.report import write_report
+from examples.benchmark.sizes import SIZES, decoding_share
+from hy_prfl.configs.base import check
+from hy_prfl.configs.parser import parse_config
+from hy_prfl.distributed import on_cpu
+from hy_prfl.folders import replace_folder, temporary_folder, write_text
+from hy_prfl.provenance import run_record
+
+
+MODELS, CASES = "models", "cases"
+
+
+@dataclass(kw_only=True)
+class BenchmarkConfig:
+    """Options of the benchmark."""
+
+    output_dir: str = field(default="outputs/benchmark", metadata={"help": "Folder for models, cases and results."})
+    report_dir: str | None = field(default=None, metadata={"help": "Folder for the results; output_dir if left out."})
+    sizes: list[str] = field(
+        default_factory=lambda: ["tiny", "mid"], metadata={"help": f"Sizes to measure: {', '.join(SIZES)}."}
+    )
+    cases: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Only methods and switches of these names, as the tables have them; all if left out."},
+    )
+    base_clip_only: bool = field(default=False, metadata={"help": "Leave out the clips of more frames or pixels."})
+    num_updates: int = field(default=3, metadata={"help": "Updates to time in each case; the median counts."})
+    num_inference_steps: int = field(default=40, metadata={"help": "Steps of the sampler's whole chain."})
+    num_threads: int = field(default=2, metadata={"help": "Threads on the CPU."})
+    fresh: bool = field(default=False, metadata={"help": "Measure again what has been measured."})
+
+    def __post_init__(self) -> None:
+        for name in self.sizes:
+            check(name in SIZES, "sizes", name, f"of {', '.join(SIZES)}")
+        for name in ("num_updates", "num_threads"):
+            check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        check(self.num_inference_steps >= 8, "num_inference_steps", self.num_inference_steps, "at least 8")
+
+
+def machine(num_threads: int) -> dict[str, Any]:
+    """Where and with which versions a run measures, as JSON values."""
+    record = run_record(seed=0)
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "cpu": names[0] if names else platform.machine(),
+        "cpu_cores": os.cpu_count(),
+        "num_threads": num_threads,
+        **{name: record[name] for name in ("devices", "platform", "python", "libraries", "hy_prfl", "git")},
+    }
+
+
+def in_process_of_its_own(log: Path, function: Any, *args: Any) -> None:
+    """
+    Call a function in a new process, with what it prints in a file, and wait for it.
+
+    The processes are forked from one that has imported everything and done nothing.
+
+    Raises:
+        RuntimeError: If the process failed; with the end of what it printed.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["examples.benchmark.cases", "examples.benchmark.report"])
+    process = context.Process(target=_with_output_in, args=(log, function, *args))
+    process.start()
+    try:
+        process.join()
+    finally:
+        process.kill()
+    if process.exitcode:
+        printed = log.read_text(encoding="utf-8", errors="replace")[-3000:] if log.is_file() else ""
+        reason = " (killed, maybe for want of memory)" if process.exitcode < 0 else ""
+        what = " of ".join([function.__name__, *(str(each) for each in args[:1])])
+        raise RuntimeError(f"{what} ended with {process.exitcode}{reason}.\n{printed}")
+
+
+def _with_output_in(log: Path, function: Any, *args: Any) -> None:
+    # Not only Python prints: torch's profiler does too.
+    with log.open("w", encoding="utf-8") as file:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        for number in (1, 2):
+            os.dup2(file.fileno(), number)
+    function(*args)
+
+
+def precision() -> torch.dtype:
+    """Type that the models compute in: bfloat16 on a GPU, where it is what everybody trains in."""
+    return torch.float32 if on_cpu() else torch.bfloat16
+
+
+def prepare_inputs(case: Case, inputs: Path) -> None:
+    """Write the models of a size and the rows of a clip, unless they are there."""
+    torch.set_num_threads(2)
+    if not inputs.exists():
+        written = temporary_folder(inputs)
+        size = case.size
+        write_models(
+            written,
+            num_reward_layers=size.num_reward_layers,
+            reward_options={"head_dims": size.head_dims},
+            device="cpu" if on_cpu() else "cuda",
+            dtype=precision(),
+            text_dim=size.transformer["text_dim"],
+            transformer_config=size.transformer,
+            # `build_pipeline` makes a smaller VAE unless told.
+            vae_config={"base_dim": 96, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2, **size.vae},
+        )
+        replace_folder(written, inputs)
+    if not (inputs / str(case.clip)).exists():
+        rows = temporary_folder(inputs / str(case.clip))
+        write_rows(inputs, rows.name, latents_shape=case.clip.latents_shape, max_sequence_length=case.size.text_tokens)
+        replace_folder(rows, inputs / str(case.clip))
+
+
+def run_case(case: Case, inputs: Path, result: Path, settings: Mapping[str, Any]) -> None:
+    """Measure a case and write it down. What does not work here, or does not fit, is a result too."""
+    if not on_cpu():
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
+    torch.set_num_threads(settings["machine"]["num_threads"])
+    device = torch.device("cpu" if on_cpu() else "cuda")
+    row: dict[str, Any] = {"matmul_flops": matmul_flops(device, precision())}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            trainer = case.trainer(inputs, Path(folder), Measured)
+            row["num_parameters"] = sum(parameter.numel() for parameter in trainer.unwrapped.parameters())
+            row |= dataclasses.asdict(measure(trainer, settings["num_updates"]))
+        except torch.cuda.OutOfMemoryError:
+            row["unavailable"] = "out of memory"
+        except ValueError as error:
+            # An attention kernel that is not installed, or not for this device.
+            if "attention_backend" not in str(error):
+                raise
+            row["unavailable"] = "not here"
+            row["reason"] = str(error)
+    write_text(result, json.dumps({"settings": settings, "result": row}, indent=2))
+
+
+def selected_cases(config: BenchmarkConfig) -> list[Case]:
+    """The cases that the options ask for."""
+    cases = all_cases(
+        {name: SIZES[name] for name in config.sizes},
+        device=torch.device("cpu" if on_cpu() else "cuda"),
+        num_inference_steps=config.num_inference_steps,
+        only=config.cases,
+    )
+    return [case for case in cases if not config.base_clip_only or case.clip == case.size.base]
+
+
+def digest(values: Mapping[str, Any]) -> str:
+    """Short text that changes when these JSON values do."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def measured(path: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What an earlier run has measured with the same settings, if it has."""
+    if not path.is_file():
+        return None
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    return kept["result"] if kept["settings"] == json.loads(json.dumps(settings)) else None
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure whatever has not been measured, and write the report."""
+    config = parse_config(BenchmarkConfig, argv, description=__doc__)
+    folder = Path(config.output_dir)
+    if config.fresh:
+        for name in (MODELS, CASES):
+            shutil.rmtree(folder / name, ignore_errors=True)
+    for name in (MODELS, CASES):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    report_dir = folder if config.report_dir is None else Path(config.report_dir)
+    where = machine(config.num_threads)
+    shares = {name: decoding_share(SIZES[name]) for name in config.sizes}
+    rows: list[dict[str, Any]] = []
+    progress = tqdm(selected_cases(config), desc="Cases")
+    for case in progress:
+        progress.set_postfix_str(f"{case.size_name}, {case.clip}, {case.label}")
+        settings = {**case.settings, "num_updates": config.num_updates, "machine": where}
+        slug = "".join(letter if letter.isalnum() else "_" for letter in case.label)
+        path = folder / CASES / f"{case.size_name}-{case.clip}-{slug}.json"
+        log = path.with_suffix(".log")
+        result = measured(path, settings)
+        if result is None:
+            inputs = folder / MODELS / f"{case.size_name}-{digest(settings['models'])}"
+            if not (inputs / str(case.clip)).exists():
+                in_process_of_its_own(log, prepare_inputs, case, inputs)
+            in_process_of_its_own(log, run_case, case, inputs, path, settings)
+            result = measured(path, settings)
+            assert result is not None
+        columns = ("size", "clip", "num_tokens", "method", "switch", "options")
+        rows.append({**{name: settings[name] for name in columns}, **result})
+        write_report(report_dir, rows, machine=where, num_updates=config.num_updates, decoding_shares=shares)
+    progress.close()
+    print((report_dir / "results.md").read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""What is measured: methods, switches, and the trainer of each."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from examples.benchmark.rgb_refl import Decoded, RGBReFLTrainer
+from examples.benchmark.sizes import Clip, Size
+from hy_prfl.configs.prfl import PRFLTrainingConfig
+from hy_prfl.trainers.prfl_trainer import PRFLTrainer
+
+
+# Step that takes gradient, given the number of steps of the chain and of those that take gradient.
+StepIndices = Callable[[int, int], int]
+
+
+def anywhere(num_inference_steps: int, num_gradient_steps: int) -> int:
+    """
+    The last of so many different steps, each as likely as any other in `[0, num_inference_steps - 2]`: its mean.
+
+    Forwards are all alike, so an update with this many takes the mean time. One of 40: step 19; four of 40: step 31.
+    """
+    return num_gradient_steps * num_inference_steps // (num_gradient_steps + 1) - 1
+
+
+def late(num_inference_steps: int, num_gradient_steps: int) -> int:
+    """
+    The mean step of the paper's late stage, 27 to 40 of 40 counted from 1; rounded down, in RGB ReFL's favour.
+
+    Earlier, what a single forward foresees is too far from a video for an image reward. Of 40: step 32 counted from 0.
+    """
+    return (26 * num_inference_steps // 40 + num_inference_steps - 1) // 2
+
+
+@dataclass(frozen=True)
+class Method:
+    """
+    A way to train.
+
+    Args:
+        schedule (`str`):
+            The trainer's `update_schedule`.
+        step (`Callable`):
+            Where the step with gradient is.
+        decodes (`str`, *optional*):
+            Frames that RGB ReFL decodes; PRFL if left out.
+    """
+
+    schedule: str
+    step: StepIndices = anywhere
+    decodes: Decoded | None = None
+
+
+PRFL, PRFL_REWARD, FLOW = "PRFL", "PRFL, reward only", "flow matching alone"
+RGB_FIRST, RGB_REWARD = "RGB ReFL, first frame", "RGB ReFL, first frame, reward only"
+RGB_SAME, RGB_ALL = "RGB ReFL, first frame, PRFL's steps", "RGB ReFL, all frames"
+METHODS = {
+    PRFL: Method("alternate"),
+    PRFL_REWARD: Method("reward"),
+    FLOW: Method("flow_matching"),
+    RGB_FIRST: Method("alternate", late, "first"),
+    RGB_REWARD: Method("reward", late, "first"),
+    # What decoding alone costs: the same number of forwards of the generator as PRFL.
+    RGB_SAME: Method("alternate", anywhere, "first"),
+    RGB_ALL: Method("alternate", late, "all"),
+}
+# Measured for growing clips too.
+COMPARED = (PRFL, FLOW, RGB_FIRST, RGB_ALL)
+
+NO_RECOMPUTATION, FOUR_STEPS = "no recomputation", "4 gradient steps"
+
+
+@dataclass(frozen=True)
+class Switch:
+    """
+    An option turned the other way.
+
+    Args:
+        options (`Mapping`):
+            Options of the trainer.
+        method (`str`):
+            Method that it is turned for.
+        only_on (`str`, *optional*):
+            Type of the device that it is for.
+    """
+
+    options: Mapping[str, Any]
+    method: str = PRFL
+    only_on: str | None = None
+
+
+def switches(num_layers: int) -> dict[str, Switch]:
+    """The switches of a generator of so many blocks. Everything else is measured with all blocks recomputed."""
+    kernel, rollout_kernel = "attention_backend", "rollout_attention_backend"
+    return {
+        NO_RECOMPUTATION: Switch({"gradient_checkpointing": False}),
+        "half of the blocks recomputed": Switch({"gradient_checkpointing_blocks": num_layers // 2}),
+        "block inputs in host memory": Switch({"offload_activations": True}),
+        "gradient step run twice": Switch({"rerun_gradient_step": True}),
+        FOUR_STEPS: Switch({"num_gradient_steps": 4}, method=PRFL_REWARD),
+        "attention native": Switch({kernel: "native"}),
+        "attention _native_math": Switch({kernel: "_native_math"}, only_on="cpu"),
+        "rollout attention _native_math": Switch({rollout_kernel: "_native_math"}, only_on="cpu"),
+        "attention _native_cudnn": Switch({kernel: "_native_cudnn"}, only_on="cuda"),
+        "attention _native_flash": Switch({kernel: "_native_flash"}, only_on="cuda"),
+        "attention flash": Switch({kernel: "flash"}, only_on="cuda"),
+        "attention _flash_3_hub": Switch({kernel: "_flash_3_hub"}, only_on="cuda"),
+        "rollout attention _flash_3": Switch({rollout_kernel: "_flash_3"}, only_on="cuda"),
+        "rollout attention sage": Switch({rollout_kernel: "sage"}, only_on="cuda"),
+        "compiled blocks": Switch({"compile": True}),
+    }
+
+
+@dataclass(frozen=True)
+class Case:
+    """
+    One measurement.
+
+    Args:
+        size_name (`str`), size (`Size`):
+            The models.
+        clip (`Clip`):
+            What they train on.
+        method (`str`):
+            Name in `METHODS`.
+        switch (`str`):
+            Name among the `switches`, empty for none.
+        num_inference_steps (`int`):
+            Steps of the sampler's whole chain.
+    """
+
+    size_name: str
+    size: Size = field(repr=False)
+    clip: Clip
+    method: str
+    switch: str = ""
+    num_inference_steps: int = 40
+
+    @property
+    def label(self) -> str:
+        """The method, and what is switched."""
+        return f"{self.method}; {self.switch}" if self.switch else self.method
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options of the trainer that make the difference."""
+        method = METHODS[self.method]
+        options: dict[str, Any] = {
+            "update_schedule": method.schedule,
+            "num_inference_steps": self.num_inference_steps,
+            "gradient_checkpointing": True,
+            **self.size.options,
+        }
+        if self.switch:
+            options |= switches(self.size.transformer["num_layers"])[self.switch].options
+        if method.schedule != "flow_matching":
+            num_gradient_steps = options.get("num_gradient_steps", 1)
+            last = method.step(self.num_inference_steps, num_gradient_steps)
+            options["step_range"] = [last + 1 - num_gradient_steps, last]
+        return options
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that the result depends on, as JSON values."""
+        return {
+            "size": self.size_name,
+            "models": dataclasses.asdict(self.size),
+            "clip": str(self.clip),
+            "num_tokens": self.clip.num_tokens,
+            "method": self.method,
+            "switch": self.switch,
+            "options": self.options,
+        }
+
+    def trainer(self, inputs: Path, output_dir: Path, mixin: type) -> PRFLTrainer:
+        """The real trainer, with a mixin's methods before its own, on the inputs of this size and clip."""
+        config = PRFLTrainingConfig(
+            output_dir=str(output_dir),
+            pretrained_model_name_or_path=str(inputs / "pipeline"),
+            train_dataset=str(inputs / str(self.clip)),
+            reward_model=str(inputs / "reward"),
+            report_to=["none"],
+            max_train_steps=10**6,
+            checkpointing_steps=10**6,
+            **self.options,
+        )
+        decodes = METHODS[self.method].decodes
+        if decodes is None:
+            return type("Measured", (mixin, PRFLTrainer), {})(config)
+        trainer = type("Measured", (mixin, RGBReFLTrainer), {})
+        return trainer(config, image_reward=self.size.image_reward, decodes=decodes)
+
+
+def all_cases(
+    sizes: Mapping[str, Size], *, device: torch.device, num_inference_steps: int, only: Iterable[str] = ()
+) -> list[Case]:
+    """
+    Every case of these sizes on this device, in the order in which they are measured.
+
+    Args:
+        only (`Iterable[str]`):
+            Labels of methods and switches to keep; all if empty.
+
+    Raises:
+        ValueError: If there is no case with a label of `only`.
+    """
+    cases = []
+    for name, size in sizes.items():
+        clips = [(size.base, list(METHODS)), *((clip, COMPARED) for clip in (*size.longer, *size.larger))]
+        cases += [
+            Case(name, size, clip, method, "", num_inference_steps) for clip, methods in clips for method in methods
+        ]
+        for switch, what in switches(size.transformer["num_layers"]).items():
+            if what.only_on in (None, device.type):
+                cases.append(Case(name, size, size.base, what.method, switch, num_inference_steps))
+    kept = set(only)
+    unknown = kept - {case.label for case in cases} - {case.switch for case in cases}
+    if unknown:
+        labels = sorted({case.switch or case.method for case in cases})
+        raise ValueError(f"`cases` must be of {labels}, got {sorted(unknown)}.")
+    return [case for case in cases if not kept or (case.switch or case.method) in kept]

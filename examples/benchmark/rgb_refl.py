@@ -1,0 +1,196 @@
+"""
+RGB ReFL, the baseline of the paper's table 4 (equation 3): the reward of decoded frames.
+
+It is not a method of this project. It rolls out to a late step, where the clean latents can be foreseen, takes that step
+with gradient, decodes the foreseen latents with Wan's VAE and lets an image reward judge the frames. Generator, data,
+optimizer, flow-matching update, loss and the way that the gradient goes (first to the latents, then through the
+generator, so that the two graphs do not go backward together) are PRFL's own: [`RGBReFLTrainer`] replaces the rollout
+and the score, nothing else.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLWan
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from hy_prfl.configs.base import check
+from hy_prfl.configs.prfl import PRFLTrainingConfig
+from hy_prfl.data.collators import LatentBatch
+from hy_prfl.flow_matching import sample_noise
+from hy_prfl.models.attention import use_attention_backend
+from hy_prfl.rollout import GradientStep, predict_velocity
+from hy_prfl.trainers.prfl_trainer import REWARD_NOISE, PRFLTrainer
+
+
+Decoded = Literal["first", "all"]
+# Of all decoded frames 2 a second are judged (of 16), as VideoAlign does: cheaper than every one.
+FRAME_STRIDE = 8
+# Scale of the cosine. Trained CLIP models have about 100, which would saturate the loss of one that is not trained.
+LOGIT_SCALE = 10.0
+# CLIP's own normalisation of images.
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+class PixelReward(nn.Module):
+    """
+    Latents -> frames -> logit: how well frames agree with a text, in CLIP's space, as PickScore judges.
+
+    The text's embedding is a constant: its tower would run once per prompt and costs nothing here.
+
+    Args:
+        vae (`AutoencoderKLWan`):
+            Decodes.
+        image_reward (`Mapping`):
+            Arguments of `CLIPVisionConfig`. Its weights are random.
+        decodes (`"first"` or `"all"`):
+            The first latent frame, which is one frame of video, or all of them.
+        recompute (`bool`, defaults to `False`):
+            Keep no activations for the backward pass but compute them again, as `gradient_checkpointing` has the
+            transformers do.
+    """
+
+    def __init__(
+        self, vae: AutoencoderKLWan, image_reward: Mapping[str, Any], *, decodes: Decoded, recompute: bool = False
+    ) -> None:
+        super().__init__()
+        self.vae = vae
+        # Only the decoder is needed.
+        self.vae.encoder = self.vae.quant_conv = nn.Identity()
+        self.network = CLIPVisionModelWithProjection(CLIPVisionConfig(**image_reward))
+        self.decodes, self.recompute = decodes, recompute
+        self.register_buffer("text_embeds", torch.randn(self.network.config.projection_dim))
+        # Per channel: CLIP's normalisation, and the VAE's scale of latents.
+        shape = (1, -1, 1, 1)
+        self.register_buffer("mean", torch.tensor(MEAN).view(shape))
+        self.register_buffer("std", torch.tensor(STD).view(shape))
+        self.register_buffer("latents_mean", torch.tensor(vae.config.latents_mean).view(*shape, 1))
+        self.register_buffer("latents_std", torch.tensor(vae.config.latents_std).view(*shape, 1))
+        self.requires_grad_(False)
+        if recompute:
+            with warnings.catch_warnings():
+                # transformers 5.23 has a new name for it, 5.0 has not.
+                warnings.simplefilter("ignore", FutureWarning)
+                self.network.gradient_checkpointing_enable({"use_reentrant": False})
+            # transformers recomputes in training only; there is no dropout.
+            self.network.train()
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        """Logits `(batch_size,)` of clean latents `(batch_size, num_channels, num_frames, height, width)`."""
+        latents = latents * self.latents_std + self.latents_mean
+        decode = decode_first_frame if self.decodes == "first" else decode_all_frames
+        frames = decode(self.vae, latents.to(self.vae.dtype), recompute=self.recompute)[:, :, ::FRAME_STRIDE]
+        batch_size, num_frames = frames.shape[0], frames.shape[2]
+        images = frames.transpose(1, 2).flatten(0, 1).float()
+        size = self.network.config.image_size
+        images = F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
+        images = (images / 2 + 0.5 - self.mean) / self.std
+        embeds = self.network(images.to(self.network.dtype)).image_embeds
+        logits = LOGIT_SCALE * F.cosine_similarity(embeds.float(), self.text_embeds.float()[None], dim=-1)
+        return logits.view(batch_size, num_frames).mean(dim=1)
+
+
+def decode_first_frame(vae: AutoencoderKLWan, latents: torch.Tensor, *, recompute: bool) -> torch.Tensor:
+    """
+    What `vae.decode(latents[:, :, :1]).sample` is, with its residual blocks recomputed in the backward pass if asked.
+
+    diffusers' VAE knows no recomputation. For one frame nothing is carried from frame to frame, so its layers can be
+    called one by one.
+    """
+    run: Callable[..., torch.Tensor] = partial(checkpoint, use_reentrant=False) if recompute else _call
+    decoder = vae.decoder
+    hidden_states = decoder.conv_in(vae.post_quant_conv(latents[:, :, :1]))
+    hidden_states = run(decoder.mid_block, hidden_states)
+    for block in decoder.up_blocks:
+        for layer in (*block.resnets, *(block.upsamplers or ())):
+            hidden_states = run(layer, hidden_states)
+    return decoder.conv_out(decoder.nonlinearity(decoder.norm_out(hidden_states))).clamp(-1, 1)
+
+
+def decode_all_frames(vae: AutoencoderKLWan, latents: torch.Tensor, *, recompute: bool) -> torch.Tensor:
+    """
+    What `vae.decode(latents).sample` is, with each latent frame recomputed in the backward pass if asked.
+
+    The VAE decodes frame by frame and hands on the last inputs of its convolutions. Here they are arguments and results,
+    so that a frame can be decoded again.
+    """
+
+    def decode_frame(frame: torch.Tensor, *cache: Any) -> tuple[Any, ...]:
+        handed_on = list(cache)
+        is_first = cache[0] is None
+        sample = vae.decoder(frame, feat_cache=handed_on, feat_idx=[0], first_chunk=is_first)
+        return sample, *handed_on
+
+    run = partial(checkpoint, use_reentrant=False) if recompute else _call
+    vae.clear_cache()
+    cache: tuple[Any, ...] = tuple(vae._feat_map)
+    samples = []
+    for frame in vae.post_quant_conv(latents).split(1, dim=2):
+        sample, *rest = run(decode_frame, frame, *cache)
+        samples.append(sample)
+        cache = tuple(rest)
+    return torch.cat(samples, dim=2).clamp(-1, 1)
+
+
+class RGBReFLTrainer(PRFLTrainer):
+    """
+    PRFL's trainer with another rollout and another reward.
+
+    Args:
+        config (`PRFLTrainingConfig`):
+            Options of the run. Its reward model is read, for the checks, and not used.
+        image_reward (`Mapping`):
+            Arguments of `CLIPVisionConfig`.
+        decodes (`"first"` or `"all"`):
+            Frames that are decoded.
+    """
+
+    def __init__(self, config: PRFLTrainingConfig, *, image_reward: Mapping[str, Any], decodes: Decoded) -> None:
+        for name in ("num_gradient_steps", "rerun_gradient_step"):
+            value = getattr(config, name)
+            check(int(value) == (name == "num_gradient_steps"), name, value, "left out for RGB ReFL")
+        super().__init__(config)
+        vae = AutoencoderKLWan.from_pretrained(config.pretrained_model_name_or_path, subfolder="vae")
+        torch.manual_seed(config.seed)
+        # `PRFLTrainer` has loaded the latent reward model; this frees it.
+        self.reward_model = PixelReward(vae, image_reward, decodes=decodes, recompute=config.gradient_checkpointing)
+        self.reward_model.to(self.accelerator.device, self.weight_dtype)
+
+    def roll_out(self, batch: LatentBatch, prompt_embeds: torch.Tensor, micro_step: int) -> Iterator[GradientStep]:
+        """Steps without gradient, then one forward with it; what comes out are the clean latents that it foresees."""
+        config, scheduler = self.config, self.scheduler
+        (step_index,) = self.draw_step_indices(micro_step)
+        inputs = self.image_inputs(batch)
+        latents = sample_noise(batch.latents_shape, self.generators(REWARD_NOISE, micro_step, len(batch)))
+        latents = latents.to(self.accelerator.device)
+        scheduler.set_timesteps(config.num_inference_steps, device=latents.device)
+        scheduler.set_begin_index(0)
+        with torch.no_grad(), use_attention_backend(self.transformer, config.rollout_attention_backend):
+            for timestep in scheduler.timesteps[:step_index]:
+                velocity = predict_velocity(self.transformer, latents, timestep, prompt_embeds, **inputs)
+                latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+        timestep = scheduler.timesteps[step_index]
+        velocity = predict_velocity(self.transformer, latents, timestep, prompt_embeds, **inputs)
+        clean = latents - scheduler.sigmas[step_index].to(latents.device) * velocity
+        yield GradientStep(clean.detach(), timestep.expand(len(batch)), partial(_identity, clean))
+
+    def score(
+        self, latents: torch.Tensor, timesteps: torch.Tensor, prompt_embeds: torch.Tensor, batch: LatentBatch
+    ) -> torch.Tensor:
+        """Logits `(batch_size,)` of the frames of clean latents."""
+        with self.accelerator.autocast():
+            return self.reward_model(latents)
+
+
+def _call(function: Callable[..., Any], *args: Any) -> Any:
+    return function(*args)
+
+
+def _identity(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
