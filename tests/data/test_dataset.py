@@ -153,7 +153,7 @@ def test_one_value_for_all_rows(tmp_path: Path, write_latents: Write) -> None:
 
 
 def test_a_first_frame_is_for_pipelines_that_take_one(tmp_path: Path, write_latents: Write) -> None:
-    frame = {"condition": [0.0] * 16 * 16, "condition_shape": [16, 1, 4, 4]}
+    frame = {"condition": np.zeros(16 * 16, dtype=np.float16), "condition_shape": [16, 1, 4, 4]}
     options = {"num_channels": 16, "text_dim": 32, "patch_size": (1, 2, 2)}
     options |= {"image_dim": None, "pos_embed_seq_len": None, "condition_channels": 0}
     every = load_latent_dataset(str(write_latents(tmp_path / "every", 2, overrides={0: frame, 1: frame})))
