@@ -429,18 +429,21 @@ class PRFLTrainer(Trainer):
 
     def _load_transformer(self, expert: ExpertName) -> WanTransformer3DModel:
         config = self.config
-        transformer = load_transformer(
-            config.pretrained_model_name_or_path,
-            revision=config.revision,
-            variant=config.variant,
-            dtype=self.generator_dtype,
-            subfolder=EXPERT_FOLDERS[expert],
-            split=self.split,
-        )
+        transformer = self._read_expert(expert, dtype=self.generator_dtype, split=self.split)
         if config.lora_rank is not None:
             self.add_adapter(transformer)
         self.set_up_blocks(transformer, num_recomputed=config.gradient_checkpointing_blocks)
         return transformer
+
+    def _read_expert(self, expert: ExpertName, **how: Any) -> WanTransformer3DModel:
+        """One of the pipeline's transformers, read as [`~hy_prfl.models.loading.load_transformer`] is told."""
+        return load_transformer(
+            self.config.pretrained_model_name_or_path,
+            revision=self.config.revision,
+            variant=self.config.variant,
+            subfolder=EXPERT_FOLDERS[expert],
+            **how,
+        )
 
     def _load_frozen_expert(self) -> dict[ExpertName, WanTransformer3DModel]:
         """The expert that chains need beside the one in training, by its name; empty if they need none."""
@@ -448,15 +451,8 @@ class PRFLTrainer(Trainer):
         name = self.experts.frozen(rolls_out=self.uses_reward, samples=self.validation_dataset is not None)
         if name is None:
             return {}
-        transformer = load_transformer(
-            config.pretrained_model_name_or_path,
-            revision=config.revision,
-            variant=config.variant,
-            dtype=self.weight_dtype,
-            subfolder=EXPERT_FOLDERS[name],
-            split=partial(split_frozen, device=self.accelerator.device) if config.shard_frozen_expert else None,
-            keep_in_fp32=True,
-        )
+        split = partial(split_frozen, device=self.accelerator.device) if config.shard_frozen_expert else None
+        transformer = self._read_expert(name, dtype=self.weight_dtype, split=split, keep_in_fp32=True)
         transformer.requires_grad_(False).eval().to(self.accelerator.device)
         self.set_up_blocks(transformer, num_recomputed=0)
         return {name: transformer}
