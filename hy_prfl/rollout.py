@@ -23,12 +23,16 @@ class GradientStep:
             What the step leads to, noisy, float32, without gradient.
         timesteps (`torch.Tensor` of shape `(batch_size,)`):
             Noise level of these latents, `1000 * sigma`.
+        width (`torch.Tensor`, scalar):
+            By how much the step lowers sigma. The latents move by about this much times the model's output, so the
+            gradient of the output is that of the latents times the width, which grows along a shifted chain.
         differentiable_latents (`Callable[[], torch.Tensor]`):
             Returns the same latents with gradient in the generator's weights. To be called once.
     """
 
     latents: torch.Tensor
     timesteps: torch.Tensor
+    width: torch.Tensor
     differentiable_latents: Callable[[], torch.Tensor]
 
 
@@ -112,7 +116,12 @@ def walk_with_gradient(
             differentiable_latents = partial(_identity, result)
             _forget_gradient(scheduler)
             latents = result.detach()
-        yield GradientStep(latents, scheduler.timesteps[next_index].expand(latents.shape[0]), differentiable_latents)
+        yield GradientStep(
+            latents,
+            timesteps=scheduler.timesteps[next_index].expand(latents.shape[0]),
+            width=scheduler.sigmas[step_index] - scheduler.sigmas[next_index],
+            differentiable_latents=differentiable_latents,
+        )
 
 
 def denoise_to_step(

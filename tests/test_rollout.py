@@ -145,6 +145,8 @@ def test_a_chain_with_gradient_steps_is_the_chain_without(
     for step_index, step in zip([0, 3, 4], chain, strict=True):
         assert torch.equal(step.latents, path[step_index])
         assert step.timesteps.tolist() == [scheduler.timesteps[step_index + 1].item()] * 2
+        levels = scheduler.timesteps[step_index : step_index + 2].tolist()
+        assert step.width.item() == pytest.approx((levels[0] - levels[1]) / 1000, abs=1e-3)
         differentiable = step.differentiable_latents()
         assert torch.equal(differentiable, step.latents)
         differentiable.square().mean().backward()

@@ -177,8 +177,14 @@ class RGBReFLTrainer(PRFLTrainer):
                 latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
         timestep = scheduler.timesteps[step_index]
         velocity = predict_velocity(self.transformer, latents, timestep, prompt_embeds, **inputs)
-        clean = latents - scheduler.sigmas[step_index].to(latents.device) * velocity
-        yield GradientStep(clean.detach(), timestep.expand(len(batch)), partial(_identity, clean))
+        sigma = scheduler.sigmas[step_index]
+        clean = latents - sigma * velocity
+        yield GradientStep(
+            clean.detach(),
+            timesteps=timestep.expand(len(batch)),
+            width=sigma,
+            differentiable_latents=partial(_identity, clean),
+        )
 
     def score(
         self, latents: torch.Tensor, timesteps: torch.Tensor, prompt_embeds: torch.Tensor, batch: LatentBatch

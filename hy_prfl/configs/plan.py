@@ -22,6 +22,12 @@ class PlanConfig:
     height: int = field(default=480, metadata={"help": "Height of the clips in pixels."})
     width: int = field(default=832, metadata={"help": "Width of the clips in pixels."})
     num_frames: int = field(default=81, metadata={"help": "Frames of the clips, 4k + 1."})
+    first_frame: bool = field(
+        default=False,
+        metadata={
+            "help": "Clips start with an image that is given, for Wan2.2 TI2V 5B; others show it by their weights."
+        },
+    )
     num_rows: int | None = field(
         default=None, metadata={"help": "Clips, or pairs, of the training dataset, to tell the hours of a run."}
     )

@@ -16,7 +16,7 @@ def synthetic_dataset(
     text_tokens: int,
     max_sequence_length: int | None = None,
     num_rows: int = 2,
-    condition_channels: int = 0,
+    condition_shape: Sequence[int] | None = None,
     image_embeds_shape: Sequence[int] | None = None,
     dtype: str = "float16",
     seed: int = 0,
@@ -39,8 +39,9 @@ def synthetic_dataset(
             Length that batches pad prompts to, that of the prompts if left out.
         num_rows (`int`, defaults to 2):
             Rows, good and poor in turn.
-        condition_channels (`int`, defaults to 0):
-            Channels of the image condition beside the latents; 0 for text-to-video.
+        condition_shape (`Sequence[int]`, *optional*):
+            `(num_channels, num_frames, height, width)` of the image condition, beside the latents or in place of their
+            first frame; none for text-to-video.
         image_embeds_shape (`Sequence[int]`, *optional*):
             `(num_image_tokens, image_dim)` of the image embeddings.
         dtype (`str`, defaults to `"float16"`):
@@ -55,8 +56,8 @@ def synthetic_dataset(
         tensors: dict[str, np.ndarray] = {"latents": rng.normal(label, 1.0, latents_shape)}
         for name in ("prompt_embeds", "null_prompt_embeds"):
             tensors[name] = rng.normal(size=(text_tokens, text_dim))
-        if condition_channels:
-            tensors["condition"] = rng.normal(size=(condition_channels, *latents_shape[1:]))
+        if condition_shape is not None:
+            tensors["condition"] = rng.normal(size=condition_shape)
         if image_embeds_shape is not None:
             tensors["image_embeds"] = rng.normal(size=image_embeds_shape)
         row: dict[str, object] = {

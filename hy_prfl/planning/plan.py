@@ -145,6 +145,7 @@ def plan(
     reserved: float = 3.0,
     num_rows: int | None = None,
     text_tokens: int = TEXT_TOKENS,
+    first_frame: bool = False,
     transformer_config: Mapping[str, Any] | None = None,
     reward_config: Mapping[str, Any] | None = None,
     experts: Experts | None = None,
@@ -179,6 +180,8 @@ def plan(
             Rows (pairs for `bt`) of the training dataset, to tell the time of `num_train_epochs`.
         text_tokens (`int`, defaults to 512):
             Length that prompts are padded to.
+        first_frame (`bool`, defaults to `False`):
+            Whether clips of Wan2.2 TI2V 5B start with an image that is given.
         transformer_config, reward_config (`Mapping[str, Any]`, *optional*):
             Configurations to take instead of those of the recipe's pipeline, and of a reward model of its first 8 blocks.
         experts (`Experts`, *optional*):
@@ -187,7 +190,8 @@ def plan(
             Replaces `num_gpus`, `zero_stage` and `offload`.
 
     Raises:
-        ValueError: If the clips do not divide over the GPUs, or a size is not one of the VAE's.
+        ValueError: If the clips do not divide over the GPUs, a size is not one of the VAE's, or a first frame is given
+            to a model that takes images in another way.
     """
     check(0 < utilization <= 1, "utilization", utilization, "in (0, 1]")
     config, stride, shift = transformer_config, VAE_STRIDE, 3.0
@@ -198,6 +202,10 @@ def plan(
             experts = load_experts(path, training.expert, revision)
             if experts.are_two:
                 shift = training.sampler_flow_shift or load_scheduler(path, revision=revision).config.flow_shift
+    takes_channels = config["in_channels"] != config["out_channels"]
+    check(
+        not (first_frame and takes_channels), "first_frame", first_frame, "false: the model has channels for the image"
+    )
     frames_ok = num_frames % stride[0] == 1
     check(frames_ok, "num_frames", num_frames, f"of the form {stride[0]}k + 1")
     for name, side, multiple in (("height", height, 2 * stride[1]), ("width", width, 2 * stride[2])):
@@ -208,7 +216,7 @@ def plan(
         transformer_config=config,
         reward_config=reward_config or default_reward_config(training, config),
         engine=engine or Engine(num_gpus=num_gpus, zero_stage=zero_stage, offload=offload),
-        shape=Shape(training.train_batch_size, latents, text_tokens),
+        shape=Shape(training.train_batch_size, latents, text_tokens, first_frame),
         experts=experts or Experts(),
         sampler_shift=shift,
     )

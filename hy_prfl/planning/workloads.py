@@ -14,6 +14,7 @@ from ..configs.base import TrainingConfig
 from ..configs.prfl import PRFLTrainingConfig
 from ..configs.reward import RewardTrainingConfig
 from ..losses import binary_reward_loss, bradley_terry_loss, reward_feedback_loss
+from ..models.conditioning import add_condition
 from ..models.recomputation import recompute_blocks
 from ..models.reward_model import score_noised
 from ..rollout import denoise_to_step, predict_velocity
@@ -68,11 +69,14 @@ class Shape:
             Frames, height and width of their latents.
         text_tokens (`int`):
             Length of the prompt.
+        first_frame (`bool`):
+            Whether an image is given in place of the first frame, so that every token has a timestep of its own.
     """
 
     batch_size: int
     latents: tuple[int, int, int]
     text_tokens: int = TEXT_TOKENS
+    first_frame: bool = False
 
     def num_tokens(self, patch_size: Sequence[int]) -> int:
         """Tokens of one clip."""
@@ -101,9 +105,11 @@ class Inputs:
 
     def __init__(self, config: Mapping[str, Any], shape: Shape, dtype: torch.dtype) -> None:
         batch, image_dim = shape.batch_size, config["image_dim"]
-        num_condition = config["in_channels"] - config["out_channels"]
+        num_condition, num_frames = config["in_channels"] - config["out_channels"], shape.latents[0]
+        if shape.first_frame:
+            num_condition, num_frames = config["out_channels"], 1
         self.noise = torch.empty(batch, config["out_channels"], *shape.latents)
-        self.condition = torch.empty(batch, num_condition, *shape.latents) if num_condition else None
+        self.condition = torch.empty(batch, num_condition, num_frames, *shape.latents[1:]) if num_condition else None
         self.text = torch.empty(batch, shape.text_tokens, config["text_dim"], dtype=dtype)
         self.image = None
         if image_dim is not None:
@@ -278,13 +284,13 @@ def _simulate_reward(
             recompute_blocks(reward_model)
         inputs = Inputs(values, shape, numerics.compute)
         leaf = inputs.noise.requires_grad_()
-        parts = [leaf] if inputs.condition is None else [leaf, inputs.condition]
         state = [*reward_model.parameters(), *reward_model.buffers(), *inputs.tensors()]
         with MemoryMeter(state, on_gpu=numerics.on_gpu) as meter:
             with meter.phase("forward"), autocast(numerics.autocast):
+                hidden_states, timestep = add_condition(leaf, inputs.timestep, inputs.condition)
                 logits = reward_model(
-                    hidden_states=torch.cat(parts, dim=1).to(inputs.text.dtype),
-                    timestep=inputs.timestep,
+                    hidden_states=hidden_states.to(inputs.text.dtype),
+                    timestep=timestep,
                     encoder_hidden_states=inputs.text,
                     encoder_hidden_states_image=inputs.image,
                 ).logits

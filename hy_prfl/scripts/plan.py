@@ -54,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         utilization=config.utilization,
         reserved=config.reserved_memory,
         num_rows=config.num_rows,
+        first_frame=config.first_frame,
         reward_config=reward_config,
     )
     print(result)

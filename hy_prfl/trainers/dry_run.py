@@ -16,7 +16,7 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
 from ..configs.base import TrainingConfig, check
 from ..configs.prfl import PRFLTrainingConfig
-from ..data.dataset import latent_shapes, load_latent_dataset
+from ..data.dataset import latent_shapes, load_latent_dataset, read_columns
 from ..data.encoding import vae_fingerprint
 from ..data.synthetic import synthetic_dataset
 from ..distributed import gather_records, mean_over_ranks
@@ -93,7 +93,8 @@ def dry_run(trainer_class: Callable[[Any], Trainer], config: TrainingConfig) -> 
         trainer_class (`Callable`):
             The trainer, made from its options.
         config (`TrainingConfig`):
-            Its options. The clips are as large as `dry_run_size` says, or as the largest of `train_dataset`.
+            Its options. The clips are as large as `dry_run_size` says, or as the largest of `train_dataset`, which
+            also tells whether those of Wan2.2 TI2V 5B start with an image; with `dry_run_size` they do not.
 
     Raises:
         ValueError: If `dry_run_size` is not one that the pipeline's VAE can encode.
@@ -134,11 +135,12 @@ def write_inputs(config: TrainingConfig, folder: Path) -> tuple[int, ...]:
     path, revision = config.pretrained_model_name_or_path, config.revision
     vae = AutoencoderKLWan.from_pretrained(path, subfolder="vae", revision=revision, variant=config.variant)
     transformer = WanTransformer3DModel.load_config(path, subfolder=TRANSFORMER_FOLDER, revision=revision)
+    condition_channels = transformer["in_channels"] - transformer["out_channels"]
     if config.dry_run_size is None:
-        shapes = latent_shapes(load_latent_dataset(config.train_dataset))
-        latents_shape = max(shapes, key=math.prod)
+        latents_shape, condition_shape = shapes_of_largest(config.train_dataset)
     else:
         latents_shape = shape_of_latents(vae, config.dry_run_size)
+        condition_shape = (condition_channels, *latents_shape[1:]) if condition_channels else None
     image_dim = transformer["image_dim"]
     num_images, num_tokens = images_of_clip(transformer)
     image_tokens = (num_tokens,) if num_images == 1 else (num_images, num_tokens)
@@ -147,11 +149,20 @@ def write_inputs(config: TrainingConfig, folder: Path) -> tuple[int, ...]:
         text_dim=transformer["text_dim"],
         text_tokens=TEXT_TOKENS,
         vae_fingerprint=vae_fingerprint(vae),
-        condition_channels=transformer["in_channels"] - transformer["out_channels"],
+        condition_shape=condition_shape,
         image_embeds_shape=None if image_dim is None else (*image_tokens, image_dim),
     )
     dataset.save_to_disk(folder)
     return latents_shape
+
+
+def shapes_of_largest(path: str) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+    """Shapes of the latents of a dataset's largest clip, and of its image condition if it has one."""
+    dataset = load_latent_dataset(path)
+    shapes = latent_shapes(dataset)
+    index = max(range(len(shapes)), key=lambda index: math.prod(shapes[index]))
+    condition_shape = read_columns(dataset, ["condition_shape"])[index]["condition_shape"]
+    return shapes[index], None if condition_shape is None else tuple(condition_shape)
 
 
 def shape_of_latents(vae: AutoencoderKLWan, size: list[int]) -> tuple[int, ...]:

@@ -193,6 +193,8 @@ class PRFLTrainer(Trainer):
         (latents_grad,) = torch.autograd.grad(loss, leaf)
         if self.context_parallel is not None:
             latents_grad = self.context_parallel.mean(latents_grad)
+        if config.divide_by_step_width:
+            latents_grad = latents_grad / (step.width * config.num_inference_steps)
         return (step.differentiable_latents() * latents_grad).sum(), loss.detach(), logits.detach()
 
     def score(

@@ -12,7 +12,7 @@ from hy_prfl.data.synthetic import synthetic_dataset
 def test_rows_are_read_back_with_their_shapes(tmp_path: Path) -> None:
     dataset = synthetic_dataset(
         latents_shape=(16, 3, 4, 6), text_dim=8, text_tokens=5, max_sequence_length=7, vae_fingerprint="vae",
-        condition_channels=20, image_embeds_shape=(9, 10), num_rows=4,
+        condition_shape=(20, 3, 4, 6), image_embeds_shape=(9, 10), num_rows=4,
     )  # fmt: skip
     dataset.save_to_disk(tmp_path / "data")
     rows = RowDataset(load_latent_dataset(str(tmp_path / "data")), range(4))

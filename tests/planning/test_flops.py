@@ -25,7 +25,14 @@ from tests.planning.recipes import prfl_recipe, reward_recipe
 TINY = {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 32, "num_layers": 5, "text_dim": 32}
 MIDDLE = {"num_attention_heads": 4, "attention_head_dim": 48, "ffn_dim": 768, "num_layers": 6, "text_dim": 64}
 I2V = {**TINY, "in_channels": 36, "image_dim": 32, "added_kv_proj_dim": 24}
-SIZES = {"tiny": (TINY, (2, 4, 4)), "middle": (MIDDLE, (3, 16, 16)), "i2v": (I2V, (2, 6, 4))}
+# As Wan2.2 TI2V 5B: the image is the first of the latent frames, and every token has a timestep of its own.
+FIRST_FRAME = {**MIDDLE, "in_channels": 48, "out_channels": 48}
+SIZES = {
+    "tiny": (TINY, (2, 4, 4)),
+    "middle": (MIDDLE, (3, 16, 16)),
+    "i2v": (I2V, (2, 6, 4)),
+    "first frame": (FIRST_FRAME, (3, 8, 8)),
+}
 REWARD_LAYERS = 4
 aten = torch.ops.aten
 # torch leaves out the CPU's attention kernel; its own formulas for it.
@@ -57,11 +64,12 @@ def real_update(
     if training.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
         reward_model.enable_gradient_checkpointing()
-    is_i2v = sizes.get("image_dim") is not None
-    noise = torch.randn(1, 16, *latents_shape)
+    is_i2v, num_channels = sizes.get("image_dim") is not None, sizes.get("out_channels", 16)
+    first_frame = torch.randn(1, 48, 1, *latents_shape[1:]) if sizes is FIRST_FRAME else None
+    noise = torch.randn(1, num_channels, *latents_shape)
     inputs: dict[str, Any] = {
         "encoder_hidden_states": torch.randn(1, 512, sizes["text_dim"]),
-        "condition": torch.randn(1, 20, *latents_shape) if is_i2v else None,
+        "condition": torch.randn(1, 20, *latents_shape) if is_i2v else first_frame,
         "encoder_hidden_states_image": torch.randn(1, 257, 32) if is_i2v else None,
     }
     counted = {}
@@ -79,10 +87,14 @@ def real_update(
         )
     counted["gradient step"] = counter.get_total_flops() - counted["rollout"]
     leaf = latents.detach().requires_grad_()
-    parts = [leaf] if inputs["condition"] is None else [leaf, inputs["condition"]]
     with count_flops() as counter:
+        hidden_states = torch.cat([leaf, inputs["condition"]], dim=1) if is_i2v else leaf
+        if first_frame is not None:
+            hidden_states = torch.cat([first_frame, leaf[:, :, 1:]], dim=2)
+            num_tokens = math.prod(latents_shape) // 4
+            timesteps = timesteps.expand(num_tokens)[None]
         output = reward_model(
-            torch.cat(parts, dim=1),
+            hidden_states,
             timesteps,
             inputs["encoder_hidden_states"],
             encoder_hidden_states_image=inputs["encoder_hidden_states_image"],
@@ -101,7 +113,8 @@ def estimated(sizes: dict[str, Any], training: Any, latents_shape: tuple[int, in
     if not isinstance(training, PRFLTrainingConfig):
         reward_config = reward_model_config(config, training)
     engine = Engine(mixed_precision=False, on_gpu=False)
-    return estimate(Request(training, config, reward_config, engine, Shape(1, latents_shape))).flops
+    shape = Shape(1, latents_shape, first_frame=sizes is FIRST_FRAME)
+    return estimate(Request(training, config, reward_config, engine, shape)).flops
 
 
 @pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}, {"lora_rank": 4}], ids=str)

@@ -168,3 +168,19 @@ def test_experts(expert: str) -> None:
 def test_two_experts_need_a_choice() -> None:
     with pytest.raises(ValueError, match=r"`expert` must be high_noise, low_noise or both, Wan-AI/Wan2.2-T2V-A14B"):
         plan(prfl_recipe(A14B), **CLIP)
+
+
+def test_a_first_frame_gives_every_token_a_timestep() -> None:
+    """The projected timestep of TI2V 5B, six vectors of 3072 float32 numbers, is there once for each token."""
+    training = prfl_recipe("Wan-AI/Wan2.2-TI2V-5B-Diffusers", lora_rank=16, gradient_checkpointing=True)
+    clip = {"height": 704, "width": 1280, "num_frames": 121}
+    without, with_frame = (plan(training, **clip, first_frame=given) for given in (False, True))
+    assert with_frame.num_tokens == without.num_tokens == 31 * 22 * 40
+    each = 6 * 3072 * 4 * without.num_tokens / 1e9
+    assert with_frame.phases["gradient step"] - without.phases["gradient step"] > each
+    assert 1.0 < sum(with_frame.teraflops.values()) / sum(without.teraflops.values()) < 1.03
+
+
+def test_a_first_frame_is_refused_for_a_model_with_channels_for_it() -> None:
+    with pytest.raises(ValueError, match="`first_frame` must be false"):
+        plan(prfl_recipe("Wan-AI/Wan2.1-I2V-14B-480P-Diffusers"), **CLIP, first_frame=True)

@@ -5,12 +5,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from diffusers import WanTransformer3DModel
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
+from examples.shapes.pipeline import save_pipeline
 from hy_prfl.configs.prfl import PRFLTrainingConfig
 from hy_prfl.configs.reward import RewardTrainingConfig
+from hy_prfl.data.dataset import load_latent_dataset, read_columns
+from hy_prfl.data.encoding import vae_fingerprint
+from hy_prfl.data.synthetic import synthetic_dataset
 from hy_prfl.models.reward_model import WanRewardModel
-from hy_prfl.trainers.dry_run import dry_run
+from hy_prfl.trainers.dry_run import dry_run, write_inputs
 from hy_prfl.trainers.prfl_trainer import PRFLTrainer
 from hy_prfl.trainers.reward_trainer import RewardTrainer
 
@@ -93,3 +97,19 @@ def test_a_size_that_the_vae_cannot_encode(tmp_path: Path, pipeline_dir: Path, s
 def test_a_size_that_makes_no_patches(tmp_path: Path, pipeline_dir: Path) -> None:
     with pytest.raises(ValueError, match="do not divide into patches"):
         dry_run(RewardTrainer, reward_config(tmp_path, pipeline_dir, dry_run_size=[9, 40, 48]))
+
+
+def test_a_dataset_of_first_frames_is_run_with_first_frames(tmp_path: Path, scratch: Path) -> None:
+    """Wan2.2 TI2V 5B: the dataset tells whether its clips start with an image."""
+    pipeline = save_pipeline(tmp_path / "pipeline", image_to_video=True, expand_timesteps=True)
+    vae = AutoencoderKLWan.from_pretrained(pipeline, subfolder="vae")
+    dataset = synthetic_dataset(
+        latents_shape=(48, 3, 4, 4), condition_shape=(48, 1, 4, 4), text_dim=32, text_tokens=8,
+        vae_fingerprint=vae_fingerprint(vae),
+    )  # fmt: skip
+    dataset.save_to_disk(tmp_path / "data")
+    config = reward_config(tmp_path, pipeline, train_dataset=str(tmp_path / "data"), dry_run_size=None)
+    assert write_inputs(config, tmp_path / "rows") == (48, 3, 4, 4)
+    rows = load_latent_dataset(str(tmp_path / "rows"))
+    assert [row["condition_shape"] for row in read_columns(rows, ["condition_shape"])] == [[48, 1, 4, 4]] * len(rows)
+    assert dry_run(RewardTrainer, config).metrics["grad_norm"] > 0
