@@ -4,13 +4,21 @@ Trains the tiny Wan pipeline on shapes, VAE first and generator next, and saves 
     python -m examples.shapes.pretrain --output_dir outputs/shapes/pipeline
 
 Like a real base model the generator sees good and bad clips alike, so it makes both. The text encoder stays random:
-its embeddings tell the few words of the captions apart, which is all that is needed here.
+its embeddings tell the few words of the captions apart, which is all that is needed here. Every update draws its own
+clips and its own noise from the seed and its number, so a run that was stopped goes on as if it had not been; its
+state is in `<output_dir>.training` until the run is complete.
+
+`PRETRAINED_DIR` is what this script made with its defaults; `pretraining.json` in it tells how.
 """
 
+import importlib.metadata
+import json
+import shutil
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,18 +26,32 @@ from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from diffusers.training_utils import EMAModel
 from tqdm import tqdm
 
-from examples.shapes.clips import FAILURES, draw_clip, render_clip, split_captions
+from examples.shapes.clips import FAILURES, NUM_FRAMES, Clip, draw_clip, render_clip, split_captions
 from examples.shapes.pipeline import build_pipeline
 from hy_prfl.configs.base import check
 from hy_prfl.configs.parser import parse_config
-from hy_prfl.flow_matching import add_noise, sample_sigmas, sigmas_to_timesteps, velocity_target
+from hy_prfl.data.store import hash_file
+from hy_prfl.flow_matching import add_noise, make_generator, sample_sigmas, sigmas_to_timesteps, velocity_target
 
+
+PRETRAINED_DIR = Path(__file__).parent / "pretrained"
+RECORD = "pretraining.json"
+
+LIBRARIES = ("torch", "diffusers", "transformers")
 
 MAX_SEQUENCE_LENGTH = 16
+ATTENTION_HEAD_DIM = 32
 
-# Stages of the VAE's training: share of the steps, frames, height and width of the crops, batch size. Pictures are
-# cheap and teach shapes and colours; short crops teach motion; whole clips, last, the borders and the long range.
-VAE_STAGES = ((0.5, 1, 48, 2), (0.42, 5, 48, 1), (0.08, 17, 48, 1))
+# Layers at the edges of VAE and transformer; Muon is for the matrices between them, which take larger steps.
+OUTER_LAYERS = ("conv_in", "conv_out", "patch_embedding", "condition_embedder", "proj_out")
+MUON_FACTOR = 2.5
+
+# First words of the keys of random generators, so that no two draws are the same.
+VAE_CLIPS, VAE_NOISE, GENERATOR_NOISE = 1, 2, 3
+
+# Stages of the VAE's training: share of the steps, frames of a crop, crops in an update. Pictures are cheap and teach
+# shapes and colours; short crops teach motion; whole clips, last, the long range.
+VAE_STAGES = ((0.4, 1, 4), (0.3, 5, 2), (0.15, 9, 1), (0.15, NUM_FRAMES, 1))
 
 # The VAE is built like that of Wan 2.2, with shortcuts around its levels and 2x2 patches as its pixels, but with one
 # level less: the same stride 4 x 8 x 8 and 16 channels as Wan 2.1, at a quarter of the cost.
@@ -44,122 +66,244 @@ VAE_CONFIG = {
 }
 
 
+# Failures that a generator of this size learns as what they are. Where jittering is among the clips, which is random in
+# every frame, or a direction that is not the caption's, all of its motion trembles.
+CRISP_FAILURES = ("frozen", "deforming", "vanishing")
+
+
 @dataclass(kw_only=True)
 class PretrainConfig:
     """Size and length of the pretraining."""
 
     output_dir: str = field(metadata={"help": "Folder for the pipeline."})
-    num_clips: int = field(default=1000, metadata={"help": "Clips to learn from; they are drawn, not read."})
-    good_share: float = field(default=0.4, metadata={"help": "Share of good clips among them."})
+    num_clips: int = field(
+        default=5000, metadata={"help": "Clips for the generator to learn from; drawn, not read, and encoded once."}
+    )
+    good_share: float = field(default=0.5, metadata={"help": "Share of good clips among all."})
     failures: list[str] = field(default_factory=lambda: list(FAILURES), metadata={"help": "How the others fail."})
-    vae_steps: int = field(default=1100, metadata={"help": "Updates of the VAE."})
-    vae_learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of the VAE."})
-    generator_steps: int = field(default=900, metadata={"help": "Updates of the generator."})
-    generator_batch_size: int = field(default=16, metadata={"help": "Clips in one update of the generator."})
+    vae_steps: int = field(default=1600, metadata={"help": "Updates of the VAE, each on clips of its own."})
+    vae_learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate of the VAE."})
+    kl_weight: float = field(default=5e-5, metadata={"help": "Weight of the KL divergence in the VAE's loss."})
+    generator_steps: int = field(default=6000, metadata={"help": "Updates of the generator."})
+    generator_batch_size: int = field(default=32, metadata={"help": "Clips in one update of the generator."})
     generator_learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate of the generator."})
+    ema_decay: float = field(default=0.999, metadata={"help": "Decay of the average of the generator's weights."})
+    refinement_steps: int = field(default=3000, metadata={"help": "Updates of the generator's second phase."})
+    refinement_learning_rate: float = field(default=1.5e-3, metadata={"help": "Peak learning rate of that phase."})
+    refinement_ema_decay: float = field(default=0.998, metadata={"help": "Decay of the average in that phase."})
+    refinement_good_share: float = field(default=0.6, metadata={"help": "Share of good clips in that phase."})
+    refinement_failures: list[str] = field(
+        default_factory=lambda: list(CRISP_FAILURES), metadata={"help": "How its other clips fail."}
+    )
     num_layers: int = field(default=6, metadata={"help": "Transformer blocks of the generator."})
-    num_attention_heads: int = field(default=4, metadata={"help": "Attention heads, 24 channels each."})
+    num_attention_heads: int = field(default=4, metadata={"help": "Attention heads, 32 channels each."})
     flow_shift: float = field(default=3.0, metadata={"help": "Shift of noise levels, in training and sampling."})
     prompt_dropout: float = field(default=0.1, metadata={"help": "Share of prompts replaced by the empty one."})
+    checkpointing_steps: int = field(default=200, metadata={"help": "Updates between two saves of the run's state."})
     seed: int = field(default=0, metadata={"help": "Seed of weights, clips and noise."})
 
     def __post_init__(self) -> None:
-        for name in ("num_clips", "vae_steps", "generator_steps", "generator_batch_size", "num_layers"):
+        counts = (
+            "num_clips",
+            "vae_steps",
+            "generator_steps",
+            "refinement_steps",
+            "generator_batch_size",
+            "num_layers",
+        )
+        for name in counts:
             check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        check(self.checkpointing_steps >= 1, "checkpointing_steps", self.checkpointing_steps, "at least 1")
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of the generator's training, on clips of its own."""
+
+    name: str
+    num_steps: int
+    learning_rate: float
+    ema_decay: float
+    good_share: float
+    failures: list[str]
+    seed: int
+
+    def draw_clip(self, index: int) -> Clip:
+        """Clip of the mixture; none of `examples.shapes.clips` has its seed."""
+        return draw_clip(
+            index,
+            captions=split_captions("train"),
+            good_share=self.good_share,
+            failures=self.failures,
+            seed=1_000_000 + self.seed,
+        )
+
+
+def phases_of(config: PretrainConfig) -> list[Phase]:
+    """First everything that a clip can be, then what the generator is to be."""
+    return [
+        Phase(
+            "generator",
+            num_steps=config.generator_steps,
+            learning_rate=config.generator_learning_rate,
+            ema_decay=config.ema_decay,
+            good_share=config.good_share,
+            failures=config.failures,
+            seed=config.seed,
+        ),
+        Phase(
+            "refinement",
+            num_steps=config.refinement_steps,
+            learning_rate=config.refinement_learning_rate,
+            ema_decay=config.refinement_ema_decay,
+            good_share=config.refinement_good_share,
+            failures=config.refinement_failures,
+            seed=config.seed + 1,
+        ),
+    ]
 
 
 def pretrain(config: PretrainConfig) -> WanPipeline:
-    """Build the pipeline, train its VAE and its transformer, save it, and return it."""
+    """
+    Build the pipeline, train its VAE and its transformer, save it with a record of the run, and return it.
+
+    Raises:
+        ValueError: If a run with other options was stopped in the same folder.
+    """
+    output_dir = Path(config.output_dir)
+    state_dir = output_dir.with_name(f"{output_dir.name}.training")
+    options = {name: value for name, value in asdict(config).items() if name != "output_dir"}
+    open_state(state_dir, options)
     pipeline = build_pipeline(
         num_layers=config.num_layers,
         num_attention_heads=config.num_attention_heads,
-        attention_head_dim=24,
-        ffn_dim=4 * 24 * config.num_attention_heads,
+        attention_head_dim=ATTENTION_HEAD_DIM,
+        ffn_dim=4 * ATTENTION_HEAD_DIM * config.num_attention_heads,
         text_dim=64,
         flow_shift=config.flow_shift,
         vae_config=VAE_CONFIG,
         seed=config.seed,
     )
     pipeline.set_progress_bar_config(disable=True)
-    captions = split_captions("train")
-    clips = [
-        draw_clip(
-            index,
-            captions=captions,
-            good_share=config.good_share,
-            failures=config.failures,
-            seed=1_000_000 + config.seed,
+    runs = {"vae": train_vae(pipeline.vae, config, state_dir)}
+    for phase in phases_of(config):
+        start = time.monotonic()
+        clips = [phase.draw_clip(index) for index in range(config.num_clips)]
+        latents = encode_clips(pipeline.vae, clips, state_dir / f"{phase.name}_latents.pt")
+        encoding = time.monotonic() - start
+        if phase.name == "generator":
+            set_statistics(pipeline.vae, latents)
+        run = train_generator(
+            pipeline.transformer,
+            normalize(pipeline.vae, latents),
+            encode_prompts(pipeline, [str(clip.caption) for clip in clips]),
+            encode_prompts(pipeline, [""]),
+            phase,
+            config,
+            state_dir,
         )
-        for index in range(config.num_clips)
-    ]
-    videos = torch.stack([torch.from_numpy(render_clip(clip)).permute(3, 0, 1, 2) for clip in clips])
-    train_vae(pipeline.vae, videos, config.vae_steps, config.vae_learning_rate, seed=config.seed)
-    latents = encode_videos(pipeline.vae, videos)
-    train_generator(
-        pipeline.transformer,
-        latents,
-        encode_prompts(pipeline, [str(clip.caption) for clip in clips]),
-        encode_prompts(pipeline, [""]),
-        config,
-    )
-    pipeline.save_pretrained(config.output_dir)
+        runs[phase.name] = {**run, "seconds": run["seconds"] + encoding}
+    pipeline.save_pretrained(output_dir)
+    write_record(output_dir, options, runs)
+    shutil.rmtree(state_dir)
     return pipeline
 
 
-def train_vae(vae: AutoencoderKLWan, videos: torch.Tensor, num_steps: int, learning_rate: float, seed: int) -> None:
-    """Train the VAE to rebuild crops of `uint8` videos `(num_clips, 3, num_frames, height, width)`."""
-    generator = torch.Generator().manual_seed(seed)
-    torch.manual_seed(seed)
-    vae.train()
+def open_state(state_dir: Path, options: dict[str, Any]) -> None:
+    """Folder for the state of a run; one that is there must have the same options."""
+    path = state_dir / "options.json"
+    if path.is_file():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        different = sorted(name for name in options | found if options.get(name) != found.get(name))
+        if different:
+            raise ValueError(
+                f"'{state_dir}' holds a run with other options ({', '.join(different)}). Delete it, or choose another "
+                "`output_dir`."
+            )
+    state_dir.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(options, indent=1), encoding="utf-8")
+
+
+def train_vae(vae: AutoencoderKLWan, config: PretrainConfig, state_dir: Path) -> dict[str, Any]:
+    """Train the VAE to rebuild crops of clips that are drawn as they are needed."""
+    num_steps = config.vae_steps
+    ends = [sum(stage[0] for stage in VAE_STAGES[: index + 1]) * num_steps for index in range(len(VAE_STAGES))]
     with torch.no_grad():
         # Start with little posterior noise: at its usual deviation of 1 the first thousand updates learn nothing else.
         vae.quant_conv.bias[vae.config.z_dim :] = -6.0
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    schedule = warm_up_and_decay(optimizer, num_steps)
-    ends = [round(num_steps * sum(stage[0] for stage in VAE_STAGES[: index + 1])) for index in range(len(VAE_STAGES))]
-    progress = tqdm(range(num_steps), desc="VAE", mininterval=5)
-    for step in progress:
+        # Pictures leave the past of causal kernels untrained; from zero it does no harm when clips come.
+        for name, parameter in vae.named_parameters():
+            if parameter.ndim == 5 and "time_conv" not in name:
+                parameter[:, :, :-1] = 0.0
+
+    def loss_at(step: int) -> torch.Tensor:
         stage = next((index for index, end in enumerate(ends) if step < end), len(ends) - 1)
-        pixels = draw_crops(videos, *VAE_STAGES[stage][1:], generator)
+        _, num_frames, batch_size = VAE_STAGES[stage]
+        pixels = draw_crops(config, step, num_frames, batch_size)
         posterior = vae.encode(pixels).latent_dist
-        rebuilt = vae.decode(posterior.sample()).sample
+        rebuilt = vae.decode(posterior.sample(make_generator(VAE_NOISE, config.seed, step))).sample
         # The shapes are a twentieth of the pixels and the only ones with a colour; they count as much as the wall.
         weight = 1 + 3 * (pixels.amax(dim=1, keepdim=True) - pixels.amin(dim=1, keepdim=True))
         reconstruction = (weight * (rebuilt - pixels) ** 2).mean()
-        loss = reconstruction + 1e-5 * posterior.kl().sum() / posterior.mean.numel()
-        update(vae, optimizer, schedule, loss)
-        progress.set_postfix(reconstruction=f"{reconstruction.item():.3f}", refresh=False)
-    vae.eval()
+        return reconstruction + config.kl_weight * posterior.kl().sum() / posterior.mean.numel()
+
+    return run_training(
+        vae,
+        loss_at,
+        num_steps=num_steps,
+        learning_rate=config.vae_learning_rate,
+        ema_decay=None,
+        state_path=state_dir / "vae.pt",
+        checkpointing_steps=config.checkpointing_steps,
+    )
 
 
-def draw_crops(
-    videos: torch.Tensor, num_frames: int, size: int, batch_size: int, generator: torch.Generator
-) -> torch.Tensor:
-    """Random crops in [-1, 1], on the grid of the VAE's latents so that it meets the walls as in whole clips."""
-
-    def draw(stop: int) -> int:
-        return int(torch.randint(stop, (), generator=generator))
-
+def draw_crops(config: PretrainConfig, step: int, num_frames: int, batch_size: int) -> torch.Tensor:
+    """`num_frames` frames, in [-1, 1], of each of the clips of one update."""
+    generator = make_generator(VAE_CLIPS, config.seed, step)
+    phase = phases_of(config)[0]
     crops = []
-    for _ in range(batch_size):
-        video = videos[draw(len(videos))]
-        first = draw(video.shape[1] - num_frames + 1)
-        top, left = 8 * draw((video.shape[2] - size) // 8 + 1), 8 * draw((video.shape[3] - size) // 8 + 1)
-        crops.append(video[:, first : first + num_frames, top : top + size, left : left + size])
-    return torch.stack(crops).float() / 127.5 - 1
+    for index in torch.randint(2**31, (batch_size,), generator=generator).tolist():
+        first = int(torch.randint(NUM_FRAMES - num_frames + 1, (), generator=generator))
+        crops.append(render_video(phase.draw_clip(index))[:, first : first + num_frames])
+    return to_pixels(torch.stack(crops))
+
+
+def render_video(clip: Clip) -> torch.Tensor:
+    """Pixels of a clip, `uint8` of shape `(3, num_frames, height, width)`."""
+    return torch.from_numpy(render_clip(clip)).permute(3, 0, 1, 2)
+
+
+def to_pixels(videos: torch.Tensor) -> torch.Tensor:
+    """`uint8` to [-1, 1]."""
+    return videos.float() / 127.5 - 1
 
 
 @torch.no_grad()
-def encode_videos(vae: AutoencoderKLWan, videos: torch.Tensor) -> torch.Tensor:
-    """Normalised latents of videos; writes their mean and deviation into the VAE's config, as real VAEs have them."""
-    batches = [
-        vae.encode(batch.float() / 127.5 - 1).latent_dist.mode()
-        for batch in tqdm(videos.split(16), desc="latents", mininterval=5)
-    ]
-    latents = torch.cat(batches)
+def encode_clips(vae: AutoencoderKLWan, clips: Sequence[Clip], path: Path) -> torch.Tensor:
+    """Latents of clips as the VAE makes them, kept in a file."""
+    if not path.is_file():
+        batches = [
+            vae.encode(
+                to_pixels(torch.stack([render_video(clip) for clip in clips[first : first + 16]]))
+            ).latent_dist.mode()
+            for first in tqdm(range(0, len(clips), 16), desc="latents", mininterval=5)
+        ]
+        save_state(torch.cat(batches), path)
+    return torch.load(path, weights_only=True)
+
+
+def set_statistics(vae: AutoencoderKLWan, latents: torch.Tensor) -> None:
+    """Write mean and deviation of latents into the VAE's config, as real VAEs have them."""
     mean, std = latents.mean(dim=(0, 2, 3, 4)), latents.std(dim=(0, 2, 3, 4))
     vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
-    return (latents - mean.view(1, -1, 1, 1, 1)) / std.view(1, -1, 1, 1, 1)
+
+
+def normalize(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
+    """Latents as the transformer takes them."""
+    mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
+    std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
+    return (latents - mean) / std
 
 
 @torch.no_grad()
@@ -175,34 +319,126 @@ def train_generator(
     latents: torch.Tensor,
     prompt_embeds: torch.Tensor,
     null_prompt_embeds: torch.Tensor,
+    phase: Phase,
     config: PretrainConfig,
-) -> None:
+    state_dir: Path,
+) -> dict[str, Any]:
     """Train the generator by flow matching; it ends with the average of its weights."""
-    generator = torch.Generator().manual_seed(config.seed)
-    transformer.train()
-    optimizer = torch.optim.AdamW(
-        transformer.parameters(), lr=config.generator_learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True
-    )
-    schedule = warm_up_and_decay(optimizer, config.generator_steps)
-    average = EMAModel(transformer.parameters(), decay=0.99)
-    progress = tqdm(range(config.generator_steps), desc="generator", mininterval=5)
-    for _ in progress:
+
+    def loss_at(step: int) -> torch.Tensor:
+        generator = make_generator(GENERATOR_NOISE, phase.seed, step)
         index = torch.randint(len(latents), (config.generator_batch_size,), generator=generator)
         dropped = torch.rand(len(index), generator=generator) < config.prompt_dropout
-        encoder_hidden_states = torch.where(dropped.view(-1, 1, 1), null_prompt_embeds, prompt_embeds[index])
         noise = torch.randn(latents[index].shape, generator=generator)
         sigmas = sample_sigmas([generator] * len(index), flow_shift=config.flow_shift)
         model_pred = transformer(
             hidden_states=add_noise(latents[index], noise, sigmas),
             timestep=sigmas_to_timesteps(sigmas),
-            encoder_hidden_states=encoder_hidden_states,
+            encoder_hidden_states=torch.where(dropped.view(-1, 1, 1), null_prompt_embeds, prompt_embeds[index]),
         ).sample
-        loss = F.mse_loss(model_pred, velocity_target(latents[index], noise))
-        update(transformer, optimizer, schedule, loss)
-        average.step(transformer.parameters())
-        progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-    average.copy_to(transformer.parameters())
-    transformer.eval()
+        return F.mse_loss(model_pred, velocity_target(latents[index], noise))
+
+    return run_training(
+        transformer,
+        loss_at,
+        num_steps=phase.num_steps,
+        learning_rate=phase.learning_rate,
+        ema_decay=phase.ema_decay,
+        state_path=state_dir / f"{phase.name}.pt",
+        checkpointing_steps=config.checkpointing_steps,
+    )
+
+
+def run_training(
+    model: torch.nn.Module,
+    loss_at: Callable[[int], torch.Tensor],
+    *,
+    num_steps: int,
+    learning_rate: float,
+    ema_decay: float | None,
+    state_path: Path,
+    checkpointing_steps: int,
+) -> dict[str, Any]:
+    """
+    Train a model with Muon and AdamW, linear warm-up and linear decay, from where `state_path` left off.
+
+    Args:
+        loss_at (`Callable`):
+            The loss of an update, from its number.
+        ema_decay (`float`, *optional*):
+            The model ends with the average of its weights; without it, with the last ones.
+
+    Returns:
+        `dict`: `seconds` and `losses`, means over fiftieths of the run.
+    """
+    matrices, optimizers = build_optimizers(model, learning_rate)
+    schedules = [warm_up_and_decay(optimizer, num_steps) for optimizer in optimizers]
+    average = None if ema_decay is None else EMAModel(model.parameters(), decay=ema_decay)
+    parts = {"model": model, "average": average}
+    for index, (optimizer, schedule) in enumerate(zip(optimizers, schedules, strict=True)):
+        parts |= {f"optimizer_{index}": optimizer, f"schedule_{index}": schedule}
+    losses: list[float] = []
+    seconds = 0.0
+    if state_path.is_file():
+        state = torch.load(state_path, weights_only=True)
+        losses, seconds = state["losses"], state["seconds"]
+        for name, part in parts.items():
+            if part is not None:
+                part.load_state_dict(state[name])
+    start = time.monotonic() - seconds
+    model.train()
+    progress = tqdm(range(len(losses), num_steps), desc=state_path.stem, mininterval=5)
+    for step in progress:
+        loss = loss_at(step)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for parameter, matrix in matrices:
+            matrix.grad = None if parameter.grad is None else parameter.grad.reshape(matrix.shape)
+        for part in (*optimizers, *schedules):
+            part.step()
+        model.zero_grad()
+        if average is not None:
+            average.step(model.parameters())
+        losses.append(loss.item())
+        if len(losses) % checkpointing_steps == 0 or len(losses) == num_steps:
+            state = {name: part.state_dict() for name, part in parts.items() if part is not None}
+            save_state({**state, "losses": losses, "seconds": time.monotonic() - start}, state_path)
+    if average is not None:
+        average.copy_to(model.parameters())
+    model.eval()
+    return {"losses": losses, "seconds": time.monotonic() - start}
+
+
+def build_optimizers(
+    model: torch.nn.Module, learning_rate: float
+) -> tuple[list[tuple[torch.nn.Parameter, torch.Tensor]], list[torch.optim.Optimizer]]:
+    """
+    Muon for the inner matrices, kernels of convolutions among them, and AdamW for the rest.
+
+    An update of the VAE by Muon is worth more than two by AdamW. Muon takes matrices only, so it gets views of the
+    weights.
+
+    Returns:
+        The weights that Muon trains, each with its view, whose `.grad` is the caller's to set; and both optimizers.
+    """
+    matrices = [
+        (parameter, parameter.detach().view(len(parameter), -1).requires_grad_())
+        for name, parameter in model.named_parameters()
+        if parameter.ndim > 1 and 1 < len(parameter) < parameter.numel()
+        if not any(layer in name for layer in OUTER_LAYERS)
+    ]
+    inner = {id(parameter) for parameter, _ in matrices}
+    others = [parameter for parameter in model.parameters() if id(parameter) not in inner]
+    optimizers = [
+        torch.optim.Muon(
+            [matrix for _, matrix in matrices],
+            lr=MUON_FACTOR * learning_rate,
+            weight_decay=0.0,
+            adjust_lr_fn="match_rms_adamw",
+        ),
+        torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True),
+    ]
+    return matrices, optimizers
 
 
 def warm_up_and_decay(optimizer: torch.optim.Optimizer, num_steps: int) -> torch.optim.lr_scheduler.LambdaLR:
@@ -213,18 +449,31 @@ def warm_up_and_decay(optimizer: torch.optim.Optimizer, num_steps: int) -> torch
     )
 
 
-def update(
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LambdaLR,
-    loss: torch.Tensor,
-) -> None:
-    """One update with the gradient of `loss`, clipped."""
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    schedule.step()
-    optimizer.zero_grad()
+def save_state(state: Any, path: Path) -> None:
+    """Write a file completely or not at all."""
+    temporary = path.with_name(f".{path.name}")
+    torch.save(state, temporary)
+    temporary.replace(path)
+
+
+def write_record(output_dir: Path, options: dict[str, Any], runs: dict[str, Any]) -> None:
+    """Write `pretraining.json`: how the pipeline in this folder was made, and the hashes of its files."""
+    files = sorted(path for path in output_dir.rglob("*") if path.is_file() and path.name != RECORD)
+    record = {
+        "options": options,
+        "seconds": {name: round(run["seconds"], 1) for name, run in runs.items()},
+        "losses": {name: summarize_losses(run["losses"]) for name, run in runs.items()},
+        "versions": {name: importlib.metadata.version(name).split("+")[0] for name in LIBRARIES},
+        "sha256": {path.relative_to(output_dir).as_posix(): hash_file(path) for path in files},
+    }
+    (output_dir / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def summarize_losses(losses: Sequence[float], num_means: int = 20) -> list[dict[str, float]]:
+    """Means of the loss over equal parts of a run, each with the number of updates at its end."""
+    ends = sorted({round(len(losses) * part / num_means) for part in range(1, num_means + 1)} - {0})
+    parts = zip([0, *ends], ends, strict=False)
+    return [{"step": end, "loss": round(sum(losses[first:end]) / (end - first), 5)} for first, end in parts]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

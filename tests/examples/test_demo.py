@@ -1,64 +1,12 @@
-"""The demo runs each stage once, and again if it, or one before it, has changed."""
+"""The demo is the chain of the entry points, on captions and seeds that are kept apart."""
 
-import sys
+import json
 from pathlib import Path
 
 import pytest
 
-from examples.shapes.demo import DemoConfig, Stage, plan, run_stages
-
-
-def stage(name: str, folder: Path, text: str = "") -> Stage:
-    """A stage that leaves a folder behind and counts how often it was run."""
-    code = (
-        f"import pathlib; folder = pathlib.Path({str(folder)!r}); (folder / {name!r}).mkdir(); "
-        f"file = (folder / 'runs_{name}').open('a'); file.write('x')  # {text}"
-    )
-    return Stage(name, name, [[sys.executable, "-c", code]], [name])
-
-
-def runs(folder: Path) -> dict[str, int]:
-    return {path.name.removeprefix("runs_"): len(path.read_text()) for path in folder.glob("runs_*")}
-
-
-def test_complete_stages_are_skipped(tmp_path: Path) -> None:
-    stages = [stage(name, tmp_path) for name in "abc"]
-    first = run_stages(stages, tmp_path, fresh=False)
-    assert run_stages(stages, tmp_path, fresh=False) == first
-    assert runs(tmp_path) == {"a": 1, "b": 1, "c": 1}
-
-
-def test_a_changed_stage_and_all_after_it_run_again(tmp_path: Path) -> None:
-    stages = [stage(name, tmp_path) for name in "abc"]
-    run_stages(stages, tmp_path, fresh=False)
-    stages[1] = stage("b", tmp_path, text="changed")
-    run_stages(stages, tmp_path, fresh=False)
-    assert runs(tmp_path) == {"a": 1, "b": 2, "c": 2}
-
-
-def test_fresh_runs_everything(tmp_path: Path) -> None:
-    stages = [stage(name, tmp_path) for name in "ab"]
-    run_stages(stages, tmp_path, fresh=False)
-    run_stages(stages, tmp_path, fresh=True)
-    assert runs(tmp_path) == {"a": 2, "b": 2}
-
-
-def test_a_failed_stage_ends_the_demo_and_is_not_complete(tmp_path: Path) -> None:
-    failing = Stage("b", "b", [[sys.executable, "-c", "raise SystemExit(3)"]], [])
-    with pytest.raises(SystemExit, match="exit code 3"):
-        run_stages([stage("a", tmp_path), failing, stage("c", tmp_path)], tmp_path, fresh=False)
-    assert runs(tmp_path) == {"a": 1}
-    run_stages([stage(name, tmp_path) for name in "abc"], tmp_path, fresh=False)
-    assert runs(tmp_path) == {"a": 1, "b": 1, "c": 1}
-
-
-def test_a_recipe_is_part_of_its_stage(tmp_path: Path) -> None:
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("seed: 0")
-    described = Stage("a", "a", [["--config", str(recipe)]], [])
-    before = described.digest()
-    recipe.write_text("seed: 1")
-    assert described.digest() != before
+from examples.shapes.clips import split_captions
+from examples.shapes.demo import DemoConfig, plan, write_prompts
 
 
 def test_the_plan_is_the_chain_of_the_entry_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,10 +16,21 @@ def test_the_plan_is_the_chain_of_the_entry_points(tmp_path: Path, monkeypatch: 
         command[command.index("--config") - 1] for one in stages for command in one.commands if "--config" in command
     ]
     verbs = [module.removeprefix("hy_prfl.scripts.") for module in modules]
-    assert verbs == ["preprocess"] * 2 + ["train_reward", "train_prfl"] + ["generate"] * 2 + ["score"] * 3
+    assert verbs == [
+        *["preprocess"] * 3, "train_reward", *["train_prfl"] * 2, *["generate"] * 3, *["score"] * 3,
+    ]  # fmt: skip
     assert len({one.digest() for one in stages}) == len(stages)
+
+
+def test_prompts_are_captions_of_their_split_with_seeds_of_their_own(tmp_path: Path) -> None:
+    for split in ("train", "held_out"):
+        write_prompts(tmp_path / "prompts.json", split, 30, first_seed=7)
+        rows = json.loads((tmp_path / "prompts.json").read_text())
+        assert {row["caption"] for row in rows} <= {str(caption) for caption in split_captions(split)}
+        assert [row["seed"] for row in rows] == list(range(7, 37))
+        assert len({row["id"] for row in rows}) == 30
 
 
 def test_impossible_sizes_are_refused() -> None:
     with pytest.raises(ValueError, match="`num_prompts` must be"):
-        DemoConfig(num_prompts=25)
+        DemoConfig(num_prompts=0)

@@ -1,22 +1,14 @@
-"""The tiny pipelines are real ones: they save, load and sample, and the pretraining trains what it says."""
+"""The tiny pipelines are real ones: they save, load and sample, and know the words of the captions."""
 
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from diffusers import WanImageToVideoPipeline, WanPipeline
 
 from examples.shapes.clips import NUM_FRAMES, SIZE, split_captions
 from examples.shapes.pipeline import build_pipeline
-from examples.shapes.pretrain import MAX_SEQUENCE_LENGTH, VAE_CONFIG, PretrainConfig, encode_prompts, pretrain
-
-
-@pytest.fixture(scope="module")
-def pretrained_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pretrained")
-    pretrain(PretrainConfig(output_dir=str(folder), num_clips=8, vae_steps=10, generator_steps=2, num_layers=2))
-    return folder
+from examples.shapes.pretrain import MAX_SEQUENCE_LENGTH, VAE_CONFIG, encode_prompts
 
 
 def test_saved_pipelines_load(pipeline_dir: Path, i2v_pipeline_dir: Path) -> None:
@@ -47,8 +39,8 @@ def test_captions_have_different_embeddings() -> None:
     assert distances.min() > 0.1 * prompt_embeds[0].norm()
 
 
-def test_pretrained_pipeline_samples(pretrained_dir: Path) -> None:
-    pipeline = WanPipeline.from_pretrained(pretrained_dir)
+def test_a_tiny_pipeline_samples(pipeline_dir: Path) -> None:
+    pipeline = WanPipeline.from_pretrained(pipeline_dir)
     pipeline.set_progress_bar_config(disable=True)
     (frames,) = pipeline(
         "a red circle moves up over a plain wall",
@@ -63,22 +55,10 @@ def test_pretrained_pipeline_samples(pretrained_dir: Path) -> None:
     assert np.isfinite(frames).all()
 
 
-def test_pretraining_trains_vae_and_transformer(pretrained_dir: Path) -> None:
-    pipeline = WanPipeline.from_pretrained(pretrained_dir)
-    options = {"num_layers": 2, "num_attention_heads": 4, "attention_head_dim": 24, "ffn_dim": 384, "text_dim": 64}
-    initial = build_pipeline(**options, vae_config=VAE_CONFIG)
-    for name in ("vae", "transformer"):
-        start = dict(getattr(initial, name).named_parameters())
-        for key, parameter in getattr(pipeline, name).named_parameters():
-            assert not torch.equal(parameter, start[key]), f"{name}.{key} has not moved"
-    start = initial.text_encoder.state_dict()
-    assert all(torch.equal(value, start[key]) for key, value in pipeline.text_encoder.state_dict().items())
-
-
-def test_vae_has_wans_strides_and_its_own_statistics(pretrained_dir: Path) -> None:
-    pipeline = WanPipeline.from_pretrained(pretrained_dir)
+def test_the_vae_of_the_shapes_has_wans_strides() -> None:
+    pipeline = build_pipeline(vae_config=VAE_CONFIG)
     assert (pipeline.vae_scale_factor_temporal, pipeline.vae_scale_factor_spatial) == (4, 8)
-    latents = pipeline.vae.encode(torch.zeros(1, 3, NUM_FRAMES, SIZE, SIZE)).latent_dist.mode()
+    with torch.no_grad():
+        latents = pipeline.vae.encode(torch.zeros(1, 3, NUM_FRAMES, SIZE, SIZE)).latent_dist.mode()
     assert latents.shape == (1, 16, (NUM_FRAMES - 1) // 4 + 1, SIZE // 8, SIZE // 8)
     assert len(pipeline.vae.config.latents_mean) == len(pipeline.vae.config.latents_std) == 16
-    assert pipeline.vae.config.latents_std != build_pipeline().vae.config.latents_std

@@ -1,0 +1,204 @@
+"""
+Claims about the generator: does climbing the latent reward make better videos, and when does it end?
+
+    python -m examples.shapes.experiments.generators
+
+Every arm tunes the pretrained generator from the same start for as many steps, two updates each, on a reward model of
+`reward_models.py` with the same seed; then the judge looks at new videos of captions that nobody has trained on. The
+reward model never sees the judge, nor the judge the reward model. `uncurated` arms take their flow-matching updates on
+the mixture that the generator was pretrained on, `curated` ones on good clips only. Writes `results/generators.json`
+and a plot of it.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from examples.shapes.clips import FPS, NUM_FRAMES
+from examples.shapes.experiments.inputs import make_inputs
+from examples.shapes.experiments.reward_models import reward_model_dir, training_stage
+from examples.shapes.experiments.runs import ExperimentConfig, mean_and_spread, run_all
+from examples.shapes.judge import judge_videos, write_json
+from examples.shapes.stages import Stage, launch, python
+from hy_prfl.configs.parser import parse_config
+from hy_prfl.data.video import read_video
+
+
+# Steps of an update of each kind, or as many single updates; validation after each quarter.
+NUM_STEPS = 60
+NUM_VALIDATIONS = 4
+
+
+@dataclass(frozen=True)
+class Arm:
+    """
+    One way to tune the generator.
+
+    Args:
+        options (`list[str]`):
+            Options of `train_prfl` besides those of the recipe.
+        clips (`str`):
+            Clips of the flow-matching updates, "mixture" or "good".
+        reward_model (`str`):
+            Arm of `reward_models.py`.
+        single (`bool`):
+            Whether a step has one update only, of both losses or of one of them.
+    """
+
+    options: list[str] = field(default_factory=list)
+    clips: str = "mixture"
+    reward_model: str = "finetuned"
+    single: bool = False
+
+
+def schedule(name: str) -> list[str]:
+    return ["--update_schedule", name]
+
+
+# A chain has 20 steps; any of the first 19 may take the gradient.
+ARMS = {
+    "base": Arm(),
+    "flow_matching": Arm(schedule("flow_matching"), single=True),
+    "prfl": Arm(),
+    "curated_flow_matching": Arm(schedule("flow_matching"), clips="good", single=True),
+    "curated_prfl": Arm(clips="good"),
+    "own_videos_reward": Arm(reward_model="own_videos"),
+    "logit": Arm(["--reward_loss", "logit"]),
+    "sigmoid": Arm(["--reward_loss", "sigmoid"]),
+    "joint": Arm(schedule("joint"), single=True),
+    "reward_only": Arm(schedule("reward"), single=True),
+    "logit_reward_only": Arm(["--reward_loss", "logit", *schedule("reward")], single=True),
+    "early": Arm(["--step_range", "0", "5"]),
+    "middle": Arm(["--step_range", "6", "12"]),
+    "late": Arm(["--step_range", "13", "18"]),
+    "divided_by_step_width": Arm(["--divide_by_step_width", "true"]),
+    "gradient_steps_4": Arm(["--num_gradient_steps", "4"]),
+}
+PANELS = {
+    "Uncurated and curated": ["flow_matching", "prfl", "curated_flow_matching", "curated_prfl", "own_videos_reward"],
+    "Loss and schedule": ["prfl", "logit", "sigmoid", "joint", "reward_only", "logit_reward_only"],
+    "Steps with gradient": ["prfl", "early", "middle", "late", "divided_by_step_width", "gradient_steps_4"],
+}
+
+
+def arm_dir(root: Path, arm: str, seed: int) -> Path:
+    return root / "generators" / f"{arm}_{seed}"
+
+
+def tuning_stage(root: Path, arm: str, seed: int) -> Stage:
+    """Tune the generator, sampling on the way, then make new videos and judge them."""
+    name, output_dir, settings = f"generator_{arm}_{seed}", arm_dir(root, arm, seed), ARMS[arm]
+    num_steps = 2 * NUM_STEPS if settings.single else NUM_STEPS
+    tune = [
+        *("--train_dataset", str(root / "latents" / settings.clips)),
+        *("--validation_dataset", str(root / "latents" / "held_out")),
+        *("--reward_model", str(reward_model_dir(root, settings.reward_model, seed) / "best")),
+        *("--output_dir", str(output_dir), "--max_train_steps", str(num_steps), "--seed", str(seed)),
+        *("--validation_steps", str(num_steps // NUM_VALIDATIONS), "--checkpointing_steps", str(num_steps)),
+        *("--validation_seed", str(seed), *settings.options),
+    ]
+    generate = ["--prompts", str(root / f"prompts_{seed}.json"), "--output_dir", str(output_dir / "videos")]
+    generate += [] if arm == "base" else ["--lora_path", str(output_dir)]
+    judge = ["--manifest", str(output_dir / "videos" / "manifest.json"), "--output", str(output_dir / "verdicts.json")]
+    commands = [launch("generate", generate), python("judge", judge)]
+    if arm != "base":
+        commands.insert(0, launch("train_prfl", tune))
+    return Stage(name, name, commands, [str(output_dir.relative_to(root))])
+
+
+def on_the_way(root: Path, output_dir: Path) -> list[dict[str, float]]:
+    """Share of the run that is done, the judge's and the reward model's view of each validation's samples."""
+    captions = [row["caption"] for row in read_json(root / "clips" / "held_out" / "manifest.json")]
+    lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    rewards = {line["step"]: line["validation/reward"] for line in lines if "validation/reward" in line}
+    points = []
+    for step, reward in rewards.items():
+        paths = sorted((output_dir / "validation" / f"step-{step}").glob("*.mp4"))
+        videos = (read_video(path, fps=FPS, num_frames=NUM_FRAMES) for path in paths)
+        verdicts = judge_videos(videos, [captions[int(path.stem)] for path in paths])
+        good = sum(verdict.good for verdict in verdicts) / len(verdicts)
+        points.append({"share_of_run": step / max(rewards), "good": good, "reward": reward})
+    return points
+
+
+def summarize(root: Path, arms: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
+    """The judge's verdict on each arm, and its curves; mean and spread over the seeds."""
+    results: dict[str, Any] = {}
+    for arm in arms:
+        found = [read_json(arm_dir(root, arm, seed) / "verdicts.json")["summary"] for seed in seeds]
+        results[arm] = {
+            name: mean_and_spread([summary[name] for summary in found])
+            for name in ("good", "right_shape", "right_color")
+        }
+        results[arm]["failures"] = {
+            kind: mean_and_spread([summary["failures"][kind] / summary["num_videos"] for summary in found])
+            for kind in found[0]["failures"]
+        }
+        if arm != "base":
+            curves = [on_the_way(root, arm_dir(root, arm, seed)) for seed in seeds]
+            results[arm]["on_the_way"] = [
+                {name: mean_and_spread([point[name] for point in points]) for name in points[0]}
+                for points in zip(*curves, strict=True)
+            ]
+            stages = [tuning_stage(root, arm, seed) for seed in seeds]
+            results[arm]["seconds"] = mean_and_spread([stage.seconds(root) for stage in stages])
+    return results
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def plot(arms: Mapping[str, Any], path: Path) -> None:
+    """Good videos at the end, and the judge against the reward on the way."""
+    figure = Figure(figsize=(14, 7), layout="constrained")
+    bars, *others = figure.subplots(2, 2).flat
+    names = list(arms)
+    bars.barh(
+        [name.replace("_", " ") for name in names],
+        [arms[name]["good"]["mean"] for name in names],
+        xerr=[arms[name]["good"]["std"] for name in names],
+        color="#e0762f", ecolor="gray",
+    )  # fmt: skip
+    bars.invert_yaxis()
+    bars.set(title="Good videos at the end, by the judge", xlim=(0, 1))
+    for axes, (title, panel) in zip(others, PANELS.items(), strict=True):
+        for name in panel:
+            if name in arms:
+                points = arms[name]["on_the_way"]
+                (line,) = axes.plot(
+                    [point["share_of_run"]["mean"] for point in points],
+                    [point["good"]["mean"] for point in points],
+                    marker="o", markersize=3, label=name.replace("_", " "),
+                )  # fmt: skip
+                axes.plot(
+                    [point["share_of_run"]["mean"] for point in points],
+                    [point["reward"]["mean"] for point in points],
+                    linestyle=":", color=line.get_color(),
+                )  # fmt: skip
+        axes.set(title=f"{title}: judge (lines), reward (dots)", xlabel="share of the run", ylim=(0, 1.02))
+        axes.legend(fontsize=7, frameon=False)
+    figure.savefig(path, metadata={"Software": None}, dpi=110)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    config = parse_config(ExperimentConfig, argv, description=__doc__)
+    root, results_dir = Path(config.output_dir), Path(config.results_dir)
+    arms = config.choose(list(ARMS))
+    make_inputs(root, config.seeds)
+    rewards = sorted({ARMS[arm].reward_model for arm in arms})
+    run_all([training_stage(root, arm, seed) for seed in config.seeds for arm in rewards], root, config.num_parallel)
+    # Seed by seed, so that what is there when a run is stopped can be compared.
+    run_all([tuning_stage(root, arm, seed) for seed in config.seeds for arm in arms], root, config.num_parallel)
+    results = {"seeds": config.seeds, "num_steps": NUM_STEPS, "arms": summarize(root, arms, config.seeds)}
+    write_json(results_dir / "generators.json", results)
+    plot(results["arms"], results_dir / "generators.png")
+    print(f"{results_dir / 'generators.json'}: {len(arms)} arms")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""Every arm of the experiments is a run that its script accepts."""
+
+from pathlib import Path
+
+import pytest
+
+from examples.shapes.experiments import generators, inputs, reward_models
+from examples.shapes.stages import Stage
+from hy_prfl.configs.parser import parse_config
+from hy_prfl.configs.prfl import PRFLTrainingConfig
+from hy_prfl.configs.reward import RewardTrainingConfig
+
+
+def options_of(stage: Stage, script: str) -> list[str]:
+    """Options of the command of a stage that runs a script of the package."""
+    (command,) = [command for command in stage.commands if f"hy_prfl.scripts.{script}" in command]
+    return command[command.index(f"hy_prfl.scripts.{script}") + 1 :]
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parents[3])
+
+
+@pytest.mark.parametrize("arm", reward_models.ARMS)
+def test_arms_of_reward_models(tmp_path: Path, arm: str) -> None:
+    stage = reward_models.training_stage(tmp_path, arm, seed=3)
+    config = parse_config(RewardTrainingConfig, options_of(stage, "train_reward"))
+    assert config.seed == 3
+    assert config.max_train_steps == config.validation_steps == reward_models.NUM_UPDATES
+    assert config.train_batch_size * (2 if config.loss == "bt" else 1) == 32
+
+
+@pytest.mark.parametrize("arm", [arm for arm in generators.ARMS if arm != "base"])
+def test_arms_of_generators_have_equally_many_updates(tmp_path: Path, arm: str) -> None:
+    stage = generators.tuning_stage(tmp_path, arm, seed=3)
+    config = parse_config(PRFLTrainingConfig, options_of(stage, "train_prfl"))
+    assert config.seed == config.validation_seed == 3
+    assert config.max_train_steps is not None
+    updates = 2 if config.update_schedule == "alternate" else 1
+    assert config.max_train_steps * updates == 2 * generators.NUM_STEPS
+    assert config.max_train_steps == generators.NUM_VALIDATIONS * config.validation_steps
+
+
+def test_no_two_arms_are_the_same(tmp_path: Path) -> None:
+    for module, make in ((reward_models, reward_models.training_stage), (generators, generators.tuning_stage)):
+        digests = {make(tmp_path, arm, seed).digest() for arm in module.ARMS for seed in (0, 1)}
+        assert len(digests) == 2 * len(module.ARMS)
+
+
+def test_panels_show_arms() -> None:
+    for module in (reward_models, generators):
+        assert {arm for panel in module.PANELS.values() for arm in panel} == {*module.ARMS} - {"base"}
+
+
+def test_inputs_have_seeds_of_their_own(tmp_path: Path) -> None:
+    (clips,) = [stage for stage in inputs.input_stages(tmp_path) if stage.name == "clips"]
+    seeds = [command[command.index("--seed") + 1] for command in clips.commands]
+    assert len({*seeds}) == len(seeds)
