@@ -27,7 +27,7 @@ from hy_prfl.configs.parser import parse_config
 
 
 # Labelled clips with held-out captions: for the validation of the reward model, and prompts for that of PRFL.
-NUM_HELD_OUT = 128
+NUM_HELD_OUT = 96
 
 
 @dataclass(kw_only=True)
@@ -37,13 +37,13 @@ class DemoConfig:
     output_dir: str = field(default="outputs/demo", metadata={"help": "Folder for everything the demo makes."})
     fresh: bool = field(default=False, metadata={"help": "Run all stages again, also those that are complete."})
     pipeline: str = field(default="examples/shapes/pretrained", metadata={"help": "The pretrained pipeline."})
-    num_labelled_clips: int = field(default=1024, metadata={"help": "Clips with labels, for the reward model."})
-    num_clips: int = field(default=384, metadata={"help": "Clips of the pretraining's kind, for flow matching."})
+    num_labelled_clips: int = field(default=2048, metadata={"help": "Clips with labels, for the reward model."})
+    num_clips: int = field(default=256, metadata={"help": "Clips of the pretraining's kind, for flow matching."})
     num_prompts: int = field(default=48, metadata={"help": "Videos of held-out captions to judge, each arm."})
     reward_steps: int | None = field(
         default=None, metadata={"help": "Updates of the reward model, if not the recipe's."}
     )
-    prfl_steps: int = field(default=60, metadata={"help": "Steps of PRFL, each of two updates."})
+    prfl_steps: int = field(default=40, metadata={"help": "Steps of PRFL, each of two updates."})
     seed: int = field(default=0, metadata={"help": "Seed of clips, videos and training."})
 
     def __post_init__(self) -> None:
@@ -67,7 +67,7 @@ def plan(config: DemoConfig) -> list[Stage]:
     }
     manifests = {name: root / "clips" / name / "manifest.json" for name in clips}
     latents = {name: str(root / "latents" / name) for name in manifests}
-    # PRFL takes two updates a step.
+    # PRFL takes two updates a step. Two processes share the batches of the recipes.
     steps = {"flow_matching": 2 * config.prfl_steps, "prfl": config.prfl_steps}
     schedules = {"flow_matching": "flow_matching", "prfl": "alternate"}
     tuned = {
@@ -75,6 +75,7 @@ def plan(config: DemoConfig) -> list[Stage]:
             *("--train_dataset", latents["train"], "--validation_dataset", latents["held_out"]),
             *("--output_dir", str(root / arm), "--update_schedule", schedules[arm]),
             *("--max_train_steps", str(number), "--validation_steps", str(max(1, number // 4)), *seed),
+            *("--train_batch_size", "4"),
         ]
         for arm, number in steps.items()
     }
@@ -110,13 +111,15 @@ def plan(config: DemoConfig) -> list[Stage]:
                 launch(
                     "train_reward",
                     [*base, "--train_dataset", latents["labelled"], "--output_dir", str(root / "reward"), *seed]
-                    + ["--validation_dataset", latents["held_out"], *steps_option(config.reward_steps)],
+                    + ["--validation_dataset", latents["held_out"], *steps_option(config.reward_steps)]
+                    + ["--train_batch_size", "16"],
+                    two_processes=True,
                 )
             ],
             ["reward"],
         ),
         *[
-            Stage(arm, title, [launch("train_prfl", [*base, *best, *tuned[arm]])], [arm])
+            Stage(arm, title, [launch("train_prfl", [*base, *best, *tuned[arm]], two_processes=True)], [arm])
             for arm, title in (
                 ("flow_matching", "tune the generator without a reward"),
                 ("prfl", "tune the generator on the reward"),

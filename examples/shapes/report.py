@@ -217,7 +217,7 @@ def curve_figures(records: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[
         }
         curves = {key: points for key, points in curves.items() if points}
         if curves:
-            figure, axes = new_figure(title, "update")
+            figure, axes = new_figure(title, "step (PRFL: of two updates)")
             for index, ((run, name), points) in enumerate(curves.items()):
                 label = ARMS.get(run, run.replace("_", " "))
                 if len({key[1] for key in curves}) > 1:
