@@ -88,7 +88,8 @@ def real_update(
     counted["gradient step"] = counter.get_total_flops() - counted["rollout"]
     leaf = latents.detach().requires_grad_()
     with count_flops() as counter:
-        hidden_states = torch.cat([leaf, inputs["condition"]], dim=1) if is_i2v else leaf
+        # The counter's hooks cannot have the leaf itself for a module's input.
+        hidden_states = torch.cat([leaf, inputs["condition"]], dim=1) if is_i2v else leaf.clone()
         if first_frame is not None:
             hidden_states = torch.cat([first_frame, leaf[:, :, 1:]], dim=2)
             num_tokens = math.prod(latents_shape) // 4
