@@ -18,7 +18,7 @@ from typing import Literal
 
 from examples.shapes.clips import split_captions
 from examples.shapes.judge import write_json
-from examples.shapes.pretrain import PretrainConfig
+from examples.shapes.pretrain import clips_options
 from examples.shapes.report import ARMS
 from examples.shapes.stages import Stage, StageError, launch, python, run_stages
 from examples.shapes.summary import finish
@@ -57,12 +57,10 @@ def plan(config: DemoConfig) -> list[Stage]:
     base = ["--pretrained_model_name_or_path", config.pipeline]
     seed = ["--seed", str(config.seed)]
     best = ["--reward_model", str(root / "reward" / "best")]
-    pretraining = PretrainConfig(output_dir="")
-    mixture = ["--good_share", str(pretraining.refinement_good_share), "--failures", *pretraining.refinement_failures]
     # Each with its number, and with seeds of its own; the captions of `held_out` are in none of the others.
     clips = {
         "labelled": [str(config.num_labelled_clips), "--good_share", "0.5", "--seed", str(3 * config.seed)],
-        "train": [str(config.num_clips), *mixture, "--seed", str(3 * config.seed + 1)],
+        "train": [str(config.num_clips), *clips_options(), "--seed", str(3 * config.seed + 1)],
         "held_out": [str(NUM_HELD_OUT), "--split", "held_out", "--seed", str(3 * config.seed + 2)],
     }
     manifests = {name: root / "clips" / name / "manifest.json" for name in clips}

@@ -17,6 +17,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,12 @@ def phases_of(config: PretrainConfig) -> list[Phase]:
             seed=config.seed + 1,
         ),
     ]
+
+
+def clips_options() -> list[str]:
+    """Options of `examples.shapes.clips` for clips like those that the shipped pipeline saw last."""
+    phase = phases_of(PretrainConfig(output_dir=""))[-1]
+    return ["--good_share", str(phase.good_share), "--failures", *phase.failures]
 
 
 def pretrain(config: PretrainConfig) -> WanPipeline:
@@ -472,7 +479,7 @@ def write_record(output_dir: Path, options: dict[str, Any], runs: dict[str, Any]
 def summarize_losses(losses: Sequence[float], num_means: int = 20) -> list[dict[str, float]]:
     """Means of the loss over equal parts of a run, each with the number of updates at its end."""
     ends = sorted({round(len(losses) * part / num_means) for part in range(1, num_means + 1)} - {0})
-    parts = zip([0, *ends], ends, strict=False)
+    parts = pairwise([0, *ends])
     return [{"step": end, "loss": round(sum(losses[first:end]) / (end - first), 5)} for first, end in parts]
 
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import yaml
 
+from examples.shapes.clips import FPS, NUM_FRAMES
 from examples.shapes.judge import judge_videos, write_json
-from examples.shapes.report import ARMS, Comparison, rewards_by_third, write_report
+from examples.shapes.report import ARMS, Comparison, read_metrics, rewards_by_third, write_report
 from hy_prfl.data.video import read_video
 
 
@@ -47,20 +48,34 @@ def summarize(root: Path, seconds: Mapping[str, float]) -> dict[str, Any]:
 
 def curves(root: Path, run: str) -> Path:
     """Metrics of a run, with the judge's view of what it sampled on the way."""
-    lines = (root / run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    captions = [row["caption"] for row in read_json(root / "clips" / "held_out" / "manifest.json")]
-    for folder in sorted((root / run / "validation").glob("step-*")):
-        paths = sorted(folder.glob("*.mp4"))
-        verdicts = judge_videos(
-            (read_video(path, fps=16, num_frames=17) for path in paths), [captions[int(path.stem)] for path in paths]
-        )
-        good = sum(verdict.good for verdict in verdicts) / len(verdicts)
-        lines.append(json.dumps({"step": int(folder.name.removeprefix("step-")), "judge/good": good}))
+    lines = read_metrics(root / run / "metrics.jsonl")
+    judged = judge_validations(root / run, root / "clips" / "held_out" / "manifest.json")
+    lines += [{"step": step, "judge/good": good} for step, good in judged.items()]
     path = root / "curves" / f"{run}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines.sort(key=lambda line: json.loads(line)["step"])
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    lines.sort(key=lambda line: line["step"])
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return path
+
+
+def judge_validations(run_dir: Path, manifest: Path) -> dict[int, float]:
+    """
+    The judge's share of good videos among the samples of each validation of a run of `train_prfl`, by its step.
+
+    Args:
+        run_dir (`Path`):
+            Output folder of the run, with videos of its validations.
+        manifest (`Path`):
+            The clips of its validation dataset, whose captions were sampled.
+    """
+    captions = [row["caption"] for row in read_json(manifest)]
+    shares = {}
+    for folder in (run_dir / "validation").glob("step-*"):
+        paths = sorted(folder.glob("*.mp4"))
+        videos = (read_video(path, fps=FPS, num_frames=NUM_FRAMES) for path in paths)
+        verdicts = judge_videos(videos, [captions[int(path.stem)] for path in paths])
+        shares[int(folder.name.removeprefix("step-"))] = sum(verdict.good for verdict in verdicts) / len(verdicts)
+    return dict(sorted(shares.items()))
 
 
 def write_page(root: Path, summary: Mapping[str, Any], num_videos: int = 12) -> Path:

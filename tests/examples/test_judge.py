@@ -10,7 +10,6 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan
 
-from examples.shapes import judge as judge_module
 from examples.shapes.clips import (
     COLORS,
     DIRECTIONS,
@@ -38,12 +37,12 @@ from examples.shapes.judge import (
     parse_caption,
     summarize_verdicts,
 )
+from examples.shapes.pretrain import PRETRAINED_DIR
 from hy_prfl.data.video import read_video
 from hy_prfl.generation import write_video
 
 
 SEED = 31_337
-PRETRAINED = Path(judge_module.__file__).parent / "pretrained"
 
 
 def draw(num_clips: int, good_share: float = 1 / 6, failures: tuple[str, ...] = FAILURES) -> list[Clip]:
@@ -95,9 +94,8 @@ def test_agrees_with_the_truth_through_h264(clips: list[Clip], tmp_path: Path) -
     assert right_about_good >= 0.97, wrong
 
 
-@pytest.mark.skipif(not (PRETRAINED / "vae").is_dir(), reason="there is no pretrained pipeline in the repository")
 def test_agrees_with_the_truth_through_the_vae(clips: list[Clip]) -> None:
-    vae = AutoencoderKLWan.from_pretrained(PRETRAINED, subfolder="vae").eval()
+    vae = AutoencoderKLWan.from_pretrained(PRETRAINED_DIR, subfolder="vae").eval()
     some = clips[::6]
     pixels = torch.stack([torch.from_numpy(render_clip(clip)) for clip in some]).permute(0, 4, 1, 2, 3) / 127.5 - 1
     with torch.no_grad():

@@ -10,7 +10,6 @@ the mixture that the generator was pretrained on, `curated` ones on good clips o
 and a plot of it.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,14 +17,14 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from examples.shapes.clips import FPS, NUM_FRAMES
 from examples.shapes.experiments.inputs import make_inputs
 from examples.shapes.experiments.reward_models import reward_model_dir, training_stage
 from examples.shapes.experiments.runs import ExperimentConfig, mean_and_spread, run_all
-from examples.shapes.judge import judge_videos, write_json
+from examples.shapes.judge import write_json
+from examples.shapes.report import read_metrics
 from examples.shapes.stages import Stage, launch, python
+from examples.shapes.summary import judge_validations, read_json
 from hy_prfl.configs.parser import parse_config
-from hy_prfl.data.video import read_video
 
 
 # Steps of an update of each kind, or as many single updates; validation after each quarter.
@@ -112,17 +111,13 @@ def tuning_stage(root: Path, arm: str, seed: int) -> Stage:
 
 def on_the_way(root: Path, output_dir: Path) -> list[dict[str, float]]:
     """Share of the run that is done, the judge's and the reward model's view of each validation's samples."""
-    captions = [row["caption"] for row in read_json(root / "clips" / "held_out" / "manifest.json")]
-    lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    judged = judge_validations(output_dir, root / "clips" / "held_out" / "manifest.json")
+    lines = read_metrics(output_dir / "metrics.jsonl")
     rewards = {line["step"]: line["validation/reward"] for line in lines if "validation/reward" in line}
-    points = []
-    for step, reward in rewards.items():
-        paths = sorted((output_dir / "validation" / f"step-{step}").glob("*.mp4"))
-        videos = (read_video(path, fps=FPS, num_frames=NUM_FRAMES) for path in paths)
-        verdicts = judge_videos(videos, [captions[int(path.stem)] for path in paths])
-        good = sum(verdict.good for verdict in verdicts) / len(verdicts)
-        points.append({"share_of_run": step / max(rewards), "good": good, "reward": reward})
-    return points
+    return [
+        {"share_of_run": step / max(rewards), "good": judged[int(step)], "reward": reward}
+        for step, reward in rewards.items()
+    ]
 
 
 def summarize(root: Path, arms: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
@@ -147,10 +142,6 @@ def summarize(root: Path, arms: Sequence[str], seeds: Sequence[int]) -> dict[str
             stages = [tuning_stage(root, arm, seed) for seed in seeds]
             results[arm]["seconds"] = mean_and_spread([stage.seconds(root) for stage in stages])
     return results
-
-
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def plot(arms: Mapping[str, Any], path: Path) -> None:

@@ -11,19 +11,15 @@ from pathlib import Path
 
 from examples.shapes.demo import write_prompts
 from examples.shapes.experiments.runs import ExperimentConfig
-from examples.shapes.pretrain import PretrainConfig
+from examples.shapes.pretrain import clips_options
 from examples.shapes.stages import Stage, launch, python, run_stages
 from hy_prfl.configs.parser import parse_config
 
 
 NUM_SAMPLES, NUM_PROMPTS = 1280, 72
 # Options of `examples.shapes.clips`; the mixture is that of the pretraining's second phase.
-PRETRAINING = PretrainConfig(output_dir="")
 CLIPS = {
-    "mixture": [
-        *("--num_clips", "1024", "--good_share", str(PRETRAINING.refinement_good_share)),
-        *("--failures", *PRETRAINING.refinement_failures, "--seed", "11"),
-    ],
+    "mixture": ["--num_clips", "1024", *clips_options(), "--seed", "11"],
     "labelled": ["--num_clips", "2048", "--good_share", "0.5", "--seed", "21"],
     "good": ["--num_clips", "512", "--good_share", "1", "--seed", "12"],
     "held_out": ["--num_clips", "24", "--split", "held_out", "--seed", "13"],
