@@ -54,6 +54,12 @@ class PreprocessConfig(ClipConfig):
     tensor_dtype: Literal["float16", "float32"] = field(
         default="float16", metadata={"help": "Type that tensors are stored in."}
     )
+    batch_size: int = field(
+        default=1,
+        metadata={
+            "help": "Clips of one size and length that the VAE encodes at once; more is faster for small clips."
+        },
+    )
     shard_size: int = field(default=8, metadata={"help": "Clips that are stored at once: the loss if killed."})
 
     def __post_init__(self) -> None:
@@ -71,4 +77,5 @@ class PreprocessConfig(ClipConfig):
             self.null_prompt_path,
             "left out without `upstream_meta`",
         )
+        check(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
         check(self.shard_size >= 1, "shard_size", self.shard_size, "at least 1")

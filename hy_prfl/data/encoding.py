@@ -118,10 +118,9 @@ class LatentEncoder:
         stride = self.spatial_stride
         return [self.pipeline.vae.config.z_dim, num_latent_frames, height // stride, width // stride]
 
-    @torch.no_grad()
     def encode_video(self, frames: torch.Tensor) -> torch.Tensor:
         """
-        Normalised latents of one video: the mode of the VAE's posterior, `(mode - latents_mean) / latents_std`.
+        Normalised latents of one video, see `encode_videos`.
 
         Args:
             frames (`torch.Tensor` of shape `(num_frames, 3, height, width)`):
@@ -131,14 +130,32 @@ class LatentEncoder:
             `torch.Tensor` of shape `(num_channels, num_latent_frames, height / 8, width / 8)`, or a sixteenth for Wan2.2
             TI2V 5B, float32 on the CPU.
         """
-        self._check_frames(frames)
+        return self.encode_videos(frames[None])[0]
+
+    @torch.no_grad()
+    def encode_videos(self, frames: torch.Tensor) -> torch.Tensor:
+        """
+        Normalised latents of videos: the mode of the VAE's posterior, `(mode - latents_mean) / latents_std`.
+
+        Args:
+            frames (`torch.Tensor` of shape `(batch_size, num_frames, 3, height, width)`):
+                In [-1, 1]; `4k + 1` frames, height and width multiples of `size_multiple`.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, num_channels, num_latent_frames, height / 8, width / 8)`, or a sixteenth
+            for Wan2.2 TI2V 5B, float32 on the CPU.
+
+        Raises:
+            ValueError: If the frames have another shape.
+        """
+        self._check_frames(frames[0])
         vae = self.pipeline.vae
-        video = frames.permute(1, 0, 2, 3).unsqueeze(0).to(vae.device, vae.dtype)
-        latents = vae.encode(video).latent_dist.mode().float()
+        videos = frames.transpose(1, 2).to(vae.device, vae.dtype)
+        latents = vae.encode(videos).latent_dist.mode().float()
         # As the pipelines do: in float32, and times the reciprocal.
         latents_mean = torch.tensor(vae.config.latents_mean, device=latents.device).view(1, -1, 1, 1, 1)
         latents_std = 1.0 / torch.tensor(vae.config.latents_std, device=latents.device).view(1, -1, 1, 1, 1)
-        return ((latents - latents_mean) * latents_std)[0].cpu()
+        return ((latents - latents_mean) * latents_std).cpu()
 
     @torch.no_grad()
     def encode_prompt(self, prompt: str) -> torch.Tensor:

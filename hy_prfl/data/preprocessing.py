@@ -64,9 +64,20 @@ class ClipSettings:
         return short_side_bucket(height, width, self.resolution, self.max_aspect_ratio)
 
 
+@dataclass(frozen=True)
+class _Clip:
+    """Frames `(num_frames, 3, height, width)` in [-1, 1], if they are to be encoded, and what is encoded of a row."""
+
+    frames: torch.Tensor | None
+    arrays: dict[str, np.ndarray | None]
+    num_frames: int
+    height: int
+    width: int
+
+
 class ClipEncoder:
     """
-    Makes dataset rows from manifest rows: the `row_key` and `encode_row` of `store.build_dataset`.
+    Makes dataset rows from manifest rows: a `store.RowEncoder`.
 
     Args:
         encoder (`LatentEncoder`): Encoders of the pipeline.
@@ -92,40 +103,73 @@ class ClipEncoder:
 
     def encode_row(self, row: ManifestRow) -> dict[str, Any]:
         """Packed columns of one row. Raises a `VideoError` if the clip is bad."""
+        (result,) = self.encode_rows([row])
+        if isinstance(result, VideoError):
+            raise result
+        return result
+
+    def encode_rows(self, rows: Sequence[ManifestRow]) -> list[dict[str, Any] | VideoError]:
+        """Packed columns of each row, or what is wrong with its clip. Clips of one size and length share a batch."""
+        results: dict[int, dict[str, Any] | VideoError] = {}
+        clips: dict[int, _Clip] = {}
+        for index, row in enumerate(rows):
+            try:
+                clips[index] = self._read_clip(row)
+            except VideoError as error:
+                results[index] = error
+        self._encode_latents(list(clips.values()))
+        for index, clip in clips.items():
+            try:
+                results[index] = self._pack(rows[index], clip)
+            except VideoError as error:
+                results[index] = error
+        return [results[index] for index in range(len(rows))]
+
+    def _read_clip(self, row: ManifestRow) -> _Clip:
+        """Frames of a row, and all that is encoded of it but the latents."""
         arrays: dict[str, np.ndarray | None] = {
             "prompt_embeds": self.encoder.encode_prompt(row.prompt).numpy(),
             "null_prompt_embeds": self.null_prompt_embeds,
         }
         if row.long_prompt is not None:
             arrays["long_prompt_embeds"] = self.encoder.encode_prompt(row.long_prompt).numpy()
-        encode = self._encode_condition_only if self.settings.prompts_only else self._encode_video
-        num_frames, height, width = encode(row, arrays)
-        return pack_row(
-            self.encoder,
-            row,
-            arrays,
-            num_frames=num_frames,
-            height=height,
-            width=width,
-            fps=self.settings.fps,
-            tensor_dtype=self.settings.tensor_dtype,
-            sources=self._sources(row),
-        )
-
-    def _encode_video(self, row: ManifestRow, arrays: dict[str, np.ndarray | None]) -> tuple[int, int, int]:
-        """Add the tensors of the clip to `arrays`; return its number of frames, height and width."""
+        if self.settings.prompts_only:
+            return _Clip(None, arrays, *self._encode_condition_only(row, arrays))
         settings = self.settings
         (path,) = self._sources(row)
         source = read_video(path, settings.fps, settings.num_frames, settings.min_num_frames)
         height, width = settings.choose_size(*source.shape[1:3])
         frames = to_float(resize_and_crop(source, height, width))
-        arrays["latents"] = self.encoder.encode_video(frames).numpy()
         if self.encoder.is_image_to_video:
             self._encode_condition(frames, len(frames), arrays)
-        return len(frames), height, width
+        return _Clip(frames, arrays, len(frames), height, width)
+
+    def _encode_latents(self, clips: Sequence[_Clip]) -> None:
+        """Add the latents of the clips that have frames to their arrays."""
+        batches: dict[torch.Size, list[tuple[_Clip, torch.Tensor]]] = {}
+        for clip in clips:
+            if clip.frames is not None:
+                batches.setdefault(clip.frames.shape, []).append((clip, clip.frames))
+        for batch in batches.values():
+            latents = self.encoder.encode_videos(torch.stack([frames for _, frames in batch]))
+            for (clip, _), values in zip(batch, latents, strict=True):
+                clip.arrays["latents"] = values.numpy()
+
+    def _pack(self, row: ManifestRow, clip: _Clip) -> dict[str, Any]:
+        return pack_row(
+            self.encoder,
+            row,
+            clip.arrays,
+            num_frames=clip.num_frames,
+            height=clip.height,
+            width=clip.width,
+            fps=self.settings.fps,
+            tensor_dtype=self.settings.tensor_dtype,
+            sources=self._sources(row),
+        )
 
     def _encode_condition_only(self, row: ManifestRow, arrays: dict[str, np.ndarray | None]) -> tuple[int, int, int]:
-        """As `_encode_video`, for a row of a prompt-only dataset."""
+        """Add the condition of a row of a prompt-only dataset; return its number of frames, height and width."""
         settings = self.settings
         if not self.encoder.is_image_to_video:
             ((height, width),) = settings.buckets

@@ -38,13 +38,16 @@ class DatasetSummary:
 
 
 class RowEncoder(Protocol):
-    """Makes rows of a latent dataset. Both methods raise a `VideoError` for a bad clip."""
+    """Makes rows of a latent dataset."""
 
     def row_key(self, row: ManifestRow) -> str:
-        """A name for all that the encoded columns of a row depend on."""
+        """A name for all that the encoded columns of a row depend on. Raises a `VideoError` for a bad clip."""
 
-    def encode_row(self, row: ManifestRow) -> dict[str, Any]:
-        """Columns of a row, tensors packed by `schema.pack_tensor`, without id, source and labels."""
+    def encode_rows(self, rows: Sequence[ManifestRow]) -> list[dict[str, Any] | VideoError]:
+        """
+        Columns of each row, tensors packed by `schema.pack_tensor`, without id, source and labels; for a bad clip the
+        error that says what is wrong with it.
+        """
 
 
 def request_digest(rows: Sequence[ManifestRow], settings: Mapping[str, Any], files: Sequence[Path] = ()) -> str:
@@ -111,6 +114,7 @@ def build_dataset(
     digest: str,
     tensor_dtype: str = "float16",
     shard_size: int = 8,
+    batch_size: int = 1,
 ) -> DatasetSummary | None:
     """
     Encode rows, split over the processes of `accelerate`, into a folder that `datasets.load_from_disk` reads.
@@ -127,7 +131,9 @@ def build_dataset(
         digest (`str`):
             `request_digest(...)`, stored to recognise a finished dataset.
         shard_size (`int`, defaults to 8):
-            Rows per shard: at most this many are lost when the process is killed.
+            Rows per shard: at most this many, or those of a batch, are lost when the process is killed.
+        batch_size (`int`, defaults to 1):
+            Rows that are encoded at once.
 
     Returns:
         `DatasetSummary` on the main process, None on the others.
@@ -145,7 +151,7 @@ def build_dataset(
                 leftover.unlink()
     state.wait_for_everyone()
 
-    progress = _encode_share(rows, row_encoder, output_dir, partial_dir, tensor_dtype, shard_size)
+    progress = _encode_share(rows, row_encoder, output_dir, partial_dir, tensor_dtype, shard_size, batch_size)
     lines = "".join(json.dumps(entry) + "\n" for entry in progress)
     write_text(partial_dir / f"progress-{state.process_index}.jsonl", lines)
     state.wait_for_everyone()
@@ -163,6 +169,7 @@ def _encode_share(
     partial_dir: Path,
     tensor_dtype: str,
     shard_size: int,
+    batch_size: int,
 ) -> list[dict[str, Any]]:
     """Encode this process's rows that are stored nowhere; say for each row its key, or why it has none."""
     state = process_state()
@@ -170,25 +177,51 @@ def _encode_share(
     if known:
         logger.info(f"Found {len(known)} encoded rows of earlier runs; those that still fit are reused.")
     shard: dict[str, dict[str, Any]] = {}
+    # Positions that wait to be encoded, by key: rows may be equal.
+    waiting: dict[str, list[int]] = {}
     progress: list[dict[str, Any]] = []
+
+    def note(position: int, key: str | None, *, encoded: bool = False, reason: str | None = None) -> None:
+        progress.append({"position": position, "key": key, "encoded": encoded, "reason": reason})
+        bar.update()
+
+    def encode_waiting() -> None:
+        results = row_encoder.encode_rows([rows[first] for first, *_ in waiting.values()])
+        for (key, equal), result in zip(waiting.items(), results, strict=True):
+            is_bad = isinstance(result, VideoError)
+            if not isinstance(result, VideoError):
+                shard[key] = result
+                known.add(key)
+            for position in equal:
+                note(
+                    position,
+                    None if is_bad else key,
+                    encoded=not is_bad and position == equal[0],
+                    reason=str(result) if is_bad else None,
+                )
+        waiting.clear()
+        if len(shard) >= shard_size:
+            _write_shard(partial_dir, shard, tensor_dtype)
+            shard.clear()
+
     positions = range(state.process_index, len(rows), state.num_processes)
+    bar = tqdm(total=len(positions), desc="Encoding", unit="clip", disable=not state.is_main_process)
     try:
-        for position in tqdm(positions, desc="Encoding", unit="clip", disable=not state.is_main_process):
-            row = rows[position]
+        for position in positions:
             try:
-                key = row_encoder.row_key(row)
-                encoded = key not in known
-                if encoded:
-                    shard[key] = row_encoder.encode_row(row)
+                key = row_encoder.row_key(rows[position])
             except VideoError as error:
-                progress.append({"position": position, "key": None, "encoded": False, "reason": str(error)})
+                note(position, None, reason=str(error))
                 continue
-            known.add(key)
-            progress.append({"position": position, "key": key, "encoded": encoded, "reason": None})
-            if len(shard) == shard_size:
-                _write_shard(partial_dir, shard, tensor_dtype)
-                shard = {}
+            if key in known:
+                note(position, key)
+                continue
+            waiting.setdefault(key, []).append(position)
+            if len(waiting) == batch_size:
+                encode_waiting()
+        encode_waiting()
     finally:
+        bar.close()
         # Also when interrupted: what is encoded is kept.
         if shard:
             _write_shard(partial_dir, shard, tensor_dtype)

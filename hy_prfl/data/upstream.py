@@ -109,7 +109,7 @@ def _parse_meta(path: Path, root: Path) -> UpstreamRow:
 
 class UpstreamImporter:
     """
-    Makes dataset rows of upstream's arrays: the `row_key` and `encode_row` of `store.build_dataset`.
+    Makes dataset rows of upstream's arrays: a `store.RowEncoder`.
 
     Args:
         encoder (`LatentEncoder`):
@@ -141,6 +141,16 @@ class UpstreamImporter:
         files = {name: hash_file(path) for name, path in paths.items()}
         settings = [self.fps, self.tensor_dtype, self.encoder.identity, self._null_prompt_hash]
         return hash_text(json.dumps(["upstream", files, row.prompt, row.long_prompt, settings], sort_keys=True))
+
+    def encode_rows(self, rows: Sequence[ManifestRow]) -> list[dict[str, Any] | VideoError]:
+        """Packed columns of each row, or what does not fit about its arrays."""
+        results: list[dict[str, Any] | VideoError] = []
+        for row in rows:
+            try:
+                results.append(self.encode_row(row))
+            except VideoError as error:
+                results.append(error)
+        return results
 
     def encode_row(self, row: ManifestRow) -> dict[str, Any]:
         """Packed columns of one row. Raises a `VideoError` if an array does not fit."""

@@ -23,7 +23,7 @@ from ..distributed import process_state, set_up_logging
 
 
 # Options that change neither the rows nor their values.
-NOT_REQUESTED = ("output_dir", "manifest", "upstream_meta", "shard_size")
+NOT_REQUESTED = ("output_dir", "manifest", "upstream_meta", "shard_size", "batch_size")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -62,9 +62,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     if config.upstream_meta is not None:
         clips = UpstreamImporter(encoder, config.fps, config.tensor_dtype, config.null_prompt_path)
 
-    # 3. Row by row
+    # 3. Their rows
     summary = build_dataset(
-        rows, clips, output_dir, digest=digest, tensor_dtype=config.tensor_dtype, shard_size=config.shard_size
+        rows,
+        clips,
+        output_dir,
+        digest=digest,
+        tensor_dtype=config.tensor_dtype,
+        shard_size=config.shard_size,
+        batch_size=config.batch_size,
     )
     if summary is not None:
         print(f"'{output_dir}': clips {summary.num_rows}, encoded now {summary.num_encoded}, bad {summary.num_bad}.")

@@ -1,7 +1,7 @@
 """Clips become rows: values against the encoder itself, bad clips one by one, resuming, prompt-only datasets."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +42,12 @@ def make_row(name: str, **fields: Any) -> ManifestRow:
     return ManifestRow(where=f"row {name}", id=name, **({"prompt": "a red circle"} | fields))
 
 
-def build(rows: list[ManifestRow], row_encoder: ClipEncoder, output_dir: Path, shard_size: int = 2) -> DatasetSummary:
+def build(rows: list[ManifestRow], row_encoder: ClipEncoder, output_dir: Path, batch_size: int = 1) -> DatasetSummary:
     dtype = row_encoder.settings.tensor_dtype
     digest = request_digest(rows, {"settings": repr(row_encoder.settings)})
-    summary = build_dataset(rows, row_encoder, output_dir, digest=digest, tensor_dtype=dtype, shard_size=shard_size)
+    summary = build_dataset(
+        rows, row_encoder, output_dir, digest=digest, tensor_dtype=dtype, shard_size=2, batch_size=batch_size
+    )
     assert summary is not None
     return summary
 
@@ -173,14 +175,38 @@ def test_nothing_but_bad_clips_is_an_error(encoder: LatentEncoder, tmp_path: Pat
     assert not (tmp_path / "out").exists()
 
 
+def test_batches_are_the_rows_one_by_one(
+    encoder: LatentEncoder, clips: list[Path], write_video: Callable[..., Path], tmp_path: Path
+) -> None:
+    (tmp_path / "junk.mp4").write_bytes(b"junk")
+    videos = [clips[0], tmp_path / "junk.mp4", clips[1], clips[0], clips[2], clips[3]]
+    videos.insert(3, write_video(tmp_path / "upright.mp4", num_frames=9, height=96, width=64))
+    # The first and the fifth clip are equal.
+    rows = [make_row(f"{index}", video=path) for index, path in enumerate(videos)]
+    settings = ClipSettings(**SETTINGS, tensor_dtype="float32")
+    expected = DatasetSummary(num_rows=6, num_encoded=5, num_bad=1)
+    for batch_size in (1, 4):
+        output_dir = tmp_path / f"batch-{batch_size}"
+        assert build(rows, ClipEncoder(encoder, settings), output_dir, batch_size=batch_size) == expected
+        report = json.loads((output_dir / "report.jsonl").read_text())
+        assert (report["id"], report["path"]) == ("1", str(tmp_path / "junk.mp4"))
+    singly, batched = (read_rows(tmp_path / f"batch-{batch_size}") for batch_size in (1, 4))
+    assert [row["id"] for row in batched] == ["0", "2", "3", "4", "5", "6"]
+    for first, second in zip(singly, batched, strict=True):
+        assert first["latents_shape"] == second["latents_shape"]
+        latents = [unpack_tensor(row, "latents") for row in (first, second)]
+        # Another batch size is another order of summation.
+        np.testing.assert_allclose(latents[1], latents[0], rtol=1e-4, atol=1e-5)
+
+
 def test_interrupted_run_continues_where_it_was(encoder: LatentEncoder, clips: list[Path], tmp_path: Path) -> None:
     rows = [make_row(path.stem, video=path) for path in clips]
 
     class InterruptedEncoder(ClipEncoder):
-        def encode_row(self, row: ManifestRow) -> dict[str, Any]:
-            if row.id == "3":
+        def encode_rows(self, rows: Sequence[ManifestRow]) -> list[dict[str, Any] | VideoError]:
+            if rows[0].id == "3":
                 raise KeyboardInterrupt
-            return super().encode_row(row)
+            return super().encode_rows(rows)
 
     settings = ClipSettings(**SETTINGS)
     with pytest.raises(KeyboardInterrupt):
@@ -241,9 +267,12 @@ def test_another_vae_encodes_everything_again(pipeline_dir: Path, clips: list[Pa
     assert first.row_key(rows[0]) != second.row_key(rows[0])
 
 
-def test_same_clip_twice_is_encoded_once(encoder: LatentEncoder, clips: list[Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_same_clip_twice_is_encoded_once(
+    encoder: LatentEncoder, clips: list[Path], tmp_path: Path, batch_size: int
+) -> None:
     rows = [make_row("a", video=clips[0]), make_row("b", video=clips[0]), make_row("c", video=clips[1])]
-    summary = build(rows, ClipEncoder(encoder, ClipSettings(**SETTINGS)), tmp_path / "out", shard_size=1)
+    summary = build(rows, ClipEncoder(encoder, ClipSettings(**SETTINGS)), tmp_path / "out", batch_size=batch_size)
     assert summary == DatasetSummary(num_rows=3, num_encoded=2, num_bad=0)
     stored = read_rows(tmp_path / "out")
     assert [row["id"] for row in stored] == ["a", "b", "c"]

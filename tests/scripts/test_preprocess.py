@@ -146,6 +146,7 @@ def test_accelerate_launch_gives_the_same_dataset(
         (["--max_aspect_ratio=0.5"], "`max_aspect_ratio` must be at least 1"),
         (["--max_sequence_length=0"], "`max_sequence_length` must be at least 1"),
         (["--shard_size=0"], "`shard_size` must be at least 1"),
+        (["--batch_size=0"], "`batch_size` must be at least 1"),
         (["--tensor_dtype=float8"], "tensor_dtype"),
         (["--upstream_meta=x"], "`manifest` must be given, or else `upstream_meta`"),
         (["--null_prompt_path=x"], "`null_prompt_path` must be left out"),

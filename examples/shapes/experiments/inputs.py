@@ -16,7 +16,7 @@ from examples.shapes.stages import Stage, launch, python, run_stages
 from hy_prfl.configs.parser import parse_config
 
 
-NUM_SAMPLES, NUM_PROMPTS = 1280, 72
+NUM_SAMPLES, NUM_PROMPTS = 3072, 72
 # Options of `examples.shapes.clips`; the mixture is that of the pretraining's second phase.
 CLIPS = {
     "mixture": ["--num_clips", "1024", *clips_options(), "--seed", "11"],
