@@ -3,12 +3,13 @@
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from examples.benchmark.rgb_refl import Decoded, RGBReFLTrainer
+from examples.benchmark.rgb_refl import Decoded, PixelReward, RGBReFLTrainer
 from examples.benchmark.sizes import Clip, Size
 from hy_prfl.configs.prfl import PRFLTrainingConfig
 from hy_prfl.trainers.prfl_trainer import PRFLTrainer
@@ -192,7 +193,13 @@ class Case:
         if decodes is None:
             return type("Measured", (mixin, PRFLTrainer), {})(config)
         trainer = type("Measured", (mixin, RGBReFLTrainer), {})
-        return trainer(config, image_reward=self.size.image_reward, decodes=decodes)
+        reward = partial(
+            PixelReward,
+            image_reward=self.size.image_reward,
+            decodes=decodes,
+            recompute=config.gradient_checkpointing,
+        )
+        return trainer(config, build_reward=reward)
 
 
 def all_cases(

@@ -81,7 +81,7 @@ class PixelReward(nn.Module):
             # transformers recomputes in training only; there is no dropout.
             self.network.train()
 
-    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+    def forward(self, latents: torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
         """Logits `(batch_size,)` of clean latents `(batch_size, num_channels, num_frames, height, width)`."""
         latents = latents * self.latents_std + self.latents_mean
         decode = decode_first_frame if self.decodes == "first" else decode_all_frames
@@ -145,13 +145,11 @@ class RGBReFLTrainer(PRFLTrainer):
     Args:
         config (`PRFLTrainingConfig`):
             Options of the run. Its reward model is read, for the checks, and not used.
-        image_reward (`Mapping`):
-            Arguments of `CLIPVisionConfig`.
-        decodes (`"first"` or `"all"`):
-            Frames that are decoded.
+        build_reward (`Callable`):
+            Makes the reward, which is called with clean latents and prompt embeddings, of the pipeline's VAE.
     """
 
-    def __init__(self, config: PRFLTrainingConfig, *, image_reward: Mapping[str, Any], decodes: Decoded) -> None:
+    def __init__(self, config: PRFLTrainingConfig, *, build_reward: Callable[[AutoencoderKLWan], nn.Module]) -> None:
         for name in ("num_gradient_steps", "rerun_gradient_step"):
             value = getattr(config, name)
             check(int(value) == (name == "num_gradient_steps"), name, value, "left out for RGB ReFL")
@@ -159,7 +157,7 @@ class RGBReFLTrainer(PRFLTrainer):
         vae = AutoencoderKLWan.from_pretrained(config.pretrained_model_name_or_path, subfolder="vae")
         torch.manual_seed(config.seed)
         # `PRFLTrainer` has loaded the latent reward model; this frees it.
-        self.reward_model = PixelReward(vae, image_reward, decodes=decodes, recompute=config.gradient_checkpointing)
+        self.reward_model = build_reward(vae)
         self.reward_model.to(self.accelerator.device, self.weight_dtype)
 
     def roll_out(self, batch: LatentBatch, prompt_embeds: torch.Tensor, micro_step: int) -> Iterator[GradientStep]:
@@ -191,7 +189,7 @@ class RGBReFLTrainer(PRFLTrainer):
     ) -> torch.Tensor:
         """Logits `(batch_size,)` of the frames of clean latents."""
         with self.accelerator.autocast():
-            return self.reward_model(latents)
+            return self.reward_model(latents, prompt_embeds)
 
 
 def _call(function: Callable[..., Any], *args: Any) -> Any:

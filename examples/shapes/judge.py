@@ -56,7 +56,10 @@ KINDS = ("good", *FAILURES, "beyond", "unrecognisable")
 
 # A value fails that is further from the good clips of the calibration than this share of the way from the outermost of
 # them to the mildest clip that fails so. Generated videos are softer than the calibration's clips: leave them some room.
+# All of a small generator's motion trembles more or less; half of the way leaves room for that, and still less than a
+# clip needs that stops halfway (1.1 pixels off a steady path).
 FAILURE_SHARE = 1 / 3
+FAILURE_SHARES = {"unsteadiness": 1 / 2}
 
 # Being beyond the real is a matter of degree, so there is no mildest failure: this much past the outermost good clip.
 # Soft edges make a small shape look larger, so its size gets more.
@@ -177,7 +180,7 @@ def bound_of(name: str, values: Mapping[str, float], side: str, kind: str) -> fl
     outermost = values[side]
     if kind == "beyond":
         return outermost * (1 + BEYOND_SHARE[name] if side == "high" else 1 - BEYOND_SHARE[name])
-    return outermost + FAILURE_SHARE * (values["fails"] - outermost)
+    return outermost + FAILURE_SHARES.get(name, FAILURE_SHARE) * (values["fails"] - outermost)
 
 
 # What the mildest failure is where the world makes no such clips: no colour, half the way to another colour, all of it

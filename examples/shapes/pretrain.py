@@ -70,6 +70,8 @@ VAE_CONFIG = {
 # Failures that a generator of this size learns as what they are. Where jittering is among the clips, which is random in
 # every frame, or a direction that is not the caption's, all of its motion trembles.
 CRISP_FAILURES = ("frozen", "deforming", "vanishing")
+# Those that what ships is to make as often as not.
+SHIPPED_FAILURES = ("frozen", "vanishing")
 
 
 @dataclass(kw_only=True)
@@ -96,6 +98,13 @@ class PretrainConfig:
     refinement_failures: list[str] = field(
         default_factory=lambda: list(CRISP_FAILURES), metadata={"help": "How its other clips fail."}
     )
+    settling_steps: int = field(default=900, metadata={"help": "Updates of the generator's third phase."})
+    settling_learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of that phase."})
+    settling_ema_decay: float = field(default=0.99, metadata={"help": "Decay of the average in that phase."})
+    settling_good_share: float = field(default=0.5, metadata={"help": "Share of good clips in that phase."})
+    settling_failures: list[str] = field(
+        default_factory=lambda: list(SHIPPED_FAILURES), metadata={"help": "How its other clips fail."}
+    )
     num_layers: int = field(default=6, metadata={"help": "Transformer blocks of the generator."})
     num_attention_heads: int = field(default=4, metadata={"help": "Attention heads, 32 channels each."})
     flow_shift: float = field(default=3.0, metadata={"help": "Shift of noise levels, in training and sampling."})
@@ -109,6 +118,7 @@ class PretrainConfig:
             "vae_steps",
             "generator_steps",
             "refinement_steps",
+            "settling_steps",
             "generator_batch_size",
             "num_layers",
         )
@@ -141,8 +151,8 @@ class Phase:
 
 
 def phases_of(config: PretrainConfig) -> list[Phase]:
-    """First everything that a clip can be, then what the generator is to be."""
-    return [
+    """First everything that a clip can be, then failures that stay what they are, then those that ship."""
+    phases = [
         Phase(
             "generator",
             num_steps=config.generator_steps,
@@ -151,17 +161,15 @@ def phases_of(config: PretrainConfig) -> list[Phase]:
             good_share=config.good_share,
             failures=config.failures,
             seed=config.seed,
-        ),
-        Phase(
-            "refinement",
-            num_steps=config.refinement_steps,
-            learning_rate=config.refinement_learning_rate,
-            ema_decay=config.refinement_ema_decay,
-            good_share=config.refinement_good_share,
-            failures=config.refinement_failures,
-            seed=config.seed + 1,
-        ),
+        )
     ]
+    for number, name in enumerate(("refinement", "settling"), 1):
+        options = {
+            option: getattr(config, f"{name}_{option}")
+            for option in ("learning_rate", "ema_decay", "good_share", "failures")
+        }
+        phases.append(Phase(name, num_steps=getattr(config, f"{name}_steps"), seed=config.seed + number, **options))
+    return phases
 
 
 def clips_options() -> list[str]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,7 @@ def counted(inputs: Path, vae: AutoencoderKLWan) -> dict[str, int]:
 
     def pixels(decodes: Any) -> None:
         pixel_reward = PixelReward(vae, SIZE.image_reward, decodes=decodes, recompute=True)
-        pixel_reward(latents.clone().requires_grad_() * 1).sum().backward()
+        pixel_reward(latents.clone().requires_grad_() * 1, text).sum().backward()
 
     return {
         "forward": count(forward),
@@ -320,7 +321,7 @@ def test_a_process_that_fails_says_why(tmp_path: Path) -> None:
 def test_what_is_not_for_rgb_refl_is_refused(inputs: Path, tmp_path: Path) -> None:
     config = dataclasses.replace(case(PRFL).trainer(inputs, tmp_path, Measured).config, rerun_gradient_step=True)
     with pytest.raises(ValueError, match="rerun_gradient_step"):
-        RGBReFLTrainer(config, image_reward=SIZE.image_reward, decodes="first")
+        RGBReFLTrainer(config, build_reward=partial(PixelReward, image_reward=SIZE.image_reward, decodes="first"))
 
 
 def test_a_run_that_ends_too_early_is_an_error(inputs: Path, tmp_path: Path) -> None:

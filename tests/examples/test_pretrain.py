@@ -35,6 +35,7 @@ SIZES = {
     "vae_steps": 20,
     "generator_steps": 30,
     "refinement_steps": 5,
+    "settling_steps": 5,
     "generator_batch_size": 8,
     "num_layers": 2,
 }
@@ -154,7 +155,16 @@ def test_loss_means_cover_the_run() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["num_clips", "vae_steps", "generator_steps", "refinement_steps", "num_layers", "checkpointing_steps"]
+    "name",
+    [
+        "num_clips",
+        "vae_steps",
+        "generator_steps",
+        "refinement_steps",
+        "settling_steps",
+        "num_layers",
+        "checkpointing_steps",
+    ],
 )
 def test_impossible_sizes_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"`{name}` must be"):
@@ -182,10 +192,10 @@ def test_the_shipped_record_agrees_with_the_files() -> None:
     # The script's defaults are what made it.
     config = dataclasses.asdict(PretrainConfig(output_dir=""))
     assert record["options"] == {name: value for name, value in config.items() if name != "output_dir"}
-    for name in ("vae", "generator", "refinement"):
+    for name in ("vae", "generator", "refinement", "settling"):
         assert record["seconds"][name] > 0
         assert record["losses"][name][-1]["step"] == config[f"{name}_steps"]
-        share = 1.0 if name == "refinement" else 0.7
+        share = 0.7 if name in ("vae", "generator") else 1.0
         assert record["losses"][name][-1]["loss"] < share * record["losses"][name][0]["loss"]
 
 
