@@ -22,7 +22,6 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 from tqdm import trange
 
-from examples.benchmark.rgb_refl import decode_all_frames, decode_first_frame
 from examples.shapes.judge import write_json
 from hy_prfl.configs.parser import parse_config
 from hy_prfl.data.collators import LabeledBatch, collate_labeled
@@ -35,7 +34,7 @@ from hy_prfl.models.reward_model import BACKBONE_CONFIG, WanRewardModel
 
 # A token of the latent reward model covers 4 frames of 16 x 16 pixels; its patches are of 2 x 2 of these cubes.
 CUBE = (4, 8, 8)
-TASK = "motion_quality"
+TASK, NETWORK = "motion_quality", "network"
 
 
 class FramesReward(nn.Module):
@@ -55,14 +54,15 @@ class FramesReward(nn.Module):
         super().__init__()
         self.vae = vae.requires_grad_(False)
         self.network = network
-        self.decode = decode_first_frame if decodes == "first" else decode_all_frames
+        self.num_decoded = 1 if decodes == "first" else None
         shape = (1, -1, 1, 1, 1)
         self.register_buffer("latents_mean", torch.tensor(vae.config.latents_mean).view(shape))
         self.register_buffer("latents_std", torch.tensor(vae.config.latents_std).view(shape))
 
     def forward(self, latents: torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
         """Logits `(batch_size,)` of clean latents `(batch_size, num_channels, num_frames, height, width)`."""
-        frames = self.decode(self.vae, latents * self.latents_std + self.latents_mean, recompute=False)
+        latents = latents[:, :, : self.num_decoded] * self.latents_std + self.latents_mean
+        frames = self.vae.decode(latents).sample
         return self.network(
             hidden_states=fold_frames(frames),
             timestep=torch.zeros(len(latents), device=latents.device),
@@ -157,7 +157,7 @@ def train(config: FramesRewardConfig) -> dict[str, float]:
         schedule.step()
         optimizer.zero_grad()
     metrics = {"auc": area_under_curve(reward, LabelledClips(config.validation_dataset), config.train_batch_size)}
-    network.save_pretrained(Path(config.output_dir) / "network")
+    network.save_pretrained(Path(config.output_dir) / NETWORK)
     write_json(Path(config.output_dir) / "metrics.json", metrics)
     return metrics
 

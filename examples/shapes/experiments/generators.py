@@ -65,7 +65,7 @@ ARMS = {
     "prfl": Arm(),
     "curated_flow_matching": Arm(schedule("flow_matching"), clips="good", single=True),
     "curated_prfl": Arm(clips="good"),
-    "own_videos_reward": Arm(reward_model="own_videos"),
+    "real_clips_reward": Arm(reward_model="real_clips"),
     "logit": Arm(["--reward_loss", "logit"]),
     "sigmoid": Arm(["--reward_loss", "sigmoid"]),
     "joint": Arm(schedule("joint"), single=True),
@@ -78,7 +78,7 @@ ARMS = {
     "gradient_steps_4": Arm(["--num_gradient_steps", "4"]),
 }
 PANELS = {
-    "Uncurated and curated": ["flow_matching", "prfl", "curated_flow_matching", "curated_prfl", "own_videos_reward"],
+    "Uncurated and curated": ["flow_matching", "prfl", "curated_flow_matching", "curated_prfl", "real_clips_reward"],
     "Loss and schedule": ["prfl", "logit", "sigmoid", "joint", "reward_only", "logit_reward_only"],
     "Steps with gradient": ["prfl", "early", "middle", "late", "divided_by_step_width", "gradient_steps_4"],
 }
@@ -100,13 +100,18 @@ def tuning_stage(root: Path, arm: str, seed: int) -> Stage:
         *("--validation_steps", str(num_steps // NUM_VALIDATIONS), "--checkpointing_steps", str(num_steps)),
         *("--validation_seed", str(seed), *settings.options),
     ]
-    generate = ["--prompts", str(root / f"prompts_{seed}.json"), "--output_dir", str(output_dir / "videos")]
-    generate += [] if arm == "base" else ["--lora_path", str(output_dir)]
-    judge = ["--manifest", str(output_dir / "videos" / "manifest.json"), "--output", str(output_dir / "verdicts.json")]
-    commands = [launch("generate", generate), python("judge", judge)]
+    commands = judging_commands(root, output_dir, seed, tuned=arm != "base")
     if arm != "base":
         commands.insert(0, launch("train_prfl", tune))
     return Stage(name, name, commands, [str(output_dir.relative_to(root))])
+
+
+def judging_commands(root: Path, output_dir: Path, seed: int, *, tuned: bool) -> list[list[str]]:
+    """Make new videos with what is in `output_dir`, or with the generator as it ships, and judge them."""
+    generate = ["--prompts", str(root / f"prompts_{seed}.json"), "--output_dir", str(output_dir / "videos")]
+    generate += ["--lora_path", str(output_dir)] if tuned else []
+    judge = ["--manifest", str(output_dir / "videos" / "manifest.json"), "--output", str(output_dir / "verdicts.json")]
+    return [launch("generate", generate), python("judge", judge)]
 
 
 def on_the_way(root: Path, output_dir: Path) -> list[dict[str, float]]:
@@ -124,15 +129,7 @@ def summarize(root: Path, arms: Sequence[str], seeds: Sequence[int]) -> dict[str
     """The judge's verdict on each arm, and its curves; mean and spread over the seeds."""
     results: dict[str, Any] = {}
     for arm in arms:
-        found = [read_json(arm_dir(root, arm, seed) / "verdicts.json")["summary"] for seed in seeds]
-        results[arm] = {
-            name: mean_and_spread([summary[name] for summary in found])
-            for name in ("good", "right_shape", "right_color")
-        }
-        results[arm]["failures"] = {
-            kind: mean_and_spread([summary["failures"][kind] / summary["num_videos"] for summary in found])
-            for kind in found[0]["failures"]
-        }
+        results[arm] = summarize_judging([arm_dir(root, arm, seed) for seed in seeds])
         if arm != "base":
             curves = [on_the_way(root, arm_dir(root, arm, seed)) for seed in seeds]
             results[arm]["on_the_way"] = [
@@ -141,6 +138,18 @@ def summarize(root: Path, arms: Sequence[str], seeds: Sequence[int]) -> dict[str
             ]
             stages = [tuning_stage(root, arm, seed) for seed in seeds]
             results[arm]["seconds"] = mean_and_spread([stage.seconds(root) for stage in stages])
+    return results
+
+
+def summarize_judging(output_dirs: Sequence[Path]) -> dict[str, Any]:
+    """Mean and spread of what the judge says about runs of several seeds."""
+    found = [read_json(output_dir / "verdicts.json")["summary"] for output_dir in output_dirs]
+    names = ("good", "right_shape", "right_color")
+    results: dict[str, Any] = {name: mean_and_spread([summary[name] for summary in found]) for name in names}
+    results["failures"] = {
+        kind: mean_and_spread([summary["failures"][kind] / summary["num_videos"] for summary in found])
+        for kind in found[0]["failures"]
+    }
     return results
 
 

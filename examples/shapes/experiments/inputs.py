@@ -1,9 +1,9 @@
 """
 What all experiments start from: `python -m examples.shapes.experiments.inputs`, about 20 minutes on two cores.
 
-Latents of real clips: with labels and all failures, of the pretraining's mixture, and good ones only; videos of the pretrained generator's own with
-the judge's verdicts for labels; and prompts that nobody trains on, with a seed of their own for each seed of an
-experiment.
+Latents of real clips: with labels and all failures, of the pretraining's mixture, and good ones only; videos of the
+pretrained generator's own with the judge's verdicts for labels; and prompts that nobody trains on, with a seed of their
+own for each seed of an experiment.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from hy_prfl.configs.parser import parse_config
 
 
 NUM_SAMPLES, NUM_PROMPTS = 3072, 72
-# Options of `examples.shapes.clips`; the mixture is that of the pretraining's second phase.
+# Options of `examples.shapes.clips`; the mixture is that of the pretraining's last phase.
 CLIPS = {
     "mixture": ["--num_clips", "1024", *clips_options(), "--seed", "11"],
     "labelled": ["--num_clips", "2048", "--good_share", "0.5", "--seed", "21"],

@@ -3,8 +3,8 @@ Claims about the reward model: does it see through noise, and what does it need 
 
     python -m examples.shapes.experiments.reward_models
 
-Every arm trains for as many updates on real clips with their exact labels (`own_videos`: on videos of the generator with
-the judge's), and is asked about videos of the generator that nobody has trained on, at five noise levels.
+Every arm trains for as many updates on videos of the generator with the judge's labels (`real_clips`: on real clips with
+their exact ones), and is asked about other videos of the generator at five noise levels.
 Writes `results/reward_models.json` and a plot of it.
 """
 
@@ -22,7 +22,7 @@ from examples.shapes.stages import Stage, launch
 from hy_prfl.configs.parser import parse_config
 
 
-NUM_UPDATES = 600
+NUM_UPDATES = 400
 # One level in the middle of each fifth.
 TIMESTEPS = [100, 300, 500, 700, 900]
 
@@ -32,7 +32,7 @@ ARMS: dict[str, list[str]] = {
     "probe": ["--freeze_blocks", "true"],
     # The sigmoid of a normal variable of hardly any spread: sigma .5 always.
     "one_sigma": ["--weighting_scheme", "logit_normal", "--logit_std", "1e-6", "--flow_shift", "1"],
-    "own_videos": [],
+    "real_clips": [],
     "mean": ["--pooling", "mean"],
     "max": ["--pooling", "max"],
     "query_without_residual": ["--query_residual", "false"],
@@ -43,7 +43,7 @@ ARMS: dict[str, list[str]] = {
     "bradley_terry": ["--loss", "bt", "--train_batch_size", "16"],
 }
 PANELS = {
-    "What is trained, and on what": ["finetuned", "probe", "one_sigma", "own_videos"],
+    "What is trained, and on what": ["finetuned", "probe", "one_sigma", "real_clips"],
     "Pooling and loss": ["finetuned", "mean", "max", "query_without_residual", "bradley_terry"],
     "Blocks of 6": ["blocks_1", "blocks_2", "finetuned", "blocks_6"],
 }
@@ -57,7 +57,7 @@ def training_stage(root: Path, arm: str, seed: int) -> Stage:
     """Train one reward model, and evaluate it at the end."""
     name = f"reward_{arm}_{seed}"
     output_dir = reward_model_dir(root, arm, seed)
-    train = root / "latents" / ("samples_train" if arm == "own_videos" else "labelled")
+    train = root / "latents" / ("labelled" if arm == "real_clips" else "samples_train")
     options = [
         *("--train_dataset", str(train), "--validation_dataset", str(root / "latents" / "samples_validation")),
         *("--output_dir", str(output_dir), "--validation_timesteps", *map(str, TIMESTEPS)),
