@@ -6,6 +6,7 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
+from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 
@@ -72,6 +73,8 @@ def _resample(container: av.container.InputContainer, fps: float, num_frames: in
     interval = 1 / float(stream.average_rate) if stream.average_rate else 1 / fps
     frames: list[np.ndarray] = []
     previous: av.VideoFrame | None = None
+    # One for all frames: each frame's own would set up threads anew, which takes longer than to convert a small frame.
+    reformatter = VideoReformatter()
     start, end = 0.0, 0.0
     for frame in container.decode(stream):
         if frame.is_corrupt:
@@ -80,14 +83,14 @@ def _resample(container: av.container.InputContainer, fps: float, num_frames: in
         if previous is None:
             start = time
         else:
-            _repeat(frames, previous, until=time - start, fps=fps, num_frames=num_frames)
+            _repeat(frames, previous, reformatter, until=time - start, fps=fps, num_frames=num_frames)
             if len(frames) == num_frames:
                 return frames
         end = time + (float(frame.duration * frame.time_base) if frame.duration else interval)
         previous = frame
     if previous is None:
         raise VideoError("zero frames could be decoded")
-    _repeat(frames, previous, until=end - start, fps=fps, num_frames=num_frames)
+    _repeat(frames, previous, reformatter, until=end - start, fps=fps, num_frames=num_frames)
     if len(frames) < num_frames and stream.duration is not None:
         announced = float(stream.duration * stream.time_base)
         if end - start < announced - 2 * interval:
@@ -95,12 +98,20 @@ def _resample(container: av.container.InputContainer, fps: float, num_frames: in
     return frames
 
 
-def _repeat(frames: list[np.ndarray], frame: av.VideoFrame, *, until: float, fps: float, num_frames: int) -> None:
+def _repeat(
+    frames: list[np.ndarray],
+    frame: av.VideoFrame,
+    reformatter: VideoReformatter,
+    *,
+    until: float,
+    fps: float,
+    num_frames: int,
+) -> None:
     """Append `frame` for every output time that lies before `until`."""
     image: np.ndarray | None = None
     while len(frames) < num_frames and len(frames) / fps < until - TIME_TOLERANCE:
         if image is None:
-            image = frame.to_ndarray(format="rgb24")
+            image = reformatter.reformat(frame, format="rgb24").to_ndarray()
             image = np.rot90(image, k=round(frame.rotation / 90) % 4)
         frames.append(image)
 
