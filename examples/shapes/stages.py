@@ -110,8 +110,8 @@ def python(module: str, options: list[str]) -> list[str]:
     return [sys.executable, "-m", f"examples.shapes.{module}", *options]
 
 
-def launch(verb: str, options: list[str], *, two_processes: bool = False) -> list[str]:
-    """What a user types to run one of the package's scripts with its recipe of this folder."""
+def launch(verb: str, options: list[str], *, two_processes: bool = False, recipes: Path = RECIPES) -> list[str]:
+    """What a user types to run one of the package's scripts with its recipe, of this folder if not of another."""
     accelerate_config = TWO_PROCESSES if two_processes else ONE_PROCESS
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(accelerate_config)]
-    return [*accelerate, "-m", f"hy_prfl.scripts.{verb}", "--config", str(RECIPES / f"{verb}.yaml"), *options]
+    return [*accelerate, "-m", f"hy_prfl.scripts.{verb}", "--config", str(recipes / f"{verb}.yaml"), *options]

@@ -22,7 +22,7 @@ from examples.shapes.experiments.reward_models import reward_model_dir, training
 from examples.shapes.experiments.runs import ExperimentConfig, mean_and_spread, run_all
 from examples.shapes.judge import write_json
 from examples.shapes.report import read_metrics
-from examples.shapes.stages import Stage, launch, python
+from examples.shapes.stages import RECIPES, Stage, launch, python
 from examples.shapes.summary import judge_validations, read_json
 from hy_prfl.configs.parser import parse_config
 
@@ -68,6 +68,7 @@ ARMS = {
     "real_clips_reward": Arm(reward_model="real_clips"),
     "logit": Arm(["--reward_loss", "logit"]),
     "sigmoid": Arm(["--reward_loss", "sigmoid"]),
+    "scale_1": Arm(["--reward_scale", "1"]),
     "joint": Arm(schedule("joint"), single=True),
     "reward_only": Arm(schedule("reward"), single=True),
     "logit_reward_only": Arm(["--reward_loss", "logit", *schedule("reward")], single=True),
@@ -79,7 +80,7 @@ ARMS = {
 }
 PANELS = {
     "Uncurated and curated": ["flow_matching", "prfl", "curated_flow_matching", "curated_prfl", "real_clips_reward"],
-    "Loss and schedule": ["prfl", "logit", "sigmoid", "joint", "reward_only", "logit_reward_only"],
+    "Loss and schedule": ["prfl", "logit", "sigmoid", "scale_1", "joint", "reward_only", "logit_reward_only"],
     "Steps with gradient": ["prfl", "early", "middle", "late", "divided_by_step_width", "gradient_steps_4"],
 }
 
@@ -102,14 +103,14 @@ def tuning_stage(root: Path, arm: str, seed: int) -> Stage:
     ]
     commands = judging_commands(root, output_dir, seed, tuned=arm != "base")
     if arm != "base":
-        commands.insert(0, launch("train_prfl", tune))
+        commands.insert(0, launch("train_prfl", tune, recipes=RECIPES / "experiments"))
     return Stage(name, name, commands, [str(output_dir.relative_to(root))])
 
 
 def judging_commands(root: Path, output_dir: Path, seed: int, *, tuned: bool) -> list[list[str]]:
     """Make new videos with what is in `output_dir`, or with the generator as it ships, and judge them."""
     generate = ["--prompts", str(root / f"prompts_{seed}.json"), "--output_dir", str(output_dir / "videos")]
-    generate += ["--lora_path", str(output_dir)] if tuned else []
+    generate += ["--transformer_path", str(output_dir / "transformer")] if tuned else []
     judge = ["--manifest", str(output_dir / "videos" / "manifest.json"), "--output", str(output_dir / "verdicts.json")]
     return [launch("generate", generate), python("judge", judge)]
 

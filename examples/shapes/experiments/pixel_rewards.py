@@ -69,7 +69,7 @@ def frames_reward_stage(root: Path, arm: str, seed: int) -> Stage:
 def refl_options(root: Path, arm: str, seed: int, *, train_dataset: Path, output_dir: Path) -> list[str]:
     """Options of `frames_refl`, but for how long."""
     return [
-        *("--config", str(RECIPES / "train_prfl.yaml"), "--train_dataset", str(train_dataset)),
+        *("--config", str(RECIPES / "experiments" / "train_prfl.yaml"), "--train_dataset", str(train_dataset)),
         *("--reward_model", str(reward_model_dir(root, "finetuned", seed) / "best")),
         *("--frames_reward", str(frames_reward_dir(root, arm, seed)), "--decodes", str(ARMS[arm])),
         *("--output_dir", str(output_dir), "--seed", str(seed)),
