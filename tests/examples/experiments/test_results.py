@@ -1,0 +1,61 @@
+"""Committed results are of whole runs, and what the README says of them is what is in them."""
+
+import json
+import re
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from examples.shapes.experiments import generators, pixel_rewards, reward_models
+from examples.shapes.experiments.runs import RESULTS_DIR
+
+
+README = RESULTS_DIR.parents[1] / "README.md"
+RESULTS = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS_DIR.glob("*.json"))}
+ARMS = {"reward_models": reward_models.ARMS, "generators": generators.ARMS, "pixel_rewards": pixel_rewards.ARMS}
+
+
+def spreads(value: Any) -> Iterator[dict[str, Any]]:
+    """Every mean with its spread, however deep."""
+    if isinstance(value, dict):
+        if "values" in value:
+            yield value
+        else:
+            for each in value.values():
+                yield from spreads(each)
+    elif isinstance(value, list):
+        for each in value:
+            yield from spreads(each)
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_means_are_of_all_seeds(name: str) -> None:
+    found = list(spreads(RESULTS[name]))
+    assert found
+    for each in found:
+        assert len(each["values"]) == len(RESULTS[name]["seeds"])
+        assert each["mean"] == pytest.approx(statistics.fmean(each["values"]), abs=2e-4)
+    assert (RESULTS_DIR / f"{name}.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("name", [name for name in RESULTS if name in ARMS])
+def test_arms_are_those_of_the_script(name: str) -> None:
+    assert {*RESULTS[name]["arms"]} <= {*ARMS[name]}
+
+
+def test_the_readme_quotes_the_results() -> None:
+    """Rows of its tables that begin with an arm in code type: each `mean ± spread` is one of that arm's."""
+    quoted = 0
+    for line in README.read_text(encoding="utf-8").splitlines():
+        row = re.match(r"\| `(\w+)/(\w+)` \|", line)
+        if row is None:
+            continue
+        values = list(spreads(RESULTS[row[1]]["arms"][row[2]]))
+        known = {(f"{each['mean']:.2f}", f"{each['std']:.2f}") for each in values}
+        for mean, std in re.findall(r"(\d\.\d\d) ± (\d\.\d\d)", line):
+            assert (mean, std) in known, (line, mean, std)
+            quoted += 1
+    assert quoted >= 20
