@@ -36,7 +36,7 @@ NUM_STEPS, BATCH_SIZE = 20, 56
 FORESEEN = (0, 1, 2, 3, 4, 6, 8, 11, 15)
 # Failure -> measurement that tells it from good videos, more being better.
 TOLD_BY = {"frozen": "speed", "vanishing": "presence"}
-ARMS = ("finetuned", "real_clips")
+ARMS = ("own_and_real", "finetuned", "real_clips")
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ from hy_prfl.configs.parser import parse_config
 
 
 # Steps of an update of each kind, or as many single updates; validation after each quarter.
-NUM_STEPS = 60
+NUM_STEPS = 100
 NUM_VALIDATIONS = 4
 
 
@@ -50,7 +50,7 @@ class Arm:
 
     options: list[str] = field(default_factory=list)
     clips: str = "mixture"
-    reward_model: str = "finetuned"
+    reward_model: str = "own_and_real"
     single: bool = False
 
 
@@ -65,6 +65,7 @@ ARMS = {
     "prfl": Arm(),
     "curated_flow_matching": Arm(schedule("flow_matching"), clips="good", single=True),
     "curated_prfl": Arm(clips="good"),
+    "own_videos_reward": Arm(reward_model="finetuned"),
     "real_clips_reward": Arm(reward_model="real_clips"),
     "logit": Arm(["--reward_loss", "logit"]),
     "sigmoid": Arm(["--reward_loss", "sigmoid"]),
@@ -79,7 +80,14 @@ ARMS = {
     "gradient_steps_4": Arm(["--num_gradient_steps", "4"]),
 }
 PANELS = {
-    "Uncurated and curated": ["flow_matching", "prfl", "curated_flow_matching", "curated_prfl", "real_clips_reward"],
+    "Uncurated and curated": [
+        "flow_matching",
+        "prfl",
+        "curated_flow_matching",
+        "curated_prfl",
+        "own_videos_reward",
+        "real_clips_reward",
+    ],
     "Loss and schedule": ["prfl", "logit", "sigmoid", "scale_1", "joint", "reward_only", "logit_reward_only"],
     "Steps with gradient": ["prfl", "early", "middle", "late", "divided_by_step_width", "gradient_steps_4"],
 }

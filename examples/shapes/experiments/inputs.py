@@ -6,13 +6,16 @@ pretrained generator's own with the judge's verdicts for labels; and prompts tha
 own for each seed of an experiment.
 """
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from examples.shapes.demo import write_prompts
 from examples.shapes.experiments.runs import ExperimentConfig
+from examples.shapes.judge import write_json
 from examples.shapes.pretrain import clips_options
 from examples.shapes.stages import Stage, launch, python, run_stages
+from examples.shapes.summary import read_json
 from hy_prfl.configs.parser import parse_config
 
 
@@ -26,10 +29,8 @@ CLIPS = {
 }
 
 
-def input_stages(root: Path) -> list[Stage]:
-    """The commands that make the inputs."""
-    manifests = {name: root / "clips" / name / "manifest.json" for name in CLIPS}
-    manifests |= {f"samples_{part}": root / "labels" / f"{part}.json" for part in ("train", "validation")}
+def video_stages(root: Path) -> list[Stage]:
+    """The commands that make videos and their labels."""
     samples = ["--prompts", str(root / "sample_prompts.json"), "--output_dir", str(root / "samples")]
     labels = ["--manifest", str(root / "samples" / "manifest.json"), "--output_dir", str(root / "labels")]
     return [
@@ -49,19 +50,34 @@ def input_stages(root: Path) -> list[Stage]:
             ],
             ["clips"],
         ),
+    ]
+
+
+def latent_stages(root: Path) -> list[Stage]:
+    """The commands that encode them."""
+    manifests = {name: root / "clips" / name / "manifest.json" for name in CLIPS}
+    manifests |= {f"samples_{part}": root / "labels" / f"{part}.json" for part in ("train", "validation")}
+    both = {"own_and_real": root / "own_and_real.json"}
+    return [
+        Stage("latents", "latents of all of them", preprocess_commands(root, manifests), ["latents"]),
         Stage(
-            "latents",
-            "latents of all of them",
-            [
-                launch(
-                    "preprocess",
-                    ["--manifest", str(manifest), "--output_dir", str(root / "latents" / name)],
-                    two_processes=True,
-                )
-                for name, manifest in manifests.items()
-            ],
-            ["latents"],
+            "both",
+            "own videos and real clips in one dataset",
+            preprocess_commands(root, both),
+            ["latents/own_and_real"],
         ),
+    ]
+
+
+def preprocess_commands(root: Path, manifests: Mapping[str, Path]) -> list[list[str]]:
+    """One command for each dataset below `root/latents`."""
+    return [
+        launch(
+            "preprocess",
+            ["--manifest", str(manifest), "--output_dir", str(root / "latents" / name)],
+            two_processes=True,
+        )
+        for name, manifest in manifests.items()
     ]
 
 
@@ -70,7 +86,19 @@ def make_inputs(root: Path, seeds: Sequence[int]) -> None:
     write_prompts(root / "sample_prompts.json", "train", NUM_SAMPLES, first_seed=100_000)
     for seed in seeds:
         write_prompts(root / f"prompts_{seed}.json", "held_out", NUM_PROMPTS, first_seed=1000 * (seed + 1))
-    run_stages(input_stages(root), root, fresh=False)
+    run_stages(video_stages(root), root, fresh=False)
+    merge_manifests([root / "labels" / "train.json", root / "clips" / "labelled" / "manifest.json"], root)
+    run_stages(latent_stages(root), root, fresh=False)
+
+
+def merge_manifests(manifests: Sequence[Path], root: Path) -> None:
+    """Write `own_and_real.json`, the rows of several manifests; videos are named as seen from its folder."""
+    rows = [
+        {**row, "video": os.path.relpath(manifest.parent / row["video"], root)}
+        for manifest in manifests
+        for row in read_json(manifest)
+    ]
+    write_json(root / "own_and_real.json", rows)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

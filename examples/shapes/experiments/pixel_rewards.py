@@ -58,7 +58,7 @@ def frames_reward_stage(root: Path, arm: str, seed: int) -> Stage:
     """Train the reward of frames on what the latent one is trained on."""
     name, output_dir = f"frames_reward_{arm}_{seed}", frames_reward_dir(root, arm, seed)
     options = [
-        *("--train_dataset", str(root / "latents" / "samples_train")),
+        *("--train_dataset", str(root / "latents" / "own_and_real")),
         *("--validation_dataset", str(root / "latents" / "samples_validation")),
         *("--output_dir", str(output_dir), "--decodes", str(ARMS[arm])),
         *("--max_train_steps", str(NUM_UPDATES), "--seed", str(seed)),
@@ -70,7 +70,7 @@ def refl_options(root: Path, arm: str, seed: int, *, train_dataset: Path, output
     """Options of `frames_refl`, but for how long."""
     return [
         *("--config", str(RECIPES / "experiments" / "train_prfl.yaml"), "--train_dataset", str(train_dataset)),
-        *("--reward_model", str(reward_model_dir(root, "finetuned", seed) / "best")),
+        *("--reward_model", str(reward_model_dir(root, "own_and_real", seed) / "best")),
         *("--frames_reward", str(frames_reward_dir(root, arm, seed)), "--decodes", str(ARMS[arm])),
         *("--output_dir", str(output_dir), "--seed", str(seed)),
     ]
@@ -209,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arms = config.choose(list(ARMS))
     decoding = [arm for arm in arms if arm != "latents"]
     make_inputs(root, seeds)
-    rewards = [training_stage(root, "finetuned", seed) for seed in seeds]
+    rewards = [training_stage(root, "own_and_real", seed) for seed in seeds]
     rewards += [frames_reward_stage(root, arm, seed) for seed in seeds for arm in decoding]
     run_all(rewards, root, config.num_parallel)
     costs = measure_costs(root)

@@ -4,7 +4,7 @@ Claims about the reward model: does it see through noise, and what does it need 
     python -m examples.shapes.experiments.reward_models
 
 Every arm trains for as many updates on videos of the generator with the judge's labels (`real_clips`: on real clips with
-their exact ones), and is asked about other videos of the generator at five noise levels.
+their exact ones, `own_and_real`: on both), and is asked about other videos of the generator at five noise levels.
 Writes `results/reward_models.json` and a plot of it.
 """
 
@@ -33,6 +33,7 @@ ARMS: dict[str, list[str]] = {
     # The sigmoid of a normal variable of hardly any spread: sigma .5 always.
     "one_sigma": ["--weighting_scheme", "logit_normal", "--logit_std", "1e-6", "--flow_shift", "1"],
     "real_clips": [],
+    "own_and_real": [],
     "mean": ["--pooling", "mean"],
     "max": ["--pooling", "max"],
     "query_without_residual": ["--query_residual", "false"],
@@ -42,8 +43,10 @@ ARMS: dict[str, list[str]] = {
     # As many clips in an update as the others.
     "bradley_terry": ["--loss", "bt", "--train_batch_size", "16"],
 }
+# What the arms train on that do not train on the generator's own videos alone.
+DATASETS = {"real_clips": "labelled", "own_and_real": "own_and_real"}
 PANELS = {
-    "What is trained, and on what": ["finetuned", "probe", "one_sigma", "real_clips"],
+    "What is trained, and on what": ["finetuned", "probe", "one_sigma", "real_clips", "own_and_real"],
     "Pooling and loss": ["finetuned", "mean", "max", "query_without_residual", "bradley_terry"],
     "Blocks of 6": ["blocks_1", "blocks_2", "finetuned", "blocks_6"],
 }
@@ -57,7 +60,7 @@ def training_stage(root: Path, arm: str, seed: int) -> Stage:
     """Train one reward model, and evaluate it at the end."""
     name = f"reward_{arm}_{seed}"
     output_dir = reward_model_dir(root, arm, seed)
-    train = root / "latents" / ("labelled" if arm == "real_clips" else "samples_train")
+    train = root / "latents" / DATASETS.get(arm, "samples_train")
     options = [
         *("--train_dataset", str(train), "--validation_dataset", str(root / "latents" / "samples_validation")),
         *("--output_dir", str(output_dir), "--validation_timesteps", *map(str, TIMESTEPS)),

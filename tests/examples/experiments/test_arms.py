@@ -54,6 +54,6 @@ def test_panels_show_arms() -> None:
 
 
 def test_inputs_have_seeds_of_their_own(tmp_path: Path) -> None:
-    (clips,) = [stage for stage in inputs.input_stages(tmp_path) if stage.name == "clips"]
+    (clips,) = [stage for stage in inputs.video_stages(tmp_path) if stage.name == "clips"]
     seeds = [command[command.index("--seed") + 1] for command in clips.commands]
     assert len({*seeds}) == len(seeds)

@@ -134,7 +134,7 @@ def root(rows_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     pipeline = WanPipeline.from_pretrained(PRETRAINED_DIR)
     fingerprint = vae_fingerprint(pipeline.vae)
     latent = WanRewardModel.from_transformer(pipeline.transformer, num_layers=2, vae_fingerprint=fingerprint)
-    latent.save_pretrained(folder / "reward_models" / "finetuned_0" / "best")
+    latent.save_pretrained(folder / "reward_models" / "own_and_real_0" / "best")
     network = make_network(str(PRETRAINED_DIR), num_layers=2, seed=0)
     for arm in ("first_frame", "all_frames"):
         network.save_pretrained(folder / "frames_rewards" / f"{arm}_0" / NETWORK)

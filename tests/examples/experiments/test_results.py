@@ -4,7 +4,6 @@ import json
 import re
 import statistics
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
