@@ -28,7 +28,7 @@ from hy_prfl.configs.parser import parse_config
 
 
 # Steps of an update of each kind, or as many single updates; validation after each quarter.
-NUM_STEPS = 100
+NUM_STEPS = 80
 NUM_VALIDATIONS = 4
 
 

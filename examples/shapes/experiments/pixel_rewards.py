@@ -29,7 +29,7 @@ from examples.shapes.experiments.generators import (
     tuning_stage,
 )
 from examples.shapes.experiments.inputs import make_inputs
-from examples.shapes.experiments.reward_models import NUM_UPDATES, reward_model_dir, training_stage
+from examples.shapes.experiments.reward_models import UPDATES, reward_model_dir, training_stage
 from examples.shapes.experiments.runs import ExperimentConfig, mean_and_spread, run_all
 from examples.shapes.judge import write_json
 from examples.shapes.stages import RECIPES, Stage, python
@@ -61,7 +61,7 @@ def frames_reward_stage(root: Path, arm: str, seed: int) -> Stage:
         *("--train_dataset", str(root / "latents" / "own_and_real")),
         *("--validation_dataset", str(root / "latents" / "samples_validation")),
         *("--output_dir", str(output_dir), "--decodes", str(ARMS[arm])),
-        *("--max_train_steps", str(NUM_UPDATES), "--seed", str(seed)),
+        *("--max_train_steps", str(UPDATES["own_and_real"]), "--seed", str(seed)),
     ]
     return Stage(name, name, [python("experiments.frames_reward", options)], [str(output_dir.relative_to(root))])
 

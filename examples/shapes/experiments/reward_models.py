@@ -4,7 +4,7 @@ Claims about the reward model: does it see through noise, and what does it need 
     python -m examples.shapes.experiments.reward_models
 
 Every arm trains for as many updates on videos of the generator with the judge's labels (`real_clips`: on real clips with
-their exact ones, `own_and_real`: on both), and is asked about other videos of the generator at five noise levels.
+their exact ones, `own_and_real`: on both, twice as long), and is asked about other videos of the generator at five noise levels.
 Writes `results/reward_models.json` and a plot of it.
 """
 
@@ -45,6 +45,8 @@ ARMS: dict[str, list[str]] = {
 }
 # What the arms train on that do not train on the generator's own videos alone.
 DATASETS = {"real_clips": "labelled", "own_and_real": "own_and_real"}
+# Twice the clips, each as often.
+UPDATES = {"own_and_real": 2 * NUM_UPDATES}
 PANELS = {
     "What is trained, and on what": ["finetuned", "probe", "one_sigma", "real_clips", "own_and_real"],
     "Pooling and loss": ["finetuned", "mean", "max", "query_without_residual", "bradley_terry"],
@@ -60,12 +62,13 @@ def training_stage(root: Path, arm: str, seed: int) -> Stage:
     """Train one reward model, and evaluate it at the end."""
     name = f"reward_{arm}_{seed}"
     output_dir = reward_model_dir(root, arm, seed)
+    num_updates = str(UPDATES.get(arm, NUM_UPDATES))
     train = root / "latents" / DATASETS.get(arm, "samples_train")
     options = [
         *("--train_dataset", str(train), "--validation_dataset", str(root / "latents" / "samples_validation")),
         *("--output_dir", str(output_dir), "--validation_timesteps", *map(str, TIMESTEPS)),
-        *("--max_train_steps", str(NUM_UPDATES), "--validation_steps", str(NUM_UPDATES)),
-        *("--checkpointing_steps", str(NUM_UPDATES), "--seed", str(seed), *ARMS[arm]),
+        *("--max_train_steps", num_updates, "--validation_steps", num_updates),
+        *("--checkpointing_steps", num_updates, "--seed", str(seed), *ARMS[arm]),
     ]
     return Stage(name, name, [launch("train_reward", options)], [str(output_dir.relative_to(root))])
 

@@ -27,7 +27,8 @@ def test_arms_of_reward_models(tmp_path: Path, arm: str) -> None:
     stage = reward_models.training_stage(tmp_path, arm, seed=3)
     config = parse_config(RewardTrainingConfig, options_of(stage, "train_reward"))
     assert config.seed == 3
-    assert config.max_train_steps == config.validation_steps == reward_models.NUM_UPDATES
+    assert config.max_train_steps == config.validation_steps
+    assert config.max_train_steps == reward_models.NUM_UPDATES * (2 if arm == "own_and_real" else 1)
     assert config.train_batch_size * (2 if config.loss == "bt" else 1) == 32
 
 
