@@ -111,7 +111,7 @@ def plot(points: Sequence[Mapping[str, Any]], path: Path) -> None:
             )  # fmt: skip
         axes.axhline(0.5, color="gray", linestyle=":")
         axes.invert_xaxis()
-        axes.set(title=f"good against {failure}", xlabel="timestep of the chain, from noise to video")
+        axes.set(title=f"good against {failure}", xlabel="timestep, from noise to video")
         axes.legend(fontsize=8, frameon=False)
     figure.axes[0].set_ylabel("AUC")
     figure.savefig(path, metadata={"Software": None}, dpi=110)

@@ -65,6 +65,8 @@ ARMS = {
     "prfl": Arm(),
     "curated_flow_matching": Arm(schedule("flow_matching"), clips="good", single=True),
     "curated_prfl": Arm(clips="good"),
+    "deep_reward": Arm(reward_model="blocks_6"),
+    "curated_deep_reward": Arm(clips="good", reward_model="blocks_6"),
     "own_videos_reward": Arm(reward_model="finetuned"),
     "real_clips_reward": Arm(reward_model="real_clips"),
     "logit": Arm(["--reward_loss", "logit"]),
@@ -80,14 +82,8 @@ ARMS = {
     "gradient_steps_4": Arm(["--num_gradient_steps", "4"]),
 }
 PANELS = {
-    "Uncurated and curated": [
-        "flow_matching",
-        "prfl",
-        "curated_flow_matching",
-        "curated_prfl",
-        "own_videos_reward",
-        "real_clips_reward",
-    ],
+    "Uncurated": ["flow_matching", "prfl", "deep_reward", "own_videos_reward", "real_clips_reward"],
+    "Curated": ["curated_flow_matching", "curated_prfl", "curated_deep_reward"],
     "Loss and schedule": ["prfl", "logit", "sigmoid", "scale_1", "joint", "reward_only", "logit_reward_only"],
     "Steps with gradient": ["prfl", "early", "middle", "late", "divided_by_step_width", "gradient_steps_4"],
 }
@@ -164,8 +160,10 @@ def summarize_judging(output_dirs: Sequence[Path]) -> dict[str, Any]:
 
 def plot(arms: Mapping[str, Any], path: Path) -> None:
     """Good videos at the end, and the judge against the reward on the way."""
-    figure = Figure(figsize=(14, 7), layout="constrained")
-    bars, *others = figure.subplots(2, 2).flat
+    panels = {title: [name for name in panel if name in arms] for title, panel in PANELS.items()}
+    panels = {title: panel for title, panel in panels.items() if len(panel) > 1}
+    figure = Figure(figsize=(5 + 4 * len(panels), 4.2), layout="constrained")
+    bars, *others = figure.subplots(1, 1 + len(panels))
     names = list(arms)
     bars.barh(
         [name.replace("_", " ") for name in names],
@@ -175,20 +173,19 @@ def plot(arms: Mapping[str, Any], path: Path) -> None:
     )  # fmt: skip
     bars.invert_yaxis()
     bars.set(title="Good videos at the end, by the judge", xlim=(0, 1))
-    for axes, (title, panel) in zip(others, PANELS.items(), strict=True):
+    for axes, (title, panel) in zip(others, panels.items(), strict=True):
         for name in panel:
-            if name in arms:
-                points = arms[name]["on_the_way"]
-                (line,) = axes.plot(
-                    [point["share_of_run"]["mean"] for point in points],
-                    [point["good"]["mean"] for point in points],
-                    marker="o", markersize=3, label=name.replace("_", " "),
-                )  # fmt: skip
-                axes.plot(
-                    [point["share_of_run"]["mean"] for point in points],
-                    [point["reward"]["mean"] for point in points],
-                    linestyle=":", color=line.get_color(),
-                )  # fmt: skip
+            points = arms[name]["on_the_way"]
+            (line,) = axes.plot(
+                [point["share_of_run"]["mean"] for point in points],
+                [point["good"]["mean"] for point in points],
+                marker="o", markersize=3, label=name.replace("_", " "),
+            )  # fmt: skip
+            axes.plot(
+                [point["share_of_run"]["mean"] for point in points],
+                [point["reward"]["mean"] for point in points],
+                linestyle=":", color=line.get_color(),
+            )  # fmt: skip
         axes.set(title=f"{title}: judge (lines), reward (dots)", xlabel="share of the run", ylim=(0, 1.02))
         axes.legend(fontsize=7, frameon=False)
     figure.savefig(path, metadata={"Software": None}, dpi=110)

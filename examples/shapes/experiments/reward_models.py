@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from examples.shapes.experiments.inputs import make_inputs
 from examples.shapes.experiments.runs import ExperimentConfig, mean_and_spread, run_all
 from examples.shapes.judge import write_json
-from examples.shapes.stages import Stage, launch
+from examples.shapes.stages import RECIPES, Stage, launch
 from hy_prfl.configs.parser import parse_config
 
 
@@ -70,7 +70,12 @@ def training_stage(root: Path, arm: str, seed: int) -> Stage:
         *("--max_train_steps", num_updates, "--validation_steps", num_updates),
         *("--checkpointing_steps", num_updates, "--seed", str(seed), *ARMS[arm]),
     ]
-    return Stage(name, name, [launch("train_reward", options)], [str(output_dir.relative_to(root))])
+    return Stage(
+        name,
+        name,
+        [launch("train_reward", options, recipes=RECIPES / "experiments")],
+        [str(output_dir.relative_to(root))],
+    )
 
 
 def summarize(root: Path, arms: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
