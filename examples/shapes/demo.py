@@ -43,7 +43,7 @@ class DemoConfig:
     reward_steps: int | None = field(
         default=None, metadata={"help": "Updates of the reward model, if not the recipe's."}
     )
-    prfl_steps: int = field(default=60, metadata={"help": "Steps of PRFL, each of two updates."})
+    prfl_steps: int = field(default=80, metadata={"help": "Steps of PRFL, each of two updates."})
     seed: int = field(default=0, metadata={"help": "Seed of clips, videos and training."})
 
     def __post_init__(self) -> None:
