@@ -1,6 +1,6 @@
 # Everything happens in .venv, which the first target that needs it makes. Only Python 3.10+ has to be there.
 #
-#   make demo      the whole method on small videos, about 10 minutes on 2 CPU cores; results in outputs/demo
+#   make demo      the whole method on small videos, about 8 minutes on 2 CPU cores; results in outputs/demo
 #   make test      all tests (CPU, no network)
 #   make parity    training on two processes against one, every engine, about 12 minutes; outputs/parity.json
 #   make memory    memory of a process with each engine, about 10 minutes; outputs/memory.json
