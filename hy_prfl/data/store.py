@@ -188,17 +188,14 @@ def _encode_share(
     def encode_waiting() -> None:
         results = row_encoder.encode_rows([rows[first] for first, *_ in waiting.values()])
         for (key, equal), result in zip(waiting.items(), results, strict=True):
-            is_bad = isinstance(result, VideoError)
-            if not isinstance(result, VideoError):
-                shard[key] = result
-                known.add(key)
+            if isinstance(result, VideoError):
+                for position in equal:
+                    note(position, None, reason=str(result))
+                continue
+            shard[key] = result
+            known.add(key)
             for position in equal:
-                note(
-                    position,
-                    None if is_bad else key,
-                    encoded=not is_bad and position == equal[0],
-                    reason=str(result) if is_bad else None,
-                )
+                note(position, key, encoded=position == equal[0])
         waiting.clear()
         if len(shard) >= shard_size:
             _write_shard(partial_dir, shard, tensor_dtype)

@@ -202,7 +202,7 @@ def test_reward_training(convert: Callable[..., Any]) -> None:
     assert (config.checkpointing_steps, config.validation_steps) == (100, 100)
     assert (config.flow_shift, config.weighting_scheme) == (5.0, "uniform")
     assert (config.context_parallel_degree, config.train_batch_size, config.dataloader_num_workers) == (4, 1, 2)
-    assert (config.seed, config.validation_seed, config.validation_timesteps) == (42, 1024, [201, 400, 600, 800, 1000])
+    assert (config.seed, config.validation_seed, config.validation_timesteps) == (42, 1024, [100, 300, 500, 700, 900])
     assert config.output_dir == "outputs/train_pavrm_i2v_720"
     assert (config.train_dataset, config.validation_dataset) == ("data/temp_data_720", "data/val")
     (command,) = [each for each in converted.first if "--upstream_meta temp_data/temp_data_720.list" in each]

@@ -48,13 +48,6 @@ def trained_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def shipped() -> WanPipeline:
-    pipeline = WanPipeline.from_pretrained(PRETRAINED_DIR)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
 def read_record(folder: Path) -> dict:
     return json.loads((folder / RECORD).read_text(encoding="utf-8"))
 

@@ -117,8 +117,8 @@ def test_training_learns_labels_that_can_be_learnt(build: Callable[..., RewardTr
     trainer.train()
     lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     validation = next(line for line in lines if "validation/auc" in line)
-    assert validation["validation/accuracy/t201"] == 1.0
-    assert validation["validation/auc/t400"] == 1.0
+    assert validation["validation/accuracy/t100"] == 1.0
+    assert validation["validation/auc/t300"] == 1.0
 
 
 @pytest.mark.parametrize("loss", ["bce", "bt"])

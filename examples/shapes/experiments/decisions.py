@@ -24,10 +24,11 @@ from tqdm import tqdm
 from examples.shapes.clips import split_captions
 from examples.shapes.experiments.inputs import make_inputs
 from examples.shapes.experiments.reward_models import reward_model_dir, training_stage
-from examples.shapes.experiments.runs import ExperimentConfig, mean_and_spread, run_all
+from examples.shapes.experiments.runs import ExperimentConfig, mean_and_spread, plot_spread, run_all
 from examples.shapes.judge import judge_videos, write_json
 from examples.shapes.pretrain import MAX_SEQUENCE_LENGTH, PRETRAINED_DIR
 from hy_prfl.configs.parser import parse_config
+from hy_prfl.generation import decode_latents
 from hy_prfl.models.reward_model import WanRewardModel
 
 
@@ -64,10 +65,10 @@ def follow_chains(
         logits.append({arm: values.numpy() for arm, values in scores.items()})
         if index in FORESEEN:
             clean = latents - scheduler.sigmas[index] * velocity
-            verdicts = judge_videos(decode(pipeline, clean), captions)
+            verdicts = judge_videos(decode_latents(pipeline.vae, clean), captions)
             foreseen[index] = [verdict.measurements for verdict in verdicts]
         latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
-    kinds = np.array([verdict.kind for verdict in judge_videos(decode(pipeline, latents), captions)])
+    kinds = np.array([verdict.kind for verdict in judge_videos(decode_latents(pipeline.vae, latents), captions)])
 
     points = []
     for index, timestep in enumerate(scheduler.timesteps.tolist()):
@@ -78,20 +79,11 @@ def follow_chains(
             for arm, values in logits[index].items():
                 point[f"{arm}/{failure}"] = float(roc_auc_score(is_good, values[chosen]))
             if index in foreseen:
-                # What cannot be measured is not there.
-                measured = np.array([each.get(name, np.nan) for each in foreseen[index]])
-                point[f"foreseen/{failure}"] = float(roc_auc_score(is_good, np.nan_to_num(measured)[chosen]))
+                # A shape that cannot be tracked neither moves nor stays.
+                measured = np.array([each.get(name, 0.0) for each in foreseen[index]])
+                point[f"foreseen/{failure}"] = float(roc_auc_score(is_good, measured[chosen]))
         points.append(point)
     return points
-
-
-@torch.no_grad()
-def decode(pipeline: WanPipeline, latents: torch.Tensor) -> list[np.ndarray]:
-    """Videos of latents, float RGB in [0, 1]."""
-    shape = (1, -1, 1, 1, 1)
-    mean, std = (torch.tensor(pipeline.vae.config[name]).view(shape) for name in ("latents_mean", "latents_std"))
-    frames = torch.cat([pipeline.vae.decode(part * std + mean).sample for part in latents.split(BATCH_SIZE)])
-    return list((frames.clamp(-1, 1) / 2 + 0.5).permute(0, 2, 3, 4, 1).numpy())
 
 
 def plot(points: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -99,16 +91,13 @@ def plot(points: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     for axes, failure in zip(figure.subplots(1, len(TOLD_BY), sharey=True), TOLD_BY, strict=True):
         for name in (*ARMS, "foreseen"):
-            found = [
-                (point["timestep"], point[f"{name}/{failure}"]) for point in points if f"{name}/{failure}" in point
-            ]
-            axes.errorbar(
-                [timestep for timestep, _ in found],
-                [auc["mean"] for _, auc in found],
-                yerr=[auc["std"] for _, auc in found],
-                marker="o", markersize=3, capsize=2,
+            there = [point for point in points if f"{name}/{failure}" in point]
+            plot_spread(
+                axes,
+                [point["timestep"] for point in there],
+                [point[f"{name}/{failure}"] for point in there],
                 label="the foreseen video" if name == "foreseen" else f"reward model, {name.replace('_', ' ')}",
-            )  # fmt: skip
+            )
         axes.axhline(0.5, color="gray", linestyle=":")
         axes.invert_xaxis()
         axes.set(title=f"good against {failure}", xlabel="timestep, from noise to video")

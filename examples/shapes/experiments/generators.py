@@ -46,12 +46,15 @@ class Arm:
             Arm of `reward_models.py`.
         single (`bool`):
             Whether a step has one update only, of both losses or of one of them.
+        times (`int`):
+            How many times longer than the others it runs.
     """
 
     options: list[str] = field(default_factory=list)
     clips: str = "mixture"
     reward_model: str = "own_and_real"
     single: bool = False
+    times: int = 1
 
 
 def schedule(name: str) -> list[str]:
@@ -65,8 +68,13 @@ ARMS = {
     "prfl": Arm(),
     "curated_flow_matching": Arm(schedule("flow_matching"), clips="good", single=True),
     "curated_prfl": Arm(clips="good"),
+    # A step of PRFL takes as long as four updates of flow matching, here.
+    "curated_flow_matching_twice": Arm(schedule("flow_matching"), clips="good", single=True, times=2),
+    "prfl_three_times": Arm(times=3),
+    "curated_prfl_three_times": Arm(clips="good", times=3),
     "deep_reward": Arm(reward_model="blocks_6"),
     "curated_deep_reward": Arm(clips="good", reward_model="blocks_6"),
+    "max_reward": Arm(reward_model="max"),
     "own_videos_reward": Arm(reward_model="finetuned"),
     "real_clips_reward": Arm(reward_model="real_clips"),
     "logit": Arm(["--reward_loss", "logit"]),
@@ -82,8 +90,15 @@ ARMS = {
     "gradient_steps_4": Arm(["--num_gradient_steps", "4"]),
 }
 PANELS = {
-    "Uncurated": ["flow_matching", "prfl", "deep_reward", "own_videos_reward", "real_clips_reward"],
-    "Curated": ["curated_flow_matching", "curated_prfl", "curated_deep_reward"],
+    "Uncurated": ["flow_matching", "prfl", "prfl_three_times"],
+    "Curated": [
+        "curated_flow_matching",
+        "curated_flow_matching_twice",
+        "curated_prfl",
+        "curated_prfl_three_times",
+        "curated_deep_reward",
+    ],
+    "Reward model": ["prfl", "deep_reward", "max_reward", "own_videos_reward", "real_clips_reward"],
     "Loss and schedule": ["prfl", "logit", "sigmoid", "scale_1", "joint", "reward_only", "logit_reward_only"],
     "Steps with gradient": ["prfl", "early", "middle", "late", "divided_by_step_width", "gradient_steps_4"],
 }
@@ -96,7 +111,7 @@ def arm_dir(root: Path, arm: str, seed: int) -> Path:
 def tuning_stage(root: Path, arm: str, seed: int) -> Stage:
     """Tune the generator, sampling on the way, then make new videos and judge them."""
     name, output_dir, settings = f"generator_{arm}_{seed}", arm_dir(root, arm, seed), ARMS[arm]
-    num_steps = 2 * NUM_STEPS if settings.single else NUM_STEPS
+    num_steps = settings.times * (2 * NUM_STEPS if settings.single else NUM_STEPS)
     tune = [
         *("--train_dataset", str(root / "latents" / settings.clips)),
         *("--validation_dataset", str(root / "latents" / "held_out")),

@@ -66,20 +66,23 @@ def frames_reward_stage(root: Path, arm: str, seed: int) -> Stage:
     return Stage(name, name, [python("experiments.frames_reward", options)], [str(output_dir.relative_to(root))])
 
 
-def refl_options(root: Path, arm: str, seed: int, *, train_dataset: Path, output_dir: Path) -> list[str]:
-    """Options of `frames_refl`, but for how long."""
-    return [
+def tuning_options(root: Path, arm: str, seed: int, *, train_dataset: Path, output_dir: Path) -> list[str]:
+    """Options of `train_prfl`, or of `frames_refl` for an arm that decodes, but for how long."""
+    options = [
         *("--config", str(RECIPES / "experiments" / "train_prfl.yaml"), "--train_dataset", str(train_dataset)),
         *("--reward_model", str(reward_model_dir(root, "own_and_real", seed) / "best")),
-        *("--frames_reward", str(frames_reward_dir(root, arm, seed)), "--decodes", str(ARMS[arm])),
         *("--output_dir", str(output_dir), "--seed", str(seed)),
     ]
+    decodes = ARMS[arm]
+    if decodes is not None:
+        options += ["--frames_reward", str(frames_reward_dir(root, arm, seed)), "--decodes", decodes]
+    return options
 
 
 def refl_stage(root: Path, arm: str, seed: int, num_steps: int) -> Stage:
     """Tune the generator by RGB ReFL, then make new videos and judge them."""
     name, output_dir = f"refl_{arm}_{seed}", root / "refl" / f"{arm}_{seed}"
-    tune = refl_options(root, arm, seed, train_dataset=root / "latents" / "mixture", output_dir=output_dir)
+    tune = tuning_options(root, arm, seed, train_dataset=root / "latents" / "mixture", output_dir=output_dir)
     tune += ["--step_range", *map(str, LATE_STEPS)]
     tune += ["--max_train_steps", str(num_steps), "--checkpointing_steps", str(num_steps)]
     commands = [python("experiments.frames_refl", tune), *judging_commands(root, output_dir, seed, tuned=True)]
@@ -119,13 +122,10 @@ def measure_cost(root: Path, arm: str, num_latent_frames: int) -> None:
     """Measure the updates of an arm's trainer, a pair of both losses, and write what it took."""
     rows = root / "costs" / f"rows_{num_latent_frames}"
     output_dir = root / "costs" / f"{arm}_{num_latent_frames}"
-    options = refl_options(root, arm, 0, train_dataset=rows, output_dir=output_dir)
+    options = tuning_options(root, arm, 0, train_dataset=rows, output_dir=output_dir)
     options += ["--step_range", str(MEAN_STEP[arm]), str(MEAN_STEP[arm]), "--report_to", "none"]
     options += ["--max_train_steps", "1000", "--checkpointing_steps", "1000"]
     if ARMS[arm] is None:
-        for name in ("--frames_reward", "--decodes"):
-            where = options.index(name)
-            del options[where : where + 2]
         trainer: PRFLTrainer = type("Measured", (Measured, PRFLTrainer), {})(parse_config(PRFLTrainingConfig, options))
     else:
         measured = type("Measured", (Measured, RGBReFLTrainer), {})

@@ -8,7 +8,6 @@ their exact ones, `own_and_real`: on both, twice as long), and is asked about ot
 Writes `results/reward_models.json` and a plot of it.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,10 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from examples.shapes.experiments.inputs import make_inputs
-from examples.shapes.experiments.runs import ExperimentConfig, mean_and_spread, run_all
+from examples.shapes.experiments.runs import ExperimentConfig, mean_and_spread, plot_spread, run_all
 from examples.shapes.judge import write_json
 from examples.shapes.stages import RECIPES, Stage, launch
+from examples.shapes.summary import read_json
 from hy_prfl.configs.parser import parse_config
 
 
@@ -82,10 +82,7 @@ def summarize(root: Path, arms: Sequence[str], seeds: Sequence[int]) -> dict[str
     """AUC, and accuracy where there is one, of each arm by noise level; mean and spread over the seeds."""
     results: dict[str, Any] = {}
     for arm in arms:
-        found = [
-            json.loads((reward_model_dir(root, arm, seed) / "best" / "metrics.json").read_text(encoding="utf-8"))
-            for seed in seeds
-        ]
+        found = [read_json(reward_model_dir(root, arm, seed) / "best" / "metrics.json") for seed in seeds]
         results[arm] = {
             metric: {
                 str(timestep): mean_and_spread([metrics[f"{metric}/t{timestep}"] for metrics in found])
@@ -101,7 +98,7 @@ def summarize(root: Path, arms: Sequence[str], seeds: Sequence[int]) -> dict[str
 
 def majority_accuracy(root: Path) -> float:
     """Accuracy of always giving the commoner label, on the validation videos."""
-    rows = json.loads((root / "labels" / "validation.json").read_text(encoding="utf-8"))
+    rows = read_json(root / "labels" / "validation.json")
     good = sum(row["physics_quality"] * row["human_quality"] for row in rows) / len(rows)
     return max(good, 1 - good)
 
@@ -112,13 +109,8 @@ def plot(arms: Mapping[str, Any], path: Path) -> None:
     figure = Figure(figsize=(4.2 * len(panels), 3.4), layout="constrained")
     for axes, (title, names) in zip(figure.subplots(1, len(panels), sharey=True), panels.items(), strict=True):
         for name in names:
-            auc = arms[name]["auc"]
-            axes.errorbar(
-                [timestep / 1000 for timestep in TIMESTEPS],
-                [auc[str(timestep)]["mean"] for timestep in TIMESTEPS],
-                yerr=[auc[str(timestep)]["std"] for timestep in TIMESTEPS],
-                marker="o", markersize=3, capsize=2, label=name.replace("_", " "),
-            )  # fmt: skip
+            auc = [arms[name]["auc"][str(timestep)] for timestep in TIMESTEPS]
+            plot_spread(axes, [timestep / 1000 for timestep in TIMESTEPS], auc, label=name.replace("_", " "))
         axes.axhline(0.5, color="gray", linestyle=":")
         axes.set(title=title, xlabel="sigma (1 is pure noise)")
         axes.legend(fontsize=8, frameon=False)

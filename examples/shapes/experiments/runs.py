@@ -1,11 +1,13 @@
 """Runs the arms of an experiment, several at a time, each once, and puts their numbers together."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from matplotlib.axes import Axes
 from tqdm import tqdm
 
 from examples.shapes.stages import Stage
@@ -69,3 +71,13 @@ def mean_and_spread(values: Sequence[float]) -> dict[str, float | list[float]]:
         "std": round(spread, 4),
         "values": [round(value, 4) for value in values],
     }
+
+
+def plot_spread(axes: Axes, x: Sequence[float], points: Sequence[Mapping[str, Any]], label: str) -> None:
+    """A line through means, with bars of their spread."""
+    axes.errorbar(
+        x,
+        [point["mean"] for point in points],
+        yerr=[point["std"] for point in points],
+        marker="o", markersize=3, capsize=2, label=label,
+    )  # fmt: skip

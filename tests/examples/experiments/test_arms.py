@@ -33,13 +33,13 @@ def test_arms_of_reward_models(tmp_path: Path, arm: str) -> None:
 
 
 @pytest.mark.parametrize("arm", [arm for arm in generators.ARMS if arm != "base"])
-def test_arms_of_generators_have_equally_many_updates(tmp_path: Path, arm: str) -> None:
+def test_arms_of_generators_have_equally_many_updates_or_a_multiple(tmp_path: Path, arm: str) -> None:
     stage = generators.tuning_stage(tmp_path, arm, seed=3)
     config = parse_config(PRFLTrainingConfig, options_of(stage, "train_prfl"))
     assert config.seed == config.validation_seed == 3
     assert config.max_train_steps is not None
     updates = 2 if config.update_schedule == "alternate" else 1
-    assert config.max_train_steps * updates == 2 * generators.NUM_STEPS
+    assert config.max_train_steps * updates == 2 * generators.NUM_STEPS * generators.ARMS[arm].times
     assert config.max_train_steps == generators.NUM_VALIDATIONS * config.validation_steps
 
 
