@@ -20,7 +20,7 @@ from diffusers import AutoencoderKLWan
 from diffusers.optimization import get_scheduler
 from sklearn.metrics import roc_auc_score
 from torch import nn
-from tqdm import trange
+from tqdm import tqdm, trange
 
 from examples.shapes.judge import write_json
 from hy_prfl.configs.parser import parse_config
@@ -61,13 +61,17 @@ class FramesReward(nn.Module):
 
     def forward(self, latents: torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
         """Logits `(batch_size,)` of clean latents `(batch_size, num_channels, num_frames, height, width)`."""
+        return self.judge(self.decode(latents), prompt_embeds)
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Cubes of the frames, see `fold_frames`."""
         latents = latents[:, :, : self.num_decoded] * self.latents_std + self.latents_mean
-        frames = self.vae.decode(latents).sample
-        return self.network(
-            hidden_states=fold_frames(frames),
-            timestep=torch.zeros(len(latents), device=latents.device),
-            encoder_hidden_states=prompt_embeds,
-        ).logits
+        return fold_frames(self.vae.decode(latents).sample)
+
+    def judge(self, cubes: torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
+        """Logits of cubes."""
+        timestep = torch.zeros(len(cubes), device=cubes.device)
+        return self.network(hidden_states=cubes, timestep=timestep, encoder_hidden_states=prompt_embeds).logits
 
 
 def fold_frames(frames: torch.Tensor) -> torch.Tensor:
@@ -112,20 +116,29 @@ class FramesRewardConfig:
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate."})
     lr_warmup_steps: int = field(default=20, metadata={"help": "Updates of warm-up; cosine decay follows."})
     train_batch_size: int = field(default=32, metadata={"help": "Clips in an update."})
-    max_train_steps: int = field(default=600, metadata={"help": "Updates."})
+    max_train_steps: int = field(default=400, metadata={"help": "Updates."})
     seed: int = field(default=0, metadata={"help": "Seed of the order of the clips and of new weights."})
 
 
 class LabelledClips:
-    """Batches of rows with a label."""
+    """Rows with a label, decoded once."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, reward: FramesReward, batch_size: int) -> None:
         self.dataset = load_latent_dataset(path)
         self.rows, self.labels = rows_with_label(self.dataset, TASK, path)
+        positions = torch.arange(len(self.rows)).split(batch_size)
+        with torch.no_grad():
+            self.cubes = torch.cat([
+                reward.decode(self._collate(some).clips.latents) for some in tqdm(positions, desc="Decoding")
+            ])  # fmt: skip
 
-    def batch(self, positions: Sequence[int]) -> LabeledBatch:
-        """The rows at these positions among those that have a label."""
-        rows = [table_to_rows(self.dataset[self.rows[position]])[0] for position in positions]
+    def batch(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Cubes, prompt embeddings and labels of the rows at these positions among those that have a label."""
+        batch = self._collate(positions)
+        return self.cubes[positions], batch.clips.prompt_embeds, batch.labels
+
+    def _collate(self, positions: torch.Tensor) -> LabeledBatch:
+        rows = [table_to_rows(self.dataset[self.rows[position]])[0] for position in positions.tolist()]
         return collate_labeled(rows, task=TASK)
 
 
@@ -136,7 +149,7 @@ def train(config: FramesRewardConfig) -> dict[str, float]:
     reward = FramesReward(vae, network, config.decodes)
     # Frozen with the latent one too; the patch embedding is new here.
     network.condition_embedder.requires_grad_(False)
-    clips = LabelledClips(config.train_dataset)
+    clips = LabelledClips(config.train_dataset, reward, config.train_batch_size)
     optimizer = torch.optim.AdamW(
         [parameter for parameter in network.parameters() if parameter.requires_grad], lr=config.learning_rate
     )
@@ -149,14 +162,15 @@ def train(config: FramesRewardConfig) -> dict[str, float]:
     generator = torch.Generator().manual_seed(config.seed)
     for _ in trange(config.max_train_steps, desc="Updates"):
         order = torch.randperm(len(clips.rows), generator=generator)[: config.train_batch_size]
-        batch = clips.batch(order.tolist())
-        loss = binary_reward_loss(reward(batch.clips.latents, batch.clips.prompt_embeds), batch.labels)
+        cubes, prompt_embeds, labels = clips.batch(order)
+        loss = binary_reward_loss(reward.judge(cubes, prompt_embeds), labels)
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-    metrics = {"auc": area_under_curve(reward, LabelledClips(config.validation_dataset), config.train_batch_size)}
+    unseen = LabelledClips(config.validation_dataset, reward, config.train_batch_size)
+    metrics = {"auc": area_under_curve(reward, unseen, config.train_batch_size)}
     network.save_pretrained(Path(config.output_dir) / NETWORK)
     write_json(Path(config.output_dir) / "metrics.json", metrics)
     return metrics
@@ -166,9 +180,9 @@ def train(config: FramesRewardConfig) -> dict[str, float]:
 def area_under_curve(reward: FramesReward, clips: LabelledClips, batch_size: int) -> float:
     """AUC on clean clips."""
     logits = []
-    for first in range(0, len(clips.rows), batch_size):
-        batch = clips.batch(range(first, min(first + batch_size, len(clips.rows))))
-        logits += reward(batch.clips.latents, batch.clips.prompt_embeds).tolist()
+    for positions in torch.arange(len(clips.rows)).split(batch_size):
+        cubes, prompt_embeds, _ = clips.batch(positions)
+        logits += reward.judge(cubes, prompt_embeds).tolist()
     return float(roc_auc_score(clips.labels, logits))
 
 
