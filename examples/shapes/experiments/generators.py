@@ -70,11 +70,7 @@ ARMS = {
     "curated_prfl": Arm(clips="good"),
     # A step of PRFL takes as long as four updates of flow matching, here.
     "curated_flow_matching_twice": Arm(schedule("flow_matching"), clips="good", single=True, times=2),
-    "prfl_three_times": Arm(times=3),
-    "curated_prfl_three_times": Arm(clips="good", times=3),
     "deep_reward": Arm(reward_model="blocks_6"),
-    "curated_deep_reward": Arm(clips="good", reward_model="blocks_6"),
-    "max_reward": Arm(reward_model="max"),
     "own_videos_reward": Arm(reward_model="finetuned"),
     "real_clips_reward": Arm(reward_model="real_clips"),
     "logit": Arm(["--reward_loss", "logit"]),
@@ -82,25 +78,27 @@ ARMS = {
     "scale_1": Arm(["--reward_scale", "1"]),
     "joint": Arm(schedule("joint"), single=True),
     "reward_only": Arm(schedule("reward"), single=True),
-    "logit_reward_only": Arm(["--reward_loss", "logit", *schedule("reward")], single=True),
     "early": Arm(["--step_range", "0", "5"]),
+    "curated_early": Arm(["--step_range", "0", "5"], clips="good"),
     "middle": Arm(["--step_range", "6", "12"]),
     "late": Arm(["--step_range", "13", "18"]),
     "divided_by_step_width": Arm(["--divide_by_step_width", "true"]),
+    "divided_by_step_width_twice": Arm(["--divide_by_step_width", "true"], times=2),
+    "curated_divided_by_step_width": Arm(["--divide_by_step_width", "true"], clips="good"),
     "gradient_steps_4": Arm(["--num_gradient_steps", "4"]),
 }
 PANELS = {
-    "Uncurated": ["flow_matching", "prfl", "prfl_three_times"],
+    "Uncurated": ["flow_matching", "prfl", "divided_by_step_width", "divided_by_step_width_twice"],
     "Curated": [
         "curated_flow_matching",
         "curated_flow_matching_twice",
         "curated_prfl",
-        "curated_prfl_three_times",
-        "curated_deep_reward",
+        "curated_divided_by_step_width",
+        "curated_early",
     ],
-    "Reward model": ["prfl", "deep_reward", "max_reward", "own_videos_reward", "real_clips_reward"],
-    "Loss and schedule": ["prfl", "logit", "sigmoid", "scale_1", "joint", "reward_only", "logit_reward_only"],
-    "Steps with gradient": ["prfl", "early", "middle", "late", "divided_by_step_width", "gradient_steps_4"],
+    "Reward model": ["prfl", "deep_reward", "own_videos_reward", "real_clips_reward"],
+    "Loss and schedule": ["prfl", "logit", "sigmoid", "scale_1", "joint", "reward_only"],
+    "Steps with gradient": ["prfl", "early", "middle", "late", "gradient_steps_4"],
 }
 
 
@@ -175,10 +173,8 @@ def summarize_judging(output_dirs: Sequence[Path]) -> dict[str, Any]:
 
 def plot(arms: Mapping[str, Any], path: Path) -> None:
     """Good videos at the end, and the judge against the reward on the way."""
-    panels = {title: [name for name in panel if name in arms] for title, panel in PANELS.items()}
-    panels = {title: panel for title, panel in panels.items() if len(panel) > 1}
-    figure = Figure(figsize=(5 + 4 * len(panels), 4.2), layout="constrained")
-    bars, *others = figure.subplots(1, 1 + len(panels))
+    figure = Figure(figsize=(15, 8.4), layout="constrained")
+    bars, *others = figure.subplots(2, 3).flat
     names = list(arms)
     bars.barh(
         [name.replace("_", " ") for name in names],
@@ -188,8 +184,8 @@ def plot(arms: Mapping[str, Any], path: Path) -> None:
     )  # fmt: skip
     bars.invert_yaxis()
     bars.set(title="Good videos at the end, by the judge", xlim=(0, 1))
-    for axes, (title, panel) in zip(others, panels.items(), strict=True):
-        for name in panel:
+    for axes, (title, panel) in zip(others, PANELS.items(), strict=True):
+        for name in [name for name in panel if name in arms]:
             points = arms[name]["on_the_way"]
             (line,) = axes.plot(
                 [point["share_of_run"]["mean"] for point in points],
