@@ -63,10 +63,11 @@ class PRFLTrainingConfig(TrainingConfig):
     reward_scale: float = field(default=1.0, metadata={"help": "Weight of the reward loss."})
     reward_target: float = field(default=2.0, metadata={"help": "Target of the sigmoid form's hinge."})
     divide_by_step_width: bool = field(
-        default=False,
+        default=True,
         metadata={
             "help": "Divide the reward's gradient by the width in sigma of the step that it comes through, the mean width "
-            "being 1. Without it the last steps of a chain, which are wider, weigh many times as much as the first."
+            "being 1. Without it, as in the paper, the last steps of a chain, which are wider, weigh many times as much "
+            "as the first."
         },
     )
     num_inference_steps: int = field(default=40, metadata={"help": "Steps of the sampler's whole chain."})

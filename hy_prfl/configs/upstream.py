@@ -336,6 +336,7 @@ def _convert_prfl(keys: RecipeKeys) -> None:
         "reward_loss": "sigmoid",
         "reward_scale": 0.1,
         "reward_target": 2.0,
+        "divide_by_step_width": False,
         "num_inference_steps": 40,
         "step_range": [0, 38],
         "long_prompt_probability": 0.7,

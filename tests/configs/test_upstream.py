@@ -227,7 +227,7 @@ def test_prfl_counts_iterations_in_steps(convert: Callable[..., Any]) -> None:
     assert (config.checkpointing_steps, config.lr_warmup_steps) == (20, 13)
     assert config.learning_rate == 5e-6
     assert (config.update_schedule, config.reward_loss) == ("alternate", "sigmoid")
-    assert (config.reward_scale, config.reward_target) == (0.1, 2.0)
+    assert (config.reward_scale, config.reward_target, config.divide_by_step_width) == (0.1, 2.0, False)
     assert (config.num_inference_steps, config.step_range) == (40, [0, 38])
     assert (config.flow_shift, config.sampler_flow_shift) == (5.0, 5.0)
     assert config.prompt_dropout == 0.1
