@@ -10,6 +10,7 @@ and the score, nothing else.
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -153,7 +154,8 @@ class RGBReFLTrainer(PRFLTrainer):
         for name in ("num_gradient_steps", "rerun_gradient_step"):
             value = getattr(config, name)
             check(int(value) == (name == "num_gradient_steps"), name, value, "left out for RGB ReFL")
-        super().__init__(config)
+        # What it foresees is reached in one stride from any step: there is no width to divide by.
+        super().__init__(replace(config, divide_by_step_width=False))
         vae = AutoencoderKLWan.from_pretrained(config.pretrained_model_name_or_path, subfolder="vae")
         torch.manual_seed(config.seed)
         # `PRFLTrainer` has loaded the latent reward model; this frees it.
