@@ -83,12 +83,11 @@ ARMS = {
     "middle": Arm(["--step_range", "6", "12"]),
     "late": Arm(["--step_range", "13", "18"]),
     "divided_by_step_width": Arm(["--divide_by_step_width", "true"]),
-    "divided_by_step_width_twice": Arm(["--divide_by_step_width", "true"], times=2),
     "curated_divided_by_step_width": Arm(["--divide_by_step_width", "true"], clips="good"),
     "gradient_steps_4": Arm(["--num_gradient_steps", "4"]),
 }
 PANELS = {
-    "Uncurated": ["flow_matching", "prfl", "divided_by_step_width", "divided_by_step_width_twice"],
+    "Uncurated": ["flow_matching", "prfl", "divided_by_step_width"],
     "Curated": [
         "curated_flow_matching",
         "curated_flow_matching_twice",
