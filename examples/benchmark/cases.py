@@ -102,6 +102,8 @@ def switches(num_layers: int) -> dict[str, Switch]:
         "half of the blocks recomputed": Switch({"gradient_checkpointing_blocks": num_layers // 2}),
         "block inputs in host memory": Switch({"offload_activations": True}),
         "gradient step run twice": Switch({"rerun_gradient_step": True}),
+        # In host memory it would still count on a CPU.
+        "reward model in host memory": Switch({"offload_reward_model": True}, only_on="cuda"),
         FOUR_STEPS: Switch({"num_gradient_steps": 4}, method=PRFL_REWARD),
         "attention native": Switch({kernel: "native"}),
         "attention _native_math": Switch({kernel: "_native_math"}, only_on="cpu"),

@@ -165,11 +165,13 @@ def steps_option(steps: int | None) -> list[str]:
     return [] if steps is None else ["--max_train_steps", str(steps)]
 
 
-def write_prompts(path: Path, split: Literal["train", "held_out"], num_prompts: int, first_seed: int) -> None:
-    """Captions of a split in turn, with a seed each, as `generate` reads them."""
+def write_prompts(
+    path: Path, split: Literal["train", "held_out"], num_prompts: int, first_seed: int, prefix: str = ""
+) -> None:
+    """Captions of a split in turn, with a seed each, as `generate` reads them; ids are numbers behind a prefix."""
     captions = split_captions(split)
     rows = [
-        {"id": f"{index:04d}", "caption": str(captions[index % len(captions)]), "seed": first_seed + index}
+        {"id": f"{prefix}{index:04d}", "caption": str(captions[index % len(captions)]), "seed": first_seed + index}
         for index in range(num_prompts)
     ]
     write_json(path, rows)

@@ -46,6 +46,10 @@ class PRFLTrainingConfig(TrainingConfig):
         default=False,
         metadata={"help": "Split the reward model's weights over all processes instead of a copy on each."},
     )
+    offload_reward_model: bool = field(
+        default=False,
+        metadata={"help": "Keep the reward model in host memory, and copy it to the device only to score."},
+    )
     prompt_dataset: str | None = field(
         default=None,
         metadata={"help": "Dataset of the reward updates, latents not needed; train_dataset if left out."},
@@ -155,8 +159,12 @@ class PRFLTrainingConfig(TrainingConfig):
             "rerun_gradient_step", self.rerun_gradient_step,
             f"false with `lora_dropout` {self.lora_dropout}: the second run would drop others",
         )  # fmt: skip
-        for name in ("shard_reward_model", "shard_frozen_expert"):
+        for name in ("shard_reward_model", "shard_frozen_expert", "offload_reward_model"):
             check(not (self.compile and getattr(self, name)), "compile", self.compile, f"false with `{name}`")
+        check(
+            not (self.offload_reward_model and self.shard_reward_model),
+            "offload_reward_model", self.offload_reward_model, "false with `shard_reward_model`",
+        )  # fmt: skip
         one_trains = self.expert in ("high_noise", "low_noise")
         check(
             one_trains or not self.shard_frozen_expert,

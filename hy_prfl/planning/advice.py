@@ -60,8 +60,10 @@ def possible_changes(request: Request) -> list[Change]:
     changes: list[Change] = []
     if not training.gradient_checkpointing:
         changes.append(_set(recompute, gradient_checkpointing=True))
-    if isinstance(training, PRFLTrainingConfig) and not training.shard_reward_model and engine.num_gpus > 1:
-        changes.append(_set("--shard_reward_model true", shard_reward_model=True))
+    if isinstance(training, PRFLTrainingConfig) and not (training.shard_reward_model or training.offload_reward_model):
+        # A copy from host memory for each reward; split weights are copied from other GPUs, block by block.
+        option = "shard_reward_model" if engine.num_gpus > 1 else "offload_reward_model"
+        changes.append(_set(f"--{option} true", **{option: True}))
     if request.experts.frozen(rolls_out=True, samples=False) and engine.num_gpus > 1:
         changes.append(_set("--shard_frozen_expert true", shard_frozen_expert=True))
     for degree in (2, 4, 8):

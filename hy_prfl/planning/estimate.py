@@ -91,7 +91,7 @@ class Estimate:
         flops (`dict[str, float]`):
             Floating point operations of an update, by part. Context parallelism divides them over its GPUs.
         host_memory (`float`):
-            Bytes of host memory that take the place of GPU memory, per GPU.
+            Bytes of weights and optimizer states in host memory instead of the GPU's, per GPU.
         num_parameters, num_trained (`int`):
             Parameters of the model in training, and how many of them train.
     """
@@ -136,6 +136,7 @@ def _estimate_prfl(request: Request, training: PRFLTrainingConfig, reserved: flo
     generator = generator_phases(config, training, numerics, part)
     flow_peak = max(generator["forward"].peak, generator["backward"].peak)
     phases = {"optimizer step": engine.step_memory(sizes)}
+    host_memory = engine.host_memory(sizes)
     if uses_flow:
         phases["flow matching"] = flow_peak
     if uses_reward:
@@ -143,12 +144,16 @@ def _estimate_prfl(request: Request, training: PRFLTrainingConfig, reserved: flo
         reward_sizes = _sizes(build_reward_model(reward_config), numerics, numerics.compute, engine)
         is_split = training.shard_reward_model
         whole, gathered = frozen_memory(reward_sizes, num_gpus=engine.num_gpus, is_split=is_split)
-        held |= {"reward model": whole, "reward model, gathered": gathered}
+        copied = whole if training.offload_reward_model else 0.0
+        host_memory += copied
+        held |= {"reward model": whole - copied, "reward model, gathered": gathered}
         reward = reward_phases(reward_config, training, numerics, part)
         beside = 0.0 if training.rerun_gradient_step else generator["forward"].kept
         phases |= {
             "rollout": generator["rollout"].peak,
-            "reward": beside + max(reward["forward"].peak, reward["backward"].peak) + _whole_tokens(request, 5),
+            "reward": (
+                copied + beside + max(reward["forward"].peak, reward["backward"].peak) + _whole_tokens(request, 5)
+            ),
             "gradient step": flow_peak,
         }
     if experts.frozen(rolls_out=uses_reward, samples=training.validation_dataset is not None):
@@ -160,7 +165,7 @@ def _estimate_prfl(request: Request, training: PRFLTrainingConfig, reserved: flo
     held |= _held_by_batch(request)
     _take_turns(request, held, phases, generator, config["num_layers"], num_backwards=_num_backwards(training))
     flops = _prfl_flops(request, training, numerics, uses_flow=uses_flow, uses_reward=uses_reward)
-    return Estimate(held, phases, flops, engine.host_memory(sizes), sizes.total, sizes.trained, reserved)
+    return Estimate(held, phases, flops, host_memory, sizes.total, sizes.trained, reserved)
 
 
 def _estimate_reward(request: Request, training: RewardTrainingConfig, reserved: float) -> Estimate:

@@ -1,8 +1,8 @@
 """Process reward feedback learning: the generator climbs a latent reward, held by a flow-matching loss."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from ..flow_matching import add_noise, sample_noise, sigmas_to_timesteps, timest
 from ..losses import flow_matching_loss, reward_feedback_loss
 from ..models.conditioning import add_condition, num_clean_frames
 from ..models.experts import EXPERT_FOLDERS, ExpertName, PairWeights, read_experts
+from ..models.host_weights import HostWeights
 from ..models.loading import WeightFiles, load_reward_model, load_scheduler, load_transformer
 from ..models.lora_metadata import lora_metadata
 from ..models.reward_model import WanRewardModel, check_fits_generator, check_latents_fit
@@ -186,11 +187,12 @@ class PRFLTrainer(Trainer):
         """
         config = self.config
         leaf = step.latents.detach().requires_grad_()
-        logits = self.score(leaf, step.timesteps, prompt_embeds, batch)
-        loss = reward_feedback_loss(
-            logits, form=config.reward_loss, scale=config.reward_scale, target=config.reward_target
-        )
-        (latents_grad,) = torch.autograd.grad(loss, leaf)
+        with self.reward_model_in_use():
+            logits = self.score(leaf, step.timesteps, prompt_embeds, batch)
+            loss = reward_feedback_loss(
+                logits, form=config.reward_loss, scale=config.reward_scale, target=config.reward_target
+            )
+            (latents_grad,) = torch.autograd.grad(loss, leaf)
         if self.context_parallel is not None:
             latents_grad = self.context_parallel.mean(latents_grad)
         if config.divide_by_step_width:
@@ -271,7 +273,7 @@ class PRFLTrainer(Trainer):
         """Sample held-out prompts, with the averaged weights if there are any, and score what comes out."""
         assert self.evaluator is not None
         self.unwrapped.eval()
-        with self.averaged_weights():
+        with self.averaged_weights(), self.reward_model_in_use():
             metrics = self.evaluator(self.generator, self.accelerator, step=self.global_step)
         self.unwrapped.train()
         return metrics
@@ -389,12 +391,16 @@ class PRFLTrainer(Trainer):
             self.check_dataset(dataset, source, reward_config)
         self.scheduler = load_scheduler(path, revision=revision, flow_shift=config.sampler_flow_shift)
         self._divide_noise_levels()
+        self.reward_model_in_use: Callable[[], AbstractContextManager[None]] = nullcontext
         self.reward_model = load_reward_model(
             config.reward_model,
             dtype=self.weight_dtype,
             split=partial(split_frozen, device=self.accelerator.device) if config.shard_reward_model else None,
         )
-        self.reward_model.to(self.accelerator.device)
+        if config.offload_reward_model:
+            self.reward_model_in_use = HostWeights(self.reward_model, self.accelerator.device).on_device
+        else:
+            self.reward_model.to(self.accelerator.device)
         self.trained = {expert: self._load_transformer(expert) for expert in self.experts.trained}
         self.unwrapped = self.experts.join(self.trained)
         self.frozen = self._load_frozen_expert()

@@ -16,8 +16,8 @@ STEPS = "--num_gradient_steps=2"
     ("engine", "degree", "schedule", "more"),
     [
         ("DDP", 1, "alternate", ["--rerun_gradient_step=true", "--offload_activations=true"]),
-        ("ZeRO-2", 1, "alternate", ["--gradient_checkpointing_blocks=1"]),
-        ("ZeRO-3", 1, "alternate", []),
+        ("ZeRO-2", 1, "alternate", ["--gradient_checkpointing_blocks=1", "--offload_reward_model=true"]),
+        ("ZeRO-3", 1, "alternate", ["--offload_reward_model=true"]),
         ("ZeRO-3", 2, "joint", ["--rerun_gradient_step=true", "--offload_activations=true", "--attention_backend=native", "--rollout_attention_backend=native"]),
     ],
 )  # fmt: skip

@@ -83,6 +83,9 @@ def test_each_option_saves_what_it_is_for() -> None:
     assert peak(gradient_checkpointing=True, offload_activations=True) < recomputed
     assert peak(gradient_checkpointing=True, rerun_gradient_step=True) <= recomputed
     assert peak(gradient_checkpointing=True, lora_rank=8) < recomputed
+    assert peak(gradient_checkpointing=True, offload_reward_model=True) <= recomputed
+    rerun = {"gradient_checkpointing": True, "rerun_gradient_step": True}
+    assert peak(**rerun, offload_reward_model=True) < peak(**rerun)
     shared = [peak(gradient_checkpointing=True, num_gpus=4, zero_stage=stage) for stage in (0, 2, 3)]
     assert shared == sorted(shared, reverse=True)
     split = peak(gradient_checkpointing=True, num_gpus=4, zero_stage=3, context_parallel_degree=4)
@@ -184,3 +187,27 @@ def test_a_first_frame_gives_every_token_a_timestep() -> None:
 def test_a_first_frame_is_refused_for_a_model_with_channels_for_it() -> None:
     with pytest.raises(ValueError, match="`first_frame` must be false"):
         plan(prfl_recipe("Wan-AI/Wan2.1-I2V-14B-480P-Diffusers"), **CLIP, first_frame=True)
+
+
+def test_a_reward_model_in_host_memory_is_on_the_gpu_only_for_the_reward() -> None:
+    options = {"gradient_checkpointing": True}
+    held, away = (
+        plan(prfl_recipe(SMALL, **options, offload_reward_model=offload), **CLIP, gpu_memory=1e6)
+        for offload in (False, True)
+    )
+    size = held.memory["reward model"]
+    assert size > 0
+    assert away.host_memory - held.host_memory == pytest.approx(size)
+    assert sum(held.memory.values()) - sum(away.memory.values()) == pytest.approx(size)
+    assert away.phases["reward"] - held.phases["reward"] == pytest.approx(size)
+    assert {name: value for name, value in away.phases.items() if name != "reward"} == {
+        name: value for name, value in held.phases.items() if name != "reward"
+    }
+
+
+def test_one_gpu_is_told_to_keep_the_reward_model_in_host_memory() -> None:
+    options = {"gradient_checkpointing": True, "rerun_gradient_step": True}
+    away = plan(prfl_recipe(SMALL, **options, offload_reward_model=True), **CLIP, gpu_memory=1e6)
+    made = plan(prfl_recipe(SMALL, **options), **CLIP, gpu_memory=away.peak * 1.001)
+    assert not made.fits
+    assert made.changes == ["--offload_reward_model true"]

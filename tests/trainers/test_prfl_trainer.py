@@ -233,6 +233,8 @@ def test_reward_training_raises_the_reward(build: Callable[..., PRFLTrainer]) ->
             "reward_gradient_checkpointing_blocks": 1,
         },
         {"gradient_checkpointing": True, "offload_activations": True, "rerun_gradient_step": True},
+        {"offload_reward_model": True},
+        {"offload_reward_model": True, "gradient_checkpointing": True},
         {"rollout_attention_backend": "_native_math"},
         {"attention_backend": "_native_math", "rollout_attention_backend": "native"},
     ],
@@ -275,6 +277,10 @@ def test_memory_options_that_exclude_each_other_are_refused(build: Callable[...,
         build(lora_rank=2, lora_dropout=0.1, rerun_gradient_step=True)
     with pytest.raises(ValueError, match="`offload_activations` must be left out without `gradient_checkpointing`"):
         build(offload_activations=True)
+    with pytest.raises(ValueError, match="`offload_reward_model` must be false with `shard_reward_model`"):
+        build(offload_reward_model=True, shard_reward_model=True)
+    with pytest.raises(ValueError, match="`compile` must be false with `offload_reward_model`"):
+        build(offload_reward_model=True, compile=True)
     with pytest.raises(ValueError, match="`compile` must be false with `context_parallel_degree` above 1"):
         build(compile=True, context_parallel_degree=2)
     with pytest.raises(ValueError, match="`num_gradient_steps` must be left out with the schedule 'flow_matching'"):

@@ -105,22 +105,23 @@ def arm_dir(root: Path, arm: str, seed: int) -> Path:
     return root / "generators" / f"{arm}_{seed}"
 
 
-def tuning_stage(root: Path, arm: str, seed: int) -> Stage:
+def tuning_stage(root: Path, name: str, arm: Arm, seed: int) -> Stage:
     """Tune the generator, sampling on the way, then make new videos and judge them."""
-    name, output_dir, settings = f"generator_{arm}_{seed}", arm_dir(root, arm, seed), ARMS[arm]
-    num_steps = settings.times * (2 * NUM_STEPS if settings.single else NUM_STEPS)
+    output_dir = arm_dir(root, name, seed)
+    num_steps = arm.times * (2 * NUM_STEPS if arm.single else NUM_STEPS)
     tune = [
-        *("--train_dataset", str(root / "latents" / settings.clips)),
+        *("--train_dataset", str(root / "latents" / arm.clips)),
         *("--validation_dataset", str(root / "latents" / "held_out")),
-        *("--reward_model", str(reward_model_dir(root, settings.reward_model, seed) / "best")),
+        *("--reward_model", str(reward_model_dir(root, arm.reward_model, seed) / "best")),
         *("--output_dir", str(output_dir), "--max_train_steps", str(num_steps), "--seed", str(seed)),
         *("--validation_steps", str(num_steps // NUM_VALIDATIONS), "--checkpointing_steps", str(num_steps)),
-        *("--validation_seed", str(seed), *settings.options),
+        *("--validation_seed", str(seed), *arm.options),
     ]
-    commands = judging_commands(root, output_dir, seed, tuned=arm != "base")
-    if arm != "base":
+    commands = judging_commands(root, output_dir, seed, tuned=name != "base")
+    if name != "base":
         commands.insert(0, launch("train_prfl", tune, recipes=RECIPES / "experiments"))
-    return Stage(name, name, commands, [str(output_dir.relative_to(root))])
+    stage = f"generator_{name}_{seed}"
+    return Stage(stage, stage, commands, [str(output_dir.relative_to(root))])
 
 
 def judging_commands(root: Path, output_dir: Path, seed: int, *, tuned: bool) -> list[list[str]]:
@@ -142,19 +143,19 @@ def on_the_way(root: Path, output_dir: Path) -> list[dict[str, float]]:
     ]
 
 
-def summarize(root: Path, arms: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
+def summarize(root: Path, arms: Mapping[str, Arm], seeds: Sequence[int]) -> dict[str, Any]:
     """The judge's verdict on each arm, and its curves; mean and spread over the seeds."""
     results: dict[str, Any] = {}
-    for arm in arms:
-        results[arm] = summarize_judging([arm_dir(root, arm, seed) for seed in seeds])
-        if arm != "base":
-            curves = [on_the_way(root, arm_dir(root, arm, seed)) for seed in seeds]
-            results[arm]["on_the_way"] = [
-                {name: mean_and_spread([point[name] for point in points]) for name in points[0]}
+    for name, arm in arms.items():
+        results[name] = summarize_judging([arm_dir(root, name, seed) for seed in seeds])
+        if name != "base":
+            curves = [on_the_way(root, arm_dir(root, name, seed)) for seed in seeds]
+            results[name]["on_the_way"] = [
+                {column: mean_and_spread([point[column] for point in points]) for column in points[0]}
                 for points in zip(*curves, strict=True)
             ]
-            stages = [tuning_stage(root, arm, seed) for seed in seeds]
-            results[arm]["seconds"] = mean_and_spread([stage.seconds(root) for stage in stages])
+            stages = [tuning_stage(root, name, arm, seed) for seed in seeds]
+            results[name]["seconds"] = mean_and_spread([stage.seconds(root) for stage in stages])
     return results
 
 
@@ -204,12 +205,13 @@ def plot(arms: Mapping[str, Any], path: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     config = parse_config(ExperimentConfig, argv, description=__doc__)
     root, results_dir = Path(config.output_dir), Path(config.results_dir)
-    arms = config.choose(list(ARMS))
+    arms = {name: ARMS[name] for name in config.choose(list(ARMS))}
     make_inputs(root, config.seeds)
-    rewards = sorted({ARMS[arm].reward_model for arm in arms})
+    rewards = sorted({arm.reward_model for arm in arms.values()})
     run_all([training_stage(root, arm, seed) for seed in config.seeds for arm in rewards], root, config.num_parallel)
     # Seed by seed, so that what is there when a run is stopped can be compared.
-    run_all([tuning_stage(root, arm, seed) for seed in config.seeds for arm in arms], root, config.num_parallel)
+    tuning = [tuning_stage(root, name, arm, seed) for seed in config.seeds for name, arm in arms.items()]
+    run_all(tuning, root, config.num_parallel)
     results = {"seeds": config.seeds, "num_steps": NUM_STEPS, "arms": summarize(root, arms, config.seeds)}
     write_json(results_dir / "generators.json", results)
     plot(results["arms"], results_dir / "generators.png")

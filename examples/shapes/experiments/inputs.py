@@ -69,13 +69,13 @@ def latent_stages(root: Path) -> list[Stage]:
     ]
 
 
-def preprocess_commands(root: Path, manifests: Mapping[str, Path]) -> list[list[str]]:
+def preprocess_commands(root: Path, manifests: Mapping[str, Path], *, two_processes: bool = True) -> list[list[str]]:
     """One command for each dataset below `root/latents`."""
     return [
         launch(
             "preprocess",
             ["--manifest", str(manifest), "--output_dir", str(root / "latents" / name)],
-            two_processes=True,
+            two_processes=two_processes,
         )
         for name, manifest in manifests.items()
     ]
@@ -87,18 +87,23 @@ def make_inputs(root: Path, seeds: Sequence[int]) -> None:
     for seed in seeds:
         write_prompts(root / f"prompts_{seed}.json", "held_out", NUM_PROMPTS, first_seed=1000 * (seed + 1))
     run_stages(video_stages(root), root, fresh=False)
-    merge_manifests([root / "labels" / "train.json", root / "clips" / "labelled" / "manifest.json"], root)
+    merge_manifests(labelled_manifests(root), root / "own_and_real.json")
     run_stages(latent_stages(root), root, fresh=False)
 
 
-def merge_manifests(manifests: Sequence[Path], root: Path) -> None:
-    """Write `own_and_real.json`, the rows of several manifests; videos are named as seen from its folder."""
+def labelled_manifests(root: Path) -> list[Path]:
+    """The generator's own videos and real clips, both with labels."""
+    return [root / "labels" / "train.json", root / "clips" / "labelled" / "manifest.json"]
+
+
+def merge_manifests(manifests: Sequence[Path], path: Path) -> None:
+    """Write the rows of several manifests as one; videos are named as seen from its folder."""
     rows = [
-        {**row, "video": os.path.relpath(manifest.parent / row["video"], root)}
+        {**row, "video": os.path.relpath(manifest.parent / row["video"], path.parent)}
         for manifest in manifests
         for row in read_json(manifest)
     ]
-    write_json(root / "own_and_real.json", rows)
+    write_json(path, rows)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -22,6 +22,9 @@ from examples.benchmark.measuring import Measured, measure
 from examples.benchmark.rgb_refl import RGBReFLTrainer
 from examples.shapes.experiments.frames_refl import FramesReFLConfig, build_trainer
 from examples.shapes.experiments.generators import (
+    ARMS as GENERATORS,
+)
+from examples.shapes.experiments.generators import (
     NUM_STEPS,
     arm_dir,
     judging_commands,
@@ -213,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rewards += [frames_reward_stage(root, arm, seed) for seed in seeds for arm in decoding]
     run_all(rewards, root, config.num_parallel)
     costs = measure_costs(root)
-    tuning = [tuning_stage(root, "prfl", seed) for seed in seeds]
+    tuning = [tuning_stage(root, "prfl", GENERATORS["prfl"], seed) for seed in seeds]
     tuning += [refl_stage(root, arm, seed, steps_at_equal_cost(costs, arm)) for seed in seeds for arm in decoding]
     run_all(tuning, root, config.num_parallel)
     results = {"seeds": seeds, **summarize(root, costs, arms, seeds)}

@@ -4,11 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from examples.shapes.experiments import generators, inputs, reward_models
+from examples.shapes.experiments import generators, inputs, reward_models, second_round
 from examples.shapes.stages import Stage
 from hy_prfl.configs.parser import parse_config
 from hy_prfl.configs.prfl import PRFLTrainingConfig
 from hy_prfl.configs.reward import RewardTrainingConfig
+
+
+TUNED = generators.ARMS | second_round.ARMS
 
 
 def options_of(stage: Stage, script: str) -> list[str]:
@@ -32,21 +35,30 @@ def test_arms_of_reward_models(tmp_path: Path, arm: str) -> None:
     assert config.train_batch_size * (2 if config.loss == "bt" else 1) == 32
 
 
-@pytest.mark.parametrize("arm", [arm for arm in generators.ARMS if arm != "base"])
-def test_arms_of_generators_have_equally_many_updates_or_a_multiple(tmp_path: Path, arm: str) -> None:
-    stage = generators.tuning_stage(tmp_path, arm, seed=3)
+@pytest.mark.parametrize("name", [name for name in TUNED if name != "base"])
+def test_arms_of_generators_have_equally_many_updates_or_a_multiple(tmp_path: Path, name: str) -> None:
+    stage = generators.tuning_stage(tmp_path, name, TUNED[name], seed=3)
     config = parse_config(PRFLTrainingConfig, options_of(stage, "train_prfl"))
     assert config.seed == config.validation_seed == 3
     assert config.max_train_steps is not None
     updates = 2 if config.update_schedule == "alternate" else 1
-    assert config.max_train_steps * updates == 2 * generators.NUM_STEPS * generators.ARMS[arm].times
+    assert config.max_train_steps * updates == 2 * generators.NUM_STEPS * TUNED[name].times
     assert config.max_train_steps == generators.NUM_VALIDATIONS * config.validation_steps
 
 
 def test_no_two_arms_are_the_same(tmp_path: Path) -> None:
-    for module, make in ((reward_models, reward_models.training_stage), (generators, generators.tuning_stage)):
-        digests = {make(tmp_path, arm, seed).digest() for arm in module.ARMS for seed in (0, 1)}
-        assert len(digests) == 2 * len(module.ARMS)
+    stages = [reward_models.training_stage(tmp_path, arm, seed) for arm in reward_models.ARMS for seed in (0, 1)]
+    stages += [second_round.reward_stage(tmp_path, seed) for seed in (0, 1)]
+    stages += [generators.tuning_stage(tmp_path, name, arm, seed) for name, arm in TUNED.items() for seed in (0, 1)]
+    assert len({stage.digest() for stage in stages}) == len({stage.name for stage in stages}) == len(stages)
+
+
+def test_the_second_reward_model_is_trained_as_the_first(tmp_path: Path) -> None:
+    stages = reward_models.training_stage(tmp_path, "own_and_real", 3), second_round.reward_stage(tmp_path, 3)
+    first, second = (parse_config(RewardTrainingConfig, options_of(stage, "train_reward")) for stage in stages)
+    assert second.max_train_steps == second.validation_steps == second_round.NUM_UPDATES
+    changed = {name for name, value in vars(first).items() if vars(second)[name] != value}
+    assert changed == {"train_dataset", "output_dir", "max_train_steps", "validation_steps", "checkpointing_steps"}
 
 
 def test_panels_show_arms() -> None:

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 
-from examples.shapes.experiments import generators, pixel_rewards, reward_models
+from examples.shapes.experiments import generators, pixel_rewards, reward_models, second_round
 from examples.shapes.experiments.runs import RESULTS_DIR
 
 
 README = RESULTS_DIR.parents[1] / "README.md"
 RESULTS = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS_DIR.glob("*.json"))}
-ARMS = {"reward_models": reward_models.ARMS, "generators": generators.ARMS, "pixel_rewards": pixel_rewards.ARMS}
+SCRIPTS = (reward_models, generators, pixel_rewards, second_round)
+ARMS = {module.__name__.rpartition(".")[2]: module.ARMS for module in SCRIPTS}
 
 
 def spreads(value: Any) -> Iterator[dict[str, Any]]:
