@@ -1,5 +1,6 @@
 """Processes: how they are set up, and what they have to agree on."""
 
+import gc
 import logging
 import os
 from datetime import timedelta
@@ -48,6 +49,19 @@ def process_state() -> PartialState:
     Call it before anything else sets them up. On the CPU Accelerate has to be told to look for others.
     """
     return PartialState(cpu=on_cpu(), timeout=TIMEOUT)
+
+
+def leave_processes() -> None:
+    """
+    End what joins the processes of a run. The last call of a script, when nothing else holds models or groups any more.
+
+    A thread of gloo may hold the tensors of a collective a moment longer than those who wait for it. If the interpreter
+    ends in that moment, the process aborts, after all its work is done (pytorch issue 190489). The threads go with the
+    process group, and that with the last of the objects, in circles of references, that know it.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    gc.collect()
 
 
 def build_accelerator(

@@ -18,7 +18,7 @@ from ..configs.generate import GenerateConfig
 from ..configs.parser import parse_config
 from ..data.encoding import find_pipeline_class, last_image_support
 from ..data.prompts import check_prompts, read_prompts
-from ..distributed import process_state, set_up_logging
+from ..distributed import leave_processes, process_state, set_up_logging
 from ..generation import VideoSettings, generate_videos, pending_videos, write_manifest
 from ..pipelines import LORA_OPTIONS, check_options_fit, find_lora_weights, load_pipeline
 from ..provenance import path_identity
@@ -81,3 +81,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
+    leave_processes()

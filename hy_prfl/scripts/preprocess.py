@@ -19,7 +19,7 @@ from ..data.preprocessing import ClipEncoder, ClipSettings
 from ..data.store import REPORT_FILE, RowEncoder, build_dataset, is_complete, request_digest
 from ..data.upstream import UpstreamImporter, read_upstream
 from ..data.video import parse_size
-from ..distributed import process_state, set_up_logging
+from ..distributed import leave_processes, process_state, set_up_logging
 
 
 # Options that change neither the rows nor their values.
@@ -87,3 +87,4 @@ def build_settings(config: PreprocessConfig) -> ClipSettings:
 
 if __name__ == "__main__":
     main()
+    leave_processes()

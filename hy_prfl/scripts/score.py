@@ -24,7 +24,7 @@ from ..data.manifest import read_manifest
 from ..data.preprocessing import ClipSettings
 from ..data.store import request_digest
 from ..data.video import parse_size
-from ..distributed import process_state, set_up_logging
+from ..distributed import leave_processes, process_state, set_up_logging
 from ..models.loading import load_reward_model
 from ..provenance import path_identity
 from ..score_table import is_scored, summary_path
@@ -85,3 +85,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
+    leave_processes()

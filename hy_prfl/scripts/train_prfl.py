@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from ..configs.parser import parse_config
 from ..configs.prfl import PRFLTrainingConfig
-from ..distributed import set_up_logging
+from ..distributed import leave_processes, set_up_logging
 from ..trainers.dry_run import dry_run
 from ..trainers.prfl_trainer import PRFLTrainer
 
@@ -27,3 +27,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
+    leave_processes()

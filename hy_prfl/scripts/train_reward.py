@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from ..configs.parser import parse_config
 from ..configs.reward import RewardTrainingConfig
-from ..distributed import set_up_logging
+from ..distributed import leave_processes, set_up_logging
 from ..trainers.dry_run import dry_run
 from ..trainers.reward_trainer import RewardTrainer
 
@@ -26,3 +26,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
+    leave_processes()
