@@ -28,6 +28,11 @@ def anywhere(num_inference_steps: int, num_gradient_steps: int) -> int:
     return num_gradient_steps * num_inference_steps // (num_gradient_steps + 1) - 1
 
 
+def early(num_inference_steps: int, num_gradient_steps: int) -> int:
+    """The same of the first third of the chain's steps: of 40, of which 0 to 12 may take gradient, step 6."""
+    return anywhere(num_inference_steps // 3 + 1, num_gradient_steps)
+
+
 def late(num_inference_steps: int, num_gradient_steps: int) -> int:
     """
     The mean step of the paper's late stage, 27 to 40 of 40 counted from 1; rounded down, in RGB ReFL's favour.
@@ -57,11 +62,13 @@ class Method:
 
 
 PRFL, PRFL_REWARD, FLOW = "PRFL", "PRFL, reward only", "flow matching alone"
+PRFL_EARLY = "PRFL, first third of the chain"
 RGB_FIRST, RGB_REWARD = "RGB ReFL, first frame", "RGB ReFL, first frame, reward only"
 RGB_SAME, RGB_ALL = "RGB ReFL, first frame, PRFL's steps", "RGB ReFL, all frames"
 METHODS = {
     PRFL: Method("alternate"),
     PRFL_REWARD: Method("reward"),
+    PRFL_EARLY: Method("alternate", early),
     FLOW: Method("flow_matching"),
     RGB_FIRST: Method("alternate", late, "first"),
     RGB_REWARD: Method("reward", late, "first"),
@@ -70,7 +77,7 @@ METHODS = {
     RGB_ALL: Method("alternate", late, "all"),
 }
 # Measured for growing clips too.
-COMPARED = (PRFL, FLOW, RGB_FIRST, RGB_ALL)
+COMPARED = (PRFL, PRFL_EARLY, FLOW, RGB_FIRST, RGB_ALL)
 
 NO_RECOMPUTATION, FOUR_STEPS = "no recomputation", "4 gradient steps"
 

@@ -17,6 +17,7 @@ from examples.benchmark.cases import (
     FOUR_STEPS,
     METHODS,
     PRFL,
+    PRFL_EARLY,
     PRFL_REWARD,
     RGB_FIRST,
     RGB_REWARD,
@@ -30,6 +31,7 @@ FASTER, MORE_GRADIENTS, MOST_OVERHEAD = 1.5, 1.7, 0.05
 COLORS = {
     PRFL: "tab:blue",
     PRFL_REWARD: "tab:cyan",
+    PRFL_EARLY: "tab:green",
     "flow matching alone": "tab:gray",
     RGB_FIRST: "tab:orange",
     "RGB ReFL, all frames": "tab:red",

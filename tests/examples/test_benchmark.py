@@ -23,6 +23,7 @@ from examples.benchmark.cases import (
     Case,
     all_cases,
     anywhere,
+    early,
     late,
 )
 from examples.benchmark.inputs import write_models, write_rows
@@ -225,6 +226,8 @@ def test_steps_are_the_mean_of_random_ones() -> None:
         draws = [torch.randperm(39, generator=generator)[:num_gradient_steps].max() for _ in range(4000)]
         mean = torch.stack(draws).float().mean()
         assert anywhere(40, num_gradient_steps) == pytest.approx(float(mean), abs=0.6)
+        draws = [torch.randperm(13, generator=generator)[:num_gradient_steps].max() for _ in range(4000)]
+        assert early(40, num_gradient_steps) == pytest.approx(float(torch.stack(draws).float().mean()), abs=0.6)
     assert late(40, 1) == sum(range(26, 40)) // 14
 
 
