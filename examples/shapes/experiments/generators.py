@@ -44,6 +44,8 @@ class Arm:
             Clips of the flow-matching updates, "mixture" or "good".
         reward_model (`str`):
             Arm of `reward_models.py`.
+        trains (`bool`):
+            Whether it is tuned at all.
         single (`bool`):
             Whether a step has one update only, of both losses or of one of them.
         times (`int`):
@@ -53,6 +55,7 @@ class Arm:
     options: list[str] = field(default_factory=list)
     clips: str = "mixture"
     reward_model: str = "own_and_real"
+    trains: bool = True
     single: bool = False
     times: int = 1
 
@@ -63,7 +66,7 @@ def schedule(name: str) -> list[str]:
 
 # A chain has 20 steps; any of the first 19 may take the gradient.
 ARMS = {
-    "base": Arm(),
+    "base": Arm(trains=False),
     "flow_matching": Arm(schedule("flow_matching"), single=True),
     "prfl": Arm(),
     "curated_flow_matching": Arm(schedule("flow_matching"), clips="good", single=True),
@@ -117,8 +120,8 @@ def tuning_stage(root: Path, name: str, arm: Arm, seed: int) -> Stage:
         *("--validation_steps", str(num_steps // NUM_VALIDATIONS), "--checkpointing_steps", str(num_steps)),
         *("--validation_seed", str(seed), *arm.options),
     ]
-    commands = judging_commands(root, output_dir, seed, tuned=name != "base")
-    if name != "base":
+    commands = judging_commands(root, output_dir, seed, tuned=arm.trains)
+    if arm.trains:
         commands.insert(0, launch("train_prfl", tune, recipes=RECIPES / "experiments"))
     stage = f"generator_{name}_{seed}"
     return Stage(stage, stage, commands, [str(output_dir.relative_to(root))])
@@ -148,7 +151,7 @@ def summarize(root: Path, arms: Mapping[str, Arm], seeds: Sequence[int]) -> dict
     results: dict[str, Any] = {}
     for name, arm in arms.items():
         results[name] = summarize_judging([arm_dir(root, name, seed) for seed in seeds])
-        if name != "base":
+        if arm.trains:
             curves = [on_the_way(root, arm_dir(root, name, seed)) for seed in seeds]
             results[name]["on_the_way"] = [
                 {column: mean_and_spread([point[column] for point in points]) for column in points[0]}

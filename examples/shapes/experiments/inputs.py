@@ -19,11 +19,11 @@ from examples.shapes.summary import read_json
 from hy_prfl.configs.parser import parse_config
 
 
-NUM_SAMPLES, NUM_PROMPTS = 3072, 72
+NUM_SAMPLES, NUM_LABELLED, NUM_PROMPTS = 3072, 2048, 72
 # Options of `examples.shapes.clips`; the mixture is that of the pretraining's last phase.
 CLIPS = {
     "mixture": ["--num_clips", "1024", *clips_options(), "--seed", "11"],
-    "labelled": ["--num_clips", "2048", "--good_share", "0.5", "--seed", "21"],
+    "labelled": ["--num_clips", str(NUM_LABELLED), "--good_share", "0.5", "--seed", "21"],
     "good": ["--num_clips", "512", "--good_share", "1", "--seed", "12"],
     "held_out": ["--num_clips", "24", "--split", "held_out", "--seed", "13"],
 }

@@ -60,21 +60,26 @@ def reward_model_dir(root: Path, arm: str, seed: int) -> Path:
 
 def training_stage(root: Path, arm: str, seed: int) -> Stage:
     """Train one reward model, and evaluate it at the end."""
-    name = f"reward_{arm}_{seed}"
-    output_dir = reward_model_dir(root, arm, seed)
-    num_updates = str(UPDATES.get(arm, NUM_UPDATES))
-    train = root / "latents" / DATASETS.get(arm, "samples_train")
-    options = [
-        *("--train_dataset", str(train), "--validation_dataset", str(root / "latents" / "samples_validation")),
-        *("--output_dir", str(output_dir), "--validation_timesteps", *map(str, TIMESTEPS)),
-        *("--max_train_steps", num_updates, "--validation_steps", num_updates),
-        *("--checkpointing_steps", num_updates, "--seed", str(seed), *ARMS[arm]),
-    ]
-    return Stage(
-        name,
-        name,
-        [launch("train_reward", options, recipes=RECIPES / "experiments")],
-        [str(output_dir.relative_to(root))],
+    name, output_dir = f"reward_{arm}_{seed}", reward_model_dir(root, arm, seed)
+    latents, num_updates = DATASETS.get(arm, "samples_train"), UPDATES.get(arm, NUM_UPDATES)
+    command = training_command(root, output_dir, seed, latents=latents, num_updates=num_updates, options=ARMS[arm])
+    return Stage(name, name, [command], [str(output_dir.relative_to(root))])
+
+
+def training_command(
+    root: Path, output_dir: Path, seed: int, *, latents: str, num_updates: int, options: Sequence[str] = ()
+) -> list[str]:
+    """Train on one of the datasets below `root/latents`, and evaluate at the end."""
+    return launch(
+        "train_reward",
+        [
+            *("--train_dataset", str(root / "latents" / latents)),
+            *("--validation_dataset", str(root / "latents" / "samples_validation")),
+            *("--output_dir", str(output_dir), "--validation_timesteps", *map(str, TIMESTEPS)),
+            *("--max_train_steps", str(num_updates), "--validation_steps", str(num_updates)),
+            *("--checkpointing_steps", str(num_updates), "--seed", str(seed), *options),
+        ],
+        recipes=RECIPES / "experiments",
     )
 
 

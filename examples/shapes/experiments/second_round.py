@@ -14,14 +14,28 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from examples.shapes.annotate import AnnotateConfig
 from examples.shapes.demo import write_prompts
 from examples.shapes.experiments.generators import ARMS as GENERATORS
 from examples.shapes.experiments.generators import Arm, arm_dir, summarize, tuning_stage
-from examples.shapes.experiments.inputs import labelled_manifests, make_inputs, merge_manifests, preprocess_commands
-from examples.shapes.experiments.reward_models import TIMESTEPS, UPDATES, reward_model_dir, training_stage
+from examples.shapes.experiments.inputs import (
+    NUM_LABELLED,
+    NUM_SAMPLES,
+    labelled_manifests,
+    make_inputs,
+    merge_manifests,
+    preprocess_commands,
+)
+from examples.shapes.experiments.reward_models import (
+    TIMESTEPS,
+    UPDATES,
+    reward_model_dir,
+    training_command,
+    training_stage,
+)
 from examples.shapes.experiments.runs import ExperimentConfig, mean_and_spread, plot_spread, run_all
 from examples.shapes.judge import write_json
-from examples.shapes.stages import RECIPES, Stage, launch, python
+from examples.shapes.stages import Stage, launch, python
 from examples.shapes.summary import read_json
 from hy_prfl.configs.parser import parse_config
 
@@ -29,9 +43,11 @@ from hy_prfl.configs.parser import parse_config
 FIRST, SECOND = "own_and_real", "second_round"
 # What is tuned on the first reward model, and makes the videos that the second one learns from.
 TUNED = "divided_by_step_width"
-NUM_SAMPLES = 1024
-# Each video as often as in the first round.
-NUM_UPDATES = round(UPDATES[FIRST] * (4506 + 0.8 * NUM_SAMPLES) / 4506)
+NUM_TUNED_SAMPLES = 1024
+# Each video as often as in the first round. Of a generator's videos a share is kept for validation.
+TRAIN_SHARE = 1 - AnnotateConfig.validation_share
+NUM_FIRST = NUM_LABELLED + TRAIN_SHARE * NUM_SAMPLES
+NUM_UPDATES = round(UPDATES[FIRST] * (NUM_FIRST + TRAIN_SHARE * NUM_TUNED_SAMPLES) / NUM_FIRST)
 ARMS = {
     "one_round": Arm(GENERATORS[TUNED].options, times=2),
     "two_rounds": Arm(GENERATORS[TUNED].options, times=2, reward_model=SECOND),
@@ -56,15 +72,8 @@ def reward_stage(root: Path, seed: int) -> Stage:
     """Encode these and all that the first reward model had, and train on them as it was trained."""
     name, output_dir = f"reward_{SECOND}_{seed}", reward_model_dir(root, SECOND, seed)
     latents = f"{SECOND}_{seed}"
-    train = [
-        *("--train_dataset", str(root / "latents" / latents)),
-        *("--validation_dataset", str(root / "latents" / "samples_validation")),
-        *("--output_dir", str(output_dir), "--validation_timesteps", *map(str, TIMESTEPS)),
-        *("--max_train_steps", str(NUM_UPDATES), "--validation_steps", str(NUM_UPDATES)),
-        *("--checkpointing_steps", str(NUM_UPDATES), "--seed", str(seed)),
-    ]
     commands = preprocess_commands(root, {latents: round_dir(root, seed) / "all.json"}, two_processes=False)
-    commands.append(launch("train_reward", train, recipes=RECIPES / "experiments"))
+    commands.append(training_command(root, output_dir, seed, latents=latents, num_updates=NUM_UPDATES))
     return Stage(name, name, commands, [str(output_dir.relative_to(root)), f"latents/{latents}"])
 
 
@@ -125,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     make_inputs(root, seeds)
     run_all([training_stage(root, FIRST, seed) for seed in seeds], root, config.num_parallel)
     run_all([tuning_stage(root, TUNED, GENERATORS[TUNED], seed) for seed in seeds], root, config.num_parallel)
-    write_prompts(root / SECOND / "prompts.json", "train", NUM_SAMPLES, first_seed=200_000, prefix="tuned_")
+    write_prompts(root / SECOND / "prompts.json", "train", NUM_TUNED_SAMPLES, first_seed=200_000, prefix="tuned_")
     run_all([samples_stage(root, seed) for seed in seeds], root, config.num_parallel)
     for seed in seeds:
         labelled = [*labelled_manifests(root), round_dir(root, seed) / "labels" / "train.json"]

@@ -35,7 +35,7 @@ def test_arms_of_reward_models(tmp_path: Path, arm: str) -> None:
     assert config.train_batch_size * (2 if config.loss == "bt" else 1) == 32
 
 
-@pytest.mark.parametrize("name", [name for name in TUNED if name != "base"])
+@pytest.mark.parametrize("name", [name for name, arm in TUNED.items() if arm.trains])
 def test_arms_of_generators_have_equally_many_updates_or_a_multiple(tmp_path: Path, name: str) -> None:
     stage = generators.tuning_stage(tmp_path, name, TUNED[name], seed=3)
     config = parse_config(PRFLTrainingConfig, options_of(stage, "train_prfl"))
@@ -56,14 +56,16 @@ def test_no_two_arms_are_the_same(tmp_path: Path) -> None:
 def test_the_second_reward_model_is_trained_as_the_first(tmp_path: Path) -> None:
     stages = reward_models.training_stage(tmp_path, "own_and_real", 3), second_round.reward_stage(tmp_path, 3)
     first, second = (parse_config(RewardTrainingConfig, options_of(stage, "train_reward")) for stage in stages)
-    assert second.max_train_steps == second.validation_steps == second_round.NUM_UPDATES
+    # 2,458 of the generator's own videos and 2,048 clips in 800 updates, then 819 videos more.
+    assert second.max_train_steps == second.validation_steps == 945
     changed = {name for name, value in vars(first).items() if vars(second)[name] != value}
     assert changed == {"train_dataset", "output_dir", "max_train_steps", "validation_steps", "checkpointing_steps"}
 
 
 def test_panels_show_arms() -> None:
-    for module in (reward_models, generators):
-        assert {arm for panel in module.PANELS.values() for arm in panel} == {*module.ARMS} - {"base"}
+    tuned = {name for name, arm in generators.ARMS.items() if arm.trains}
+    for panels, arms in ((reward_models.PANELS, {*reward_models.ARMS}), (generators.PANELS, tuned)):
+        assert {arm for panel in panels.values() for arm in panel} == arms
 
 
 def test_inputs_have_seeds_of_their_own(tmp_path: Path) -> None:
