@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
-from peft import LoraConfig
 from torch import nn
 
 from ..configs.base import TrainingConfig
@@ -16,6 +15,7 @@ from ..configs.reward import RewardTrainingConfig
 from ..models.experts import Experts, choose_experts, read_experts
 from ..models.loading import TRANSFORMER_FOLDER
 from ..models.reward_model import BACKBONE_CONFIG, WanRewardModel
+from ..models.trainable import select_trainable
 
 
 # Sizes of the transformers as published in the Wan 2.1 and 2.2 repositories (`wan/configs/wan_{t2v,i2v,ti2v}_*.py`, FLF2V
@@ -103,7 +103,7 @@ def build_transformer(
         transformer = WanTransformer3DModel.from_config(dict(config))
         if frozen:
             return transformer.requires_grad_(False)
-        select_trainable(transformer, training)
+        select_trainable(transformer, training, dtype=torch.float32)
     return transformer
 
 
@@ -112,7 +112,7 @@ def build_reward_model(config: Mapping[str, Any], training: RewardTrainingConfig
     with torch.device("meta"):
         reward_model = WanRewardModel.from_config(dict(config)).requires_grad_(False)
         if training is not None:
-            select_trainable(reward_model, training)
+            select_trainable(reward_model, training, dtype=torch.float32)
     return reward_model
 
 
@@ -126,33 +126,6 @@ def materialize(model: nn.Module) -> None:
         for name, buffer in list(module._buffers.items()):
             if buffer is not None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
-
-
-def select_trainable(model: Any, training: TrainingConfig) -> None:
-    """
-    Choose what trains, as the trainers do: all weights, an adapter, or of a reward model all but its embeddings.
-
-    Args:
-        model (`WanTransformer3DModel` or `WanRewardModel`):
-            The model; a LoRA adapter is added to it if `training` has one.
-    """
-    is_reward_model = isinstance(model, WanRewardModel)
-    if training.lora_rank is not None:
-        model.requires_grad_(False)
-        model.add_adapter(
-            LoraConfig(
-                r=training.lora_rank,
-                target_modules=training.lora_target_modules,
-                exclude_modules=r"(pooler|head)\..*" if is_reward_model else None,
-            )
-        )
-    elif is_reward_model:
-        model.requires_grad_(True).freeze_embeddings()
-    if is_reward_model:
-        for part in (model.pooler, model.head):
-            part.requires_grad_(True)
-        if isinstance(training, RewardTrainingConfig) and training.freeze_blocks:
-            model.blocks.requires_grad_(False)
 
 
 def set_dtypes(model: Any, *, frozen: torch.dtype, trained: torch.dtype, keep_in_fp32: bool) -> None:

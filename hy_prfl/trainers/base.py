@@ -25,7 +25,6 @@ from ..distributed import any_rank, build_accelerator, mean_over_ranks
 from ..flow_matching import make_generator, sample_noise, sample_sigmas
 from ..models.attention import check_attention_backend, set_attention_backend
 from ..models.context_parallel import ContextParallelGroup, check_divisible
-from ..models.lora import add_lora
 from ..models.recomputation import recompute_blocks
 from ..provenance import CONFIG_FILE
 from ..sharding import Masters, forget_deepspeed_in_transformers, split_for_zero3
@@ -158,20 +157,6 @@ class Trainer(ABC):
     def trained_dtype(self) -> torch.dtype:
         """Type to load weights in that are to be trained: float32, unless the engine keeps float32 masters of them."""
         return torch.float32 if self.split is None else self.weight_dtype
-
-    def add_adapter(self, model: Any, *, exclude_modules: str | None = None) -> None:
-        """Freeze a model and give it the LoRA adapter of the options, see [`~hy_prfl.models.lora.add_lora`]."""
-        config = self.config
-        assert config.lora_rank is not None
-        add_lora(
-            model,
-            rank=config.lora_rank,
-            lora_alpha=config.lora_rank if config.lora_alpha is None else config.lora_alpha,
-            lora_dropout=config.lora_dropout,
-            target_modules=config.lora_target_modules,
-            exclude_modules=exclude_modules,
-            dtype=self.trained_dtype,
-        )
 
     @property
     def weight_dtype(self) -> torch.dtype:

@@ -2,30 +2,20 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from datasets import Dataset
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
-from diffusers.training_utils import EMAModel
 
 from ..checkpointing import AVERAGE_FOLDER, LORA_FILES, read_lora, save_lora, save_pretrained
 from ..configs.base import check
 from ..configs.prfl import PRFLTrainingConfig
-from ..data.collators import LatentBatch, collate_latents
-from ..data.dataset import (
-    RowDataset,
-    check_vae,
-    latent_shapes,
-    load_latent_dataset,
-    require_latents,
-    stream_batches,
-)
-from ..data.sampler import BucketBatchSampler
+from ..data.collators import LatentBatch
+from ..data.dataset import check_vae
 from ..flow_matching import add_noise, sample_noise, sigmas_to_timesteps, timestep_probability, velocity_target
 from ..losses import flow_matching_loss, reward_feedback_loss
 from ..models.conditioning import add_condition, num_clean_frames
@@ -34,10 +24,13 @@ from ..models.host_weights import HostWeights
 from ..models.loading import WeightFiles, load_reward_model, load_scheduler, load_transformer
 from ..models.lora_metadata import lora_metadata
 from ..models.reward_model import WanRewardModel, check_fits_generator, check_latents_fit
+from ..models.trainable import select_trainable
 from ..rollout import GradientStep, predict_velocity, walk_with_gradient
 from ..sample_evaluation import SampleEvaluator
 from ..sharding import full_state_dict, split_frozen
+from .averaging import WeightAverage
 from .base import Trainer
+from .prfl_datasets import PRFLDatasets
 
 
 logger = get_logger(__name__)
@@ -78,15 +71,14 @@ class PRFLTrainer(Trainer):
         self.check_kernel("rollout_attention_backend", trains=False, dtype=self.generator_dtype)
         self.experts = read_experts(config.pretrained_model_name_or_path, config.expert, revision=config.revision)
         self._check_offload()
-        self._open_datasets()
+        self.datasets = PRFLDatasets(config, num_replicas=self.num_replicas, replica=self.replica)
         self._load_models()
         parameters = [parameter for parameter in self.unwrapped.parameters() if parameter.requires_grad]
-        main_stream = self.flow_sampler if self.uses_flow_matching else self.reward_sampler
-        self.transformer = self.prepare(self.unwrapped, [{"params": parameters}], main_stream().batches_per_epoch)
+        self.transformer = self.prepare(self.unwrapped, [{"params": parameters}], self.datasets.batches_per_epoch)
         self.generator = self.transformer
         if self.frozen:
             self.generator = self.experts.join({self.experts.trained[0]: self.transformer, **self.frozen})
-        self.ema = EMAModel(self.masters.values(), decay=config.ema_decay, foreach=True) if config.use_ema else None
+        self.average = WeightAverage(self.masters, decay=config.ema_decay) if config.use_ema else None
 
     def train_step(self) -> dict[str, torch.Tensor]:
         """One flow-matching update, then one reward update, or both losses in one update."""
@@ -99,8 +91,8 @@ class PRFLTrainer(Trainer):
                 metrics |= self.flow_matching_backwards(weight / self.num_backwards["flow"])
             if "reward" in losses:
                 metrics |= self.reward_backwards(weight / self.num_backwards["reward"])
-        if self.ema is not None:
-            self.ema.step(self.masters.values())
+        if self.average is not None:
+            self.average.step()
         return metrics
 
     def flow_matching_backwards(self, weight: float) -> dict[str, torch.Tensor]:
@@ -256,17 +248,10 @@ class PRFLTrainer(Trainer):
     def start_streams(self) -> None:
         """Open the batches of both kinds at the position of `global_step`."""
         start = self.global_step * self.config.gradient_accumulation_steps
-        num_workers = self.config.dataloader_num_workers
         if self.uses_flow_matching:
-            rows = RowDataset(self.dataset, range(len(self.dataset)))
-            self.flow_batches = stream_batches(
-                rows, collate_latents, self.flow_sampler(start=start), num_workers=num_workers
-            )
+            self.flow_batches = self.datasets.clip_batches(start)
         if self.uses_reward:
-            rows = RowDataset(self.prompt_dataset, range(len(self.prompt_dataset)))
-            self.reward_batches = stream_batches(
-                rows, collate_latents, self.reward_sampler(start=start), num_workers=num_workers
-            )
+            self.reward_batches = self.datasets.prompt_batches(start)
         self.unwrapped.train()
 
     def validate(self) -> dict[str, float]:
@@ -278,22 +263,13 @@ class PRFLTrainer(Trainer):
         self.unwrapped.train()
         return metrics
 
-    @contextmanager
-    def averaged_weights(self) -> Iterator[None]:
+    def averaged_weights(self) -> AbstractContextManager[None]:
         """Put the averaged weights into the model for the time of the context, if an average is kept."""
-        if self.ema is None:
-            yield
-            return
-        kept = [value.detach().clone() for value in self.masters.values()]
-        self.masters.write(self.ema.shadow_params)
-        try:
-            yield
-        finally:
-            self.masters.write(kept)
+        return nullcontext() if self.average is None else self.average.in_model()
 
     def save_average(self, directory: Path) -> None:
         """Write the averaged weights to `directory/ema`, if an average is kept. A collective."""
-        if self.ema is None:
+        if self.average is None:
             return
         if self.accelerator.is_main_process:
             (directory / AVERAGE_FOLDER).mkdir()
@@ -302,18 +278,18 @@ class PRFLTrainer(Trainer):
 
     def load_average(self, directory: Path) -> None:
         """Load what `save_average` wrote, each rank its share."""
-        if self.ema is not None:
-            self.ema.shadow_params = self.masters.share_of(self.read_model(directory / AVERAGE_FOLDER))
+        if self.average is not None:
+            self.average.load(self.read_model(directory / AVERAGE_FOLDER))
 
     def state(self) -> dict[str, Any]:
         """Adds the number of updates in the average."""
-        return {**super().state(), "num_averaged": self.ema.optimization_step if self.ema else 0}
+        return {**super().state(), "num_averaged": self.average.num_averaged if self.average else 0}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore what `state` returned."""
         super().load_state(state)
-        if self.ema is not None:
-            self.ema.optimization_step = state["num_averaged"]
+        if self.average is not None:
+            self.average.num_averaged = state["num_averaged"]
 
     def save_model(self, directory: Path) -> None:
         """Write the weights in training: `directory/transformer`, or the adapter's file, by expert. A collective."""
@@ -350,32 +326,6 @@ class PRFLTrainer(Trainer):
         }
         return PairWeights(weights) if len(weights) > 1 else weights[self.experts.trained[0]]
 
-    def _open_datasets(self) -> None:
-        config = self.config
-        self.dataset = load_latent_dataset(config.train_dataset)
-        if self.uses_flow_matching:
-            require_latents(self.dataset, config.train_dataset)
-        self.prompt_dataset = load_latent_dataset(config.prompt_dataset) if config.prompt_dataset else self.dataset
-        self.validation_dataset = load_latent_dataset(config.validation_dataset) if config.validation_dataset else None
-        sampler = partial(
-            BucketBatchSampler,
-            batch_size=config.train_batch_size,
-            num_replicas=self.num_replicas,
-            replica=self.replica,
-        )
-        # The two kinds of update must not walk the same rows in the same order.
-        self.flow_sampler = partial(sampler, latent_shapes(self.dataset), seed=2 * config.seed)
-        self.reward_sampler = partial(sampler, latent_shapes(self.prompt_dataset), seed=2 * config.seed + 1)
-
-    def _datasets_by_source(self) -> dict[str, Dataset]:
-        """Every dataset of this run once, by the path it was opened from."""
-        datasets = {self.config.train_dataset: self.dataset}
-        if self.config.prompt_dataset is not None:
-            datasets[self.config.prompt_dataset] = self.prompt_dataset
-        if self.config.validation_dataset is not None:
-            datasets[self.config.validation_dataset] = self.validation_dataset
-        return datasets
-
     def _load_models(self) -> None:
         config = self.config
         path, revision = config.pretrained_model_name_or_path, config.revision
@@ -386,7 +336,7 @@ class PRFLTrainer(Trainer):
             check_fits_generator(reward_config, transformer_config, allow_other_base=config.allow_other_base)
         fingerprint = self.pipeline_vae_fingerprint()
         check_latents_fit(reward_config, vae_fingerprint=fingerprint, source=path)
-        for source, dataset in self._datasets_by_source().items():
+        for source, dataset in self.datasets.by_source().items():
             check_vae(dataset, source, fingerprint)
             self.check_dataset(dataset, source, reward_config)
         self.scheduler = load_scheduler(path, revision=revision, flow_shift=config.sampler_flow_shift)
@@ -438,8 +388,7 @@ class PRFLTrainer(Trainer):
     def _load_transformer(self, expert: ExpertName) -> WanTransformer3DModel:
         config = self.config
         transformer = self._read_expert(expert, dtype=self.generator_dtype, split=self.split)
-        if config.lora_rank is not None:
-            self.add_adapter(transformer)
+        select_trainable(transformer, config, dtype=self.trained_dtype)
         self.set_up_blocks(transformer, num_recomputed=config.gradient_checkpointing_blocks)
         return transformer
 
@@ -456,7 +405,7 @@ class PRFLTrainer(Trainer):
     def _load_frozen_expert(self) -> dict[ExpertName, WanTransformer3DModel]:
         """The expert that chains need beside the one in training, by its name; empty if they need none."""
         config = self.config
-        name = self.experts.frozen(rolls_out=self.uses_reward, samples=self.validation_dataset is not None)
+        name = self.experts.frozen(rolls_out=self.uses_reward, samples=self.datasets.validation is not None)
         if name is None:
             return {}
         split = partial(split_frozen, device=self.accelerator.device) if config.shard_frozen_expert else None
@@ -467,7 +416,8 @@ class PRFLTrainer(Trainer):
 
     def _build_evaluator(self) -> SampleEvaluator | None:
         config = self.config
-        if self.validation_dataset is None:
+        validation = self.datasets.validation
+        if validation is None:
             return None
         vae = None
         if config.validation_videos:
@@ -475,9 +425,8 @@ class PRFLTrainer(Trainer):
                 config.pretrained_model_name_or_path, subfolder="vae", revision=config.revision
             )
             vae.to(self.accelerator.device).requires_grad_(False).eval()
-        num_rows = min(config.num_validation_samples, len(self.validation_dataset))
         return SampleEvaluator(
-            self.validation_dataset.select(range(num_rows)),
+            validation.select(range(min(config.num_validation_samples, len(validation)))),
             reward_model=self.reward_model,
             scheduler=self.scheduler,
             vae=vae,

@@ -30,6 +30,7 @@ from ..losses import binary_reward_loss, bradley_terry_loss
 from ..models.experts import EXPERT_FOLDERS, read_experts
 from ..models.loading import TRANSFORMER_FOLDER, WeightFiles, load_reward_model, make_reward_model
 from ..models.reward_model import WanRewardModel, check_latents_fit, score_noised
+from ..models.trainable import select_trainable
 from ..sharding import full_state_dict
 from .base import Trainer
 
@@ -242,14 +243,7 @@ class RewardTrainer(Trainer):
                 task=config.task,
                 vae_fingerprint=self.vae_fingerprint,
             )
-        if config.lora_rank is not None:
-            self.add_adapter(model, exclude_modules=r"(pooler|head)\..*")
-        else:
-            model.requires_grad_(True).freeze_embeddings()
-        for part in (model.pooler, model.head):
-            part.requires_grad_(True)
-        if config.freeze_blocks:
-            model.blocks.requires_grad_(False)
+        select_trainable(model, config, dtype=self.trained_dtype)
         self.set_up_blocks(model, num_recomputed=config.gradient_checkpointing_blocks)
         return model
 

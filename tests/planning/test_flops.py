@@ -13,9 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from hy_prfl.configs.prfl import PRFLTrainingConfig
 from hy_prfl.losses import bradley_terry_loss, flow_matching_loss, reward_feedback_loss
 from hy_prfl.models.reward_model import WanRewardModel
+from hy_prfl.models.trainable import select_trainable
 from hy_prfl.planning.engines import Engine
 from hy_prfl.planning.estimate import Request, estimate
-from hy_prfl.planning.models import load_transformer_config, reward_model_config, select_trainable
+from hy_prfl.planning.models import load_transformer_config, reward_model_config
 from hy_prfl.planning.plan import plan
 from hy_prfl.planning.workloads import Shape
 from hy_prfl.rollout import denoise_to_step, predict_velocity
@@ -60,7 +61,7 @@ def real_update(
     """One update of each kind with real tensors, by the functions that the trainer calls."""
     transformer = WanTransformer3DModel(**sizes)
     reward_model = WanRewardModel.from_transformer(transformer, num_layers=REWARD_LAYERS).requires_grad_(False)
-    select_trainable(transformer, training)
+    select_trainable(transformer, training, dtype=torch.float32)
     if training.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
         reward_model.enable_gradient_checkpointing()
@@ -137,7 +138,7 @@ def test_reward_training_agrees_with_the_flop_counter(options: dict[str, Any]) -
     training = reward_recipe(num_layers=REWARD_LAYERS, **options)
     transformer = WanTransformer3DModel(**MIDDLE)
     model = WanRewardModel.from_transformer(transformer, num_layers=REWARD_LAYERS).requires_grad_(False)
-    select_trainable(model, training)
+    select_trainable(model, training, dtype=torch.float32)
     if training.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     shape, batch = (3, 16, 16), 2 if training.loss == "bt" else 1

@@ -9,6 +9,7 @@ from diffusers import WanTransformer3DModel
 
 from hy_prfl.configs.reward import RewardTrainingConfig
 from hy_prfl.models.reward_model import WanRewardModel
+from hy_prfl.models.trainable import select_trainable
 from hy_prfl.planning.models import (
     PUBLISHED,
     build_reward_model,
@@ -16,7 +17,6 @@ from hy_prfl.planning.models import (
     count_parameters,
     load_transformer_config,
     reward_model_config,
-    select_trainable,
     set_dtypes,
 )
 from hy_prfl.planning.plan import plan
@@ -56,7 +56,7 @@ def test_reward_model_is_counted_as_trained(pipeline_dir: Path, options: dict[st
     real = WanRewardModel.from_transformer(
         transformer, num_layers=2, num_query_heads=2, pooling=training.pooling
     ).requires_grad_(False)
-    select_trainable(real, training)
+    select_trainable(real, training, dtype=torch.float32)
     assert counted.total == sum(parameter.numel() for parameter in real.parameters())
     assert counted.trained == sum(parameter.numel() for parameter in real.parameters() if parameter.requires_grad)
     embeddings = [*real.patch_embedding.parameters(), *real.condition_embedder.parameters()]

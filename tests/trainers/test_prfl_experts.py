@@ -1,6 +1,7 @@
 """PRFL on a pipeline of two experts, of which one or both train."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +9,12 @@ import pytest
 import torch
 from diffusers import WanPipeline, WanTransformer3DModel
 
-from hy_prfl.configs.prfl import PRFLTrainingConfig
 from hy_prfl.configs.reward import RewardTrainingConfig
 from hy_prfl.data.collators import collate_latents
 from hy_prfl.data.dataset import load_latent_dataset
 from hy_prfl.data.schema import table_to_rows
 from hy_prfl.flow_matching import make_generator, row_noise
 from hy_prfl.models.lora_metadata import read_lora_metadata
-from hy_prfl.models.reward_model import WanRewardModel
 from hy_prfl.trainers import prfl_trainer
 from hy_prfl.trainers.prfl_trainer import FLOW_EXPERT, FLOW_NOISE, PRFLTrainer
 from hy_prfl.trainers.reward_trainer import RewardTrainer
@@ -27,29 +26,9 @@ FOLDERS = {"high_noise": "transformer", "low_noise": "transformer_2"}
 
 
 @pytest.fixture
-def build(tmp_path: Path, expert_pipeline_dir: Path, write_latents: Callable[..., Path], tiny_vae: str) -> Build:
-    """Function that builds a trainer on 8 rows and an untrained reward model, with options on top of quick ones."""
-    write_latents(tmp_path / "train", 8)
-    transformer = WanTransformer3DModel.from_pretrained(expert_pipeline_dir, subfolder="transformer_2")
-    torch.manual_seed(0)
-    model = WanRewardModel.from_transformer(transformer, num_layers=2, vae_fingerprint=tiny_vae)
-    model.save_pretrained(tmp_path / "reward")
-
-    def builder(**options: Any) -> PRFLTrainer:
-        defaults: dict[str, Any] = {
-            "output_dir": str(tmp_path / "out"),
-            "pretrained_model_name_or_path": str(expert_pipeline_dir),
-            "reward_model": str(tmp_path / "reward"),
-            "train_dataset": str(tmp_path / "train"),
-            "train_batch_size": 2,
-            "max_train_steps": 2,
-            "num_inference_steps": 6,
-            "learning_rate": 1e-3,
-            "report_to": ["none"],
-        }
-        return PRFLTrainer(PRFLTrainingConfig(**(defaults | options)))
-
-    return builder
+def build(prfl_builder: Callable[..., Build], expert_pipeline_dir: Path) -> Build:
+    """Function that builds a trainer of a pipeline of two experts; chains have six steps, some of each."""
+    return partial(prfl_builder(expert_pipeline_dir, "transformer_2"), num_inference_steps=6)
 
 
 def base(folder: Path, expert: str) -> dict[str, torch.Tensor]:
@@ -90,7 +69,7 @@ def test_both_train_and_one_step_is_the_same_arithmetic_written_out(build: Build
     parameters = [parameter for model in experts.values() for parameter in model.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01)
     rows = table_to_rows(load_latent_dataset(trainer.config.train_dataset)[:])
-    batches = (collate_latents([rows[index] for index in indices]) for indices in trainer.flow_sampler())
+    batches = (collate_latents([rows[index] for index in indices]) for indices in trainer.datasets.clip_sampler())
     share = sum(5 * u / (1000 + 4 * u) >= 0.875 for u in range(1, 1001)) / 1000
     drawn = []
     for global_step in range(3):
@@ -218,9 +197,9 @@ def test_saved_experts_and_average_resume_as_if_never_stopped(
         whole.unwrapped.state_dict().items(), second.unwrapped.state_dict().values(), strict=True
     ):
         assert torch.equal(value, other), name
-    assert whole.ema is not None
-    assert second.ema is not None
-    assert all(map(torch.equal, whole.ema.shadow_params, second.ema.shadow_params))
+    assert whole.average is not None
+    assert second.average is not None
+    assert all(map(torch.equal, whole.average.ema.shadow_params, second.average.ema.shadow_params))
 
 
 @pytest.mark.parametrize("expert", ["low_noise", "both"])

@@ -10,7 +10,6 @@ from diffusers import WanImageToVideoPipeline, WanPipeline, WanTransformer3DMode
 from PIL import Image
 from safetensors.torch import load_file
 
-from hy_prfl.configs.prfl import PRFLTrainingConfig
 from hy_prfl.data.collators import LatentBatch, collate_latents
 from hy_prfl.data.dataset import load_latent_dataset
 from hy_prfl.data.schema import table_to_rows
@@ -23,32 +22,9 @@ from hy_prfl.trainers.prfl_trainer import FLOW_NOISE, REWARD_NOISE, PRFLTrainer
 
 
 @pytest.fixture
-def build(
-    tmp_path: Path, pipeline_dir: Path, write_latents: Callable[..., Path], tiny_vae: str
-) -> Callable[..., PRFLTrainer]:
-    """Function that builds a trainer on 8 rows and an untrained reward model, with options on top of quick ones."""
-    write_latents(tmp_path / "train", 8)
-    transformer = WanTransformer3DModel.from_pretrained(pipeline_dir, subfolder="transformer")
-    torch.manual_seed(0)
-    WanRewardModel.from_transformer(transformer, num_layers=2, vae_fingerprint=tiny_vae).save_pretrained(
-        tmp_path / "reward"
-    )
-
-    def builder(**options: Any) -> PRFLTrainer:
-        defaults: dict[str, Any] = {
-            "output_dir": str(tmp_path / "out"),
-            "pretrained_model_name_or_path": str(pipeline_dir),
-            "reward_model": str(tmp_path / "reward"),
-            "train_dataset": str(tmp_path / "train"),
-            "train_batch_size": 2,
-            "max_train_steps": 2,
-            "num_inference_steps": 4,
-            "learning_rate": 1e-3,
-            "report_to": ["none"],
-        }
-        return PRFLTrainer(PRFLTrainingConfig(**(defaults | options)))
-
-    return builder
+def build(prfl_builder: Callable[..., Callable[..., PRFLTrainer]], pipeline_dir: Path) -> Callable[..., PRFLTrainer]:
+    """Function that builds a trainer of a text-to-video pipeline."""
+    return prfl_builder(pipeline_dir)
 
 
 def snapshot(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -157,12 +133,12 @@ def test_one_step_equals_the_same_arithmetic_written_out(
         optimizer.step()
         optimizer.zero_grad()
 
-    batches = reference_batches(trainer, trainer.flow_sampler)
+    batches = reference_batches(trainer, trainer.datasets.clip_sampler)
     for micro_step in range(2):
         (reference_flow_loss(trainer, model, next(batches), micro_step) / 2).backward()
     if schedule == "alternate":
         update()
-    batches = reference_batches(trainer, trainer.reward_sampler)
+    batches = reference_batches(trainer, trainer.datasets.prompt_sampler)
     for micro_step in range(2):
         batch, step_indices = next(batches), trainer.draw_step_indices(micro_step)
         assert len(step_indices) == options.get("num_gradient_steps", 1)
@@ -322,9 +298,9 @@ def test_resuming_equals_never_having_stopped(
         whole.unwrapped.state_dict().items(), second.unwrapped.state_dict().values(), strict=True
     ):
         assert torch.equal(value, other), name
-    if whole.ema is not None:
-        assert second.ema is not None
-        assert all(map(torch.equal, whole.ema.shadow_params, second.ema.shadow_params))
+    if whole.average is not None:
+        assert second.average is not None
+        assert all(map(torch.equal, whole.average.ema.shadow_params, second.average.ema.shadow_params))
     assert (tmp_path / "whole" / "metrics.jsonl").read_text() == (parts / "metrics.jsonl").read_text()
 
 
@@ -366,8 +342,8 @@ def test_averaged_weights_are_what_is_saved(build: Callable[..., PRFLTrainer], t
 
     def step_and_average() -> dict[str, torch.Tensor]:
         metrics = original()
-        assert trainer.ema is not None
-        decay = trainer.ema.get_decay(trainer.ema.optimization_step)
+        assert trainer.average is not None
+        decay = trainer.average.ema.get_decay(trainer.average.ema.optimization_step)
         for name, value in trainer.unwrapped.named_parameters():
             averages[name] = decay * averages[name] + (1 - decay) * value.detach()
         return metrics

@@ -1,0 +1,58 @@
+"""What of a model trains: all weights, of a reward model all but its embeddings, or a LoRA adapter."""
+
+from typing import Any
+
+import torch
+from diffusers.training_utils import cast_training_params
+from peft import LoraConfig
+
+from ..configs.base import TrainingConfig, check
+from ..configs.reward import RewardTrainingConfig
+from .reward_model import WanRewardModel
+
+
+def select_trainable(model: Any, training: TrainingConfig, *, dtype: torch.dtype) -> None:
+    """
+    Freeze what does not train, and add the adapter if the options have one, which at first changes nothing.
+
+    Args:
+        model (`WanTransformer3DModel` or `WanRewardModel`):
+            The model; of a reward model pooling and head train always.
+        training (`TrainingConfig`):
+            Options of the run.
+        dtype (`torch.dtype`):
+            Type of the adapter's weights.
+
+    Raises:
+        ValueError: If one of `lora_target_modules` names no layer.
+    """
+    is_reward_model = isinstance(model, WanRewardModel)
+    if training.lora_rank is not None:
+        _add_lora(model, training, exclude_modules=r"(pooler|head)\..*" if is_reward_model else None)
+        cast_training_params(model, dtype=dtype)
+    elif is_reward_model:
+        model.requires_grad_(True).freeze_embeddings()
+    if is_reward_model:
+        for part in (model.pooler, model.head):
+            part.requires_grad_(True)
+        if isinstance(training, RewardTrainingConfig) and training.freeze_blocks:
+            model.blocks.requires_grad_(False)
+
+
+def _add_lora(model: Any, training: TrainingConfig, *, exclude_modules: str | None) -> None:
+    assert training.lora_rank is not None
+    names = [name for name, _ in model.named_modules()]
+    for target in training.lora_target_modules:
+        found = any(name == target or name.endswith(f".{target}") for name in names)
+        check(found, "lora_target_modules", target, "the end of a layer's name in the model, such as `attn1.to_q`")
+    model.requires_grad_(False)
+    model.add_adapter(
+        LoraConfig(
+            r=training.lora_rank,
+            lora_alpha=training.lora_rank if training.lora_alpha is None else training.lora_alpha,
+            lora_dropout=training.lora_dropout,
+            target_modules=list(training.lora_target_modules),
+            exclude_modules=exclude_modules,
+            init_lora_weights=True,
+        )
+    )

@@ -1,0 +1,68 @@
+"""The datasets of PRFL, and the order in which each kind of update walks them."""
+
+from collections.abc import Iterator
+from functools import partial
+
+from datasets import Dataset
+
+from ..configs.prfl import PRFLTrainingConfig
+from ..data.collators import LatentBatch, collate_latents
+from ..data.dataset import RowDataset, latent_shapes, load_latent_dataset, require_latents, stream_batches
+from ..data.sampler import BucketBatchSampler
+
+
+class PRFLDatasets:
+    """
+    Clips for the flow-matching updates, prompts for the reward updates, and held-out prompts to sample, if there are any.
+
+    Args:
+        config (`PRFLTrainingConfig`):
+            Options of the run. Prompts are those of the clips if it names no `prompt_dataset`.
+        num_replicas, replica (`int`):
+            Number of data-parallel replicas, and the one that this process belongs to.
+
+    Raises:
+        FileNotFoundError: If there is no dataset of a name.
+        ValueError: If one is no latent dataset, or has no latents where flow matching needs them.
+    """
+
+    def __init__(self, config: PRFLTrainingConfig, *, num_replicas: int, replica: int) -> None:
+        self.config = config
+        self.clips = load_latent_dataset(config.train_dataset)
+        if config.update_schedule != "reward":
+            require_latents(self.clips, config.train_dataset)
+        self.prompts = load_latent_dataset(config.prompt_dataset) if config.prompt_dataset else self.clips
+        self.validation = load_latent_dataset(config.validation_dataset) if config.validation_dataset else None
+        sampler = partial(
+            BucketBatchSampler, batch_size=config.train_batch_size, num_replicas=num_replicas, replica=replica
+        )
+        # The two kinds of update must not walk the same rows in the same order.
+        self.clip_sampler = partial(sampler, latent_shapes(self.clips), seed=2 * config.seed)
+        self.prompt_sampler = partial(sampler, latent_shapes(self.prompts), seed=2 * config.seed + 1)
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Batches of one epoch on one replica, of prompts if there is no flow matching."""
+        sampler = self.prompt_sampler if self.config.update_schedule == "reward" else self.clip_sampler
+        return sampler().batches_per_epoch
+
+    def by_source(self) -> dict[str, Dataset]:
+        """Every dataset once, by the path it was opened from."""
+        datasets = {self.config.train_dataset: self.clips}
+        if self.config.prompt_dataset is not None:
+            datasets[self.config.prompt_dataset] = self.prompts
+        if self.config.validation_dataset is not None and self.validation is not None:
+            datasets[self.config.validation_dataset] = self.validation
+        return datasets
+
+    def clip_batches(self, start: int) -> Iterator[LatentBatch]:
+        """Endless batches of clips, from batch `start` on."""
+        return self._stream(self.clips, self.clip_sampler(start=start))
+
+    def prompt_batches(self, start: int) -> Iterator[LatentBatch]:
+        """Endless batches of prompts, from batch `start` on."""
+        return self._stream(self.prompts, self.prompt_sampler(start=start))
+
+    def _stream(self, dataset: Dataset, sampler: BucketBatchSampler) -> Iterator[LatentBatch]:
+        rows = RowDataset(dataset, range(len(dataset)))
+        return stream_batches(rows, collate_latents, sampler, num_workers=self.config.dataloader_num_workers)

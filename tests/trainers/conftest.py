@@ -1,0 +1,48 @@
+"""PRFL trainers on few rows, ready in a second."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+
+from hy_prfl.configs.prfl import PRFLTrainingConfig
+from hy_prfl.models.reward_model import WanRewardModel
+from hy_prfl.trainers.prfl_trainer import PRFLTrainer
+
+
+@pytest.fixture
+def prfl_builder(
+    tmp_path: Path, write_latents: Callable[..., Path], tiny_vae: str
+) -> Callable[..., Callable[..., PRFLTrainer]]:
+    """
+    Function `prfl_builder(pipeline_dir, subfolder)` that writes 8 rows and an untrained reward model made of this
+    transformer, and returns a function that builds a trainer of the pipeline, with options on top of quick ones.
+    """
+
+    def prepare(pipeline_dir: Path, subfolder: str = "transformer") -> Callable[..., PRFLTrainer]:
+        write_latents(tmp_path / "train", 8)
+        transformer = WanTransformer3DModel.from_pretrained(pipeline_dir, subfolder=subfolder)
+        torch.manual_seed(0)
+        model = WanRewardModel.from_transformer(transformer, num_layers=2, vae_fingerprint=tiny_vae)
+        model.save_pretrained(tmp_path / "reward")
+
+        def build(**options: Any) -> PRFLTrainer:
+            defaults: dict[str, Any] = {
+                "output_dir": str(tmp_path / "out"),
+                "pretrained_model_name_or_path": str(pipeline_dir),
+                "reward_model": str(tmp_path / "reward"),
+                "train_dataset": str(tmp_path / "train"),
+                "train_batch_size": 2,
+                "max_train_steps": 2,
+                "num_inference_steps": 4,
+                "learning_rate": 1e-3,
+                "report_to": ["none"],
+            }
+            return PRFLTrainer(PRFLTrainingConfig(**(defaults | options)))
+
+        return build
+
+    return prepare
