@@ -104,14 +104,11 @@ class Engine:
 
     def step_memory(self, sizes: ParameterSizes) -> float:
         """Bytes that the optimizer's step needs for itself, after the activations are gone."""
-        if not self.on_gpu or self.offload:
+        # The fused AdamW makes no copies; DeepSpeed hands it the gradients in float32.
+        if self.zero_stage == 0 or not self.on_gpu or self.offload:
             return 0
-        # AdamW updates all tensors at once, with a root of the second moments beside them.
-        if self.zero_stage == 0:
-            return FLOAT32 * sizes.trained
         share = sizes.trained / self.num_gpus
-        at_once = share if self.zero_stage == 2 else min(share, self.zero3_sub_group)
-        return 2 * FLOAT32 * at_once
+        return FLOAT32 * (share if self.zero_stage == 2 else min(share, self.zero3_sub_group))
 
     def average(self, sizes: ParameterSizes) -> float:
         """Bytes of averaged weights on each GPU."""

@@ -22,7 +22,8 @@ class WeightAverage:
 
     def __init__(self, masters: Masters, *, decay: float) -> None:
         self.masters = masters
-        self.ema = EMAModel(masters.values(), decay=decay, foreach=True)
+        # One tensor after the other: all at once would need a temporary copy of them.
+        self.ema = EMAModel(masters.values(), decay=decay, foreach=False)
 
     def step(self) -> None:
         """Take the weights as they are now into the average."""

@@ -241,6 +241,8 @@ class Trainer(ABC):
             betas=(config.adam_beta1, config.adam_beta2),
             weight_decay=config.adam_weight_decay,
             eps=config.adam_epsilon,
+            # One kernel for all of it: faster, and without temporary copies as large as the weights.
+            fused=True,
         )
         self.lr_scheduler = get_scheduler(
             config.lr_scheduler,
