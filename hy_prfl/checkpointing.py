@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from .folders import recover_folder, replace_folder, temporary_folder
 from .models.adapters import parse_adapter
-from .models.experts import ExpertName
+from .models.experts import LORA_FILES
 from .models.lora_metadata import lora_header
 
 
@@ -28,9 +28,6 @@ logger = logging.getLogger(__name__)
 
 STATE_FILE = "trainer_state.json"
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
-LORA_FILE = "pytorch_lora_weights.safetensors"
-# diffusers' name, and for the expert that it calls `transformer_2` one that is not taken for the other's.
-LORA_FILES: dict[ExpertName, str] = {"high_noise": LORA_FILE, "low_noise": "pytorch_lora_weights_2.safetensors"}
 BEST_FOLDER, MODEL_FOLDER, AVERAGE_FOLDER = "best", "reward_model", "ema"
 
 
@@ -188,7 +185,7 @@ def save_lora(
         transformer_lora_layers=layers,
         save_function=lambda weights, filename: save_file(weights, filename, metadata=header),
     )
-    (temporary / LORA_FILE).replace(file)
+    (temporary / LORA_FILES["high_noise"]).replace(file)
     temporary.rmdir()
 
 

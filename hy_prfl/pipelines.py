@@ -9,10 +9,9 @@ import torch
 from diffusers import DiffusionPipeline, WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
 from diffusers.hooks import FirstBlockCacheConfig, SeaCacheConfig, TaylorSeerCacheConfig
 
-from .checkpointing import LORA_FILES
 from .configs.base import check
 from .data.encoding import find_pipeline_class
-from .models.experts import EXPERT_FOLDERS, ExpertName, has_two_experts
+from .models.experts import EXPERT_FOLDERS, LORA_FILES, ExpertName, has_two_experts
 from .models.lora_metadata import read_lora_metadata
 
 

@@ -9,7 +9,6 @@ from peft import LoraConfig
 from safetensors import safe_open
 
 from hy_prfl.checkpointing import (
-    LORA_FILE,
     STATE_FILE,
     find_checkpoint,
     list_checkpoints,
@@ -108,12 +107,12 @@ def lora_weights(transformer: WanTransformer3DModel) -> dict[str, torch.Tensor]:
 
 
 def test_adapter_round_trip_with_its_metadata(transformer: WanTransformer3DModel, tmp_path: Path) -> None:
-    save_lora(transformer, lora_weights(transformer), tmp_path / LORA_FILE)
-    assert [path.name for path in tmp_path.iterdir()] == [LORA_FILE]
-    with safe_open(tmp_path / LORA_FILE, "pt") as file:
+    save_lora(transformer, lora_weights(transformer), tmp_path / "pytorch_lora_weights.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["pytorch_lora_weights.safetensors"]
+    with safe_open(tmp_path / "pytorch_lora_weights.safetensors", "pt") as file:
         metadata = json.loads(file.metadata()["lora_adapter_metadata"])
     assert (metadata["transformer.r"], metadata["transformer.lora_alpha"]) == (2, 6)
-    saved = read_lora(tmp_path / LORA_FILE)
+    saved = read_lora(tmp_path / "pytorch_lora_weights.safetensors")
     expected = lora_weights(transformer)
     assert set(saved) == set(expected)
     assert all(torch.equal(saved[name], value) for name, value in expected.items())

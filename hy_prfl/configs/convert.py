@@ -64,7 +64,7 @@ class ConvertConfig:
         default=None,
         metadata={
             "help": "LoRA of diffusers, ComfyUI, kohya or upstream, told by its keys: a file, or a folder of "
-            "diffusers' or upstream's."
+            "diffusers' or upstream's. Of a folder with one for each of two experts, both."
         },
     )
 

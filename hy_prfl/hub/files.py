@@ -6,8 +6,8 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..checkpointing import AVERAGE_FOLDER, BEST_FOLDER, LORA_FILES, MODEL_FOLDER, list_checkpoints
-from ..models.experts import EXPERT_FOLDERS
+from ..checkpointing import AVERAGE_FOLDER, BEST_FOLDER, MODEL_FOLDER, list_checkpoints
+from ..models.experts import EXPERT_FOLDERS, LORA_FILES
 from ..provenance import CONFIG_FILE, METRICS_FILE, RUN_FILE
 from .model_card import CARD_FILE, may_replace_card, model_kind, write_model_card
 

@@ -13,9 +13,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ..checkpointing import LORA_FILES
 from ..flow_matching import NUM_TRAIN_TIMESTEPS
-from ..models.experts import EXPERT_FOLDERS, ExpertName
+from ..models.experts import EXPERT_FOLDERS, LORA_FILES, ExpertName
 from ..models.lora_metadata import read_lora_metadata
 from ..provenance import CONFIG_FILE, METRICS_FILE, RUN_FILE
 

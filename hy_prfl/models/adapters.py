@@ -13,18 +13,19 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 
-from .lora_metadata import DERIVED, LoraFormat, describe_lora, lora_header
+from .experts import LORA_FILES, ExpertName
+from .lora_metadata import DERIVED, PREFIX, LoraFormat, describe_lora, lora_header
 from .native import layer_names
 from .weight_files import StateDict, new_folder, read_header, read_safetensors
 
@@ -45,10 +46,10 @@ UPSTREAM_FILES = {
     "pytorch_lora_kohya_weights.safetensors": "lora_",
     "pytorch_lora_diffusers_weights.safetensors": "diffusion_model.",
 }
-FILE_NAMES = {
-    "diffusers": LORA_WEIGHT_NAME_SAFE,
-    "comfyui": "lora_comfyui.safetensors",
-    "kohya": "lora_kohya.safetensors",
+FILE_NAMES: dict[str, dict[ExpertName, str]] = {
+    "diffusers": LORA_FILES,
+    "comfyui": {"high_noise": "lora_comfyui.safetensors", "low_noise": "lora_comfyui_2.safetensors"},
+    "kohya": {"high_noise": "lora_kohya.safetensors", "low_noise": "lora_kohya_2.safetensors"},
 }
 
 # Last words of a key -> what the tensor is.
@@ -129,27 +130,54 @@ class Adapter:
     metadata: dict[str, str] = field(default_factory=dict)
     format: LoraFormat = "diffusers"
 
+    @property
+    def expert(self) -> ExpertName:
+        """The transformer that it is for, as its header tells; `high_noise` if the pipeline has only one."""
+        return "low_noise" if self.metadata.get(f"{PREFIX}expert") == "low_noise" else "high_noise"
 
-def find_lora_file(path: str | Path) -> Path:
+
+def find_lora_files(path: str | Path) -> list[Path]:
     """
-    The file that a LoRA is read from: the path itself, or the file in a folder that diffusers or upstream wrote.
+    The files that LoRAs are read from: the path itself, or what diffusers, upstream or `save_adapters` wrote to a folder.
+
+    Two files, if there is one for each expert of a pipeline of two.
 
     Raises:
         FileNotFoundError: If there is none, or it is unclear which file counts.
     """
     path = Path(path)
     if not path.is_dir():
-        return path
-    for name in (LORA_WEIGHT_NAME_SAFE, *UPSTREAM_FILES):
-        if (path / name).is_file():
-            return path / name
+        return [path]
+    for names in (LORA_FILES.values(), *([name] for name in UPSTREAM_FILES)):
+        found = [path / name for name in names if (path / name).is_file()]
+        if found:
+            return found
     files = sorted(path.glob("*.safetensors"))
-    if len(files) != 1:
+    if len(files) != 1 and [file.name for file in files] not in (
+        list(names.values()) for names in FILE_NAMES.values()
+    ):
         raise FileNotFoundError(
-            f"{path}: expected {LORA_WEIGHT_NAME_SAFE}, upstream's {next(iter(UPSTREAM_FILES))}, or one safetensors "
+            f"{path}: expected {LORA_FILES['high_noise']}, upstream's {next(iter(UPSTREAM_FILES))}, or one safetensors "
             f"file, found {len(files)}."
         )
-    return files[0]
+    return files
+
+
+def read_adapters(path: str | Path) -> list[Adapter]:
+    """
+    Read the LoRA of a file or folder, or the two of a pipeline of two experts.
+
+    Raises:
+        FileNotFoundError: If there is no such file, or a folder without a clear one.
+        ValueError: As [`read_adapter`], and if two files are for the same expert.
+    """
+    adapters = [read_adapter(file) for file in find_lora_files(path)]
+    if len({adapter.expert for adapter in adapters}) < len(adapters):
+        raise ValueError(
+            f"{path}: the headers of its two files must tell two experts, both tell `{PREFIX}expert` "
+            f"{adapters[0].metadata.get(f'{PREFIX}expert')!r}; convert them one by one."
+        )
+    return adapters
 
 
 def read_adapter(path: str | Path) -> Adapter:
@@ -157,10 +185,9 @@ def read_adapter(path: str | Path) -> Adapter:
     Read a LoRA file in any of the formats, which its keys tell.
 
     Raises:
-        FileNotFoundError: If there is no such file, or a folder without a clear one.
+        FileNotFoundError: If there is no such file.
         ValueError: Naming the key that is unknown, empty, without its other half or of another shape, and why.
     """
-    path = find_lora_file(path)
     return parse_adapter(read_safetensors(path), read_header(path), source=str(path))
 
 
@@ -299,9 +326,9 @@ def _scale_exactly(bias: torch.Tensor, factor: float, source: str) -> torch.Tens
     return scaled
 
 
-def save_adapter(adapter: Adapter, output_dir: str | Path, lora_format: LoraFormat) -> list[str]:
+def save_adapters(adapters: Sequence[Adapter], output_dir: str | Path, lora_format: LoraFormat) -> list[str]:
     """
-    Write a LoRA to a new folder, in one file, or for upstream in its three.
+    Write a LoRA, or one for each expert, to a new folder, each in one file, or for upstream in its three.
 
     Upstream's files hold no alpha: there `up` is multiplied by `alpha / rank`, and all is float32, as upstream
     writes it.
@@ -310,24 +337,34 @@ def save_adapter(adapter: Adapter, output_dir: str | Path, lora_format: LoraForm
         Names of the files.
 
     Raises:
-        ValueError: If the format cannot say what the adapter says, or `output_dir` is not an empty folder.
+        ValueError: If the format cannot say what the adapters say, or `output_dir` is not an empty folder.
     """
+    files = {name: content for adapter in adapters for name, content in _files_of(adapter, lora_format).items()}
+    with new_folder(output_dir) as folder:
+        for name, (weights, header) in files.items():
+            save_file(weights, folder / name, metadata=header)
+    return list(files)
+
+
+def _files_of(adapter: Adapter, lora_format: LoraFormat) -> dict[str, tuple[StateDict, dict[str, str]]]:
+    """Tensors and header of each file of an adapter, by its name."""
     if lora_format == "upstream":
+        if adapter.expert == "low_noise":
+            raise ValueError(
+                "upstream's files know one transformer, a LoRA of the low-noise expert has no name there."
+            )
         adapter = _fold_alpha(adapter)
         files = {name: _state_dict(adapter, prefix) for name, prefix in UPSTREAM_FILES.items()}
     else:
         prefix = next(prefix for prefix, (written, _) in PREFIXES.items() if written == lora_format)
-        files = {FILE_NAMES[lora_format]: _state_dict(adapter, prefix)}
+        files = {FILE_NAMES[lora_format][adapter.expert]: _state_dict(adapter, prefix)}
     if lora_format == "diffusers":
         header = lora_header(_lora_config(adapter).to_dict(), adapter.metadata)
     else:
         layers = adapter.layers.values()
         described = describe_lora(lora_format, [layer.rank for layer in layers], [layer.alpha for layer in layers])
         header = {"format": "pt", **adapter.metadata, **described}
-    with new_folder(output_dir) as folder:
-        for name, weights in files.items():
-            save_file(weights, folder / name, metadata=header)
-    return list(files)
+    return {name: (weights, header) for name, weights in files.items()}
 
 
 def _state_dict(adapter: Adapter, prefix: str) -> StateDict:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from ..configs.convert import ConvertConfig
 from ..configs.parser import parse_config
-from ..models.adapters import read_adapter, save_adapter
+from ..models.adapters import read_adapters, save_adapters
 from ..models.conversion import (
     convert_reward_model,
     read_diffusers,
@@ -57,12 +57,13 @@ def convert_generator(config: ConvertConfig, path: str) -> str:
 
 
 def convert_lora(config: ConvertConfig, path: str) -> str:
-    """Read a LoRA in any format and write it in another."""
+    """Read a LoRA, or one for each expert, in any format and write it in another."""
     assert config.output_format != "native"
-    adapter = read_adapter(path)
-    files = save_adapter(adapter, config.output_dir, config.output_format)
+    adapters = read_adapters(path)
+    files = save_adapters(adapters, config.output_dir, config.output_format)
+    num_layers = " and of ".join(str(len(adapter.layers)) for adapter in adapters)
     return (
-        f"LoRA of {len(adapter.layers)} layers, {adapter.format} to {config.output_format}: "
+        f"LoRA of {num_layers} layers, {adapters[0].format} to {config.output_format}: "
         f"{', '.join(f'{config.output_dir}/{name}' for name in files)}"
     )
 

@@ -11,7 +11,7 @@ import torch
 from accelerate.logging import get_logger
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
-from ..checkpointing import AVERAGE_FOLDER, LORA_FILES, read_lora, save_lora, save_pretrained
+from ..checkpointing import AVERAGE_FOLDER, read_lora, save_lora, save_pretrained
 from ..configs.base import check
 from ..configs.prfl import PRFLTrainingConfig
 from ..data.collators import LatentBatch
@@ -19,7 +19,7 @@ from ..data.dataset import check_vae
 from ..flow_matching import add_noise, sample_noise, sigmas_to_timesteps, timestep_probability, velocity_target
 from ..losses import flow_matching_loss, reward_feedback_loss
 from ..models.conditioning import add_condition, num_clean_frames
-from ..models.experts import EXPERT_FOLDERS, ExpertName, PairWeights, read_experts
+from ..models.experts import EXPERT_FOLDERS, LORA_FILES, ExpertName, PairWeights, read_experts
 from ..models.host_weights import HostWeights
 from ..models.loading import WeightFiles, load_reward_model, load_scheduler, load_transformer
 from ..models.lora_metadata import lora_metadata

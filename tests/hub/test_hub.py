@@ -15,7 +15,6 @@ import pytest
 import torch
 from huggingface_hub import HfApi
 
-from hy_prfl.checkpointing import LORA_FILE
 from hy_prfl.configs.base import save_config
 from hy_prfl.configs.reward import RewardTrainingConfig
 from hy_prfl.data.dataset import load_latent_dataset
@@ -23,6 +22,7 @@ from hy_prfl.hub import HubError, HubUploader, open_repo, pull, push_folder
 from hy_prfl.hub.files import run_files, stage
 from hy_prfl.hub.model_card import OWN_CARD
 from hy_prfl.hub.repositories import PENDING_FILE
+from hy_prfl.models.experts import LORA_FILES
 from hy_prfl.models.loading import load_reward_model
 from hy_prfl.models.reward_model import WanRewardModel
 from tests.hub.hub_server import READER, STRANGER, HubServer, running_hub, use_in_this_process
@@ -148,8 +148,10 @@ def test_which_weights_go_up(run_dir: Path, removed: tuple[str, ...], weights_di
 
 def test_transformer_and_adapter_keep_the_names_that_pipelines_know(tmp_path: Path) -> None:
     (tmp_path / "lora" / "checkpoint-4").mkdir(parents=True)
-    (tmp_path / "lora" / "checkpoint-4" / LORA_FILE).write_bytes(b"adapter")
-    assert run_files(tmp_path / "lora") == {LORA_FILE: tmp_path / "lora" / "checkpoint-4" / LORA_FILE}
+    (tmp_path / "lora" / "checkpoint-4" / LORA_FILES["high_noise"]).write_bytes(b"adapter")
+    assert run_files(tmp_path / "lora") == {
+        LORA_FILES["high_noise"]: tmp_path / "lora" / "checkpoint-4" / LORA_FILES["high_noise"]
+    }
     (tmp_path / "full" / "transformer").mkdir(parents=True)
     (tmp_path / "full" / "transformer" / "config.json").write_text("{}")
     assert set(run_files(tmp_path / "full")) == {"transformer/config.json"}

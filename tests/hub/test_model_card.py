@@ -15,7 +15,6 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from examples.shapes.pipeline import build_pipeline
-from hy_prfl.checkpointing import LORA_FILES
 from hy_prfl.configs.prfl import PRFLTrainingConfig
 from hy_prfl.configs.reward import RewardTrainingConfig
 from hy_prfl.hub.files import run_files
@@ -29,6 +28,7 @@ from hy_prfl.hub.model_card import (
     usage,
     write_model_card,
 )
+from hy_prfl.models.experts import LORA_FILES
 from hy_prfl.models.reward_model import WanRewardModel
 from hy_prfl.trainers.prfl_trainer import PRFLTrainer
 from hy_prfl.trainers.reward_trainer import RewardTrainer

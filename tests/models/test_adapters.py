@@ -18,8 +18,16 @@ from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from hy_prfl.models.adapters import Adapter, find_lora_file, parse_adapter, read_adapter, save_adapter
+from hy_prfl.models.adapters import (
+    Adapter,
+    find_lora_files,
+    parse_adapter,
+    read_adapter,
+    read_adapters,
+    save_adapters,
+)
 from hy_prfl.models.conversion import convert_transformer
+from hy_prfl.models.experts import LORA_FILES
 from hy_prfl.models.lora_metadata import lora_header, lora_metadata, read_lora_metadata
 from hy_prfl.models.weight_files import read_header
 
@@ -34,7 +42,7 @@ TARGETS = {
 # One layer of another rank, and a layer in each block with another alpha.
 PATTERNS: dict[str, Any] = {"rank_pattern": {"blocks.1.attn1.to_q": 3}, "alpha_pattern": {"ffn.net.2": 1.5}}
 METADATA = lora_metadata(base_model="Wan-AI/tiny", reward_model="me/reward", step=40, run="demo", config={"seed": 0})
-LORA_FILE = "pytorch_lora_weights.safetensors"
+LORA_FILE = LORA_FILES["high_noise"]
 PIPELINES = {"t2v": WanPipeline, "i2v": WanImageToVideoPipeline}
 
 
@@ -219,7 +227,7 @@ class TestInDiffusers:
         self, kind: str, folder: Path, example: Example, tmp_path: Path, lora_format: Any
     ) -> None:
         # Two independent readers of the same file: were the alpha lost or counted twice, outputs would differ.
-        (name,) = save_adapter(read_adapter(example.file), tmp_path / "out", lora_format)
+        (name,) = save_adapters([read_adapter(example.file)], tmp_path / "out", lora_format)
         pipeline = self.pipeline(kind, folder)
         pipeline.load_lora_weights(tmp_path / "out", weight_name=name)
         example.check(run(pipeline.transformer))
@@ -230,7 +238,7 @@ class TestFormats:
     def test_applied_by_the_rule_of_the_program(
         self, example: Example, tmp_path: Path, lora_format: Any, name: str
     ) -> None:
-        files = save_adapter(read_adapter(example.file), tmp_path / "out", lora_format)
+        files = save_adapters([read_adapter(example.file)], tmp_path / "out", lora_format)
         assert files == [file for written, file in RULES if written == lora_format]
         example.check(run(apply_native(example.base, tmp_path / "out" / name, tmp_path, RULES[lora_format, name])))
 
@@ -238,8 +246,8 @@ class TestFormats:
     def test_read_back_and_loaded_by_diffusers(
         self, kind: str, folder: Path, example: Example, tmp_path: Path, lora_format: Any, name: str
     ) -> None:
-        save_adapter(read_adapter(example.file), tmp_path / "out", lora_format)
-        assert save_adapter(read_adapter(tmp_path / "out" / name), tmp_path / "back", "diffusers") == [LORA_FILE]
+        save_adapters([read_adapter(example.file)], tmp_path / "out", lora_format)
+        assert save_adapters([read_adapter(tmp_path / "out" / name)], tmp_path / "back", "diffusers") == [LORA_FILE]
         pipeline = PIPELINES[kind].from_pretrained(folder)
         pipeline.load_lora_weights(tmp_path / "back", weight_name=LORA_FILE)
         example.check(run(pipeline.transformer))
@@ -254,7 +262,7 @@ class TestFormats:
         path = tmp_path / "start.safetensors"
         for index, lora_format in enumerate((*chain, "diffusers")):
             output_dir = tmp_path / str(index)
-            (name,) = save_adapter(read_adapter(path), output_dir, lora_format)
+            (name,) = save_adapters([read_adapter(path)], output_dir, lora_format)
             path = output_dir / name
         assert_equal_weights(load_file(path), weights)
         first, last = read_adapter(example.file), read_adapter(path)
@@ -267,16 +275,16 @@ class TestFormats:
 
     @pytest.mark.parametrize("lora_format", ["comfyui", "kohya"])
     def test_round_trip_from_the_other_side(self, example: Example, tmp_path: Path, lora_format: Any) -> None:
-        (name,) = save_adapter(read_adapter(example.file), tmp_path / "first", lora_format)
-        save_adapter(read_adapter(tmp_path / "first" / name), tmp_path / "diffusers", "diffusers")
-        save_adapter(read_adapter(tmp_path / "diffusers" / LORA_FILE), tmp_path / "again", lora_format)
+        (name,) = save_adapters([read_adapter(example.file)], tmp_path / "first", lora_format)
+        save_adapters([read_adapter(tmp_path / "first" / name)], tmp_path / "diffusers", "diffusers")
+        save_adapters([read_adapter(tmp_path / "diffusers" / LORA_FILE)], tmp_path / "again", lora_format)
         assert_equal_weights(load_file(tmp_path / "again" / name), load_file(tmp_path / "first" / name))
         assert read_header(tmp_path / "again" / name) == read_header(tmp_path / "first" / name)
 
     def test_upstream_round_trip(self, example: Example, tmp_path: Path) -> None:
-        save_adapter(read_adapter(example.file), tmp_path / "first", "upstream")
-        save_adapter(read_adapter(tmp_path / "first"), tmp_path / "diffusers", "diffusers")
-        save_adapter(read_adapter(tmp_path / "diffusers"), tmp_path / "again", "upstream")
+        save_adapters([read_adapter(example.file)], tmp_path / "first", "upstream")
+        save_adapters(read_adapters(tmp_path / "first"), tmp_path / "diffusers", "diffusers")
+        save_adapters(read_adapters(tmp_path / "diffusers"), tmp_path / "again", "upstream")
         for file in (tmp_path / "first").iterdir():
             assert_equal_weights(load_file(tmp_path / "again" / file.name), load_file(file))
             assert all(tensor.dtype == torch.float32 for tensor in load_file(file).values())
@@ -296,21 +304,21 @@ class TestFormats:
         for (lora_format, name), rule in RULES.items():
             output_dir = tmp_path / lora_format
             if not output_dir.exists():
-                save_adapter(read_adapter(example.file), output_dir, lora_format)  # type: ignore[arg-type]
+                save_adapters([read_adapter(example.file)], output_dir, lora_format)  # type: ignore[arg-type]
             example.check(run(apply_native(base, output_dir / name, tmp_path, rule)))
 
     def test_partial_targets(self, pipeline_dir: Path, tmp_path: Path) -> None:
         # diffusers' own reader of kohya's format needs all layers of all blocks from 0 on.
         example = Example(pipeline_dir, tmp_path, ["blocks.1.attn1.to_q", "blocks.2.ffn.net.2"], r=8, lora_alpha=8)
-        (name,) = save_adapter(read_adapter(example.file), tmp_path / "out", "kohya")
+        (name,) = save_adapters([read_adapter(example.file)], tmp_path / "out", "kohya")
         assert len(load_file(tmp_path / "out" / name)) == 6
-        save_adapter(read_adapter(tmp_path / "out" / name), tmp_path / "back", "diffusers")
+        save_adapters([read_adapter(tmp_path / "out" / name)], tmp_path / "back", "diffusers")
         pipeline = WanPipeline.from_pretrained(pipeline_dir)
         pipeline.load_lora_weights(tmp_path / "back", weight_name=LORA_FILE)
         example.check(run(pipeline.transformer))
 
     def test_down_and_up_behind_comfyuis_prefix(self, example: Example, tmp_path: Path) -> None:
-        (name,) = save_adapter(read_adapter(example.file), tmp_path / "out", "comfyui")
+        (name,) = save_adapters([read_adapter(example.file)], tmp_path / "out", "comfyui")
         weights = load_file(tmp_path / "out" / name)
         renamed = {key.replace("lora_A", "lora_down").replace("lora_B", "lora_up"): t for key, t in weights.items()}
         adapter, expected = parse_adapter(renamed, {}, source="x"), parse_adapter(weights, {}, source="x")
@@ -332,7 +340,7 @@ class TestFormats:
 
     def test_alpha_that_is_no_float32(self, pipeline_dir: Path, tmp_path: Path) -> None:
         example = Example(pipeline_dir, tmp_path, ["to_q"], r=1, lora_alpha=0.1, seed=3)
-        (name,) = save_adapter(read_adapter(example.file), tmp_path / "out", "kohya")
+        (name,) = save_adapters([read_adapter(example.file)], tmp_path / "out", "kohya")
         assert {layer.alpha for layer in read_adapter(tmp_path / "out" / name).layers.values()} == {0.1}
 
 
@@ -361,17 +369,17 @@ class TestBiases:
         expected = run(
             apply_native(base, tmp_path / "lora" / "a.safetensors", tmp_path, lambda name: f"diffusion_model.{name}")
         )
-        save_adapter(read_adapter(tmp_path / "lora"), tmp_path / "out", "diffusers")
+        save_adapters(read_adapters(tmp_path / "lora"), tmp_path / "out", "diffusers")
         pipeline = WanPipeline.from_pretrained(pipeline_dir)
         pipeline.load_lora_weights(tmp_path / "out", weight_name=LORA_FILE)
         torch.testing.assert_close(run(pipeline.transformer), expected, rtol=1e-4, atol=1e-4)
 
-        (name,) = save_adapter(read_adapter(tmp_path / "out"), tmp_path / "back", "comfyui")
+        (name,) = save_adapters(read_adapters(tmp_path / "out"), tmp_path / "back", "comfyui")
         back = load_file(tmp_path / "back" / name)
         assert torch.equal(back["diffusion_model.blocks.0.self_attn.q.diff_b"], bias)
         for lora_format in ("kohya", "upstream"):
             with pytest.raises(ValueError, match=f"'blocks.0.attn1.to_q' has a bias .* format of {lora_format}"):
-                save_adapter(read_adapter(tmp_path / "out"), tmp_path / lora_format, lora_format)  # type: ignore[arg-type]
+                save_adapters(read_adapters(tmp_path / "out"), tmp_path / lora_format, lora_format)  # type: ignore[arg-type]
 
     def test_differences_that_are_zero_are_left_out(self) -> None:
         zeros = {"norm3.diff": torch.zeros(24), "self_attn.q.diff_b": torch.zeros(24)}
@@ -475,25 +483,72 @@ class TestRefusals:
 
     def test_output_folder_in_use(self, example: Example, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="exists and is not an empty folder"):
-            save_adapter(read_adapter(example.file), tmp_path, "comfyui")
+            save_adapters([read_adapter(example.file)], tmp_path, "comfyui")
 
 
-class TestFindLoraFile:
+class TestFindLoraFiles:
     def test_folders(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match="or one safetensors file, found 0"):
-            find_lora_file(tmp_path)
+            find_lora_files(tmp_path)
         for name in ("a", "pytorch_lora_diffusers_weights", "pytorch_lora_transformers_weights", LORA_FILE[:-12]):
             (tmp_path / f"{name}.safetensors").touch()
-            assert find_lora_file(tmp_path).name == f"{name}.safetensors"
-        assert find_lora_file(tmp_path / "a.safetensors") == tmp_path / "a.safetensors"
+            assert find_lora_files(tmp_path) == [tmp_path / f"{name}.safetensors"]
+        assert find_lora_files(tmp_path / "a.safetensors") == [tmp_path / "a.safetensors"]
 
     def test_unclear(self, tmp_path: Path) -> None:
         for name in ("a", "b"):
             (tmp_path / f"{name}.safetensors").touch()
         with pytest.raises(FileNotFoundError, match="found 2"):
-            find_lora_file(tmp_path)
+            find_lora_files(tmp_path)
         with pytest.raises(FileNotFoundError, match="no file"):
             read_adapter(tmp_path / "c.safetensors")
+
+
+class TestTwoExperts:
+    """What a run with `--expert both` leaves: a file for each expert, whose header says which."""
+
+    @pytest.fixture
+    def run_dir(self, tmp_path: Path) -> Path:
+        (tmp_path / "run").mkdir()
+        for seed, (expert, name) in enumerate(LORA_FILES.items()):
+            generator = torch.Generator().manual_seed(seed)
+            layer = "transformer.blocks.0.attn1.to_q"
+            weights = {
+                f"{layer}.lora_A.weight": torch.randn(2, 24, generator=generator),
+                f"{layer}.lora_B.weight": torch.randn(24, 2, generator=generator),
+            }
+            metadata = lora_metadata(base_model="Wan-AI/two", step=1, expert=expert)
+            config = LoraConfig(r=2, lora_alpha=4, target_modules=["to_q"])
+            save_file(weights, tmp_path / "run" / name, metadata=lora_header(config.to_dict(), metadata))
+        return tmp_path / "run"
+
+    @pytest.mark.parametrize("lora_format", ["comfyui", "kohya", "diffusers"])
+    def test_there_and_back(self, run_dir: Path, tmp_path: Path, lora_format: Any) -> None:
+        files = save_adapters(read_adapters(run_dir), tmp_path / "out", lora_format)
+        assert len(files) == 2
+        assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(files)
+        for expert, file in zip(LORA_FILES, files, strict=True):
+            assert read_lora_metadata(tmp_path / "out" / file)["expert"] == expert
+        assert save_adapters(read_adapters(tmp_path / "out"), tmp_path / "back", "diffusers") == [*LORA_FILES.values()]
+        for name in LORA_FILES.values():
+            assert_equal_weights(load_file(tmp_path / "back" / name), load_file(run_dir / name))
+
+    def test_the_low_noise_expert_alone(self, run_dir: Path, tmp_path: Path) -> None:
+        low_noise = run_dir / LORA_FILES["low_noise"]
+        (name,) = save_adapters(read_adapters(low_noise), tmp_path / "out", "comfyui")
+        assert name == "lora_comfyui_2.safetensors"
+        (run_dir / LORA_FILES["high_noise"]).unlink()
+        (adapter,) = read_adapters(run_dir)
+        assert adapter.expert == "low_noise"
+        assert save_adapters([adapter], tmp_path / "back", "diffusers") == [LORA_FILES["low_noise"]]
+
+    def test_unclear(self, run_dir: Path, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="upstream's files know one transformer"):
+            save_adapters(read_adapters(run_dir), tmp_path / "out", "upstream")
+        assert not (tmp_path / "out").exists()
+        save_file(load_file(run_dir / LORA_FILES["low_noise"]), run_dir / LORA_FILES["low_noise"])
+        with pytest.raises(ValueError, match=r"must tell two experts, both tell `hy_prfl.expert` 'high_noise'"):
+            read_adapters(run_dir)
 
 
 class TestMetadata:
@@ -506,9 +561,9 @@ class TestMetadata:
         assert expected.items() <= found.items()
         assert set(found) - set(expected) == {"version", "config_hash"}
         for lora_format in ("comfyui", "kohya"):
-            (name,) = save_adapter(read_adapter(example.file), tmp_path / lora_format, lora_format)  # type: ignore[arg-type]
+            (name,) = save_adapters([read_adapter(example.file)], tmp_path / lora_format, lora_format)  # type: ignore[arg-type]
             assert read_lora_metadata(tmp_path / lora_format / name) == found | {"format": lora_format}
-        save_adapter(read_adapter(example.file), tmp_path / "upstream", "upstream")
+        save_adapters([read_adapter(example.file)], tmp_path / "upstream", "upstream")
         for file in (tmp_path / "upstream").iterdir():
             # There the rank stands for the alpha.
             assert read_lora_metadata(file) == found | {"format": "upstream", "alpha": "2,3"}
@@ -517,7 +572,7 @@ class TestMetadata:
         # In another format diffusers would apply it on top of the alpha that is in the weights.
         assert json.loads(read_header(example.file)["lora_adapter_metadata"])["transformer.lora_alpha"] == 6
         for lora_format in ("comfyui", "kohya", "upstream"):
-            save_adapter(read_adapter(example.file), tmp_path / lora_format, lora_format)  # type: ignore[arg-type]
+            save_adapters([read_adapter(example.file)], tmp_path / lora_format, lora_format)  # type: ignore[arg-type]
             for path in (tmp_path / lora_format).iterdir():
                 assert "lora_adapter_metadata" not in read_header(path)
 
@@ -527,7 +582,7 @@ class TestMetadata:
         assert read_lora_metadata(tmp_path / "a.safetensors") == {}
         adapter = read_adapter(tmp_path / "a.safetensors")
         assert adapter.metadata == {"modelspec.title": "Mine"}
-        (name,) = save_adapter(adapter, tmp_path / "out", "comfyui")
+        (name,) = save_adapters([adapter], tmp_path / "out", "comfyui")
         assert read_header(tmp_path / "out" / name)["modelspec.title"] == "Mine"
 
     def test_hash_of_the_recipe(self) -> None:
@@ -540,5 +595,5 @@ class TestMetadata:
 
     def test_an_adapter_made_by_hand(self, example: Example, tmp_path: Path) -> None:
         adapter = Adapter(layers=read_adapter(example.file).layers)
-        save_adapter(adapter, tmp_path / "out", "diffusers")
+        save_adapters([adapter], tmp_path / "out", "diffusers")
         assert_equal_weights(load_file(tmp_path / "out" / LORA_FILE), load_file(example.file))

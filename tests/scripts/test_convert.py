@@ -10,7 +10,9 @@ from diffusers import WanPipeline, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
 from hy_prfl.models.adapters import read_adapter
+from hy_prfl.models.experts import LORA_FILES
 from hy_prfl.models.loading import load_reward_model
+from hy_prfl.models.lora_metadata import lora_metadata
 from hy_prfl.scripts.convert import main
 
 
@@ -107,10 +109,29 @@ def test_lora_there_and_back(tmp_path: Path, pipeline_dir: Path, capsys: pytest.
     assert f"LoRA of 1 layers, diffusers to comfyui: {tmp_path}/comfyui/lora_comfyui.safetensors" in out
     assert f"LoRA of 1 layers, upstream to diffusers: {tmp_path}/diffusers/pytorch_lora_weights.safetensors" in out
     assert_equal_files(path / "pytorch_lora_weights.safetensors", tmp_path / "pytorch_lora_weights.safetensors")
-    assert read_adapter(path).layers[name].alpha == 4
+    assert read_adapter(path / "pytorch_lora_weights.safetensors").layers[name].alpha == 4
     pipeline = WanPipeline.from_pretrained(pipeline_dir)
     pipeline.load_lora_weights(path)
     assert pipeline.get_active_adapters() == ["default_0"]
+
+
+def test_loras_of_two_experts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run").mkdir()
+    for expert, file in LORA_FILES.items():
+        weights = {
+            "transformer.blocks.0.attn1.to_q.lora_A.weight": torch.randn(2, 24),
+            "transformer.blocks.0.attn1.to_q.lora_B.weight": torch.randn(24, 2),
+        }
+        metadata = lora_metadata(base_model="Wan-AI/two", step=1, expert=expert)
+        save_file(weights, tmp_path / "run" / file, metadata=metadata)
+    main(options(lora=tmp_path / "run", output_dir=tmp_path / "out", output_format="comfyui"))
+    assert (
+        "LoRA of 1 and of 1 layers, diffusers to comfyui: "
+        f"{tmp_path}/out/lora_comfyui.safetensors, {tmp_path}/out/lora_comfyui_2.safetensors"
+    ) in capsys.readouterr().out
+    with pytest.raises(ValueError, match="a LoRA of the low-noise expert has no name there"):
+        main(options(lora=tmp_path / "run", output_dir=tmp_path / "upstream", output_format="upstream"))
+    assert not (tmp_path / "upstream").exists()
 
 
 def test_as_a_module(tmp_path: Path) -> None:
