@@ -2,7 +2,7 @@
 Time, memory and FLOPs of the updates of a trainer, taken from outside: hooks of the models, and the device's own clock.
 
 A run is the trainer's own `train()`: data, updates, schedule and log. In its first update, which warms up, FLOPs are
-counted. The next ones are timed. On the CPU one more follows, with torch's profiler on, which reports each allocation and
+counted. The next ones are timed, so many and for so long as asked. On the CPU one more follows, with torch's profiler on, which reports each allocation and
 release: the memory is the most bytes that were alive, tensors that were there before counted one by one. With CUDA it is
 `max_memory_allocated` over the timed updates. The next update is not made.
 
@@ -163,17 +163,20 @@ class Recorder:
         trainer (`PRFLTrainer`):
             The trainer, not started yet.
         num_updates (`int`):
-            Updates to time.
+            Updates to time, at least.
+        min_seconds (`float`):
+            Seconds that the timed updates take together, at least.
     """
 
-    def __init__(self, trainer: PRFLTrainer, num_updates: int) -> None:
+    def __init__(self, trainer: PRFLTrainer, num_updates: int, min_seconds: float) -> None:
         self.trainer = trainer
         self.stopwatch = Stopwatch(trainer.accelerator.device)
         self.spans = Spans(self.stopwatch)
         # Compilation happens in the second update: the FLOP meter does not see into compiled code.
         self.first = 2 if trainer.config.compile else 1
-        self.last = self.first + num_updates
+        self.num_updates, self.min_seconds = num_updates, min_seconds
         self.index = -1
+        self.began = 0.0
         self.moments: list[Any] = []
         self.updates: list[Spans] = []
         self.flops = self.peak_bytes = 0
@@ -188,7 +191,7 @@ class Recorder:
         if self.index == self.first:
             self._begin()
         self._next_update()
-        if self.index < self.last:
+        if self.index < self.first + self.num_updates or perf_counter() < self.began + self.min_seconds:
             return train_step()
         self.stopwatch.wait()
         if self.stopwatch.on_cuda:
@@ -237,6 +240,7 @@ class Recorder:
         self.stopwatch.wait()
         if self.stopwatch.on_cuda:
             torch.cuda.reset_peak_memory_stats()
+        self.began = perf_counter()
 
     def _next_update(self) -> None:
         """Close an update and open the next."""
@@ -257,9 +261,9 @@ class Measured:
         return self.recorder.update(super().train_step)  # type: ignore[misc]
 
 
-def measure(trainer: Any, num_updates: int) -> Measurement:
+def measure(trainer: Any, num_updates: int, min_seconds: float = 0.0) -> Measurement:
     """Let a trainer with the mixin [`Measured`] train until enough is known. It cannot be used after that."""
-    trainer.recorder = Recorder(trainer, num_updates)
+    trainer.recorder = Recorder(trainer, num_updates, min_seconds)
     try:
         trainer.train()
     except Finished:
