@@ -4,7 +4,7 @@
 #   make test      all tests (CPU, no network)
 #   make parity    training on two processes against one, every engine, about 12 minutes; outputs/parity.json
 #   make memory    memory of a process with each engine, about 10 minutes; outputs/memory.json
-#   make benchmark what an update costs, against RGB ReFL and with each switch, about 14 minutes; outputs/benchmark
+#   make benchmark what an update costs, against RGB ReFL and with each switch, about 18 minutes; outputs/benchmark
 #   make quality   lint, format, types, spelling; changes nothing
 #   make style     format and fix what can be fixed by itself
 #   make clean     removes what the targets above wrote, except .venv

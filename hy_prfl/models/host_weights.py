@@ -11,7 +11,7 @@ class HostWeights:
     """
     Keeps the weights of a frozen model in host memory, and copies them to the device for the time of a context.
 
-    A reward model of 8 of Wan 14B's 40 blocks has about 6 GB in bfloat16. It is wanted for less than a second of an update
+    A reward model of 8 of Wan 14B's 40 blocks has 6.4 GB in bfloat16. It is wanted for less than a second of an update
     that takes minutes, and not while the generator's backward pass and the optimizer's step need the most memory. Nothing
     is copied back, for nothing has changed. With CUDA the host memory is pinned; that part has not been run yet: it was
     written without a GPU at hand.

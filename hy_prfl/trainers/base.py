@@ -65,6 +65,9 @@ class Trainer(ABC):
             output_dir=self.output_dir,
             find_unused_parameters=takes_turns,
         )
+        precision = self.accelerator.mixed_precision
+        # An update that is not finite is left out before a loss scale could learn from it, and Wan overflows in float16.
+        check(precision in ("no", "bf16"), "mixed_precision", precision, "no or bf16")
         self.reports = Reports(self.accelerator, config)
         set_seed(config.seed)
         # Ranks that share a clip are one replica: they get the same rows and draw the same noise.
@@ -148,7 +151,7 @@ class Trainer(ABC):
             return None
         settings = {
             name: plugin.deepspeed_config[name]
-            for name in ("zero_optimization", "bf16", "fp16")
+            for name in ("zero_optimization", "bf16")
             if name in plugin.deepspeed_config
         }
         return partial(split_for_zero3, deepspeed_config={"train_micro_batch_size_per_gpu": 1, **settings})
@@ -161,7 +164,7 @@ class Trainer(ABC):
     @property
     def weight_dtype(self) -> torch.dtype:
         """Type of the weights that do not train; those that do are float32."""
-        return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.accelerator.mixed_precision, torch.float32)
+        return torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else torch.float32
 
     def set_up_blocks(self, model: Any, *, num_recomputed: int | None) -> None:
         """
