@@ -5,6 +5,8 @@ import os
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# The CPU only, also where there is a GPU: what is computed twice to be compared is computed on the same device.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import shutil

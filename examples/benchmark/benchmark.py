@@ -26,15 +26,19 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from examples.benchmark.cases import Case, all_cases
+from examples.benchmark.cases import METHODS, Case, all_cases
 from examples.benchmark.inputs import write_models, write_rows
 from examples.benchmark.measuring import Measured, matmul_flops, measure
 from examples.benchmark.report import write_report
 from examples.benchmark.sizes import SIZES, decoding_share
 from hy_prfl.configs.base import check
 from hy_prfl.configs.parser import parse_config
+from hy_prfl.configs.prfl import PRFLTrainingConfig
 from hy_prfl.distributed import on_cpu
 from hy_prfl.folders import replace_folder, temporary_folder, write_text
+from hy_prfl.models.reward_model import WanRewardModel
+from hy_prfl.planning import plan
+from hy_prfl.planning.engines import Engine
 from hy_prfl.provenance import run_record
 
 
@@ -151,6 +155,22 @@ def prepare_inputs(case: Case, inputs: Path) -> None:
         replace_folder(rows, inputs / str(case.clip))
 
 
+def planned(case: Case, training: PRFLTrainingConfig) -> dict[str, float]:
+    """Memory and FLOPs of an update as `hy-prfl plan` foresees them, from the models' configurations alone."""
+    needs = plan(
+        training,
+        height=case.clip.height,
+        width=case.clip.width,
+        num_frames=case.clip.num_frames,
+        text_tokens=case.size.text_tokens,
+        reserved=0,
+        gpu_memory=float("inf"),
+        engine=Engine(mixed_precision=not on_cpu(), on_gpu=not on_cpu()),
+        reward_config=WanRewardModel.load_own_config(training.reward_model),
+    )
+    return {"planned_bytes": needs.peak * 1e9, "planned_flops": sum(needs.teraflops.values()) * 1e12}
+
+
 def run_case(case: Case, inputs: Path, result: Path, settings: Mapping[str, Any]) -> None:
     """Measure a case and write it down. What does not work here, or does not fit, is a result too."""
     if not on_cpu():
@@ -163,6 +183,8 @@ def run_case(case: Case, inputs: Path, result: Path, settings: Mapping[str, Any]
             trainer = case.trainer(inputs, Path(folder), Measured)
             row["num_parameters"] = sum(parameter.numel() for parameter in trainer.unwrapped.parameters())
             row |= dataclasses.asdict(measure(trainer, settings["num_updates"], settings["min_seconds"]))
+            if METHODS[case.method].decodes is None:
+                row |= planned(case, trainer.config)
         except torch.cuda.OutOfMemoryError:
             row["unavailable"] = "out of memory"
         except ValueError as error:

@@ -79,7 +79,7 @@ METHODS = {
 # Measured for growing clips too.
 COMPARED = (PRFL, PRFL_EARLY, FLOW, RGB_FIRST, RGB_ALL)
 
-NO_RECOMPUTATION, FOUR_STEPS = "no recomputation", "4 gradient steps"
+NO_RECOMPUTATION, FOUR_STEPS, LORA = "no recomputation", "4 gradient steps", "LoRA of rank 16"
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,7 @@ def switches(num_layers: int) -> dict[str, Switch]:
         # In host memory it would still count on a CPU.
         "reward model in host memory": Switch({"offload_reward_model": True}, only_on="cuda"),
         FOUR_STEPS: Switch({"num_gradient_steps": 4}, method=PRFL_REWARD),
+        LORA: Switch({"lora_rank": 16}),
         "attention native": Switch({kernel: "native"}),
         "attention _native_math": Switch({kernel: "_native_math"}, only_on="cpu"),
         "rollout attention _native_math": Switch({rollout_kernel: "_native_math"}, only_on="cpu"),
@@ -231,7 +232,8 @@ def all_cases(
             Case(name, size, clip, method, "", num_inference_steps) for clip, methods in clips for method in methods
         ]
         for switch, what in switches(size.transformer["num_layers"]).items():
-            if what.only_on in (None, device.type):
+            is_one = not what.options.keys() & size.options.keys()
+            if is_one and what.only_on in (None, device.type):
                 cases.append(Case(name, size, size.base, what.method, switch, num_inference_steps))
     kept = set(only)
     unknown = kept - {case.label for case in cases} - {case.switch for case in cases}

@@ -28,6 +28,8 @@ from hy_prfl.folders import write_text
 Row = dict[str, Any]
 # What is asked for, and the least or most that will do.
 FASTER, MORE_GRADIENTS, MOST_OVERHEAD = 1.5, 1.7, 0.05
+# Column that the planner foresees, column that is measured, and by how much the first may be off.
+PLANNED = {"memory": ("planned_bytes", "peak_bytes", 0.1), "FLOPs": ("planned_flops", "flops", 0.02)}
 COLORS = {
     PRFL: "tab:blue",
     PRFL_REWARD: "tab:cyan",
@@ -128,6 +130,14 @@ def targets(rows: Sequence[Row]) -> Iterator[Row]:
             value = prfl["overhead"]
             yield {**at, "target": "framework overhead", "value": value, "needed": f"< {MOST_OVERHEAD:.0%}",
                    "shown": f"{value:.1%}", "met": value < MOST_OVERHEAD}  # fmt: skip
+    for size in dict.fromkeys(row["size"] for row in rows):
+        for what, (foreseen, measured, most) in PLANNED.items():
+            ratios = [row[foreseen] / row[measured] for row in rows if row["size"] == size and foreseen in row]
+            if ratios:
+                value = max(ratios, key=lambda ratio: abs(ratio - 1))
+                yield {"size": size, "clip": f"worst of {len(ratios)} cases", "target": f"planned {what}, over measured",
+                       "value": value, "needed": f"{1 - most:g} - {1 + most:g}", "shown": f"{value:.3f}",
+                       "met": abs(value - 1) <= most}  # fmt: skip
 
 
 def _ratio(at: Row, target: str, above: Row, below: Row, column: str, needed: float) -> Row:
@@ -186,7 +196,7 @@ def markdown(report: Mapping[str, Any]) -> str:
 def method_table(rows: Sequence[Row]) -> str:
     """Methods on one clip, and their ratio to RGB ReFL with the first frame."""
     reference = next((row for row in rows if row["method"] == RGB_FIRST and "unavailable" not in row), None)
-    head = ("method", "s", "faster", "FLOPs", "GB", "memory", "TFLOP", "of matmul", "overhead", "optimizer")
+    head = ("method", "s", "faster", "FLOPs", "GB", "memory", "planned", "TFLOP", "of matmul", "overhead", "optimizer")
     lines = []
     for row in rows:
         if "unavailable" in row:
@@ -197,14 +207,14 @@ def method_table(rows: Sequence[Row]) -> str:
             ratios = [f"{reference[name] / row[name]:.2f} x" for name in ("seconds_per_update", "flops", "peak_gb")]
         lines.append(
             (row["method"], _digits(row["seconds_per_update"]), ratios[0], ratios[1], _digits(row["peak_gb"]), ratios[2],
-             _digits(row["flops"] / 1e12), *_shares(row))
+             _planned(row), _digits(row["flops"] / 1e12), *_shares(row))
         )  # fmt: skip
     return table(head, lines)
 
 
 def switch_table(rows: Sequence[Row], others: Sequence[Row]) -> str:
     """Switches on one clip, and their ratio to the same method without."""
-    head = ("switch", "of", "s", "time", "GB", "memory", "TFLOP", "of matmul", "overhead", "optimizer")
+    head = ("switch", "of", "s", "time", "GB", "memory", "planned", "TFLOP", "of matmul", "overhead", "optimizer")
     lines = []
     for row in rows:
         if "unavailable" in row:
@@ -216,13 +226,17 @@ def switch_table(rows: Sequence[Row], others: Sequence[Row]) -> str:
             ratios = [f"{row[name] / plain[name]:.2f} x" for name in ("seconds_per_update", "peak_gb")]
         lines.append(
             (row["switch"], row["method"], _digits(row["seconds_per_update"]), ratios[0], _digits(row["peak_gb"]),
-             ratios[1], _digits(row["flops"] / 1e12), *_shares(row))
+             ratios[1], _planned(row), _digits(row["flops"] / 1e12), *_shares(row))
         )  # fmt: skip
     return table(head, lines)
 
 
 def _shares(row: Row) -> tuple[str, ...]:
     return tuple(f"{row[name]:.1%}" for name in ("share_of_matmul", "overhead", "optimizer"))
+
+
+def _planned(row: Row) -> str:
+    return f"{row['planned_bytes'] / row['peak_bytes']:.3f} x" if "planned_bytes" in row else ""
 
 
 def _digits(value: float) -> str:

@@ -93,7 +93,7 @@ def launch_command(
         *options(folder, script, tuning), f"--output_dir={folder / name}", f"--context_parallel_degree={degree}",
         f"--train_batch_size={batch_size}", *more,
     ]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     # DeepSpeed compiles a kernel on its first start. A start that is killed meanwhile leaves a lock that all later ones
     # wait for, so these runs do not share the user's folder.
     environment["TORCH_EXTENSIONS_DIR"] = str(folder.resolve() / "torch_extensions")

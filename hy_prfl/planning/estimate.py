@@ -136,18 +136,16 @@ def _estimate_prfl(request: Request, training: PRFLTrainingConfig, reserved: flo
     generator = generator_phases(config, training, numerics, part)
     flow_peak = max(generator["forward"].peak, generator["backward"].peak)
     phases = {"optimizer step": engine.step_memory(sizes)}
-    host_memory = engine.host_memory(sizes)
+    # Also without reward updates: it scores the validation samples.
+    reward_sizes = _sizes(build_reward_model(request.reward_config), numerics, numerics.compute, engine)
+    whole, gathered = frozen_memory(reward_sizes, num_gpus=engine.num_gpus, is_split=training.shard_reward_model)
+    copied = whole if training.offload_reward_model else 0.0
+    held |= {"reward model": whole - copied, "reward model, gathered": gathered}
+    host_memory = engine.host_memory(sizes) + copied
     if uses_flow:
         phases["flow matching"] = flow_peak
     if uses_reward:
-        reward_config = request.reward_config
-        reward_sizes = _sizes(build_reward_model(reward_config), numerics, numerics.compute, engine)
-        is_split = training.shard_reward_model
-        whole, gathered = frozen_memory(reward_sizes, num_gpus=engine.num_gpus, is_split=is_split)
-        copied = whole if training.offload_reward_model else 0.0
-        host_memory += copied
-        held |= {"reward model": whole - copied, "reward model, gathered": gathered}
-        reward = reward_phases(reward_config, training, numerics, part)
+        reward = reward_phases(request.reward_config, training, numerics, part)
         beside = 0.0 if training.rerun_gradient_step else generator["forward"].kept
         phases |= {
             "rollout": generator["rollout"].peak,

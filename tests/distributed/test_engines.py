@@ -82,7 +82,9 @@ def test_the_configurations_for_gpus_run_in_bfloat16(inputs: Path, config: str, 
 @pytest.mark.launch
 def test_float16_is_refused(inputs: Path, tmp_path: Path) -> None:
     settings = json.loads(Path("ds_configs/zero2_cpu.json").read_text())
-    (tmp_path / "float16.json").write_text(json.dumps({**settings, "bf16": {"enabled": False}, "fp16": {"enabled": True}}))
+    (tmp_path / "float16.json").write_text(
+        json.dumps({**settings, "bf16": {"enabled": False}, "fp16": {"enabled": True}})
+    )
     launch = [*ENGINES["ZeRO-2"], "--deepspeed_config_file", str(tmp_path / "float16.json")]
     command, environment = launch_command(inputs, "float16", launch, "prfl", "full", 1, 1)
     finished = subprocess.run(command, env=environment, text=True, capture_output=True, check=False)

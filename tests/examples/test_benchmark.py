@@ -263,9 +263,9 @@ def test_report_says_what_was_missed(tmp_path: Path) -> None:
     """Fastest updates, ratios and verdicts of made-up measurements, computed by hand."""
     four = {"switch": "4 gradient steps", "options": {"update_schedule": "reward", "num_gradient_steps": 4}}
     rows = [
-        row(PRFL, 2.0, 1.0),
+        row(PRFL, 2.0, 1.0, planned_bytes=1.11e9, planned_flops=1e9),
         row(RGB_FIRST, 2.9, 1.1, matmul_flops=2e9),
-        row("PRFL, reward only", 1.0, 1.0, overhead=0.06),
+        row("PRFL, reward only", 1.0, 1.0, overhead=0.06, planned_bytes=0.95e9, planned_flops=0.99e9),
         row("RGB ReFL, first frame, reward only", 1.5, 1.0),
         row("PRFL, reward only", 2.0, 1.0, **four),
         {**row(PRFL, 1.0, 1.0, switch="attention flash"), "unavailable": "not here"},
@@ -285,10 +285,13 @@ def test_report_says_what_was_missed(tmp_path: Path) -> None:
         "faster than RGB ReFL, first frame, both without flow matching": (1.5, True),
         "more reward gradients a second from 4 gradient steps": (2.0, True),
         "framework overhead": (0.04, True),
+        "planned memory, over measured": (1.11, False),
+        "planned FLOPs, over measured": (0.99, True),
     }
     assert report["cases"][0]["share_of_matmul"] == pytest.approx(1e9 / 2.0 / 2e9)
     page = (tmp_path / "results.md").read_text()
-    assert page.count("**miss**") == 2
+    assert page.count("**miss**") == 3
+    assert "| PRFL, reward only | 1 | 2.90 x | 1.00 x | 1 | 1.10 x | 0.950 x |" in page
     assert "| attention flash | PRFL | not here |" in page
     assert "Fastest of at least 2 updates and 0 seconds." in page
     assert all((tmp_path / name).stat().st_size > 1000 for name in ("time.png", "memory.png"))
