@@ -5,9 +5,10 @@ import os
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-# The CPU only, also where there is a GPU: what is computed twice to be compared is computed on the same device.
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# The CPU only, also where there are GPUs: what is computed twice to be compared is computed on the same device.
+GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import shutil
 import subprocess
@@ -160,6 +161,13 @@ def write_latents(tiny_vae: str) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def gpu_environment() -> dict[str, str]:
+    """Environment of a process that sees the GPUs, which the tests' own process does not."""
+    environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    return environment if GPUS is None else environment | {"CUDA_VISIBLE_DEVICES": GPUS}
 
 
 @pytest.fixture(scope="session")

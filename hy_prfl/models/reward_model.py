@@ -17,8 +17,8 @@ from diffusers.models.transformers.transformer_wan import (
     WanTimeTextImageEmbedding,
     WanTransformerBlock,
 )
-from diffusers.utils import BaseOutput
 from torch import nn
+from transformers.utils import ModelOutput
 
 from ..flow_matching import add_noise, sigmas_to_timesteps
 from .conditioning import add_condition
@@ -47,19 +47,21 @@ BACKBONE_CONFIG = (
 
 
 @dataclass
-class WanRewardModelOutput(BaseOutput):
+class WanRewardModelOutput(ModelOutput):
     """
     Output of [`WanRewardModel`].
+
+    It is transformers' kind, as Accelerate under autocast makes it anew from a mapping, which diffusers' does not bear.
 
     Args:
         logits (`torch.Tensor` of shape `(batch_size,)`):
             Unbounded scores in float32; `logits.sigmoid()` is the reward in (0, 1).
-        features (`torch.Tensor` of shape `(batch_size, num_tokens, dim)`):
-            Tokens after the last block, before pooling.
+        features (`torch.Tensor` of shape `(batch_size, num_tokens, dim)`, *optional*):
+            Tokens after the last block, before pooling, if asked for: Accelerate copies outputs to float32.
     """
 
     logits: torch.Tensor
-    features: torch.Tensor
+    features: torch.Tensor | None = None
 
 
 class WanRewardModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin):
@@ -248,8 +250,9 @@ class WanRewardModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, Atte
         timestep: torch.Tensor,
         encoder_hidden_states: torch.Tensor,
         encoder_hidden_states_image: torch.Tensor | None = None,
+        output_features: bool = False,
         return_dict: bool = True,
-    ) -> WanRewardModelOutput | tuple[torch.Tensor, torch.Tensor]:
+    ) -> WanRewardModelOutput | tuple[torch.Tensor, ...]:
         """
         Score noisy latents.
 
@@ -262,6 +265,8 @@ class WanRewardModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, Atte
                 Prompt embeddings, padded with zeros.
             encoder_hidden_states_image (`torch.Tensor`, *optional*):
                 Image embeddings `(batch_size, num_image_tokens, image_dim)` of image-to-video models.
+            output_features (`bool`, defaults to `False`):
+                Return the tokens after the last block too.
             return_dict (`bool`, defaults to `True`):
                 Return a [`WanRewardModelOutput`] instead of a tuple.
 
@@ -299,9 +304,8 @@ class WanRewardModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, Atte
         pooled = self.pooler(hidden_states)
         logits = self.head(pooled.to(self.head.linear_1.weight.dtype)).float()
 
-        if not return_dict:
-            return logits, hidden_states
-        return WanRewardModelOutput(logits=logits, features=hidden_states)
+        output = WanRewardModelOutput(logits=logits, features=hidden_states if output_features else None)
+        return output if return_dict else output.to_tuple()
 
     def _check_inputs(
         self,

@@ -4,11 +4,8 @@ import json
 import socket
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from examples.parity.parity import ENGINES, GLOBAL_BATCH_SIZE, WEIGHTS, launch_command, relative_difference, train
 
@@ -61,25 +58,6 @@ def test_the_average_is_that_of_one_process(inputs: Path, engine: str) -> None:
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize(
-    ("config", "tuning"), [("zero2", "full"), ("zero3", "full"), ("zero3", "lora"), ("zero3_offload", "full")]
-)
-def test_the_configurations_for_gpus_run_in_bfloat16(inputs: Path, config: str, tuning: str) -> None:
-    """DeepSpeed's files as they are, on the CPU: only the topology is that of the tests."""
-    launch = [*ENGINES["ZeRO-2" if config == "zero2" else "ZeRO-3"], "--deepspeed_config_file", f"ds_configs/{config}.json"]  # fmt: skip
-    one = train(inputs, f"one-prfl-{tuning}", ENGINES["one process"], "prfl", tuning, 1, GLOBAL_BATCH_SIZE)
-    two = train(inputs, f"bf16-{config}-{tuning}", launch, "prfl", tuning, 1, GLOBAL_BATCH_SIZE // 2)
-    weights = load_file(two / WEIGHTS["prfl", tuning])
-    # Float32 masters are saved, not the working copies in bfloat16.
-    assert {value.dtype for value in weights.values()} == {torch.float32}
-    assert any((value != value.bfloat16().float()).any() for value in weights.values())
-    assert relative_difference(two / WEIGHTS["prfl", tuning], one / WEIGHTS["prfl", tuning]) < 5e-3
-    for ours, exact in zip(read_metrics(two), read_metrics(one), strict=True):
-        for name in ("train/flow_loss", "train/reward_loss", "train/flow_grad_norm", "train/learning_rate"):
-            assert ours[name] == pytest.approx(exact[name], rel=0.02), name
-
-
-@pytest.mark.launch
 def test_float16_is_refused(inputs: Path, tmp_path: Path) -> None:
     settings = json.loads(Path("ds_configs/zero2_cpu.json").read_text())
     (tmp_path / "float16.json").write_text(
@@ -115,7 +93,3 @@ def test_two_machines(inputs: Path) -> None:
     file = WEIGHTS["prfl", "full"]
     one = train(inputs, "one-prfl-full", ENGINES["one process"], "prfl", "full", 1, GLOBAL_BATCH_SIZE)
     assert relative_difference(inputs / "machines" / file, one / file) < 1e-5
-
-
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

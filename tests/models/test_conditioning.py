@@ -50,11 +50,13 @@ def test_reward_model_sees_the_tokens_of_the_generator(transformer: WanTransform
     inputs = add_condition(latents, torch.tensor([900.0, 300.0]), condition)
     with torch.no_grad():
         transformer(*inputs, prompt)
-        features = model(*inputs, prompt).features
+        features = model(*inputs, prompt, output_features=True).features
         hook.remove()
         torch.testing.assert_close(features, seen[0])
-        shared = model(latents, torch.tensor([900.0, 300.0]), prompt).features
-        repeated = model(latents, torch.tensor([900.0, 300.0])[:, None].expand(2, 18), prompt).features
+        shared = model(latents, torch.tensor([900.0, 300.0]), prompt, output_features=True).features
+        repeated = model(
+            latents, torch.tensor([900.0, 300.0])[:, None].expand(2, 18), prompt, output_features=True
+        ).features
     torch.testing.assert_close(shared, repeated)
     assert not torch.allclose(features, shared, atol=1e-2)
 

@@ -293,7 +293,7 @@ class TestRewardModel:
         assert (config.query_residual, tuple(config.head_dims), config.task) == (True, (20, 10), "physics_quality")
         for name, tensor in reward_model.blocks.state_dict().items():
             assert torch.equal(tensor, transformer.blocks.state_dict()[name]), name
-        output = reward_model(**self.INPUTS)
+        output = reward_model(**self.INPUTS, output_features=True)
         torch.testing.assert_close(output.logits, parts.logits(output.features), rtol=1e-4, atol=1e-5)
 
     @torch.no_grad()

@@ -89,6 +89,7 @@ def test_reward_features_and_logits(golden: Golden, timestep: int) -> None:
         timestep=torch.tensor([float(timestep)]),
         encoder_hidden_states=golden.inputs["encoder_hidden_states"],
         encoder_hidden_states_image=golden.inputs["encoder_hidden_states_image"],
+        output_features=True,
     )
     assert_close(output.features, expected[f"features.{timestep}"])
     assert_close(output.logits, expected[f"logit.{timestep}"])

@@ -4,12 +4,19 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import convert_to_fp32
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
 from hy_prfl.flow_matching import add_noise
 from hy_prfl.models.loading import load_reward_model, load_scheduler, load_transformer
-from hy_prfl.models.reward_model import WanRewardModel, check_fits_generator, check_latents_fit, score_noised
+from hy_prfl.models.reward_model import (
+    WanRewardModel,
+    WanRewardModelOutput,
+    check_fits_generator,
+    check_latents_fit,
+    score_noised,
+)
 
 
 @pytest.fixture(scope="module")
@@ -31,13 +38,26 @@ def inputs(batch_size: int = 3) -> dict[str, torch.Tensor]:
     }
 
 
+def test_output_survives_accelerates_autocast(transformer: WanTransformer3DModel) -> None:
+    """Accelerate takes the outputs of a prepared model apart and makes them anew in float32."""
+    model = WanRewardModel.from_transformer(transformer, num_layers=2)
+    output = model(**inputs())
+    assert output.features is None
+    assert torch.equal(model(**inputs(), return_dict=False)[0], output.logits)
+    rebuilt = convert_to_fp32(model(**inputs(), output_features=True))
+    assert isinstance(rebuilt, WanRewardModelOutput)
+    assert torch.equal(rebuilt.logits, output.logits)
+    assert rebuilt.features is not None
+    assert torch.equal(convert_to_fp32(output).logits, output.logits)
+
+
 def test_features_are_those_of_the_generators_first_blocks(transformer: WanTransformer3DModel) -> None:
     seen: list[torch.Tensor] = []
     hook = transformer.blocks[1].register_forward_hook(lambda module, args, output: seen.append(output))
     transformer(**inputs())
     hook.remove()
     model = WanRewardModel.from_transformer(transformer, num_layers=2)
-    torch.testing.assert_close(model(**inputs()).features, seen[0])
+    torch.testing.assert_close(model(**inputs(), output_features=True).features, seen[0])
 
 
 def test_weights_are_copies(transformer: WanTransformer3DModel) -> None:
