@@ -302,7 +302,9 @@ class WanRewardModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, Atte
         # 4. Pooling & head, on all tokens
         hidden_states = self.token_gather(hidden_states)
         pooled = self.pooler(hidden_states)
-        logits = self.head(pooled.to(self.head.linear_1.weight.dtype)).float()
+        # One vector a clip: autocast would save nothing here, and round logits and their gradients.
+        with torch.autocast(pooled.device.type, enabled=False):
+            logits = self.head(pooled.to(self.head.linear_1.weight.dtype)).float()
 
         output = WanRewardModelOutput(logits=logits, features=hidden_states if output_features else None)
         return output if return_dict else output.to_tuple()

@@ -51,6 +51,15 @@ def test_output_survives_accelerates_autocast(transformer: WanTransformer3DModel
     assert torch.equal(convert_to_fp32(output).logits, output.logits)
 
 
+def test_head_keeps_its_precision_under_autocast(transformer: WanTransformer3DModel) -> None:
+    """Rounded to bfloat16, the gradients of a balanced batch's logits would cancel in the last bias."""
+    model = WanRewardModel.from_transformer(transformer, num_layers=2)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(**inputs()).logits
+    assert (logits != logits.bfloat16().float()).all()
+    torch.testing.assert_close(logits, model(**inputs()).logits, rtol=0.05, atol=0.01)
+
+
 def test_features_are_those_of_the_generators_first_blocks(transformer: WanTransformer3DModel) -> None:
     seen: list[torch.Tensor] = []
     hook = transformer.blocks[1].register_forward_hook(lambda module, args, output: seen.append(output))
