@@ -149,9 +149,9 @@ def test_switches(inputs: Path, train_in_bfloat16: Train, switch: str) -> None:
     assert_trained_alike(inputs, run, "prfl", "full")
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("config", ["ddp", "zero2", "zero3"])
-def test_context_parallelism(inputs: Path, train_in_bfloat16: Train, config: str) -> None:
-    run = train_in_bfloat16("gpu", config, "prfl", "full", num_processes=2, degree=2)
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("config", ["ddp", "zero3"])
+def test_context_parallelism(inputs: Path, train_in_bfloat16: Train, device: str, config: str) -> None:
+    run = train_in_bfloat16(device, config, "prfl", "full", num_processes=2, degree=2)
     dtype = torch.float32 if config == "ddp" else torch.bfloat16
     assert_trained_alike(inputs, run, "prfl", "full", loaded_in=dtype)
