@@ -55,6 +55,10 @@ class InputOffload:
     With CUDA the host memory is pinned and a stream of its own copies while the blocks compute: an input leaves during
     its block, and comes back during the backward pass of the block after it. That part has not been run yet: it was
     written without a GPU at hand. Without CUDA plain copies are made.
+
+    All device memory belongs to the stream that computes, which waits for a copy before it goes on without the tensor.
+    Were it handed over with `record_stream`, it would be free only when the device gets there, and the host, which is
+    many blocks ahead of the device, would take new memory for every input.
     """
 
     def __init__(self) -> None:
@@ -78,6 +82,9 @@ class InputOffload:
     def _store(self, tensor: torch.Tensor) -> "_HostTensor":
         if tensor.is_cuda and self._stream is None:
             self._stream = torch.cuda.Stream(tensor.device)
+        before = None if self._last is None else self._last()
+        if before is not None:
+            before.let_go()
         stored = _HostTensor(tensor.detach(), self._stream, self._last)
         # Weak: what is kept belongs to its graph, and is gone with it.
         self._last = weakref.ref(stored)
@@ -94,34 +101,51 @@ class _HostTensor:
         before: "weakref.ref[_HostTensor] | None",
     ) -> None:
         self.device, self.stream, self.before = tensor.device, stream, before
+        self.leaving: torch.Tensor | None = None
         self.fetched: torch.Tensor | None = None
         self.host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=stream is not None)
         if stream is None:
             self.host.copy_(tensor)
             return
-        stream.wait_stream(torch.cuda.current_stream(tensor.device))
+        self.leaving = tensor
+        stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             self.host.copy_(tensor, non_blocking=True)
-        # The allocator may not hand out the tensor's memory before the copy is done.
-        tensor.record_stream(stream)
+
+    def let_go(self) -> None:
+        """Give the device memory back, after the copy; once the block is computed that it has been made beside."""
+        if self.leaving is not None:
+            self._wait()
+            self.leaving = None
 
     def fetch(self) -> None:
         """Start the copy back to the device, unless it has been started."""
         if self.stream is not None and self.fetched is None:
+            self.fetched = torch.empty_like(self.host, device=self.device, pin_memory=False)
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(self.stream):
-                self.fetched = self.host.to(self.device, non_blocking=True)
+                self.fetched.copy_(self.host, non_blocking=True)
 
     def take_back(self) -> torch.Tensor:
         """The tensor on its device; starts fetching the one that will be wanted next."""
         if self.stream is None:
             return self.host
+        self.let_go()
         self.fetch()
-        assert self.fetched is not None
+        self._wait()
         tensor, self.fetched = self.fetched, None
-        current = torch.cuda.current_stream(self.device)
-        current.wait_stream(self.stream)
-        tensor.record_stream(current)
+        assert tensor is not None
         before = None if self.before is None else self.before()
         if before is not None:
             before.fetch()
         return tensor
+
+    def _wait(self) -> None:
+        """Let the stream that computes wait for the copies."""
+        assert self.stream is not None
+        torch.cuda.current_stream(self.device).wait_stream(self.stream)
+
+    def __del__(self) -> None:
+        # A copy that nobody took is still on its way into memory that somebody else may get now.
+        if self.fetched is not None:
+            self._wait()
