@@ -35,12 +35,11 @@ class ContextParallelGroup:
         if world_size % degree:
             raise ValueError(f"`context_parallel_degree` {degree} does not divide the {world_size} processes.")
         self.degree = degree
-        device_type = "cuda" if torch.cuda.is_available() else "cpu"
+        # A run may be kept to the CPU where there are GPUs.
+        is_on_cpu = dist.get_backend() == "gloo"
+        device = torch.device("cpu") if is_on_cpu else torch.device("cuda", torch.cuda.current_device())
         mesh = init_device_mesh(
-            device_type, (world_size // degree, 1, degree), mesh_dim_names=("data", "ring", "ulysses")
-        )
-        device = (
-            torch.device(device_type, torch.cuda.current_device()) if device_type == "cuda" else torch.device("cpu")
+            device.type, (world_size // degree, 1, degree), mesh_dim_names=("data", "ring", "ulysses")
         )
         self.config = ParallelConfig(context_parallel_config=ContextParallelConfig(ulysses_degree=degree, mesh=mesh))
         self.config.setup(dist.get_rank(), world_size, device, mesh=mesh)
