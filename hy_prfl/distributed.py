@@ -21,8 +21,11 @@ from accelerate.utils import (
 )
 
 
-# How long a rank waits for the others: one may be encoding or decoding on its own.
-TIMEOUT = timedelta(days=14)
+# How long a rank waits for the others before the run ends with an error. NCCL and DeepSpeed would give up after ten
+# minutes, while one rank still downloads a model, writes 57 GB of weights or deletes an old checkpoint.
+TRAINING_TIMEOUT = timedelta(hours=6)
+# Ranks that only share out work meet at its end, and one of them may have the longer clips.
+SHARED_WORK_TIMEOUT = timedelta(days=2)
 
 
 def set_up_logging() -> None:
@@ -48,7 +51,7 @@ def process_state() -> PartialState:
 
     Call it before anything else sets them up. On the CPU Accelerate has to be told to look for others.
     """
-    return PartialState(cpu=on_cpu(), timeout=TIMEOUT)
+    return PartialState(cpu=on_cpu(), timeout=SHARED_WORK_TIMEOUT)
 
 
 def leave_processes() -> None:
@@ -96,7 +99,8 @@ def build_accelerator(
         project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
         kwargs_handlers=[
             DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters),
-            *([InitProcessGroupKwargs(backend="gloo")] if needs_backend else []),
+            # None lets Accelerate choose; its own default would be NCCL everywhere.
+            InitProcessGroupKwargs(backend="gloo" if needs_backend else None, timeout=TRAINING_TIMEOUT),
         ],
     )
     if accelerator.state.deepspeed_plugin is not None:

@@ -53,6 +53,8 @@ class RewardEvaluator:
             Noise levels, `1000 * sigma`, in (0, 1000].
         seed (`int`):
             Seed of the noise, see [`~hy_prfl.flow_matching.row_noise`].
+        dtype (`torch.dtype`, defaults to `torch.float32`):
+            Type of the embeddings that the reward model is given.
         num_replicas, replica (`int`, defaults to 1 and 0):
             Number of data-parallel replicas and the one that this process belongs to.
     """
@@ -66,10 +68,12 @@ class RewardEvaluator:
         timesteps: Sequence[int],
         seed: int,
         batch_size: int,
+        dtype: torch.dtype = torch.float32,
         num_replicas: int = 1,
         replica: int = 0,
     ) -> None:
         self.dataset = dataset
+        self.dtype = dtype
         self.num_replicas = num_replicas
         self.replica = replica
         self.labels = labels
@@ -120,7 +124,7 @@ class RewardEvaluator:
                 for position, row in zip(positions, rows, strict=True)
             ]
         ).to(accelerator.device)
-        clips: LatentBatch = collate_latents(rows).to(accelerator.device)
+        clips: LatentBatch = collate_latents(rows).to(accelerator.device, self.dtype)
         assert clips.latents is not None
         columns = []
         for timestep in self.timesteps:

@@ -90,17 +90,17 @@ class SampleEvaluator:
         )
         for indices in tqdm(batches, desc="Sampling", disable=not accelerator.is_main_process, leave=False):
             rows = [table_to_rows(self.dataset[index])[0] for index in indices]
-            batch = collate_latents(rows).to(accelerator.device)
+            batch = collate_latents(rows).to(accelerator.device, self.dtype)
             latents = self._sample(transformer, batch)
             with accelerator.autocast():
                 logits = score_latents(
                     self.reward_model,
                     latents,
-                    batch.prompt_embeds.to(self.dtype),
+                    batch.prompt_embeds,
                     self.timesteps,
                     row_ids=batch.ids,
                     condition=batch.condition,
-                    image_embeds=None if batch.image_embeds is None else batch.image_embeds.to(self.dtype),
+                    image_embeds=batch.image_embeds,
                     seed=self.seed + 1,  # not the noise that the samples start from
                 )
             stds = latents.flatten(1).std(dim=1)
@@ -129,11 +129,11 @@ class SampleEvaluator:
             self.scheduler,
             noise=torch.stack(noise).to(batch.prompt_embeds.device),
             num_inference_steps=self.num_inference_steps,
-            encoder_hidden_states=batch.prompt_embeds.to(self.dtype),
-            negative_encoder_hidden_states=batch.null_prompt_embeds.to(self.dtype),
+            encoder_hidden_states=batch.prompt_embeds,
+            negative_encoder_hidden_states=batch.null_prompt_embeds,
             guidance_scale=self.guidance_scale,
             condition=batch.condition,
-            encoder_hidden_states_image=None if batch.image_embeds is None else batch.image_embeds.to(self.dtype),
+            encoder_hidden_states_image=batch.image_embeds,
         )
 
     def _write_videos(self, latents: torch.Tensor, indices: list[int], folder: Path) -> None:

@@ -49,7 +49,7 @@ def score_latents(
         latents (`torch.Tensor` of shape `(batch_size, num_channels, num_frames, height, width)`):
             Clean normalised latents.
         prompt_embeds (`torch.Tensor` of shape `(batch_size, max_sequence_length, text_dim)`):
-            Zero-padded prompt embeddings, in the type that the model runs in.
+            Zero-padded prompt embeddings, in the type that the model runs in. `image_embeds` are cast to it.
         timesteps (`Sequence[float]`):
             Noise levels, `1000 * sigma`, in (0, 1000].
         row_ids (`Sequence[str]`):
@@ -146,12 +146,12 @@ def score_rows(
     seed: int = 0,
 ) -> torch.Tensor:
     """`score_latents` of rows of a latent dataset, all of one shape. A text-to-video model ignores their images."""
-    clips: LatentBatch = collate_latents(rows).to(reward_model.device)
+    clips: LatentBatch = collate_latents(rows).to(reward_model.device, reward_model.dtype)
     assert clips.latents is not None
     return score_latents(
         reward_model,
         clips.latents,
-        clips.prompt_embeds.to(reward_model.dtype),
+        clips.prompt_embeds,
         timesteps,
         row_ids=clips.ids,
         condition=clips.condition if _takes(reward_model, clips.condition) else None,

@@ -20,6 +20,20 @@ names = [path.read_text().strip() for path in pathlib.Path("/proc/self/task").gl
 (folder / f"threads_{os.environ['RANK']}").write_text("\\n".join(names))
 """
 
+# Writes how long ranks wait for each other, in hours.
+TIMEOUTS = """
+import json, pathlib, sys, torch
+import torch.distributed as dist
+from hy_prfl.distributed import TRAINING_TIMEOUT, build_accelerator
+from hy_prfl.models.context_parallel import ContextParallelGroup
+build_accelerator(gradient_accumulation_steps=1, train_batch_size=1, log_with=[], output_dir=pathlib.Path("."))
+groups = {"world": dist.group.WORLD, "clip": ContextParallelGroup(2, TRAINING_TIMEOUT).process_group}
+backends = {name: group._get_backend(torch.device("cpu")) for name, group in groups.items()}
+hours = {name: backend.options._timeout.total_seconds() / 3600 for name, backend in backends.items()}
+if dist.get_rank() == 0:
+    pathlib.Path(sys.argv[1]).write_text(json.dumps(hours))
+"""
+
 
 @pytest.fixture
 def threads_left(tmp_path: Path) -> Callable[..., list[list[str]]]:
@@ -37,6 +51,21 @@ def threads_left(tmp_path: Path) -> Callable[..., list[list[str]]]:
         return [(tmp_path / f"threads_{rank}").read_text().splitlines() for rank in (0, 1)]
 
     return run
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("engine", ["ddp", "zero2"])
+def test_ranks_wait_for_hours(engine: str, tmp_path: Path) -> None:
+    """While one writes 57 GB or deletes them, the others wait, also the ranks that share a clip."""
+    (tmp_path / "program.py").write_text(TIMEOUTS)
+    config = f"accelerate_configs/{engine}_cpu.yaml"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, tmp_path / "program.py"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
+    environment |= {"ACCELERATE_USE_CPU": "true"} if engine == "ddp" else {}
+    subprocess.run([*command, tmp_path / "hours.json"], cwd=ROOT, env=environment, check=True, timeout=300)
+    hours = json.loads((tmp_path / "hours.json").read_text())
+    assert set(hours) == {"world", "clip"}
+    assert all(1 <= value <= 24 for value in hours.values()), hours
 
 
 @pytest.mark.launch

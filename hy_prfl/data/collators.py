@@ -1,7 +1,7 @@
 """Rows to batches of tensors."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -17,31 +17,48 @@ BatchT = TypeVar("BatchT", bound="Batch")
 class Batch:
     """A dataclass of tensors, lists and nested batches."""
 
-    def to(self: BatchT, device: torch.device) -> BatchT:
-        """Copy with every tensor on `device`."""
-        moved: dict[str, Any] = {}
-        for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            value = getattr(self, field.name)
-            if isinstance(value, (torch.Tensor, Batch)):
-                value = value.to(device)
-            moved[field.name] = value
-        return type(self)(**moved)
+    def to(self: BatchT, device: torch.device, embeds_dtype: torch.dtype = torch.float32) -> BatchT:
+        """
+        Copy on `device`, in the types that models and losses compute in.
+
+        Batches carry tensors in the type that the dataset stores, half of it as a rule, and are cast only here, on the
+        device. DeepSpeed casts no inputs in bfloat16 and has no autocast, so embeddings must come in the model's type.
+
+        Args:
+            embeds_dtype (`torch.dtype`, defaults to `torch.float32`):
+                Type of prompt and image embeddings. All other tensors become float32.
+        """
+        return self._map(
+            lambda name, value: value.to(device).to(embeds_dtype if name in _EMBEDDINGS else torch.float32)
+        )
 
     def pin_memory(self: BatchT) -> BatchT:
         """Copy with every tensor in page-locked memory; called by the data loader."""
-        pinned: dict[str, Any] = {}
+        return self._map(lambda name, value: value.pin_memory())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        values = [getattr(self, field.name) for field in dataclasses.fields(self)]  # type: ignore[arg-type]
+        return sum(value.nbytes for value in values if isinstance(value, (torch.Tensor, Batch)))
+
+    def _map(self: BatchT, function: Callable[[str, torch.Tensor], Any]) -> BatchT:
+        """Copy in which each tensor, also of nested batches, is replaced by `function(name of the field, tensor)`."""
+        mapped: dict[str, Any] = {}
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             value = getattr(self, field.name)
-            if isinstance(value, (torch.Tensor, Batch)):
-                value = value.pin_memory()
-            pinned[field.name] = value
-        return type(self)(**pinned)
+            if isinstance(value, torch.Tensor):
+                value = function(field.name, value)
+            elif isinstance(value, Batch):
+                value = value._map(function)
+            mapped[field.name] = value
+        return type(self)(**mapped)
 
 
 @dataclass(kw_only=True)
 class LatentBatch(Batch):
     """
-    Clips of one shape, or only their prompts.
+    Clips of one shape, or only their prompts. Tensors come in the dataset's storage type until [`~Batch.to`] casts them.
 
     Args:
         ids (`list[str]`):
@@ -49,7 +66,7 @@ class LatentBatch(Batch):
         latents_shape (`tuple[int, ...]`):
             Shape `(num_channels, num_frames, height, width)` of one sample.
         latents (`torch.Tensor` of shape `(batch_size, num_channels, num_frames, height, width)`, *optional*):
-            Clean normalised latents, float32. None in a prompt-only batch.
+            Clean normalised latents. None in a prompt-only batch.
         prompt_embeds, long_prompt_embeds, null_prompt_embeds
             (`torch.Tensor` of shape `(batch_size, max_sequence_length, text_dim)`):
             Embeddings of caption, long caption (the caption where a row has none) and empty prompt, zero-padded.
@@ -151,6 +168,7 @@ def collate_preferences(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) 
 
 
 _PROMPT_COLUMNS = ("prompt_embeds", "long_prompt_embeds", "null_prompt_embeds")
+_EMBEDDINGS = (*_PROMPT_COLUMNS, "image_embeds")
 
 
 def _stack(rows: Sequence[dict[str, Any]], name: str) -> torch.Tensor | None:
@@ -161,7 +179,7 @@ def _stack(rows: Sequence[dict[str, Any]], name: str) -> torch.Tensor | None:
     if len(present) < len(arrays):
         lacking = [row["id"] for row, array in zip(rows, arrays, strict=True) if array is None]
         raise ValueError(f"Rows {lacking} have no `{name}`, others of the same batch have.")
-    return torch.from_numpy(np.stack(present).astype(np.float32))
+    return torch.from_numpy(np.stack(present))
 
 
 def _pad(rows: Sequence[dict[str, Any]], embeds: Sequence[np.ndarray | None], length: int) -> torch.Tensor:
@@ -174,5 +192,5 @@ def _pad(rows: Sequence[dict[str, Any]], embeds: Sequence[np.ndarray | None], le
                 f"Row '{row['id']}': {array.shape[0]} tokens, `max_sequence_length` {row['max_sequence_length']}, "
                 f"in a batch padded to {length}."
             )
-        padded.append(np.pad(array.astype(np.float32), ((0, length - array.shape[0]), (0, 0))))
+        padded.append(np.pad(array, ((0, length - array.shape[0]), (0, 0))))
     return torch.from_numpy(np.stack(padded))

@@ -1,6 +1,8 @@
 """Opens latent datasets and selects from them: rows that have a label, pairs to compare, an endless batch stream."""
 
 import logging
+import os
+import shutil
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
@@ -11,11 +13,17 @@ import torch
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from torch.utils.data import DataLoader
 
+from .collators import Batch
 from .sampler import BucketBatchSampler
 from .schema import table_to_rows, task_label, validate_columns
 
 
 logger = logging.getLogger(__name__)
+
+# Where worker processes put their batches.
+SHARED_MEMORY = Path("/dev/shm")
+# Batches that each worker process makes ready.
+PREFETCHED_BATCHES = 2
 
 BatchT = TypeVar("BatchT")
 Row = dict[str, Any]
@@ -267,15 +275,45 @@ def stream_batches(
     *,
     num_workers: int = 0,
 ) -> Iterator[BatchT]:
-    """Endless batches in the sampler's order."""
+    """Endless batches in the sampler's order. [`check_shared_memory`] tells early whether there is room for them."""
     return iter(
         DataLoader(
             rows,
             batch_sampler=sampler,
             collate_fn=collate,
             num_workers=num_workers,
+            prefetch_factor=PREFETCHED_BATCHES if num_workers else None,
             pin_memory=torch.cuda.is_available(),
             # A new loader draws a seed; from the global generator that would change a resumed run.
             generator=torch.Generator().manual_seed(sampler.seed),
         )
     )
+
+
+def check_shared_memory(
+    rows: RowDataset, collate: Callable[[list[Any]], Batch], sampler: BucketBatchSampler, *, num_workers: int
+) -> None:
+    """
+    Refuse workers whose batches do not fit into shared memory, where they would end in a bus error.
+
+    Docker gives a container 64 MB of it unless told otherwise.
+
+    Args:
+        rows, collate, sampler, num_workers:
+            As for [`stream_batches`].
+
+    Raises:
+        ValueError: If the batches that all workers of this machine have ready are larger than what is free.
+    """
+    if num_workers == 0 or not SHARED_MEMORY.is_dir():
+        return
+    batch_size = max(collate([rows[bucket[0]]]).nbytes for bucket in sampler.buckets) * sampler.batch_size
+    num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    needed = batch_size * PREFETCHED_BATCHES * num_workers * num_processes
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    if needed > free:
+        raise ValueError(
+            f"`dataloader_num_workers` {num_workers}: with {num_processes} processes on this machine their batches take "
+            f"{needed / 1e6:.0f} MB of shared memory, {SHARED_MEMORY} has {free / 1e6:.0f} MB free. Give the container "
+            "more (`docker run --shm-size 16g`), or set it to 0."
+        )

@@ -16,7 +16,7 @@ from torch import nn
 
 
 # Those whose call, as diffusers makes it, is known to autograd. `_flash_3` is an operator without a backward pass,
-# SageAttention has none, and of the others diffusers' context-parallel versions have none or nothing is known.
+# SageAttention has none, and of the others nothing is known.
 TRAINABLE_BACKENDS = (
     "native",
     "_native_cudnn",
@@ -42,7 +42,6 @@ def check_attention_backend(
     device: torch.device,
     dtype: torch.dtype,
     autocast: AbstractContextManager[Any] | None = None,
-    context_parallel: bool = False,
 ) -> None:
     """
     Refuse a kernel that is unknown, not installed, or cannot do what is asked of it; needs no model.
@@ -62,14 +61,11 @@ def check_attention_backend(
             Where the model's weights are, and their type.
         autocast (`ContextManager`, *optional*):
             Context in which the model computes.
-        context_parallel (`bool`, defaults to `False`):
-            Whether the tokens of a clip are split over processes (Ulysses).
 
     Raises:
         ValueError: If it is refused, with the reason and the names that would do.
     """
     known = sorted(backend.value for backend in _AttentionBackendRegistry.list_backends())
-    parallel = sorted(_AttentionBackendRegistry._supports_context_parallel)
     if name not in known:
         raise ValueError(f"`{option}` must be one of {', '.join(known)}, got '{name}'.")
     if trains and name not in TRAINABLE_BACKENDS:
@@ -77,8 +73,6 @@ def check_attention_backend(
             f"`{option}` must have a backward pass, which '{name}' has not (it may serve the rollout); these have: "
             f"{', '.join(TRAINABLE_BACKENDS)}."
         )
-    if context_parallel and name not in parallel:
-        raise ValueError(f"`{option}` must work with context parallelism, as do {', '.join(parallel)}; got '{name}'.")
     with torch.device("meta"):
         attention = WanAttention(dim=256, heads=2, dim_head=128, processor=WanAttnProcessor()).requires_grad_(trains)
     # Nothing random: what the run draws later must not depend on this option.

@@ -2,16 +2,18 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from diffusers import ContextParallelConfig, ModelMixin
 from diffusers.hooks import apply_context_parallel
-from diffusers.models._modeling_parallel import ParallelConfig
-from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed import _functional_collectives as collectives
+from torch.distributed.device_mesh import DeviceMesh
 
 
 class ContextParallelGroup:
@@ -25,43 +27,130 @@ class ContextParallelGroup:
     Args:
         degree (`int`):
             Ranks in a group. Must divide the world size.
+        timeout (`timedelta`, *optional*):
+            How long a rank waits for the others of its group; torch's default (10 minutes under NCCL) if left out.
 
     Raises:
-        ValueError: If it does not.
+        ValueError: If `degree` does not divide the world size.
     """
 
-    def __init__(self, degree: int) -> None:
-        world_size = dist.get_world_size()
+    def __init__(self, degree: int, timeout: timedelta | None = None) -> None:
+        world_size, rank = dist.get_world_size(), dist.get_rank()
         if world_size % degree:
             raise ValueError(f"`context_parallel_degree` {degree} does not divide the {world_size} processes.")
         self.degree = degree
-        # A run may be kept to the CPU where there are GPUs.
-        is_on_cpu = dist.get_backend() == "gloo"
-        device = torch.device("cpu") if is_on_cpu else torch.device("cuda", torch.cuda.current_device())
-        mesh = init_device_mesh(
-            device.type, (world_size // degree, 1, degree), mesh_dim_names=("data", "ring", "ulysses")
+        first = rank // degree * degree
+        # One group for each rank. A mesh over the world would make the groups of all its dimensions, hundreds of them.
+        self.process_group = dist.new_group(
+            list(range(first, first + degree)), timeout=timeout, use_local_synchronization=True
         )
-        self.config = ParallelConfig(context_parallel_config=ContextParallelConfig(ulysses_degree=degree, mesh=mesh))
-        self.config.setup(dist.get_rank(), world_size, device, mesh=mesh)
-        self.process_group = mesh["ulysses"].get_group()
+        # A run may be kept to the CPU where there are GPUs.
+        device_type = "cpu" if dist.get_backend() == "gloo" else "cuda"
+        self.config = ContextParallelConfig(ulysses_degree=degree)
+        # All that diffusers' hooks look at.
+        self.config._flattened_mesh = DeviceMesh.from_group(self.process_group, device_type)
 
     def split(self, model: ModelMixin) -> None:
         """
         Make the model's forward split its tokens over the group and gather them at its end.
 
-        What `ModelMixin.enable_parallelism` does, which refuses to work without an accelerator.
+        The place of `ModelMixin.enable_parallelism`, which refuses to work without an accelerator and brings an attention
+        that computes its forward pass again in the backward pass, beside what activation checkpointing does.
         """
         for module in model.modules():
-            if isinstance(module, AttentionModuleMixin):
-                module.processor._parallel_config = self.config
+            if isinstance(module, WanAttention):
+                processor = UlyssesAttnProcessor(self.process_group)
+                processor._attention_backend = module.processor._attention_backend
+                module.set_processor(processor)
             if isinstance(module, TokenGather):
                 module.grad_scale = float(self.degree)
-        apply_context_parallel(model, self.config.context_parallel_config, model._cp_plan)
+        apply_context_parallel(model, self.config, model._cp_plan)
 
     def mean(self, tensor: torch.Tensor) -> torch.Tensor:
         """Mean over the group, in place. A collective."""
         dist.all_reduce(tensor, group=self.process_group)
         return tensor.div_(self.degree)
+
+
+class UlyssesAttnProcessor(WanAttnProcessor):
+    """
+    Wan's attention for tokens that are split over a group: each rank attends over all tokens, in its share of the heads.
+
+    The exchanges are operators of autograd around the kernel's ordinary call, so the kernel keeps output and log-sum-exp
+    for its backward pass, and every kernel that trains in one process trains here.
+    Cross-attention needs no exchange: every rank has the whole text, and attends from its own tokens.
+
+    Args:
+        group (`ProcessGroup`):
+            The ranks that share a clip. Their number divides the number of heads.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        super().__init__()
+        self.group = group
+
+    def __call__(
+        self,
+        attn: WanAttention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """Attend; `hidden_states` `(batch_size, num_tokens / group size, dim)` in and out."""
+        if encoder_hidden_states is not None:
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
+        if attention_mask is not None or rotary_emb is None:
+            raise ValueError("Self-attention over split tokens needs `rotary_emb` and takes no `attention_mask`.")
+        value = attn.to_v(hidden_states)
+        heads = (attn.heads, -1)
+        query = rotate(attn.norm_q(attn.to_q(hidden_states)).unflatten(2, heads), rotary_emb)
+        key = rotate(attn.norm_k(attn.to_k(hidden_states)).unflatten(2, heads), rotary_emb)
+        # CUDA's autocast computes the norms in float32 and projections in half precision; a kernel wants one type.
+        query, key = query.to(value.dtype), key.to(value.dtype)
+        query, key, value = (tokens_to_heads(states, self.group) for states in (query, key, value.unflatten(2, heads)))
+        output = dispatch_attention_fn(query, key, value, backend=self._attention_backend)
+        output = heads_to_tokens(output, self.group).flatten(2, 3).type_as(hidden_states)
+        for layer in attn.to_out:
+            output = layer(output)
+        return output
+
+
+def rotate(states: torch.Tensor, rotary_emb: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """
+    Rotary position embedding: pairs of neighbouring channels turned by their angles.
+
+    Args:
+        states (`torch.Tensor` of shape `(batch_size, num_tokens, num_heads, head_dim)`):
+            Queries or keys.
+        rotary_emb (`tuple[torch.Tensor, torch.Tensor]`):
+            Cosines and sines `(1, num_tokens, 1, head_dim)`, each value twice, as `WanRotaryPosEmbed` gives them.
+    """
+    cos, sin = rotary_emb[0][..., 0::2], rotary_emb[1][..., 1::2]
+    real, imaginary = states.unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack((real * cos - imaginary * sin, real * sin + imaginary * cos), dim=-1)
+    return turned.flatten(-2).type_as(states)
+
+
+def tokens_to_heads(states: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """From own tokens of all heads, `(batch_size, tokens / n, heads, head_dim)`, to all tokens of own heads."""
+    degree = dist.get_world_size(group)
+    # The ranks, which are exchanged, come first.
+    by_rank = states.unflatten(2, (degree, -1)).permute(2, 0, 1, 3, 4)
+    return _exchange(by_rank, group).transpose(0, 1).flatten(1, 2)
+
+
+def heads_to_tokens(states: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """The inverse of [`tokens_to_heads`]."""
+    degree = dist.get_world_size(group)
+    by_rank = states.unflatten(1, (degree, -1)).transpose(0, 1)
+    return _exchange(by_rank, group).permute(1, 2, 0, 3, 4).flatten(2, 3)
+
+
+def _exchange(by_rank: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """Send part `r` to the `r`-th rank of the group; part `r` of the result came from it. Differentiable."""
+    flat = by_rank.contiguous().flatten()
+    return collectives.all_to_all_single_autograd(flat, None, None, group).view(by_rank.shape)
 
 
 class TokenGather(nn.Module):

@@ -361,18 +361,20 @@ def score_noised(
         sigmas (`torch.Tensor` of shape `(batch_size,)`):
             Noise levels in [0, 1].
         encoder_hidden_states, condition, encoder_hidden_states_image:
-            Prompt embeddings and, for image-to-video models, the 20 condition channels and the image embeddings.
+            Prompt embeddings and, for image-to-video models, the 20 condition channels and the image embeddings. The
+            model's inputs are cast to the type of the prompt embeddings.
 
     Returns:
         `torch.Tensor` of shape `(batch_size,)`: logits, float32.
     """
     noisy, timesteps = add_noise(latents, noise, sigmas), sigmas_to_timesteps(sigmas).to(latents.device)
     hidden_states, timesteps = add_condition(noisy, timesteps, condition)
+    dtype, image_embeds = encoder_hidden_states.dtype, encoder_hidden_states_image
     return reward_model(
-        hidden_states=hidden_states.to(encoder_hidden_states.dtype),
+        hidden_states=hidden_states.to(dtype),
         timestep=timesteps,
         encoder_hidden_states=encoder_hidden_states,
-        encoder_hidden_states_image=encoder_hidden_states_image,
+        encoder_hidden_states_image=None if image_embeds is None else image_embeds.to(dtype),
     ).logits
 
 

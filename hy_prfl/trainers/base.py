@@ -21,7 +21,7 @@ from ..configs.base import TrainingConfig, check, save_config
 from ..data.collators import LatentBatch
 from ..data.dataset import check_rows_fit, latent_shapes
 from ..data.encoding import takes_first_frame, vae_fingerprint
-from ..distributed import any_rank, build_accelerator, mean_over_ranks
+from ..distributed import TRAINING_TIMEOUT, any_rank, build_accelerator, mean_over_ranks
 from ..flow_matching import make_generator, sample_noise, sample_sigmas
 from ..models.attention import check_attention_backend, set_attention_backend
 from ..models.context_parallel import ContextParallelGroup, check_divisible
@@ -72,7 +72,7 @@ class Trainer(ABC):
         set_seed(config.seed)
         # Ranks that share a clip are one replica: they get the same rows and draw the same noise.
         degree = config.context_parallel_degree
-        self.context_parallel = ContextParallelGroup(degree) if degree > 1 else None
+        self.context_parallel = ContextParallelGroup(degree, TRAINING_TIMEOUT) if degree > 1 else None
         self.num_replicas, self.replica = (
             self.accelerator.num_processes // degree,
             self.accelerator.process_index // degree,
@@ -163,7 +163,7 @@ class Trainer(ABC):
 
     @property
     def weight_dtype(self) -> torch.dtype:
-        """Type of the weights that do not train; those that do are float32."""
+        """Type of frozen weights and of all embeddings that models are given; what trains has float32 masters."""
         return torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else torch.float32
 
     def set_up_blocks(self, model: Any, *, num_recomputed: int | None) -> None:
@@ -207,7 +207,6 @@ class Trainer(ABC):
                 device=self.accelerator.device,
                 dtype=dtype,
                 autocast=self.accelerator.autocast(),
-                context_parallel=self.context_parallel is not None,
             )
 
     def begin_update(self, num_backwards: int) -> int:

@@ -7,7 +7,14 @@ from datasets import Dataset
 
 from ..configs.prfl import PRFLTrainingConfig
 from ..data.collators import LatentBatch, collate_latents
-from ..data.dataset import RowDataset, latent_shapes, load_latent_dataset, require_latents, stream_batches
+from ..data.dataset import (
+    RowDataset,
+    check_shared_memory,
+    latent_shapes,
+    load_latent_dataset,
+    require_latents,
+    stream_batches,
+)
 from ..data.sampler import BucketBatchSampler
 
 
@@ -39,6 +46,9 @@ class PRFLDatasets:
         # The two kinds of update must not walk the same rows in the same order.
         self.clip_sampler = partial(sampler, latent_shapes(self.clips), seed=2 * config.seed)
         self.prompt_sampler = partial(sampler, latent_shapes(self.prompts), seed=2 * config.seed + 1)
+        for dataset, stream in ((self.clips, self.clip_sampler()), (self.prompts, self.prompt_sampler())):
+            rows = RowDataset(dataset, range(len(dataset)))
+            check_shared_memory(rows, collate_latents, stream, num_workers=config.dataloader_num_workers)
 
     @property
     def batches_per_epoch(self) -> int:

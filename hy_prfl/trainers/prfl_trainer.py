@@ -99,7 +99,7 @@ class PRFLTrainer(Trainer):
         """Backward passes of the flow-matching loss over its micro-batches."""
         losses = []
         for micro_step in range(self.config.gradient_accumulation_steps):
-            batch = next(self.flow_batches).to(self.accelerator.device)
+            batch = next(self.flow_batches).to(self.accelerator.device, self.weight_dtype)
             with self.accelerator.accumulate(self.transformer):
                 loss = self.compute_flow_matching_loss(batch, micro_step)
                 self.updates.backward(weight * loss, batch.ids)
@@ -111,7 +111,7 @@ class PRFLTrainer(Trainer):
         """Backward passes of the reward loss over its micro-batches, and over the gradient steps of each chain."""
         losses, logits = [], []
         for micro_step in range(self.config.gradient_accumulation_steps):
-            batch = next(self.reward_batches).to(self.accelerator.device)
+            batch = next(self.reward_batches).to(self.accelerator.device, self.weight_dtype)
             prompt_embeds = self.choose_prompts(batch, self.generators(REWARD_PROMPT, micro_step, len(batch)))
             chain = self.roll_out(batch, prompt_embeds, micro_step)
             for _ in range(self.config.num_gradient_steps):
@@ -222,21 +222,16 @@ class PRFLTrainer(Trainer):
         return self.experts.draw(float(uniform), self.high_noise_probability)
 
     def choose_prompts(self, batch: LatentBatch, generators: Sequence[torch.Generator]) -> torch.Tensor:
-        """For each clip its caption, its long caption or the empty prompt, in the type that the models compute in."""
+        """For each clip its caption, its long caption or the empty prompt."""
         draws = torch.stack([torch.rand(2, generator=generator) for generator in generators], dim=1)
         is_long = (draws[0] < self.config.long_prompt_probability).to(self.accelerator.device)
         is_null = (draws[1] < self.config.prompt_dropout).to(self.accelerator.device)
         embeds = torch.where(is_long[:, None, None], batch.long_prompt_embeds, batch.prompt_embeds)
-        embeds = torch.where(is_null[:, None, None], batch.null_prompt_embeds, embeds)
-        return embeds.to(self.weight_dtype)
+        return torch.where(is_null[:, None, None], batch.null_prompt_embeds, embeds)
 
     def image_inputs(self, batch: LatentBatch) -> dict[str, torch.Tensor | None]:
         """What an image-to-video model takes besides the latents; None for a text-to-video model."""
-        image_embeds = batch.image_embeds
-        return {
-            "condition": batch.condition,
-            "encoder_hidden_states_image": None if image_embeds is None else image_embeds.to(self.weight_dtype),
-        }
+        return {"condition": batch.condition, "encoder_hidden_states_image": batch.image_embeds}
 
     def grad_norm_of(self, kind: str) -> dict[str, torch.Tensor]:
         """Norm, before clipping, of the gradient of the update that just ended; empty if none did."""

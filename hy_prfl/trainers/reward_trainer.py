@@ -16,6 +16,7 @@ from ..configs.reward import RewardTrainingConfig
 from ..data.collators import LabeledBatch, LatentBatch, PreferenceBatch, collate_labeled, collate_preferences
 from ..data.dataset import (
     RowDataset,
+    check_shared_memory,
     check_vae,
     latent_shapes,
     load_latent_dataset,
@@ -58,11 +59,10 @@ class RewardTrainer(Trainer):
         self.subfolder = self._find_transformer()
         self.vae_fingerprint = self.pipeline_vae_fingerprint()
         self.dataset, self.items, _ = self._open(config.train_dataset)
-        self.evaluator = self._build_evaluator()
-        self.unwrapped = self._load_reward_model()
-        self.check_dataset(self.dataset, config.train_dataset, self.unwrapped.config)
-        if self.evaluator is not None and config.validation_dataset is not None:
-            self.check_dataset(self.evaluator.dataset, config.validation_dataset, self.unwrapped.config)
+        self.rows = RowDataset(self.dataset, self.items)
+        self.collate: Callable[[list[Any]], LabeledBatch | PreferenceBatch] = collate_preferences
+        if config.loss == "bce":
+            self.collate = partial(collate_labeled, task=config.task)
         self.sampler = partial(
             BucketBatchSampler,
             self._buckets(),
@@ -71,13 +71,19 @@ class RewardTrainer(Trainer):
             num_replicas=self.num_replicas,
             replica=self.replica,
         )
+        check_shared_memory(self.rows, self.collate, self.sampler(), num_workers=config.dataloader_num_workers)
+        self.evaluator = self._build_evaluator()
+        self.unwrapped = self._load_reward_model()
+        self.check_dataset(self.dataset, config.train_dataset, self.unwrapped.config)
+        if self.evaluator is not None and config.validation_dataset is not None:
+            self.check_dataset(self.evaluator.dataset, config.validation_dataset, self.unwrapped.config)
         self.reward_model = self.prepare(self.unwrapped, self._parameter_groups(), self.sampler().batches_per_epoch)
 
     def train_step(self) -> dict[str, torch.Tensor]:
         """One update on `gradient_accumulation_steps` micro-batches."""
         losses, margins = [], []
         for micro_step in range(self.config.gradient_accumulation_steps):
-            batch = next(self.batches).to(self.accelerator.device)
+            batch = next(self.batches).to(self.accelerator.device, self.weight_dtype)
             with self.accelerator.accumulate(self.reward_model):
                 loss, margin = self.compute_loss(batch, micro_step)
                 self.updates.backward(loss, batch.ids)
@@ -136,12 +142,9 @@ class RewardTrainer(Trainer):
 
     def start_streams(self) -> None:
         """Open the training batches at the position of `global_step`."""
-        collate: Callable[[list[Any]], LabeledBatch | PreferenceBatch] = collate_preferences
-        if self.config.loss == "bce":
-            collate = partial(collate_labeled, task=self.config.task)
         self.batches: Iterator[LabeledBatch | PreferenceBatch] = stream_batches(
-            RowDataset(self.dataset, self.items),
-            collate,
+            self.rows,
+            self.collate,
             self.sampler(start=self.global_step * self.config.gradient_accumulation_steps),
             num_workers=self.config.dataloader_num_workers,
         )
@@ -208,6 +211,7 @@ class RewardTrainer(Trainer):
             batch_size=config.train_batch_size,
             num_replicas=self.num_replicas,
             replica=self.replica,
+            dtype=self.weight_dtype,
         )
 
     def _find_transformer(self) -> str:

@@ -55,6 +55,21 @@ def test_to_moves_nested_tensors(rows: list[dict[str, Any]]) -> None:
     assert moved.clips.ids == ["clip-0", "clip-1", "clip-2", "clip-3"]
 
 
+def test_batches_keep_the_stored_type_and_are_cast_on_the_device(rows: list[dict[str, Any]]) -> None:
+    """Half of the bytes through shared memory; DeepSpeed casts no inputs in bfloat16."""
+    stored = collate_labeled(rows, "motion_quality")
+    tensors = ("latents", "condition", "image_embeds", "prompt_embeds", "long_prompt_embeds", "null_prompt_embeds")
+    assert {getattr(stored.clips, name).dtype for name in tensors} == {torch.float16}
+    assert stored.nbytes == 4 * 4 + sum(2 * getattr(stored.clips, name).numel() for name in tensors)
+    cast = stored.to(torch.device("cpu"), torch.bfloat16)
+    for name in tensors:
+        value, expected = getattr(cast.clips, name), getattr(stored.clips, name)
+        dtype = torch.bfloat16 if name.endswith("embeds") else torch.float32
+        assert value.dtype == dtype, name
+        assert torch.equal(value, expected.float().to(dtype)), name
+    assert cast.labels.dtype == torch.float32
+
+
 def test_rows_that_do_not_stack_are_named(rows: list[dict[str, Any]]) -> None:
     with pytest.raises(ValueError, match="different shapes"):
         collate_latents([rows[0], rows[1] | {"latents_shape": [16, 2, 4, 6]}])

@@ -1,3 +1,4 @@
+import shutil
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -8,8 +9,10 @@ from datasets import Dataset, DatasetDict, load_from_disk
 
 from hy_prfl.data.collators import collate_latents
 from hy_prfl.data.dataset import (
+    SHARED_MEMORY,
     RowDataset,
     check_rows_fit,
+    check_shared_memory,
     latent_shapes,
     load_latent_dataset,
     preference_pairs,
@@ -91,6 +94,25 @@ def test_reading_with_workers_gives_the_same_batches(tmp_path: Path, write_laten
         for n in (0, 2)
     )  # fmt: skip
     assert plain == parallel
+
+
+@pytest.mark.skipif(not SHARED_MEMORY.is_dir(), reason="no /dev/shm")
+def test_workers_need_room_in_shared_memory(
+    tmp_path: Path, write_latents: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = load_latent_dataset(str(write_latents(tmp_path / "d", 6, shapes=((2, 4, 4), (2, 4, 6)))))
+    rows = RowDataset(dataset, range(6))
+    sampler = BucketBatchSampler(latent_shapes(dataset), batch_size=2, seed=0)
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    # Latents of the larger shape and three prompts of 16 tokens, in half precision, and two batches for each worker.
+    batch = 2 * 2 * (16 * 2 * 4 * 6 + 3 * 16 * 32)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    check_shared_memory(rows, collate_latents, sampler, num_workers=0)
+    check_shared_memory(rows, collate_latents, sampler, num_workers=1)
+    too_many = free // (batch * 2 * 8) + 100
+    with pytest.raises(ValueError, match=rf"`dataloader_num_workers` {too_many}: with 8 processes .*--shm-size"):
+        check_shared_memory(rows, collate_latents, sampler, num_workers=too_many)
+    check_shared_memory(rows, collate_latents, sampler, num_workers=too_many - 1000)
 
 
 def test_what_is_no_latent_dataset_is_refused(tmp_path: Path, write_latents: Write) -> None:

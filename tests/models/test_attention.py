@@ -32,7 +32,6 @@ def test_kernels_that_work_here_are_let_through() -> None:
     for trains in (False, True):
         for name in ("native", "_native_math"):
             check_attention_backend(name, option="attention_backend", trains=trains, **HERE)
-    check_attention_backend("native", option="attention_backend", trains=True, context_parallel=True, **HERE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -52,7 +51,6 @@ def test_kernels_are_tried_in_the_context_that_the_model_computes_in(dtype: torc
         ("flash", {"trains": True}, "`kernel` 'flash' does not work here, .*install `flash-attn"),
         ("sage", {"trains": False}, "`kernel` 'sage' does not work here, .*install `sageattention"),
         ("_native_cudnn", {"trains": True}, "`kernel` '_native_cudnn' does not work here, on cpu in torch.float32"),
-        ("_native_math", {"trains": True, "context_parallel": True}, "must work with context parallelism, as do"),
     ],
 )
 def test_others_are_refused_with_the_reason(name: str, options: dict[str, Any], message: str) -> None:

@@ -1,0 +1,81 @@
+"""
+Trains tiny models for a step in every combination of trainer, tuning, kind of model and context parallelism.
+
+    accelerate launch <engine> tests/distributed/matrix.py <folder> <results.json> <degree> [<degree> ...]
+
+All cases run one after the other in one launch, because to start the processes takes longer than to train. The results
+are the metrics of each case by its name.
+"""
+
+import itertools
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState, GradientState
+
+from hy_prfl.configs.prfl import PRFLTrainingConfig
+from hy_prfl.configs.reward import RewardTrainingConfig
+from hy_prfl.trainers.prfl_trainer import PRFLTrainer
+from hy_prfl.trainers.reward_trainer import RewardTrainer
+
+
+KINDS = ("t2v", "i2v", "5b", "a14b")
+SCRIPTS = ("reward", "prfl")
+TUNINGS = ("full", "lora")
+GLOBAL_BATCH_SIZE = 4
+
+
+def case_name(script: str, tuning: str, kind: str, degree: int) -> str:
+    """Name of a case in the results."""
+    return f"{script} {tuning} {kind} {degree}"
+
+
+def run_case(folder: Path, output_dir: Path, script: str, tuning: str, kind: str, degree: int) -> dict[str, float]:
+    """Train, validate and save once, and return what was logged."""
+    num_replicas = int(os.environ.get("WORLD_SIZE", "1")) // degree
+    options: dict[str, Any] = {
+        "output_dir": str(output_dir),
+        "pretrained_model_name_or_path": str(folder / kind / "pipeline"),
+        "train_dataset": str(folder / kind / "data"),
+        "train_batch_size": GLOBAL_BATCH_SIZE // num_replicas,
+        "gradient_accumulation_steps": 2,
+        "max_train_steps": 1,
+        "context_parallel_degree": degree,
+        "lora_rank": 2 if tuning == "lora" else None,
+        "validation_dataset": str(folder / kind / "data"),
+        "report_to": ["none"],
+    }
+    torch.manual_seed(0)
+    if script == "reward":
+        expert = "high_noise" if kind == "a14b" else None
+        trainer: Any = RewardTrainer(RewardTrainingConfig(**options, num_layers=2, expert=expert))
+    else:
+        expert = "both" if kind == "a14b" else None
+        reward_model = str(folder / kind / "reward")
+        trainer = PRFLTrainer(
+            PRFLTrainingConfig(**options, reward_model=reward_model, num_inference_steps=4, expert=expert)
+        )
+    trainer.train()
+    lines = (output_dir / "metrics.jsonl").read_text().splitlines()
+    return {name: value for line in lines for name, value in json.loads(line).items()}
+
+
+def main() -> None:
+    """Run all cases and write their metrics."""
+    folder, results_file, degrees = Path(sys.argv[1]), Path(sys.argv[2]), [int(degree) for degree in sys.argv[3:]]
+    results = {}
+    for script, tuning, kind, degree in itertools.product(SCRIPTS, TUNINGS, KINDS, degrees):
+        name = case_name(script, tuning, kind, degree)
+        output_dir = results_file.parent / results_file.stem / name.replace(" ", "-")
+        results[name] = run_case(folder, output_dir, script, tuning, kind, degree)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+    results_file.write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

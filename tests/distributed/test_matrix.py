@@ -1,0 +1,103 @@
+"""Every kind of training that is launched on GPUs in bfloat16: it runs, and computes what float32 does."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from examples.benchmark.inputs import fingerprint_of, write_models
+from hy_prfl.data.synthetic import synthetic_dataset
+
+from .matrix import KINDS, SCRIPTS, TUNINGS, case_name
+
+
+pytestmark = pytest.mark.launch
+
+# Pipeline, latents and image condition of each kind.
+MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "t2v": ({}, {"latents_shape": (16, 3, 4, 4)}),
+    "i2v": (
+        {"image_to_video": True},
+        {"latents_shape": (16, 3, 4, 4), "condition_shape": (20, 3, 4, 4), "image_embeds_shape": (5, 32)},
+    ),
+    "5b": (
+        {"image_to_video": True, "expand_timesteps": True},
+        {"latents_shape": (48, 3, 4, 4), "condition_shape": (48, 1, 4, 4)},
+    ),
+    "a14b": ({"boundary_ratio": 0.875}, {"latents_shape": (16, 3, 4, 4)}),
+}
+ENGINES = {
+    "float32": ["--config_file", "accelerate_configs/cpu.yaml"],
+    "ddp": ["--config_file", "accelerate_configs/ddp_cpu.yaml", "--mixed_precision", "bf16"],
+    # DeepSpeed's files as they are on GPUs.
+    "zero2": [
+        *("--config_file", "accelerate_configs/zero2_cpu.yaml", "--deepspeed_config_file", "ds_configs/zero2.json")
+    ],
+    "zero3": [
+        *("--config_file", "accelerate_configs/zero3_cpu.yaml", "--deepspeed_config_file", "ds_configs/zero3.json")
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with a pipeline, a reward model and a dataset of every kind."""
+    folder = tmp_path_factory.mktemp("matrix")
+    for kind, (pipeline_options, shapes) in MODELS.items():
+        write_models(folder / kind, num_layers=3, num_attention_heads=4, **pipeline_options)
+        dataset = synthetic_dataset(
+            text_dim=32, text_tokens=3, max_sequence_length=16, num_rows=8,
+            vae_fingerprint=fingerprint_of(folder / kind), **shapes,
+        )  # fmt: skip
+        dataset.save_to_disk(folder / kind / "data")
+    return folder
+
+
+def launch(models: Path, engine: str, *degrees: int) -> dict[str, dict[str, float]]:
+    """Run all cases of an engine."""
+    results = models / f"{engine}.json"
+    program = Path(__file__).with_name("matrix.py")
+    command = [sys.executable, "-m", "accelerate.commands.launch", *ENGINES[engine], str(program)]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        # Accelerate's word for: the end of a training is not the end of the process group.
+        "FORK_LAUNCHED": "1",
+        "TORCH_EXTENSIONS_DIR": str(models / "torch_extensions"),
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+        **({"ACCELERATE_USE_CPU": "true"} if engine in ("float32", "ddp") else {}),
+    }
+    finished = subprocess.run(
+        [*command, str(models), str(results), *map(str, degrees)],
+        env=environment, text=True, capture_output=True, timeout=900,
+    )  # fmt: skip
+    assert finished.returncode == 0, f"{finished.stdout[-4000:]}\n{finished.stderr[-8000:]}"
+    return json.loads(results.read_text())
+
+
+@pytest.fixture(scope="module")
+def exact(models: Path) -> dict[str, dict[str, float]]:
+    """The cases in float32, in one process."""
+    return launch(models, "float32", 1)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
+def test_bfloat16_computes_what_float32_does(models: Path, exact: dict[str, dict[str, float]], engine: str) -> None:
+    results = launch(models, engine, 1, 2)
+    assert len(results) == len(SCRIPTS) * len(TUNINGS) * len(KINDS) * 2
+    different = []
+    for name, metrics in results.items():
+        expected = exact[case_name(*name.split()[:3], 1)]
+        assert set(metrics) == set(expected), name
+        different += [
+            f"{name}: {metric} is {metrics[metric]:.4g}, in float32 {value:.4g}"
+            for metric, value in expected.items()
+            if metric.endswith(("loss", "grad_norm", "reward_logit"))
+            and not math.isclose(metrics[metric], value, rel_tol=0.05, abs_tol=0.01)
+        ]
+    assert not different
