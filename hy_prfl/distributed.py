@@ -98,7 +98,8 @@ def build_accelerator(
         log_with=log_with or None,
         project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
         kwargs_handlers=[
-            DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters),
+            # Gradients live in the buckets that they are averaged in: a copy of all of them less.
+            DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters, gradient_as_bucket_view=True),
             # None lets Accelerate choose; its own default would be NCCL everywhere.
             InitProcessGroupKwargs(backend="gloo" if needs_backend else None, timeout=TRAINING_TIMEOUT),
         ],

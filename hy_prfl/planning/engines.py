@@ -39,7 +39,7 @@ class Engine:
     mixed_precision: bool = True
     on_gpu: bool = True
 
-    zero2_reduce_bucket = 500_000_000
+    zero2_reduce_bucket = 200_000_000
     zero3_reduce_bucket = 100_000_000
     zero3_prefetch_bucket = 100_000_000
     zero3_persistence_threshold = 100_000
@@ -77,38 +77,37 @@ class Engine:
     def held(self, sizes: ParameterSizes) -> dict[str, float]:
         """Bytes on each GPU that a model in training takes all the time."""
         if self.zero_stage == 0:
-            # DDP copies gradients into buckets of the same size (`gradient_as_bucket_view` is off in Accelerate).
+            # DDP's buckets are the gradients themselves (`gradient_as_bucket_view`).
             return {
                 "weights": sizes.num_bytes,
                 "gradients": sizes.trained_bytes,
                 "optimizer states": 2 * FLOAT32 * sizes.trained,
-                "gradient buckets": sizes.trained_bytes if self.num_gpus > 1 else 0,
             }
         share = sizes.trained / self.num_gpus
-        states = {"gradients": BFLOAT16 * share, "optimizer states": 3 * FLOAT32 * share}
+        # `ds_configs/` accumulate gradients in float32, and reduce a bucket in a float32 copy.
+        states = {"gradients": FLOAT32 * share, "optimizer states": 3 * FLOAT32 * share}
         if self.zero_stage == 2:
             # Two buckets, so that one can be filled while the other is reduced.
             return {
                 "weights": BFLOAT16 * sizes.total,
                 **states,
-                "gradient buckets": 2 * BFLOAT16 * self.zero2_reduce_bucket,
+                "gradient buckets": (2 * BFLOAT16 + FLOAT32) * self.zero2_reduce_bucket,
             }
         whole = sizes.persistent + (0 if self.offload else (sizes.total - sizes.persistent) / self.num_gpus)
         gathered = min(sizes.total, self.zero3_max_live_parameters) + min(sizes.total, self.zero3_prefetch_bucket)
         return {
             "weights": BFLOAT16 * whole,
             **(dict.fromkeys(states, 0.0) if self.offload else states),
-            "gradient buckets": BFLOAT16 * self.zero3_reduce_bucket,
+            "gradient buckets": (BFLOAT16 + FLOAT32) * self.zero3_reduce_bucket,
             "gathered weights": BFLOAT16 * gathered,
         }
 
     def step_memory(self, sizes: ParameterSizes) -> float:
         """Bytes that the optimizer's step needs for itself, after the activations are gone."""
-        # The fused AdamW makes no copies; DeepSpeed hands it the gradients in float32.
-        if self.zero_stage == 0 or not self.on_gpu or self.offload:
+        # The fused AdamW makes no copies. ZeRO-2 hands it the accumulated gradients, ZeRO-3 a copy of a group of them.
+        if self.zero_stage != 3 or not self.on_gpu or self.offload:
             return 0
-        share = sizes.trained / self.num_gpus
-        return FLOAT32 * (share if self.zero_stage == 2 else min(share, self.zero3_sub_group))
+        return FLOAT32 * min(sizes.trained / self.num_gpus, self.zero3_sub_group)
 
     def average(self, sizes: ParameterSizes) -> float:
         """Bytes of averaged weights on each GPU."""
@@ -117,10 +116,33 @@ class Engine:
         return FLOAT32 * sizes.trained / (self.num_gpus if self.zero_stage else 1)
 
     def host_memory(self, sizes: ParameterSizes) -> float:
-        """Bytes of host memory behind each GPU."""
+        """Bytes of host memory that each process holds all the time: weights, gradients and states with `offload`."""
         if not self.offload:
             return 0
-        return (BFLOAT16 * sizes.total + (BFLOAT16 + 3 * FLOAT32) * sizes.trained) / self.num_gpus
+        return (BFLOAT16 * sizes.total + 4 * FLOAT32 * sizes.trained) / self.num_gpus
+
+    def loading_memory(self, sizes: ParameterSizes, *, is_frozen: bool) -> float:
+        """
+        Bytes of host memory that each process takes while it reads a model: all of it, with ZeRO-3 a block.
+
+        Args:
+            is_frozen (`bool`):
+                Whether the model is read in half precision, for an adapter; ZeRO-2 casts it only when it is set up.
+        """
+        if self.zero_stage == 3:
+            return BFLOAT16 * sizes.block
+        return sizes.num_bytes if self.zero_stage == 0 else sizes.total * (BFLOAT16 if is_frozen else FLOAT32)
+
+    def checkpoint_size(self, sizes: ParameterSizes, *, is_lora: bool, has_average: bool) -> float:
+        """
+        Bytes of a checkpoint on disk.
+
+        The model in float32, or the adapter, and the same again for an average; AdamW's two moments, and with DeepSpeed
+        the float32 masters.
+        """
+        model = FLOAT32 * (sizes.trained if is_lora else sizes.total)
+        optimizer = FLOAT32 * sizes.trained * (3 if self.zero_stage else 2)
+        return optimizer + model * (2 if has_average else 1)
 
 
 def frozen_memory(sizes: ParameterSizes, *, num_gpus: int, is_split: bool) -> tuple[float, float]:

@@ -90,8 +90,10 @@ class Estimate:
             What each phase of an update needs at most in addition; they follow each other, so only the largest counts.
         flops (`dict[str, float]`):
             Floating point operations of an update, by part. Context parallelism divides them over its GPUs.
-        host_memory (`float`):
-            Bytes of weights and optimizer states in host memory instead of the GPU's, per GPU.
+        host_memory (`dict[str, float]`):
+            Bytes of host memory of each process, by part. What is `loading` is gone before the others come.
+        checkpoint (`float`):
+            Bytes of a checkpoint on disk.
         num_parameters, num_trained (`int`):
             Parameters of the model in training, and how many of them train.
     """
@@ -99,7 +101,8 @@ class Estimate:
     held: dict[str, float]
     phases: dict[str, float]
     flops: dict[str, float]
-    host_memory: float
+    host_memory: dict[str, float]
+    checkpoint: float
     num_parameters: int
     num_trained: int
     reserved: float = field(default=0.0)
@@ -108,6 +111,12 @@ class Estimate:
     def peak(self) -> float:
         """Most bytes needed at a time."""
         return sum(self.held.values()) + max(self.phases.values()) + self.reserved
+
+    @property
+    def host_peak(self) -> float:
+        """Most bytes of host memory that a process needs at a time, besides Python and its libraries."""
+        loading = self.host_memory["loading"]
+        return max(loading, sum(self.host_memory.values()) - loading)
 
 
 def estimate(request: Request, *, reserved: float = 0.0) -> Estimate:
@@ -141,12 +150,19 @@ def _estimate_prfl(request: Request, training: PRFLTrainingConfig, reserved: flo
     whole, gathered = frozen_memory(reward_sizes, num_gpus=engine.num_gpus, is_split=training.shard_reward_model)
     copied = whole if training.offload_reward_model else 0.0
     held |= {"reward model": whole - copied, "reward model, gathered": gathered}
-    host_memory = engine.host_memory(sizes) + copied
+    host_memory = {
+        "loading": engine.loading_memory(sizes, is_frozen=training.lora_rank is not None),
+        "weights and optimizer states": engine.host_memory(sizes),
+        "reward model in host memory": copied,
+    }
+    block_inputs = generator["forward"].offloaded
     if uses_flow:
         phases["flow matching"] = flow_peak
     if uses_reward:
         reward = reward_phases(request.reward_config, training, numerics, part)
         beside = 0.0 if training.rerun_gradient_step else generator["forward"].kept
+        # Those of generator and reward model have buffers of their own, which are kept for the next update.
+        block_inputs += reward["forward"].offloaded
         phases |= {
             "rollout": generator["rollout"].peak,
             "reward": (
@@ -162,8 +178,10 @@ def _estimate_prfl(request: Request, training: PRFLTrainingConfig, reserved: flo
         phases["rollout"] = gathered + generator["rollout"].peak
     held |= _held_by_batch(request)
     _take_turns(request, held, phases, generator, config["num_layers"], num_backwards=_num_backwards(training))
+    host_memory["block inputs"] = block_inputs
     flops = _prfl_flops(request, training, numerics, uses_flow=uses_flow, uses_reward=uses_reward)
-    return Estimate(held, phases, flops, host_memory, sizes.total, sizes.trained, reserved)
+    checkpoint = engine.checkpoint_size(sizes, is_lora=training.lora_rank is not None, has_average=training.use_ema)
+    return Estimate(held, phases, flops, host_memory, checkpoint, sizes.total, sizes.trained, reserved)
 
 
 def _estimate_reward(request: Request, training: RewardTrainingConfig, reserved: float) -> Estimate:
@@ -183,7 +201,13 @@ def _estimate_reward(request: Request, training: RewardTrainingConfig, reserved:
     _take_turns(request, held, peaks, phases, config["num_layers"], num_backwards=num_backwards)
     full = reward_training_phases(config, training, whole, request.shape)
     flops = {"reward": num_backwards * _both(full)}
-    return Estimate(held, peaks, flops, engine.host_memory(sizes), sizes.total, sizes.trained, reserved)
+    host_memory = {
+        "loading": engine.loading_memory(sizes, is_frozen=False),
+        "weights and optimizer states": engine.host_memory(sizes),
+        "block inputs": phases["forward"].offloaded,
+    }
+    checkpoint = engine.checkpoint_size(sizes, is_lora=training.lora_rank is not None, has_average=False)
+    return Estimate(held, peaks, flops, host_memory, checkpoint, sizes.total, sizes.trained, reserved)
 
 
 def _sizes(model: Any, numerics: Numerics, frozen: Any, engine: Engine) -> ParameterSizes:

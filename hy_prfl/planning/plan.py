@@ -47,8 +47,10 @@ class Plan:
             Gigabytes set aside for the CUDA context, communication buffers and fragmentation: an assumption.
         peak, gpu_memory (`float`):
             Gigabytes needed, and there.
-        host_memory (`float`):
-            Gigabytes of host memory per GPU for what is offloaded, activations apart.
+        host_memory (`dict[str, float]`), host_peak (`float`):
+            Gigabytes of host memory of each process by part, and the most at a time; `loading` is over before the others.
+        checkpoint (`float`), num_checkpoints (`int`, *optional*):
+            Gigabytes of a checkpoint on disk, and how many there are while one is written; None without a limit.
         teraflops (`dict[str, float]`):
             Operations of a step of the trainer, of one replica, in 10^12.
         seconds_per_step (`float`):
@@ -74,7 +76,10 @@ class Plan:
     reserved: float
     peak: float
     gpu_memory: float
-    host_memory: float
+    host_memory: dict[str, float]
+    host_peak: float
+    checkpoint: float
+    num_checkpoints: int | None
     teraflops: dict[str, float]
     seconds_per_step: float
     hours: float | None = None
@@ -106,8 +111,13 @@ class Plan:
             _row(f"then {name}", size, "  <- counts" if name == largest else "") for name, size in self.phases.items()
         ]
         lines.append(_row("peak", self.peak, f"  of {self.gpu_memory:g}: {'fits' if self.fits else 'DOES NOT FIT'}"))
-        if self.host_memory:
-            lines.append(_row("host memory", self.host_memory))
+        lines += ["", "host memory of a process, GB"]
+        lines += [_row(name, size) for name, size in self.host_memory.items() if size >= 0.05]
+        lines.append(_row("peak", self.host_peak, f"  {self.num_gpus * self.host_peak:,.0f} for all processes"))
+        kept = "  all are kept without `checkpoints_total_limit`"
+        if self.num_checkpoints is not None:
+            kept = f"  {self.num_checkpoints * self.checkpoint:,.0f} for {self.num_checkpoints} at a time"
+        lines += ["", "disk, GB", _row("a checkpoint", self.checkpoint, kept)]
         total = sum(self.teraflops.values())
         lines += ["", "operations of a step, TFLOP"]
         lines += [_row(name, count, f"  {count / total:.0%}") for name, count in self.teraflops.items()]
@@ -239,6 +249,7 @@ def _to_plan(
     changed: Estimate | None,
 ) -> Plan:
     training, engine = request.training, request.engine
+    limit = training.checkpoints_total_limit
     seconds = sum(needs.flops.values()) / training.context_parallel_degree / rate
     num_steps = training.max_train_steps
     if num_steps is None and num_rows is not None:
@@ -263,7 +274,10 @@ def _to_plan(
         reserved=needs.reserved / GIGA,
         peak=needs.peak / GIGA,
         gpu_memory=gpu_memory,
-        host_memory=needs.host_memory / GIGA,
+        host_memory={name: size / GIGA for name, size in needs.host_memory.items()},
+        host_peak=needs.host_peak / GIGA,
+        checkpoint=needs.checkpoint / GIGA,
+        num_checkpoints=None if limit is None else limit + 1,
         teraflops={name: count / TERA for name, count in needs.flops.items()},
         seconds_per_step=seconds,
         hours=None if num_steps is None else num_steps * seconds / 3600,

@@ -48,17 +48,20 @@ class Phase:
             Bytes still alive at its end.
         flops (`float`):
             Floating point operations, two for each multiplication with its addition.
+        offloaded (`float`, defaults to 0.0):
+            Bytes in host memory at its end.
     """
 
     peak: float
     kept: float
     flops: float
+    offloaded: float = 0.0
 
     def extrapolate(self, other: "Phase", factor: float) -> "Phase":
         """The straight line through `self` (at 0) and `other` (at 1), at `factor`."""
         pairs = zip(
-            (self.peak, self.kept, self.flops),
-            (other.peak, other.kept, other.flops),
+            (self.peak, self.kept, self.flops, self.offloaded),
+            (other.peak, other.kept, other.flops, other.offloaded),
             strict=True,
         )
         return Phase(*(first + factor * (second - first) for first, second in pairs))

@@ -201,6 +201,8 @@ def _with_recomputation(
     for name in ("forward", "backward"):
         kept = phases[name].kept - (away if name == "forward" else 0.0)
         phases[name] = replace(phases[name], peak=phases[name].peak - away, kept=kept)
+    if training.offload_activations:
+        phases["forward"] = replace(phases["forward"], offloaded=num_recomputed * block_input)
     return phases if num_recomputed == num_layers else _add_kept_blocks(run, phases, num_layers - num_recomputed)
 
 
@@ -212,7 +214,7 @@ def _add_kept_blocks(run: Run, phases: dict[str, Phase], num_blocks: int) -> dic
         slope = shorter[name].extrapolate(longer[name], 1.0)
         more_kept = num_blocks * (slope.kept - shorter[name].kept)
         more_flops = num_blocks * (slope.flops - shorter[name].flops)
-        grown[name] = Phase(phase.peak, phase.kept + more_kept, phase.flops + more_flops)
+        grown[name] = replace(phase, kept=phase.kept + more_kept, flops=phase.flops + more_flops)
     forward = grown["forward"]
     head = longer["backward"].peak - longer["forward"].kept
     grown["forward"] = replace(forward, peak=max(phases["forward"].peak, forward.kept))
