@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from ..configs.convert import ConvertConfig
 from ..configs.parser import parse_config
-from ..models.adapters import read_adapters, save_adapters
+from ..models.adapters import read_adapters
 from ..models.conversion import (
     convert_reward_model,
     read_diffusers,
@@ -24,6 +24,7 @@ from ..models.conversion import (
     save_native,
     save_reward_parts,
 )
+from ..models.lora_writing import save_adapters
 from ..models.reward_model import WanRewardModel
 from ..models.weight_files import check_output_dir
 from . import convert_recipe
