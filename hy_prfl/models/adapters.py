@@ -17,7 +17,7 @@ import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 
 from .experts import LORA_FILES, ExpertName
-from .lora_keys import DIFFERENCES, PARTS, parse_keys
+from .lora_keys import DIFFERENCES, PARTS, LoraKeys, parse_keys
 from .lora_metadata import DERIVED, PEFT_CONFIG, PREFIX, parse_lora_config, rank_and_alpha, read_lora_config
 from .weight_files import StateDict, read_header, read_weights
 
@@ -126,7 +126,7 @@ def find_lora_files(path: str | Path) -> list[Path]:
     ):
         raise FileNotFoundError(
             f"{path}: expected {LORA_FILES['high_noise']}, upstream's {next(iter(UPSTREAM_FILES))}, or one safetensors "
-            f"file, found {len(files)}."
+            f"file, found {len(files)}{': ' * bool(files)}{', '.join(file.name for file in files[:5])}."
         )
     return files
 
@@ -176,8 +176,43 @@ def _build_adapter(
             f"{source}: its header has `{LORA_ADAPTER_METADATA_KEY}` but its keys are those of {keys.format}: it is "
             "unclear which alpha counts."
         )
+    parts, differences, keys_of = _sort_tensors(weights, keys, source)
+    if keys.format == "peft" and lora_config is None and not any("alpha" in found for found in parts.values()):
+        logger.warning(
+            "%s: there is no alpha in the file and no %s beside it; the alpha is taken for the rank, as diffusers and "
+            "ComfyUI do.",
+            source,
+            PEFT_CONFIG,
+        )
+    layers = {}
+    for name, found in parts.items():
+        stem = _stem(keys_of[name][0])
+        told = None if lora_config is None else rank_and_alpha(lora_config, stem.removeprefix(keys.prefix))
+        layers[name] = _build_layer(name, found, told, f"{source}: '{stem}'")
+        for bias in (layers[name].bias, differences.get(f"{name}.bias")):
+            if bias is not None and bias.shape != layers[name].up.shape[:1]:
+                raise ValueError(
+                    f"{source}: '{stem}': the bias must be {tuple(layers[name].up.shape[:1])}, got {tuple(bias.shape)}."
+                )
+    if not layers and not differences:
+        raise ValueError(f"{source}: no layer has weights other than 0.")
+    with_magnitude = [name for name, layer in layers.items() if layer.magnitude is not None]
+    uses_dora = lora_config is not None and lora_config["use_dora"]
+    if (uses_dora or with_magnitude) and len(with_magnitude) < len(layers):
+        raise ValueError(
+            f"{source}: {len(with_magnitude)} of {len(layers)} layers have a lora_magnitude_vector; with peft's "
+            "`use_dora` all of them have one."
+        )
+    metadata = {name: value for name, value in header.items() if name not in DERIVED}
+    return Adapter(layers, differences, metadata, keys.format, keys_of)
+
+
+def _sort_tensors(
+    weights: StateDict, keys: LoraKeys, source: str
+) -> tuple[dict[str, dict[str, torch.Tensor]], StateDict, dict[str, list[str]]]:
+    """Parts of each layer, differences by parameter, and the keys of each, without differences that are zero."""
     parts: dict[str, dict[str, torch.Tensor]] = {}
-    differences: dict[str, torch.Tensor] = {}
+    differences: StateDict = {}
     keys_of: dict[str, list[str]] = {}
     num_zeros = 0
     for key, (target, part) in keys.entries.items():
@@ -189,42 +224,14 @@ def _build_adapter(
         if part in DIFFERENCES and not tensor.double().any():
             num_zeros += 1
             continue
-        found = differences if part in DIFFERENCES else parts.setdefault(target, {})
-        name = target if part in DIFFERENCES else part
+        found, name = (differences, target) if part in DIFFERENCES else (parts.setdefault(target, {}), part)
         if name in found:
             raise ValueError(f"{source}: '{key}' is there twice, under two names.")
         found[name] = tensor
         keys_of.setdefault(target, []).append(key)
     if num_zeros:
         logger.info("%s: %d differences that are all zeros are left out.", source, num_zeros)
-    if keys.format == "peft" and lora_config is None and not any("alpha" in found for found in parts.values()):
-        logger.warning(
-            "%s: there is no alpha in the file and no %s beside it; the alpha is taken for the rank, as diffusers and "
-            "ComfyUI do.",
-            source,
-            PEFT_CONFIG,
-        )
-    layers = {
-        name: _build_layer(name, found, lora_config, f"{source}: '{_stem(keys_of[name][0])}'")
-        for name, found in parts.items()
-    }
-    if not layers and not differences:
-        raise ValueError(f"{source}: no layer has weights other than 0.")
-    for name, layer in layers.items():
-        for bias in (layer.bias, differences.get(f"{name}.bias")):
-            if bias is not None and bias.shape != layer.up.shape[:1]:
-                raise ValueError(
-                    f"{source}: '{_stem(keys_of[name][0])}': the bias must be {tuple(layer.up.shape[:1])}, got "
-                    f"{tuple(bias.shape)}."
-                )
-    with_magnitude = [name for name, layer in layers.items() if layer.magnitude is not None]
-    if with_magnitude and len(with_magnitude) < len(layers):
-        raise ValueError(
-            f"{source}: {len(with_magnitude)} of {len(layers)} layers have a `lora_magnitude_vector`: peft makes all of "
-            "them DoRA or none."
-        )
-    metadata = {name: value for name, value in header.items() if name not in DERIVED}
-    return Adapter(layers, differences, metadata, keys.format, keys_of)
+    return parts, differences, keys_of
 
 
 def _stem(key: str) -> str:
@@ -233,8 +240,15 @@ def _stem(key: str) -> str:
 
 
 def _build_layer(
-    name: str, parts: Mapping[str, torch.Tensor], lora_config: Mapping[str, Any] | None, source: str
+    name: str, parts: Mapping[str, torch.Tensor], told: tuple[int, float] | None, source: str
 ) -> LoraLayer:
+    """
+    The adapter of one layer.
+
+    Args:
+        told (`tuple[int, float]`, *optional*):
+            Rank and alpha by peft's configuration.
+    """
     for part, word in (("down", "lora_A (lora_down)"), ("up", "lora_B (lora_up)")):
         if part not in parts:
             raise ValueError(f"{source} has no {word}, only {', '.join(sorted(parts))}.")
@@ -251,14 +265,12 @@ def _build_layer(
         if parts["alpha"].numel() != 1:
             raise ValueError(f"{source}: alpha must be one number, got {tuple(parts['alpha'].shape)}.")
         alpha = parts["alpha"].item()
-    if lora_config is not None:
+    if told is not None:
         if "alpha" in parts:
             raise ValueError(f"{source} has an alpha, but so has peft's configuration: it is unclear which counts.")
-        told, alpha = rank_and_alpha(lora_config, name)
-        if told != rank:
-            raise ValueError(f"{source} has rank {rank}, but peft's configuration says {told}.")
-        if lora_config["use_dora"] and "magnitude" not in parts:
-            raise ValueError(f"{source} has no lora_magnitude_vector, but peft's configuration says `use_dora`.")
+        if told[0] != rank:
+            raise ValueError(f"{source} has rank {rank}, but peft's configuration says {told[0]}.")
+        alpha = told[1]
     if not math.isfinite(alpha) or alpha == 0:
         raise ValueError(f"{source}: alpha must be a number other than 0, got {alpha}.")
     return LoraLayer(down=down, up=up, alpha=alpha, bias=parts.get("bias"), magnitude=parts.get("magnitude"))

@@ -60,7 +60,7 @@ OTHER_MODELS = (
     ),
 )
 TEXT_ENCODER = re.compile(
-    r"^(lora_(prior_)?te\d?_|(transformer\.)?te\d?[._]|(base_model\.model\.)?text_(encoders?|model)(_\d)?[._]"
+    r"^(lora_(prior_)?te\d?_|(base_model\.model\.)?text_(encoders?|model)(_\d)?[._]"
     r"|conditioner\.|cond_stage_model\.)"
 )
 WHOLE_WEIGHT = re.compile(r"(\.(weight|bias|modulation|scale|scale_weight|scale_input)|scale_shift_table)$")

@@ -57,9 +57,10 @@ def _files_of(adapter: Adapter, lora_format: LoraFormat) -> dict[str, tuple[Stat
     if lora_format == "diffusers":
         adapter = _with_biases(adapter)
     if adapter.differences and lora_format != "comfyui":
-        names = ", ".join(f"'{key}'" for name in adapter.differences for key in adapter.keys.get(name, [name]))
+        keys = [key for name in adapter.differences for key in adapter.keys.get(name, [name])]
+        shown = ", ".join(f"'{key}'" for key in keys[:5]) + ", ..." * (len(keys) > 5)
         raise ValueError(
-            f"The format of {lora_format} has no place for what is added to whole weights and biases: {names}. "
+            f"The format of {lora_format} has no place for what is added to whole weights and biases ({len(keys)}): {shown}. "
             "`generate --lora_path` applies such a file as it is, and `--output_format comfyui` keeps it."
         )
     if lora_format == "upstream":
