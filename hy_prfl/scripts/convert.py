@@ -63,8 +63,10 @@ def convert_lora(config: ConvertConfig, path: str) -> str:
     adapters = read_adapters(path)
     files = save_adapters(adapters, config.output_dir, config.output_format)
     num_layers = " and of ".join(str(len(adapter.layers)) for adapter in adapters)
+    num_differences = sum(len(adapter.differences) for adapter in adapters)
+    differences = f" and {num_differences} differences of weights" if num_differences else ""
     return (
-        f"LoRA of {num_layers} layers, {adapters[0].format} to {config.output_format}: "
+        f"LoRA of {num_layers} layers{differences}, {adapters[0].format} to {config.output_format}: "
         f"{', '.join(f'{config.output_dir}/{name}' for name in files)}"
     )
 
