@@ -148,10 +148,8 @@ def check_options_fit(
     path = options.get(LORA_OPTIONS["high_noise"])
     if path is None or not Path(path).exists():
         return
-    file = Path(find_lora_weights(path))
     pair = any({*names.values()} <= {each.name for each in Path(path).glob("*")} for names in FILE_NAMES.values())
-    trained = read_lora_metadata(file).get("expert") if file.suffix == ".safetensors" else None
-    is_of_two = pair or trained is not None
+    is_of_two = pair or _trained_expert(find_lora_weights(path), "high_noise") is not None
     check(not is_of_two, LORA_OPTIONS["high_noise"], path, f"a LoRA of one transformer, not of a pair: {without}")
 
 
@@ -240,13 +238,23 @@ def _read_lora(lora_path: str, expert: ExpertName) -> tuple[str, Adapter]:
     option, file = LORA_OPTIONS[expert], find_lora_weights(lora_path, expert)
     if not Path(file).is_file():
         file = _download_lora(lora_path, expert)
-    if Path(file).suffix == ".safetensors":
-        trained = read_lora_metadata(file).get("expert", expert)
-        check(trained == expert, option, file, f"of the {expert} expert, this LoRA is of the {trained}")
+    trained = _trained_expert(file, expert)
+    fits = trained is None or trained == expert
+    check(fits, option, file, f"of the {expert} expert, this LoRA is of the {trained}")
     try:
         return file, read_adapter(file)
     except ValueError as error:
         raise ValueError(f"`{option}` {error}") from error
+
+
+def _trained_expert(file: str, expert: ExpertName) -> str | None:
+    """The expert that a LoRA given for `expert` was trained for, if its header tells."""
+    if Path(file).suffix != ".safetensors":
+        return None
+    try:
+        return read_lora_metadata(file).get("expert")
+    except ValueError as error:
+        raise ValueError(f"`{LORA_OPTIONS[expert]}` {error}") from error
 
 
 def _download_lora(repo_id: str, expert: ExpertName) -> str:

@@ -441,6 +441,11 @@ class TestRefusals:
         save_file({}, tmp_path / "a.safetensors")
         self.refuse(config_dir, tmp_path / "a.safetensors", "there is no tensor in it")
 
+    def test_cut_file(self, config_dir: Path, pipeline_dir: Path, tmp_path: Path) -> None:
+        write(tmp_path / "a.safetensors", "comfyui", factors(pipeline_dir, LINEARS))
+        (tmp_path / "b.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes()[:50])
+        self.refuse(config_dir, tmp_path / "b.safetensors", "not a safetensors file")
+
     def test_whole_model(self, config_dir: Path, pipeline_dir: Path, tmp_path: Path) -> None:
         save_file(native_weights(load_transformer(pipeline_dir)), tmp_path / "a.safetensors")
         self.refuse(config_dir, tmp_path / "a.safetensors", "these are whole weights.*not a LoRA.*`transformer_path`")

@@ -13,10 +13,10 @@ from functools import lru_cache
 from .native import key_names, layer_names
 
 
-# Longer prefixes first. VideoX-Fun writes two underscores after `lora_unet`.
+# Longer prefixes first. VideoX-Fun writes two underscores after `lora_unet`, a compiled model has `_orig_mod`.
 PREFIX = re.compile(
     r"((base_model\.model|model\.diffusion_model|diffusion_model|transformer|pipe\.dit|dit|model)\."
-    r"|lora_unet__?|lora_transformer_|lycoris_|lora_)?"
+    r"|lora_unet__?|lora_transformer_|lycoris_|lora_)?(_orig_mod[._])?"
 )
 # peft may keep the adapter's name, as in `lora_A.default.weight`.
 _ADAPTER = r"(\.(?!weight$|bias$)\w+)?"
@@ -96,7 +96,7 @@ class LoraKeys:
             "lora_": "upstream",
             "base_model.model.": "upstream" if self.is_native else "peft",
             "": "DiffSynth" if self.is_native else "peft",
-        }.get(self.prefix, f"'{self.prefix}'")
+        }.get(re.sub("_orig_mod[._]$", "", self.prefix), f"'{self.prefix}'")
 
 
 def parse_keys(keys: Iterable[str], *, source: str) -> LoraKeys:

@@ -14,6 +14,7 @@ from diffusers import WanTransformer3DModel
 from peft import get_peft_model_state_dict
 
 from .adapters import Adapter
+from .lora_keys import PARTS
 from .lora_writing import lora_config
 
 
@@ -63,7 +64,10 @@ def _why_missing(names: Sequence[str], transformer: WanTransformer3DModel) -> st
 def _check_tensor(
     adapter: Adapter, name: str, tensor: torch.Tensor, shape: tuple[int, ...], part: str, source: str
 ) -> None:
-    keys = " or ".join(f"'{key}'" for key in adapter.keys.get(name, [name]))
+    pattern = PARTS.get(part)
+    keys = (
+        ", ".join(f"'{key}'" for key in adapter.keys.get(name, []) if pattern is None or pattern.search(key)) or name
+    )
     if tuple(tensor.shape) != shape:
         raise ValueError(
             f"{source}: the {part} of '{name}' ({keys}) must be {shape} for this model, got {tuple(tensor.shape)}: it "

@@ -174,6 +174,13 @@ def _check_lora_config(entries: Mapping[str, Any], *, source: str) -> dict[str, 
                 f"{source}: peft's metadata has `{key}` = {value!r}: not a plain LoRA of the transformer."
             )
         config[name] = value
+    for number, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
+        patterns = config[pattern] or {}
+        if not isinstance(patterns, dict):
+            raise ValueError(f"{source}: peft's `{pattern}` must be a mapping, got {patterns!r}.")
+        for name, value in ((number, config[number]), *patterns.items()):
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ValueError(f"{source}: peft's `{number}` must be a number, got {value!r} for `{name}`.")
     if str(config.get("init_lora_weights")).startswith(CHANGED_BASE):
         raise ValueError(
             f"{source}: `init_lora_weights` is {config['init_lora_weights']!r}: it belongs to a changed base model. "

@@ -7,7 +7,15 @@ from hy_prfl.models.lora_keys import parse_keys
 from .native_layout import make_transformer, native_name
 
 
-PREFIXES = ["transformer.", "diffusion_model.", "model.diffusion_model.", "base_model.model.", "pipe.dit.", ""]
+PREFIXES = [
+    "transformer.",
+    "diffusion_model.",
+    "model.diffusion_model.",
+    "base_model.model.",
+    "pipe.dit.",
+    "",
+    "_orig_mod.",
+]
 UNDERSCORE_PREFIXES = ["lora_unet_", "lora_unet__", "lora_transformer_", "lycoris_", "lora_"]
 
 
