@@ -1,17 +1,22 @@
 """Loads the stock diffusers Wan pipelines with what was trained put in: a transformer, a LoRA, another shift."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline, WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
 from diffusers.hooks import FirstBlockCacheConfig, SeaCacheConfig, TaylorSeerCacheConfig
+from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
 from .configs.base import check
 from .data.encoding import find_pipeline_class
+from .models.adapters import FILE_NAMES, UPSTREAM_FILES, Adapter, read_adapter
 from .models.experts import EXPERT_FOLDERS, LORA_FILES, ExpertName, has_two_experts
+from .models.lora_loading import check_adapter_fits, load_adapter
 from .models.lora_metadata import read_lora_metadata
 
 
@@ -52,7 +57,9 @@ def load_pipeline(
         transformer_path (`str`, *optional*):
             Fully fine-tuned transformer that replaces the pipeline's: a folder or a Hub id.
         lora_path (`str`, *optional*):
-            LoRA weights: a file, a folder or a Hub id; applied with strength `lora_scale`.
+            LoRA weights in any format that [`~models.adapters.read_adapter`] knows: a file, a folder or a Hub id. All of
+            it is applied with strength `lora_scale`. Its layers become the adapter `prfl`; what it adds to whole weights
+            (norms, biases) is in the weights from then on, also if the strength is set anew.
         transformer_2_path, lora_2_path (`str`, *optional*):
             The same for the low-noise expert of a pipeline of two (Wan2.2 A14B).
         flow_shift (`float`, *optional*):
@@ -65,7 +72,8 @@ def load_pipeline(
             diffusers' caching of denoising steps, with `step_cache_threshold` or `step_cache_interval`.
 
     Raises:
-        ValueError: If the transformer or the LoRA does not fit the pipeline, or an option does not fit it.
+        ValueError: If the transformer or the LoRA does not fit the pipeline, naming the keys, or an option does not
+            fit it.
         FileNotFoundError: If there is nothing at `lora_path`, or no weights in it.
 
     Example:
@@ -79,7 +87,13 @@ def load_pipeline(
         raise ValueError(f"`cpu_offload` '{cpu_offload}' needs an accelerator, the device is the CPU.")
     tuned: dict[ExpertName, str | None] = {"high_noise": transformer_path, "low_noise": transformer_2_path}
     lora_paths: dict[ExpertName, str | None] = {"high_noise": lora_path, "low_noise": lora_2_path}
-    loras = {expert: _lora_options(path, expert) for expert, path in lora_paths.items() if path is not None}
+    given = {TRANSFORMER_OPTIONS["low_noise"]: transformer_2_path, LORA_OPTIONS["low_noise"]: lora_2_path}
+    check_options_fit(pretrained_model_name_or_path, {**given, "lora_path": lora_path}, revision=revision)
+    loras = {expert: _read_lora(path, expert) for expert, path in lora_paths.items() if path is not None}
+    for expert, (file, adapter) in loras.items():
+        model = (pretrained_model_name_or_path, EXPERT_FOLDERS[expert], revision)
+        path = tuned[expert]
+        _check_lora_fits(adapter, file, expert, *(model if path is None else (path, None, None)))
     replaced = {
         EXPERT_FOLDERS[expert]: _load_tuned_transformer(
             path, pretrained_model_name_or_path, expert, revision=revision, dtype=dtype
@@ -99,13 +113,17 @@ def load_pipeline(
         if "flow_shift" not in pipeline.scheduler.config:
             raise ValueError(f"`flow_shift`: the pipeline's {type(pipeline.scheduler).__name__} has no such setting.")
         pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, flow_shift=flow_shift)
-    for expert, options in loras.items():
-        pipeline.load_lora_weights(**options, adapter_name=LORA_ADAPTER, load_into_transformer_2=expert == "low_noise")
-        if LORA_ADAPTER not in pipeline.get_list_adapters().get(EXPERT_FOLDERS[expert], []):
-            raise ValueError(
-                f"`{LORA_OPTIONS[expert]}` '{lora_paths[expert]}' has no weights for the {EXPERT_FOLDERS[expert]}."
-            )
-    if loras:
+    names = [
+        load_adapter(
+            getattr(pipeline, EXPERT_FOLDERS[expert]),
+            adapter,
+            LORA_ADAPTER,
+            scale=lora_scale,
+            source=_source(expert, file),
+        )
+        for expert, (file, adapter) in loras.items()
+    ]
+    if any(names):
         pipeline.set_adapters([LORA_ADAPTER], adapter_weights=[lora_scale])
     if step_cache != "none":
         _enable_step_cache(pipeline, step_cache, step_cache_threshold, step_cache_interval)
@@ -122,11 +140,17 @@ def check_options_fit(
     pretrained_model_name_or_path: str, options: Mapping[str, Any], *, revision: str | None = None
 ) -> None:
     """Raise a `ValueError` if something is given for a second transformer that the pipeline has not."""
-    has_second = has_two_experts(DiffusionPipeline.load_config(pretrained_model_name_or_path, revision=revision))
+    if has_two_experts(DiffusionPipeline.load_config(pretrained_model_name_or_path, revision=revision)):
+        return
+    without = f"{pretrained_model_name_or_path}: model_index.json has no `transformer_2`"
     for name in (TRANSFORMER_OPTIONS["low_noise"], LORA_OPTIONS["low_noise"]):
-        fits = options.get(name) is None or has_second
-        without = f"{pretrained_model_name_or_path}: model_index.json has no `transformer_2`"
-        check(fits, name, options.get(name), f"left out, {without}")
+        check(options.get(name) is None, name, options.get(name), f"left out, {without}")
+    path = options.get(LORA_OPTIONS["high_noise"])
+    if path is None or not Path(path).exists():
+        return
+    pair = any({*names.values()} <= {each.name for each in Path(path).glob("*")} for names in FILE_NAMES.values())
+    is_of_two = pair or _trained_expert(find_lora_weights(path), "high_noise") is not None
+    check(not is_of_two, LORA_OPTIONS["high_noise"], path, f"a LoRA of one transformer, not of a pair: {without}")
 
 
 def _load_tuned_transformer(
@@ -181,25 +205,80 @@ def find_lora_weights(lora_path: str, expert: ExpertName = "high_noise") -> str:
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", lora_path):
             raise FileNotFoundError(f"`{option}` '{lora_path}': there is no such file or folder.")
         return lora_path
-    names = {file.name for file in path.glob("*.safetensors")}
-    own = LORA_FILES[expert]
-    names = {own} if own in names else names - set(LORA_FILES.values())
-    if len(names) != 1:
+    name = _choose_lora_file([file.name for file in path.glob("*.safetensors")], f"`{option}` '{lora_path}'", expert)
+    return str(path / name)
+
+
+def _choose_lora_file(names: Sequence[str], source: str, expert: ExpertName) -> str:
+    """The file of a folder or repository that counts: the one for the expert, as diffusers or `convert` name it."""
+    others: set[str] = set()
+    for written in FILE_NAMES.values():
+        if written[expert] in names:
+            return written[expert]
+        others |= set(written.values())
+    rest = sorted(set(names) - others)
+    if expert == "high_noise" and set(UPSTREAM_FILES) <= set(rest):
+        # Three times the same weights.
+        return next(iter(UPSTREAM_FILES))
+    if len(rest) != 1:
+        shown = f": {', '.join(sorted(names)[:5])}{', ...' * (len(names) > 5)}" if names else ""
         raise FileNotFoundError(
-            f"`{option}` '{lora_path}': expected {own} or one safetensors file, found {len(names)}."
+            f"{source}: expected {LORA_FILES[expert]} or one safetensors file, found {len(names)}{shown}. Give one "
+            "file of them."
         )
-    return str(path / names.pop())
+    return rest[0]
 
 
-def _lora_options(lora_path: str, expert: ExpertName) -> dict[str, Any]:
-    """Where `load_lora_weights` finds the file; it guesses only for Hub ids, and never offline."""
-    path = Path(find_lora_weights(lora_path, expert))
-    if not path.is_file():
-        own = {} if expert == "high_noise" else {"weight_name": LORA_FILES[expert]}
-        return {"pretrained_model_name_or_path_or_dict": lora_path, **own}
-    trained = read_lora_metadata(path).get("expert", expert) if path.suffix == ".safetensors" else expert
-    check(trained == expert, LORA_OPTIONS[expert], str(path), f"of the {expert} expert, this LoRA is of the {trained}")
-    return {"pretrained_model_name_or_path_or_dict": str(path.parent), "weight_name": path.name}
+def _source(expert: ExpertName, file: str) -> str:
+    return f"`{LORA_OPTIONS[expert]}` '{file}'"
+
+
+def _read_lora(lora_path: str, expert: ExpertName) -> tuple[str, Adapter]:
+    """A LoRA and the file that it is from, which is fetched if it is on the Hub."""
+    option, file = LORA_OPTIONS[expert], find_lora_weights(lora_path, expert)
+    if not Path(file).is_file():
+        file = _download_lora(lora_path, expert)
+    trained = _trained_expert(file, expert)
+    fits = trained is None or trained == expert
+    check(fits, option, file, f"of the {expert} expert, this LoRA is of the {trained}")
+    try:
+        return file, read_adapter(file)
+    except ValueError as error:
+        raise ValueError(f"`{option}` {error}") from error
+
+
+def _trained_expert(file: str, expert: ExpertName) -> str | None:
+    """The expert that a LoRA given for `expert` was trained for, if its header tells."""
+    if Path(file).suffix != ".safetensors":
+        return None
+    try:
+        return read_lora_metadata(file).get("expert")
+    except ValueError as error:
+        raise ValueError(f"`{LORA_OPTIONS[expert]}` {error}") from error
+
+
+def _download_lora(repo_id: str, expert: ExpertName) -> str:
+    """Fetch the LoRA of a repository, and no other file of it; offline take it from the cache."""
+    source = f"`{LORA_OPTIONS[expert]}` '{repo_id}'"
+    try:
+        if constants.HF_HUB_OFFLINE:
+            folder = Path(snapshot_download(repo_id, local_files_only=True))
+            names = [file.name for file in folder.glob("*.safetensors")]
+            return str(folder / _choose_lora_file(names, source, expert))
+        names = [name for name in HfApi().list_repo_files(repo_id) if re.fullmatch(r"[^/]*\.safetensors", name)]
+        return hf_hub_download(repo_id, _choose_lora_file(names, source, expert))
+    except (RepositoryNotFoundError, LocalEntryNotFoundError) as error:
+        raise FileNotFoundError(f"{source}: neither a file or folder here nor a repository: {error}") from error
+
+
+def _check_lora_fits(
+    adapter: Adapter, file: str, expert: ExpertName, path: str, subfolder: str | None, revision: str | None
+) -> None:
+    """Check a LoRA against the configuration of the transformer that it goes to, before any weights are read."""
+    config = WanTransformer3DModel.load_config(path, subfolder=subfolder, revision=revision)
+    with init_empty_weights():
+        transformer = WanTransformer3DModel.from_config(config)
+    check_adapter_fits(adapter, transformer, source=_source(expert, file))
 
 
 def _enable_step_cache(

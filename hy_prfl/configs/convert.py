@@ -63,8 +63,8 @@ class ConvertConfig:
     lora: str | None = field(
         default=None,
         metadata={
-            "help": "LoRA of diffusers, ComfyUI, kohya or upstream, told by its keys: a file, or a folder of "
-            "diffusers' or upstream's. Of a folder with one for each of two experts, both."
+            "help": "LoRA of diffusers, peft, ComfyUI, kohya, DiffSynth, VideoX-Fun or upstream, told by its keys: a "
+            "file, or a folder of diffusers', peft's or upstream's. Of a folder with one for each of two experts, both."
         },
     )
 

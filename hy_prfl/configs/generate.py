@@ -45,7 +45,9 @@ class GenerateConfig:
     transformer_path: str | None = field(
         default=None, metadata={"help": "Fully fine-tuned transformer that replaces the pipeline's: folder or Hub id."}
     )
-    lora_path: str | None = field(default=None, metadata={"help": "LoRA weights: a file, a folder or a Hub id."})
+    lora_path: str | None = field(
+        default=None, metadata={"help": "LoRA, in any format that `convert` reads: a file, a folder or a Hub id."}
+    )
     transformer_2_path: str | None = field(
         default=None, metadata={"help": "The same for the low-noise expert of a pipeline of two (Wan2.2 A14B)."}
     )

@@ -1,15 +1,19 @@
-"""What a LoRA file says about itself in its header, which any safetensors reader shows."""
+"""What a LoRA file says about itself: our entries and peft's configuration in its header, or in a file beside it."""
 
 import hashlib
 import json
+import math
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from peft import LoraConfig
+from peft.utils.other import get_pattern_key
 
 from ..version import __version__
-from .weight_files import read_header
+from .weight_files import read_header, read_json
 
 
 LoraFormat = Literal["diffusers", "comfyui", "kohya", "upstream"]
@@ -18,6 +22,17 @@ PREFIX = "hy_prfl."
 
 # Entries that are written anew for each format; a conversion keeps all others.
 DERIVED = ("format", LORA_ADAPTER_METADATA_KEY, *(f"{PREFIX}{name}" for name in ("format", "rank", "alpha")))
+
+# What `save_pretrained` of peft writes: the weights, and beside them the configuration, which alone tells the alpha.
+PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+# Fields of peft's configuration that say nothing about what the saved weights mean, or that are read here.
+NEUTRAL_FIELDS = {
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode",
+    "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_bias", "lora_dropout",
+    "peft_version", "r", "rank_pattern", "revision", "target_modules", "task_type", "use_dora", "use_rslora",
+}  # fmt: skip
+# These start from other base weights than the model's own.
+CHANGED_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga", "eva")
 
 
 def lora_metadata(
@@ -85,7 +100,10 @@ def lora_header(lora_config: Mapping[str, Any], metadata: Mapping[str, str]) -> 
         metadata (`Mapping[str, str]`):
             See [`lora_metadata`].
     """
-    entries = {f"transformer.{name}": value for name, value in lora_config.items()}
+    targets = lora_config["target_modules"]
+    if not isinstance(targets, str):
+        targets = _with_image_layers(targets)
+    entries = {f"transformer.{name}": value for name, value in {**lora_config, "target_modules": targets}.items()}
     ranks = [lora_config["r"], *lora_config["rank_pattern"].values()]
     alphas = [lora_config["lora_alpha"], *lora_config["alpha_pattern"].values()]
     return {
@@ -95,6 +113,93 @@ def lora_header(lora_config: Mapping[str, Any], metadata: Mapping[str, str]) -> 
         # peft keeps the targets as a set.
         LORA_ADAPTER_METADATA_KEY: json.dumps(entries, default=sorted, sort_keys=True),
     }
+
+
+def _with_image_layers(targets: Iterable[str]) -> list[str]:
+    """
+    Targets with the image projections beside each key projection of the cross-attention.
+
+    To a LoRA without them diffusers adds zeros for `add_k_proj` and `add_v_proj` when it loads it into an image-to-video
+    model, and peft warns of a layer that its configuration does not name. Other models have no such layers.
+    """
+    targets = sorted(targets)
+    if any(name.endswith("add_k_proj") for name in targets) and any(name.endswith("add_v_proj") for name in targets):
+        return targets
+    # diffusers goes through as many blocks as the LoRA has, from the first on.
+    blocks = {match.group(1) for name in targets if (match := re.match(r"blocks\.(\d+)\.", name))}
+    added = set()
+    for name in targets:
+        match = re.fullmatch(r"((blocks\.(\d+)\.)?(attn2\.)?)to_k", name)
+        if match is not None and (match.group(3) is None or int(match.group(3)) < len(blocks)):
+            added |= {f"{match.group(1)}{layer}" for layer in ("add_k_proj", "add_v_proj")}
+    return sorted({*targets, *added})
+
+
+def read_lora_config(path: str | Path, header: Mapping[str, str]) -> dict[str, Any] | None:
+    """
+    peft's configuration of a LoRA file, from its header or, for a file that peft itself saved, from beside it.
+
+    Raises:
+        ValueError: If it is broken, or says that the file is more than a LoRA of the model's own weights.
+    """
+    beside = Path(path).with_name(PEFT_CONFIG)
+    if LORA_ADAPTER_METADATA_KEY in header:
+        return parse_lora_config(header, source=str(path))
+    if Path(path).name == PEFT_WEIGHTS and beside.is_file():
+        return _check_lora_config(read_json(beside), source=str(beside))
+    return None
+
+
+def parse_lora_config(header: Mapping[str, str], *, source: str) -> dict[str, Any] | None:
+    """peft's configuration from the header of a file, if it has one; for errors see [`read_lora_config`]."""
+    if LORA_ADAPTER_METADATA_KEY not in header:
+        return None
+    try:
+        entries = json.loads(header[LORA_ADAPTER_METADATA_KEY])
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{source}: `{LORA_ADAPTER_METADATA_KEY}` is not valid JSON: {error}") from error
+    if not isinstance(entries, dict):
+        raise ValueError(f"{source}: `{LORA_ADAPTER_METADATA_KEY}` must be a mapping, got {type(entries).__name__}.")
+    return _check_lora_config(entries, source=source)
+
+
+def _check_lora_config(entries: Mapping[str, Any], *, source: str) -> dict[str, Any]:
+    defaults = LoraConfig().to_dict()
+    config = dict(defaults)
+    for key, value in entries.items():
+        name = key.removeprefix("transformer.")
+        # What a newer peft added and is off, changes nothing.
+        if name not in NEUTRAL_FIELDS and value and value != defaults.get(name):
+            raise ValueError(
+                f"{source}: peft's metadata has `{key}` = {value!r}: not a plain LoRA of the transformer."
+            )
+        config[name] = value
+    for number, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
+        patterns = config[pattern] or {}
+        if not isinstance(patterns, dict):
+            raise ValueError(f"{source}: peft's `{pattern}` must be a mapping, got {patterns!r}.")
+        for name, value in ((number, config[number]), *patterns.items()):
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ValueError(f"{source}: peft's `{number}` must be a number, got {value!r} for `{name}`.")
+    if str(config.get("init_lora_weights")).startswith(CHANGED_BASE):
+        raise ValueError(
+            f"{source}: `init_lora_weights` is {config['init_lora_weights']!r}: it belongs to a changed base model. "
+            "Convert it to a plain LoRA with peft, or merge it, where it was trained."
+        )
+    return config
+
+
+def rank_and_alpha(lora_config: Mapping[str, Any], layer: str) -> tuple[int, float]:
+    """
+    Rank of a layer by peft's configuration, and the alpha that scales its update by `alpha / rank`.
+
+    rsLoRA scales by `alpha / sqrt(rank)`, which is a larger alpha.
+    """
+    rank, alpha = (
+        (lora_config[pattern] or {}).get(get_pattern_key(lora_config[pattern] or {}, layer), lora_config[name])
+        for name, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern"))
+    )
+    return rank, alpha * math.sqrt(rank) if lora_config["use_rslora"] else alpha
 
 
 def describe_lora(lora_format: LoraFormat, ranks: Iterable[int], alphas: Iterable[float]) -> dict[str, str]:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from ..configs.convert import ConvertConfig
 from ..configs.parser import parse_config
-from ..models.adapters import read_adapters, save_adapters
+from ..models.adapters import read_adapters
 from ..models.conversion import (
     convert_reward_model,
     read_diffusers,
@@ -24,6 +24,7 @@ from ..models.conversion import (
     save_native,
     save_reward_parts,
 )
+from ..models.lora_writing import save_adapters
 from ..models.reward_model import WanRewardModel
 from ..models.weight_files import check_output_dir
 from . import convert_recipe
@@ -62,8 +63,10 @@ def convert_lora(config: ConvertConfig, path: str) -> str:
     adapters = read_adapters(path)
     files = save_adapters(adapters, config.output_dir, config.output_format)
     num_layers = " and of ".join(str(len(adapter.layers)) for adapter in adapters)
+    num_differences = sum(len(adapter.differences) for adapter in adapters)
+    differences = f" and {num_differences} differences of weights" if num_differences else ""
     return (
-        f"LoRA of {num_layers} layers, {adapters[0].format} to {config.output_format}: "
+        f"LoRA of {num_layers} layers{differences}, {adapters[0].format} to {config.output_format}: "
         f"{', '.join(f'{config.output_dir}/{name}' for name in files)}"
     )
 

@@ -78,7 +78,10 @@ def model_inputs(transformer: WanTransformer3DModel) -> dict[str, torch.Tensor]:
     inputs = {
         "hidden_states": torch.randn(1, config.in_channels, 2, 4, 4, generator=generator),
         "timestep": torch.tensor([300.0]),
-        "encoder_hidden_states": torch.randn(1, 5, config.text_dim, generator=generator),
+        # diffusers takes the last 512 tokens for the prompt, and what comes before them for the image.
+        "encoder_hidden_states": torch.randn(
+            1, 5 if config.image_dim is None else 512, config.text_dim, generator=generator
+        ),
     }
     if config.image_dim is not None:
         # First and last frame come as two rows of half the positions.
