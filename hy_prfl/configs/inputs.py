@@ -25,15 +25,24 @@ def check_paths(config: Any, *names: str) -> None:
             raise FileNotFoundError(f"`{name}`: there is no file or folder '{path}'.")
 
 
-def check_sources(config: Any, *names: str) -> None:
+def check_sources(config: Any, *names: str, or_file: bool = False) -> None:
     """
-    Raise a `FileNotFoundError` if one of these options is given and is no path that exists, nor could be a Hub id.
+    Raise a `FileNotFoundError` if one of these options is given and is no folder, nor could be a Hub id.
 
     Whether the Hub has it is not asked here.
+
+    Args:
+        or_file (`bool`, defaults to `False`):
+            Whether a file will do as well.
     """
     for name in names:
         source = getattr(config, name)
-        if source is not None and not Path(source).exists() and not HUB_ID.fullmatch(source):
+        if source is None or Path(source).is_dir():
+            continue
+        if Path(source).exists() and not or_file:
+            raise FileNotFoundError(f"`{name}`: '{source}' is a file, not a folder.")
+        if not Path(source).exists() and not HUB_ID.fullmatch(source):
+            kind = "file or folder" if or_file else "folder"
             raise FileNotFoundError(
-                f"`{name}`: there is no file or folder '{source}', and no Hub id (`user/name`) looks like this."
+                f"`{name}`: there is no {kind} '{source}', and no Hub id (`user/name`) looks like this."
             )

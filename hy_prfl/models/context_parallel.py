@@ -31,9 +31,11 @@ class ContextParallelGroup:
     """
 
     def __init__(self, degree: int) -> None:
-        world_size = dist.get_world_size()
+        world_size = dist.get_world_size() if dist.is_initialized() else 1
         if world_size % degree:
-            raise ValueError(f"`context_parallel_degree` {degree} does not divide the {world_size} processes.")
+            raise ValueError(
+                f"`context_parallel_degree` {degree} does not divide the number of processes, {world_size}."
+            )
         self.degree = degree
         # A run may be kept to the CPU where there are GPUs.
         is_on_cpu = dist.get_backend() == "gloo"

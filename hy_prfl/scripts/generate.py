@@ -28,7 +28,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Generate the videos that are not there yet."""
     config = parse_config(GenerateConfig, argv, description=__doc__)
     check_files(config, "prompts")
-    check_sources(config, *MODEL_PATHS, *EXPERT_PATHS)
+    check_sources(config, "pretrained_model_name_or_path", "transformer_path", "transformer_2_path")
+    check_sources(config, "lora_path", "lora_2_path", or_file=True)
 
     # Only now, so that nobody waits for torch to hear of a misspelt option.
     import torch

@@ -55,13 +55,17 @@ def is_mistake(error: Exception) -> bool:
     """
     Whether an error is about options, input or environment and not a bug of this package or of a library.
 
-    That is: what this package raises by a `raise` statement of its own, with a message that is written for people, and
-    what the system and libraries say about files and connections (`OSError`). A `ValueError` out of an operation that
-    failed, or from within torch, is a bug and needs its traceback.
+    That is: what this package raises by a `raise` statement of its own, with a message that is written for people; what
+    the system and libraries say about files and connections (`OSError`); and a `ValueError` out of a `from_pretrained`,
+    which is about the files that it loads. A `ValueError` out of another operation that failed, or from within torch, is a
+    bug and needs its traceback.
     """
     if isinstance(error, OSError):
         # The message of an error in a process that reads data is that process's traceback.
         return "Traceback (most recent call last)" not in str(error)
-    *_, (frame, line_number) = traceback.walk_tb(error.__traceback__)
+    places = list(traceback.walk_tb(error.__traceback__))
+    if isinstance(error, ValueError) and any(frame.f_code.co_name == "from_pretrained" for frame, _ in places):
+        return True
+    frame, line_number = places[-1]
     is_ours = Path(frame.f_code.co_filename).is_relative_to(PACKAGE)
     return is_ours and linecache.getline(frame.f_code.co_filename, line_number).strip().startswith("raise ")
