@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from hy_prfl.cli import COMMANDS
 from hy_prfl.configs.base import check
@@ -212,7 +213,9 @@ def raised(function: Callable[[], object]) -> Exception:
     return caught.value
 
 
-def test_what_counts_as_a_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_counts_as_a_mistake(tmp_path: Path, pipeline_dir: Path) -> None:
+    from diffusers import WanPipeline
+
     from hy_prfl.data.labels import read_annotations
     from hy_prfl.hub import HubError, pull
 
@@ -223,6 +226,7 @@ def test_what_counts_as_a_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         raised(lambda: (tmp_path / "none").read_text()),
         raised(lambda: (tmp_path / "labels.json" / "x").mkdir()),
         raised(lambda: read_annotations(tmp_path / "labels.json")),
+        raised(lambda: WanPipeline.from_pretrained(pipeline_dir, variant="none")),
         raised(lambda: pull("user/none", tmp_path / "out")),
     ]
     assert isinstance(mistakes[-1], HubError)
@@ -231,7 +235,13 @@ def test_what_counts_as_a_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def unpack() -> None:
         _, _ = [1]
 
-    bugs = [raised(function) for function in (unpack, lambda: int("x"), lambda: json.loads("{"), lambda: {}["a"])]
+    def pass_on() -> None:
+        raise OSError("Caught OSError in a worker.\nTraceback (most recent call last):\n  ...")
+
+    functions = (
+        unpack, pass_on, torch.distributed.get_world_size, lambda: int("x"), lambda: json.loads("{"), lambda: {}["a"]
+    )  # fmt: skip
+    bugs = [raised(function) for function in functions]
     assert [is_mistake(error) for error in bugs] == [False] * len(bugs)
 
 
@@ -254,6 +264,27 @@ def test_several_processes_say_it_once(tmp_path: Path, accelerate_launch: Callab
     assert lines[0].startswith("error: command line: 'learning_rat' is not a field of ")
     # What else is there is the launcher's own.
     assert "hy_prfl/scripts" not in output.replace("hy_prfl.scripts", "")
+
+
+@pytest.mark.launch
+def test_a_mistake_of_one_process_ends_all(tmp_path: Path) -> None:
+    """The first process waits for the other in a collective, and does not fail itself."""
+    (tmp_path / "program.py").write_text(
+        "import os, torch\n"
+        "from hy_prfl.configs.base import check\n"
+        "from hy_prfl.scripts import running\n"
+        "def main():\n"
+        "    torch.distributed.init_process_group('gloo')\n"
+        "    check(os.environ['RANK'] == '0', 'row', 7, 'readable')\n"
+        "    torch.distributed.barrier()\n"
+        "running.PATIENCE = 2\n"
+        "running.run(main)\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "program.py"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    finished = subprocess.run(command, cwd=tmp_path, env=environment, text=True, capture_output=True, timeout=120)
+    assert finished.returncode != 0
+    assert finished.stderr.count("error: `row` must be readable, got 7.") == 1
 
 
 @pytest.mark.parametrize(
