@@ -1,6 +1,7 @@
 """Latent process rewards for video generators: PAVRM reward models and PRFL post-training."""
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 from .version import __version__
@@ -12,6 +13,12 @@ if TYPE_CHECKING:
     from .models.reward_model import WanRewardModel, WanRewardModelOutput
     from .trainers.prfl_trainer import PRFLTrainer
     from .trainers.reward_trainer import RewardTrainer
+
+# diffusers imports `CLIPImageProcessor`, and without torchvision transformers puts the class that works with PIL in its
+# place, as is right here, and advises every user to import that one instead.
+logging.getLogger("transformers.utils.import_utils").addFilter(
+    lambda record: not record.getMessage().startswith("`CLIPImageProcessor` requires torchvision")
+)
 
 # Imported when first used, so that `import hy_prfl` and `hy-prfl --help` do not wait for torch.
 _HOMES = {

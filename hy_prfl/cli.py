@@ -7,11 +7,17 @@ The console command `hy-prfl`: the scripts of this package by name.
 To run a command on several processes, start its module with Accelerate:
 
     accelerate launch -m hy_prfl.scripts.<command> --config FILE.yaml
+
+A mistake in options or input ends in one line, `error: ...`, and exit code 2. With HY_PRFL_TRACEBACK=1 in the
+environment its traceback is shown.
 """
 
 import importlib
 import sys
 from collections.abc import Sequence
+from functools import partial
+
+from .scripts.running import run
 
 
 COMMANDS = {
@@ -29,8 +35,11 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one command."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    """Run one command, to its end as a program."""
+    run(partial(_run_command, list(sys.argv[1:] if argv is None else argv)))
+
+
+def _run_command(argv: list[str]) -> None:
     command = argv[0] if argv else "--help"
     if command in ("-h", "--help"):
         width = max(map(len, COMMANDS))
@@ -38,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.stdout.write(f"{(__doc__ or '').strip()}\n\ncommands:\n{commands}\n")
         return
     if command not in COMMANDS:
-        sys.exit(f"hy-prfl: there is no command '{command}'; it is one of {', '.join(COMMANDS)}.")
+        raise ValueError(f"there is no command '{command}'; it is one of {', '.join(COMMANDS)}.")
     importlib.import_module(f"hy_prfl.scripts.{command}").main(argv[1:])
 
 

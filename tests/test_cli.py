@@ -13,9 +13,10 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(command in shown for command in COMMANDS)
 
 
-def test_unknown_command() -> None:
-    with pytest.raises(SystemExit, match="there is no command 'trian'"):
+def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
         main(["trian"])
+    assert capsys.readouterr().err.startswith("error: there is no command 'trian'; it is one of preprocess, ")
 
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))
@@ -28,9 +29,22 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
     assert "--output" in shown or command == "push"
 
 
-def test_console_command_is_installed_and_quick_to_answer() -> None:
-    code = "import sys, hy_prfl.cli; hy_prfl.cli.main([]); assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+def test_help_names_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["/usr/bin/hy-prfl", "plan", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        main()
+    assert capsys.readouterr().out.startswith("usage: hy-prfl plan --config FILE.yaml ")
+
+
+def test_torchvision_is_not_asked_for() -> None:
+    """Nothing is printed where diffusers imports an image processor, and another warning of the same place is."""
+    code = (
+        "import hy_prfl, logging; from diffusers import WanImageToVideoPipeline; "
+        "logging.getLogger('transformers.utils.import_utils').warning('`XImageProcessor` requires torchvision')"
+    )
+    finished = subprocess.run([sys.executable, "-c", code], check=True, text=True, capture_output=True)
+    assert finished.stdout == ""
+    assert finished.stderr.splitlines() == ["[transformers] `XImageProcessor` requires torchvision"]
 
 
 def test_public_names() -> None:

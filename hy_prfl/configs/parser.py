@@ -6,24 +6,30 @@ import difflib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from types import NoneType
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
-import yaml
-from transformers import HfArgumentParser
+from .yaml_file import TextLoader, read_yaml
 
 
 ConfigT = TypeVar("ConfigT")
 
+# Shows where a mistake was found; see `scripts/running.py`.
+TRACEBACK_VARIABLE = "HY_PRFL_TRACEBACK"
+EPILOG = (
+    "A mistake in options or input ends in one line, `error: ...`, and exit code 2.\n"
+    f"With {TRACEBACK_VARIABLE}=1 in the environment its traceback is shown."
+)
+# Words for true and false, and how the types of fields are called.
+TRUE, FALSE = ("true", "yes", "on", "t", "y", "1"), ("false", "no", "off", "f", "n", "0")
+KINDS = {int: ("an integer", "integers"), float: ("a number", "numbers"), str: ("a text", "texts")}
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, and the description as it is written."""
 
-
-class ConfigParser(HfArgumentParser):
-    """`transformers.HfArgumentParser` that reports a bad configuration as a `ValueError` instead of exiting."""
+class ConfigParser(argparse.ArgumentParser):
+    """Reports a bad command line as a `ValueError` instead of exiting."""
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
+        raise ValueError(f"command line: {message}.")
 
 
 def parse_config(
@@ -32,9 +38,12 @@ def parse_config(
     """
     Build `config_class` from `--config FILE.yaml` and the remaining command line options.
 
-    The YAML file is a flat mapping of field names. It is turned into command line options that are put in front of
-    the user's own, so both go through the same type conversion (`learning_rate: 5e-6` is a float although YAML reads
-    it as a string) and the user's options win.
+    The YAML file is a flat mapping of field names; `null` leaves a field at its default. Values of both go through the
+    same type conversion (`learning_rate: 5e-6` is a float although YAML reads it as a string), and the user's options win.
+
+    Fields are of type str, int, float, bool or `Literal`, of any other type made from one string, or a list of one of
+    these; each may be optional. A flag is `--flag`, `--flag true` or `--flag false`, one that is on by default also
+    `--no_flag`.
 
     Args:
         config_class (`type`):
@@ -49,66 +58,142 @@ def parse_config(
             wrong type or is refused by the dataclass. The message names the field.
         FileNotFoundError: If the YAML file does not exist.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    config_parser = ConfigParser(add_help=False, allow_abbrev=False, dataclass_types=[])
-    config_parser.add_argument("--config", type=Path, default=None)
-    known, options = config_parser.parse_known_args(argv)
-
-    parser = ConfigParser(
-        dataclass_types=config_class,
-        description=description,
-        usage="%(prog)s --config FILE.yaml [--option value ...]",
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", type=Path, default=None, help="YAML file with any of the options below.")
-    for option in options:
-        if option.startswith("--") and option != "--help":
-            name = option.removeprefix("--").split("=")[0].replace("-", "_")
+    argv = [_with_underscores(word) for word in (sys.argv[1:] if argv is None else argv)]
+    if not {"-h", "--help"} & set(argv):
+        # Before anything else, so that a misspelt option is named and not the one that is missing for it.
+        for name in (word.removeprefix("--").partition("=")[0] for word in argv if word.startswith("--")):
             positive = name.removeprefix("no_")  # `--no_flag` turns off a flag that is on by default
-            _check_name(positive if hasattr(config_class, positive) else name, config_class, source="command line")
-    if known.config is not None:
-        options = yaml_to_options(known.config, config_class) + options
-    namespace = parser.parse_args(options)
-    values = {field.name: getattr(namespace, field.name) for field in dataclasses.fields(config_class) if field.init}  # type: ignore[arg-type]
+            if name != "config":
+                _check_name(positive if hasattr(config_class, positive) else name, config_class, source="command line")
+    types = get_type_hints(config_class)
+    given = vars(_build_parser(config_class, types, description).parse_args(argv))
+    path = given.pop("config", None)
+    values = {} if path is None else _read_file(Path(path), config_class, types)
+    values |= {name: _convert(name, value, types[name], "command line") for name, value in given.items()}
+    missing = [
+        f"`{field.name}`" for field in _fields(config_class) if _is_required(field) and field.name not in values
+    ]
+    if missing:
+        raise ValueError(f"{', '.join(missing)} must be given.")
     return config_class(**values)
 
 
-def yaml_to_options(path: Path, config_class: type) -> list[str]:
-    """Turn a flat YAML mapping into command line options; `null` leaves a field at its default."""
-    if not path.is_file():
-        raise FileNotFoundError(f"--config: there is no file '{path}'.")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML: {error}") from error
-    if values is None:
-        return []
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected a mapping of field names to values, got {type(values).__name__}.")
+def _fields(config_class: type) -> list[dataclasses.Field[Any]]:
+    return [field for field in dataclasses.fields(config_class) if field.init]
 
-    options: list[str] = []
-    for name, value in values.items():
-        _check_name(str(name), config_class, source=str(path))
-        options.extend(_to_options(path, name, value))
-    return options
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _with_underscores(word: str) -> str:
+    """An option by the name of its field: `--output-dir=a-b` -> `--output_dir=a-b`. Other words stay as they are."""
+    name, equals, value = word.partition("=")
+    return f"--{name[2:].replace('-', '_')}{equals}{value}" if word.startswith("--") else word
 
 
 def _check_name(name: str, config_class: type, *, source: str) -> None:
-    names = [field.name for field in dataclasses.fields(config_class) if field.init]
+    names = [field.name for field in _fields(config_class)]
     if name not in names:
         close = difflib.get_close_matches(name, names, n=1)
         hint = f" Did you mean '{close[0]}'?" if close else ""
         raise ValueError(f"{source}: '{name}' is not a field of {config_class.__name__}.{hint}")
 
 
-def _to_options(path: Path, name: str, value: Any) -> list[str]:
-    if value is None:
-        return []
-    if isinstance(value, dict):
-        raise ValueError(f"{path}: '{name}' is a mapping; every field takes a single value or a list.")
-    if isinstance(value, list):
-        if any(isinstance(item, (list, dict)) or item is None for item in value):
+def _build_parser(config_class: type, types: dict[str, Any], description: str | None) -> ConfigParser:
+    """A parser that sorts words by option. It knows no types: values of the YAML file have to be converted as well."""
+    # `hy-prfl train_prfl`, where argparse would say `hy-prfl`.
+    command = [word for word in sys.argv[1:2] if not word.startswith("-")]
+    parser = ConfigParser(
+        prog=" ".join([Path(sys.argv[0]).name, *command]),
+        description=description,
+        usage="%(prog)s --config FILE.yaml [--option value ...]",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("--config", metavar="FILE.yaml", help="YAML file with any of the options below.")
+    for field in _fields(config_class):
+        kind, is_list = _scalar_type(types[field.name])
+        choices = ("true", "false") if kind is bool else get_args(kind) if get_origin(kind) is Literal else None
+        options: dict[str, Any] = {
+            "help": _help(field),
+            "metavar": field.name.upper() if choices is None else f"{{{','.join(map(str, choices))}}}",
+        }
+        if kind is bool and not is_list:
+            options |= {"nargs": "?", "const": "true"}
+        elif is_list:
+            options |= {"nargs": "+"}
+        parser.add_argument(f"--{field.name}", **options)
+        if kind is bool and field.default is True:
+            parser.add_argument(
+                f"--no_{field.name}", dest=field.name, action="store_const", const="false", help="The opposite."
+            )
+    return parser
+
+
+def _help(field: dataclasses.Field[Any]) -> str:
+    text = str(field.metadata.get("help", ""))
+    if field.default_factory is not dataclasses.MISSING:
+        default = " ".join(map(str, field.default_factory()))
+    else:
+        default = str(field.default).lower() if isinstance(field.default, bool) else str(field.default)
+    if _is_required(field):
+        text += " (required)"
+    elif default and field.default is not None:
+        text += f" (default: {default})"
+    return text.strip().replace("%", "%%")
+
+
+def _read_file(path: Path, config_class: type, types: dict[str, Any]) -> dict[str, Any]:
+    """The values of a flat YAML mapping, those that are null left out."""
+    values = read_yaml(path, TextLoader)
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a mapping of field names to values, got {type(values).__name__}.")
+    for name, value in values.items():
+        _check_name(str(name), config_class, source=str(path))
+        if isinstance(value, dict):
+            raise ValueError(f"{path}: '{name}' is a mapping; every field takes a single value or a list.")
+        if isinstance(value, list) and not all(isinstance(item, str) for item in value):
             raise ValueError(f"{path}: '{name}' must be a list of single values, got {value!r}.")
-        return [f"--{name}", *(str(item) for item in value)]
-    return [f"--{name}={value}"]
+    return {name: _convert(name, value, types[name], str(path)) for name, value in values.items() if value is not None}
+
+
+def _scalar_type(hint: Any) -> tuple[Any, bool]:
+    """The type of a field's value, or of the items of its list, and whether it is a list. Whether it is optional is lost."""
+    options = [option for option in get_args(hint) if option is not NoneType]
+    if NoneType in get_args(hint) and len(options) == 1:
+        hint = options[0]
+    return (get_args(hint)[0], True) if get_origin(hint) is list else (hint, False)
+
+
+def _convert(name: str, value: str | list[str], hint: Any, source: str) -> Any:
+    """The value of a field from what is written for it; a single value counts as a list of one."""
+    kind, is_list = _scalar_type(hint)
+    if not is_list and isinstance(value, list):
+        raise ValueError(f"{source}: `{name}` must be a single value, got the list {value!r}.")
+    items = [
+        _convert_scalar(name, text, kind, is_list, source) for text in ([value] if isinstance(value, str) else value)
+    ]
+    return items if is_list else items[0]
+
+
+def _convert_scalar(name: str, text: str, kind: Any, is_list: bool, source: str) -> Any:
+    if get_origin(kind) is Literal:
+        for choice in get_args(kind):
+            if text == str(choice):
+                return choice
+        wanted = f"one of {', '.join(map(str, get_args(kind)))}"
+    elif kind is bool:
+        if text.lower() in (*TRUE, *FALSE):
+            return text.lower() in TRUE
+        wanted = "true or false"
+    else:
+        try:
+            return kind(text)
+        except ValueError:
+            wanted = KINDS.get(kind, (kind.__name__, f"a list of {kind.__name__}"))[is_list]
+    raise ValueError(f"{source}: `{name}` must be {wanted}, got {text!r}.")

@@ -57,5 +57,8 @@ class PlanConfig:
             check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("gpu_memory", "tflops"):
             check(getattr(self, name) > 0, name, getattr(self, name), "greater than 0")
+        check(self.zero_stage in (0, 2, 3), "zero_stage", self.zero_stage, "0, 2 or 3")
+        check(self.zero_stage == 3 or not self.offload, "offload", self.offload, "false without `zero_stage` 3")
+        check(0 < self.utilization <= 1, "utilization", self.utilization, "in (0, 1]")
         check(self.reserved_memory >= 0, "reserved_memory", self.reserved_memory, "at least 0")
         check(self.num_rows is None or self.num_rows >= 1, "num_rows", self.num_rows, "at least 1, or left out")

@@ -9,6 +9,8 @@ from typing import Any, NoReturn
 
 import yaml
 
+from .yaml_file import read_yaml
+
 
 @dataclass
 class ConvertedRecipe:
@@ -77,12 +79,7 @@ class RecipeKeys:
     """The keys of one file by dotted name, and which of them are dealt with."""
 
     def __init__(self, path: Path) -> None:
-        if not path.is_file():
-            raise FileNotFoundError(f"there is no file '{path}'.")
-        try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path}: not valid YAML: {error}") from error
+        values = read_yaml(path)
         if not isinstance(values, dict):
             raise ValueError(f"{path}: expected a mapping of sections, got {type(values).__name__}.")
         self.path = path

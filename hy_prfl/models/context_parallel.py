@@ -35,11 +35,13 @@ class ContextParallelGroup:
     """
 
     def __init__(self, degree: int, timeout: timedelta | None = None) -> None:
-        world_size, rank = dist.get_world_size(), dist.get_rank()
+        world_size = dist.get_world_size() if dist.is_initialized() else 1
         if world_size % degree:
-            raise ValueError(f"`context_parallel_degree` {degree} does not divide the {world_size} processes.")
+            raise ValueError(
+                f"`context_parallel_degree` {degree} does not divide the number of processes, {world_size}."
+            )
         self.degree = degree
-        first = rank // degree * degree
+        first = dist.get_rank() // degree * degree
         # One group for each rank. A mesh over the world would make the groups of all its dimensions, hundreds of them.
         self.process_group = dist.new_group(
             list(range(first, first + degree)), timeout=timeout, use_local_synchronization=True

@@ -16,6 +16,7 @@ from torch import nn
 from ..sharding import fill_weights
 from .experts import EXPERT_FOLDERS
 from .reward_model import BACKBONE_CONFIG, WanRewardModel
+from .weight_files import read_header
 
 
 Split = Callable[[nn.Module], None]
@@ -40,6 +41,7 @@ class WeightFiles(Mapping[str, torch.Tensor]):
 
     Raises:
         FileNotFoundError: If there are no safetensors of that variant.
+        ValueError: If one of the files is no safetensors file, or cut short.
     """
 
     def __init__(
@@ -62,10 +64,13 @@ class WeightFiles(Mapping[str, torch.Tensor]):
         if index.is_file():
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             self.files = {name: folder / file for name, file in weight_map.items()}
+            for shard in dict.fromkeys(self.files.values()):
+                read_header(shard)
         else:
             file = folder / f"{stem}.safetensors"
             if not file.is_file():
                 raise FileNotFoundError(f"{folder}: there is neither '{file.name}' nor '{index.name}'.")
+            read_header(file)
             with safe_open(file, framework="pt") as opened:
                 self.files = dict.fromkeys(opened.keys(), file)
 

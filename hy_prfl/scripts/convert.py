@@ -14,20 +14,10 @@ import sys
 from collections.abc import Sequence
 
 from ..configs.convert import ConvertConfig
+from ..configs.inputs import check_files, check_paths
 from ..configs.parser import parse_config
-from ..models.adapters import read_adapters
-from ..models.conversion import (
-    convert_reward_model,
-    read_diffusers,
-    read_transformer,
-    save_converted,
-    save_native,
-    save_reward_parts,
-)
-from ..models.lora_writing import save_adapters
-from ..models.reward_model import WanRewardModel
-from ..models.weight_files import check_output_dir
 from . import convert_recipe
+from .running import run
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -37,6 +27,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         convert_recipe.main(argv)
         return
     config = parse_config(ConvertConfig, argv, description=__doc__)
+    check_paths(config, "transformer", "lora", "reward_model", "reward_transformer")
+    check_files(config, "transformer_config", "mlp", "query_attention")
+
+    # Only now, here and below, so that nobody waits for torch to hear of a misspelt option.
+    from ..models.weight_files import check_output_dir
+
     check_output_dir(config.output_dir)
     if config.transformer is not None:
         print(convert_generator(config, config.transformer))
@@ -48,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def convert_generator(config: ConvertConfig, path: str) -> str:
     """Read a generator in any format and write it in another."""
+    from ..models.conversion import read_transformer, save_converted, save_native
+
     transformer = read_transformer(path, config.transformer_config)
     if config.output_format == "native":
         shard_size = config.max_shard_size
@@ -59,6 +57,9 @@ def convert_generator(config: ConvertConfig, path: str) -> str:
 
 def convert_lora(config: ConvertConfig, path: str) -> str:
     """Read a LoRA, or one for each expert, in any format and write it in another."""
+    from ..models.adapters import read_adapters
+    from ..models.lora_writing import save_adapters
+
     assert config.output_format != "native"
     adapters = read_adapters(path)
     files = save_adapters(adapters, config.output_dir, config.output_format)
@@ -73,6 +74,9 @@ def convert_lora(config: ConvertConfig, path: str) -> str:
 
 def convert_reward(config: ConvertConfig) -> str:
     """Read upstream's reward model and write ours, or the other way round."""
+    from ..models.conversion import convert_reward_model, read_diffusers, save_converted, save_reward_parts
+    from ..models.reward_model import WanRewardModel
+
     if config.reward_model is not None:
         reward_model = read_diffusers(WanRewardModel, config.reward_model)
         save_reward_parts(reward_model, config.output_dir)
@@ -95,4 +99,4 @@ def convert_reward(config: ConvertConfig) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from ..configs.parser import parse_config
 from ..configs.recipe import RecipeConfig
 from ..configs.upstream import convert_recipe
+from .running import run
 
 
 def is_about_recipe(argv: Sequence[str]) -> bool:
@@ -33,4 +34,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

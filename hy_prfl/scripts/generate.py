@@ -10,18 +10,11 @@ The same command again goes on where it was stopped.
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from diffusers import WanImageToVideoPipeline
-
 from ..configs.base import save_config
 from ..configs.generate import GenerateConfig
+from ..configs.inputs import check_files, check_sources
 from ..configs.parser import parse_config
-from ..data.encoding import find_pipeline_class, last_image_support
-from ..data.prompts import check_prompts, read_prompts
-from ..distributed import leave_processes, process_state, set_up_logging
-from ..generation import VideoSettings, generate_videos, pending_videos, write_manifest
-from ..pipelines import LORA_OPTIONS, check_options_fit, find_lora_weights, load_pipeline
-from ..provenance import path_identity
+from .running import run
 
 
 # Options that a video depends on and that neither its prompt nor `VideoSettings` tells.
@@ -33,8 +26,23 @@ EXPERT_PATHS = ("transformer_2_path", "lora_2_path")
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Generate the videos that are not there yet."""
-    set_up_logging()
     config = parse_config(GenerateConfig, argv, description=__doc__)
+    check_files(config, "prompts")
+    check_sources(config, "pretrained_model_name_or_path", "transformer_path", "transformer_2_path")
+    check_sources(config, "lora_path", "lora_2_path", or_file=True)
+
+    # Only now, so that nobody waits for torch to hear of a misspelt option.
+    import torch
+    from diffusers import WanImageToVideoPipeline
+
+    from ..data.encoding import find_pipeline_class, last_image_support
+    from ..data.prompts import check_prompts, read_prompts
+    from ..distributed import process_state, set_up_logging
+    from ..generation import VideoSettings, generate_videos, pending_videos, write_manifest
+    from ..pipelines import LORA_OPTIONS, check_options_fit, find_lora_weights, load_pipeline
+    from ..provenance import path_identity
+
+    set_up_logging()
     state = process_state()
     output_dir = Path(config.output_dir)
     prompts = read_prompts(config.prompts, seed=config.seed, num_videos_per_prompt=config.num_videos_per_prompt)
@@ -80,5 +88,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
-    leave_processes()
+    run(main)

@@ -6,15 +6,22 @@ Merge annotations into a latent dataset without encoding anything again.
 
 from collections.abc import Sequence
 
+from ..configs.inputs import check_files, check_sources
 from ..configs.label import LabelConfig
 from ..configs.parser import parse_config
-from ..data.labels import label_dataset, read_annotations
-from ..distributed import set_up_logging
+from .running import run
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    set_up_logging()
     config = parse_config(LabelConfig, argv, description="Merge annotations into a latent dataset.")
+    check_files(config, "annotations")
+    check_sources(config, "dataset")
+
+    # Only now, so that nobody waits for torch to hear of a misspelt option.
+    from ..data.labels import label_dataset, read_annotations
+    from ..distributed import set_up_logging
+
+    set_up_logging()
     annotations = read_annotations(config.annotations)
     counts = label_dataset(
         config.dataset,
@@ -29,4 +36,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -14,17 +14,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
-from ..configs.base import TrainingConfig
+from ..configs.base import TrainingConfig, check
+from ..configs.inputs import check_sources
 from ..configs.parser import parse_config
 from ..configs.plan import PlanConfig
 from ..configs.prfl import PRFLTrainingConfig
 from ..configs.reward import RewardTrainingConfig
-from ..distributed import set_up_logging
-from ..folders import write_text
-from ..models.reward_model import WanRewardModel
-from ..planning import plan
+from ..configs.yaml_file import read_yaml
+from .running import run
 
 
 CONFIGS: dict[str, type[TrainingConfig]] = {"train_prfl": PRFLTrainingConfig, "train_reward": RewardTrainingConfig}
@@ -34,10 +31,21 @@ PLACEHOLDERS = ("output_dir", "train_dataset", "reward_model")
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Plan one recipe."""
-    set_up_logging()
     own, others = split_options(sys.argv[1:] if argv is None else argv)
     config = parse_config(PlanConfig, own, description=__doc__)
     training = read_recipe(config, others)
+    check_sources(training, "pretrained_model_name_or_path")
+    degree, num_gpus = training.context_parallel_degree, config.num_gpus
+    check(num_gpus % degree == 0, "context_parallel_degree", degree, f"a divisor of `num_gpus`, {num_gpus}")
+    print(f"Planning {Path(config.recipe)} ...", file=sys.stderr, flush=True)
+
+    # Only now, so that nobody waits for torch to hear of a misspelt option.
+    from ..distributed import set_up_logging
+    from ..folders import write_text
+    from ..models.reward_model import WanRewardModel
+    from ..planning import plan
+
+    set_up_logging()
     reward_config = None
     if isinstance(training, PRFLTrainingConfig) and Path(training.reward_model).is_dir():
         reward_config = WanRewardModel.load_own_config(training.reward_model)
@@ -86,7 +94,9 @@ def read_recipe(config: PlanConfig, options: Sequence[str]) -> TrainingConfig:
         ValueError: If its keys fit both commands.
     """
     path = Path(config.recipe)
-    given = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    given = read_yaml(path) or {}
+    if not isinstance(given, dict):
+        raise ValueError(f"{path}: expected a mapping of field names to values, got {type(given).__name__}.")
     fields = {name: {field.name for field in dataclasses.fields(each)} for name, each in CONFIGS.items()}
     command: str | None = config.recipe_command
     if command is None:
@@ -104,4 +114,4 @@ def read_recipe(config: PlanConfig, options: Sequence[str]) -> TrainingConfig:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -7,19 +7,16 @@ Encode clips into a latent dataset.
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from diffusers import WanImageToVideoPipeline
-
+from ..configs.inputs import check_files, check_paths, check_sources
 from ..configs.parser import parse_config
 from ..configs.preprocess import PreprocessConfig
-from ..data.encoding import LatentEncoder, find_pipeline_class, local_encoder_files
-from ..data.manifest import ManifestRow, read_manifest
-from ..data.preprocessing import ClipEncoder, ClipSettings
-from ..data.store import REPORT_FILE, RowEncoder, build_dataset, is_complete, request_digest
-from ..data.upstream import UpstreamImporter, read_upstream
-from ..data.video import parse_size
-from ..distributed import leave_processes, process_state, set_up_logging
+from .running import run
+
+
+if TYPE_CHECKING:
+    from ..data.preprocessing import ClipSettings
 
 
 # Options that change neither the rows nor their values.
@@ -27,8 +24,23 @@ NOT_REQUESTED = ("output_dir", "manifest", "upstream_meta", "shard_size", "batch
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    set_up_logging()
     config = parse_config(PreprocessConfig, argv, description="Encode clips, or import upstream's, into a dataset.")
+    check_files(config, "manifest", "null_prompt_path")
+    check_paths(config, "upstream_meta")
+    check_sources(config, "pretrained_model_name_or_path")
+
+    # Only now, so that nobody waits for torch to hear of a misspelt option.
+    import torch
+    from diffusers import WanImageToVideoPipeline
+
+    from ..data.encoding import LatentEncoder, find_pipeline_class, local_encoder_files
+    from ..data.manifest import ManifestRow, read_manifest
+    from ..data.preprocessing import ClipEncoder
+    from ..data.store import REPORT_FILE, RowEncoder, build_dataset, is_complete, request_digest
+    from ..data.upstream import UpstreamImporter, read_upstream
+    from ..distributed import process_state, set_up_logging
+
+    set_up_logging()
     # 1. The cheap checks: settings, rows, output folder
     settings = build_settings(config)
     pipeline_class = find_pipeline_class(config.pretrained_model_name_or_path, config.revision)
@@ -78,7 +90,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"Bad clips are left out; the reasons are in '{output_dir / REPORT_FILE}'.")
 
 
-def build_settings(config: PreprocessConfig) -> ClipSettings:
+def build_settings(config: PreprocessConfig) -> "ClipSettings":
+    from ..data.preprocessing import ClipSettings
+    from ..data.video import parse_size
+
     options = {field.name: getattr(config, field.name) for field in dataclasses.fields(ClipSettings)}
     options["buckets"] = tuple(parse_size(size) for size in config.buckets)
     options["min_num_frames"] = config.num_frames if config.min_num_frames is None else config.min_num_frames
@@ -86,5 +101,4 @@ def build_settings(config: PreprocessConfig) -> ClipSettings:
 
 
 if __name__ == "__main__":
-    main()
-    leave_processes()
+    run(main)

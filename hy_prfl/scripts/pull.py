@@ -7,30 +7,30 @@ Downloads a repository of the Hugging Face Hub, or one folder of it, into a new 
 A pull that was cut off goes on where it was when it is started again.
 """
 
-import sys
 from collections.abc import Sequence
 
 from ..configs.hub import PullConfig
 from ..configs.parser import parse_config
-from ..hub import HubError, pull
+from .running import run
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Pull one repository."""
     config = parse_config(PullConfig, argv, description=__doc__)
-    try:
-        folder = pull(
-            config.repo_id,
-            config.output_dir,
-            revision=config.revision,
-            repo_type=config.repo_type,
-            subfolder=config.subfolder,
-            token=config.token,
-        )
-    except (HubError, ValueError) as error:
-        sys.exit(f"hy-prfl pull: {error}")
+
+    # Only now, so that nobody waits for torch to hear of a misspelt option.
+    from ..hub import pull
+
+    folder = pull(
+        config.repo_id,
+        config.output_dir,
+        revision=config.revision,
+        repo_type=config.repo_type,
+        subfolder=config.subfolder,
+        token=config.token,
+    )
     print(f"Pulled {config.repo_id}: {folder}")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -7,31 +7,33 @@ Pushes the result of a run, a model folder or a latent dataset to the Hugging Fa
 A run whose own uploads failed knows its repository and needs only the folder.
 """
 
-import sys
 from collections.abc import Sequence
 
 from ..configs.hub import PushConfig
+from ..configs.inputs import check_paths
 from ..configs.parser import parse_config
-from ..hub import HubError, push_folder
+from .running import run
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Push one folder."""
     config = parse_config(PushConfig, argv, description=__doc__)
-    try:
-        url = push_folder(
-            config.folder,
-            config.repo_id,
-            private=config.private or None,
-            repo_type=config.repo_type,
-            revision=config.revision,
-            commit_message=config.commit_message,
-            token=config.token,
-        )
-    except (HubError, ValueError, FileNotFoundError) as error:
-        sys.exit(f"hy-prfl push: {error}")
+    check_paths(config, "folder")
+
+    # Only now, so that nobody waits for torch to hear of a misspelt option.
+    from ..hub import push_folder
+
+    url = push_folder(
+        config.folder,
+        config.repo_id,
+        private=config.private or None,
+        repo_type=config.repo_type,
+        revision=config.revision,
+        commit_message=config.commit_message,
+        token=config.token,
+    )
     print(f"Pushed {config.folder}: {url}")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -13,28 +13,35 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..configs.base import save_config
+from ..configs.inputs import check_files, check_sources
 from ..configs.parser import parse_config
 from ..configs.score import ScoreConfig
-from ..data.dataset import load_latent_dataset
-from ..data.encoding import LatentEncoder
-from ..data.manifest import read_manifest
-from ..data.preprocessing import ClipSettings
-from ..data.store import request_digest
-from ..data.video import parse_size
-from ..distributed import leave_processes, process_state, set_up_logging
-from ..models.loading import load_reward_model
-from ..provenance import path_identity
-from ..score_table import is_scored, summary_path
-from ..scoring import score_dataset, score_manifest
+from .running import run
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Score what is not scored yet."""
-    set_up_logging()
     config = parse_config(ScoreConfig, argv, description=__doc__)
+    check_files(config, "manifest")
+    check_sources(config, "reward_model", "dataset", "pretrained_model_name_or_path")
+
+    # Only now, so that nobody waits for torch to hear of a misspelt option.
+    import torch
+
+    from ..data.dataset import load_latent_dataset
+    from ..data.encoding import LatentEncoder
+    from ..data.manifest import read_manifest
+    from ..data.preprocessing import ClipSettings
+    from ..data.store import request_digest
+    from ..data.video import parse_size
+    from ..distributed import process_state, set_up_logging
+    from ..models.loading import load_reward_model
+    from ..provenance import path_identity
+    from ..score_table import is_scored, summary_path
+    from ..scoring import score_dataset, score_manifest
+
+    set_up_logging()
     state = process_state()
     # The files behind the paths count, not their names.
     request = {**dataclasses.asdict(config), "output": None, "overwrite": None}
@@ -84,5 +91,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
-    leave_processes()
+    run(main)

@@ -8,17 +8,30 @@ Fine-tunes a Wan generator on a latent reward.
 
 from collections.abc import Sequence
 
+from ..configs.inputs import check_paths, check_sources
 from ..configs.parser import parse_config
 from ..configs.prfl import PRFLTrainingConfig
-from ..distributed import leave_processes, set_up_logging
-from ..trainers.dry_run import dry_run
-from ..trainers.prfl_trainer import PRFLTrainer
+from .running import run
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train a generator."""
-    set_up_logging()
     config = parse_config(PRFLTrainingConfig, argv, description=__doc__)
+    check_sources(config, "pretrained_model_name_or_path", "reward_model")
+    # A dry run reads a dataset for the size of its clips only.
+    if not config.dry_run:
+        if config.resume_from_checkpoint != "latest":
+            check_paths(config, "resume_from_checkpoint")
+        check_sources(config, "train_dataset", "validation_dataset", "prompt_dataset")
+    elif config.dry_run_size is None:
+        check_sources(config, "train_dataset")
+
+    # Only now, so that nobody waits for torch to hear of a misspelt option.
+    from ..distributed import set_up_logging
+    from ..trainers.dry_run import dry_run
+    from ..trainers.prfl_trainer import PRFLTrainer
+
+    set_up_logging()
     if config.dry_run:
         dry_run(PRFLTrainer, config)
     else:
@@ -26,5 +39,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
-    leave_processes()
+    run(main)

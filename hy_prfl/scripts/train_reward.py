@@ -7,17 +7,30 @@ Trains PAVRM, the reward model on noisy latents.
 
 from collections.abc import Sequence
 
+from ..configs.inputs import check_paths, check_sources
 from ..configs.parser import parse_config
 from ..configs.reward import RewardTrainingConfig
-from ..distributed import leave_processes, set_up_logging
-from ..trainers.dry_run import dry_run
-from ..trainers.reward_trainer import RewardTrainer
+from .running import run
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train a reward model."""
-    set_up_logging()
     config = parse_config(RewardTrainingConfig, argv, description=__doc__)
+    check_sources(config, "pretrained_model_name_or_path", "reward_model")
+    # A dry run reads a dataset for the size of its clips only.
+    if not config.dry_run:
+        if config.resume_from_checkpoint != "latest":
+            check_paths(config, "resume_from_checkpoint")
+        check_sources(config, "train_dataset", "validation_dataset")
+    elif config.dry_run_size is None:
+        check_sources(config, "train_dataset")
+
+    # Only now, so that nobody waits for torch to hear of a misspelt option.
+    from ..distributed import set_up_logging
+    from ..trainers.dry_run import dry_run
+    from ..trainers.reward_trainer import RewardTrainer
+
+    set_up_logging()
     if config.dry_run:
         dry_run(RewardTrainer, config)
     else:
@@ -25,5 +38,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
-    leave_processes()
+    run(main)

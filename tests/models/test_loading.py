@@ -50,6 +50,16 @@ def test_a_folder_without_weights(tmp_path: Path, pipeline_dir: Path) -> None:
         WeightFiles(tmp_path / "model")
 
 
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_damaged_file_is_named(tmp_path: Path, pipeline_dir: Path, sharded: bool) -> None:
+    model = WanTransformer3DModel.from_pretrained(pipeline_dir, subfolder="transformer")
+    model.save_pretrained(tmp_path / "model", max_shard_size="50KB" if sharded else "10GB")
+    file = sorted((tmp_path / "model").glob("*.safetensors"))[-1]
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(ValueError, match=f"{file.name}: not a safetensors file"):
+        WeightFiles(tmp_path / "model")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_generator_filled_block_by_block_is_the_one_diffusers_loads(pipeline_dir: Path, dtype: torch.dtype) -> None:
     own = load_transformer(str(pipeline_dir), dtype=dtype, split=no_split)

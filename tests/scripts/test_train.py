@@ -53,7 +53,7 @@ def test_dry_run_of_two_processes(tmp_path: Path, pipeline_dir: Path, accelerate
 
 @pytest.mark.launch
 def test_bad_configuration_fails_before_anything_loads(tmp_path: Path, accelerate_launch: Callable[..., str]) -> None:
-    with pytest.raises(RuntimeError, match="ValueError: command line: 'learning_rat' is not a field"):
+    with pytest.raises(RuntimeError, match="error: command line: 'learning_rat' is not a field"):
         accelerate_launch("train_reward", "--output_dir", tmp_path / "out", "--learning_rat", 1)
     assert not (tmp_path / "out").exists()
 
