@@ -265,7 +265,7 @@ def check_files(checkpoint: Path, *, with_optimizer: bool) -> None:
         return
     sizes = json.loads((checkpoint / FILES_FILE).read_text(encoding="utf-8"))
     for name, size in sizes.items():
-        is_needed = with_optimizer or name.split("/")[0] in (*RESULTS, AVERAGE_FOLDER)
+        is_needed = with_optimizer or name == SCHEDULE_FILE or name.endswith((".safetensors", ".json"))
         path = checkpoint / name
         found = path.stat().st_size if path.is_file() else None
         if is_needed and found != size:
