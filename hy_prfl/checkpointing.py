@@ -5,7 +5,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -31,7 +31,9 @@ logger = logging.getLogger(__name__)
 STATE_FILE, FILES_FILE = "trainer_state.json", "files.json"
 SCHEDULE_FILE = "custom_checkpoint_0.pkl"
 BEST_FOLDER, MODEL_FOLDER, AVERAGE_FOLDER, VALIDATION_FOLDER = "best", "reward_model", "ema", "validation"
-RESULTS = (MODEL_FOLDER, *EXPERT_FOLDERS.values(), *LORA_FILES.values())
+# What each trainer writes besides checkpoints.
+REWARD_RESULTS = (BEST_FOLDER, MODEL_FOLDER)
+PRFL_RESULTS = (VALIDATION_FOLDER, *EXPERT_FOLDERS.values(), *LORA_FILES.values())
 CHECKPOINT_NAME = re.compile(r"checkpoint-([0-9]+)")
 VALIDATION_NAME = re.compile(r"step-([0-9]+)")
 ABANDONED_NAME = re.compile(r"abandoned-([0-9]+)")
@@ -95,6 +97,7 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | None) -> Pat
     if not (checkpoint / STATE_FILE).is_file():
         raise FileNotFoundError(
             f"`resume_from_checkpoint`: {checkpoint} is not a complete checkpoint: it has no {STATE_FILE}."
+            + (f" Did you mean {inside[-1]}?" if (inside := list_checkpoints(checkpoint)) else "")
         )
     absolute = Path(os.path.abspath(checkpoint))
     if absolute.parent.resolve() == output_dir.resolve() and CHECKPOINT_NAME.fullmatch(absolute.name):
@@ -113,7 +116,7 @@ def _check_step(checkpoint: Path) -> None:
         raise ValueError(f"{checkpoint} holds step {step}, says its {STATE_FILE}; its name says another.")
 
 
-def abandon(output_dir: Path, step: int) -> Path | None:
+def abandon(output_dir: Path, step: int, results: Sequence[str]) -> Path | None:
     """
     Move what later steps have left out of the way of a run that goes on from an earlier step.
 
@@ -124,23 +127,26 @@ def abandon(output_dir: Path, step: int) -> Path | None:
     Args:
         step (`int`):
             Updates that the run goes on after, 0 if it starts from the beginning.
+        results (`Sequence[str]`):
+            What the run's trainer writes besides checkpoints; the folder may hold results of the other one.
 
     Returns:
         `Path`, *optional*: The new folder `output_dir/abandoned-<n>`, None if there was nothing.
     """
     names = [path.name for path in list_checkpoints(output_dir) if checkpoint_step(path) > step]
     best = best_report(output_dir)
-    if best is not None and best["global_step"] > step:
+    if BEST_FOLDER in results and best is not None and best["global_step"] > step:
         names.append(BEST_FOLDER)
     for path in _numbered_folders(output_dir / VALIDATION_FOLDER, VALIDATION_NAME):
-        if int(path.name.removeprefix("step-")) > step:
+        if VALIDATION_FOLDER in results and int(path.name.removeprefix("step-")) > step:
             names.append(f"{VALIDATION_FOLDER}/{path.name}")
     finished = [
         record["finished_step"] for record in read_run_records(output_dir / RUN_FILE) if "finished_step" in record
     ]
     # Older versions did not note which step a result is of.
     if finished[-1] > step if finished else bool(names) or step == 0:
-        names += [name for name in RESULTS if (output_dir / name).exists()]
+        kept_by_step = (BEST_FOLDER, VALIDATION_FOLDER)
+        names += [name for name in results if name not in kept_by_step and (output_dir / name).exists()]
     if not names:
         return None
     numbers = [int(path.name.removeprefix("abandoned-")) for path in _numbered_folders(output_dir, ABANDONED_NAME)]

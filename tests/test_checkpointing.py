@@ -9,6 +9,8 @@ from peft import LoraConfig
 from safetensors import safe_open
 
 from hy_prfl.checkpointing import (
+    PRFL_RESULTS,
+    REWARD_RESULTS,
     STATE_FILE,
     abandon,
     check_files,
@@ -21,6 +23,9 @@ from hy_prfl.checkpointing import (
     save_checkpoint,
     save_lora,
 )
+
+
+RESULTS = (*REWARD_RESULTS, *PRFL_RESULTS)
 
 
 def save(accelerator: Accelerator, folder: Path, step: int, total_limit: int | None = None) -> Path:
@@ -62,6 +67,8 @@ def test_unfinished_checkpoints_do_not_count(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-8").mkdir()
     with pytest.raises(FileNotFoundError, match=r"checkpoint-8 is not a complete checkpoint"):
         find_checkpoint(tmp_path, str(tmp_path / "checkpoint-8"))
+    with pytest.raises(FileNotFoundError, match=r"is not a complete checkpoint: .* Did you mean .*checkpoint-8\?"):
+        find_checkpoint(tmp_path, str(tmp_path))
 
 
 def test_latest_passes_over_a_folder_that_was_half_copied_and_says_so(
@@ -129,7 +136,7 @@ class TestGoingBack:
         for step in (2, 4, 6):
             save(accelerator, tmp_path, step)
         assert find_checkpoint(tmp_path, str(tmp_path / "checkpoint-2")) == tmp_path / "checkpoint-2"
-        assert abandon(tmp_path, 2) == tmp_path / "abandoned-1"
+        assert abandon(tmp_path, 2, RESULTS) == tmp_path / "abandoned-1"
         assert find_checkpoint(tmp_path, "latest") == tmp_path / "checkpoint-2"
         assert self.names(tmp_path) == {"checkpoint-2", "abandoned-1/checkpoint-4", "abandoned-1/checkpoint-6"}
         save(accelerator, tmp_path, 4, total_limit=1)
@@ -140,11 +147,11 @@ class TestGoingBack:
         accelerator = Accelerator(cpu=True)
         for step in (2, 9, 10):
             save(accelerator, tmp_path, step)
-        abandon(tmp_path, 2)
+        abandon(tmp_path, 2, RESULTS)
         save(accelerator, tmp_path, 4, total_limit=3)
         assert self.names(tmp_path) == {"abandoned-1/checkpoint-10", "checkpoint-2", "checkpoint-4"}
         save(accelerator, tmp_path, 6)
-        abandon(tmp_path, 4)
+        abandon(tmp_path, 4, RESULTS)
         save(accelerator, tmp_path, 6, total_limit=4)
         assert self.names(tmp_path) == {"abandoned-2/checkpoint-6", "checkpoint-2", "checkpoint-4", "checkpoint-6"}
         save(accelerator, tmp_path, 8, total_limit=2)
@@ -166,7 +173,7 @@ class TestGoingBack:
         (tmp_path / "run.json").write_text(json.dumps([{"seed": 0, "finished_step": 4}]))
         lines = [json.dumps({"step": step, "train/loss": 0.5}) + "\n" for step in (1, 2, 3, 4)]
         (tmp_path / "metrics.jsonl").write_text("".join(lines))
-        folder = abandon(tmp_path, 2)
+        folder = abandon(tmp_path, 2, RESULTS)
         assert folder is not None
         moved = {"checkpoint-4", "checkpoint-7", "best", "validation", "transformer", "metrics.jsonl"}
         assert {path.name for path in folder.iterdir()} == moved
@@ -175,7 +182,7 @@ class TestGoingBack:
         assert (folder / "metrics.jsonl").read_text() == "".join(lines[2:])
         assert not (tmp_path / "best").exists()
         assert not (tmp_path / "transformer").exists()
-        assert abandon(tmp_path, 2) is None
+        assert abandon(tmp_path, 2, RESULTS) is None
 
     def test_what_belongs_to_the_step_or_to_earlier_ones_stays(self, tmp_path: Path) -> None:
         save(Accelerator(cpu=True), tmp_path, 4)
@@ -185,16 +192,25 @@ class TestGoingBack:
         (tmp_path / "run.json").write_text(json.dumps([{"seed": 0, "finished_step": 4}, {"seed": 0}]))
         # Of steps after the last checkpoint, which are done anew.
         (tmp_path / "metrics.jsonl").write_text('{"step": 5}\n{"step":')
-        assert abandon(tmp_path, 4) is None
+        assert abandon(tmp_path, 4, RESULTS) is None
         assert {path.name for path in tmp_path.iterdir()} == {
             "checkpoint-4", "best", "validation", "reward_model", "run.json", "metrics.jsonl",
         }  # fmt: skip
+
+    def test_results_of_the_other_trainer_stay(self, tmp_path: Path) -> None:
+        """A reward model may lie where a generator is to be trained with it."""
+        (tmp_path / "best").mkdir()
+        (tmp_path / "best" / "metrics.json").write_text('{"global_step": 3}')
+        (tmp_path / "reward_model").mkdir()
+        assert abandon(tmp_path, 0, PRFL_RESULTS) is None
+        assert abandon(tmp_path, 0, REWARD_RESULTS) == tmp_path / "abandoned-1"
+        assert {path.name for path in (tmp_path / "abandoned-1").iterdir()} == {"best", "reward_model"}
 
     def test_a_run_that_was_killed_while_it_moved_them(self, tmp_path: Path) -> None:
         accelerator = Accelerator(cpu=True)
         for step in (2, 4, 6):
             save(accelerator, tmp_path, step)
-        abandon(tmp_path, 2)
+        abandon(tmp_path, 2, RESULTS)
         # As if it had died after the first of two renames.
         (tmp_path / "abandoned-1" / "checkpoint-4").rename(tmp_path / "checkpoint-4")
         (tmp_path / ".abandoning.json").write_text(

@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,9 @@ class Trainer(ABC):
         takes_turns (`bool`, defaults to `False`):
             Whether a backward pass reaches some of the parameters in training only.
     """
+
+    # What it writes besides checkpoints, by name in `output_dir`.
+    results: Sequence[str] = ()
 
     def __init__(self, config: TrainingConfig, *, backwards_per_update: int, takes_turns: bool = False) -> None:
         self.config = config
@@ -394,7 +397,9 @@ class Trainer(ABC):
     def _start_run(self) -> None:
         if self.checkpoint is not None:
             resume(self, self.checkpoint)
-        abandoned = abandon(self.output_dir, self.global_step) if self.accelerator.is_main_process else None
+        abandoned = None
+        if self.accelerator.is_main_process:
+            abandoned = abandon(self.output_dir, self.global_step, self.results)
         if abandoned is not None:
             logger.warning(
                 "The run goes on after step %d. What later steps have left is moved to %s: %s. Checkpoints in it count "

@@ -11,7 +11,7 @@ import torch
 from accelerate.logging import get_logger
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
-from ..checkpointing import AVERAGE_FOLDER, VALIDATION_FOLDER, read_lora, save_lora, save_pretrained
+from ..checkpointing import AVERAGE_FOLDER, PRFL_RESULTS, VALIDATION_FOLDER, read_lora, save_lora, save_pretrained
 from ..configs.base import check
 from ..configs.prfl import PRFLTrainingConfig
 from ..data.collators import LatentBatch
@@ -58,6 +58,7 @@ class PRFLTrainer(Trainer):
     """
 
     config: PRFLTrainingConfig
+    results = PRFL_RESULTS
 
     def __init__(self, config: PRFLTrainingConfig) -> None:
         num_flow = config.gradient_accumulation_steps

@@ -192,6 +192,8 @@ def find_changes(before: Mapping[str, Any], config: TrainingConfig, engine: str)
         if rule.kind == "refused" and name not in ignored:
             raise ValueError(f"`{name}` must be {old!r}, as before the checkpoint, got {now!r}: {rule.note}.")
         changes.append(Change(name, old, now, rule, ignored.get(name)))
+    unknown = [name for name in before if name not in rules]
+    changes += [Change(name, before[name], None, APPLIED, "there is no such option") for name in unknown]
     return changes
 
 

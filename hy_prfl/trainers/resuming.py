@@ -97,8 +97,10 @@ def _find_changes(trainer: "Trainer", checkpoint: Path) -> list[Change]:
     path = checkpoint / CONFIG_FILE
     try:
         before = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, yaml.YAMLError) as error:
+    except (FileNotFoundError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: the options of the run that wrote it cannot be read: {error}") from error
+    if not isinstance(before, dict):
+        raise ValueError(f"{path}: expected the options of the run that wrote it, got {before!r}.")
     return find_changes(before, trainer.config, trainer.engine)
 
 

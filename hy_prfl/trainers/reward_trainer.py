@@ -12,7 +12,7 @@ from accelerate.logging import get_logger
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 
-from ..checkpointing import BEST_FOLDER, MODEL_FOLDER, best_report, merge_adapter, save_pretrained
+from ..checkpointing import BEST_FOLDER, MODEL_FOLDER, REWARD_RESULTS, best_report, merge_adapter, save_pretrained
 from ..configs.reward import RewardTrainingConfig
 from ..data.collators import LabeledBatch, LatentBatch, PreferenceBatch, collate_labeled, collate_preferences
 from ..data.dataset import (
@@ -52,6 +52,7 @@ class RewardTrainer(Trainer):
     """
 
     config: RewardTrainingConfig
+    results = REWARD_RESULTS
 
     def __init__(self, config: RewardTrainingConfig) -> None:
         super().__init__(config, backwards_per_update=config.gradient_accumulation_steps)

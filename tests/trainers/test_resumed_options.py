@@ -80,3 +80,8 @@ def test_what_says_the_same_in_other_words_is_no_change() -> None:
     assert [change.name for change in find_changes(before, dataclasses.replace(config, compile=True), "whole")] == [
         "compile"
     ]
+
+
+def test_options_of_other_versions_are_named() -> None:
+    (change,) = find_changes(dataclasses.asdict(CONFIGS[0]) | {"use_8bit_adam": True}, CONFIGS[0], "whole")
+    assert "`use_8bit_adam` was True before the checkpoint and is None now: ignored, there is no such" in str(change)

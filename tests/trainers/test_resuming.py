@@ -205,6 +205,24 @@ def test_a_checkpoint_of_another_trainer_or_cut_short(
         build(resume_from_checkpoint="latest")
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [(None, "cannot be read"), ("a: [", "cannot be read"), ("", "expected the options of the run")],
+)
+def test_a_checkpoint_without_its_options(
+    build: Callable[..., RewardTrainer], tmp_path: Path, text: str | None, message: str
+) -> None:
+    build(max_train_steps=2).train()
+    path = tmp_path / "out" / "checkpoint-2" / "config.yaml"
+    (tmp_path / "out" / "checkpoint-2" / "files.json").unlink()
+    if text is None:
+        path.unlink()
+    else:
+        path.write_text(text)
+    with pytest.raises(ValueError, match=rf"checkpoint-2/config\.yaml: .*{message}"):
+        build(resume_from_checkpoint="latest")
+
+
 def test_going_back_goes_on_from_the_steps_that_were_written_last(
     build: Callable[..., RewardTrainer], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
