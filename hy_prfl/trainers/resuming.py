@@ -110,7 +110,9 @@ def _apply_optimizer_options(trainer: "Trainer") -> None:
     peaks = [options["initial_lr"] for options in trainer.optimizer_options]
     rates = [peak * share(schedule.last_epoch) for peak, share in zip(peaks, schedule.lr_lambdas, strict=True)]
     schedule.load_state_dict({**schedule.state_dict(), "base_lrs": peaks, "_last_lr": rates})
-    groups = trainer.updates.optimizer.param_groups
+    # Not always the optimizer that the schedule was made with: DeepSpeed has its own for host memory.
+    schedule.optimizer = trainer.updates.optimizer
+    groups = schedule.optimizer.param_groups
     for group, options, rate in zip(groups, trainer.optimizer_options, rates, strict=True):
         group.update(options, lr=rate)
 

@@ -145,6 +145,21 @@ def test_unchanged_options_leave_the_rates_bit_for_bit(build: Callable[..., Rewa
     assert second.updates.optimizer.param_groups[0]["lr"] == schedule.get_last_lr()[0]
 
 
+def test_the_schedule_drives_what_trains_if_the_engine_has_made_another_optimizer(
+    build: Callable[..., RewardTrainer],
+) -> None:
+    """Accelerate replaces AdamW by DeepSpeed's for an offloaded optimizer; loading gives that one groups of its own."""
+    build(max_train_steps=2, lr_scheduler="linear").train()
+    trainer = build(max_train_steps=4, lr_scheduler="linear", resume_from_checkpoint="latest")
+    schedule = trainer.lr_scheduler
+    schedule.optimizer = torch.optim.AdamW(schedule.optimizer.param_groups, lr=1e-3)
+    trainer._start_run()
+    groups = trainer.updates.optimizer.param_groups
+    assert [group["lr"] for group in groups] == pytest.approx([0.5e-3, 1e-3])
+    schedule.step()
+    assert [group["lr"] for group in trainer.updates.optimizer.param_groups] == pytest.approx([0.25e-3, 0.5e-3])
+
+
 def test_the_log_names_the_rate_that_trains(
     build: Callable[..., RewardTrainer], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
