@@ -27,12 +27,25 @@ def replace_folder(temporary: Path, target: Path) -> None:
 
 
 def recover_folder(target: Path) -> None:
-    """Undo or finish the swap of `replace_folder` if it was cut off between its two renames, or after them."""
+    """
+    Undo or finish the swap of `replace_folder` if it was cut off between its two renames, or after them.
+
+    Several processes may call it at once.
+    """
     outdated = _outdated(target)
     if outdated.exists() and target.exists():
-        shutil.rmtree(outdated)
+        shutil.rmtree(outdated, ignore_errors=True)
     elif outdated.exists():
-        outdated.rename(target)
+        move(outdated, target)
+
+
+def move(source: Path, target: Path) -> None:
+    """Rename a file or folder, unless another process has just done so."""
+    try:
+        source.rename(target)
+    except FileNotFoundError:
+        if not target.exists():
+            raise
 
 
 def write_text(path: Path, text: str) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.metadata
 import json
+import logging
 import platform
 import re
 import subprocess
@@ -18,6 +19,8 @@ import torch
 from .folders import write_text
 from .version import __version__
 
+
+logger = logging.getLogger(__name__)
 
 # What a run leaves in its folder, besides weights.
 CONFIG_FILE, METRICS_FILE = "config.yaml", "metrics.jsonl"
@@ -95,16 +98,59 @@ def write_run_record(path: str | Path, record: Mapping[str, Any]) -> None:
         ValueError: If there is a file that is no such list.
     """
     path = Path(path)
-    records = []
-    if path.exists():
-        try:
-            records = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: not valid JSON: {error}") from error
-        if not isinstance(records, list):
-            raise ValueError(f"{path}: expected a JSON list of records, got {type(records).__name__}.")
+    records = read_run_records(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps([*records, dict(record)], indent=2) + "\n")
+
+
+def finish_run_record(path: str | Path, global_step: int) -> None:
+    """Note in the last record that the run has ended, and written its result, after this many updates."""
+    path = Path(path)
+    *earlier, last = read_run_records(path)
+    write_text(path, json.dumps([*earlier, last | {"finished_step": global_step}], indent=2) + "\n")
+
+
+def read_run_records(path: str | Path) -> list[dict[str, Any]]:
+    """
+    What `write_run_record` wrote, oldest first; empty if there is no file.
+
+    Raises:
+        ValueError: If there is a file that is no such list.
+    """
+    path = Path(path)
+    if not path.exists():
+        return []
+    try:
+        records = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(records, list):
+        raise ValueError(f"{path}: expected a JSON list of records, got {type(records).__name__}.")
+    return records
+
+
+def read_metric_lines(path: str | Path) -> list[tuple[int, str]]:
+    """
+    Lines of a run's `metrics.jsonl`, each with the number of updates that it tells of; empty if there is no file.
+
+    A last line that was cut off, by a full disk or a killed process, is left out with a warning.
+
+    Raises:
+        ValueError: If another line is broken; names file and line.
+    """
+    path = Path(path)
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append((int(json.loads(line)["step"]), line))
+        except (ValueError, KeyError, TypeError) as error:
+            if number < len(lines):
+                raise ValueError(
+                    f"{path}, line {number}: expected a JSON object with `step`, got {line!r}."
+                ) from error
+            logger.warning("%s, line %d: the line was cut off and is left out: %r.", path, number, line)
+    return found
 
 
 def git_state(directory: str | Path = ".") -> dict[str, Any] | None:

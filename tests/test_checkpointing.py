@@ -9,7 +9,11 @@ from peft import LoraConfig
 from safetensors import safe_open
 
 from hy_prfl.checkpointing import (
+    PRFL_RESULTS,
+    REWARD_RESULTS,
     STATE_FILE,
+    abandon,
+    check_files,
     find_checkpoint,
     list_checkpoints,
     load_checkpoint,
@@ -19,6 +23,9 @@ from hy_prfl.checkpointing import (
     save_checkpoint,
     save_lora,
 )
+
+
+RESULTS = (*REWARD_RESULTS, *PRFL_RESULTS)
 
 
 def save(accelerator: Accelerator, folder: Path, step: int, total_limit: int | None = None) -> Path:
@@ -60,6 +67,158 @@ def test_unfinished_checkpoints_do_not_count(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-8").mkdir()
     with pytest.raises(FileNotFoundError, match=r"checkpoint-8 is not a complete checkpoint"):
         find_checkpoint(tmp_path, str(tmp_path / "checkpoint-8"))
+    with pytest.raises(FileNotFoundError, match=r"is not a complete checkpoint: .* Did you mean .*checkpoint-8\?"):
+        find_checkpoint(tmp_path, str(tmp_path))
+
+
+def test_latest_passes_over_a_folder_that_was_half_copied_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(Accelerator(cpu=True), tmp_path, 4)
+    (tmp_path / "checkpoint-8").mkdir()
+    (tmp_path / "checkpoint-8" / "optimizer.bin").write_bytes(b"half")
+    (tmp_path / "checkpoint-9").write_text("a file")
+    assert find_checkpoint(tmp_path, "latest") == tmp_path / "checkpoint-4"
+    assert "checkpoint-8 is not a complete checkpoint and is passed over" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", r"checkpoint-4/trainer_state\.json: not valid JSON"),
+        ("[]", r"checkpoint-4/trainer_state\.json: expected a mapping with `global_step`"),
+        ('{"global_step": 6}', r"checkpoint-4 holds step 6"),
+    ],
+)
+@pytest.mark.parametrize("way", ["latest", "path"])
+def test_a_checkpoint_that_contradicts_itself(tmp_path: Path, text: str, message: str, way: str) -> None:
+    checkpoint = save(Accelerator(cpu=True), tmp_path, 4)
+    (checkpoint / STATE_FILE).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        find_checkpoint(tmp_path, "latest" if way == "latest" else str(checkpoint))
+
+
+def test_a_checkpoint_that_was_copied_by_halves(tmp_path: Path) -> None:
+    checkpoint = save(Accelerator(cpu=True), tmp_path, 4)
+    check_files(checkpoint, with_optimizer=True)
+    states = checkpoint / "random_states_0.pkl"
+    size = states.stat().st_size
+    states.write_bytes(states.read_bytes()[:10])
+    with pytest.raises(ValueError, match=rf"checkpoint-4 is not complete: 'random_states_0.pkl' has 10 .* {size}"):
+        check_files(checkpoint, with_optimizer=True)
+    states.unlink()
+    with pytest.raises(ValueError, match=r"checkpoint-4 is not complete: 'random_states_0.pkl' is missing"):
+        check_files(checkpoint, with_optimizer=True)
+    check_files(checkpoint, with_optimizer=False)
+
+
+def test_the_checkpoint_of_another_run(tmp_path: Path) -> None:
+    accelerator = Accelerator(cpu=True)
+    other = save(accelerator, tmp_path / "other", 2)
+    own = save(accelerator, tmp_path / "run", 6)
+    assert find_checkpoint(tmp_path / "new", str(other)) == other
+    with pytest.raises(ValueError, match=r"other/checkpoint-2 is none of .*run.* which already holds checkpoint-6"):
+        find_checkpoint(tmp_path / "run", str(other))
+    # The same folder by another name is the run's own.
+    assert find_checkpoint(tmp_path / "run", str(tmp_path / "other" / ".." / "run" / "checkpoint-6" / ".")).samefile(
+        own
+    )
+
+
+class TestGoingBack:
+    """A run that goes on from an earlier step than its last."""
+
+    def names(self, folder: Path) -> set[str]:
+        return {str(path.relative_to(folder)) for path in folder.rglob("checkpoint-*")}
+
+    def test_what_was_just_written_is_latest_and_stays(self, tmp_path: Path) -> None:
+        accelerator = Accelerator(cpu=True)
+        for step in (2, 4, 6):
+            save(accelerator, tmp_path, step)
+        assert find_checkpoint(tmp_path, str(tmp_path / "checkpoint-2")) == tmp_path / "checkpoint-2"
+        assert abandon(tmp_path, 2, RESULTS) == tmp_path / "abandoned-1"
+        assert find_checkpoint(tmp_path, "latest") == tmp_path / "checkpoint-2"
+        assert self.names(tmp_path) == {"checkpoint-2", "abandoned-1/checkpoint-4", "abandoned-1/checkpoint-6"}
+        save(accelerator, tmp_path, 4, total_limit=1)
+        assert self.names(tmp_path) == {"checkpoint-4"}
+        assert find_checkpoint(tmp_path, "latest") == tmp_path / "checkpoint-4"
+
+    def test_the_limit_deletes_what_is_abandoned_first(self, tmp_path: Path) -> None:
+        accelerator = Accelerator(cpu=True)
+        for step in (2, 9, 10):
+            save(accelerator, tmp_path, step)
+        abandon(tmp_path, 2, RESULTS)
+        save(accelerator, tmp_path, 4, total_limit=3)
+        assert self.names(tmp_path) == {"abandoned-1/checkpoint-10", "checkpoint-2", "checkpoint-4"}
+        save(accelerator, tmp_path, 6)
+        abandon(tmp_path, 4, RESULTS)
+        save(accelerator, tmp_path, 6, total_limit=4)
+        assert self.names(tmp_path) == {"abandoned-2/checkpoint-6", "checkpoint-2", "checkpoint-4", "checkpoint-6"}
+        save(accelerator, tmp_path, 8, total_limit=2)
+        assert self.names(tmp_path) == {"checkpoint-6", "checkpoint-8"}
+
+    def test_even_beside_a_later_step_what_was_just_written_stays(self, tmp_path: Path) -> None:
+        accelerator = Accelerator(cpu=True)
+        save(accelerator, tmp_path, 6)
+        save(accelerator, tmp_path, 4, total_limit=1)
+        assert self.names(tmp_path) == {"checkpoint-4"}
+
+    def test_everything_of_later_steps_goes(self, tmp_path: Path) -> None:
+        for step in (2, 4):
+            save(Accelerator(cpu=True), tmp_path, step)
+        (tmp_path / "checkpoint-7").mkdir()
+        for folder, step in (("best", 3), ("validation/step-2", 2), ("validation/step-4", 4), ("transformer", 4)):
+            (tmp_path / folder).mkdir(parents=True)
+            (tmp_path / folder / "metrics.json").write_text(json.dumps({"global_step": step}))
+        (tmp_path / "run.json").write_text(json.dumps([{"seed": 0, "finished_step": 4}]))
+        lines = [json.dumps({"step": step, "train/loss": 0.5}) + "\n" for step in (1, 2, 3, 4)]
+        (tmp_path / "metrics.jsonl").write_text("".join(lines))
+        folder = abandon(tmp_path, 2, RESULTS)
+        assert folder is not None
+        moved = {"checkpoint-4", "checkpoint-7", "best", "validation", "transformer", "metrics.jsonl"}
+        assert {path.name for path in folder.iterdir()} == moved
+        assert {path.name for path in (folder / "validation").iterdir()} == {"step-4"}
+        assert {path.name for path in (tmp_path / "validation").iterdir()} == {"step-2"}
+        assert (folder / "metrics.jsonl").read_text() == "".join(lines[2:])
+        assert not (tmp_path / "best").exists()
+        assert not (tmp_path / "transformer").exists()
+        assert abandon(tmp_path, 2, RESULTS) is None
+
+    def test_what_belongs_to_the_step_or_to_earlier_ones_stays(self, tmp_path: Path) -> None:
+        save(Accelerator(cpu=True), tmp_path, 4)
+        for folder, step in (("best", 3), ("validation/step-4", 4), ("reward_model", 4)):
+            (tmp_path / folder).mkdir(parents=True)
+            (tmp_path / folder / "metrics.json").write_text(json.dumps({"global_step": step}))
+        (tmp_path / "run.json").write_text(json.dumps([{"seed": 0, "finished_step": 4}, {"seed": 0}]))
+        # Of steps after the last checkpoint, which are done anew.
+        (tmp_path / "metrics.jsonl").write_text('{"step": 5}\n{"step":')
+        assert abandon(tmp_path, 4, RESULTS) is None
+        assert {path.name for path in tmp_path.iterdir()} == {
+            "checkpoint-4", "best", "validation", "reward_model", "run.json", "metrics.jsonl",
+        }  # fmt: skip
+
+    def test_results_of_the_other_trainer_stay(self, tmp_path: Path) -> None:
+        """A reward model may lie where a generator is to be trained with it."""
+        (tmp_path / "best").mkdir()
+        (tmp_path / "best" / "metrics.json").write_text('{"global_step": 3}')
+        (tmp_path / "reward_model").mkdir()
+        assert abandon(tmp_path, 0, PRFL_RESULTS) is None
+        assert abandon(tmp_path, 0, REWARD_RESULTS) == tmp_path / "abandoned-1"
+        assert {path.name for path in (tmp_path / "abandoned-1").iterdir()} == {"best", "reward_model"}
+
+    def test_a_run_that_was_killed_while_it_moved_them(self, tmp_path: Path) -> None:
+        accelerator = Accelerator(cpu=True)
+        for step in (2, 4, 6):
+            save(accelerator, tmp_path, step)
+        abandon(tmp_path, 2, RESULTS)
+        # As if it had died after the first of two renames.
+        (tmp_path / "abandoned-1" / "checkpoint-4").rename(tmp_path / "checkpoint-4")
+        (tmp_path / ".abandoning.json").write_text(
+            json.dumps({"folder": "abandoned-1", "names": ["checkpoint-4", "checkpoint-6"]})
+        )
+        assert find_checkpoint(tmp_path, "latest") == tmp_path / "checkpoint-2"
+        assert self.names(tmp_path) == {"checkpoint-2", "abandoned-1/checkpoint-4", "abandoned-1/checkpoint-6"}
+        assert not (tmp_path / ".abandoning.json").exists()
 
 
 def test_what_to_resume(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 from pathlib import Path
 
-from hy_prfl.folders import recover_folder, replace_folder, temporary_folder
+import pytest
+
+from hy_prfl.folders import move, recover_folder, replace_folder, temporary_folder
 
 
 def make(folder: Path, file: str) -> Path:
@@ -42,3 +44,12 @@ def test_replacing_does_not_lose_the_only_good_folder(tmp_path: Path) -> None:
     make(tmp_path / ".target.old", "old")
     replace_folder(make(tmp_path / "new", "new"), tmp_path / "target")
     assert files(tmp_path) == ["target", "target/new"]
+
+
+def test_moving_what_another_process_has_moved(tmp_path: Path) -> None:
+    make(tmp_path / "source", "file")
+    move(tmp_path / "source", tmp_path / "target")
+    move(tmp_path / "source", tmp_path / "target")
+    assert files(tmp_path) == ["target", "target/file"]
+    with pytest.raises(FileNotFoundError):
+        move(tmp_path / "source", tmp_path / "elsewhere")

@@ -12,7 +12,15 @@ import pytest
 import torch
 
 import hy_prfl
-from hy_prfl.provenance import git_state, path_identity, run_record, write_run_record
+from hy_prfl.provenance import (
+    finish_run_record,
+    git_state,
+    path_identity,
+    read_metric_lines,
+    read_run_records,
+    run_record,
+    write_run_record,
+)
 
 
 def test_changes_with_the_files_and_not_with_the_name(tmp_path: Path) -> None:
@@ -110,6 +118,14 @@ class TestRunRecord:
         assert json.loads(path.read_text()) == [{"seed": 1}, {"seed": 2}]
         assert [file.name for file in path.parent.iterdir()] == ["run.json"]
 
+    def test_the_end_is_noted_in_the_last_record(self, tmp_path: Path) -> None:
+        path = tmp_path / "run.json"
+        assert read_run_records(path) == []
+        write_run_record(path, {"seed": 1})
+        write_run_record(path, {"seed": 2})
+        finish_run_record(path, 8)
+        assert read_run_records(path) == [{"seed": 1}, {"seed": 2, "finished_step": 8}]
+
     @pytest.mark.parametrize(("text", "message"), [("{", "not valid JSON"), ("{}", "expected a JSON list")])
     def test_another_file_is_not_overwritten(self, text: str, message: str, tmp_path: Path) -> None:
         path = tmp_path / "run.json"
@@ -117,3 +133,21 @@ class TestRunRecord:
         with pytest.raises(ValueError, match=message):
             write_run_record(path, {})
         assert path.read_text() == text
+
+
+class TestMetricLines:
+    def test_lines_with_their_steps(self, tmp_path: Path) -> None:
+        path = tmp_path / "metrics.jsonl"
+        assert read_metric_lines(path) == []
+        path.write_text('{"step": 9, "a": NaN}\n{"step": 10}')
+        assert read_metric_lines(path) == [(9, '{"step": 9, "a": NaN}'), (10, '{"step": 10}')]
+
+    @pytest.mark.parametrize("line", ['{"step": 1', '{"loss": 1}', "[]", "1"])
+    def test_only_the_last_may_be_cut_off(self, tmp_path: Path, line: str, caplog: pytest.LogCaptureFixture) -> None:
+        path = tmp_path / "metrics.jsonl"
+        path.write_text('{"step": 1}\n' + line)
+        assert read_metric_lines(path) == [(1, '{"step": 1}')]
+        assert "metrics.jsonl, line 2: the line was cut off" in caplog.text
+        path.write_text(line + '\n{"step": 1}\n')
+        with pytest.raises(ValueError, match=r"metrics\.jsonl, line 1: expected a JSON object with `step`"):
+            read_metric_lines(path)

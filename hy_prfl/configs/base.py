@@ -137,11 +137,16 @@ class TrainingConfig:
     # Parameters of checkpoints, logging and evaluation
     checkpointing_steps: int = field(default=500, metadata={"help": "Updates between two checkpoints."})
     checkpoints_total_limit: int | None = field(
-        default=None, metadata={"help": "Keep only this many checkpoints; the oldest are deleted."}
+        default=None,
+        metadata={"help": "Keep only this many checkpoints; abandoned ones are deleted first, then the oldest."},
     )
     validation_steps: int = field(default=500, metadata={"help": "Updates between two validations."})
     resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": "A checkpoint folder, or `latest` for the newest one in output_dir, if any."}
+        default=None,
+        metadata={
+            "help": "A checkpoint folder, or `latest` for the newest one in output_dir, if any. What later steps have "
+            "left there is moved to output_dir/abandoned-<n>."
+        },
     )
     report_to: list[str] = field(
         default_factory=lambda: ["tensorboard"],

@@ -1,5 +1,7 @@
 """Opens latent datasets and selects from them: rows that have a label, pairs to compare, an endless batch stream."""
 
+import hashlib
+import json
 import logging
 import os
 import shutil
@@ -15,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from .collators import Batch
 from .sampler import BucketBatchSampler
-from .schema import table_to_rows, task_label, validate_columns
+from .schema import LABELS, table_to_rows, task_label, validate_columns
 
 
 logger = logging.getLogger(__name__)
@@ -62,6 +64,13 @@ def load_latent_dataset(path: str) -> Dataset:
 def read_columns(dataset: Dataset, names: Sequence[str]) -> list[Row]:
     """The named small columns of every row, without touching the tensors."""
     return dataset.select_columns(list(names)).with_format(None).to_list()
+
+
+def rows_digest(dataset: Dataset) -> str:
+    """Short text that changes when the rows that training draws from do: their order, clips, labels or pairs."""
+    names = ["id", "prompt", "source_hash", "latents_shape", *LABELS, "pair_id", "rejected_id"]
+    rows = read_columns(dataset, names)
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
 
 def latent_shapes(dataset: Dataset) -> list[tuple[int, ...]]:

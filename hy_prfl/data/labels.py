@@ -9,7 +9,8 @@ from typing import Any
 import pyarrow as pa
 
 from .dataset import load_latent_dataset
-from .manifest import FIELDS, read_labels, read_records, read_text
+from .manifest import FIELDS, LABEL_FIELDS, read_labels
+from .records import columns_of, describe_columns, read_records, read_text
 from .schema import LABELS, TASKS, task_label
 from .store import REPORT_FILE, STATE_FILE, replace_columns, save_table
 
@@ -29,16 +30,17 @@ def read_annotations(path: str | Path) -> dict[str, dict[str, int]]:
             row and field.
     """
     path = Path(path)
-    records = read_records(path)
+    fields = {"id": FIELDS["id"], **LABEL_FIELDS, "motion_quality": ("motion_quality",)}
+    records = read_records(path, fields)
     annotations: dict[str, dict[str, int]] = {}
     first: dict[str, str] = {}
     for where, record in records:
         clip_id = read_text(record, FIELDS["id"], where)
         if clip_id is None:
-            raise ValueError(f"{where}: `id` is missing.")
+            raise ValueError(f"{where}: `id` is missing. {describe_columns(list(record), fields)}")
         if clip_id in first:
             raise ValueError(f"{where}: `id` {clip_id!r} is already annotated by {first[clip_id]}.")
-        if "motion_quality" in record:
+        if record.get("motion_quality") is not None:
             raise ValueError(
                 f"{where}: `motion_quality` is derived (physics_quality and human_quality both good); "
                 "annotate those two."
@@ -47,9 +49,10 @@ def read_annotations(path: str | Path) -> dict[str, dict[str, int]]:
         labels = read_labels(record, where)
         annotations[clip_id] = {name: value for name, value in labels.items() if value is not None}
     if not any(annotations.values()):
-        raise ValueError(f"{path}: no row has a value for any of the labels {', '.join(LABELS)}.")
+        columns = describe_columns(columns_of(records), {"id": FIELDS["id"], **LABEL_FIELDS})
+        raise ValueError(f"{path}: no row has a value for any of the labels. {columns}")
     known = {*FIELDS["id"], *LABELS}
-    ignored = sorted({name for _, record in records for name in record} - known)
+    ignored = sorted(set(columns_of(records)) - known)
     if ignored:
         logger.warning(f"{path}: these fields are no labels and are ignored: {', '.join(ignored)}.")
     return annotations

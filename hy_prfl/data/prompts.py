@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .manifest import read_records, read_text
+from .records import describe_columns, read_records, read_text, read_whole_number
 from .video import VideoError, read_image
 
 
 # Field of a prompt -> names it may have; upstream's `temp_prfl_infer_data.json` has the last ones.
 FIELDS = {
-    "caption": ("caption", "prompt", "short_caption"),
+    "caption": ("caption", "prompt", "short_caption", "text"),
     "id": ("id", "image_id"),
     "seed": ("seed",),
     "image": ("image", "first_image", "image_path"),
@@ -43,9 +43,9 @@ def read_prompts(path: str | Path, *, seed: int = 0, num_videos_per_prompt: int 
 
     | field | meaning |
     |---|---|
-    | `caption` (`prompt`, `short_caption`) | what the video shall show |
+    | `caption` (`prompt`, `short_caption`, `text`) | what the video shall show |
     | `id` (`image_id`) | name of the prompt, letters, digits, `.`, `_` and `-`; the number of the row if left out |
-    | `seed` | seed of the video's noise, optional |
+    | `seed` | seed of the video's noise, a whole number from 0 to 10^18 - 1, optional |
     | `image` (`first_image`, `image_path`) | first frame, absolute or relative to the list's folder, optional |
     | `last_image` (`last_image_path`) | last frame, likewise, optional |
 
@@ -61,7 +61,7 @@ def read_prompts(path: str | Path, *, seed: int = 0, num_videos_per_prompt: int 
             video; names file, row and field.
     """
     path = Path(path)
-    records = _read_lines(path) if path.suffix.lower() == ".txt" else read_records(path)
+    records = read_records(path, FIELDS, lines_of="caption")
     if not records:
         raise ValueError(f"{path}: there is no prompt in it.")
     rows = [(where, _parse_prompt(path, index, where, record, seed)) for index, (where, record) in enumerate(records)]
@@ -110,34 +110,21 @@ def check_prompts(prompts: Sequence[VideoPrompt], *, image_to_video: bool, last_
             raise ValueError(f"prompt '{users[0]}': {error}") from error
 
 
-def _read_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file '{path}'.")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text: {error}") from error
-    return [(f"{path}, line {number}", {"caption": line}) for number, line in enumerate(lines, 1) if line.strip()]
-
-
 def _parse_prompt(path: Path, index: int, where: str, record: Mapping[str, Any], seed: int) -> VideoPrompt:
     unknown = sorted(set(record) - {name for names in FIELDS.values() for name in names})
     if unknown:
-        raise ValueError(f"{where}: unknown fields: {', '.join(unknown)}.")
-    text = {name: read_text(record, names, where) for name, names in FIELDS.items()}
+        raise ValueError(f"{where}: unknown fields: {', '.join(unknown)}. {describe_columns(list(record), FIELDS)}")
+    text = {name: read_text(record, names, where) for name, names in FIELDS.items() if name != "seed"}
     if text["caption"] is None:
-        raise ValueError(f"{where}: `caption` is missing.")
+        raise ValueError(f"{where}: `caption` is missing. {describe_columns(list(record), FIELDS)}")
     prompt_id = text["id"] or f"{index:05d}"
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", prompt_id):
         raise ValueError(f"{where}: `id` becomes a file name: letters, digits, '.', '_' and '-', got {prompt_id!r}.")
-    if text["seed"] is not None:
-        if not re.fullmatch(r"\d{1,18}", text["seed"]):
-            raise ValueError(f"{where}: `seed` must be a whole number, at least 0, got {record['seed']!r}.")
-        seed = int(text["seed"])
+    own_seed = read_whole_number(record, "seed", where)
     return VideoPrompt(
         id=prompt_id,
         caption=text["caption"],
-        seed=seed,
+        seed=seed if own_seed is None else own_seed,
         image=path.parent / text["image"] if text["image"] else None,
         last_image=path.parent / text["last_image"] if text["last_image"] else None,
     )

@@ -7,6 +7,8 @@ import numpy as np
 import pyarrow as pa
 from datasets import Features, LargeList, List, Value
 
+from .records import is_missing
+
 
 LABELS = ("text_alignment", "blur_quality", "physics_quality", "human_quality")
 TASKS = (*LABELS, "motion_quality")
@@ -73,17 +75,15 @@ def parse_label(value: Any, *, source: str, name: str) -> int | None:
     """
     Read one label as people and upstream write it.
 
-    1, 1.0, "1", true and "good" are good; 0, 0.0, "0", false and "poor" are poor; None, "", "null" and NaN are
-    missing.
+    1, 1.0, "1", true and "good" are good; 0, 0.0, "0", false and "poor" are poor; None, NaN, "", "null", "nan", "N/A"
+    and the like are missing.
 
     Raises:
         ValueError: For anything else, naming `source`, the label and the value.
     """
-    if value is None or (isinstance(value, float) and np.isnan(value)):
+    if is_missing(value):
         return None
     text = str(value).strip().lower()
-    if text in ("", "null", "none", "nan"):
-        return None
     if text in ("1", "1.0", "true", "good"):
         return 1
     if text in ("0", "0.0", "false", "poor"):

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from .encoding import LatentEncoder, strip_padding
-from .manifest import ManifestRow, check_ids, parse_json, read_labels, read_text
+from .manifest import ManifestRow, check_ids, read_labels
 from .preprocessing import pack_row
+from .records import parse_json, read_text
 from .store import hash_file, hash_text
 from .video import TEMPORAL_STRIDE, VideoError
 

@@ -39,6 +39,11 @@ class WeightAverage:
         finally:
             self.masters.write(kept)
 
+    def restart(self) -> None:
+        """Begin with the weights as they are now."""
+        self.ema.shadow_params = [value.detach().clone() for value in self.masters.values()]
+        self.num_averaged = 0
+
     def load(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Replace the average by these weights, whole and by the names of the parameters; each rank takes its share."""
         self.ema.shadow_params = self.masters.share_of(weights)

@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,10 @@ from diffusers.optimization import get_scheduler
 from torch import nn
 from tqdm import tqdm
 
-from ..checkpointing import find_checkpoint, save_checkpoint
+from ..checkpointing import abandon, find_checkpoint, save_checkpoint
 from ..configs.base import TrainingConfig, check, save_config
 from ..data.collators import LatentBatch
-from ..data.dataset import check_rows_fit, latent_shapes
+from ..data.dataset import check_rows_fit, latent_shapes, rows_digest
 from ..data.encoding import takes_first_frame, vae_fingerprint
 from ..distributed import TRAINING_TIMEOUT, any_rank, build_accelerator, mean_over_ranks
 from ..flow_matching import make_generator, sample_noise, sample_sigmas
@@ -29,7 +29,7 @@ from ..models.recomputation import recompute_blocks
 from ..provenance import CONFIG_FILE
 from ..sharding import Masters, forget_deepspeed_in_transformers, split_for_zero3
 from .reports import Reports, known_trackers
-from .resuming import resume
+from .resuming import check_checkpoint, resume
 from .signals import signals_caught
 from .updates import Updates
 
@@ -53,6 +53,9 @@ class Trainer(ABC):
             Whether a backward pass reaches some of the parameters in training only.
     """
 
+    # What it writes besides checkpoints, by name in `output_dir`.
+    results: Sequence[str] = ()
+
     def __init__(self, config: TrainingConfig, *, backwards_per_update: int, takes_turns: bool = False) -> None:
         self.config = config
         self.backwards_per_update = backwards_per_update
@@ -68,6 +71,8 @@ class Trainer(ABC):
         precision = self.accelerator.mixed_precision
         # An update that is not finite is left out before a loss scale could learn from it, and Wan overflows in float16.
         check(precision in ("no", "bf16"), "mixed_precision", precision, "no or bf16")
+        if self.checkpoint is not None:
+            check_checkpoint(self, self.checkpoint)
         self.reports = Reports(self.accelerator, config)
         set_seed(config.seed)
         # Ranks that share a clip are one replica: they get the same rows and draw the same noise.
@@ -78,6 +83,7 @@ class Trainer(ABC):
             self.accelerator.process_index // degree,
         )
         self.global_step = 0
+        self.dataset_digests: dict[str, str] = {}
         self.interrupted = False
         is_whole = self.engine == "whole"
         check(is_whole or not config.compile, "compile", config.compile, f"false under {self.engine}")
@@ -118,6 +124,7 @@ class Trainer(ABC):
 
     def check_dataset(self, dataset: Dataset, source: str, model_config: Mapping[str, Any]) -> None:
         """Refuse rows that the model cannot take, or that do not divide over the ranks that share a clip."""
+        self.dataset_digests[source] = rows_digest(dataset)
         check_rows_fit(
             dataset,
             source,
@@ -142,6 +149,15 @@ class Trainer(ABC):
 
     def load_average(self, directory: Path) -> None:  # noqa: B027
         """Load what `save_average` wrote."""
+
+    def forget_outdated(self, changed: Collection[str]) -> None:  # noqa: B027
+        """
+        Drop what a checkpoint has restored but means nothing any more.
+
+        Args:
+            changed (`Collection[str]`):
+                Options that differ from before the checkpoint, or name a dataset whose rows do.
+        """
 
     @property
     def split(self) -> Callable[[nn.Module], None] | None:
@@ -254,6 +270,11 @@ class Trainer(ABC):
             num_cycles=config.lr_num_cycles,
             power=config.lr_power,
         )
+        # What loading a checkpoint must not change; `initial_lr` is the peak of the schedule.
+        self.optimizer_options = [
+            {name: value for name, value in group.items() if name not in ("params", "lr")}
+            for group in optimizer.param_groups
+        ]
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         trainable = {names[id(parameter)]: parameter for group in parameter_groups for parameter in group["params"]}
         # The schedule is not prepared: Accelerate would advance it once per process.
@@ -299,6 +320,7 @@ class Trainer(ABC):
             )
         else:
             self.save_result(self.output_dir)
+            self.reports.note_result(global_step=self.global_step)
             logger.info("Finished %d steps: %s", self.global_step, self.output_dir)
         self.accelerator.end_training()
         if self.global_step == self.max_train_steps:
@@ -355,6 +377,9 @@ class Trainer(ABC):
             "num_replicas": self.num_replicas,
             "train_batch_size": self.config.train_batch_size,
             "engine": self.engine,
+            "trainer": type(self).__name__,
+            "mixed_precision": self.accelerator.mixed_precision,
+            "datasets": self.dataset_digests,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -371,7 +396,18 @@ class Trainer(ABC):
     def _start_run(self) -> None:
         if self.checkpoint is not None:
             resume(self, self.checkpoint)
-        self.reports.start(self.global_step)
+        abandoned = None
+        if self.accelerator.is_main_process:
+            abandoned = abandon(self.output_dir, self.global_step, self.results)
+        if abandoned is not None:
+            logger.warning(
+                "The run goes on after step %d. What later steps have left is moved to %s: %s. Checkpoints in it count "
+                "in `checkpoints_total_limit`; what was pushed to the Hub stays in its history.",
+                self.global_step,
+                abandoned,
+                ", ".join(sorted(path.name for path in abandoned.iterdir())),
+            )
+        self.reports.start(self.global_step, checkpoint=self.checkpoint, abandoned=abandoned)
 
     def _after_step(self, metrics: dict[str, torch.Tensor], progress: tqdm) -> None:
         config, is_last = self.config, self.global_step == self.max_train_steps

@@ -11,7 +11,7 @@ import torch
 from accelerate.logging import get_logger
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
-from ..checkpointing import AVERAGE_FOLDER, read_lora, save_lora, save_pretrained
+from ..checkpointing import AVERAGE_FOLDER, PRFL_RESULTS, VALIDATION_FOLDER, read_lora, save_lora, save_pretrained
 from ..configs.base import check
 from ..configs.prfl import PRFLTrainingConfig
 from ..data.collators import LatentBatch
@@ -58,6 +58,7 @@ class PRFLTrainer(Trainer):
     """
 
     config: PRFLTrainingConfig
+    results = PRFL_RESULTS
 
     def __init__(self, config: PRFLTrainingConfig) -> None:
         num_flow = config.gradient_accumulation_steps
@@ -272,9 +273,11 @@ class PRFLTrainer(Trainer):
             self.save_model(directory / AVERAGE_FOLDER)
 
     def load_average(self, directory: Path) -> None:
-        """Load what `save_average` wrote, each rank its share."""
-        if self.average is not None:
+        """Load what `save_average` wrote, each rank its share; without it the average begins with the weights."""
+        if self.average is not None and (directory / AVERAGE_FOLDER).is_dir():
             self.average.load(self.read_model(directory / AVERAGE_FOLDER))
+        elif self.average is not None:
+            self.average.restart()
 
     def state(self) -> dict[str, Any]:
         """Adds the number of updates in the average."""
@@ -425,7 +428,7 @@ class PRFLTrainer(Trainer):
             reward_model=self.reward_model,
             scheduler=self.scheduler,
             vae=vae,
-            output_dir=self.output_dir / "validation",
+            output_dir=self.output_dir / VALIDATION_FOLDER,
             num_inference_steps=config.num_inference_steps,
             guidance_scale=config.validation_guidance_scale,
             timesteps=config.validation_timesteps,

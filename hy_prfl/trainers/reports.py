@@ -5,13 +5,25 @@ import json
 from pathlib import Path
 
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 from accelerate.tracking import get_available_trackers
 
 from ..configs.base import TrainingConfig, check, save_config
 from ..folders import write_text
 from ..hub import HubUploader
-from ..provenance import CONFIG_FILE, METRICS_FILE, RUN_FILE, run_record, write_run_record
+from ..provenance import (
+    CONFIG_FILE,
+    METRICS_FILE,
+    RUN_FILE,
+    finish_run_record,
+    read_metric_lines,
+    run_record,
+    write_run_record,
+)
 from ..tracking import announce_trackers, log_timestep_curves
+
+
+logger = get_logger(__name__)
 
 
 def known_trackers(report_to: list[str]) -> list[str]:
@@ -48,14 +60,26 @@ class Reports:
             repo_id = config.hub_model_id or self.output_dir.resolve().name
             self.uploader = HubUploader(self.output_dir, repo_id, private=config.hub_private_repo or None)
 
-    def start(self, global_step: int) -> None:
-        """Begin, or go on after `global_step` updates."""
+    def start(self, global_step: int, *, checkpoint: Path | None = None, abandoned: Path | None = None) -> None:
+        """
+        Begin, or go on after `global_step` updates.
+
+        Args:
+            checkpoint (`Path`, *optional*):
+                What the run goes on from.
+            abandoned (`Path`, *optional*):
+                Folder that has what later steps had left.
+        """
         config = self.config
         if self.accelerator.is_main_process:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             save_config(config, self.output_dir / CONFIG_FILE)
             self._truncate_metrics(global_step)
             record = run_record(seed=config.seed, num_processes=self.accelerator.num_processes)
+            if checkpoint is not None:
+                record |= {"resumed_from": str(checkpoint), "resumed_step": global_step}
+            if abandoned is not None:
+                record["abandoned"] = abandoned.name
             write_run_record(self.output_dir / RUN_FILE, record)
         options = {
             name: value if isinstance(value, (int, float, str, bool)) else str(value)
@@ -65,7 +89,12 @@ class Reports:
         self.accelerator.init_trackers(
             config.tracker_project_name,
             config=options,
-            init_kwargs={"wandb": {**name, "dir": str(self.output_dir)}, "trackio": name},
+            init_kwargs={
+                "wandb": {**name, "dir": str(self.output_dir)},
+                "trackio": name,
+                # Hides what an earlier start logged for steps that are done anew.
+                "tensorboard": {"purge_step": global_step + 1} if checkpoint or abandoned else {},
+            },
         )
         announce_trackers(self.accelerator)
 
@@ -88,6 +117,11 @@ class Reports:
         if self.uploader is not None and every and global_step % every == 0:
             self.uploader.upload(commit_message=f"Step {global_step}", weights_dir=checkpoint)
 
+    def note_result(self, *, global_step: int) -> None:
+        """Note in the run's record that its result is that of this step."""
+        if self.accelerator.is_main_process:
+            finish_run_record(self.output_dir / RUN_FILE, global_step)
+
     def finish(self, *, global_step: int) -> None:
         """Push the result. The other ranks are let go: an upload may take long."""
         if self.uploader is not None:
@@ -96,6 +130,11 @@ class Reports:
     def _truncate_metrics(self, global_step: int) -> None:
         """Drop the lines that a run wrote after the checkpoint it is continued from."""
         path = self.output_dir / METRICS_FILE
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= global_step]
+        lines = read_metric_lines(path)
+        kept = [line for step, line in lines if step <= global_step]
+        if len(kept) < len(lines):
+            logger.info(
+                "%s: %d lines of steps after %d are left out, they are done anew.",
+                path, len(lines) - len(kept), global_step,
+            )  # fmt: skip
         write_text(path, "".join(f"{line}\n" for line in kept))

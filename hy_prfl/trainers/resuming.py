@@ -1,14 +1,16 @@
 """Continues a run from a checkpoint, and says what is not as if it had never stopped."""
 
-import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from accelerate.logging import get_logger
+from accelerate.utils import set_seed
 
-from ..checkpointing import load_checkpoint, read_schedule, read_state
+from ..checkpointing import check_files, load_checkpoint, read_schedule, read_state
 from ..provenance import CONFIG_FILE
+from .resumed_options import Change, find_changes
 
 
 if TYPE_CHECKING:
@@ -17,21 +19,56 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 
+def check_checkpoint(trainer: "Trainer", checkpoint: Path) -> None:
+    """
+    Refuse a checkpoint that this run cannot go on from, before anything large is loaded.
+
+    Raises:
+        ValueError: If it is incomplete, of another trainer or beyond `max_train_steps`, or an option has changed that
+            must not.
+    """
+    state = read_state(checkpoint)
+    kind = type(trainer).__name__
+    if state.get("trainer", kind) != kind:
+        raise ValueError(f"`resume_from_checkpoint`: {checkpoint} was written by {state['trainer']}, this is {kind}.")
+    check_files(checkpoint, with_optimizer=_keeps_optimizer(trainer, state))
+    _find_changes(trainer, checkpoint)
+    if trainer.config.max_train_steps is not None:
+        check_steps(checkpoint, state["global_step"], trainer.config.max_train_steps)
+
+
+def check_steps(checkpoint: Path, step: int, max_train_steps: int) -> None:
+    """Raise a `ValueError` if a checkpoint is of more updates than the run is to have."""
+    if step > max_train_steps:
+        raise ValueError(
+            f"`max_train_steps` must be at least {step}, the step of {checkpoint}, got {max_train_steps}. Resume from an "
+            "earlier checkpoint, or raise it."
+        )
+
+
 def resume(trainer: "Trainer", checkpoint: Path) -> None:
     """
     Continue from a checkpoint, and say what is not as if the run had never stopped.
 
     The states of DeepSpeed's optimizers belong to one number of processes. With another one, or another engine, the
-    optimizer starts anew from the saved weights.
+    optimizer starts anew from the saved weights. Moments and positions come from the checkpoint, options from the
+    configuration.
     """
     state = read_state(checkpoint)
+    check_steps(checkpoint, state["global_step"], trainer.max_train_steps)
+    changes = _find_changes(trainer, checkpoint)
     trainer.load_state(state)
     num_processes = trainer.accelerator.num_processes
-    is_same = (state["engine"], state["num_processes"]) == (trainer.engine, num_processes)
-    if is_same or state["engine"] == trainer.engine == "whole":
+    if _keeps_optimizer(trainer, state):
+        # ZeRO would take the limit of the gradient's norm from the checkpoint.
+        zero_optimizer = trainer.updates.optimizer.optimizer
+        clip_grad = getattr(zero_optimizer, "clip_grad", None)
         load_checkpoint(trainer.accelerator, checkpoint)
+        if clip_grad is not None:
+            zero_optimizer.clip_grad = clip_grad
     else:
-        _load_weights(trainer, checkpoint)
+        trainer.masters.write(trainer.masters.share_of(trainer.read_model(checkpoint)))
+        trainer.lr_scheduler.load_state_dict(read_schedule(checkpoint))
         logger.warning(
             "%s was written by %d processes with %s, this run has %d with %s: the moments of AdamW start from zero.",
             checkpoint,
@@ -40,9 +77,59 @@ def resume(trainer: "Trainer", checkpoint: Path) -> None:
             num_processes,
             trainer.engine,
         )
+    _apply_optimizer_options(trainer)
     trainer.load_average(checkpoint)
+    _say_what_changed(trainer, state, changes)
+    changed = {change.name for change in changes} | _changed_datasets(trainer, state)
+    if "seed" in changed:
+        set_seed(trainer.config.seed, device_specific=True)
+    trainer.forget_outdated(changed)
+    logger.info("Continuing from %s, after step %d of %d.", checkpoint, trainer.global_step, trainer.max_train_steps)
+
+
+def _keeps_optimizer(trainer: "Trainer", state: Mapping[str, Any]) -> bool:
+    """Whether the optimizer's states fit this run."""
+    is_same = (state["engine"], state["num_processes"]) == (trainer.engine, trainer.accelerator.num_processes)
+    return is_same or state["engine"] == trainer.engine == "whole"
+
+
+def _find_changes(trainer: "Trainer", checkpoint: Path) -> list[Change]:
+    path = checkpoint / CONFIG_FILE
+    try:
+        before = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: the options of the run that wrote it cannot be read: {error}") from error
+    if not isinstance(before, dict):
+        raise ValueError(f"{path}: expected the options of the run that wrote it, got {before!r}.")
+    return find_changes(before, trainer.config, trainer.engine)
+
+
+def _apply_optimizer_options(trainer: "Trainer") -> None:
+    """Loading has brought the old options of AdamW and the old peaks of the schedule: put the configured ones back."""
+    schedule = trainer.lr_scheduler
+    peaks = [options["initial_lr"] for options in trainer.optimizer_options]
+    rates = [peak * share(schedule.last_epoch) for peak, share in zip(peaks, schedule.lr_lambdas, strict=True)]
+    schedule.load_state_dict({**schedule.state_dict(), "base_lrs": peaks, "_last_lr": rates})
+    # Not always the optimizer that the schedule was made with: DeepSpeed has its own for host memory.
+    schedule.optimizer = trainer.updates.optimizer
+    groups = schedule.optimizer.param_groups
+    for group, options, rate in zip(groups, trainer.optimizer_options, rates, strict=True):
+        group.update(options, lr=rate)
+
+
+def _say_what_changed(trainer: "Trainer", state: Mapping[str, Any], changes: list[Change]) -> None:
+    for change in changes:
+        logger.warning("%s", change)
+    is_same = (state["engine"], state["num_processes"]) == (trainer.engine, trainer.accelerator.num_processes)
     if not is_same:
         logger.warning("The number of processes or the engine has changed: dropout draws other numbers.")
+    precision = trainer.accelerator.mixed_precision
+    if state.get("mixed_precision", precision) != precision:
+        logger.warning(
+            "`mixed_precision` of the launch was %s before the checkpoint and is %s now: applied.",
+            state["mixed_precision"],
+            precision,
+        )
     before = state["num_replicas"], state["train_batch_size"]
     now = trainer.num_replicas, trainer.config.train_batch_size
     if before[0] * before[1] != now[0] * now[1]:
@@ -52,21 +139,15 @@ def resume(trainer: "Trainer", checkpoint: Path) -> None:
             *before,
             *now,
         )
-    logger.info("Continuing from %s.", checkpoint)
-    _warn_of_changes(trainer, checkpoint / CONFIG_FILE)
 
 
-def _load_weights(trainer: "Trainer", checkpoint: Path) -> None:
-    """Load weights and schedule, and leave the optimizer as it is."""
-    trainer.masters.write(trainer.masters.share_of(trainer.read_model(checkpoint)))
-    schedule = trainer.lr_scheduler
-    schedule.load_state_dict(read_schedule(checkpoint))
-    for group, rate in zip(schedule.optimizer.param_groups, schedule.get_last_lr(), strict=True):
-        group["lr"] = rate
-
-
-def _warn_of_changes(trainer: "Trainer", saved: Path) -> None:
-    before = yaml.safe_load(saved.read_text(encoding="utf-8"))
-    for name, value in dataclasses.asdict(trainer.config).items():
-        if before.get(name) != value and name != "resume_from_checkpoint":
-            logger.warning("`%s` was %r before the checkpoint and is %r now.", name, before.get(name), value)
+def _changed_datasets(trainer: "Trainer", state: Mapping[str, Any]) -> set[str]:
+    """Options that name the same datasets as before, whose rows have changed since; says so."""
+    before, changed = state.get("datasets", {}), set()
+    for name in ("train_dataset", "prompt_dataset", "validation_dataset"):
+        source = str(getattr(trainer.config, name, None))
+        if source in before and before[source] != trainer.dataset_digests[source]:
+            changed.add(name)
+            note = "" if name == "validation_dataset" else ": the epoch goes on at the same position of another order"
+            logger.warning("`%s`: the rows of %s are not those from before the checkpoint%s.", name, source, note)
+    return changed

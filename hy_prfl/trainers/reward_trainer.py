@@ -1,7 +1,8 @@
 """Trains PAVRM: the label of the clean clip, predicted from its latents at a random noise level."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from accelerate.logging import get_logger
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 
-from ..checkpointing import BEST_FOLDER, MODEL_FOLDER, merge_adapter, save_pretrained
+from ..checkpointing import BEST_FOLDER, MODEL_FOLDER, REWARD_RESULTS, best_report, merge_adapter, save_pretrained
 from ..configs.reward import RewardTrainingConfig
 from ..data.collators import LabeledBatch, LatentBatch, PreferenceBatch, collate_labeled, collate_preferences
 from ..data.dataset import (
@@ -34,6 +35,7 @@ from ..models.reward_model import WanRewardModel, check_latents_fit, score_noise
 from ..models.trainable import select_trainable
 from ..sharding import full_state_dict
 from .base import Trainer
+from .resumed_options import OTHER_BEST, REWARD_RULES
 
 
 logger = get_logger(__name__)
@@ -51,6 +53,7 @@ class RewardTrainer(Trainer):
     """
 
     config: RewardTrainingConfig
+    results = REWARD_RESULTS
 
     def __init__(self, config: RewardTrainingConfig) -> None:
         super().__init__(config, backwards_per_update=config.gradient_accumulation_steps)
@@ -177,6 +180,25 @@ class RewardTrainer(Trainer):
         """Restore what `state` returned."""
         super().load_state(state)
         self.best_metric = state["best_metric"]
+
+    def forget_outdated(self, changed: Collection[str]) -> None:
+        """Forget the best metric if it was another measure, or of a model that is not in `output_dir/best` any more."""
+        if self.best_metric is None:
+            return
+        kept = best_report(self.output_dir) or {"global_step": math.inf}
+        value = kept.get(str(self.config.metric_for_best_model))
+        is_kept = kept["global_step"] <= self.global_step and value == self.best_metric
+        outdated = sorted(name for name in changed if REWARD_RULES[name] == OTHER_BEST)
+        if is_kept and not outdated:
+            return
+        reason = (
+            f"measured with another {' and '.join(outdated)}" if outdated else "of a model that is not there any more"
+        )
+        logger.warning(
+            "The best %s of the checkpoint, %.4f, is %s: the next validation writes %s anew.",
+            self.config.metric_for_best_model, self.best_metric, reason, self.output_dir / BEST_FOLDER,
+        )  # fmt: skip
+        self.best_metric = None
 
     def _open(self, path: str) -> tuple[Dataset, list[Any], list[int] | None]:
         """The dataset, its items (rows with a label, or pairs) and the labels of rows."""

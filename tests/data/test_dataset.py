@@ -17,6 +17,7 @@ from hy_prfl.data.dataset import (
     load_latent_dataset,
     preference_pairs,
     require_latents,
+    rows_digest,
     rows_with_label,
     single_value,
     stream_batches,
@@ -34,6 +35,23 @@ def test_rows_without_a_label_are_left_out_not_poor(tmp_path: Path, write_latent
     assert rows_with_label(dataset, "physics_quality", "d") == ([1, 2, 3, 4, 5], [1, 0, 1, 0, 1])
     with pytest.raises(ValueError, match="no row has a label for the task 'text_alignment'"):
         rows_with_label(dataset, "text_alignment", "d")
+
+
+def test_digest_of_the_rows(tmp_path: Path, write_latents: Write) -> None:
+    def digest(name: str, **options: object) -> str:
+        return rows_digest(load_latent_dataset(str(write_latents(tmp_path / name, 4, **options))))
+
+    same = digest("one")
+    assert digest("two") == same
+    others = [
+        {"physics_quality": 1},
+        {"prompt": "x"},
+        {"source_hash": "x"},
+        {"id": "x"},
+        {"latents_shape": [16, 1, 1, 1]},
+    ]
+    digests = {digest(f"other-{index}", overrides={0: other}) for index, other in enumerate(others)}
+    assert len(digests | {same}) == 6
 
 
 def test_pairs_of_one_prompt(tmp_path: Path, write_latents: Write) -> None:

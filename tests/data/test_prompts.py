@@ -56,7 +56,11 @@ class TestReadPrompts:
             ([{"caption": "x"}, {"id": "b"}], "row 2: `caption` is missing"),
             ([{"caption": "  "}], "row 1: `caption` is missing"),
             ([{"caption": 3.5}], "`caption` must be text"),
-            ([{"caption": "x", "text": "y"}], "unknown fields: text"),
+            (
+                [{"caption": "x", "topic": "y"}],
+                r"unknown fields: topic\. Columns found: caption, topic\. Columns wanted: cap",
+            ),
+            ([{"caption": "x", "text": "y"}], "`caption` and `text` mean the same but differ"),
             ([{"caption": "x", "prompt": "y"}], "mean the same but differ"),
             ([{"caption": "x", "seed": -1}], "row 1: `seed` must be a whole number"),
             ([{"caption": "x", "seed": "one"}], "row 1: `seed` must be a whole number"),

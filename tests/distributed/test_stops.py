@@ -73,6 +73,29 @@ def test_resuming_equals_never_having_stopped(
 
 
 @pytest.mark.launch
+@pytest.mark.parametrize("engine", ["ZeRO-2", "ZeRO-3"])
+def test_going_back_with_other_options_is_that_of_one_process(inputs: Path, engine: str) -> None:
+    """One process is compared with AdamW written out in tests/trainers; here DeepSpeed's groups get the options too."""
+    file, runs = WEIGHTS["reward", "full"], []
+    changed = [
+        "--learning_rate=1e-3", "--head_learning_rate=3e-3", "--adam_weight_decay=0.3", "--adam_beta1=0.5",
+        "--adam_epsilon=1e-4", "--lr_scheduler=constant", "--checkpoints_total_limit=2",
+    ]  # fmt: skip
+    for name, batch_size in ((engine, GLOBAL_BATCH_SIZE // 2), ("one process", GLOBAL_BATCH_SIZE)):
+        arguments = (ENGINES[name], "reward", "full", 1, batch_size)
+        run = train(inputs, f"back-{name}".replace(" ", "-"), *arguments, ["--checkpointing_steps=2"])
+        if not (run / "abandoned-1").exists():
+            (run / file).rename(run / "unchanged.safetensors")
+            resume = f"--resume_from_checkpoint={run / 'checkpoint-2'}"
+            train(inputs, run.name, *arguments, ["--checkpointing_steps=2", *changed, resume])
+        assert {path.name for path in run.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
+        assert (run / "abandoned-1" / "metrics.jsonl").read_text().count("\n") == 2
+        runs.append(run)
+    assert relative_difference(runs[0] / file, runs[1] / file) < 1e-5
+    assert relative_difference(runs[1] / "unchanged.safetensors", runs[1] / file) > 1e-3
+
+
+@pytest.mark.launch
 @pytest.mark.parametrize("engine", ["DDP", "ZeRO-3"])
 def test_a_rank_killed_in_an_update_and_one_in_a_checkpoint(inputs: Path, engine: str) -> None:
     file = WEIGHTS["prfl", "full"]

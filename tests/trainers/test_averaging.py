@@ -61,3 +61,16 @@ def test_loaded_weights_become_the_average() -> None:
         assert torch.equal(model.weight, torch.full((2, 3), 3.5))
     with pytest.raises(ValueError, match="'weight' must have the shape"):
         average.load({"weight": torch.zeros(3, 2)})
+
+
+def test_an_average_that_begins_anew() -> None:
+    model, average = build_average()
+    average.num_averaged = 5
+    with torch.no_grad():
+        model.weight.fill_(2.0)
+    average.restart()
+    with torch.no_grad():
+        model.weight.zero_()
+    assert average.num_averaged == 0
+    with average.in_model():
+        assert torch.equal(model.weight, torch.full((2, 3), 2.0))

@@ -1,0 +1,256 @@
+"""What a changed option does to a run that goes on from a checkpoint. Every option has its place here."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+from ..configs.base import TrainingConfig
+from ..configs.prfl import PRFLTrainingConfig
+from ..configs.reward import RewardTrainingConfig
+
+
+class Rule(NamedTuple):
+    """
+    What happens if an option differs from that of the checkpoint.
+
+    Args:
+        kind (`str`):
+            `"applied"`: the new value rules from the next update on. `"refused"`: the checkpoint's weights would mean
+            something else. `"not compared"`: it says nothing about the training.
+        note (`str`):
+            What else to say; for `"refused"` the reason.
+    """
+
+    kind: Literal["applied", "refused", "not compared"]
+    note: str = ""
+
+
+APPLIED = Rule("applied")
+OTHER_WEIGHTS = Rule("refused", "the weights in training would be others")
+OTHER_MEANING = Rule("refused", "the saved weights would mean something else")
+OTHER_CLIPS = Rule("applied", "the epoch goes on with other clips, some of them seen already")
+OTHER_DATA = Rule("applied", "the epoch goes on at the same position, in the order of the new dataset")
+FROZEN = Rule("applied", "what does not train is read from there; what trains comes from the checkpoint")
+OTHER_BEST = Rule("applied", "the search for the best model starts anew")
+
+BASE_RULES: dict[str, Rule] = {
+    "output_dir": APPLIED,
+    "pretrained_model_name_or_path": FROZEN,
+    "revision": FROZEN,
+    "variant": FROZEN,
+    "train_dataset": OTHER_DATA,
+    "validation_dataset": APPLIED,
+    "seed": Rule("applied", "data, noise and dropout are drawn from it"),
+    "dry_run": Rule("not compared"),
+    "dry_run_size": Rule("not compared"),
+    "lora_rank": OTHER_WEIGHTS,
+    "lora_alpha": OTHER_MEANING,
+    "lora_dropout": APPLIED,
+    "lora_target_modules": OTHER_WEIGHTS,
+    "train_batch_size": OTHER_CLIPS,
+    "gradient_accumulation_steps": OTHER_CLIPS,
+    "num_train_epochs": Rule("applied", "the schedule of the learning rate ends with the run"),
+    "max_train_steps": Rule("applied", "the schedule of the learning rate ends with the run"),
+    "learning_rate": APPLIED,
+    "lr_scheduler": Rule("applied", "at the same number of updates"),
+    "lr_warmup_steps": Rule("applied", "counted from the first update of the run"),
+    "lr_num_cycles": APPLIED,
+    "lr_power": APPLIED,
+    "adam_beta1": APPLIED,
+    "adam_beta2": APPLIED,
+    "adam_weight_decay": APPLIED,
+    "adam_epsilon": APPLIED,
+    "max_grad_norm": APPLIED,
+    "max_skipped_updates": Rule("applied", "updates left out before the checkpoint count"),
+    "gradient_checkpointing": APPLIED,
+    "gradient_checkpointing_blocks": APPLIED,
+    "offload_activations": APPLIED,
+    "attention_backend": APPLIED,
+    "compile": APPLIED,
+    "context_parallel_degree": APPLIED,
+    "dataloader_num_workers": APPLIED,
+    "weighting_scheme": APPLIED,
+    "flow_shift": APPLIED,
+    "logit_mean": APPLIED,
+    "logit_std": APPLIED,
+    "checkpointing_steps": APPLIED,
+    "checkpoints_total_limit": Rule("applied", "when the next checkpoint is saved"),
+    "validation_steps": APPLIED,
+    "resume_from_checkpoint": Rule("not compared"),
+    "report_to": APPLIED,
+    "tracker_project_name": APPLIED,
+    "logging_steps": APPLIED,
+    "push_to_hub": APPLIED,
+    "hub_model_id": APPLIED,
+    "hub_private_repo": APPLIED,
+    "hub_push_checkpoints": APPLIED,
+}
+
+REWARD_RULES: dict[str, Rule] = {
+    **BASE_RULES,
+    "validation_dataset": OTHER_BEST,
+    "reward_model": FROZEN,
+    "expert": OTHER_MEANING,
+    "num_layers": OTHER_WEIGHTS,
+    "pooling": OTHER_WEIGHTS,
+    "num_query_heads": OTHER_MEANING,
+    "query_residual": OTHER_MEANING,
+    "freeze_blocks": OTHER_WEIGHTS,
+    "task": OTHER_BEST,
+    "loss": OTHER_BEST,
+    "allow_unpaired": OTHER_BEST,
+    "head_learning_rate": APPLIED,
+    "validation_timesteps": OTHER_BEST,
+    "validation_seed": OTHER_BEST,
+    "metric_for_best_model": OTHER_BEST,
+}
+
+PRFL_RULES: dict[str, Rule] = {
+    **BASE_RULES,
+    "use_ema": Rule("applied", "an average that begins now begins with the checkpoint's weights"),
+    "ema_decay": APPLIED,
+    "expert": OTHER_WEIGHTS,
+    "shard_frozen_expert": APPLIED,
+    "reward_model": APPLIED,
+    "allow_other_base": APPLIED,
+    "shard_reward_model": APPLIED,
+    "offload_reward_model": APPLIED,
+    "prompt_dataset": OTHER_DATA,
+    "update_schedule": APPLIED,
+    "reward_loss": APPLIED,
+    "reward_scale": APPLIED,
+    "reward_target": APPLIED,
+    "divide_by_step_width": APPLIED,
+    "num_inference_steps": APPLIED,
+    "step_range": APPLIED,
+    "num_gradient_steps": APPLIED,
+    "rerun_gradient_step": APPLIED,
+    "reward_gradient_checkpointing_blocks": APPLIED,
+    "rollout_attention_backend": APPLIED,
+    "sampler_flow_shift": APPLIED,
+    "prompt_dropout": APPLIED,
+    "long_prompt_probability": APPLIED,
+    "num_validation_samples": APPLIED,
+    "validation_timesteps": APPLIED,
+    "validation_guidance_scale": APPLIED,
+    "validation_videos": APPLIED,
+    "validation_fps": APPLIED,
+    "validation_seed": APPLIED,
+}
+
+RULES: dict[type[TrainingConfig], dict[str, Rule]] = {
+    RewardTrainingConfig: REWARD_RULES,
+    PRFLTrainingConfig: PRFL_RULES,
+}
+
+
+class Change(NamedTuple):
+    """An option with another value than before the checkpoint, and what comes of it."""
+
+    name: str
+    before: Any
+    now: Any
+    rule: Rule
+    ignored: str | None
+
+    def __str__(self) -> str:
+        effect = "applied" + (f"; {self.rule.note}" if self.rule.note else "")
+        if self.ignored is not None:
+            effect = f"ignored, {self.ignored}"
+        return f"`{self.name}` was {self.before!r} before the checkpoint and is {self.now!r} now: {effect}."
+
+
+def find_changes(before: Mapping[str, Any], config: TrainingConfig, engine: str) -> list[Change]:
+    """
+    Options that differ from those a checkpoint was written with.
+
+    Args:
+        before (`Mapping[str, Any]`):
+            Options of the run that wrote it. One that it lacks, because its version had none, had its default.
+        config (`TrainingConfig`):
+            Options now.
+        engine (`str`):
+            `whole`, or `ZeRO-<stage>`.
+
+    Raises:
+        ValueError: If an option has changed that must not; names it and both values.
+    """
+    rules, ignored = RULES[type(config)], without_effect(config, engine)
+    defaults = {each.name: _default(each) for each in dataclasses.fields(config)}
+    changes = []
+    for name, now in dataclasses.asdict(config).items():
+        rule, old = rules[name], before.get(name, defaults[name])
+        if name == "lora_alpha":
+            # Left out it is the rank.
+            same = (old or before.get("lora_rank")) == (now or config.lora_rank)
+        elif name == "lora_target_modules":
+            same = set(old) == set(now)
+        else:
+            same = old == now
+        if same or rule.kind == "not compared":
+            continue
+        if rule.kind == "refused" and name not in ignored:
+            raise ValueError(f"`{name}` must be {old!r}, as before the checkpoint, got {now!r}: {rule.note}.")
+        changes.append(Change(name, old, now, rule, ignored.get(name)))
+    unknown = [name for name in before if name not in rules]
+    changes += [Change(name, before[name], None, APPLIED, "there is no such option") for name in unknown]
+    return changes
+
+
+def _default(option: dataclasses.Field) -> Any:
+    if option.default_factory is not dataclasses.MISSING:
+        return option.default_factory()
+    return None if option.default is dataclasses.MISSING else option.default
+
+
+def without_effect(config: TrainingConfig, engine: str) -> dict[str, str]:
+    """Options that do nothing beside the others, by name, with the reason."""
+    cases: list[tuple[bool, str, tuple[str, ...]]] = [
+        (engine != "whole", "DeepSpeed's own `gradient_clipping` rules", ("max_grad_norm",)),
+        (config.max_train_steps is not None, "`max_train_steps` is given", ("num_train_epochs",)),
+        (config.lr_scheduler == "constant", "`lr_scheduler` is constant", ("lr_warmup_steps",)),
+        (
+            config.lr_scheduler != "cosine_with_restarts",
+            f"`lr_scheduler` is {config.lr_scheduler}",
+            ("lr_num_cycles",),
+        ),
+        (config.lr_scheduler != "polynomial", f"`lr_scheduler` is {config.lr_scheduler}", ("lr_power",)),
+        (config.weighting_scheme == "uniform", "`weighting_scheme` is uniform", ("logit_mean", "logit_std")),
+        (config.lora_rank is None, "there is no adapter", ("lora_alpha", "lora_dropout", "lora_target_modules")),
+        (config.validation_dataset is None, "there is no `validation_dataset`", ("validation_steps",)),
+    ]
+    if isinstance(config, RewardTrainingConfig):
+        from_reward_model = config.reward_model is not None
+        cases += [
+            (from_reward_model, "`reward_model` has its own", ("num_layers", "pooling", "num_query_heads")),
+            (from_reward_model, "`reward_model` has its own", ("query_residual",)),
+            (config.pooling != "query", f"`pooling` is {config.pooling}", ("num_query_heads", "query_residual")),
+            (config.freeze_blocks, "blocks are frozen", ("learning_rate",)),
+            (config.loss == "bce", "`loss` is bce", ("allow_unpaired",)),
+            (
+                config.validation_dataset is None,
+                "there is no `validation_dataset`",
+                ("validation_timesteps", "validation_seed", "metric_for_best_model"),
+            ),
+        ]
+    elif isinstance(config, PRFLTrainingConfig):
+        no_reward = config.update_schedule == "flow_matching"
+        reward_options = ("prompt_dataset", "reward_loss", "reward_scale", "reward_target", "divide_by_step_width")
+        validation_options = ("num_validation_samples", "validation_timesteps", "validation_guidance_scale")
+        cases += [
+            (not config.use_ema, "no average is kept", ("ema_decay",)),
+            (config.reward_loss != "sigmoid", f"`reward_loss` is {config.reward_loss}", ("reward_target",)),
+            (no_reward, "`update_schedule` is flow_matching", (*reward_options, "step_range")),
+            (
+                config.update_schedule == "reward",
+                "`update_schedule` is reward",
+                ("weighting_scheme", "flow_shift", "logit_mean", "logit_std"),
+            ),
+            (not config.validation_videos, "`validation_videos` is off", ("validation_fps",)),
+            (
+                config.validation_dataset is None,
+                "there is no `validation_dataset`",
+                (*validation_options, "validation_videos", "validation_fps", "validation_seed"),
+            ),
+        ]
+    return {name: reason for is_so, reason, names in cases if is_so for name in names}
