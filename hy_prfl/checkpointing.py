@@ -201,17 +201,23 @@ def save_checkpoint(
     state: dict[str, Any],
     write_config: Callable[[Path], None],
     total_limit: int | None,
+    delete_first: bool = False,
 ) -> Path:
     """
     Save everything that `Accelerator.save_state` covers as `output_dir/checkpoint-<step>`. A collective.
 
     All ranks write into a temporary folder, which gets its name only when the last one is done, so a run killed at
-    any moment leaves a good `latest`. Checkpoints beyond `total_limit` are deleted after that, never this one.
+    any moment leaves a good `latest`. Checkpoints beyond `total_limit` are deleted after that, never this one; with
+    `delete_first` before anything is written, so that there are never more than `total_limit`.
     """
     target = output_dir / f"checkpoint-{step}"
     temporary = target.with_name(f".{target.name}.tmp")
     if accelerator.is_main_process:
-        temporary_folder(target).mkdir(parents=True)
+        # Also what a killed run has left under this name.
+        temporary_folder(target)
+        if delete_first and total_limit is not None:
+            delete_old_checkpoints(output_dir, target, total_limit)
+        temporary.mkdir(parents=True)
     accelerator.wait_for_everyone()
     # The base model under an adapter is not saved again by DeepSpeed; everywhere else `save_model` decides.
     is_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED

@@ -78,8 +78,11 @@ def fill_weights(
 def split_for_zero3(module: nn.Module, deepspeed_config: Mapping[str, Any]) -> None:
     """Split the weights of a module as the ZeRO-3 engine of this configuration will want them. A collective."""
     import deepspeed
+    from deepspeed.utils import groups
 
-    deepspeed.zero.Init(module=module, config_dict_or_path=dict(deepspeed_config))
+    # With `zero_hpz_partition_size` the first call makes groups of ranks, and DeepSpeed refuses to make them again.
+    group = groups._get_zero_param_intra_parallel_group()
+    deepspeed.zero.Init(module=module, config_dict_or_path=dict(deepspeed_config), zero_param_parallel_group=group)
 
 
 def split_frozen(module: nn.Module, device: torch.device) -> None:
@@ -123,7 +126,7 @@ def full_state_dict(
         master = full_master(tensor)
         with gathered(tensor):
             if accelerator.is_main_process:
-                state_dict[name] = (tensor if master is None else master).detach().cpu().clone()
+                state_dict[name] = (tensor if master is None else master).detach().to("cpu", copy=True)
     return state_dict
 
 

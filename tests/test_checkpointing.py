@@ -59,6 +59,22 @@ def test_only_the_newest_are_kept_in_order_of_steps(tmp_path: Path) -> None:
     assert find_checkpoint(tmp_path, "latest") == tmp_path / "checkpoint-10"
 
 
+def test_what_is_beyond_the_limit_can_go_before_anything_is_written(tmp_path: Path) -> None:
+    accelerator = Accelerator(cpu=True)
+    seen = []
+
+    def write_config(path: Path) -> None:
+        seen.append([checkpoint.name for checkpoint in list_checkpoints(tmp_path)])
+
+    for step in (8, 9, 10):
+        save_checkpoint(
+            accelerator, tmp_path, step=step, state={"global_step": step}, total_limit=2, delete_first=True,
+            write_config=write_config,
+        )  # fmt: skip
+    assert seen == [[], ["checkpoint-8"], ["checkpoint-9"]]
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10"]
+
+
 def test_unfinished_checkpoints_do_not_count(tmp_path: Path) -> None:
     save(Accelerator(cpu=True), tmp_path, 4)
     (tmp_path / ".checkpoint-8.tmp").mkdir()

@@ -140,6 +140,13 @@ class TrainingConfig:
         default=None,
         metadata={"help": "Keep only this many checkpoints; abandoned ones are deleted first, then the oldest."},
     )
+    delete_checkpoints_first: bool = field(
+        default=False,
+        metadata={
+            "help": "Delete what is beyond checkpoints_total_limit before a checkpoint is written, not after: disk space "
+            "for one checkpoint less. Needs a limit of 2 or more, so that a complete one is always there."
+        },
+    )
     validation_steps: int = field(default=500, metadata={"help": "Updates between two validations."})
     resume_from_checkpoint: str | None = field(
         default=None,
@@ -185,6 +192,9 @@ class TrainingConfig:
         for name in ("max_train_steps", "checkpoints_total_limit"):
             value = getattr(self, name)
             check(value is None or value >= 1, name, value, "at least 1, or left out")
+        limit = self.checkpoints_total_limit
+        fits = not self.delete_checkpoints_first or (limit is not None and limit >= 2)
+        check(fits, "checkpoints_total_limit", limit, "at least 2 with `delete_checkpoints_first`")
         for name in ("lora_rank", "lora_alpha"):
             value = getattr(self, name)
             check(value is None or value > 0, name, value, "greater than 0, or left out")

@@ -277,7 +277,7 @@ def _to_plan(
         host_memory={name: size / GIGA for name, size in needs.host_memory.items()},
         host_peak=needs.host_peak / GIGA,
         checkpoint=needs.checkpoint / GIGA,
-        num_checkpoints=None if limit is None else limit + 1,
+        num_checkpoints=None if limit is None else limit + (0 if training.delete_checkpoints_first else 1),
         teraflops={name: count / TERA for name, count in needs.flops.items()},
         seconds_per_step=seconds,
         hours=None if num_steps is None else num_steps * seconds / 3600,

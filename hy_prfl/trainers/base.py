@@ -200,6 +200,10 @@ class Trainer(ABC):
         if self.context_parallel is not None:
             self.context_parallel.split(model)
         if config.compile:
+            # Generator and reward model share the code of a block, each in several modes and shapes. Beyond its limit
+            # torch would go on without compiling, and say nothing.
+            torch._dynamo.config.recompile_limit = 64
+            torch._dynamo.config.fail_on_recompile_limit_hit = True
             model.compile_repeated_blocks()
 
     def check_kernel(self, option: str, *, trains: bool, dtype: torch.dtype) -> None:
@@ -427,6 +431,7 @@ class Trainer(ABC):
                 state=self.state(),
                 write_config=lambda folder: save_config(config, folder / CONFIG_FILE),
                 total_limit=config.checkpoints_total_limit,
+                delete_first=config.delete_checkpoints_first,
             )
             if not is_last:
                 self.reports.checkpoint_saved(checkpoint, global_step=self.global_step)

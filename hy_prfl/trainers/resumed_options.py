@@ -75,6 +75,7 @@ BASE_RULES: dict[str, Rule] = {
     "logit_std": APPLIED,
     "checkpointing_steps": APPLIED,
     "checkpoints_total_limit": Rule("applied", "when the next checkpoint is saved"),
+    "delete_checkpoints_first": Rule("applied", "when the next checkpoint is saved"),
     "validation_steps": APPLIED,
     "resume_from_checkpoint": Rule("not compared"),
     "report_to": APPLIED,

@@ -1,7 +1,7 @@
 """
 Trains tiny models for a step in every combination of trainer, tuning, kind of model and context parallelism.
 
-    accelerate launch <engine> tests/distributed/matrix.py <folder> <results.json> <degree> [<degree> ...]
+    accelerate launch <engine> tests/distributed/matrix.py <folder> <results.json> <kind>,... <degree>,...
 
 All cases run one after the other in one launch, because to start the processes takes longer than to train. The results
 are the metrics of each case by its name.
@@ -66,9 +66,10 @@ def run_case(folder: Path, output_dir: Path, script: str, tuning: str, kind: str
 
 def main() -> None:
     """Run all cases and write their metrics."""
-    folder, results_file, degrees = Path(sys.argv[1]), Path(sys.argv[2]), [int(degree) for degree in sys.argv[3:]]
+    folder, results_file = Path(sys.argv[1]), Path(sys.argv[2])
+    kinds, degrees = sys.argv[3].split(","), map(int, sys.argv[4].split(","))
     results = {}
-    for script, tuning, kind, degree in itertools.product(SCRIPTS, TUNINGS, KINDS, degrees):
+    for script, tuning, kind, degree in itertools.product(SCRIPTS, TUNINGS, kinds, degrees):
         name = case_name(script, tuning, kind, degree)
         output_dir = results_file.parent / results_file.stem / name.replace(" ", "-")
         results[name] = run_case(folder, output_dir, script, tuning, kind, degree)

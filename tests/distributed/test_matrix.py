@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def launch(models: Path, engine: str, *degrees: int) -> dict[str, dict[str, float]]:
-    """Run all cases of an engine."""
+def launch(
+    models: Path, engine: str, kinds: Sequence[str] = KINDS, degrees: Sequence[int] = (1, 2)
+) -> dict[str, dict[str, float]]:
+    """Run the cases of an engine."""
     results = models / f"{engine}.json"
     program = Path(__file__).with_name("matrix.py")
     command = [sys.executable, "-m", "accelerate.commands.launch", *ENGINES[engine], str(program)]
@@ -73,7 +76,7 @@ def launch(models: Path, engine: str, *degrees: int) -> dict[str, dict[str, floa
         **({"ACCELERATE_USE_CPU": "true"} if engine in ("float32", "ddp") else {}),
     }
     finished = subprocess.run(
-        [*command, str(models), str(results), *map(str, degrees)],
+        [*command, str(models), str(results), ",".join(kinds), ",".join(map(str, degrees))],
         env=environment, text=True, capture_output=True, timeout=900,
     )  # fmt: skip
     assert finished.returncode == 0, f"{finished.stdout[-4000:]}\n{finished.stderr[-8000:]}"
@@ -83,13 +86,11 @@ def launch(models: Path, engine: str, *degrees: int) -> dict[str, dict[str, floa
 @pytest.fixture(scope="module")
 def exact(models: Path) -> dict[str, dict[str, float]]:
     """The cases in float32, in one process."""
-    return launch(models, "float32", 1)
+    return launch(models, "float32", degrees=[1])
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
-def test_bfloat16_computes_what_float32_does(models: Path, exact: dict[str, dict[str, float]], engine: str) -> None:
-    results = launch(models, engine, 1, 2)
-    assert len(results) == len(SCRIPTS) * len(TUNINGS) * len(KINDS) * 2
+def assert_alike(results: dict[str, dict[str, float]], exact: dict[str, dict[str, float]]) -> None:
+    """Losses, logits and norms of gradients are those of float32 but for rounding."""
     different = []
     for name, metrics in results.items():
         expected = exact[case_name(*name.split()[:3], 1)]
@@ -101,3 +102,23 @@ def test_bfloat16_computes_what_float32_does(models: Path, exact: dict[str, dict
             and not math.isclose(metrics[metric], value, rel_tol=0.05, abs_tol=0.01)
         ]
     assert not different
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
+def test_bfloat16_computes_what_float32_does(models: Path, exact: dict[str, dict[str, float]], engine: str) -> None:
+    results = launch(models, engine)
+    assert len(results) == len(SCRIPTS) * len(TUNINGS) * len(KINDS) * 2
+    assert_alike(results, exact)
+
+
+def test_weights_kept_within_a_node(
+    models: Path, exact: dict[str, dict[str, float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ZeRO-3 between nodes: here of one process each would keep nothing, so it is one node of two."""
+    settings = json.loads(Path("ds_configs/zero3_hpz.json").read_text())
+    settings["zero_optimization"]["zero_hpz_partition_size"] = 2
+    file = models / "zero3_hpz.json.config"
+    file.write_text(json.dumps(settings))
+    configs = ["--config_file", "accelerate_configs/zero3_cpu.yaml", "--deepspeed_config_file", str(file)]
+    monkeypatch.setitem(ENGINES, "zero3_hpz", configs)
+    assert_alike(launch(models, "zero3_hpz", kinds=["t2v"], degrees=[1]), exact)

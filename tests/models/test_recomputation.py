@@ -8,7 +8,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch.utils.flop_counter import FlopCounterMode
 
-from hy_prfl.models.recomputation import recompute_blocks
+from hy_prfl.models.recomputation import HostBuffers, recompute_blocks
 from hy_prfl.models.reward_model import WanRewardModel
 
 
@@ -102,6 +102,19 @@ def test_offloaded_inputs_are_not_on_the_device_between_forward_and_backward(pip
         del output
         assert all(tensor() is None for tensor in seen)
     assert alive == {False: 2, True: 0}
+
+
+def test_the_buffers_of_one_update_serve_the_next(pipeline_dir: Path) -> None:
+    model = WanTransformer3DModel.from_pretrained(pipeline_dir, subfolder="transformer")
+    buffers = HostBuffers()
+    recompute_blocks(model, offload=True, buffers=buffers)
+    for _ in range(3):
+        model(*INPUTS).sample.sum().backward()
+        # One for each of three blocks, and all of them free again.
+        assert [len(free) for free in buffers.free.values()] == [3]
+    with torch.no_grad():
+        model(*INPUTS)
+    assert buffers.nbytes == 3 * 2 * 8 * 24 * 4
 
 
 def test_more_blocks_than_there_are_is_refused(load: Callable[[], Any]) -> None:
