@@ -80,7 +80,7 @@ def resume(trainer: "Trainer", checkpoint: Path) -> None:
     _apply_optimizer_options(trainer)
     trainer.load_average(checkpoint)
     _say_what_changed(trainer, state, changes)
-    changed = {change.name for change in changes} | _changed_datasets(trainer, state)
+    changed = {change.name for change in changes if change.ignored is None} | _changed_datasets(trainer, state)
     if "seed" in changed:
         set_seed(trainer.config.seed, device_specific=True)
     trainer.forget_outdated(changed)

@@ -310,6 +310,22 @@ def test_best_by_another_measure(
     assert f"is measured with another {name[change]}: the next validation writes" in caplog.text
 
 
+def test_the_best_model_stays_if_what_changed_has_no_effect(
+    build: Callable[..., RewardTrainer], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options: dict[str, Any] = {"validation_dataset": str(tmp_path / "validation"), "validation_steps": 2}
+    first = build(max_train_steps=2, **options)
+    first.train()
+    config = tmp_path / "out" / "checkpoint-2" / "config.yaml"
+    (tmp_path / "out" / "checkpoint-2" / "files.json").unlink()
+    config.write_text(config.read_text() + "use_8bit_adam: true\n")
+    trainer = build(resume_from_checkpoint="latest", allow_unpaired=True, learning_rate=1e-4, **options)
+    trainer._start_run()
+    assert trainer.best_metric == first.best_metric is not None
+    assert "`allow_unpaired` was False before the checkpoint and is True now: ignored, `loss` is bce." in caplog.text
+    assert "`use_8bit_adam` was True before the checkpoint" in caplog.text
+
+
 def test_another_seed_and_other_rows(
     build: Callable[..., RewardTrainer], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
