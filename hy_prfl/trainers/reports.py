@@ -10,6 +10,7 @@ from accelerate.tracking import get_available_trackers
 from ..configs.base import TrainingConfig, check, save_config
 from ..folders import write_text
 from ..hub import HubUploader
+from ..hub.base_pipeline import SOURCES, run_sources
 from ..provenance import CONFIG_FILE, METRICS_FILE, RUN_FILE, run_record, write_run_record
 from ..tracking import announce_trackers, log_timestep_curves
 
@@ -56,6 +57,7 @@ class Reports:
             save_config(config, self.output_dir / CONFIG_FILE)
             self._truncate_metrics(global_step)
             record = run_record(seed=config.seed, num_processes=self.accelerator.num_processes)
+            record[SOURCES] = run_sources(dataclasses.asdict(config))
             write_run_record(self.output_dir / RUN_FILE, record)
         options = {
             name: value if isinstance(value, (int, float, str, bool)) else str(value)
