@@ -75,7 +75,7 @@ def failure_reason(error: BaseException) -> str:
             return "the token was refused" if code == 401 else f"the Hub answered {code}: {message}"
         if isinstance(cause, HTTPError):
             return f"{constants.ENDPOINT} cannot be reached ({type(cause).__name__}: {cause})"
-        xet_answer = XET_STATUS.search(str(cause)) if isinstance(cause, OSError) else None
+        xet_answer = XET_STATUS.search(str(cause)) if isinstance(cause, (OSError, RuntimeError)) else None
         if xet_answer is not None:
             status, phrase = xet_answer.group("status", "phrase")
             return "the token was refused" if status == "401" else f"the Hub answered {status}: {phrase}"

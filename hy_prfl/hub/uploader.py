@@ -74,7 +74,10 @@ class HubUploader:
             logger.warning("%s Training goes on, and every upload will try again.", error)
         # Of a run that was killed in the middle of an upload.
         for leftover in self.run_dir.glob(f"{SNAPSHOT_PREFIX}*"):
-            shutil.rmtree(leftover)
+            try:
+                shutil.rmtree(leftover)
+            except OSError as error:
+                logger.warning("%s, of an upload that was killed, could not be deleted: %s.", leftover, error)
 
     def upload(self, *, commit_message: str, weights_dir: Path | None = None) -> None:
         """

@@ -11,6 +11,8 @@ ModelKind = Literal["reward", "lora", "transformer"]
 
 # Image tokens of Wan's CLIP; a transformer with positions for those of two images says how many it has.
 NUM_IMAGE_TOKENS = 257
+# What the class takes for sizes that a configuration leaves out.
+DEFAULT_SIZES = {"in_channels": 16, "out_channels": 16, "text_dim": 4096}
 
 
 def usage(
@@ -63,6 +65,7 @@ def usage(
 
 
 def _reward_usage(repo_id: str, config: Mapping[str, Any]) -> str:
+    config = DEFAULT_SIZES | dict(config)
     channels, condition_channels = config["out_channels"], config["in_channels"] - config["out_channels"]
     size = "5, 16, 16"
     lines = [

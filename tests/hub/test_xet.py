@@ -84,10 +84,10 @@ def test_bytes_arrive_and_come_back(hub: HubServer, run_dir: Path, store: Path, 
     assert (asked(hub, "xet-read-token") > 0) == (way == "xet")
     assert (asked(hub, f"content-host/{hashlib.sha256(content).hexdigest()}") > 0) == (way == "lfs")
 
-    # The same content again moves nothing, and other content does.
-    push_folder(run_dir, "user/copy")
+    # The same content again moves nothing.
+    push_folder(run_dir, "user/copy", revision="first/try")
     assert sum(path.stat().st_size for path in store.rglob("default.*")) == stored
-    assert hub.files("user/copy")[LORA] == content
+    assert hub.files("user/copy", branch="first/try")[LORA] == content
 
 
 def test_dataset(hub: HubServer, store: Path, tmp_path: Path, write_latents: Callable[..., Path], way: str) -> None:
@@ -147,6 +147,19 @@ def test_refusals_of_the_storage(hub: HubServer, run_dir: Path, status: int, rea
         push_folder(run_dir, "user/run")
     assert time.monotonic() - started < 10
     assert hub.repos["models", "user/run"].messages == ["initial commit"]
+
+
+@pytest.mark.parametrize("way", ["xet"], indirect=True)
+def test_refusals_of_a_pull(hub: HubServer, run_dir: Path, store: Path, tmp_path: Path) -> None:
+    push_folder(run_dir, "user/run")
+    hub.fail("GET", "/xet-read-token/", 403, "Gated", times=1)
+    with pytest.raises(HubError, match="'user/run' was not pulled: the Hub answered 403: Gated.$"):
+        pull("user/run", tmp_path / "pulled")
+    hub.offer_xet(hub.url)
+    hub.fail("GET", "^/v[12]/", 403, "not for you")
+    with pytest.raises(HubError, match="'user/run' was not pulled: the Hub answered 403: Forbidden.$"):
+        pull("user/run", tmp_path / "pulled")
+    assert not (tmp_path / "pulled").exists()
 
 
 @pytest.mark.parametrize("way", ["xet"], indirect=True)
