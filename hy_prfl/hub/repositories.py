@@ -49,7 +49,7 @@ for _name, _value in XET_RETRIES.items():
 XET_STATUS = re.compile(r"HTTP status (?:client|server) error \((?P<status>\d{3})\s*(?P<phrase>[^)]*)\)")
 
 # Seconds after which an upload that still runs is spoken of, again and again.
-SECONDS_BETWEEN_WORDS = 120.0
+SECONDS_BETWEEN_WORDS = 60.0
 
 
 class HubError(RuntimeError):
