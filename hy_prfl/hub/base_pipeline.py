@@ -66,7 +66,7 @@ class BasePipeline:
 
     @classmethod
     def from_transformer(cls, config: Mapping[str, Any]) -> "BasePipeline":
-        """The pipeline that a transformer of this configuration is for: more channels than it makes are a condition."""
+        """The pipeline of a transformer, by its configuration: channels beyond those it makes are a condition."""
         shape = {name: config[name] for name in SHAPE if config.get(name) is not None}
         pipeline = cls("WanPipeline", **shape)
         takes_condition = pipeline.in_channels > pipeline.out_channels

@@ -102,7 +102,7 @@ def stage(files: Mapping[str, Path], folder: Path) -> dict[str, Path]:
 
 
 def add_card(staged: Mapping[str, Path], folder: Path, repo_id: str, api: HfApi) -> list[str]:
-    """Put a card, its plot and the evaluation into a staged repository, unless a person wrote one; return their names."""
+    """Put card, plot and evaluation into a staged repository, unless a person wrote a card; return their names."""
     if model_kind(staged) is None or not may_replace_card(staged.get(CARD_FILE)):
         return []
     return write_model_card(staged, folder, repo_id=repo_id, api=api)

@@ -180,10 +180,10 @@ def build_card(
 
 def library_name(kind: ModelKind, base: BasePipeline | None, experts: Sequence[ExpertName]) -> str:
     """
-    The library whose code the Hub shows: diffusers for a LoRA that its code loads, otherwise ours, which it knows none of.
+    The library whose code the Hub shows: diffusers for a LoRA that this code loads, otherwise ours, which has none.
 
-    That code loads the base model from the Hub, then the LoRA into its first transformer, and gives the pipeline a prompt
-    and at most one image. Any other repository it takes for a whole pipeline.
+    The code loads the base model from the Hub, then the LoRA into its first transformer, and gives the pipeline a
+    prompt and at most one image. It takes any other repository for a whole pipeline.
 
     Args:
         base (`BasePipeline`, *optional*):

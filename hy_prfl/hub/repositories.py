@@ -40,7 +40,7 @@ SNAPSHOT_PREFIX = ".hub-"
 NO_TOKEN = "There is no Hugging Face token: log in with `hf auth login`, or set HF_TOKEN to a token that may write."
 
 
-# How hf_xet, which moves the content of large files, tries again what fails. By itself it does so for up to six minutes
+# How hf_xet, which moves the content of large files, tries again what fails. By itself it does so for six minutes
 # without a word; now each request is given up after 30 seconds at most. Read when the process first uses it.
 XET_RETRIES = {"HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "4", "HF_XET_CLIENT_RETRY_BASE_DELAY": "2s"}
 for _name, _value in XET_RETRIES.items():

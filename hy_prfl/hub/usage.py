@@ -72,7 +72,7 @@ def _reward_usage(repo_id: str, config: Mapping[str, Any]) -> str:
         "import torch",
         "from hy_prfl import WanRewardModel\n",
         f"reward_model = WanRewardModel.from_pretrained({_quote(repo_id)}).eval()\n",
-        "# Random numbers of the right shapes: put in a clip. Noisy latents are (clips, channels, frames, height, width).",
+        "# Random numbers of the right shapes: put in a clip. Latents are (clips, channels, frames, height, width).",
         f"noisy_latents = torch.randn(1, {channels}, {size})",
         "timesteps = torch.tensor([500.0])  # 1000 * sigma of each clip, anywhere in [0, 1000]",
         f"prompt_embeds = torch.randn(1, 512, {config['text_dim']})  # of the text encoder, padded with zeros",
