@@ -6,6 +6,9 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+from huggingface_hub import HfApi
+from huggingface_hub.constants import EVAL_RESULTS_FOLDER
+
 from ..checkpointing import AVERAGE_FOLDER, BEST_FOLDER, MODEL_FOLDER, list_checkpoints
 from ..models.experts import EXPERT_FOLDERS, LORA_FILES
 from ..provenance import CONFIG_FILE, METRICS_FILE, RUN_FILE
@@ -69,11 +72,12 @@ def _weight_files(place: Path, run_dir: Path) -> dict[str, Path] | None:
 
 
 def _visible_files(folder: Path) -> dict[str, Path]:
-    """All files below a folder by their path in it, but for those that are hidden."""
+    """All files below a folder by their path in it, but for those that are hidden; the Hub's evaluation is not."""
     files = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    return {
-        name.as_posix(): path for name, path in files.items() if not any(part.startswith(".") for part in name.parts)
+    hidden = {
+        name for name in files if any(part.startswith(".") for part in name.parts if part != EVAL_RESULTS_FOLDER)
     }
+    return {name.as_posix(): path for name, path in files.items() if name not in hidden}
 
 
 def stage(files: Mapping[str, Path], folder: Path) -> dict[str, Path]:
@@ -97,8 +101,8 @@ def stage(files: Mapping[str, Path], folder: Path) -> dict[str, Path]:
     return staged
 
 
-def add_card(staged: Mapping[str, Path], folder: Path, repo_id: str) -> list[str]:
-    """Put a card and its plot into a staged repository, unless a person has written one; return their names."""
+def add_card(staged: Mapping[str, Path], folder: Path, repo_id: str, api: HfApi) -> list[str]:
+    """Put card, plot and evaluation into a staged repository, unless a person wrote a card; return their names."""
     if model_kind(staged) is None or not may_replace_card(staged.get(CARD_FILE)):
         return []
-    return write_model_card(staged, folder, repo_id=repo_id)
+    return write_model_card(staged, folder, repo_id=repo_id, api=api)

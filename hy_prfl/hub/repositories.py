@@ -1,14 +1,18 @@
 """Models and datasets on the Hugging Face Hub: errors for people, pushes, downloads that are complete."""
 
+import importlib.util
 import json
 import logging
+import os
 import re
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import quote
 
 from huggingface_hub import HfApi, constants, get_token, snapshot_download
 from huggingface_hub.errors import (
@@ -19,7 +23,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff, validate_repo_id
 
 from ..data.dataset import load_latent_dataset
 from ..models.weight_files import check_output_dir
@@ -36,6 +40,18 @@ SNAPSHOT_PREFIX = ".hub-"
 NO_TOKEN = "There is no Hugging Face token: log in with `hf auth login`, or set HF_TOKEN to a token that may write."
 
 
+# How hf_xet, which moves the content of large files, tries again what fails. By itself it does so for six minutes
+# without a word; now each request is given up after 30 seconds at most. Read when the process first uses it.
+XET_RETRIES = {"HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "4", "HF_XET_CLIENT_RETRY_BASE_DELAY": "2s"}
+for _name, _value in XET_RETRIES.items():
+    os.environ.setdefault(_name, _value)
+# It tells of an answer only so.
+XET_STATUS = re.compile(r"HTTP status (?:client|server) error \((?P<status>\d{3})\s*(?P<phrase>[^)]*)\)")
+
+# Seconds after which an upload that still runs is spoken of, again and again.
+SECONDS_BETWEEN_WORDS = 60.0
+
+
 class HubError(RuntimeError):
     """What was asked of the Hub could not be done, for a reason that may pass: no network, a quota, a fault there."""
 
@@ -46,20 +62,34 @@ def failure_reason(error: BaseException) -> str:
     while cause is not None:
         if isinstance(cause, OfflineModeIsEnabled):
             return "HF_HUB_OFFLINE is set"
+        # The Hub answers a token that may not see a repository with 404, and one that it does not know with 401.
+        if isinstance(cause, HfHubHTTPError) and cause.response.status_code == 401 and _had_token(cause):
+            return "the token was refused"
         if isinstance(cause, RepositoryNotFoundError):
             return "there is no such repository, or this token may not see it"
         if isinstance(cause, RevisionNotFoundError):
             return "there is no such revision"
         if isinstance(cause, HfHubHTTPError):
-            status = cause.response.status_code
+            code = cause.response.status_code
             message = (cause.server_message or cause.response.reason_phrase).splitlines()[0].rstrip(".")
-            return "the token was refused" if status == 401 else f"the Hub answered {status}: {message}"
+            return "the token was refused" if code == 401 else f"the Hub answered {code}: {message}"
         if isinstance(cause, HTTPError):
             return f"{constants.ENDPOINT} cannot be reached ({type(cause).__name__}: {cause})"
+        xet_answer = XET_STATUS.search(str(cause)) if isinstance(cause, (OSError, RuntimeError)) else None
+        if xet_answer is not None:
+            status, phrase = xet_answer.group("status", "phrase")
+            return "the token was refused" if status == "401" else f"the Hub answered {status}: {phrase}"
+        if isinstance(cause, (ConnectionError, TimeoutError)):
+            line = next(iter(str(cause).splitlines()), "").rstrip(".")
+            return f"the storage of {constants.ENDPOINT} cannot be reached ({line})"
         cause = cause.__cause__
     line = next(iter(str(error).splitlines()), "").rstrip(".")
     # Ours and the client's ValueErrors are written for people; anything else is better known by its kind.
     return line if isinstance(error, ValueError) else f"{type(error).__name__}: {line}"
+
+
+def _had_token(error: HfHubHTTPError) -> bool:
+    return "authorization" in error.response.request.headers
 
 
 @contextmanager
@@ -75,6 +105,40 @@ def hub_errors(what: str) -> Iterator[None]:
 def hub_api(token: str | None = None) -> HfApi:
     """The client, with the token given, or the stored one."""
     return HfApi(token=token, library_name="hy_prfl", library_version=__version__)
+
+
+@contextmanager
+def uploading(
+    repo_id: str, *, repo_type: RepoType = "model", revision: str | None = None, token: str | None = None
+) -> Iterator[None]:
+    """
+    Around an upload: ask for the right to write to the Hub's storage first, and say from time to time that it lasts.
+
+    Where hf_xet moves large files, the client leaves that question to it, which loses what the Hub answers and repeats
+    it in silence. Asked here, the answer is an error as any other, and a repetition is logged.
+
+    Raises:
+        HfHubHTTPError: If the Hub refuses.
+    """
+    if importlib.util.find_spec("hf_xet") is not None and not constants.HF_HUB_DISABLE_XET:
+        branch = quote(revision or constants.DEFAULT_REVISION, safe="")
+        url = f"{constants.ENDPOINT}/api/{repo_type}s/{repo_id}/xet-write-token/{branch}"
+        hf_raise_for_status(http_backoff("GET", url, headers=build_hf_headers(token=token)))
+    ended = threading.Event()
+
+    def say_so() -> None:
+        seconds = 0.0
+        while not ended.wait(SECONDS_BETWEEN_WORDS):
+            seconds += SECONDS_BETWEEN_WORDS
+            logger.warning("The upload to '%s' is not done after %.0f seconds; it goes on.", repo_id, seconds)
+
+    speaker = threading.Thread(target=say_so, name="hub-upload", daemon=True)
+    speaker.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        speaker.join()
 
 
 def check_repo_id(repo_id: str) -> None:
@@ -187,15 +251,16 @@ def push_folder(
     with hub_errors(f"'{folder}' was not pushed to '{repo_id}'"):
         if revision is not None:
             api.create_branch(repo_id, branch=revision, repo_type=repo_type, exist_ok=True)
+        where: dict[str, Any] = {"repo_type": repo_type, "revision": revision}
         if dataset is not None:
             plain = dataset.with_format(None)
-            return plain.push_to_hub(repo_id, revision=revision, token=token, commit_message=message).commit_url
+            with uploading(repo_id, token=token, **where):
+                return plain.push_to_hub(repo_id, revision=revision, token=token, commit_message=message).commit_url
         with tempfile.TemporaryDirectory(prefix=SNAPSHOT_PREFIX, dir=folder) as snapshot:
             staged = stage(files, Path(snapshot))
-            add_card(staged, Path(snapshot), repo_id)
-            commit = api.upload_folder(
-                repo_id=repo_id, folder_path=snapshot, repo_type=repo_type, revision=revision, commit_message=message
-            )
+            add_card(staged, Path(snapshot), repo_id, api)
+            with uploading(repo_id, token=token, **where):
+                commit = api.upload_folder(repo_id=repo_id, folder_path=snapshot, commit_message=message, **where)
     (folder / PENDING_FILE).unlink(missing_ok=True)
     return commit.commit_url
 

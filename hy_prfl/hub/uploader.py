@@ -16,7 +16,7 @@ from huggingface_hub.utils import disable_progress_bars
 
 from ..folders import write_text
 from .files import add_card, run_files, stage
-from .repositories import PENDING_FILE, SNAPSHOT_PREFIX, HubError, failure_reason, hub_api, open_repo
+from .repositories import PENDING_FILE, SNAPSHOT_PREFIX, HubError, failure_reason, hub_api, open_repo, uploading
 
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,10 @@ class HubUploader:
             logger.warning("%s Training goes on, and every upload will try again.", error)
         # Of a run that was killed in the middle of an upload.
         for leftover in self.run_dir.glob(f"{SNAPSHOT_PREFIX}*"):
-            shutil.rmtree(leftover)
+            try:
+                shutil.rmtree(leftover)
+            except OSError as error:
+                logger.warning("%s, of an upload that was killed, could not be deleted: %s.", leftover, error)
 
     def upload(self, *, commit_message: str, weights_dir: Path | None = None) -> None:
         """
@@ -130,11 +133,13 @@ class HubUploader:
         assert upload.snapshot is not None
         if not self._is_open:
             self._open()
-        made = add_card(upload.staged, upload.snapshot, self.repo_id)
-        commit = self._api.upload_folder(
-            repo_id=self.repo_id, folder_path=upload.snapshot, commit_message=upload.commit_message
-        )
+        made = add_card(upload.staged, upload.snapshot, self.repo_id, self._api)
+        with uploading(self.repo_id, token=self.token):
+            commit = self._api.upload_folder(
+                repo_id=self.repo_id, folder_path=upload.snapshot, commit_message=upload.commit_message
+            )
         for name in made:
+            (self.run_dir / name).parent.mkdir(exist_ok=True)
             os.replace(upload.snapshot / name, self.run_dir / name)
         return commit.commit_url
 

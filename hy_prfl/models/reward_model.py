@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from diffusers.models.transformers.transformer_wan import (
     WanTimeTextImageEmbedding,
     WanTransformerBlock,
 )
+from huggingface_hub import metadata_load, metadata_save
 from torch import nn
 from transformers.utils import ModelOutput
 
@@ -228,6 +230,15 @@ class WanRewardModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, Atte
                 keys = ", ".join(str(key) for key in list(info[problem])[:5])
                 raise ValueError(f"{pretrained_model_name_or_path}: {len(info[problem])} {problem}, such as {keys}.")
         return (model, info) if return_loading_info else model
+
+    def _upload_folder(self, working_dir: str | Path, repo_id: str, **kwargs: Any) -> Any:
+        # All of diffusers' ways to the Hub end here, with a card that says `library_name: diffusers`. The Hub then shows
+        # code that loads the repository as a pipeline.
+        card = Path(working_dir) / "README.md"
+        data = (metadata_load(card) or {}) if card.is_file() else {}
+        if data.get("library_name") == "diffusers":
+            metadata_save(card, {**data, "library_name": "hy-prfl"})
+        return super()._upload_folder(working_dir, repo_id, **kwargs)
 
     @classmethod
     def load_own_config(cls, pretrained_model_name_or_path: str, **kwargs: Any) -> dict[str, Any]:

@@ -11,10 +11,11 @@ from ..configs.prfl import PRFLTrainingConfig
 from ..configs.reward import RewardTrainingConfig
 from ..models.experts import Experts
 from ..models.loading import load_scheduler
+from ..models.published import VAE_STRIDE
 from .advice import cheapest_changes
 from .engines import Engine
 from .estimate import Estimate, Request, default_reward_config, estimate
-from .models import VAE_STRIDE, load_experts, load_transformer_config, load_vae_stride
+from .models import load_experts, load_transformer_config, load_vae_stride
 from .workloads import TEXT_TOKENS, Shape
 
 

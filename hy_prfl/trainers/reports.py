@@ -11,6 +11,7 @@ from accelerate.tracking import get_available_trackers
 from ..configs.base import TrainingConfig, check, save_config
 from ..folders import write_text
 from ..hub import HubUploader
+from ..hub.base_pipeline import SOURCES, run_sources
 from ..provenance import (
     CONFIG_FILE,
     METRICS_FILE,
@@ -80,6 +81,7 @@ class Reports:
                 record |= {"resumed_from": str(checkpoint), "resumed_step": global_step}
             if abandoned is not None:
                 record["abandoned"] = abandoned.name
+            record[SOURCES] = run_sources(dataclasses.asdict(config))
             write_run_record(self.output_dir / RUN_FILE, record)
         options = {
             name: value if isinstance(value, (int, float, str, bool)) else str(value)

@@ -3,7 +3,8 @@ A small Hugging Face Hub on the loopback interface, for the real client to talk 
 
 It answers what `huggingface_hub`, `diffusers` and `datasets` ask for, as they ask for it, and keeps repositories in
 memory: accounts with read or write tokens, private repositories, commits that never change, branches, files in git
-and in LFS, the latter on a content host that wants no token. Xet is not spoken; set `HF_HUB_DISABLE_XET=1`.
+and in LFS, the latter on a content host that wants no token. With `offer_xet` their content goes through hf_xet, into
+a folder that it takes for the storage service (`local://`); without it, set `HF_HUB_DISABLE_XET=1`.
 """
 
 import base64
@@ -12,7 +13,9 @@ import json
 import re
 import socket
 import struct
+import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +25,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import datasets.config
+import hf_xet
 import pytest
 import yaml
 from huggingface_hub import constants, hf_api
@@ -39,6 +43,7 @@ class File:
 
     content: bytes
     lfs: bool
+    xet_hash: str | None = None
 
     @property
     def oid(self) -> str:
@@ -120,9 +125,29 @@ class HubServer(ThreadingHTTPServer):
         self.objects: dict[str, bytes] = {}
         self.faults: list[Fault] = []
         self.requests: list[tuple[str, str, str | None]] = []
+        self.xet_url: str | None = None
         self.lock = threading.Lock()
         self.gate = threading.Event()
         self.gate.set()
+
+    def offer_xet(self, url: str) -> None:
+        """Have clients send large files to this storage service, `local://` and an absolute path for a folder."""
+        self.xet_url = url
+
+    def read_xet(self, sha256: str) -> File:
+        """A file that a client has put into the folder of the storage service, told by the hash of its content."""
+        assert self.xet_url is not None
+        folder = Path(self.xet_url.removeprefix("local://"))
+        xet_hash, size = next(found for path in folder.rglob("*.mdb") for found in read_shard(path, sha256))
+        with tempfile.TemporaryDirectory() as directory:
+            path = Path(directory) / "file"
+            expiry = {"token": "x", "token_expiry_unix_secs": int(time.time()) + 3600}
+            group = hf_xet.XetSession().new_file_download_group(endpoint=self.xet_url, **expiry)
+            group.start_download_file(hf_xet.XetFileInfo(xet_hash, size), str(path))
+            group.wait_to_finish()
+            file = File(path.read_bytes(), lfs=True, xet_hash=xet_hash)
+        assert (file.sha256, len(file.content)) == (sha256, size)
+        return file
 
     def files(self, repo_id: str, kind: str = "models", branch: str = "main") -> dict[str, bytes]:
         """Files of a branch, by path, without the ones that the Hub itself adds."""
@@ -344,6 +369,15 @@ class Handler(BaseHTTPRequestHandler):
             files.append({**entry, **({"oid": known.etag} if known else {})})
         self.send_json({"files": files})
 
+    def xet_token(self, body: bytes, kind: str, repo_id: str, right: str, revision: str) -> None:
+        self.find(kind, repo_id, write=right == "write")
+        if self.server.xet_url is None:
+            raise Refusal(404, "this Hub has no Xet storage")
+        expiry = int(time.time()) + 3600
+        headers = {"Access-Token": "x", "Cas-Url": self.server.xet_url, "Token-Expiration": str(expiry)}
+        reply = {"accessToken": "x", "exp": expiry, "casUrl": self.server.xet_url}
+        self.send_json(reply, headers={f"X-Xet-{name}": value for name, value in headers.items()})
+
     def lfs_batch(self, body: bytes, kind: str | None, repo_id: str) -> None:
         self.find(kind or "models", repo_id, write=True)
         objects = []
@@ -379,7 +413,11 @@ class Handler(BaseHTTPRequestHandler):
             if line["key"] == "file":
                 files[value["path"]] = File(base64.b64decode(value["content"]), lfs=False)
             elif line["key"] == "lfsFile":
-                files[value["path"]] = File(self.server.objects[value["oid"]], lfs=True)
+                known = self.server.objects.get(value["oid"])
+                file = self.server.read_xet(value["oid"]) if known is None else File(known, lfs=True)
+                assert len(file.content) == value["size"]
+                self.server.objects[value["oid"]] = file.content
+                files[value["path"]] = file
             elif line["key"] == "deletedFile":
                 del files[value["path"]]
         oid = repo.commit(revision, header["summary"], files)
@@ -394,6 +432,9 @@ class Handler(BaseHTTPRequestHandler):
         if file.lfs:
             headers |= {"X-Linked-Etag": f'"{file.etag}"', "X-Linked-Size": str(len(file.content))}
             headers["Location"] = f"{self.server.content_url}/content-host/{file.sha256}"
+            if file.xet_hash is not None:
+                route = f"{self.server.url}/api/{kind or 'models'}/{repo_id}/xet-read-token/{oid}"
+                headers |= {"X-Xet-Hash": file.xet_hash, "X-Xet-Refresh-Route": route}
             self.send_bytes(b"", 302, headers)
             return
         self.send_range(file.content, headers)
@@ -425,6 +466,7 @@ ROUTES: list[tuple[str, Callable[..., None]]] = [
     (rf"POST {API}/paths-info/(?P<revision>.+)", Handler.paths_info),
     (rf"POST {API}/branch/(?P<name>.+)", Handler.branch),
     (rf"POST {API}/preupload/(?P<revision>.+)", Handler.preupload),
+    (rf"GET {API}/xet-(?P<right>read|write)-token/(?P<revision>.+)", Handler.xet_token),
     (rf"POST {API}/commit/(?P<revision>.+)", Handler.commit),
     (rf"POST /(?:(?P<kind>datasets)/)?{REPO}\.git/info/lfs/objects/batch", Handler.lfs_batch),
     (r"PUT /lfs-storage/(?P<oid>\w+)", Handler.lfs_put),
@@ -432,6 +474,32 @@ ROUTES: list[tuple[str, Callable[..., None]]] = [
     (r"(?:GET|HEAD) /content-host/(?P<oid>\w+)", Handler.content),
     (rf"(?:GET|HEAD) /(?:(?P<kind>datasets)/)?{REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", Handler.resolve),
 ]
+
+
+def read_shard(path: Path, sha256: str) -> Iterator[tuple[str, int]]:
+    """
+    Hash and size of each file in a shard of Xet whose content has this SHA-256.
+
+    After a header there are, in pieces of 48 bytes, for each file: its hash, flags and number of segments; the
+    segments; as many hashes to verify them, if flagged; its SHA-256, if flagged. A hash of ones ends the list. Hashes
+    are four little-endian numbers.
+    """
+    content = path.read_bytes()
+    pieces = [content[start : start + 48] for start in range(48, len(content), 48)]
+    while pieces and pieces[0][:32] != b"\xff" * 32:
+        xet_hash, flags, count = struct.unpack("<32sII", pieces[0][:40])
+        segments, pieces = pieces[1 : 1 + count], pieces[1 + count :]
+        pieces = pieces[count if flags & 1 << 31 else 0 :]
+        if flags & 1 << 30:
+            if read_hash(pieces[0]) == sha256:
+                # Hash of the block, flags, size of the segment.
+                yield read_hash(xet_hash), sum(struct.unpack_from("<I", segment, 36)[0] for segment in segments)
+            pieces = pieces[1:]
+
+
+def read_hash(piece: bytes) -> str:
+    """A hash of Xet as it is written."""
+    return "".join(f"{number:016x}" for number in struct.unpack("<4Q", piece[:32]))
 
 
 def check_card(text: str) -> tuple[list[str], list[str]]:
@@ -469,7 +537,7 @@ def client_environment(server: HubServer, home: Path, token: str = WRITER) -> di
         "HF_ENDPOINT": server.url,
         "HF_HOME": str(home),
         "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_XET": "1" if server.xet_url is None else "0",
         "HF_HUB_OFFLINE": "0",
         "HF_TOKEN": token,
     }
@@ -478,11 +546,13 @@ def client_environment(server: HubServer, home: Path, token: str = WRITER) -> di
 def use_in_this_process(server: HubServer, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same settings for a client that is imported already, which read them from the environment at that time."""
     monkeypatch.setenv("HF_TOKEN", WRITER)
+    # hf_xet keeps its caches and logs there.
+    monkeypatch.setenv("HF_HOME", str(home))
     settings = {
         "ENDPOINT": server.url,
         "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
         "HF_HUB_OFFLINE": False,
-        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_DISABLE_XET": server.xet_url is None,
         "HF_HUB_DISABLE_TELEMETRY": True,
         "HF_HUB_CACHE": str(home / "hub"),
         "HF_TOKEN_PATH": str(home / "token"),

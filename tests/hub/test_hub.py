@@ -13,7 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 import torch
-from huggingface_hub import HfApi
+from huggingface_hub import DatasetCard, HfApi, ModelCard
 
 from hy_prfl.configs.base import save_config
 from hy_prfl.configs.reward import RewardTrainingConfig
@@ -88,6 +88,8 @@ def test_reward_model_round_trip(hub: HubServer) -> None:
     second.push_to_hub("user/reward", commit_message="better")
     first.push_to_hub("user/reward", subfolder="early")
 
+    # The Hub shows no code of diffusers, which would load it as a pipeline.
+    assert ModelCard.load("user/reward").data.library_name == "hy-prfl"
     newest = WanRewardModel.from_pretrained("user/reward").eval()
     assert same_weights(newest, second)
     inputs = (torch.randn(2, 16, 3, 4, 4), torch.tensor([200.0, 900.0]), torch.randn(2, 5, 32))
@@ -347,6 +349,8 @@ def test_latent_dataset_round_trip(
     with pytest.raises(ValueError, match="`repo_type` is 'model', but .* is a dataset"):
         push_folder(source, "user/clips")
 
+    # The Hub tells by the files that it is one for `datasets`; its code, `load_dataset(id)`, is that of the next lines.
+    assert DatasetCard.load("user/clips").data.get("library_name") is None
     ours = load_latent_dataset(str(source))
     by_id = load_latent_dataset("user/clips")
     pulled = load_latent_dataset(str(pull("user/clips", tmp_path / "pulled", repo_type="dataset")))

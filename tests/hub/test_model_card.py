@@ -1,6 +1,7 @@
 import json
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,27 +10,23 @@ import pytest
 import torch
 import yaml
 from diffusers import WanPipeline, WanTransformer3DModel
-from huggingface_hub import ModelCard, metadata_load
+from huggingface_hub import HfApi, ModelCard, metadata_load, parse_eval_result_entries
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file
 
-from examples.shapes.pipeline import build_pipeline
+from examples.shapes.pipeline import build_pipeline, save_pipeline
 from hy_prfl.configs.prfl import PRFLTrainingConfig
 from hy_prfl.configs.reward import RewardTrainingConfig
+from hy_prfl.hub.base_pipeline import SOURCES, run_sources
 from hy_prfl.hub.files import run_files
-from hy_prfl.hub.model_card import (
-    OWN_CARD,
-    build_card,
-    draw_training,
-    experts_of,
-    may_replace_card,
-    model_kind,
-    usage,
-    write_model_card,
-)
-from hy_prfl.models.experts import LORA_FILES
+from hy_prfl.hub.model_card import OWN_CARD, PAPER, build_card, may_replace_card, write_model_card
+from hy_prfl.hub.results import draw_training
+from hy_prfl.hub.usage import ModelKind
+from hy_prfl.models.experts import EXPERT_FOLDERS, LORA_FILES, ExpertName
+from hy_prfl.models.published import PUBLISHED
 from hy_prfl.models.reward_model import WanRewardModel
+from hy_prfl.provenance import run_record
 from hy_prfl.trainers.prfl_trainer import PRFLTrainer
 from hy_prfl.trainers.reward_trainer import RewardTrainer
 from tests.hub.hub_server import HubServer, check_card, running_hub, use_in_this_process
@@ -110,7 +107,9 @@ def check_evaluation(card: ModelCard, metrics: dict[str, float]) -> None:
 def check_common(card: ModelCard, run_dir: Path, directory: Path) -> None:
     assert check_card(card.content) == ([], [])
     card.validate(repo_type="model")
-    assert metadata_load(directory / "README.md")["library_name"] == "diffusers"
+    # Its base is a folder: no code of diffusers can load it from the Hub.
+    assert metadata_load(directory / "README.md")["library_name"] == "hy-prfl"
+    assert "base_model" not in metadata_load(directory / "README.md")
     assert card.data.license == "apache-2.0"
     shown = re.search(r"```yaml\n(.*?)\n```", card.text, re.DOTALL)
     assert shown is not None
@@ -137,9 +136,8 @@ def test_reward_model(hub: HubServer, train: Callable[..., Path], tmp_path: Path
     )
     assert "`motion_quality`" in card.text
 
-    latents, prompt_embeds = torch.randn(2, 16, 2, 4, 4), torch.randn(2, 5, 32)
-    names = run_usage(card, noisy_latents=latents, timesteps=torch.tensor([100.0, 700.0]), prompt_embeds=prompt_embeds)
-    assert names["logits"].shape == (2,)
+    names = run_usage(card)
+    assert names["logits"].shape == (1,)
     saved = load_file(run_dir / "best" / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(saved[name], value) for name, value in names["reward_model"].state_dict().items())
 
@@ -176,55 +174,273 @@ def test_transformer(hub: HubServer, train: Callable[..., Path]) -> None:
     assert all(torch.equal(saved[name], value) for name, value in pipeline.transformer.state_dict().items())
 
 
-def test_names_of_the_hub_become_links_and_paths_do_not(tmp_path: Path, pipeline_dir: Path) -> None:
-    transformer = WanTransformer3DModel.from_pretrained(pipeline_dir, subfolder="transformer")
-    WanRewardModel.from_transformer(transformer, num_layers=1).save_pretrained(tmp_path)
-    files = {"config.json": tmp_path / "config.json", "config.yaml": tmp_path / "config.yaml"}
-    assert model_kind(files) == "reward"
-
-    def card_of(base: str, dataset: str) -> ModelCard:
-        config = {"pretrained_model_name_or_path": base, "train_dataset": dataset, "flow_shift": 5.0}
-        files["config.yaml"].write_text(yaml.safe_dump(config))
-        return build_card("reward", files, repo_id="user/pavrm")
-
-    card = card_of("Wan-AI/Wan2.1-T2V-14B-Diffusers", "user/clips")
-    assert card.data.base_model == "Wan-AI/Wan2.1-T2V-14B-Diffusers"
-    assert card.data.base_model_relation == "finetune"
-    assert card.data.datasets == ["user/clips"]
-    assert card.data.eval_results is None
-    for base, dataset in [(str(pipeline_dir), "data/a/train"), ("./model", "../train"), ("/data/m", "clips")]:
-        card = card_of(base, dataset)
-        assert (card.data.base_model, card.data.datasets) == (None, None)
-        assert check_card(card.content) == ([], [])
-        assert base in card.text
-        assert f"`{dataset}`" in card.text
+KINDS: dict[str, dict[str, Any]] = {
+    "t2v": {},
+    "i2v": {"image_to_video": True},
+    "flf2v": {"image_to_video": True, "transformer_config": {"pos_embed_seq_len": 10}},
+    "t2v-a14b": {"boundary_ratio": 0.875},
+    "i2v-a14b": {"boundary_ratio": 0.9, "image_to_video": True},
+    "ti2v-5b": {"expand_timesteps": True},
+    "ti2v-5b as image-to-video": {"expand_timesteps": True, "image_to_video": True},
+}
+MODELS: dict[str, tuple[ModelKind, list[ExpertName]]] = {
+    "reward": ("reward", []),
+    "lora": ("lora", ["high_noise"]),
+    "lora of the low-noise expert": ("lora", ["low_noise"]),
+    "lora of both": ("lora", ["high_noise", "low_noise"]),
+    "full": ("transformer", ["high_noise"]),
+    "full, the low-noise expert": ("transformer", ["low_noise"]),
+    "full, both": ("transformer", ["high_noise", "low_noise"]),
+}
+# A name that tells nothing of the kind.
+BASE = "someone/base-model"
 
 
-def test_image_to_video_reward_model(tmp_path: Path, i2v_pipeline_dir: Path) -> None:
-    transformer = WanTransformer3DModel.from_pretrained(i2v_pipeline_dir, subfolder="transformer")
-    WanRewardModel.from_transformer(transformer, num_layers=1).save_pretrained(tmp_path)
-    card = build_card("reward", {"config.json": tmp_path / "config.json"}, repo_id=str(tmp_path))
-    names = run_usage(
-        card,
-        noisy_latents=torch.randn(1, 16, 2, 4, 4),
-        condition=torch.randn(1, 20, 2, 4, 4),
-        timesteps=torch.tensor([500.0]),
-        prompt_embeds=torch.randn(1, 5, 32),
-        image_embeds=torch.randn(1, 5, 32),
+def save_model(folder: Path, kind: ModelKind, experts: list[ExpertName], options: dict[str, Any]) -> dict[str, Any]:
+    """Save a tuned model of one kind; return its weights by where they belong."""
+    tuned = build_pipeline(num_layers=3, seed=1, **options)
+    if kind == "reward":
+        model = WanRewardModel.from_transformer(tuned.transformer, num_layers=1)
+        model.save_pretrained(folder)
+        return {"reward_model": model.state_dict()}
+    weights = {}
+    for expert in experts:
+        transformer = getattr(tuned, EXPERT_FOLDERS[expert])
+        if kind == "transformer":
+            transformer.save_pretrained(folder / EXPERT_FOLDERS[expert])
+            weights[EXPERT_FOLDERS[expert]] = transformer.state_dict()
+        else:
+            transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+            layers = weights[EXPERT_FOLDERS[expert]] = get_peft_model_state_dict(transformer)
+            WanPipeline.save_lora_weights(folder, transformer_lora_layers=layers, weight_name=LORA_FILES[expert])
+    return weights
+
+
+def visible(folder: Path) -> dict[str, Path]:
+    return {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("pipeline", KINDS)
+def test_the_code_runs_for_every_kind(pipeline: str, model: str, tmp_path: Path) -> None:
+    """As a stranger runs it, with nothing but the two names replaced; and what the Hub's own code is right for."""
+    options, (kind, experts) = KINDS[pipeline], MODELS[model]
+    if "low_noise" in experts and "boundary_ratio" not in options:
+        return
+    base = save_pipeline(tmp_path / "base", num_layers=3, **options)
+    folder = tmp_path / "model"
+    weights = save_model(folder, kind, experts, options)
+    config = {"pretrained_model_name_or_path": BASE, "reward_model": "someone/reward", "lora_rank": 2}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    sources = run_sources({"pretrained_model_name_or_path": str(base)}) | {"on_hub": [BASE]}
+    record = run_record(seed=0) | {SOURCES: sources}
+    (folder / "run.json").write_text(json.dumps([record]))
+
+    card = build_card(kind, visible(folder), repo_id="user/name")
+    assert check_card(card.content) == ([], [])
+    assert card.data.base_model == BASE
+    is_i2v = bool(options.get("image_to_video"))
+    task = "image-to-video" if is_i2v else "text-to-video"
+    assert card.data.pipeline_tag == ("video-classification" if kind == "reward" else task)
+    # The Hub shows: DiffusionPipeline.from_pretrained(base).load_lora_weights(id), pipeline(prompt, one image at most).
+    code_is_right = kind == "lora" and experts == ["high_noise"] and pipeline != "flf2v"
+    assert card.data.library_name == ("diffusers" if code_is_right else "hy-prfl")
+
+    found = re.search(r"```python\n(.*?)\n```", card.text, re.DOTALL)
+    assert found is not None
+    code = found[1].replace(BASE, str(base)).replace("user/name", str(folder))
+    names: dict[str, Any] = {}
+    exec(code, names)
+    if kind == "reward":
+        assert names["logits"].shape == (1,)
+        loaded = {"reward_model": names["reward_model"].state_dict()}
+    else:
+        assert type(names["pipeline"]).__name__ == ("WanImageToVideoPipeline" if is_i2v else "WanPipeline")
+        loaded = {place: getattr(names["pipeline"], place).state_dict() for place in weights}
+        others = {"transformer", "transformer_2"} - weights.keys()
+        assert all("lora_" not in name for place in others for name in state_dict(names["pipeline"], place))
+    for place, saved in weights.items():
+        for name, value in saved.items():
+            known = loaded[place] if kind != "lora" else strip_adapter_names(loaded[place])
+            assert torch.equal(known[name], value), (place, name)
+    if pipeline == "flf2v" and kind != "reward":
+        assert "last_image=last_image" in code
+
+
+def state_dict(pipeline: Any, place: str) -> dict[str, torch.Tensor]:
+    module = getattr(pipeline, place, None)
+    return {} if module is None else module.state_dict()
+
+
+def strip_adapter_names(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {re.sub(r"\.default(_\d+)?\.", ".", name): value for name, value in weights.items()}
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_published_pipelines_are_known_offline(name: str, tmp_path: Path) -> None:
+    """A LoRA's own file does not tell its task, nor does its name: 'TI2V' holds 'I2V', 'FLF2V' does not."""
+    WanPipeline.save_lora_weights(
+        tmp_path, transformer_lora_layers={"blocks.0.attn1.to_q.lora_A.weight": torch.ones(2, 4)}
     )
-    assert names["logits"].shape == (1,)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"pretrained_model_name_or_path": name}))
+    card = build_card("lora", visible(tmp_path), repo_id="user/name")
+    is_i2v = name.split("-")[2] in ("I2V", "FLF2V")
+    assert card.data.pipeline_tag == ("image-to-video" if is_i2v else "text-to-video")
+    assert f'{"WanImageToVideoPipeline" if is_i2v else "WanPipeline"}.from_pretrained("{name}")' in card.text
+    assert card.data.base_model == name
 
 
-def test_image_to_video_generators(tmp_path: Path, i2v_pipeline_dir: Path) -> None:
-    config = tmp_path / "config.yaml"
-    for base in (str(i2v_pipeline_dir), "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers"):
-        config.write_text(yaml.safe_dump({"pretrained_model_name_or_path": base}))
-        model_config = i2v_pipeline_dir / "transformer" / "config.json"
-        card = build_card(
-            "transformer", {"config.yaml": config, "transformer/config.json": model_config}, repo_id="user/i2v"
-        )
-        assert card.data.pipeline_tag == "image-to-video"
-        assert f'WanImageToVideoPipeline.from_pretrained("{base}"' in card.text
+def test_a_pipeline_that_nothing_tells_of(tmp_path: Path) -> None:
+    """Then diffusers chooses the class when it loads, and the card has no task."""
+    WanPipeline.save_lora_weights(
+        tmp_path, transformer_lora_layers={"blocks.0.attn1.to_q.lora_A.weight": torch.ones(2, 4)}
+    )
+    for config in ({"pretrained_model_name_or_path": "someone/I2V", "revision": "v2"}, {}):
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+        card = build_card("lora", visible(tmp_path), repo_id="user/name")
+        assert (card.data.pipeline_tag, card.data.base_model, card.data.library_name) == (None, None, "hy-prfl")
+        assert check_card(card.content) == ([], [])
+    (tmp_path / "config.yaml").write_text(
+        yaml.safe_dump({"pretrained_model_name_or_path": "someone/I2V", "revision": "v2"})
+    )
+    text = build_card("lora", visible(tmp_path), repo_id="user/name").text
+    assert 'DiffusionPipeline.from_pretrained("someone/I2V", revision="v2")' in text
+
+
+PATHS = [
+    "data/train",
+    "weights/wan",
+    "./x",
+    "../x",
+    "~/x",
+    "C:\\x",
+    "C:/x",
+    "/data/m",
+    "data/a/train",
+    "data/train/",
+    "clips",
+]
+
+
+@pytest.fixture
+def reward_files(tmp_path: Path, pipeline_dir: Path) -> Callable[..., dict[str, Path]]:
+    """Function that makes the files of a reward model whose run had these options, and this record."""
+
+    def make(sources: dict[str, Any] | None = None, **config: str) -> dict[str, Path]:
+        folder = tmp_path / "reward"
+        transformer = WanTransformer3DModel.from_pretrained(pipeline_dir, subfolder="transformer")
+        WanRewardModel.from_transformer(transformer, num_layers=1).save_pretrained(folder)
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+        (folder / "metrics.json").write_text('{"global_step": 3, "accuracy": 0.75, "accuracy/t200": 0.5}')
+        record = run_record(seed=0) | ({} if sources is None else {SOURCES: sources})
+        (folder / "run.json").write_text(json.dumps([record]))
+        return visible(folder)
+
+    return make
+
+
+def links(card: ModelCard) -> set[str]:
+    """All that the Hub makes a link of, but for the paper."""
+    data = card.data.to_dict()
+    results = [result["dataset"]["type"] for model in data.get("model-index", []) for result in model["results"]]
+    names = {data.get("base_model"), *(data.get("datasets") or []), *results} - {None, "local"}
+    return names | set(re.findall(r"\]\(([^)]*)\)", card.text)) - {PAPER, "training.png"}
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("recorded", [False, True])
+def test_paths_become_no_links(
+    reward_files: Callable[..., dict[str, Path]], path: str, recorded: bool, tmp_path: Path
+) -> None:
+    """Also where there is nothing at that path, as on another machine, and the form is that of an id."""
+    options = {"pretrained_model_name_or_path": path, "train_dataset": path, "validation_dataset": path}
+    files = reward_files({"on_hub": [], "pipeline": None} if recorded else None, **options)
+    written = write_model_card(files, tmp_path, repo_id="user/name")
+    card = ModelCard.load(tmp_path / "README.md")
+    assert links(card) == set()
+    assert check_card(card.content) == ([], [])
+    assert path in card.text
+    assert len(card.data.eval_results) == 2
+    assert not any(name.startswith(".eval_results") for name in written)
+
+
+def test_a_folder_wins_over_a_repository(
+    reward_files: Callable[..., dict[str, Path]], hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the run recorded, what lies here, what the Hub has: in this order."""
+    for name, kind in (("data/train", "datasets"), ("weights/wan", "models"), ("user/clips", "datasets")):
+        hub.create(name, kind)
+    options = {"pretrained_model_name_or_path": "weights/wan", "train_dataset": "data/train"}
+    options |= {"validation_dataset": "user/clips"}
+    build = partial(build_card, "reward", repo_id="user/name", api=HfApi())
+    assert links(build(reward_files(**options))) == {"weights/wan", "data/train", "user/clips"}
+    assert links(build(reward_files({"on_hub": ["user/clips"], "pipeline": None}, **options))) == {"user/clips"}
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "train").mkdir(parents=True)
+    assert links(build(reward_files(**options))) == {"weights/wan", "user/clips"}
+    # A repository of the wrong kind, one that is private, one that is not there; a Hub that does not answer.
+    hub.create("other/private", private=True)
+    for name in ("user/clips", "other/private", "user/none"):
+        assert links(build(reward_files(pretrained_model_name_or_path=name))) == set()
+    hub.fail("GET", "/api/models/weights/wan", 500)
+    assert links(build(reward_files(pretrained_model_name_or_path="weights/wan"))) == set()
+
+
+def test_what_was_downloaded_is_on_the_hub(
+    reward_files: Callable[..., dict[str, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    files = reward_files(pretrained_model_name_or_path="user/model", train_dataset="user/model")
+    assert links(build_card("reward", files, repo_id="user/name")) == set()
+    (tmp_path / "cache/models--user--model/snapshots/1").mkdir(parents=True)
+    card = build_card("reward", files, repo_id="user/name")
+    assert (card.data.base_model, card.data.datasets) == ("user/model", None)
+    assert card.data.base_model_relation == "finetune"
+
+
+def test_runs_record_their_sources(tmp_path: Path, i2v_pipeline_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "train").mkdir(parents=True)
+    config = {
+        "train_dataset": "data/train",
+        "validation_dataset": "user/clips",
+        "reward_model": "./x",
+        "revision": None,
+    }
+    sources = run_sources(config | {"pretrained_model_name_or_path": str(i2v_pipeline_dir)})
+    assert sources["on_hub"] == ["user/clips"]
+    assert sources["pipeline"] == {
+        "class_name": "WanImageToVideoPipeline", "in_channels": 36, "out_channels": 16, "image_dim": 32,
+        "pos_embed_seq_len": None,
+    }  # fmt: skip
+    assert json.loads(json.dumps(sources)) == sources
+    assert run_sources({"pretrained_model_name_or_path": "someone/unknown"}) == {
+        "on_hub": ["someone/unknown"], "pipeline": None,
+    }  # fmt: skip
+
+
+def test_evaluation_in_the_newer_format(reward_files: Callable[..., dict[str, Path]], tmp_path: Path) -> None:
+    """`.eval_results/*.yaml` as the client reads it, and as the Hub documents it."""
+    sources = {"on_hub": ["user/clips"], "pipeline": None}
+    files = reward_files(sources, validation_dataset="user/clips", task="motion_quality")
+    written = write_model_card(files, tmp_path, repo_id="user/name")
+    assert ".eval_results/hy_prfl.yaml" in written
+    content = yaml.safe_load((tmp_path / ".eval_results/hy_prfl.yaml").read_text())
+    assert content == [
+        {
+            "dataset": {"id": "user/clips", "task_id": "accuracy"},
+            "value": 0.75,
+            "notes": "motion_quality of noisy latents, all noise levels",
+        },
+        {
+            "dataset": {"id": "user/clips", "task_id": "accuracy_t200"},
+            "value": 0.5,
+            "notes": "motion_quality of noisy latents, sigma 0.2",
+        },
+    ]
+    assert [entry.task_id for entry in parse_eval_result_entries(content)] == ["accuracy", "accuracy_t200"]
+    # Beside the older one.
+    assert {result.metric_value for result in ModelCard.load(tmp_path / "README.md").data.eval_results} == {0.75, 0.5}
 
 
 def test_metrics_that_are_not_finite_stay_out_of_the_model_index(tmp_path: Path) -> None:
@@ -233,6 +449,7 @@ def test_metrics_that_are_not_finite_stay_out_of_the_model_index(tmp_path: Path)
     )
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"validation_dataset": "user/clips"}))
     (tmp_path / "metrics.json").write_text('{"global_step": 3, "loss/t200": NaN, "loss/t400": 0.5}')
+    (tmp_path / "run.json").write_text(json.dumps([run_record(seed=0) | {SOURCES: {"on_hub": ["user/clips"]}}]))
     files = {path.name: path for path in tmp_path.iterdir()}
     (result,) = build_card("reward", files, repo_id="user/x").data.eval_results
     assert (result.metric_type, result.metric_value, result.dataset_type) == ("loss", 0.5, "user/clips")
@@ -251,27 +468,3 @@ def test_only_own_cards_are_replaced(tmp_path: Path) -> None:
     assert may_replace_card(tmp_path / "README.md")
     (tmp_path / "README.md").write_text("# Model\n")
     assert not may_replace_card(tmp_path / "README.md")
-
-
-def test_a_card_loads_each_expert_into_its_place(expert_pipeline_dir: Path, tmp_path: Path) -> None:
-    """What the cards of two adapters, and of the low-noise expert's transformer, say."""
-    pipeline = build_pipeline(num_layers=3, boundary_ratio=0.875, seed=1)
-    pipeline.transformer_2.save_pretrained(tmp_path / "transformer_2")
-    files = {"transformer_2/config.json": tmp_path / "transformer_2/config.json"}
-    assert model_kind(files) == "transformer"
-    assert experts_of("transformer", files) == {"low_noise": "transformer_2/config.json"}
-    code = usage("transformer", str(tmp_path), str(expert_pipeline_dir), image_to_video=False, experts=["low_noise"])
-    names: dict[str, Any] = {}
-    exec(code, names)
-    tuned = names["pipeline"].transformer_2.state_dict()
-    assert all(torch.equal(value, tuned[name]) for name, value in pipeline.transformer_2.state_dict().items())
-
-    pipeline.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
-    layers = get_peft_model_state_dict(pipeline.transformer)
-    for name in LORA_FILES.values():
-        WanPipeline.save_lora_weights(tmp_path, transformer_lora_layers=layers, weight_name=name)
-    files = {name: tmp_path / name for name in LORA_FILES.values()}
-    assert model_kind(files) == "lora"
-    experts = list(experts_of("lora", files))
-    exec(usage("lora", str(tmp_path), str(expert_pipeline_dir), image_to_video=False, experts=experts), names)
-    assert set(names["pipeline"].get_list_adapters()) == {"transformer", "transformer_2"}

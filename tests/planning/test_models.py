@@ -8,10 +8,10 @@ from accelerate import init_empty_weights
 from diffusers import WanTransformer3DModel
 
 from hy_prfl.configs.reward import RewardTrainingConfig
+from hy_prfl.models.published import PUBLISHED
 from hy_prfl.models.reward_model import WanRewardModel
 from hy_prfl.models.trainable import select_trainable
 from hy_prfl.planning.models import (
-    PUBLISHED,
     build_reward_model,
     build_transformer,
     count_parameters,

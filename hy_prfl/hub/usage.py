@@ -1,0 +1,100 @@
+"""The code on a model card: how to load a model of each kind. It runs as it stands."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from ..models.experts import EXPERT_FOLDERS, LORA_FILES, ExpertName
+from .base_pipeline import BasePipeline
+
+
+ModelKind = Literal["reward", "lora", "transformer"]
+
+# Image tokens of Wan's CLIP; a transformer with positions for those of two images says how many it has.
+NUM_IMAGE_TOKENS = 257
+# What the class takes for sizes that a configuration leaves out.
+DEFAULT_SIZES = {"in_channels": 16, "out_channels": 16, "text_dim": 4096}
+
+
+def usage(
+    kind: ModelKind,
+    repo_id: str,
+    config: Mapping[str, Any],
+    model_config: Mapping[str, Any],
+    pipeline: BasePipeline | None,
+    experts: Sequence[ExpertName] = ("high_noise",),
+) -> str:
+    """
+    Python code that loads a model and shows how to call it.
+
+    Args:
+        repo_id (`str`):
+            Where the model is: `user/name`, or a path.
+        config (`Mapping[str, Any]`):
+            Options of the run, of which the pipeline and its revision and variant are read.
+        model_config (`Mapping[str, Any]`):
+            Configuration of the reward model or the transformer, empty for a LoRA.
+        pipeline (`BasePipeline`, *optional*):
+            Kind of the pipeline; diffusers chooses the class itself if it is not known.
+        experts (`Sequence[str]`, defaults to `("high_noise",)`):
+            The experts that there are weights for, of a pipeline of two.
+    """
+    if kind == "reward":
+        return _reward_usage(repo_id, model_config)
+    class_name = "DiffusionPipeline" if pipeline is None else pipeline.class_name
+    options = {name: config[name] for name in ("revision", "variant") if config.get(name)}
+    base = config.get("pretrained_model_name_or_path") or "the pipeline that it was trained on"
+    arguments = [_quote(str(base)), *(f"{name}={_quote(str(value))}" for name, value in options.items())]
+    inputs = ""
+    if pipeline is not None and pipeline.is_image_to_video:
+        inputs = "image=image, last_image=last_image, " if pipeline.needs_last_image else "image=image, "
+    call = f'# Then, on a GPU: video = pipeline({inputs}prompt="...").frames[0]'
+    if kind == "lora":
+        loads = []
+        for expert in experts:
+            into = ", load_into_transformer_2=True" if expert == "low_noise" else ""
+            loads.append(f'pipeline.load_lora_weights({_quote(repo_id)}, weight_name="{LORA_FILES[expert]}"{into})')
+        load = f"pipeline = {class_name}.from_pretrained({', '.join(arguments)})"
+        return "\n".join([f"from diffusers import {class_name}\n", load, *loads, call])
+    folders = [EXPERT_FOLDERS[expert] for expert in experts]
+    tuned = [
+        f'{name} = WanTransformer3DModel.from_pretrained({_quote(repo_id)}, subfolder="{name}")' for name in folders
+    ]
+    arguments += [f"{name}={name}" for name in folders]
+    load = f"pipeline = {class_name}.from_pretrained({', '.join(arguments)})"
+    return "\n".join([f"from diffusers import {class_name}, WanTransformer3DModel\n", *tuned, load, call])
+
+
+def _reward_usage(repo_id: str, config: Mapping[str, Any]) -> str:
+    config = DEFAULT_SIZES | dict(config)
+    channels, condition_channels = config["out_channels"], config["in_channels"] - config["out_channels"]
+    size = "5, 16, 16"
+    lines = [
+        "import torch",
+        "from hy_prfl import WanRewardModel\n",
+        f"reward_model = WanRewardModel.from_pretrained({_quote(repo_id)}).eval()\n",
+        "# Random numbers of the right shapes: put in a clip. Latents are (clips, channels, frames, height, width).",
+        f"noisy_latents = torch.randn(1, {channels}, {size})",
+        "timesteps = torch.tensor([500.0])  # 1000 * sigma of each clip, anywhere in [0, 1000]",
+        f"prompt_embeds = torch.randn(1, 512, {config['text_dim']})  # of the text encoder, padded with zeros",
+    ]
+    inputs = ["noisy_latents", "timesteps", "prompt_embeds"]
+    if condition_channels:
+        inputs[0] = "torch.cat([noisy_latents, condition], dim=1)"
+        lines.append(
+            f"condition = torch.randn(1, {condition_channels}, {size})  # mask and latents of the given image"
+        )
+    if config.get("image_dim") is not None:
+        both = config.get("pos_embed_seq_len")
+        shape, of = (1, NUM_IMAGE_TOKENS), "the image"
+        if both is not None:
+            shape, of = (2, both // 2), "the first and the last image"
+        lines.append(f"image_embeds = torch.randn{(*shape, config['image_dim'])}  # of {of}, by the image encoder")
+        inputs.append("image_embeds")
+    call = f"    logits = reward_model({', '.join(inputs)}).logits"
+    return "\n".join([*lines, "with torch.no_grad():", call, "reward = logits.sigmoid()  # in (0, 1)"])
+
+
+def _quote(text: str) -> str:
+    """As Python code, in double quotes; backslashes of Windows paths stay what they are."""
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
