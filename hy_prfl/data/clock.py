@@ -1,0 +1,181 @@
+"""When each frame of a clip is on the screen: presentation times put in order, jumps found, rounding undone."""
+
+import heapq
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Literal
+
+import av
+import numpy as np
+
+from .pixels import VideoError
+
+
+ClockJumps = Literal["refuse", "join"]
+
+# Frames that are looked at before one is handed on. H.264 shows a frame at most 16 places from where it was coded.
+WINDOW = 18
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A frame and the time that it is on the screen, in seconds since the first frame."""
+
+    frame: av.VideoFrame
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class _Timed:
+    """A frame, its time by the file's clock, those of the frames after it, and whether times had to be sorted."""
+
+    frame: av.VideoFrame
+    time: float
+    upcoming: list[float]
+    was_sorted: bool
+
+
+@dataclass
+class Clock:
+    """
+    Tells when the frames of a stream, in the order of the decoder, are on the screen. Times are in seconds.
+
+    - Times that are missing follow from the durations before them.
+    - Times in the order of coding, as a container without presentation times gives them (AVI), are sorted.
+    - Times that were rounded to a coarse clock (GIF: 10 ms) become those of the constant rate that they come from, if
+      there is one: the first of `rates` that no time is more than a tick away from.
+    - A clock that runs back, or a frame that stays longer than `max_frame_duration`, is an error, or the parts are
+      joined: the last frame before the jump stays as long as the one before it.
+
+    Args:
+        tick (`float`): Resolution of the clock, the stream's time base.
+        interval (`float`): Usual duration of a frame, where the file does not say.
+        rates (`Sequence[float]`): Frame rates that the source may have had, in frames per second.
+        max_frame_duration (`float`): Longest time that one frame may stay.
+        jumps (`str`, defaults to `"refuse"`): `"refuse"` or `"join"`.
+
+    Attributes:
+        joined (`list[str]`): The jumps that were joined, in words.
+    """
+
+    tick: float
+    interval: float
+    rates: Sequence[float]
+    max_frame_duration: float
+    jumps: ClockJumps = "refuse"
+    joined: list[str] = field(default_factory=list)
+
+    def show(self, frames: Iterable[av.VideoFrame]) -> Iterator[Shown]:
+        """
+        Frames with the times at which they appear and leave, in the order of the screen.
+
+        Raises:
+            VideoError: If the clock jumps and that is refused; not before a frame behind the jump is asked for.
+        """
+        part, before, start, usual = _Part(self, 0.0), None, 0.0, self.interval
+        for timed in self._sort(frames):
+            if before is not None:
+                jump = self._find_jump(before.time, timed)
+                following = start + usual if jump else max(part.place(timed), start)
+                yield Shown(before.frame, start, following)
+                if jump:
+                    self._refuse_or_note(jump)
+                    part = _Part(self, following)
+                usual, start = following - start or usual, following
+            if part.origin is None:
+                part.place(timed)
+            before = timed
+        if before is not None:
+            duration = self._duration(before.frame) or usual
+            too_long = duration > self.max_frame_duration
+            yield Shown(before.frame, start, start + (usual if too_long else duration))
+            if too_long:
+                self._refuse_or_note(self._stays(before.time, duration))
+
+    def _sort(self, frames: Iterable[av.VideoFrame]) -> Iterator[_Timed]:
+        """
+        Frames with their times, in order as long as no frame is more than a window away from its place.
+
+        The decoder's order is that of the screen, so only the times move.
+        """
+        waiting: deque[av.VideoFrame] = deque()
+        times: list[float] = []
+        latest, end, was_sorted = -float("inf"), 0.0, False
+
+        def pop() -> _Timed:
+            time = heapq.heappop(times)
+            return _Timed(waiting.popleft(), time, sorted(times), was_sorted)
+
+        for frame in frames:
+            time = end if frame.pts is None else float(frame.pts * frame.time_base)
+            end = time + (self._duration(frame) or self.interval)
+            if time < latest - 2 * WINDOW * self.interval:
+                # Not the order of coding, but another clock: nothing that came before belongs behind it.
+                while waiting:
+                    yield pop()
+                latest = time
+            was_sorted = was_sorted or time < latest
+            latest = max(latest, time)
+            waiting.append(frame)
+            heapq.heappush(times, time)
+            if len(waiting) > WINDOW:
+                yield pop()
+        while waiting:
+            yield pop()
+
+    def _find_jump(self, before: float, timed: _Timed) -> str | None:
+        """What is wrong with the step from the frame before to this one, None if nothing is."""
+        step = timed.time - before
+        # Sorted times in one place are two clocks, not one in the order of coding.
+        if step < 0 or (timed.was_sorted and step < self.interval / 2):
+            return f"its clock runs back at {before:.3f} s"
+        return self._stays(before, step) if step > self.max_frame_duration else None
+
+    def _stays(self, time: float, duration: float) -> str:
+        return (
+            f"the frame at {time:.3f} s stays for {duration:.3f} s, longer than `max_frame_duration` "
+            f"({self.max_frame_duration:g} s)"
+        )
+
+    def _refuse_or_note(self, jump: str) -> None:
+        if self.jumps == "refuse":
+            raise VideoError(f"{jump}; `clock_jumps: join` lets what follows start at once")
+        self.joined.append(f"joined where {jump}")
+
+    def _duration(self, frame: av.VideoFrame) -> float:
+        return float(frame.duration * frame.time_base) if frame.duration else 0.0
+
+
+class _Part:
+    """Frames between two jumps of the clock, the first of them on the screen from `offset` on."""
+
+    def __init__(self, clock: Clock, offset: float) -> None:
+        self.clock = clock
+        self.offset = offset
+        self.origin: float | None = None
+        self.index = 0
+        self.rates = np.array(clock.rates)
+        self.steps: set[int] = set()
+
+    def place(self, timed: _Timed) -> float:
+        """When the next frame of this part appears on the screen."""
+        if self.origin is None:
+            self.origin = timed.time
+        times = [timed.time]
+        for time in timed.upcoming:
+            if time - times[-1] > self.clock.max_frame_duration:
+                break
+            times.append(time)
+        tick = self.clock.tick
+        self.steps |= {round((second - first) / tick) for first, second in pairwise(times)}
+        expected = np.arange(self.index, self.index + len(times)) / self.rates[:, None]
+        errors = np.abs(np.array(times) - self.origin - expected)
+        self.rates = self.rates[(errors <= tick * (1 + 1e-6)).all(axis=1)]
+        self.index += 1
+        # Steps that are all equal were not rounded.
+        if len(self.steps) > 1 and len(self.rates):
+            return self.offset + float((self.index - 1) / self.rates[0])
+        return self.offset + timed.time - self.origin
