@@ -15,6 +15,9 @@ from .pixels import VideoError
 
 ClockJumps = Literal["refuse", "join"]
 
+# Seconds that times may be off whatever the clock: files pass through containers that round to milliseconds (WebM).
+TOLERANCE = 1e-3
+
 # Frames that are looked at before one is handed on. H.264 shows a frame at most 16 places from where it was coded.
 WINDOW = 18
 
@@ -46,7 +49,7 @@ class Clock:
     - Times that are missing follow from the durations before them.
     - Times in the order of coding, as a container without presentation times gives them (AVI), are sorted.
     - Times that were rounded to a coarse clock (GIF: 10 ms) become those of the constant rate that they come from, if
-      there is one: the first of `rates` that no time is more than a tick away from.
+      there is one: the first of `rates` that no time is more than a tick, or a millisecond, away from.
     - A clock that runs back, or a frame that stays longer than `max_frame_duration`, is an error, or the parts are
       joined: the last frame before the jump stays as long as the one before it.
 
@@ -59,6 +62,7 @@ class Clock:
 
     Attributes:
         joined (`list[str]`): The jumps that were joined, in words.
+        skipped (`float`): Seconds that they took by the file's clock.
     """
 
     tick: float
@@ -67,6 +71,7 @@ class Clock:
     max_frame_duration: float
     jumps: ClockJumps = "refuse"
     joined: list[str] = field(default_factory=list)
+    skipped: float = 0.0
 
     def show(self, frames: Iterable[av.VideoFrame]) -> Iterator[Shown]:
         """
@@ -82,7 +87,7 @@ class Clock:
                 following = start + usual if jump else max(part.place(timed), start)
                 yield Shown(before.frame, start, following)
                 if jump:
-                    self._refuse_or_note(jump)
+                    self._refuse_or_note(jump, timed.time - before.time - usual)
                     part = _Part(self, following)
                 usual, start = following - start or usual, following
             if part.origin is None:
@@ -93,7 +98,7 @@ class Clock:
             too_long = duration > self.max_frame_duration
             yield Shown(before.frame, start, start + (usual if too_long else duration))
             if too_long:
-                self._refuse_or_note(self._stays(before.time, duration))
+                self._refuse_or_note(self._stays(before.time, duration), duration - usual)
 
     def _sort(self, frames: Iterable[av.VideoFrame]) -> Iterator[_Timed]:
         """
@@ -140,10 +145,11 @@ class Clock:
             f"({self.max_frame_duration:g} s)"
         )
 
-    def _refuse_or_note(self, jump: str) -> None:
+    def _refuse_or_note(self, jump: str, skipped: float) -> None:
         if self.jumps == "refuse":
             raise VideoError(f"{jump}; `clock_jumps: join` lets what follows start at once")
-        self.joined.append(f"joined where {jump}")
+        self.joined.append(jump)
+        self.skipped += max(skipped, 0)
 
     def _duration(self, frame: av.VideoFrame) -> float:
         return float(frame.duration * frame.time_base) if frame.duration else 0.0
@@ -169,11 +175,10 @@ class _Part:
             if time - times[-1] > self.clock.max_frame_duration:
                 break
             times.append(time)
-        tick = self.clock.tick
-        self.steps |= {round((second - first) / tick) for first, second in pairwise(times)}
+        self.steps |= {round((second - first) / self.clock.tick) for first, second in pairwise(times)}
         expected = np.arange(self.index, self.index + len(times)) / self.rates[:, None]
         errors = np.abs(np.array(times) - self.origin - expected)
-        self.rates = self.rates[(errors <= tick * (1 + 1e-6)).all(axis=1)]
+        self.rates = self.rates[(errors <= max(self.clock.tick, TOLERANCE) * (1 + 1e-6)).all(axis=1)]
         self.index += 1
         # Steps that are all equal were not rounded.
         if len(self.steps) > 1 and len(self.rates):

@@ -15,11 +15,9 @@ HDR = Literal["refuse", "tone_map"]
 
 HDR_TRANSFERS: dict[int, str] = {ColorTrc.SMPTE2084: "PQ", ColorTrc.ARIB_STD_B67: "HLG"}
 # Transfer functions that a display for BT.709 shows as they are. FFmpeg reserves 0 and 3.
+UNKNOWN_TRANSFERS: set[int] = {0, 3, ColorTrc.UNSPECIFIED}
 SDR_TRANSFERS: set[int] = {
-    0,
-    3,
     ColorTrc.BT709,
-    ColorTrc.UNSPECIFIED,
     ColorTrc.GAMMA22,
     ColorTrc.GAMMA28,
     ColorTrc.SMPTE170M,
@@ -30,6 +28,8 @@ SDR_TRANSFERS: set[int] = {
     ColorTrc.BT2020_10,
     ColorTrc.BT2020_12,
 }
+# Those that look wrong there, and that swscale converts.
+OTHER_TRANSFERS: set[int] = {ColorTrc.LINEAR, ColorTrc.SMPTE428}
 P3_PRIMARIES = (ColorPrimaries.SMPTE431, ColorPrimaries.SMPTE432)
 
 # FFmpeg's numbers of the colour matrices, which PyAV has no names for.
@@ -161,19 +161,22 @@ def color_options(frame: av.VideoFrame, hdr: HDR) -> str:
     transfer, primaries, matrix = int(frame.color_trc), int(frame.color_primaries), int(frame.colorspace)
     types = {data.type for data in frame.side_data}
     dolby = bool(types & {SideDataType.DOVI_METADATA, SideDataType.DOVI_RPU_BUFFER})
-    if matrix not in KNOWN_MATRICES or (dolby and transfer == ColorTrc.UNSPECIFIED):
-        what = "Dolby Vision without a picture for other displays" if dolby else f"FFmpeg's colour matrix {matrix}"
-        raise VideoError(f"its colours cannot be converted: {what}")
+    if dolby and transfer in UNKNOWN_TRANSFERS:
+        raise VideoError("its colours cannot be converted: Dolby Vision without a picture for other displays")
+    if matrix not in KNOWN_MATRICES:
+        raise VideoError(f"its colours cannot be converted: FFmpeg's colour matrix {matrix}")
+    if transfer not in {*HDR_TRANSFERS, *SDR_TRANSFERS, *OTHER_TRANSFERS, *UNKNOWN_TRANSFERS}:
+        raise VideoError(f"its colours cannot be converted: FFmpeg's transfer function {transfer}")
+    name = HDR_TRANSFERS.get(transfer)
     wide = primaries == ColorPrimaries.BT2020 or matrix == BT2020_MATRIX
-    if not (wide or transfer in HDR_TRANSFERS):
-        if primaries in P3_PRIMARIES or transfer not in SDR_TRANSFERS:
+    if name is None and not wide:
+        if primaries in P3_PRIMARIES or transfer in OTHER_TRANSFERS:
             return ":out_primaries=bt709:out_transfer=bt709:intent=relative_colorimetric"
         return ""
-    name = HDR_TRANSFERS.get(transfer)
     if hdr == "refuse":
         what = f"HDR, with the transfer function {name}" if name else "of the wide gamut BT.2020"
         raise VideoError(f"its colours are {what}; `hdr: tone_map` converts them to BT.709")
-    if wide and transfer not in {*HDR_TRANSFERS, *SDR_TRANSFERS - {0, 3, ColorTrc.UNSPECIFIED}}:
+    if transfer in UNKNOWN_TRANSFERS:
         raise VideoError(
             "its colours are of the wide gamut BT.2020, and no transfer function says how bright they are"
         )

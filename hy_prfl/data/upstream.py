@@ -12,7 +12,7 @@ import torch
 from .encoding import LatentEncoder, strip_padding
 from .manifest import ManifestRow, check_ids, parse_json, read_labels, read_text
 from .preprocessing import pack_row
-from .store import hash_file, hash_text
+from .store import FileHashes, hash_text
 from .video import TEMPORAL_STRIDE, VideoError
 
 
@@ -118,17 +118,26 @@ class UpstreamImporter:
         fps (`float`): Frame rate of upstream's clips.
         tensor_dtype (`str`): Storage type, `"float16"` or `"float32"`.
         null_prompt_path (`str`, *optional*): Upstream's null.npy, instead of encoding the empty prompt.
+        hashes (`FileHashes`, *optional*): Hashes of arrays that are known already.
 
     Raises:
         ValueError: If the pipeline needs a last frame, which upstream did not keep.
     """
 
-    def __init__(self, encoder: LatentEncoder, fps: float, tensor_dtype: str, null_prompt_path: str | None) -> None:
+    def __init__(
+        self,
+        encoder: LatentEncoder,
+        fps: float,
+        tensor_dtype: str,
+        null_prompt_path: str | None,
+        hashes: FileHashes | None = None,
+    ) -> None:
         if encoder.uses_last_frame:
             raise ValueError("upstream's arrays have the first frame only, the pipeline needs a first and a last one.")
         self.encoder = encoder
         self.fps = fps
         self.tensor_dtype = tensor_dtype
+        self.hashes = FileHashes() if hashes is None else hashes
         if null_prompt_path is None:
             self.null_prompt_embeds = encoder.encode_prompt("").numpy()
         else:
@@ -138,7 +147,7 @@ class UpstreamImporter:
     def row_key(self, row: ManifestRow) -> str:
         """Hash of all that the columns of a row depend on: files, texts, type, encoders."""
         paths = self._paths(row)
-        files = {name: hash_file(path) for name, path in paths.items()}
+        files = {name: self.hashes[path] for name, path in paths.items()}
         settings = [self.fps, self.tensor_dtype, self.encoder.identity, self._null_prompt_hash]
         return hash_text(json.dumps(["upstream", files, row.prompt, row.long_prompt, settings], sort_keys=True))
 
@@ -175,7 +184,7 @@ class UpstreamImporter:
             width=latent_width * self.encoder.spatial_stride,
             fps=self.fps,
             tensor_dtype=self.tensor_dtype,
-            sources=[paths["latents"]],
+            source_hash=self.hashes[paths["latents"]],
         )
 
     def _paths(self, row: ManifestRow) -> dict[str, Path]:

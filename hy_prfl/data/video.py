@@ -1,26 +1,21 @@
 """From a video file to frames of one size and frame rate. No models."""
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import av
 import numpy as np
 import torch
-from av.stream import Disposition
 from PIL import Image, ImageOps
 
-from .clock import Clock, ClockJumps
+from .clock import TOLERANCE, Clock, ClockJumps
+from .container import DecodedStream, choose_stream, open_video
 from .pixels import HDR, FrameConverter, VideoError, on_white
 
 
 logger = logging.getLogger(__name__)
-
-# Containers such as WebM round presentation times to milliseconds: a frame due within this time counts as there.
-TIME_TOLERANCE = 1e-3
 
 # A frame that fills more seconds of a clip is worth a word in the report.
 LONG_FRAME = 1.0
@@ -114,7 +109,8 @@ def decode_video(
         with open_video(path) as container:
             frames, remarks = _resample(container, fps, num_frames, rules)
     except av.error.FFmpegError as error:
-        raise VideoError(f"cannot be decoded: {error}") from error
+        # PyAV's own text names the file, and here it has no name.
+        raise VideoError(f"cannot be decoded: {error.strerror or error}") from error
     if len({frame.shape for frame in frames}) > 1:
         raise VideoError("the size of the frames changes within the clip")
     if len(frames) < min_num_frames:
@@ -122,46 +118,11 @@ def decode_video(
     return DecodedVideo(np.stack(frames[: floor_num_frames(len(frames))]), remarks)
 
 
-@contextmanager
-def open_video(path: str | Path) -> Iterator[av.container.InputContainer]:
-    """
-    Open a file for reading with PyAV, whatever its name is.
-
-    FFmpeg takes a name such as `12:30:05.mp4` for a protocol and `%d` for a number to fill in, so it sees none.
-
-    Raises:
-        VideoError: If there is no such file.
-        av.error.FFmpegError: If it is nothing that FFmpeg reads.
-    """
-    if not Path(path).is_file():
-        raise VideoError(f"there is no file '{path}'")
-    with open(path, "rb") as file, av.open(_Nameless(file), buffer_size=1 << 18) as container:
-        yield container
-
-
-class _Nameless:
-    """A file without its name, which PyAV would pass on."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.read, self.seek, self.tell = file.read, file.seek, file.tell
-
-
-def _choose_stream(container: av.container.InputContainer) -> av.VideoStream:
-    pictures = Disposition.attached_pic | Disposition.timed_thumbnails
-    streams = [stream for stream in container.streams.video if not stream.disposition & pictures]
-    if not streams:
-        what = " but a cover picture" if container.streams.video else ""
-        raise VideoError(f"the file holds no video stream{what}")
-    return max(
-        streams, key=lambda stream: (bool(stream.disposition & Disposition.default), stream.width * stream.height)
-    )
-
-
 def _resample(
     container: av.container.InputContainer, fps: float, num_frames: int, rules: DecodingRules
 ) -> tuple[list[np.ndarray], tuple[str, ...]]:
     """Up to `num_frames` RGB frames, one for each time `i / fps` that the stream covers, and remarks on them."""
-    stream = _choose_stream(container)
+    stream = choose_stream(container)
     stream.thread_type = "AUTO"
     rates = [float(rate) for rate in (stream.guessed_rate, stream.base_rate, stream.average_rate) if rate]
     clock = Clock(
@@ -172,7 +133,7 @@ def _resample(
         jumps=rules.clock_jumps,
     )
     convert = FrameConverter(stream.sample_aspect_ratio, rules.hdr)
-    source = _Decoded(container, stream)
+    source = DecodedStream(container, stream)
     frames: list[np.ndarray] = []
     end, longest, interlaced = 0.0, 0.0, False
     for shown in clock.show(source):
@@ -180,7 +141,7 @@ def _resample(
             raise VideoError(f"damaged: the frame at {shown.frame.time} s is corrupt")
         before = len(frames)
         image: np.ndarray | None = None
-        while len(frames) < num_frames and len(frames) / fps < shown.end - TIME_TOLERANCE:
+        while len(frames) < num_frames and len(frames) / fps < shown.end - TOLERANCE:
             image = convert(shown.frame) if image is None else image
             frames.append(image)
         if len(frames) > before:
@@ -190,54 +151,13 @@ def _resample(
         if len(frames) == num_frames:
             break
     else:
-        source.check(end)
-    remarks = list(clock.joined)
+        source.check(end + clock.skipped)
+    remarks = [f"joined at {len(clock.joined)} places, first where {clock.joined[0]}"] if clock.joined else []
     if longest > LONG_FRAME:
         remarks.append(f"one frame fills {longest:.2f} s of the clip")
     if interlaced:
         remarks.append("its frames are interlaced")
     return frames, tuple(remarks)
-
-
-class _Decoded:
-    """
-    Decoded frames of a stream. An error ends them, and is raised by `check` if what comes before does not suffice.
-
-    The clock looks ahead, at frames that are perhaps not needed.
-    """
-
-    def __init__(self, container: av.container.InputContainer, stream: av.VideoStream) -> None:
-        self.container, self.stream = container, stream
-        self.error: av.error.FFmpegError | None = None
-        self.num_frames = 0
-
-    def __iter__(self) -> Iterator[av.VideoFrame]:
-        try:
-            for frame in self.container.decode(self.stream):
-                self.num_frames += 1
-                yield frame
-        except av.error.FFmpegError as error:
-            self.error = error
-
-    def check(self, end: float) -> None:
-        """Raise what is wrong with a stream that ended `end` seconds after its first frame."""
-        if self.error is not None:
-            raise self.error
-        if self.num_frames == 0:
-            raise VideoError("zero frames could be decoded")
-        rate = self.stream.average_rate or self.stream.guessed_rate
-        duration = self._announced()
-        if duration is not None and end < duration - (2 / float(rate) if rate else 0):
-            raise VideoError(f"truncated: {end:.2f} s of the announced {duration:.2f} s can be decoded")
-
-    def _announced(self) -> float | None:
-        """Duration in seconds that the header gives the stream."""
-        if self.stream.duration is not None:
-            return float(self.stream.duration * self.stream.time_base)
-        # Matroska has one for all streams only.
-        if "matroska" in self.container.format.name and len(self.container.streams) == 1 and self.container.duration:
-            return float(self.container.duration / av.time_base)
-        return None
 
 
 def read_image(path: str | Path) -> np.ndarray:
