@@ -2,7 +2,7 @@
 
 import heapq
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
@@ -16,7 +16,13 @@ from .pixels import VideoError
 ClockJumps = Literal["refuse", "join"]
 
 # Seconds that times may be off whatever the clock: files pass through containers that round to milliseconds (WebM).
-TOLERANCE = 1e-3
+MILLISECOND = 1e-3
+
+# Part by which a source may be slower or faster than the wanted rate and still give every frame: NTSC has 24 / 1.001.
+DRIFT = 1.5e-3
+
+# Seconds that arithmetic may be off.
+EPSILON = 1e-6
 
 # Frames that are looked at before one is handed on. H.264 shows a frame at most 16 places from where it was coded.
 WINDOW = 18
@@ -48,15 +54,18 @@ class Clock:
 
     - Times that are missing follow from the durations before them.
     - Times in the order of coding, as a container without presentation times gives them (AVI), are sorted.
-    - Times that were rounded to a coarse clock (GIF: 10 ms) become those of the constant rate that they come from, if
-      there is one: the first of `rates` that no time is more than a tick, or a millisecond, away from.
+    - Times that were rounded (to 10 ms in a GIF) become those of the constant rate that they come from, if there is one:
+      the wanted rate, its double, its triple or `base_rate`, from which no time may be more than a tick, or a
+      millisecond, away. If none fits, a frame may be a tick late, or a millisecond if that is less.
+    - A source whose rate is that of NTSC beside the wanted one (29.97 and 30) gives every frame.
     - A clock that runs back, or a frame that stays longer than `max_frame_duration`, is an error, or the parts are
       joined: the last frame before the jump stays as long as the one before it.
 
     Args:
         tick (`float`): Resolution of the clock, the stream's time base.
         interval (`float`): Usual duration of a frame, where the file does not say.
-        rates (`Sequence[float]`): Frame rates that the source may have had, in frames per second.
+        fps (`float`): The wanted frame rate.
+        base_rate (`float`): FFmpeg's guess at the frame rate that times were rounded from.
         max_frame_duration (`float`): Longest time that one frame may stay.
         jumps (`str`, defaults to `"refuse"`): `"refuse"` or `"join"`.
 
@@ -67,7 +76,8 @@ class Clock:
 
     tick: float
     interval: float
-    rates: Sequence[float]
+    fps: float
+    base_rate: float
     max_frame_duration: float
     jumps: ClockJumps = "refuse"
     joined: list[str] = field(default_factory=list)
@@ -96,7 +106,8 @@ class Clock:
         if before is not None:
             duration = self._duration(before.frame) or usual
             too_long = duration > self.max_frame_duration
-            yield Shown(before.frame, start, start + (usual if too_long else duration))
+            leaving = _Timed(before.frame, before.time + duration, [], False)
+            yield Shown(before.frame, start, start + usual if too_long else max(part.place(leaving), start))
             if too_long:
                 self._refuse_or_note(self._stays(before.time, duration), duration - usual)
 
@@ -163,7 +174,8 @@ class _Part:
         self.offset = offset
         self.origin: float | None = None
         self.index = 0
-        self.rates = np.array(clock.rates)
+        self.rates = np.array([clock.fps, 2 * clock.fps, 3 * clock.fps, clock.base_rate])
+        self.drifts = np.array([DRIFT, DRIFT, DRIFT, 0])
         self.steps: set[int] = set()
 
     def place(self, timed: _Timed) -> float:
@@ -176,11 +188,15 @@ class _Part:
                 break
             times.append(time)
         self.steps |= {round((second - first) / self.clock.tick) for first, second in pairwise(times)}
-        expected = np.arange(self.index, self.index + len(times)) / self.rates[:, None]
-        errors = np.abs(np.array(times) - self.origin - expected)
-        self.rates = self.rates[(errors <= max(self.clock.tick, TOLERANCE) * (1 + 1e-6)).all(axis=1)]
-        self.index += 1
         # Steps that are all equal were not rounded.
-        if len(self.steps) > 1 and len(self.rates):
+        rounded = len(self.steps) > 1
+        since = np.array(times) - self.origin
+        errors = np.abs(since - np.arange(self.index, self.index + len(times)) / self.rates[:, None])
+        slack = max(self.clock.tick, MILLISECOND) if rounded else 0.0
+        fit = (errors <= slack + self.drifts[:, None] * since + EPSILON).all(axis=1)
+        self.rates, self.drifts = self.rates[fit], self.drifts[fit]
+        self.index += 1
+        if len(self.rates):
             return self.offset + float((self.index - 1) / self.rates[0])
-        return self.offset + timed.time - self.origin
+        late = min(self.clock.tick, MILLISECOND) if rounded else 0.0
+        return self.offset + max(float(since[0]) - late, 0.0)

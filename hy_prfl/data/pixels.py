@@ -2,6 +2,7 @@
 
 import math
 from fractions import Fraction
+from functools import lru_cache
 from typing import Literal
 
 import av
@@ -68,8 +69,6 @@ class FrameConverter:
         if not Fraction(1, MAX_PIXEL_ASPECT) <= self.aspect <= MAX_PIXEL_ASPECT:
             raise VideoError(f"pixels of {self.aspect.numerator}:{self.aspect.denominator} (width to height)")
         self.hdr = hdr
-        self._graph: Graph | None = None
-        self._layout: tuple[object, ...] | None = None
 
     def __call__(self, frame: av.VideoFrame) -> np.ndarray:
         """
@@ -82,34 +81,50 @@ class FrameConverter:
             VideoError: If the frame is turned by something else than quarter turns and mirrors, is HDR and that is
                 refused, or has colours that cannot be converted.
         """
-        turns = orientation_filters(frame)
-        colors = color_options(frame, self.hdr)
-        layout = (frame.width, frame.height, frame.format.name, frame.colorspace, frame.color_range, turns, colors)
-        if layout != self._layout:
-            self._graph, self._layout = self._build(frame, turns, colors), layout
-        assert self._graph is not None
-        self._graph.push(frame)
-        pixels = self._graph.pull().to_ndarray()
+        graph = _build_graph(
+            (frame.width, frame.height),
+            max(round(frame.width * self.aspect), 1),
+            frame.format.name,
+            int(frame.colorspace),
+            int(frame.color_range),
+            color_options(frame, self.hdr),
+            orientation_filters(frame),
+        )
+        graph.push(frame)
+        pixels = graph.pull().to_ndarray()
         return on_white(pixels) if pixels.shape[2] == 4 else pixels
 
-    def _build(self, frame: av.VideoFrame, turns: tuple[str, ...], colors: str) -> Graph:
-        graph = Graph()
-        nodes = [
-            graph.add(
-                "buffer",
-                video_size=f"{frame.width}x{frame.height}",
-                pix_fmt=frame.format.name,
-                time_base=str(frame.time_base or Fraction(1, 1000)),
-                colorspace=str(int(frame.colorspace)),
-                range=str(int(frame.color_range)),
-            ),
-            graph.add("scale", f"w={max(round(frame.width * self.aspect), 1)}:h={frame.height}:flags=bicubic{colors}"),
-            graph.add("format", "rgba" if _has_alpha(frame.format) else "rgb24"),
-            *(graph.add(*turn.split("=")) for turn in turns),
-            graph.add("buffersink"),
-        ]
-        graph.link_nodes(*nodes).configure()
-        return graph
+
+# Kept from clip to clip: swscale computes a table of colours when it starts, which takes seconds for HDR.
+@lru_cache(maxsize=4)
+def _build_graph(
+    size: tuple[int, int],
+    width: int,
+    pixel_format: str,
+    matrix: int,
+    color_range: int,
+    colors: str,
+    turns: tuple[str, ...],
+) -> Graph:
+    graph = Graph()
+    filters = [("scale", f"w={width}:h={size[1]}:flags=bicubic")]
+    alpha = _has_alpha(av.VideoFormat(pixel_format))
+    if colors:
+        # In one step swscale would convert as if the matrix were that of BT.601.
+        filters += [("format", "rgba64le" if alpha else "rgb48le"), ("scale", f"flags=bicubic:{colors}")]
+    filters.append(("format", "rgba" if alpha else "rgb24"))
+    filters += [(name, arguments) for name, _, arguments in (turn.partition("=") for turn in turns)]
+    source = graph.add(
+        "buffer",
+        video_size=f"{size[0]}x{size[1]}",
+        pix_fmt=pixel_format,
+        time_base="1/90000",
+        colorspace=str(matrix),
+        range=str(color_range),
+    )
+    nodes = [graph.add(name, arguments or None) for name, arguments in filters]
+    graph.link_nodes(source, *nodes, graph.add("buffersink")).configure()
+    return graph
 
 
 def on_white(pixels: np.ndarray) -> np.ndarray:
@@ -143,10 +158,10 @@ def orientation_filters(frame: av.VideoFrame) -> tuple[str, ...]:
     elif flat and max(abs(a), abs(d)) <= small < min(abs(b), abs(c)):
         turns, mirrored = ["transpose=cclock_flip"], (c < 0, b < 0)
     else:
-        angle = -math.degrees(math.atan2(b, a))
+        angle = math.degrees(math.atan2(b, a))
         raise VideoError(
             f"its display matrix ({a:g} {b:g}; {c:g} {d:g}) is no quarter turn, mirrored or not: the frames would be "
-            f"shown turned by {angle:g} degrees, or slanted"
+            f"shown turned clockwise by {angle:.4g} degrees, or slanted"
         )
     return (*turns, *(name for name, wanted in zip(("hflip", "vflip"), mirrored, strict=True) if wanted))
 
@@ -171,7 +186,7 @@ def color_options(frame: av.VideoFrame, hdr: HDR) -> str:
     wide = primaries == ColorPrimaries.BT2020 or matrix == BT2020_MATRIX
     if name is None and not wide:
         if primaries in P3_PRIMARIES or transfer in OTHER_TRANSFERS:
-            return ":out_primaries=bt709:out_transfer=bt709:intent=relative_colorimetric"
+            return "out_primaries=bt709:out_transfer=bt709:intent=relative_colorimetric"
         return ""
     if hdr == "refuse":
         what = f"HDR, with the transfer function {name}" if name else "of the wide gamut BT.2020"
@@ -180,6 +195,6 @@ def color_options(frame: av.VideoFrame, hdr: HDR) -> str:
         raise VideoError(
             "its colours are of the wide gamut BT.2020, and no transfer function says how bright they are"
         )
-    source = ":in_primaries=bt2020" if primaries == ColorPrimaries.UNSPECIFIED else ""
+    source = "in_primaries=bt2020:" if primaries == ColorPrimaries.UNSPECIFIED else ""
     intent = "perceptual" if name else "relative_colorimetric"
-    return f"{source}:out_primaries=bt709:out_transfer=bt709:intent={intent}"
+    return f"{source}out_primaries=bt709:out_transfer=bt709:intent={intent}"

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from .clock import TOLERANCE, Clock, ClockJumps
+from .clock import EPSILON, Clock, ClockJumps
 from .container import DecodedStream, choose_stream, open_video
 from .pixels import HDR, FrameConverter, VideoError, on_white
 
@@ -124,11 +124,13 @@ def _resample(
     """Up to `num_frames` RGB frames, one for each time `i / fps` that the stream covers, and remarks on them."""
     stream = choose_stream(container)
     stream.thread_type = "AUTO"
-    rates = [float(rate) for rate in (stream.guessed_rate, stream.base_rate, stream.average_rate) if rate]
+    # FFmpeg's base rate is the rate that times were rounded from, the average rate that of the rounded times.
+    base_rate = float(stream.base_rate or fps)
     clock = Clock(
         tick=float(stream.time_base),
-        interval=1 / (rates or [fps])[0],
-        rates=[fps, 2 * fps, fps / 2, *rates],
+        interval=1 / float(stream.guessed_rate or base_rate),
+        fps=fps,
+        base_rate=base_rate,
         max_frame_duration=rules.max_frame_duration,
         jumps=rules.clock_jumps,
     )
@@ -141,7 +143,7 @@ def _resample(
             raise VideoError(f"damaged: the frame at {shown.frame.time} s is corrupt")
         before = len(frames)
         image: np.ndarray | None = None
-        while len(frames) < num_frames and len(frames) / fps < shown.end - TOLERANCE:
+        while len(frames) < num_frames and len(frames) / fps < shown.end - EPSILON:
             image = convert(shown.frame) if image is None else image
             frames.append(image)
         if len(frames) > before:
