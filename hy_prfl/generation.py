@@ -11,11 +11,13 @@ from typing import Any
 import av
 import numpy as np
 import torch
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, VideoReformatter
 from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanPipeline
 from PIL import Image
 from tqdm import tqdm
 
 from .configs.base import check
+from .data.container import open_video
 from .data.prompts import VideoPrompt
 from .data.store import hash_file
 from .data.video import read_image, resize_and_crop, to_uint8
@@ -207,7 +209,7 @@ def video_record(
 def read_record(path: str | Path) -> dict[str, Any]:
     """The `video_record` in a file's metadata, empty if it holds none."""
     try:
-        with av.open(str(path)) as container:
+        with open_video(path) as container:
             record = json.loads(container.metadata.get("comment", "{}"))
     except (av.error.FFmpegError, json.JSONDecodeError):
         return {}
@@ -217,6 +219,9 @@ def read_record(path: str | Path) -> dict[str, Any]:
 def write_video(path: str | Path, frames: np.ndarray, fps: int, *, crf: int = 12, comment: str | None = None) -> None:
     """
     Write an H.264 mp4 (yuv420p, which every player shows), complete or not at all.
+
+    Colours are BT.709 in limited range at any size, and the file says so. Players that read no tags take videos of
+    HD size for that.
 
     Args:
         frames (`np.ndarray` of shape `(num_frames, height, width, 3)`):
@@ -238,7 +243,8 @@ def write_video(path: str | Path, frames: np.ndarray, fps: int, *, crf: int = 12
         frames = np.round(np.clip(frames, 0, 1) * 255).astype(np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    with av.open(str(temporary), mode="w", format="mp4", options={"movflags": "+faststart"}) as container:
+    # Without the prefix FFmpeg would take what stands before a colon for a protocol.
+    with av.open(f"file:{temporary}", mode="w", format="mp4", options={"movflags": "+faststart"}) as container:
         if comment is not None:
             container.metadata["comment"] = comment
         # Without mbtree, which reads memory that was never written: the same frames would not give the same file.
@@ -246,8 +252,19 @@ def write_video(path: str | Path, frames: np.ndarray, fps: int, *, crf: int = 12
         stream = container.add_stream("libx264", rate=Fraction(fps), options=options)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
+        context = stream.codec_context
+        context.colorspace, context.color_range = Colorspace.ITU709, ColorRange.MPEG
+        context.color_primaries, context.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
+        reformatter = VideoReformatter()
         for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            picture = reformatter.reformat(
+                av.VideoFrame.from_ndarray(frame, format="rgb24"),
+                format="yuv420p",
+                dst_colorspace=Colorspace.ITU709,
+                dst_color_range=ColorRange.MPEG,
+            )
+            picture.color_primaries, picture.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
+            container.mux(stream.encode(picture))
         container.mux(stream.encode(None))
     os.replace(temporary, path)
 

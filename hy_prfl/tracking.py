@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 from accelerate import Accelerator
 from accelerate.logging import get_logger
@@ -18,6 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
+from .data.container import open_video
 from .generation import write_video
 
 
@@ -182,7 +182,7 @@ def _add_gif(writer: Any, name: str, path: Path, *, step: int, fps: float) -> No
     from tensorboard.compat.proto.summary_pb2 import Summary
 
     frames = []
-    with av.open(str(path)) as container:
+    with open_video(path) as container:
         for frame in container.decode(video=0):
             image = frame.to_image()
             image.thumbnail((GIF_SIDE, GIF_SIDE))

@@ -1,3 +1,4 @@
+import itertools
 import json
 from pathlib import Path
 
@@ -71,6 +72,34 @@ class TestWriteVideo:
         write_video(tmp_path / "int.mp4", frames, fps=16)
         write_video(tmp_path / "float.mp4", frames.astype(np.float32) / 255, fps=16)
         assert (tmp_path / "int.mp4").read_bytes() == (tmp_path / "float.mp4").read_bytes()
+
+    @pytest.mark.parametrize("size", [(32, 48), (720, 1280)])
+    def test_pure_colors_come_back(self, tmp_path: Path, size: tuple[int, int]) -> None:
+        """By the tags, and by what players assume of HD without them: BT.709 in limited range."""
+        colors = np.array(list(itertools.product((0, 128, 255), repeat=3)), np.uint8)
+        if size[0] > 100:
+            colors = colors[[0, 2, 6, 8, 13, 18, 20, 24, 26]]
+        for color in colors:
+            path = tmp_path / "a.mp4"
+            write_video(path, np.broadcast_to(color, (2, *size, 3)).copy(), fps=16)
+            with av.open(str(path)) as container:
+                frame = next(container.decode(video=0))
+            tags = (frame.colorspace, frame.color_range, frame.color_primaries, frame.color_trc)
+            assert [int(tag) for tag in tags] == [1, 1, 1, 1]
+            planes = [np.frombuffer(plane, np.uint8)[0].astype(float) for plane in frame.planes]
+            luma, blue, red = (planes[0] - 16) / 219, (planes[1] - 128) / 224, (planes[2] - 128) / 224
+            r, b = luma + 1.5748 * red, luma + 1.8556 * blue
+            rgb = 255 * np.clip([r, (luma - 0.2126 * r - 0.0722 * b) / 0.7152, b], 0, 1)
+            np.testing.assert_allclose(rgb, color, atol=3)
+            decoded = read_video(path, fps=16, num_frames=1)[0].astype(int)
+            np.testing.assert_allclose(decoded, np.broadcast_to(color, decoded.shape), atol=3)
+
+    def test_names_with_colons(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        write_video("run:1/12:30:05.mp4", smooth_frames(), fps=16, comment='{"seed": 1}')
+        write_video(tmp_path / "plain.mp4", smooth_frames(), fps=16, comment='{"seed": 1}')
+        assert Path("run:1/12:30:05.mp4").read_bytes() == Path("plain.mp4").read_bytes()
+        assert read_record("run:1/12:30:05.mp4") == {"seed": 1}
 
     def test_comment_is_kept(self, tmp_path: Path) -> None:
         record = {"caption": 'eine grüne Katze; 一只猫 = "x" \\ \'\n' + "long " * 500, "seed": 3}

@@ -7,6 +7,10 @@ from typing import Literal
 from .base import check
 
 
+# What `file_identity` compares, in words.
+FILE_IDENTITIES = {"time": "size and time stamp", "content": "content"}
+
+
 @dataclass(kw_only=True)
 class ClipConfig:
     """
@@ -36,6 +40,28 @@ class ClipConfig:
     max_aspect_ratio: float = field(
         default=1.78, metadata={"help": "The long side is cut to resolution times this, rounded up to 32."}
     )
+    hdr: Literal["refuse", "tone_map"] = field(
+        default="refuse",
+        metadata={"help": "Clips in HDR (PQ, HLG) or BT.2020: bad, or brought to BT.709, bright parts compressed."},
+    )
+    max_frame_duration: float = field(
+        default=10.0,
+        metadata={"help": "Seconds that one frame may stay on the screen; after that the clock counts as jumped."},
+    )
+    clock_jumps: Literal["refuse", "join"] = field(
+        default="refuse",
+        metadata={
+            "help": "Clips whose clock jumps, as in a paused recording, or runs back: bad, or the parts are joined, "
+            "which is reported."
+        },
+    )
+    file_identity: Literal["time", "content"] = field(
+        default="time",
+        metadata={
+            "help": "What tells a finished job that its files are the same: size and time stamp, or their content, "
+            "for which all of them are read."
+        },
+    )
     max_sequence_length: int = field(default=512, metadata={"help": "Tokens after which a prompt is cut."})
     text_encoder_dtype: Literal["float32", "bfloat16"] = field(
         default="float32", metadata={"help": "Type of the text encoder. VAE and image encoder are always float32."}
@@ -52,4 +78,5 @@ class ClipConfig:
             check(valid, "buckets", size, "sizes HEIGHTxWIDTH with sides that are multiples of 16")
         check(self.resolution > 0 and self.resolution % 32 == 0, "resolution", self.resolution, "a multiple of 32")
         check(self.max_aspect_ratio >= 1, "max_aspect_ratio", self.max_aspect_ratio, "at least 1")
+        check(self.max_frame_duration > 0, "max_frame_duration", self.max_frame_duration, "greater than 0")
         check(self.max_sequence_length >= 1, "max_sequence_length", self.max_sequence_length, "at least 1")

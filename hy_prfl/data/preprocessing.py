@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,19 +11,25 @@ from typing import Any
 import numpy as np
 import torch
 
+from .clock import ClockJumps
 from .encoding import LatentEncoder
 from .manifest import ManifestRow
+from .pixels import HDR
 from .schema import TENSORS, pack_tensor
-from .store import hash_file, hash_text
+from .store import FileHashes, hash_text
 from .video import (
+    DecodingRules,
     VideoError,
+    decode_video,
     nearest_bucket,
     read_image,
-    read_video,
     resize_and_crop,
     short_side_bucket,
     to_float,
 )
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +45,7 @@ class ClipSettings:
             none, `resolution` and `max_aspect_ratio` give the size, see `short_side_bucket`.
         tensor_dtype (`str`): Storage type, `"float16"` or `"float32"`.
         prompts_only (`bool`): Store prompts, and first frames for image-to-video, but no latents.
+        hdr, max_frame_duration, clock_jumps: See `DecodingRules`.
     """
 
     fps: float = 16.0
@@ -48,6 +56,13 @@ class ClipSettings:
     max_aspect_ratio: float = 1.78
     tensor_dtype: str = "float16"
     prompts_only: bool = False
+    hdr: HDR = "refuse"
+    max_frame_duration: float = 10.0
+    clock_jumps: ClockJumps = "refuse"
+
+    @property
+    def decoding_rules(self) -> DecodingRules:
+        return DecodingRules(hdr=self.hdr, max_frame_duration=self.max_frame_duration, clock_jumps=self.clock_jumps)
 
     def check_pipeline(self, is_image_to_video: bool) -> None:
         """Raise a `ValueError` if these settings make no sense for the kind of pipeline."""
@@ -66,13 +81,17 @@ class ClipSettings:
 
 @dataclass(frozen=True)
 class _Clip:
-    """Frames `(num_frames, 3, height, width)` in [-1, 1], if they are to be encoded, and what is encoded of a row."""
+    """
+    Frames `(num_frames, 3, height, width)` in [-1, 1], if they are to be encoded, what is encoded of a row, and
+    what is to be reported of it.
+    """
 
     frames: torch.Tensor | None
     arrays: dict[str, np.ndarray | None]
     num_frames: int
     height: int
     width: int
+    remarks: Sequence[str] = ()
 
 
 class ClipEncoder:
@@ -82,34 +101,42 @@ class ClipEncoder:
     Args:
         encoder (`LatentEncoder`): Encoders of the pipeline.
         settings (`ClipSettings`): Sizes, lengths, types.
+        hashes (`FileHashes`, *optional*): Hashes of clips that are known already.
     """
 
-    def __init__(self, encoder: LatentEncoder, settings: ClipSettings) -> None:
+    def __init__(self, encoder: LatentEncoder, settings: ClipSettings, hashes: FileHashes | None = None) -> None:
         settings.check_pipeline(encoder.is_image_to_video)
         for size in settings.buckets:
             if size[0] % encoder.size_multiple or size[1] % encoder.size_multiple:
                 raise ValueError(f"`buckets`: {size[0]}x{size[1]} is no multiple of {encoder.size_multiple}.")
         self.encoder = encoder
         self.settings = settings
+        self.hashes = FileHashes() if hashes is None else hashes
         self.null_prompt_embeds = encoder.encode_prompt("").numpy()
 
     def row_key(self, row: ManifestRow) -> str:
         """Hash of all that the encoded columns of a row depend on: files, texts, settings, encoders."""
         if not row.prompt:
             raise VideoError("no caption")
-        files = [hash_file(path) for path in self._sources(row)]
+        files = [self.hashes[path] for path in self._sources(row)]
         settings = dataclasses.asdict(self.settings)
         return hash_text(json.dumps([files, row.prompt, row.long_prompt, settings, self.encoder.identity]))
 
     def encode_row(self, row: ManifestRow) -> dict[str, Any]:
-        """Packed columns of one row. Raises a `VideoError` if the clip is bad."""
+        """Packed columns of one row; remarks are logged. Raises a `VideoError` if the clip is bad."""
         (result,) = self.encode_rows([row])
         if isinstance(result, VideoError):
             raise result
+        for remark in result.pop("remarks"):
+            logger.warning(f"clip {row.id!r}: {remark}.")
         return result
 
     def encode_rows(self, rows: Sequence[ManifestRow]) -> list[dict[str, Any] | VideoError]:
-        """Packed columns of each row, or what is wrong with its clip. Clips of one size and length share a batch."""
+        """
+        Packed columns of each row with its `remarks`, or what is wrong with its clip.
+
+        Clips of one size and length share a batch.
+        """
         results: dict[int, dict[str, Any] | VideoError] = {}
         clips: dict[int, _Clip] = {}
         for index, row in enumerate(rows):
@@ -134,15 +161,15 @@ class ClipEncoder:
         if row.long_prompt is not None:
             arrays["long_prompt_embeds"] = self.encoder.encode_prompt(row.long_prompt).numpy()
         if self.settings.prompts_only:
-            return _Clip(None, arrays, *self._encode_condition_only(row, arrays))
+            return self._read_prompt(row, arrays)
         settings = self.settings
         (path,) = self._sources(row)
-        source = read_video(path, settings.fps, settings.num_frames, settings.min_num_frames)
-        height, width = settings.choose_size(*source.shape[1:3])
-        frames = to_float(resize_and_crop(source, height, width))
+        video = decode_video(path, settings.fps, settings.num_frames, settings.min_num_frames, settings.decoding_rules)
+        height, width = settings.choose_size(*video.frames.shape[1:3])
+        frames = to_float(resize_and_crop(video.frames, height, width))
         if self.encoder.is_image_to_video:
             self._encode_condition(frames, len(frames), arrays)
-        return _Clip(frames, arrays, len(frames), height, width)
+        return _Clip(frames, arrays, len(frames), height, width, video.remarks)
 
     def _encode_latents(self, clips: Sequence[_Clip]) -> None:
         """Add the latents of the clips that have frames to their arrays."""
@@ -156,7 +183,8 @@ class ClipEncoder:
                 clip.arrays["latents"] = values.numpy()
 
     def _pack(self, row: ManifestRow, clip: _Clip) -> dict[str, Any]:
-        return pack_row(
+        sources = self._sources(row)
+        columns = pack_row(
             self.encoder,
             row,
             clip.arrays,
@@ -165,27 +193,31 @@ class ClipEncoder:
             width=clip.width,
             fps=self.settings.fps,
             tensor_dtype=self.settings.tensor_dtype,
-            sources=self._sources(row),
+            source_hash=self.hashes[sources[0]] if sources else None,
         )
+        return columns | {"remarks": list(clip.remarks)}
 
-    def _encode_condition_only(self, row: ManifestRow, arrays: dict[str, np.ndarray | None]) -> tuple[int, int, int]:
-        """Add the condition of a row of a prompt-only dataset; return its number of frames, height and width."""
+    def _read_prompt(self, row: ManifestRow, arrays: dict[str, np.ndarray | None]) -> _Clip:
+        """A row of a prompt-only dataset, its condition added to the arrays."""
         settings = self.settings
         if not self.encoder.is_image_to_video:
             ((height, width),) = settings.buckets
-            return settings.num_frames, height, width
+            return _Clip(None, arrays, settings.num_frames, height, width)
         sources = self._sources(row)
+        remarks: Sequence[str] = ()
         if row.image is not None:
             images = [read_image(path) for path in sources]
         else:
             # The video may be shorter than what is to be generated; its last frame is the last one all the same.
             num_frames = settings.num_frames if self.encoder.uses_last_frame else 1
-            video = read_video(sources[0], settings.fps, num_frames=num_frames)
-            images = [video[0], video[-1]] if self.encoder.uses_last_frame else [video[0]]
+            video = decode_video(sources[0], settings.fps, num_frames, rules=settings.decoding_rules)
+            images, remarks = [video.frames[0]], video.remarks
+            if self.encoder.uses_last_frame:
+                images.append(video.frames[-1])
         height, width = settings.choose_size(*images[0].shape[:2])
         frames = to_float(np.concatenate([resize_and_crop(image[None], height, width) for image in images]))
         self._encode_condition(frames, settings.num_frames, arrays)
-        return settings.num_frames, height, width
+        return _Clip(None, arrays, settings.num_frames, height, width, remarks)
 
     def _encode_condition(self, frames: torch.Tensor, num_frames: int, arrays: dict[str, np.ndarray | None]) -> None:
         image_embeds, condition = self.encoder.encode_condition(frames, num_frames=num_frames)
@@ -221,10 +253,10 @@ def pack_row(
     width: int,
     fps: float,
     tensor_dtype: str,
-    sources: Sequence[Path],
+    source_hash: str | None,
 ) -> dict[str, Any]:
     """
-    Columns of one row, without id, source and labels.
+    Columns of one row, without id, source and labels. `source_hash` is that of the file it is made from, if there is one.
 
     Raises:
         VideoError: If a tensor does not fit `tensor_dtype` or holds a NaN or an infinity.
@@ -244,7 +276,7 @@ def pack_row(
         "height": height,
         "width": width,
         "fps": fps,
-        "source_hash": hash_file(sources[0]) if sources else None,
+        "source_hash": source_hash,
         "max_sequence_length": encoder.max_sequence_length,
         "vae_fingerprint": encoder.vae_fingerprint,
         "text_encoder_fingerprint": encoder.text_encoder_fingerprint,

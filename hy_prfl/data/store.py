@@ -4,13 +4,14 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import pyarrow as pa
 from accelerate.logging import get_logger
+from accelerate.utils import gather_object
 from datasets import Dataset, DatasetInfo, Features
 from tqdm import tqdm
 
@@ -46,24 +47,53 @@ class RowEncoder(Protocol):
     def encode_rows(self, rows: Sequence[ManifestRow]) -> list[dict[str, Any] | VideoError]:
         """
         Columns of each row, tensors packed by `schema.pack_tensor`, without id, source and labels; for a bad clip the
-        error that says what is wrong with it.
+        error that says what is wrong with it. `remarks` beside the columns is a list of what to report of a good one.
         """
 
 
-def request_digest(rows: Sequence[ManifestRow], settings: Mapping[str, Any], files: Sequence[Path] = ()) -> str:
-    """
-    Hash of all that was asked for: settings, rows, and size and time of the rows' files and of `files`.
+class FileHashes(dict[Path, str]):
+    """SHA-256 of files by path; each file is read once, when it is first asked for."""
 
-    No file is read, so this is quick for any number of clips.
+    def __missing__(self, path: Path) -> str:
+        self[path] = hash_file(path)
+        return self[path]
+
+
+def hash_files(paths: Iterable[Path]) -> FileHashes:
+    """Hashes of those files that are there. All processes must call it; each reads its share."""
+    state = process_state()
+    present = sorted({path for path in paths if path.is_file()})
+    share = [(path, hash_file(path)) for path in present[state.process_index :: state.num_processes]]
+    return FileHashes(gather_object(share))
+
+
+def request_digest(
+    rows: Sequence[ManifestRow],
+    settings: Mapping[str, Any],
+    files: Sequence[Path] = (),
+    hashes: Mapping[Path, str] | None = None,
+) -> str:
     """
+    Hash of all that was asked for: settings, rows, and the state of the rows' files and of `files`.
+
+    Args:
+        hashes (`Mapping`, *optional*):
+            What `hash_files` gives for all of these files. Without it their sizes and time stamps count: no file is
+            read, so this is quick for any number of clips, but a file replaced by one of the same size and time goes
+            unseen.
+    """
+
+    def state_of(path: Path) -> str | tuple[int, int] | None:
+        return _file_state(path) if hashes is None else hashes.get(path)
+
     request = [
         [
             (row.id, row.prompt, row.long_prompt, row.pair_id, row.rejected_id, sorted(row.labels.items())),
-            [(str(path), _file_state(path)) for path in row.files],
+            [(str(path), state_of(path)) for path in row.files],
         ]
         for row in rows
     ]
-    states = [(str(path), _file_state(path)) for path in files]
+    states = [(str(path), state_of(path)) for path in files]
     return hash_text(json.dumps([request, dict(settings), states], sort_keys=True))
 
 
@@ -119,11 +149,12 @@ def build_dataset(
     """
     Encode rows, split over the processes of `accelerate`, into a folder that `datasets.load_from_disk` reads.
 
-    All processes must see the same folder. Encoded rows are collected in `<output_dir>.partial`, in shards that are complete as soon as they have their name.
+    All processes must see the same folder. Encoded rows are collected in `<output_dir>.partial`, in shards that are
+    complete as soon as they have their name.
     Every row is stored under a key that tells all it depends on, so a run that was killed, or whose manifest,
     settings or encoder changed, encodes only what is not there yet; a dataset already in `output_dir` is reused the
     same way and stays in place until the new one is finished. Rows are in the order of `rows`, without the bad ones,
-    which are listed in `report.jsonl`.
+    which are listed in `report.jsonl`, as are the remarks on good ones.
 
     Args:
         row_encoder (`RowEncoder`):
@@ -177,6 +208,7 @@ def _encode_share(
     if known:
         logger.info(f"Found {len(known)} encoded rows of earlier runs; those that still fit are reused.")
     shard: dict[str, dict[str, Any]] = {}
+    remarks: dict[str, list[str]] = {}
     # Positions that wait to be encoded, by key: rows may be equal.
     waiting: dict[str, list[int]] = {}
     progress: list[dict[str, Any]] = []
@@ -188,18 +220,25 @@ def _encode_share(
     def encode_waiting() -> None:
         results = row_encoder.encode_rows([rows[first] for first, *_ in waiting.values()])
         for (key, equal), result in zip(waiting.items(), results, strict=True):
-            if isinstance(result, VideoError):
-                for position in equal:
-                    note(position, None, reason=str(result))
-                continue
-            shard[key] = result
-            known.add(key)
-            for position in equal:
-                note(position, key, encoded=position == equal[0])
+            tried = 1
+            # Equal rows are read from different files: what is wrong with one need not be wrong with the next.
+            while isinstance(result, VideoError):
+                note(equal[tried - 1], None, reason=str(result))
+                if tried == len(equal):
+                    break
+                (result,) = row_encoder.encode_rows([rows[equal[tried]]])
+                tried += 1
+            else:
+                remarks[key] = result.pop("remarks", [])
+                shard[key] = result
+                known.add(key)
+                for position in equal[tried - 1 :]:
+                    note(position, key, encoded=position == equal[tried - 1])
         waiting.clear()
         if len(shard) >= shard_size:
-            _write_shard(partial_dir, shard, tensor_dtype)
+            _write_shard(partial_dir, shard, remarks, tensor_dtype)
             shard.clear()
+            remarks.clear()
 
     positions = range(state.process_index, len(rows), state.num_processes)
     bar = tqdm(total=len(positions), desc="Encoding", unit="clip", disable=not state.is_main_process)
@@ -221,13 +260,18 @@ def _encode_share(
         bar.close()
         # Also when interrupted: what is encoded is kept.
         if shard:
-            _write_shard(partial_dir, shard, tensor_dtype)
+            _write_shard(partial_dir, shard, remarks, tensor_dtype)
     return progress
 
 
-def _write_shard(partial_dir: Path, shard: Mapping[str, Mapping[str, Any]], tensor_dtype: str) -> None:
+def _write_shard(
+    partial_dir: Path,
+    shard: Mapping[str, Mapping[str, Any]],
+    remarks: Mapping[str, Sequence[str]],
+    tensor_dtype: str,
+) -> None:
     table = rows_to_table(list(shard.values()), tensor_dtype)
-    table = table.replace_schema_metadata({"keys": json.dumps(list(shard))})
+    table = table.replace_schema_metadata({"keys": json.dumps(list(shard)), "remarks": json.dumps(remarks)})
     path = partial_dir / f"shard-{hash_text(json.dumps(list(shard)))[:16]}.arrow"
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
@@ -235,19 +279,32 @@ def _write_shard(partial_dir: Path, shard: Mapping[str, Mapping[str, Any]], tens
     os.replace(temporary, path)
 
 
-def _open_sources(output_dir: Path, partial_dir: Path) -> dict[str, tuple[pa.Table, int]]:
-    """Where each stored row is: key -> memory-mapped table and index, of the finished dataset and of the shards."""
-    sources: dict[str, tuple[pa.Table, int]] = {}
+@dataclass(frozen=True)
+class _Stored:
+    """Where an encoded row is, in a memory-mapped table, and what was noted when it was encoded."""
+
+    table: pa.Table
+    index: int
+    remarks: Sequence[str]
+
+
+def _open_sources(output_dir: Path, partial_dir: Path) -> dict[str, _Stored]:
+    """Stored rows by key, of the finished dataset and of the shards."""
+    sources: dict[str, _Stored] = {}
+
+    def add(table: pa.Table, keys: Sequence[str], remarks: Mapping[str, Sequence[str]]) -> None:
+        sources.update({key: _Stored(table, index, remarks.get(key, [])) for index, key in enumerate(keys)})
+
     if (output_dir / STATE_FILE).is_file():
-        keys = json.loads((output_dir / STATE_FILE).read_text(encoding="utf-8"))["keys"]
+        state = json.loads((output_dir / STATE_FILE).read_text(encoding="utf-8"))
         table = Dataset.load_from_disk(str(output_dir)).data.table
-        if table.num_rows != len(keys):
+        if table.num_rows != len(state["keys"]):
             raise ValueError(f"'{output_dir}' was changed after `preprocess` wrote it; choose another `output_dir`.")
-        sources.update({key: (table, index) for index, key in enumerate(keys)})
+        add(table, state["keys"], state.get("remarks", {}))
     for path in sorted(partial_dir.glob("shard-*.arrow")):
         table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
-        keys = json.loads(table.schema.metadata[b"keys"])
-        sources.update({key: (table, index) for index, key in enumerate(keys)})
+        metadata = table.schema.metadata
+        add(table, json.loads(metadata[b"keys"]), json.loads(metadata.get(b"remarks", b"{}")))
     return sources
 
 
@@ -269,12 +326,18 @@ def _assemble(
         )
 
     sources = _open_sources(output_dir, partial_dir)
-    tables = [table.slice(index, 1) for table, index in (sources[entry["key"]] for entry in good)]
+    stored = [sources[entry["key"]] for entry in good]
+    tables = [row.table.slice(row.index, 1) for row in stored]
     table = pa.concat_tables([table.replace_schema_metadata(None) for table in tables])
     ids = {row.id for row in good_rows}
     unpaired = [row for row in good_rows if row.rejected_id is not None and row.rejected_id not in ids]
     report += [
         _report_line(row, f"kept, but unpaired: its rejected clip {row.rejected_id!r} is bad") for row in unpaired
+    ]
+    report += [
+        _report_line(row, f"kept, but {remark}")
+        for row, encoded in zip(good_rows, stored, strict=True)
+        for remark in encoded.remarks
     ]
     columns: dict[str, list[Any]] = {
         "id": [row.id for row in good_rows],
@@ -284,11 +347,12 @@ def _assemble(
         **{name: [row.labels.get(name) for row in good_rows] for name in LABELS},
     }
     keys = [entry["key"] for entry in good]
+    remarks = {key: list(row.remarks) for key, row in zip(keys, stored, strict=True) if row.remarks}
     save_table(
         replace_columns(table, columns),
         latent_features(tensor_dtype),
         output_dir,
-        {STATE_FILE: json.dumps({"digest": digest, "keys": keys}), REPORT_FILE: "".join(report)},
+        {STATE_FILE: json.dumps({"digest": digest, "keys": keys, "remarks": remarks}), REPORT_FILE: "".join(report)},
     )
     shutil.rmtree(partial_dir)
     num_bad = len(progress) - len(good)

@@ -13,7 +13,7 @@ from .encoding import LatentEncoder, strip_padding
 from .manifest import ManifestRow, check_ids, read_labels
 from .preprocessing import pack_row
 from .records import parse_json, read_text
-from .store import hash_file, hash_text
+from .store import FileHashes, hash_text
 from .video import TEMPORAL_STRIDE, VideoError
 
 
@@ -119,17 +119,26 @@ class UpstreamImporter:
         fps (`float`): Frame rate of upstream's clips.
         tensor_dtype (`str`): Storage type, `"float16"` or `"float32"`.
         null_prompt_path (`str`, *optional*): Upstream's null.npy, instead of encoding the empty prompt.
+        hashes (`FileHashes`, *optional*): Hashes of arrays that are known already.
 
     Raises:
         ValueError: If the pipeline needs a last frame, which upstream did not keep.
     """
 
-    def __init__(self, encoder: LatentEncoder, fps: float, tensor_dtype: str, null_prompt_path: str | None) -> None:
+    def __init__(
+        self,
+        encoder: LatentEncoder,
+        fps: float,
+        tensor_dtype: str,
+        null_prompt_path: str | None,
+        hashes: FileHashes | None = None,
+    ) -> None:
         if encoder.uses_last_frame:
             raise ValueError("upstream's arrays have the first frame only, the pipeline needs a first and a last one.")
         self.encoder = encoder
         self.fps = fps
         self.tensor_dtype = tensor_dtype
+        self.hashes = FileHashes() if hashes is None else hashes
         if null_prompt_path is None:
             self.null_prompt_embeds = encoder.encode_prompt("").numpy()
         else:
@@ -139,7 +148,7 @@ class UpstreamImporter:
     def row_key(self, row: ManifestRow) -> str:
         """Hash of all that the columns of a row depend on: files, texts, type, encoders."""
         paths = self._paths(row)
-        files = {name: hash_file(path) for name, path in paths.items()}
+        files = {name: self.hashes[path] for name, path in paths.items()}
         settings = [self.fps, self.tensor_dtype, self.encoder.identity, self._null_prompt_hash]
         return hash_text(json.dumps(["upstream", files, row.prompt, row.long_prompt, settings], sort_keys=True))
 
@@ -176,7 +185,7 @@ class UpstreamImporter:
             width=latent_width * self.encoder.spatial_stride,
             fps=self.fps,
             tensor_dtype=self.tensor_dtype,
-            sources=[paths["latents"]],
+            source_hash=self.hashes[paths["latents"]],
         )
 
     def _paths(self, row: ManifestRow) -> dict[str, Path]:

@@ -1,23 +1,51 @@
 """From a video file to frames of one size and frame rate. No models."""
 
+import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import av
 import numpy as np
 import torch
-from av.video.reformatter import VideoReformatter
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
+
+from .clock import EPSILON, Clock, ClockJumps
+from .container import DecodedStream, choose_stream, open_video
+from .pixels import HDR, FrameConverter, VideoError, on_white
 
 
-# Containers such as WebM round presentation times to milliseconds: a frame due within this time counts as there.
-TIME_TOLERANCE = 1e-3
+logger = logging.getLogger(__name__)
+
+# A frame that fills more seconds of a clip is worth a word in the report.
+LONG_FRAME = 1.0
 
 TEMPORAL_STRIDE = 4
 
 
-class VideoError(ValueError):
-    """One clip cannot be used; the message is the reason, fit for a report. Other clips are not concerned."""
+@dataclass(frozen=True, kw_only=True)
+class DecodingRules:
+    """
+    What is done about clips that cannot simply be played.
+
+    Args:
+        hdr (`str`, defaults to `"refuse"`): Colours of PQ, HLG and BT.2020: `"refuse"`, or `"tone_map"` to BT.709.
+        max_frame_duration (`float`, defaults to 10.0): Seconds that one frame may stay on the screen; after that the
+            clock counts as jumped.
+        clock_jumps (`str`, defaults to `"refuse"`): A clock that jumps or runs back: `"refuse"`, or `"join"` the parts.
+    """
+
+    hdr: HDR = "refuse"
+    max_frame_duration: float = 10.0
+    clock_jumps: ClockJumps = "refuse"
+
+
+@dataclass(frozen=True)
+class DecodedVideo:
+    """Frames `(num_frames, height, width, 3)` uint8, and what a report should say about a clip that is used."""
+
+    frames: np.ndarray
+    remarks: tuple[str, ...]
 
 
 def floor_num_frames(num_frames: int) -> int:
@@ -25,108 +53,142 @@ def floor_num_frames(num_frames: int) -> int:
     return (num_frames - 1) // TEMPORAL_STRIDE * TEMPORAL_STRIDE + 1
 
 
-def read_video(path: str | Path, fps: float, num_frames: int, min_num_frames: int | None = None) -> np.ndarray:
+def read_video(
+    path: str | Path,
+    fps: float,
+    num_frames: int,
+    min_num_frames: int | None = None,
+    rules: DecodingRules | None = None,
+) -> np.ndarray:
+    """The frames of [`decode_video`], whose remarks are logged."""
+    video = decode_video(path, fps, num_frames, min_num_frames, rules)
+    for remark in video.remarks:
+        logger.warning(f"'{path}': {remark}.")
+    return video.frames
+
+
+def decode_video(
+    path: str | Path,
+    fps: float,
+    num_frames: int,
+    min_num_frames: int | None = None,
+    rules: DecodingRules | None = None,
+) -> DecodedVideo:
     """
     Decode the start of a video at a constant frame rate.
 
     Output frame `i` is the source frame that is on the screen `i / fps` seconds after the first one, by presentation
-    time, so variable frame rates come out right. Rotation written in the file is applied.
+    time, so variable frame rates come out right. [`Clock`] says what becomes of times that are missing, unsorted,
+    rounded or jump, [`FrameConverter`] what becomes of rotation, mirroring, pixels that are not square, transparency
+    and HDR. Of several video streams the default one is read, else the largest; cover pictures are none. Interlaced
+    frames are not deinterlaced.
 
     Args:
         path (`str` or `Path`):
-            Anything that FFmpeg reads.
+            A file of any kind that FFmpeg reads, told by its content. Its name means nothing.
         fps (`float`):
             Frames per second of the output.
         num_frames (`int`):
             Frames wanted, `4k + 1`.
         min_num_frames (`int`, *optional*):
             Fewest frames to accept, `num_frames` if not given. A clip in between is cut to `4k + 1` frames.
+        rules (`DecodingRules`, *optional*):
+            What is done about HDR and jumps of the clock.
 
     Returns:
-        `np.ndarray` of shape `(num_frames, height, width, 3)` and type uint8.
+        `DecodedVideo`: its frames have the shape `(num_frames, height, width, 3)`, uint8, the width with square
+        pixels.
 
     Raises:
-        VideoError: If the file is missing, is no video, is damaged or truncated, holds no frame or is too short.
+        VideoError: If the file is missing, is no video, is damaged or truncated, holds no frame, is too short, or
+            cannot be shown by the rules.
     """
-    path = Path(path)
+    rules = DecodingRules() if rules is None else rules
     min_num_frames = num_frames if min_num_frames is None else min_num_frames
-    if not path.is_file():
-        raise VideoError(f"there is no file '{path}'")
     try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise VideoError("the file holds no video stream")
-            frames = _resample(container, fps, num_frames)
+        with open_video(path) as container:
+            frames, remarks = _resample(container, fps, num_frames, rules)
     except av.error.FFmpegError as error:
-        raise VideoError(f"cannot be decoded: {error}") from error
+        # PyAV's own text names the file, and here it has no name.
+        raise VideoError(f"cannot be decoded: {error.strerror or error}") from error
     if len({frame.shape for frame in frames}) > 1:
         raise VideoError("the size of the frames changes within the clip")
     if len(frames) < min_num_frames:
         raise VideoError(f"too short: {len(frames)} frames at {fps:g} fps, {min_num_frames} are needed")
-    return np.stack(frames[: floor_num_frames(len(frames))])
+    return DecodedVideo(np.stack(frames[: floor_num_frames(len(frames))]), remarks)
 
 
-def _resample(container: av.container.InputContainer, fps: float, num_frames: int) -> list[np.ndarray]:
-    """Up to `num_frames` RGB frames, one for each time `i / fps` that the stream covers."""
-    stream = container.streams.video[0]
+def _resample(
+    container: av.container.InputContainer, fps: float, num_frames: int, rules: DecodingRules
+) -> tuple[list[np.ndarray], tuple[str, ...]]:
+    """Up to `num_frames` RGB frames, one for each time `i / fps` that the stream covers, and remarks on them."""
+    stream = choose_stream(container)
     stream.thread_type = "AUTO"
-    interval = 1 / float(stream.average_rate) if stream.average_rate else 1 / fps
+    # FFmpeg's base rate is the rate that times were rounded from, the average rate that of the rounded times.
+    base_rate = float(stream.base_rate or fps)
+    clock = Clock(
+        tick=float(stream.time_base),
+        interval=1 / float(stream.guessed_rate or base_rate),
+        fps=fps,
+        base_rate=base_rate,
+        max_frame_duration=rules.max_frame_duration,
+        jumps=rules.clock_jumps,
+    )
+    convert = FrameConverter(stream.sample_aspect_ratio, rules.hdr)
+    source = DecodedStream(container, stream)
     frames: list[np.ndarray] = []
-    previous: av.VideoFrame | None = None
-    # One for all frames: each frame's own would set up threads anew, which takes longer than to convert a small frame.
-    reformatter = VideoReformatter()
-    start, end = 0.0, 0.0
-    for frame in container.decode(stream):
-        if frame.is_corrupt:
-            raise VideoError(f"damaged: the frame at {frame.time} s is corrupt")
-        time = end if frame.time is None else frame.time
-        if previous is None:
-            start = time
-        else:
-            _repeat(frames, previous, reformatter, until=time - start, fps=fps, num_frames=num_frames)
-            if len(frames) == num_frames:
-                return frames
-        end = time + (float(frame.duration * frame.time_base) if frame.duration else interval)
-        previous = frame
-    if previous is None:
-        raise VideoError("zero frames could be decoded")
-    _repeat(frames, previous, reformatter, until=end - start, fps=fps, num_frames=num_frames)
-    if len(frames) < num_frames and stream.duration is not None:
-        announced = float(stream.duration * stream.time_base)
-        if end - start < announced - 2 * interval:
-            raise VideoError(f"truncated: {end - start:.2f} s of the announced {announced:.2f} s can be decoded")
-    return frames
-
-
-def _repeat(
-    frames: list[np.ndarray],
-    frame: av.VideoFrame,
-    reformatter: VideoReformatter,
-    *,
-    until: float,
-    fps: float,
-    num_frames: int,
-) -> None:
-    """Append `frame` for every output time that lies before `until`."""
-    image: np.ndarray | None = None
-    while len(frames) < num_frames and len(frames) / fps < until - TIME_TOLERANCE:
-        if image is None:
-            image = reformatter.reformat(frame, format="rgb24").to_ndarray()
-            image = np.rot90(image, k=round(frame.rotation / 90) % 4)
-        frames.append(image)
+    end, longest, interlaced = 0.0, 0.0, False
+    for shown in clock.show(source):
+        if shown.frame.is_corrupt:
+            raise VideoError(f"damaged: the frame at {shown.frame.time} s is corrupt")
+        before = len(frames)
+        image: np.ndarray | None = None
+        while len(frames) < num_frames and len(frames) / fps < shown.end - EPSILON:
+            image = convert(shown.frame) if image is None else image
+            frames.append(image)
+        if len(frames) > before:
+            longest = max(longest, (len(frames) - before) / fps)
+            interlaced = interlaced or shown.frame.interlaced_frame
+        end = shown.end
+        if len(frames) == num_frames:
+            break
+    else:
+        source.check(end + clock.skipped)
+    remarks = [f"joined at {len(clock.joined)} places, first where {clock.joined[0]}"] if clock.joined else []
+    if longest > LONG_FRAME:
+        remarks.append(f"one frame fills {longest:.2f} s of the clip")
+    if interlaced:
+        remarks.append("its frames are interlaced")
+    return frames, tuple(remarks)
 
 
 def read_image(path: str | Path) -> np.ndarray:
     """
     Read an image as `(height, width, 3)` uint8, turned upright by its EXIF tag.
 
+    16 bits per channel are scaled to 8, transparency is laid on white as in videos, of an image with several pictures
+    the first is taken. Whole numbers of 32 bits and floats are refused: nothing says which value is white.
+
     Raises:
-        VideoError: If the file is missing or is no image.
+        VideoError: If the file is missing, is no image, or is of a kind that is refused.
     """
     try:
         with Image.open(path) as image:
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+            # Pillow opens 16-bit grey of these formats in a type for 32 bits.
+            deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+            if image.mode in ("I", "F") and not deep:
+                raise ValueError(f"mode {image.mode!r}, where nothing says which value is white")
+            transparent = image.info.get("transparency") if deep else None
+            upright = ImageOps.exif_transpose(image)
+            if deep:
+                values = np.asarray(upright).astype(np.uint32)
+                gray = np.where(values == transparent, 255, (values + 128) // 257).astype(np.uint8)
+                return np.repeat(gray[..., None], 3, axis=2)
+            if upright.has_transparency_data or upright.mode in ("La", "RGBa"):
+                return on_white(np.asarray(upright.convert("RGBA")))
+            return np.asarray(upright.convert("RGB"))
+    # Pillow's decoders raise the last ones for broken files.
+    except (OSError, Image.DecompressionBombError, ValueError, SyntaxError, EOFError) as error:
         raise VideoError(f"the image '{path}' cannot be read: {error}") from error
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..configs.clips import FILE_IDENTITIES
 from ..configs.inputs import check_files, check_paths, check_sources
 from ..configs.parser import parse_config
 from ..configs.preprocess import PreprocessConfig
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from ..data.encoding import LatentEncoder, find_pipeline_class, local_encoder_files
     from ..data.manifest import ManifestRow, read_manifest
     from ..data.preprocessing import ClipEncoder
-    from ..data.store import REPORT_FILE, RowEncoder, build_dataset, is_complete, request_digest
+    from ..data.store import REPORT_FILE, RowEncoder, build_dataset, hash_files, is_complete, request_digest
     from ..data.upstream import UpstreamImporter, read_upstream
     from ..distributed import process_state, set_up_logging
 
@@ -55,8 +56,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     files = local_encoder_files(config.pretrained_model_name_or_path)
     if config.null_prompt_path is not None:
         files.append(Path(config.null_prompt_path))
-    digest = request_digest(rows, request, files)
     state = process_state()
+    state.print(f"Files are told from others by {FILE_IDENTITIES[config.file_identity]} (`file_identity`).")
+    hashes = None
+    if config.file_identity == "content":
+        hashes = hash_files([*files, *(path for row in rows for path in row.files)])
+    digest = request_digest(rows, request, files, hashes)
     if is_complete(output_dir, digest):
         state.print(f"'{output_dir}' is complete, nothing to do.")
         return
@@ -70,9 +75,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         device=state.device,
         max_sequence_length=config.max_sequence_length,
     )
-    clips: RowEncoder = ClipEncoder(encoder, settings)
+    clips: RowEncoder = ClipEncoder(encoder, settings, hashes)
     if config.upstream_meta is not None:
-        clips = UpstreamImporter(encoder, config.fps, config.tensor_dtype, config.null_prompt_path)
+        clips = UpstreamImporter(encoder, config.fps, config.tensor_dtype, config.null_prompt_path, hashes)
 
     # 3. Their rows
     summary = build_dataset(
@@ -88,6 +93,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"'{output_dir}': clips {summary.num_rows}, encoded now {summary.num_encoded}, bad {summary.num_bad}.")
         if summary.num_bad:
             print(f"Bad clips are left out; the reasons are in '{output_dir / REPORT_FILE}'.")
+        elif (output_dir / REPORT_FILE).stat().st_size:
+            print(f"Remarks on clips are in '{output_dir / REPORT_FILE}'.")
 
 
 def build_settings(config: PreprocessConfig) -> "ClipSettings":

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..configs.base import save_config
+from ..configs.clips import FILE_IDENTITIES
 from ..configs.inputs import check_files, check_sources
 from ..configs.parser import parse_config
 from ..configs.score import ScoreConfig
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from ..data.encoding import LatentEncoder
     from ..data.manifest import read_manifest
     from ..data.preprocessing import ClipSettings
-    from ..data.store import request_digest
+    from ..data.store import hash_files, request_digest
     from ..data.video import parse_size
     from ..distributed import process_state, set_up_logging
     from ..models.loading import load_reward_model
@@ -51,7 +52,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         dataset = load_latent_dataset(str(config.dataset))
     else:
         rows = read_manifest(config.manifest)
-        request["manifest"] = request_digest(rows, {})
+        state.print(f"Files are told from others by {FILE_IDENTITIES[config.file_identity]} (`file_identity`).")
+        hashes = None
+        if config.file_identity == "content":
+            hashes = hash_files(path for row in rows for path in row.files)
+        request["manifest"] = request_digest(rows, {}, hashes=hashes)
     if not is_scored(config.output, request, overwrite=config.overwrite):
         reward_model = load_reward_model(
             config.reward_model, revision=config.reward_model_revision, dtype=getattr(torch, config.dtype)
@@ -80,6 +85,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 buckets=tuple(parse_size(size) for size in config.buckets),
                 resolution=config.resolution,
                 max_aspect_ratio=config.max_aspect_ratio,
+                hdr=config.hdr,
+                max_frame_duration=config.max_frame_duration,
+                clock_jumps=config.clock_jumps,
             )
             score_manifest(reward_model, encoder, rows, config.output, config.timesteps, **options)
     if state.is_main_process:

@@ -1,21 +1,26 @@
 """Clips become rows: values against the encoder itself, bad clips one by one, resuming, prompt-only datasets."""
 
 import json
+import os
+import shutil
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 import torch
 from datasets import load_from_disk
 from PIL import Image
 
+from hy_prfl.data import store
 from hy_prfl.data.encoding import LatentEncoder
 from hy_prfl.data.manifest import ManifestRow
 from hy_prfl.data.preprocessing import ClipEncoder, ClipSettings
 from hy_prfl.data.schema import TENSORS, table_to_rows, unpack_tensor
-from hy_prfl.data.store import DatasetSummary, build_dataset, is_complete, request_digest
+from hy_prfl.data.store import DatasetSummary, build_dataset, hash_file, hash_files, is_complete, request_digest
 from hy_prfl.data.video import VideoError, read_video, resize_and_crop, to_float
 
 
@@ -382,3 +387,86 @@ def test_prompts_of_a_text_to_video_pipeline_need_one_size(
 def test_sizes_must_fit_the_vae(encoder: LatentEncoder) -> None:
     with pytest.raises(ValueError, match="40x48 is no multiple of 16"):
         ClipEncoder(encoder, ClipSettings(buckets=((40, 48),)))
+
+
+def test_equal_clips_do_not_share_what_is_wrong_with_one_of_them(
+    encoder: LatentEncoder, clips: list[Path], tmp_path: Path
+) -> None:
+    """A file may go between the moment it is hashed and the one it is read."""
+    paths = [tmp_path / name for name in ("gone.mp4", "12:30:05.mp4", "c.mp4")]
+    for path in paths:
+        shutil.copy(clips[0], path)
+
+    class SlowEncoder(ClipEncoder):
+        def encode_rows(self, rows: Sequence[ManifestRow]) -> list[dict[str, Any] | VideoError]:
+            paths[0].unlink(missing_ok=True)
+            return super().encode_rows(rows)
+
+    rows = [make_row(path.stem, video=path) for path in paths]
+    summary = build(rows, SlowEncoder(encoder, ClipSettings(**SETTINGS)), tmp_path / "out", batch_size=3)
+    assert summary == DatasetSummary(num_rows=2, num_encoded=1, num_bad=1)
+    assert [row["id"] for row in read_rows(tmp_path / "out")] == ["12:30:05", "c"]
+    report = json.loads((tmp_path / "out" / "report.jsonl").read_text())
+    assert (report["id"], report["reason"]) == ("gone", f"there is no file '{paths[0]}'")
+
+
+def test_clips_with_a_long_frame_are_reported(encoder: LatentEncoder, tmp_path: Path) -> None:
+    """Also of rows that were encoded by a run before."""
+    path = tmp_path / "paused.mp4"
+    time_base = Fraction(1, 90000)
+    with av.open(str(path), mode="w") as container:
+        stream = container.add_stream("libx264", rate=16, options={"bf": "0"})
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        stream.codec_context.time_base = time_base
+        for index, time in enumerate([0, 0.0625, 1.5, 1.5625, 1.625, 1.6875]):
+            frame = av.VideoFrame.from_ndarray(np.full((32, 48, 3), 40 * index, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = round(time / time_base), time_base
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    rows = [make_row("paused", video=path)]
+    settings = SETTINGS | {"num_frames": 25, "min_num_frames": 25}
+    expected = {"id": "paused", "path": str(path), "reason": "kept, but one frame fills 1.44 s of the clip"}
+    row_encoder = ClipEncoder(encoder, ClipSettings(**settings))
+    for num_encoded in (1, 0):
+        assert build(rows, row_encoder, tmp_path / "out").num_encoded == num_encoded
+        assert json.loads((tmp_path / "out" / "report.jsonl").read_text()) == expected
+    joined = ClipSettings(**settings | {"min_num_frames": 5, "max_frame_duration": 1.0, "clock_jumps": "join"})
+    build(rows, ClipEncoder(encoder, joined), tmp_path / "joined")
+    assert "kept, but joined at" in json.loads((tmp_path / "joined" / "report.jsonl").read_text())["reason"]
+    refused = ClipEncoder(encoder, ClipSettings(**settings | {"max_frame_duration": 1.0}))
+    with pytest.raises(VideoError, match="longer than `max_frame_duration`"):
+        refused.encode_row(rows[0])
+
+
+def test_files_are_hashed_once(
+    encoder: LatentEncoder, clips: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[Path] = []
+
+    def count(path: Path) -> str:
+        hashed.append(path)
+        return hash_file(path)
+
+    monkeypatch.setattr(store, "hash_file", count)
+    rows = [make_row(path.stem, video=path) for path in clips[:3]]
+    build(rows, ClipEncoder(encoder, ClipSettings(**SETTINGS)), tmp_path / "out")
+    assert sorted(hashed) == sorted(clips[:3])
+    assert [row["source_hash"] for row in read_rows(tmp_path / "out")] == [hash_file(path) for path in clips[:3]]
+    hashed.clear()
+    hashes = hash_files(path for row in rows for path in row.files)
+    request_digest(rows, {}, hashes=hashes)
+    build(rows, ClipEncoder(encoder, ClipSettings(**SETTINGS), hashes), tmp_path / "again")
+    assert sorted(hashed) == sorted(clips[:3])
+
+
+def test_content_tells_files_of_equal_size_and_time_apart(tmp_path: Path) -> None:
+    path = tmp_path / "clip.mp4"
+    rows = [make_row("a", video=path)]
+    digests = []
+    for content in (b"first", b"other", b"first"):
+        path.write_bytes(content)
+        os.utime(path, (1e9, 1e9))
+        digests.append([request_digest(rows, {}), request_digest(rows, {}, hashes=hash_files([path]))])
+    assert digests[0][0] == digests[1][0] == digests[2][0]
+    assert digests[0][1] != digests[1][1]
+    assert digests[0][1] == digests[2][1]

@@ -228,6 +228,70 @@ def test_images_are_turned_upright(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_image(tmp_path / "image.png"), np.rot90(pixels, k=-1))
 
 
+def test_sixteen_bits_of_grey_are_scaled(tmp_path: Path) -> None:
+    values = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
+    for suffix in ("png", "tiff"):
+        Image.fromarray(values).save(tmp_path / f"image.{suffix}")
+    (tmp_path / "image.pgm").write_bytes(b"P5 64 64 65535\n" + values.astype(">u2").tobytes())
+    for suffix in ("png", "tiff", "pgm"):
+        image = read_image(tmp_path / f"image.{suffix}")
+        assert image.shape == (64, 64, 3)
+        np.testing.assert_allclose(image[..., 0], values / 257, atol=0.51)
+        assert abs(image.mean() - 127.5) < 0.5
+
+
+def test_numbers_without_a_white_are_refused(tmp_path: Path) -> None:
+    for name, dtype in (("float", np.float32), ("int", np.int32)):
+        Image.fromarray(np.ones((8, 8), dtype)).save(tmp_path / f"{name}.tiff")
+        with pytest.raises(VideoError, match="nothing says which value is white"):
+            read_image(tmp_path / f"{name}.tiff")
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P", "L", "RGB", "I;16"])
+def test_transparency_is_laid_on_white(tmp_path: Path, mode: str) -> None:
+    """The left half of each image is dark, the right one hides a colour; a half-transparent black is grey."""
+    path = tmp_path / "image.png"
+    pixels = np.zeros((8, 16, 4), np.uint8)
+    pixels[:, :8, 3], pixels[:, 8:, 0] = 255, 200
+    if mode in ("RGBA", "LA"):
+        pixels[0, 0, 3] = 102
+        Image.fromarray(pixels).convert(mode).save(path)
+    elif mode == "PA":
+        path = tmp_path / "image.webp"
+        Image.fromarray(pixels).save(path, lossless=True, exact=True)
+    elif mode == "I;16":
+        values = np.where(np.arange(16) < 8, 0, 40000).astype(np.uint16)[None].repeat(8, axis=0)
+        Image.fromarray(values).save(path, transparency=40000)
+    else:
+        opaque = Image.fromarray(pixels[..., :3])
+        image = opaque.quantize(2) if mode == "P" else opaque.convert(mode)
+        image.save(path, transparency=image.getpixel((15, 0)))
+    read = read_image(path)
+    assert (read[1:, :8] == 0).all()
+    assert (read[:, 8:] == 255).all()
+    if mode in ("RGBA", "LA"):
+        assert read[0, 0].tolist() == [153] * 3
+
+
+def test_first_picture_of_several(tmp_path: Path) -> None:
+    pictures = [Image.fromarray(np.full((8, 8, 3), level, np.uint8)) for level in (50, 150, 250)]
+    for suffix in ("gif", "png", "webp", "tiff"):
+        path = tmp_path / f"image.{suffix}"
+        options = {"lossless": True} if suffix == "webp" else {}
+        pictures[0].save(path, save_all=True, append_images=pictures[1:], **options)
+        assert (read_image(path) == 50).all()
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "1", "L", "LAB"])
+def test_other_modes(tmp_path: Path, mode: str) -> None:
+    if mode == "LAB":
+        image = Image.new("LAB", (16, 16), (255, 128, 128))
+    else:
+        image = Image.fromarray(np.full((16, 16, 3), 255, np.uint8)).convert(mode)
+    image.save(tmp_path / "image.tiff")
+    np.testing.assert_allclose(read_image(tmp_path / "image.tiff").astype(int), 255, atol=1)
+
+
 @pytest.mark.parametrize("content", [None, b"", b"no image"])
 def test_bad_images(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "image.png"

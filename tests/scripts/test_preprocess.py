@@ -15,6 +15,7 @@ from datasets import load_from_disk
 
 from hy_prfl.data.labels import label_dataset
 from hy_prfl.data.schema import table_to_rows
+from hy_prfl.data.store import hash_file
 from hy_prfl.scripts.preprocess import main
 
 
@@ -88,6 +89,32 @@ def test_finished_dataset_is_left_alone(
     main([*options, f"--output_dir={expected}"])
     assert "is complete, nothing to do" in capsys.readouterr().out
     assert {path.name: path.stat().st_mtime_ns for path in expected.iterdir()} == before
+
+
+def test_a_clip_replaced_by_one_of_equal_size_and_time(
+    pipeline_dir: Path, write_video: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clip = tmp_path / "clip.mp4"
+    (tmp_path / "manifest.json").write_text(json.dumps([{"video": "clip.mp4", "caption": "a red circle"}]))
+    options = [
+        f"--pretrained_model_name_or_path={pipeline_dir}",
+        f"--manifest={tmp_path / 'manifest.json'}",
+        "--num_frames=9",
+        "--buckets=32x48",
+    ]
+    found: dict[str, list[str]] = {"time": [], "content": []}
+    for identity, text in (("time", "size and time stamp"), ("content", "content")):
+        for seed in (0, 1):
+            write_video(clip, seed=seed)
+            # What is behind the last box of an mp4 is not read.
+            clip.write_bytes(clip.read_bytes().ljust(8000, b"\0"))
+            os.utime(clip, (1e9, 1e9))
+            main([*options, f"--output_dir={tmp_path / identity}", f"--file_identity={identity}"])
+            assert f"Files are told from others by {text} (`file_identity`)" in capsys.readouterr().out
+            (row,) = table_to_rows(load_from_disk(tmp_path / identity).data.table)
+            found[identity].append(row["source_hash"])
+    assert found["time"][0] == found["time"][1] == found["content"][0]
+    assert found["content"][1] == hash_file(clip)
 
 
 def test_yaml_file(expected: Path, options: list[str], tmp_path: Path) -> None:

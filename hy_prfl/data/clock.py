@@ -1,0 +1,202 @@
+"""When each frame of a clip is on the screen: presentation times put in order, jumps found, rounding undone."""
+
+import heapq
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Literal
+
+import av
+import numpy as np
+
+from .pixels import VideoError
+
+
+ClockJumps = Literal["refuse", "join"]
+
+# Seconds that times may be off whatever the clock: files pass through containers that round to milliseconds (WebM).
+MILLISECOND = 1e-3
+
+# Part by which a source may be slower or faster than the wanted rate and still give every frame: NTSC has 24 / 1.001.
+DRIFT = 1.5e-3
+
+# Seconds that arithmetic may be off.
+EPSILON = 1e-6
+
+# Frames that are looked at before one is handed on. H.264 shows a frame at most 16 places from where it was coded.
+WINDOW = 18
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A frame and the time that it is on the screen, in seconds since the first frame."""
+
+    frame: av.VideoFrame
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class _Timed:
+    """A frame, its time by the file's clock, those of the frames after it, and whether times had to be sorted."""
+
+    frame: av.VideoFrame
+    time: float
+    upcoming: list[float]
+    was_sorted: bool
+
+
+@dataclass
+class Clock:
+    """
+    Tells when the frames of a stream, in the order of the decoder, are on the screen. Times are in seconds.
+
+    - Times that are missing follow from the durations before them.
+    - Times in the order of coding, as a container without presentation times gives them (AVI), are sorted.
+    - Times that were rounded (to 10 ms in a GIF) become those of the constant rate that they come from, if there is one:
+      the wanted rate, its double, its triple or `base_rate`, from which no time may be more than a tick, or a
+      millisecond, away. If none fits, a frame may be a tick late, or a millisecond if that is less.
+    - A source whose rate is that of NTSC beside the wanted one (29.97 and 30) gives every frame.
+    - A clock that runs back, or a frame that stays longer than `max_frame_duration`, is an error, or the parts are
+      joined: the last frame before the jump stays as long as the one before it.
+
+    Args:
+        tick (`float`): Resolution of the clock, the stream's time base.
+        interval (`float`): Usual duration of a frame, where the file does not say.
+        fps (`float`): The wanted frame rate.
+        base_rate (`float`): FFmpeg's guess at the frame rate that times were rounded from.
+        max_frame_duration (`float`): Longest time that one frame may stay.
+        jumps (`str`, defaults to `"refuse"`): `"refuse"` or `"join"`.
+
+    Attributes:
+        joined (`list[str]`): The jumps that were joined, in words.
+        skipped (`float`): Seconds that they took by the file's clock.
+    """
+
+    tick: float
+    interval: float
+    fps: float
+    base_rate: float
+    max_frame_duration: float
+    jumps: ClockJumps = "refuse"
+    joined: list[str] = field(default_factory=list)
+    skipped: float = 0.0
+
+    def show(self, frames: Iterable[av.VideoFrame]) -> Iterator[Shown]:
+        """
+        Frames with the times at which they appear and leave, in the order of the screen.
+
+        Raises:
+            VideoError: If the clock jumps and that is refused; not before a frame behind the jump is asked for.
+        """
+        part, before, start, usual = _Part(self, 0.0), None, 0.0, self.interval
+        for timed in self._sort(frames):
+            if before is not None:
+                jump = self._find_jump(before.time, timed)
+                following = start + usual if jump else max(part.place(timed), start)
+                yield Shown(before.frame, start, following)
+                if jump:
+                    self._refuse_or_note(jump, timed.time - before.time - usual)
+                    part = _Part(self, following)
+                usual, start = following - start or usual, following
+            if part.origin is None:
+                part.place(timed)
+            before = timed
+        if before is not None:
+            duration = self._duration(before.frame) or usual
+            too_long = duration > self.max_frame_duration
+            leaving = _Timed(before.frame, before.time + duration, [], False)
+            yield Shown(before.frame, start, start + usual if too_long else max(part.place(leaving), start))
+            if too_long:
+                self._refuse_or_note(self._stays(before.time, duration), duration - usual)
+
+    def _sort(self, frames: Iterable[av.VideoFrame]) -> Iterator[_Timed]:
+        """
+        Frames with their times, in order as long as no frame is more than a window away from its place.
+
+        The decoder's order is that of the screen, so only the times move.
+        """
+        waiting: deque[av.VideoFrame] = deque()
+        times: list[float] = []
+        latest, end, was_sorted = -float("inf"), 0.0, False
+
+        def pop() -> _Timed:
+            time = heapq.heappop(times)
+            return _Timed(waiting.popleft(), time, sorted(times), was_sorted)
+
+        for frame in frames:
+            time = end if frame.pts is None else float(frame.pts * frame.time_base)
+            end = time + (self._duration(frame) or self.interval)
+            if time < latest - 2 * WINDOW * self.interval:
+                # Not the order of coding, but another clock: nothing that came before belongs behind it.
+                while waiting:
+                    yield pop()
+                latest = time
+            was_sorted = was_sorted or time < latest
+            latest = max(latest, time)
+            waiting.append(frame)
+            heapq.heappush(times, time)
+            if len(waiting) > WINDOW:
+                yield pop()
+        while waiting:
+            yield pop()
+
+    def _find_jump(self, before: float, timed: _Timed) -> str | None:
+        """What is wrong with the step from the frame before to this one, None if nothing is."""
+        step = timed.time - before
+        # Sorted times in one place are two clocks, not one in the order of coding.
+        if step < 0 or (timed.was_sorted and step < self.interval / 2):
+            return f"its clock runs back at {before:.3f} s"
+        return self._stays(before, step) if step > self.max_frame_duration else None
+
+    def _stays(self, time: float, duration: float) -> str:
+        return (
+            f"the frame at {time:.3f} s stays for {duration:.3f} s, longer than `max_frame_duration` "
+            f"({self.max_frame_duration:g} s)"
+        )
+
+    def _refuse_or_note(self, jump: str, skipped: float) -> None:
+        if self.jumps == "refuse":
+            raise VideoError(f"{jump}; `clock_jumps: join` lets what follows start at once")
+        self.joined.append(jump)
+        self.skipped += max(skipped, 0)
+
+    def _duration(self, frame: av.VideoFrame) -> float:
+        return float(frame.duration * frame.time_base) if frame.duration else 0.0
+
+
+class _Part:
+    """Frames between two jumps of the clock, the first of them on the screen from `offset` on."""
+
+    def __init__(self, clock: Clock, offset: float) -> None:
+        self.clock = clock
+        self.offset = offset
+        self.origin: float | None = None
+        self.index = 0
+        self.rates = np.array([clock.fps, 2 * clock.fps, 3 * clock.fps, clock.base_rate])
+        self.drifts = np.array([DRIFT, DRIFT, DRIFT, 0])
+        self.steps: set[int] = set()
+
+    def place(self, timed: _Timed) -> float:
+        """When the next frame of this part appears on the screen."""
+        if self.origin is None:
+            self.origin = timed.time
+        times = [timed.time]
+        for time in timed.upcoming:
+            if time - times[-1] > self.clock.max_frame_duration:
+                break
+            times.append(time)
+        self.steps |= {round((second - first) / self.clock.tick) for first, second in pairwise(times)}
+        # Steps that are all equal were not rounded.
+        rounded = len(self.steps) > 1
+        since = np.array(times) - self.origin
+        errors = np.abs(since - np.arange(self.index, self.index + len(times)) / self.rates[:, None])
+        slack = max(self.clock.tick, MILLISECOND) if rounded else 0.0
+        fit = (errors <= slack + self.drifts[:, None] * since + EPSILON).all(axis=1)
+        self.rates, self.drifts = self.rates[fit], self.drifts[fit]
+        self.index += 1
+        if len(self.rates):
+            return self.offset + float((self.index - 1) / self.rates[0])
+        late = min(self.clock.tick, MILLISECOND) if rounded else 0.0
+        return self.offset + max(float(since[0]) - late, 0.0)

@@ -1,0 +1,108 @@
+"""From a file to the decoded frames of its video stream. No clock, no colours."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import av
+from av.stream import Disposition
+
+from .pixels import VideoError
+
+
+# FFmpeg's own decoders of these leave transparency out.
+ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+
+
+@contextmanager
+def open_video(path: str | Path) -> Iterator[av.container.InputContainer]:
+    """
+    Open a file for reading with PyAV, whatever its name is.
+
+    FFmpeg takes a name such as `12:30:05.mp4` for a protocol and `%d` for a number to fill in, so it sees none.
+
+    Raises:
+        VideoError: If there is no such file.
+        av.error.FFmpegError: If it is nothing that FFmpeg reads.
+    """
+    if not Path(path).is_file():
+        raise VideoError(f"there is no file '{path}'")
+    with open(path, "rb") as file, av.open(_Nameless(file), buffer_size=1 << 18) as container:
+        yield container
+
+
+class _Nameless:
+    """A file without its name, which PyAV would pass on."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.read, self.seek, self.tell = file.read, file.seek, file.tell
+
+
+def choose_stream(container: av.container.InputContainer) -> av.VideoStream:
+    """
+    The default video stream, else the largest. Cover pictures and thumbnails are none.
+
+    Raises:
+        VideoError: If there is no video stream.
+    """
+    pictures = Disposition.attached_pic | Disposition.timed_thumbnails
+    streams = [stream for stream in container.streams.video if not stream.disposition & pictures]
+    if not streams:
+        what = " but a cover picture" if container.streams.video else ""
+        raise VideoError(f"the file holds no video stream{what}")
+    return max(
+        streams, key=lambda stream: (bool(stream.disposition & Disposition.default), stream.width * stream.height)
+    )
+
+
+class DecodedStream:
+    """
+    Decoded frames of a stream. An error ends them, and is raised by `check` if what comes before does not suffice.
+
+    The clock looks ahead, at frames that are perhaps not needed.
+    """
+
+    def __init__(self, container: av.container.InputContainer, stream: av.VideoStream) -> None:
+        self.container, self.stream = container, stream
+        self.error: av.error.FFmpegError | None = None
+        self.num_frames = 0
+
+    def __iter__(self) -> Iterator[av.VideoFrame]:
+        try:
+            for frame in self._decode():
+                self.num_frames += 1
+                yield frame
+        except av.error.FFmpegError as error:
+            self.error = error
+
+    def _decode(self) -> Iterator[av.VideoFrame]:
+        codec = ALPHA_DECODERS.get(self.stream.codec_context.name)
+        if codec is None or self.stream.metadata.get("alpha_mode") != "1":
+            yield from self.container.decode(self.stream)
+            return
+        decoder = av.CodecContext.create(codec, "r")
+        for packet in self.container.demux(self.stream):
+            yield from decoder.decode(packet if packet.size else None)
+
+    def check(self, end: float) -> None:
+        """Raise what is wrong with a stream that ended `end` seconds after its first frame, by its own clock."""
+        if self.error is not None:
+            raise self.error
+        if self.num_frames == 0:
+            raise VideoError("zero frames could be decoded")
+        rate = self.stream.average_rate or self.stream.guessed_rate
+        duration = self._announced()
+        if duration is not None and end < duration - (2 / float(rate) if rate else 0):
+            raise VideoError(f"truncated: {end:.2f} s of the announced {duration:.2f} s can be decoded")
+
+    def _announced(self) -> float | None:
+        """Duration in seconds that the header gives the stream."""
+        if self.stream.duration is not None:
+            return float(self.stream.duration * self.stream.time_base)
+        # These have one for all streams, from 0 on. Other formats have none, and FFmpeg's is an estimate.
+        container = self.container
+        exact = container.format.name in ("matroska,webm", "flv") and len(container.streams) == 1
+        if not exact or container.duration is None:
+            return None
+        return float((container.duration - max(container.start_time or 0, 0)) / av.time_base)

@@ -1,0 +1,200 @@
+"""From decoded frames to upright RGB arrays with square pixels, through FFmpeg's own filters."""
+
+import math
+from fractions import Fraction
+from functools import lru_cache
+from typing import Literal
+
+import av
+import numpy as np
+from av.filter import Graph
+from av.sidedata.sidedata import Type as SideDataType
+from av.video.reformatter import ColorPrimaries, ColorTrc
+
+
+HDR = Literal["refuse", "tone_map"]
+
+HDR_TRANSFERS: dict[int, str] = {ColorTrc.SMPTE2084: "PQ", ColorTrc.ARIB_STD_B67: "HLG"}
+# Transfer functions that a display for BT.709 shows as they are. FFmpeg reserves 0 and 3.
+UNKNOWN_TRANSFERS: set[int] = {0, 3, ColorTrc.UNSPECIFIED}
+SDR_TRANSFERS: set[int] = {
+    ColorTrc.BT709,
+    ColorTrc.GAMMA22,
+    ColorTrc.GAMMA28,
+    ColorTrc.SMPTE170M,
+    ColorTrc.SMPTE240M,
+    ColorTrc.IEC61966_2_4,
+    ColorTrc.BT1361_ECG,
+    ColorTrc.IEC61966_2_1,
+    ColorTrc.BT2020_10,
+    ColorTrc.BT2020_12,
+}
+# Those that look wrong there, and that swscale converts.
+OTHER_TRANSFERS: set[int] = {ColorTrc.LINEAR, ColorTrc.SMPTE428}
+P3_PRIMARIES = (ColorPrimaries.SMPTE431, ColorPrimaries.SMPTE432)
+
+# FFmpeg's numbers of the colour matrices, which PyAV has no names for.
+RGB_MATRIX, UNSPECIFIED_MATRIX, BT2020_MATRIX = 0, 2, 9
+KNOWN_MATRICES = {RGB_MATRIX, 1, UNSPECIFIED_MATRIX, 3, 4, 5, 6, 7, BT2020_MATRIX}
+
+# Pixels that are further from square are taken for a broken header.
+MAX_PIXEL_ASPECT = 16
+
+# Sine of the angle that may be missing to a quarter turn. FFmpeg's program, too, rounds by one degree.
+ONE_DEGREE = math.sin(math.radians(1))
+
+
+class VideoError(ValueError):
+    """One clip cannot be used; the message is the reason, fit for a report. Other clips are not concerned."""
+
+
+class FrameConverter:
+    """
+    Turns the frames of one clip into arrays.
+
+    Pixels are those of `ffmpeg -pix_fmt rgb24`, with its autorotation. Pixels that are not square are made square:
+    the width is multiplied by the sample aspect ratio before the frame is turned. Transparent pixels are laid on
+    white.
+
+    Args:
+        sample_aspect_ratio (`Fraction`, *optional*):
+            Width of a pixel by its height, 1 if not known.
+        hdr (`str`, defaults to `"refuse"`):
+            `"tone_map"` brings PQ, HLG and BT.2020 to BT.709 with swscale's perceptual intent: the peak that the
+            file names, else that of the transfer function, becomes white. `"refuse"` raises an error for them.
+    """
+
+    def __init__(self, sample_aspect_ratio: Fraction | None, hdr: HDR = "refuse") -> None:
+        self.aspect = sample_aspect_ratio or Fraction(1)
+        if not Fraction(1, MAX_PIXEL_ASPECT) <= self.aspect <= MAX_PIXEL_ASPECT:
+            raise VideoError(f"pixels of {self.aspect.numerator}:{self.aspect.denominator} (width to height)")
+        self.hdr = hdr
+
+    def __call__(self, frame: av.VideoFrame) -> np.ndarray:
+        """
+        Convert one frame.
+
+        Returns:
+            `np.ndarray` of shape `(height, width, 3)` and type uint8.
+
+        Raises:
+            VideoError: If the frame is turned by something else than quarter turns and mirrors, is HDR and that is
+                refused, or has colours that cannot be converted.
+        """
+        graph = _build_graph(
+            (frame.width, frame.height),
+            max(round(frame.width * self.aspect), 1),
+            frame.format.name,
+            int(frame.colorspace),
+            int(frame.color_range),
+            color_options(frame, self.hdr),
+            orientation_filters(frame),
+        )
+        graph.push(frame)
+        pixels = graph.pull().to_ndarray()
+        return on_white(pixels) if pixels.shape[2] == 4 else pixels
+
+
+# Kept from clip to clip: swscale computes a table of colours when it starts, which takes seconds for HDR.
+@lru_cache(maxsize=4)
+def _build_graph(
+    size: tuple[int, int],
+    width: int,
+    pixel_format: str,
+    matrix: int,
+    color_range: int,
+    colors: str,
+    turns: tuple[str, ...],
+) -> Graph:
+    graph = Graph()
+    filters = [("scale", f"w={width}:h={size[1]}:flags=bicubic")]
+    alpha = _has_alpha(av.VideoFormat(pixel_format))
+    if colors:
+        # In one step swscale would convert as if the matrix were that of BT.601.
+        filters += [("format", "rgba64le" if alpha else "rgb48le"), ("scale", f"flags=bicubic:{colors}")]
+    filters.append(("format", "rgba" if alpha else "rgb24"))
+    filters += [(name, arguments) for name, _, arguments in (turn.partition("=") for turn in turns)]
+    source = graph.add(
+        "buffer",
+        video_size=f"{size[0]}x{size[1]}",
+        pix_fmt=pixel_format,
+        time_base="1/90000",
+        colorspace=str(matrix),
+        range=str(color_range),
+    )
+    nodes = [graph.add(name, arguments or None) for name, arguments in filters]
+    graph.link_nodes(source, *nodes, graph.add("buffersink")).configure()
+    return graph
+
+
+def on_white(pixels: np.ndarray) -> np.ndarray:
+    """RGBA `(height, width, 4)` uint8 laid on white: `(height, width, 3)` uint8."""
+    color, alpha = pixels[..., :3].astype(np.uint32), pixels[..., 3:].astype(np.uint32)
+    return ((color * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+
+
+def _has_alpha(pixel_format: av.VideoFormat) -> bool:
+    return pixel_format.has_palette or any(component.is_alpha for component in pixel_format.components)
+
+
+def orientation_filters(frame: av.VideoFrame) -> tuple[str, ...]:
+    """
+    Filters that show a frame as its display matrix says, as FFmpeg's program applies them by itself.
+
+    Raises:
+        VideoError: If the matrix is none of the eight made of quarter turns and mirrors.
+    """
+    data = frame.side_data.get(SideDataType.DISPLAYMATRIX)
+    if data is None:
+        return ()
+    matrix = np.frombuffer(data, np.int32)[:9].astype(float)
+    # A pixel at (x, y) is shown at (a x + c y, b x + d y).
+    a, b, c, d = matrix[[0, 1, 3, 4]] / 65536
+    scale = max(abs(a), abs(b), abs(c), abs(d))
+    small = ONE_DEGREE * scale
+    flat = not matrix[[2, 5]].any()
+    if flat and max(abs(b), abs(c)) <= small < min(abs(a), abs(d)):
+        turns, mirrored = [], (a < 0, d < 0)
+    elif flat and max(abs(a), abs(d)) <= small < min(abs(b), abs(c)):
+        turns, mirrored = ["transpose=cclock_flip"], (c < 0, b < 0)
+    else:
+        angle = math.degrees(math.atan2(b, a))
+        raise VideoError(
+            f"its display matrix ({a:g} {b:g}; {c:g} {d:g}) is no quarter turn, mirrored or not: the frames would be "
+            f"shown turned clockwise by {angle:.4g} degrees, or slanted"
+        )
+    return (*turns, *(name for name, wanted in zip(("hflip", "vflip"), mirrored, strict=True) if wanted))
+
+
+def color_options(frame: av.VideoFrame, hdr: HDR) -> str:
+    """
+    Options of the `scale` filter that bring the colours of a frame to BT.709, empty if they are shown there as is.
+
+    Raises:
+        VideoError: If the frame is HDR or BT.2020 and that is refused, or there is no conversion.
+    """
+    transfer, primaries, matrix = int(frame.color_trc), int(frame.color_primaries), int(frame.colorspace)
+    types = {data.type for data in frame.side_data}
+    dolby = bool(types & {SideDataType.DOVI_METADATA, SideDataType.DOVI_RPU_BUFFER})
+    if dolby and transfer in UNKNOWN_TRANSFERS:
+        raise VideoError("its colours cannot be converted: Dolby Vision without a picture for other displays")
+    if matrix not in KNOWN_MATRICES:
+        raise VideoError(f"its colours cannot be converted: FFmpeg's colour matrix {matrix}")
+    if transfer not in {*HDR_TRANSFERS, *SDR_TRANSFERS, *OTHER_TRANSFERS, *UNKNOWN_TRANSFERS}:
+        raise VideoError(f"its colours cannot be converted: FFmpeg's transfer function {transfer}")
+    name = HDR_TRANSFERS.get(transfer)
+    wide = primaries == ColorPrimaries.BT2020 or matrix == BT2020_MATRIX
+    if name is None and not wide:
+        if primaries in P3_PRIMARIES or transfer in OTHER_TRANSFERS:
+            return "out_primaries=bt709:out_transfer=bt709:intent=relative_colorimetric"
+        return ""
+    if hdr == "refuse":
+        what = f"HDR, with the transfer function {name}" if name else "of the wide gamut BT.2020"
+        raise VideoError(f"its colours are {what}; `hdr: tone_map` converts them to BT.709")
+    if transfer in UNKNOWN_TRANSFERS:
+        raise VideoError(
+            "its colours are of the wide gamut BT.2020, and no transfer function says how bright they are"
+        )
+    source = "in_primaries=bt2020:" if primaries == ColorPrimaries.UNSPECIFIED else ""
+    intent = "perceptual" if name else "relative_colorimetric"
+    return f"{source}out_primaries=bt709:out_transfer=bt709:intent={intent}"
