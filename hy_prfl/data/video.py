@@ -154,7 +154,9 @@ def _resample(
             break
     else:
         source.check(end + clock.skipped)
-    remarks = [f"joined at {len(clock.joined)} places, first where {clock.joined[0]}"] if clock.joined else []
+    remarks = []
+    if clock.joined:
+        remarks.append(f"its clock was joined (jumps: {len(clock.joined)}), first where {clock.joined[0]}")
     if longest > LONG_FRAME:
         remarks.append(f"one frame fills {longest:.2f} s of the clip")
     if interlaced:

@@ -432,7 +432,10 @@ def test_clips_with_a_long_frame_are_reported(encoder: LatentEncoder, tmp_path: 
         assert json.loads((tmp_path / "out" / "report.jsonl").read_text()) == expected
     joined = ClipSettings(**settings | {"min_num_frames": 5, "max_frame_duration": 1.0, "clock_jumps": "join"})
     build(rows, ClipEncoder(encoder, joined), tmp_path / "joined")
-    assert "kept, but joined at" in json.loads((tmp_path / "joined" / "report.jsonl").read_text())["reason"]
+    assert (
+        "kept, but its clock was joined (jumps: 1), first where"
+        in json.loads((tmp_path / "joined" / "report.jsonl").read_text())["reason"]
+    )
     refused = ClipEncoder(encoder, ClipSettings(**settings | {"max_frame_duration": 1.0}))
     with pytest.raises(VideoError, match="longer than `max_frame_duration`"):
         refused.encode_row(rows[0])
