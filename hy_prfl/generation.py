@@ -20,6 +20,7 @@ from .configs.base import check
 from .data.container import open_video
 from .data.prompts import VideoPrompt
 from .data.store import hash_file
+from .data.vae_tiling import VAETiling, set_tiling
 from .data.video import read_image, resize_and_crop, to_uint8
 from .distributed import process_state
 from .folders import write_text
@@ -106,6 +107,7 @@ def generate_videos(
     *,
     model_identity: Mapping[str, Any] | None = None,
     overwrite: bool = False,
+    vae_tiling: VAETiling = "auto",
 ) -> list[Path]:
     """
     Write `<id>_seed_<seed>.mp4` for each prompt, and `manifest.json`, a list that `preprocess` and `score` read.
@@ -120,6 +122,8 @@ def generate_videos(
             Whatever tells one model from another; must be JSON. Without it, files of another model are not told apart.
         overwrite (`bool`, defaults to `False`):
             Replace files that were made from something else.
+        vae_tiling (`str`, defaults to `"auto"`):
+            Whether the VAE decodes in tiles, see [`~hy_prfl.data.vae_tiling.set_tiling`].
 
     Returns:
         `list[Path]`: the videos, in the order of the prompts.
@@ -143,6 +147,8 @@ def generate_videos(
     pipeline.set_progress_bar_config(leave=False, disable=not state.is_main_process)
     share = pending[state.process_index :: state.num_processes]
     for prompt in tqdm(share, desc="Generating", unit="video", disable=not state.is_main_process):
+        size = {"height": settings.height, "width": settings.width, "num_frames": settings.num_frames}
+        set_tiling(pipeline.vae, vae_tiling, "decode", **size)
         frames = generate_video(pipeline, prompt, settings)
         record = video_record(prompt, settings, model_identity)
         write_video(
@@ -270,7 +276,7 @@ def write_video(path: str | Path, frames: np.ndarray, fps: int, *, crf: int = 12
 
 
 @torch.no_grad()
-def decode_latents(vae: AutoencoderKLWan, latents: torch.Tensor) -> np.ndarray:
+def decode_latents(vae: AutoencoderKLWan, latents: torch.Tensor, vae_tiling: VAETiling = "auto") -> np.ndarray:
     """
     Decode normalised latents as the pipelines do.
 
@@ -279,11 +285,17 @@ def decode_latents(vae: AutoencoderKLWan, latents: torch.Tensor) -> np.ndarray:
             VAE of the pipeline.
         latents (`torch.Tensor` of shape `(batch_size, num_channels, num_latent_frames, height / 8, width / 8)`, or a sixteenth):
             Clean normalised latents.
+        vae_tiling (`str`, defaults to `"auto"`):
+            Whether the VAE works in tiles, see [`~hy_prfl.data.vae_tiling.set_tiling`].
 
     Returns:
         `np.ndarray` of shape `(batch_size, num_frames, height, width, 3)`: uint8.
     """
     latents = latents.to(vae.device, vae.dtype)
+    batch_size, _, num_latent_frames, *sides = latents.shape
+    height, width = (side * vae.config.scale_factor_spatial for side in sides)
+    num_frames = (num_latent_frames - 1) * vae.config.scale_factor_temporal + 1
+    set_tiling(vae, vae_tiling, "decode", height=height, width=width, num_frames=num_frames, batch_size=batch_size)
     shape = (1, -1, 1, 1, 1)
     latents_mean = torch.tensor(vae.config.latents_mean).view(shape).to(latents)
     latents_std = 1.0 / torch.tensor(vae.config.latents_std).view(shape).to(latents)

@@ -14,6 +14,7 @@ from .data.collators import LatentBatch, collate_latents
 from .data.dataset import latent_shapes
 from .data.sampler import split_batches
 from .data.schema import table_to_rows
+from .data.vae_tiling import VAETiling
 from .distributed import gather_records
 from .flow_matching import row_noise
 from .generation import decode_latents, write_video
@@ -42,6 +43,8 @@ class SampleEvaluator:
             Type of the embeddings that the models are given.
         num_replicas, replica (`int`, defaults to 1 and 0):
             Number of data-parallel replicas and the one that this process belongs to.
+        vae_tiling (`str`, defaults to `"auto"`):
+            Whether the VAE works in tiles, see [`~hy_prfl.data.vae_tiling.set_tiling`].
     """
 
     def __init__(
@@ -61,11 +64,13 @@ class SampleEvaluator:
         dtype: torch.dtype,
         num_replicas: int = 1,
         replica: int = 0,
+        vae_tiling: VAETiling = "auto",
     ) -> None:
         self.dataset = dataset
         self.reward_model = reward_model
         self.scheduler = scheduler
         self.vae = vae
+        self.vae_tiling = vae_tiling
         self.output_dir = output_dir
         self.num_inference_steps = num_inference_steps
         self.guidance_scale = guidance_scale
@@ -139,5 +144,5 @@ class SampleEvaluator:
     def _write_videos(self, latents: torch.Tensor, indices: list[int], folder: Path) -> None:
         assert self.vae is not None
         folder.mkdir(parents=True, exist_ok=True)
-        for index, frames in zip(indices, decode_latents(self.vae, latents), strict=True):
+        for index, frames in zip(indices, decode_latents(self.vae, latents, self.vae_tiling), strict=True):
             write_video(folder / f"{index:04d}.mp4", frames, self.fps)

@@ -62,6 +62,13 @@ class ClipConfig:
             "for which all of them are read."
         },
     )
+    vae_tiling: Literal["auto", "on", "off"] = field(
+        default="auto",
+        metadata={
+            "help": "Let the VAE work in tiles, with a little different result: if a pass would not fit into free memory, "
+            "always, or never."
+        },
+    )
     max_sequence_length: int = field(default=512, metadata={"help": "Tokens after which a prompt is cut."})
     text_encoder_dtype: Literal["float32", "bfloat16"] = field(
         default="float32", metadata={"help": "Type of the text encoder. VAE and image encoder are always float32."}

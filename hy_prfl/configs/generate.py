@@ -84,6 +84,13 @@ class GenerateConfig:
     )
 
     # Parameters of memory and speed
+    vae_tiling: Literal["auto", "on", "off"] = field(
+        default="auto",
+        metadata={
+            "help": "Let the VAE work in tiles, with a little different result: if a pass would not fit into free memory, "
+            "always, or never."
+        },
+    )
     cpu_offload: Literal["none", "model", "sequential"] = field(
         default="none",
         metadata={

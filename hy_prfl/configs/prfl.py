@@ -125,6 +125,13 @@ class PRFLTrainingConfig(TrainingConfig):
     )
     validation_guidance_scale: float = field(default=1.0, metadata={"help": "Guidance of the samples; 1 is none."})
     validation_videos: bool = field(default=False, metadata={"help": "Decode the samples to mp4 files."})
+    vae_tiling: Literal["auto", "on", "off"] = field(
+        default="auto",
+        metadata={
+            "help": "Let the VAE work in tiles, with a little different result: if a pass would not fit into free memory, "
+            "always, or never."
+        },
+    )
     validation_fps: int = field(default=16, metadata={"help": "Frame rate of those files."})
     validation_seed: int = field(default=0, metadata={"help": "Seed of the samples."})
 

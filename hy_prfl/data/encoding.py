@@ -1,6 +1,7 @@
 """Frames to latents, prompts to embeddings, images to conditions. The only caller of VAE, UMT5 and CLIP."""
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -8,6 +9,7 @@ import torch
 from diffusers import DiffusionPipeline, WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
 from PIL import Image
 
+from .vae_tiling import VAETiling, set_tiling
 from .video import to_uint8
 
 
@@ -30,6 +32,8 @@ class LatentEncoder:
             Tokens after which a prompt is cut.
         uses_last_frame (`bool`, defaults to `False`):
             Whether the transformer that is left out needs a last image beside the first one (Wan2.1 FLF2V).
+        vae_tiling (`str`, defaults to `"auto"`):
+            Whether the VAE works in tiles, see [`~hy_prfl.data.vae_tiling.set_tiling`].
 
     Raises:
         ValueError: If the pipeline is no Wan pipeline.
@@ -41,7 +45,14 @@ class LatentEncoder:
         ```
     """
 
-    def __init__(self, pipeline: Any, max_sequence_length: int = 512, *, uses_last_frame: bool = False) -> None:
+    def __init__(
+        self,
+        pipeline: Any,
+        max_sequence_length: int = 512,
+        *,
+        uses_last_frame: bool = False,
+        vae_tiling: VAETiling = "auto",
+    ) -> None:
         if not isinstance(pipeline, (WanPipeline, WanImageToVideoPipeline)):
             raise ValueError(
                 f"expected a `WanPipeline` or a `WanImageToVideoPipeline`, got a `{type(pipeline).__name__}`."
@@ -50,6 +61,7 @@ class LatentEncoder:
         self.max_sequence_length = max_sequence_length
         self.is_image_to_video = isinstance(pipeline, WanImageToVideoPipeline)
         self.uses_last_frame = uses_last_frame
+        self.vae_tiling = vae_tiling
         self.vae_fingerprint = vae_fingerprint(pipeline.vae)
         self.text_encoder_fingerprint = text_encoder_fingerprint(pipeline.text_encoder, pipeline.tokenizer)
         image_encoder = pipeline.image_encoder if self.is_image_to_video else None
@@ -65,6 +77,7 @@ class LatentEncoder:
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         max_sequence_length: int = 512,
+        vae_tiling: VAETiling = "auto",
     ) -> "LatentEncoder":
         """
         Load a pipeline folder or Hub id without its transformers.
@@ -87,7 +100,12 @@ class LatentEncoder:
             transformer=None,
             transformer_2=None,
         )
-        return cls(pipeline.to(device), max_sequence_length=max_sequence_length, uses_last_frame=uses_last_frame)
+        return cls(
+            pipeline.to(device),
+            max_sequence_length=max_sequence_length,
+            uses_last_frame=uses_last_frame,
+            vae_tiling=vae_tiling,
+        )
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -100,6 +118,7 @@ class LatentEncoder:
             "uses_last_frame": self.uses_last_frame,
             "text_encoder_dtype": str(self.pipeline.text_encoder.dtype),
             "max_sequence_length": self.max_sequence_length,
+            "vae_tiling": self.vae_tiling,
         }
 
     @property
@@ -150,6 +169,7 @@ class LatentEncoder:
         """
         self._check_frames(frames[0])
         vae = self.pipeline.vae
+        self._set_tiling(frames.shape[-2:], num_frames=frames.shape[1], batch_size=frames.shape[0])
         videos = frames.transpose(1, 2).to(vae.device, vae.dtype)
         latents = vae.encode(videos).latent_dist.mode().float()
         # As the pipelines do: in float32, and times the reciprocal.
@@ -205,6 +225,7 @@ class LatentEncoder:
         images = frames[[0, -1] if self.uses_last_frame else [0]].to(device, torch.float32)
         height, width = frames.shape[-2:]
         num_frames = len(frames) if num_frames is None else num_frames
+        self._set_tiling((height, width), num_frames=num_frames)
 
         image_embeds = None
         if self.pipeline.image_encoder is not None:
@@ -227,6 +248,13 @@ class LatentEncoder:
             last_image=images[1:] if self.uses_last_frame else None,
         )
         return image_embeds, condition[0].float().cpu()
+
+    def _set_tiling(self, size: Sequence[int], *, num_frames: int, batch_size: int = 1) -> None:
+        height, width = size
+        set_tiling(
+            self.pipeline.vae, self.vae_tiling, "encode",
+            height=height, width=width, num_frames=num_frames, batch_size=batch_size,
+        )  # fmt: skip
 
     def _check_frames(self, frames: torch.Tensor) -> None:
         self._check_sides(frames)

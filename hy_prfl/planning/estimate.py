@@ -9,6 +9,7 @@ from diffusers import UniPCMultistepScheduler
 from ..configs.base import TrainingConfig, check
 from ..configs.prfl import PRFLTrainingConfig
 from ..configs.reward import RewardTrainingConfig
+from ..data.vae_tiling import pass_memory, tiled_decoding_memory
 from ..models.context_parallel import check_divisible
 from ..models.experts import Experts
 from .engines import BFLOAT16, FLOAT32, Engine, frozen_memory
@@ -22,6 +23,11 @@ from .models import (
 )
 from .simulation import Phase
 from .workloads import Numerics, Shape, generator_phases, reward_phases, reward_training_phases
+
+
+# Channels of the latents of TI2V 5B, whose VAE is residual; and bytes of a VAE's weights, of Wan2.1's and of that one's.
+RESIDUAL_VAE_CHANNELS = 48
+VAE_BYTES = {False: 507_570_124, True: 2_818_754_672}
 
 
 @dataclass(frozen=True)
@@ -176,12 +182,26 @@ def _estimate_prfl(request: Request, training: PRFLTrainingConfig, reserved: flo
         is_split = training.shard_frozen_expert
         held["frozen expert"], gathered = frozen_memory(other_sizes, num_gpus=engine.num_gpus, is_split=is_split)
         phases["rollout"] = gathered + generator["rollout"].peak
+    if training.validation_videos:
+        held["VAE"], phases["validation videos"] = _decoding(request, training)
     held |= _held_by_batch(request)
     _take_turns(request, held, phases, generator, config["num_layers"], num_backwards=_num_backwards(training))
     host_memory["block inputs"] = block_inputs
     flops = _prfl_flops(request, training, numerics, uses_flow=uses_flow, uses_reward=uses_reward)
     checkpoint = engine.checkpoint_size(sizes, is_lora=training.lora_rank is not None, has_average=training.use_ema)
     return Estimate(held, phases, flops, host_memory, checkpoint, sizes.total, sizes.trained, reserved)
+
+
+def _decoding(request: Request, training: PRFLTrainingConfig) -> tuple[float, float]:
+    """Bytes of the VAE's weights, and of decoding a batch of samples, in tiles unless the recipe refuses them."""
+    _, rows, columns = request.shape.latents
+    is_residual = request.transformer_config["out_channels"] == RESIDUAL_VAE_CHANNELS
+    stride = 16 if is_residual else 8
+    size = {"height": stride * rows, "width": stride * columns, "num_frames": 4 * (request.shape.latents[0] - 1) + 1}
+    weights = float(VAE_BYTES[is_residual])
+    if training.vae_tiling != "off":
+        return weights, tiled_decoding_memory(**size, batch_size=request.shape.batch_size)
+    return weights, pass_memory({"is_residual": is_residual}, "decode", **size, batch_size=request.shape.batch_size)
 
 
 def _estimate_reward(request: Request, training: RewardTrainingConfig, reserved: float) -> Estimate:

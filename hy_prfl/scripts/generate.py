@@ -80,7 +80,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             step_cache_threshold=config.step_cache_threshold,
             step_cache_interval=config.step_cache_interval,
         )
-        generate_videos(pipeline, prompts, output_dir, settings, model_identity=identity, overwrite=config.overwrite)
+        generate_videos(
+            pipeline,
+            prompts,
+            output_dir,
+            settings,
+            model_identity=identity,
+            overwrite=config.overwrite,
+            vae_tiling=config.vae_tiling,
+        )
     if state.is_main_process:
         write_manifest(prompts, output_dir)
         save_config(config, output_dir / "generate.yaml")

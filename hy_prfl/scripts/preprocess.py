@@ -74,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         dtype=getattr(torch, config.text_encoder_dtype),
         device=state.device,
         max_sequence_length=config.max_sequence_length,
+        vae_tiling=config.vae_tiling,
     )
     clips: RowEncoder = ClipEncoder(encoder, settings, hashes)
     if config.upstream_meta is not None:

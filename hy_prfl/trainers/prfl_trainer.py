@@ -438,4 +438,5 @@ class PRFLTrainer(Trainer):
             dtype=self.weight_dtype,
             num_replicas=self.num_replicas,
             replica=self.replica,
+            vae_tiling=config.vae_tiling,
         )

@@ -136,6 +136,7 @@ PRFL_RULES: dict[str, Rule] = {
     "validation_guidance_scale": APPLIED,
     "validation_videos": APPLIED,
     "validation_fps": APPLIED,
+    "vae_tiling": APPLIED,
     "validation_seed": APPLIED,
 }
 
@@ -247,11 +248,11 @@ def without_effect(config: TrainingConfig, engine: str) -> dict[str, str]:
                 "`update_schedule` is reward",
                 ("weighting_scheme", "flow_shift", "logit_mean", "logit_std"),
             ),
-            (not config.validation_videos, "`validation_videos` is off", ("validation_fps",)),
+            (not config.validation_videos, "`validation_videos` is off", ("validation_fps", "vae_tiling")),
             (
                 config.validation_dataset is None,
                 "there is no `validation_dataset`",
-                (*validation_options, "validation_videos", "validation_fps", "validation_seed"),
+                (*validation_options, "validation_videos", "validation_fps", "vae_tiling", "validation_seed"),
             ),
         ]
     return {name: reason for is_so, reason, names in cases if is_so for name in names}

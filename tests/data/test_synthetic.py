@@ -16,7 +16,7 @@ def test_rows_are_read_back_with_their_shapes(tmp_path: Path) -> None:
     )  # fmt: skip
     dataset.save_to_disk(tmp_path / "data")
     rows = RowDataset(load_latent_dataset(str(tmp_path / "data")), range(4))
-    batch = collate_labeled([rows[index] for index in range(4)], task="motion_quality")
+    batch = collate_labeled([rows[index] for index in range(4)], task="motion_quality").to(torch.device("cpu"))
     clips = batch.clips
     assert batch.labels.tolist() == [0.0, 1.0, 0.0, 1.0]
     assert clips.latents is not None
