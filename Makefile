@@ -5,6 +5,7 @@
 #   make parity    training on two processes against one, every engine, about 12 minutes; outputs/parity.json
 #   make memory    memory of a process with each engine, about 10 minutes; outputs/memory.json
 #   make benchmark what an update costs, against RGB ReFL and with each switch, about 18 minutes; outputs/benchmark
+#   make real-size one step of every recipe at its real size on a pretended GPU, about 40 minutes; needs g++
 #   make quality   lint, format, types, spelling; changes nothing
 #   make style     format and fix what can be fixed by itself
 #   make clean     removes what the targets above wrote, except .venv
@@ -16,10 +17,12 @@ TORCH ?= torch==2.13.0
 DEMO_ARGS ?=
 # The same for the benchmark: make benchmark BENCHMARK_ARGS="--sizes tiny"
 BENCHMARK_ARGS ?=
+# And for the real sizes: make real-size REAL_SIZE_ARGS="--recipes examples/prfl/wan2.1_t2v_14b_720p_lora.yaml"
+REAL_SIZE_ARGS ?=
 
 BIN := .venv/bin
 
-.PHONY: demo test parity memory benchmark quality style clean
+.PHONY: demo test parity memory benchmark real-size quality style clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.package
@@ -36,6 +39,9 @@ memory: .venv/.dev
 
 benchmark: .venv/.package
 	$(BIN)/python -m examples.benchmark.benchmark $(BENCHMARK_ARGS)
+
+real-size: .venv/.package
+	$(BIN)/python -m examples.real_size.real_size $(REAL_SIZE_ARGS)
 
 quality: .venv/.dev
 	$(BIN)/ruff check .
