@@ -159,7 +159,7 @@ def faults(result: dict[str, Any]) -> list[str]:
     for (measured, planned), bound in bounds.items():
         one, other = result[measured], result[planned]
         if abs(one - other) > bound * max(one, other):
-            found.append(f"{measured} {one:.4g}, planned {other:.4g}")
+            found.append(f"{measured} {one:.4g}, {planned} {other:.4g}")
     if result["num_syncs"] > MOST_SYNCS:
         found.append(f"{result['num_syncs']} waits for the device: {result['sync_places']}")
     return found
