@@ -5,7 +5,8 @@ Trains a reward model on videos that you labelled yourself.
         --pretrained_model_name_or_path Wan-AI/Wan2.1-T2V-1.3B-Diffusers --task blur_quality
 
 The CSV file has a line for each video: `video,caption,blur_quality`, with 1 or 0, good or poor, or nothing where you
-could not tell. Paths are relative to the file. Run under `accelerate launch` to use several GPUs.
+could not tell. Paths are relative to the working directory or else to the file. Run under `accelerate
+launch` to use several GPUs.
 """
 
 from collections.abc import Sequence

@@ -1,14 +1,14 @@
 """Rows to batches of tensors."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
-from .schema import task_label, unpack_tensor
+from .schema import PROMPTS, task_label, unpack_tensor
 
 
 BatchT = TypeVar("BatchT", bound="Batch")
@@ -29,28 +29,31 @@ class Batch:
                 Type of prompt and image embeddings. All other tensors become float32.
         """
         return self._map(
-            lambda name, value: value.to(device).to(embeds_dtype if name in _EMBEDDINGS else torch.float32)
+            lambda name, value: value.to(device).to(embeds_dtype if name in _EMBEDDINGS else torch.float32),
+            lambda batch: batch.to(device, embeds_dtype),
         )
 
     def pin_memory(self: BatchT) -> BatchT:
         """Copy with every tensor in page-locked memory; called by the data loader."""
-        return self._map(lambda name, value: value.pin_memory())
+        return self._map(lambda name, value: value.pin_memory(), lambda batch: batch.pin_memory())
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
+        """Bytes of all tensors, of those that a worker process sends."""
         values = [getattr(self, field.name) for field in dataclasses.fields(self)]  # type: ignore[arg-type]
         return sum(value.nbytes for value in values if isinstance(value, (torch.Tensor, Batch)))
 
-    def _map(self: BatchT, function: Callable[[str, torch.Tensor], Any]) -> BatchT:
-        """Copy in which each tensor, also of nested batches, is replaced by `function(name of the field, tensor)`."""
+    def _map(
+        self: BatchT, of_tensor: Callable[[str, torch.Tensor], torch.Tensor], of_batch: Callable[["Batch"], "Batch"]
+    ) -> BatchT:
+        """Copy with `of_tensor(name of the field, tensor)` for each tensor and `of_batch(batch)` for each nested batch."""
         mapped: dict[str, Any] = {}
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             value = getattr(self, field.name)
             if isinstance(value, torch.Tensor):
-                value = function(field.name, value)
+                value = of_tensor(field.name, value)
             elif isinstance(value, Batch):
-                value = value._map(function)
+                value = of_batch(value)
             mapped[field.name] = value
         return type(self)(**mapped)
 
@@ -70,6 +73,9 @@ class LatentBatch(Batch):
         prompt_embeds, long_prompt_embeds, null_prompt_embeds
             (`torch.Tensor` of shape `(batch_size, max_sequence_length, text_dim)`):
             Embeddings of caption, long caption (the caption where a row has none) and empty prompt, zero-padded.
+        num_tokens (`int`):
+            Tokens of the longest prompt. What follows is padding in all rows, and is neither sent from a worker process
+            nor copied to a device, but made again there.
         image_embeds (`torch.Tensor` of shape `(batch_size, num_image_tokens, image_dim)`, *optional*):
             CLIP embeddings of the first frame, for image-to-video models. Models of first and last frame take
             `2 * batch_size` of them, those of a clip behind each other.
@@ -84,17 +90,42 @@ class LatentBatch(Batch):
     prompt_embeds: torch.Tensor
     long_prompt_embeds: torch.Tensor
     null_prompt_embeds: torch.Tensor
+    num_tokens: int
     image_embeds: torch.Tensor | None
     condition: torch.Tensor | None
 
     def __len__(self) -> int:
         return len(self.ids)
 
+    def to(self, device: torch.device, embeds_dtype: torch.dtype = torch.float32) -> "LatentBatch":
+        """Copy on `device`, see [`Batch.to`]."""
+        moved = Batch.to(dataclasses.replace(self, **self._trimmed_prompts()), device, embeds_dtype)
+        return dataclasses.replace(moved, **_padded_prompts(vars(moved), self.prompt_embeds.shape[1]))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a worker process sends, see [`Batch.nbytes`]."""
+        padded = sum(getattr(self, name).nbytes for name in PROMPTS)
+        return super().nbytes - padded + sum(value.nbytes for value in self._trimmed_prompts().values())
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a worker process sends. A slice would be sent with all of the memory that it is part of."""
+        prompts = {name: value.clone() for name, value in self._trimmed_prompts().items()}
+        return vars(self) | prompts | {"max_sequence_length": self.prompt_embeds.shape[1]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        length = state.pop("max_sequence_length")
+        vars(self).update(state | _padded_prompts(state, length))
+
+    def _trimmed_prompts(self) -> dict[str, Any]:
+        return {name: getattr(self, name)[:, : self.num_tokens] for name in PROMPTS}
+
     @classmethod
     def concatenate(cls, batches: Sequence["LatentBatch"]) -> "LatentBatch":
         """One batch of all clips of several batches of one shape."""
         joined: dict[str, Any] = {"latents_shape": batches[0].latents_shape}
-        for name in ("latents", "image_embeds", "condition", *_PROMPT_COLUMNS):
+        joined["num_tokens"] = max(batch.num_tokens for batch in batches)
+        for name in ("latents", "image_embeds", "condition", *PROMPTS):
             tensors = [getattr(batch, name) for batch in batches]
             joined[name] = None if tensors[0] is None else torch.cat(tensors)
         return cls(ids=[row_id for batch in batches for row_id in batch.ids], **joined)
@@ -137,8 +168,9 @@ def collate_latents(rows: Sequence[dict[str, Any]]) -> LatentBatch:
     if len(shapes) > 1:
         raise ValueError(f"Rows {[row['id'] for row in rows]} have latents of different shapes: {sorted(shapes)}.")
     length = rows[0]["max_sequence_length"]
-    prompts = {name: [unpack_tensor(row, name) for row in rows] for name in _PROMPT_COLUMNS}
-    long_or_short = [
+    prompts = {name: [unpack_tensor(row, name) for row in rows] for name in PROMPTS}
+    # The caption where a row has no long one.
+    prompts["long_prompt_embeds"] = [
         short if long is None else long
         for short, long in zip(prompts["prompt_embeds"], prompts["long_prompt_embeds"], strict=True)
     ]
@@ -147,9 +179,8 @@ def collate_latents(rows: Sequence[dict[str, Any]]) -> LatentBatch:
         ids=[row["id"] for row in rows],
         latents_shape=shapes.pop(),
         latents=_stack(rows, "latents"),
-        prompt_embeds=_pad(rows, prompts["prompt_embeds"], length),
-        long_prompt_embeds=_pad(rows, long_or_short, length),
-        null_prompt_embeds=_pad(rows, prompts["null_prompt_embeds"], length),
+        **{name: _stack_prompts(rows, embeds, length) for name, embeds in prompts.items()},
+        num_tokens=max(len(array) for embeds in prompts.values() for array in embeds if array is not None),
         image_embeds=None if image_embeds is None else image_embeds.flatten(0, -3),
         condition=_stack(rows, "condition"),
     )
@@ -167,8 +198,7 @@ def collate_preferences(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) 
     return PreferenceBatch(chosen=collate_latents(chosen), rejected=collate_latents(rejected))
 
 
-_PROMPT_COLUMNS = ("prompt_embeds", "long_prompt_embeds", "null_prompt_embeds")
-_EMBEDDINGS = (*_PROMPT_COLUMNS, "image_embeds")
+_EMBEDDINGS = (*PROMPTS, "image_embeds")
 
 
 def _stack(rows: Sequence[dict[str, Any]], name: str) -> torch.Tensor | None:
@@ -182,9 +212,10 @@ def _stack(rows: Sequence[dict[str, Any]], name: str) -> torch.Tensor | None:
     return torch.from_numpy(np.stack(present))
 
 
-def _pad(rows: Sequence[dict[str, Any]], embeds: Sequence[np.ndarray | None], length: int) -> torch.Tensor:
-    padded = []
-    for row, array in zip(rows, embeds, strict=True):
+def _stack_prompts(rows: Sequence[dict[str, Any]], embeds: Sequence[np.ndarray | None], length: int) -> torch.Tensor:
+    """Embeddings `(batch_size, length, text_dim)`, copied once, into memory that is zero without being written."""
+    stacked: np.ndarray | None = None
+    for index, (row, array) in enumerate(zip(rows, embeds, strict=True)):
         if array is None:
             raise ValueError(f"Row '{row['id']}' lacks the embedding of its prompt or of the empty prompt.")
         if array.shape[0] > length or row["max_sequence_length"] != length:
@@ -192,5 +223,17 @@ def _pad(rows: Sequence[dict[str, Any]], embeds: Sequence[np.ndarray | None], le
                 f"Row '{row['id']}': {array.shape[0]} tokens, `max_sequence_length` {row['max_sequence_length']}, "
                 f"in a batch padded to {length}."
             )
-        padded.append(np.pad(array, ((0, length - array.shape[0]), (0, 0))))
-    return torch.from_numpy(np.stack(padded))
+        if stacked is None:
+            stacked = np.zeros((len(rows), length, array.shape[1]), array.dtype)
+        stacked[index, : len(array)] = array
+    return torch.from_numpy(stacked)
+
+
+def _padded_prompts(prompts: Mapping[str, Any], length: int) -> dict[str, Any]:
+    """Prompts of a batch, or its fields, with zeros behind the tokens up to `length` again."""
+    padded = {}
+    for name in PROMPTS:
+        value = prompts[name]
+        padded[name] = value.new_zeros(value.shape[0], length, value.shape[2])
+        padded[name][:, : value.shape[1]] = value
+    return padded

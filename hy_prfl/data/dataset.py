@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from .collators import Batch
 from .sampler import BucketBatchSampler
-from .schema import LABELS, table_to_rows, task_label, validate_columns
+from .schema import LABELS, PROMPTS, pack_tensor, table_to_rows, task_label, validate_columns
 
 
 logger = logging.getLogger(__name__)
@@ -316,9 +316,14 @@ def check_shared_memory(
     """
     if num_workers == 0 or not SHARED_MEMORY.is_dir():
         return
-    batch_size = max(collate([rows[bucket[0]]]).nbytes for bucket in sampler.buckets) * sampler.batch_size
+    prompts = _longest_prompts(rows.dataset)
+    largest = 0
+    for bucket in sampler.buckets:
+        item = rows[bucket[0]]
+        item = (item[0] | prompts, item[1] | prompts) if isinstance(item, tuple) else item | prompts
+        largest = max(largest, collate([item]).nbytes)
     num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    needed = batch_size * PREFETCHED_BATCHES * num_workers * num_processes
+    needed = largest * sampler.batch_size * PREFETCHED_BATCHES * num_workers * num_processes
     free = shutil.disk_usage(SHARED_MEMORY).free
     if needed > free:
         raise ValueError(
@@ -326,3 +331,15 @@ def check_shared_memory(
             f"{needed / 1e6:.0f} MB of shared memory, {SHARED_MEMORY} has {free / 1e6:.0f} MB free. Give the container "
             "more (`docker run --shm-size 16g`), or set it to 0."
         )
+
+
+def _longest_prompts(dataset: Dataset) -> Row:
+    """Columns of prompts of zeros, as long as the longest of the dataset, to which a batch may pad all others."""
+    rows = read_columns(dataset, [f"{name}_shape" for name in PROMPTS])
+    prompts: Row = {}
+    for name in PROMPTS:
+        shapes = [row[f"{name}_shape"] for row in rows if row[f"{name}_shape"] is not None]
+        if shapes:
+            dtype = dataset.features[name].feature.dtype
+            prompts |= pack_tensor(name, np.zeros(max(shapes), dtype), dtype, source=name)
+    return prompts

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from .dataset import load_latent_dataset
-from .manifest import FIELDS, LABEL_FIELDS, read_labels
+from .manifest import FIELDS, LABEL_FIELDS, read_labels, warn_of_repeats
 from .records import columns_of, describe_columns, read_records, read_text
 from .schema import LABELS, TASKS, task_label
 from .store import REPORT_FILE, STATE_FILE, replace_columns, save_table
@@ -26,8 +26,8 @@ def read_annotations(path: str | Path) -> dict[str, dict[str, int]]:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file or a row is broken, an id is missing or comes twice, or no row has a label; names file,
-            row and field.
+        ValueError: If the file or a row is broken, an id is missing or has two rows that differ, or no row has a label;
+            names file, row and field.
     """
     path = Path(path)
     fields = {"id": FIELDS["id"], **LABEL_FIELDS, "motion_quality": ("motion_quality",)}
@@ -38,16 +38,16 @@ def read_annotations(path: str | Path) -> dict[str, dict[str, int]]:
         clip_id = read_text(record, FIELDS["id"], where)
         if clip_id is None:
             raise ValueError(f"{where}: `id` is missing. {describe_columns(list(record), fields)}")
-        if clip_id in first:
-            raise ValueError(f"{where}: `id` {clip_id!r} is already annotated by {first[clip_id]}.")
         if record.get("motion_quality") is not None:
             raise ValueError(
                 f"{where}: `motion_quality` is derived (physics_quality and human_quality both good); "
                 "annotate those two."
             )
-        first[clip_id] = where
-        labels = read_labels(record, where)
-        annotations[clip_id] = {name: value for name, value in labels.items() if value is not None}
+        labels = {name: value for name, value in read_labels(record, where).items() if value is not None}
+        if annotations.setdefault(clip_id, labels) != labels:
+            raise ValueError(f"{where}: `id` {clip_id!r} is already annotated by {first[clip_id]}, with other labels.")
+        first.setdefault(clip_id, where)
+    warn_of_repeats(path, len(records), len(annotations))
     if not any(annotations.values()):
         columns = describe_columns(columns_of(records), {"id": FIELDS["id"], **LABEL_FIELDS})
         raise ValueError(f"{path}: no row has a value for any of the labels. {columns}")

@@ -4,8 +4,9 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from .listed_files import ListedFiles
 from .records import columns_of, describe_columns, read_records, read_text
 from .schema import LABELS, parse_label
 
@@ -26,9 +27,15 @@ FIELDS = {
 LABEL_FIELDS = {name: (name,) for name in LABELS}
 
 
+RowT = TypeVar("RowT", bound="ManifestRow")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ManifestRow:
-    """One clip of a manifest. `where` says where it was written, for messages; `prompt` is empty if there is none."""
+    """
+    One clip of a manifest. `where` says where it was written, for messages; `prompt` is empty if there is none; `missing`
+    has what to say of those of its files that were not there, by path.
+    """
 
     where: str
     id: str
@@ -40,11 +47,20 @@ class ManifestRow:
     pair_id: str | None = None
     rejected_id: str | None = None
     labels: Mapping[str, int | None] = field(default_factory=dict)
+    missing: Mapping[Path, str] = field(default_factory=dict)
 
     @property
     def files(self) -> list[Path]:
         """Files that the row is made from; they need not exist."""
         return [path for path in (self.video, self.image, self.last_image) if path is not None]
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """All that the row says, by field, however it is spelt. Rows of equal content are repeats."""
+        paths = {name: getattr(self, name) for name in ("video", "image", "last_image")}
+        texts = {name: getattr(self, name) for name in ("id", "prompt", "long_prompt", "pair_id", "rejected_id")}
+        labels = {name: value for name, value in self.labels.items() if value is not None}
+        return {**{name: path and path.resolve() for name, path in paths.items()}, **texts, "labels": labels}
 
 
 def read_manifest(path: str | Path, require_video: bool = True) -> list[ManifestRow]:
@@ -54,7 +70,8 @@ def read_manifest(path: str | Path, require_video: bool = True) -> list[Manifest
     | field | meaning |
     |---|---|
     | `id` (`source_id`) | unique name of the clip; the stem of its video file if left out |
-    | `video` (`video_path`, `file_name`, `file_path`, `path`) | absolute, or relative to the manifest's folder |
+    | `video` (`video_path`, `file_name`, `file_path`, `path`) | absolute, or relative to the working directory or else the \
+manifest's folder |
     | `caption` (`prompt`, `short_caption`, `text`) | what the clip shows |
     | `long_caption` (`long_prompt`) | a longer text for the same clip, optional |
     | `text_alignment`, `blur_quality`, `physics_quality`, `human_quality` | 1/0, "good"/"poor" or null, optional |
@@ -63,7 +80,8 @@ def read_manifest(path: str | Path, require_video: bool = True) -> list[Manifest
     | `image` (`first_image`, `image_path`) | first frame of an image-to-video prompt without a video, optional |
     | `last_image` (`last_image_path`) | its last frame, for pipelines that need one (FLF2V), optional |
 
-    A caption such as `nan`, `None` or `N/A` is none.
+    A caption such as `nan`, `None` or `N/A` is none. A row that says the same as an earlier one is left out, and the log says
+    how many those were; so does it of files that are both in the working directory and in the manifest's folder.
 
     Args:
         require_video (`bool`, defaults to `True`):
@@ -84,25 +102,45 @@ def read_manifest(path: str | Path, require_video: bool = True) -> list[Manifest
     columns = columns_of(records)
     if not any(name in columns for name in (*FIELDS["prompt"], *FIELDS["long_prompt"])):
         raise ValueError(f"{path}: there is no column `caption`. {describe_columns(columns, fields)}")
-    rows = [_parse_row(path, index, where, record, require_video) for index, (where, record) in enumerate(records)]
-    check_ids(rows)
+    files = ListedFiles(path)
+    rows = [_parse_row(files, index, where, record, require_video) for index, (where, record) in enumerate(records)]
+    files.warn_of_names_in_both()
+    unique = unique_rows(rows)
+    warn_of_repeats(path, len(rows), len(unique))
     known = {name for names in fields.values() for name in names}
     ignored = sorted(set(columns) - known)
     if ignored:
         logger.warning(f"{path}: these fields are not known and are ignored: {', '.join(ignored)}.")
-    return rows
+    return unique
 
 
-def check_ids(rows: Sequence[ManifestRow]) -> None:
-    """Raise a `ValueError` if two rows share an id, or a `rejected_id` names no row, or the row itself."""
-    first: dict[str, str] = {}
+def unique_rows(rows: Sequence[RowT]) -> list[RowT]:
+    """
+    Rows without repeats: those that say the same as an earlier row.
+
+    Raises:
+        ValueError: If rows that say different things share an id, or a `rejected_id` names no row, or the row itself.
+    """
+    first: dict[str, RowT] = {}
     for row in rows:
-        if row.id in first:
-            raise ValueError(f"{row.where}: `id` {row.id!r} is already taken by {first[row.id]}; ids must be unique.")
-        first[row.id] = row.where
-    for row in rows:
+        known = first.setdefault(row.id, row)
+        if known is row or known.content == row.content:
+            continue
+        different = [f"`{name}`" for name, value in row.content.items() if value != known.content.get(name)]
+        raise ValueError(
+            f"{row.where}: `id` {row.id!r} is already taken by {known.where}; the two differ in {', '.join(different)}, "
+            "and ids must be unique."
+        )
+    for row in first.values():
         if row.rejected_id is not None and (row.rejected_id not in first or row.rejected_id == row.id):
             raise ValueError(f"{row.where}: `rejected_id` {row.rejected_id!r} is not the id of another row.")
+    return list(first.values())
+
+
+def warn_of_repeats(path: Path, num_rows: int, num_unique: int) -> None:
+    """Log how many rows of a list are left out because they repeat an earlier one."""
+    if num_unique < num_rows:
+        logger.warning(f"{path}: {num_rows - num_unique} of {num_rows} rows repeat an earlier one and are left out.")
 
 
 def read_labels(record: Mapping[str, Any], where: str) -> dict[str, int | None]:
@@ -110,11 +148,11 @@ def read_labels(record: Mapping[str, Any], where: str) -> dict[str, int | None]:
     return {name: parse_label(record[name], source=where, name=name) for name in LABELS if name in record}
 
 
-def _parse_row(path: Path, index: int, where: str, record: Mapping[str, Any], require_video: bool) -> ManifestRow:
+def _parse_row(
+    files: ListedFiles, index: int, where: str, record: Mapping[str, Any], require_video: bool
+) -> ManifestRow:
     text = {name: read_text(record, names, where) for name, names in FIELDS.items()}
-    video = path.parent / text["video"] if text["video"] else None
-    image = path.parent / text["image"] if text["image"] else None
-    last_image = path.parent / text["last_image"] if text["last_image"] else None
+    video, image, last_image = (files.find(text[name]) for name in ("video", "image", "last_image"))
     if require_video and video is None:
         raise ValueError(f"{where}: `video` is missing. {describe_columns(list(record), FIELDS)}")
     media = video or image
@@ -130,4 +168,5 @@ def _parse_row(path: Path, index: int, where: str, record: Mapping[str, Any], re
         pair_id=text["pair_id"],
         rejected_id=text["rejected_id"],
         labels=read_labels(record, where),
+        missing=files.missing(text["video"], text["image"], text["last_image"]),
     )

@@ -239,7 +239,7 @@ class ClipEncoder:
             if path is None:
                 raise VideoError(missing)
             if not path.is_file():
-                raise VideoError(f"there is no file '{path}'")
+                raise VideoError(row.missing.get(path, f"there is no file '{path}'"))
         return [path for path in needed.values() if path is not None]
 
 

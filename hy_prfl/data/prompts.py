@@ -3,10 +3,12 @@
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .listed_files import ListedFiles
+from .manifest import warn_of_repeats
 from .records import describe_columns, read_records, read_text, read_whole_number
 from .video import VideoError, read_image
 
@@ -23,13 +25,17 @@ FIELDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class VideoPrompt:
-    """One video to generate. `id` and `seed` name it; `image` and `last_image` are for image-to-video pipelines."""
+    """
+    One video to generate. `id` and `seed` name it; `image` and `last_image` are for image-to-video pipelines; `missing`
+    has what to say of those of them that were not there, by path.
+    """
 
     id: str
     caption: str
     seed: int = 0
     image: Path | None = None
     last_image: Path | None = None
+    missing: Mapping[Path, str] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def name(self) -> str:
@@ -46,8 +52,12 @@ def read_prompts(path: str | Path, *, seed: int = 0, num_videos_per_prompt: int 
     | `caption` (`prompt`, `short_caption`, `text`) | what the video shall show |
     | `id` (`image_id`) | name of the prompt, letters, digits, `.`, `_` and `-`; the number of the row if left out |
     | `seed` | seed of the video's noise, a whole number from 0 to 10^18 - 1, optional |
-    | `image` (`first_image`, `image_path`) | first frame, absolute or relative to the list's folder, optional |
+    | `image` (`first_image`, `image_path`) | first frame, optional; absolute, or relative to the working directory or else \
+the list's folder |
     | `last_image` (`last_image_path`) | last frame, likewise, optional |
+
+    A row with an id that says the same as an earlier one is left out, and the log says how many those were. Rows without
+    an id are numbered, and are videos of their own.
 
     Args:
         seed (`int`, defaults to 0):
@@ -57,17 +67,23 @@ def read_prompts(path: str | Path, *, seed: int = 0, num_videos_per_prompt: int 
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file or a row is broken, has an unknown field or no caption, or two rows ask for the same
-            video; names file, row and field.
+        ValueError: If the file or a row is broken, has an unknown field or no caption, or two different
+            rows ask for a video of one name; names file, row and field. Whether images exist is not checked here, but
+            in `check_prompts`.
     """
     path = Path(path)
     records = read_records(path, FIELDS, lines_of="caption")
     if not records:
         raise ValueError(f"{path}: there is no prompt in it.")
-    rows = [(where, _parse_prompt(path, index, where, record, seed)) for index, (where, record) in enumerate(records)]
+    files = ListedFiles(path)
+    rows: dict[VideoPrompt, str] = {}
+    for index, (where, record) in enumerate(records):
+        rows.setdefault(_parse_prompt(files, index, where, record, seed), where)
+    files.warn_of_names_in_both()
+    warn_of_repeats(path, len(records), len(rows))
     prompts: list[VideoPrompt] = []
     first: dict[str, str] = {}
-    for where, row in rows:
+    for row, where in rows.items():
         for offset in range(num_videos_per_prompt):
             prompt = dataclasses.replace(row, seed=row.seed + offset)
             if prompt.name in first:
@@ -103,14 +119,16 @@ def check_prompts(prompts: Sequence[VideoPrompt], *, image_to_video: bool, last_
         if prompt.last_image is None and last_image == "required":
             raise ValueError(f"{where}: `last_image` is missing; this pipeline needs a first and a last image.")
     for file in sorted({file for prompt in prompts for file in (prompt.image, prompt.last_image) if file is not None}):
+        user = next(prompt for prompt in prompts if file in (prompt.image, prompt.last_image))
+        if file in user.missing:
+            raise ValueError(f"prompt '{user.id}': {user.missing[file]}.")
         try:
             read_image(file)
         except VideoError as error:
-            users = [prompt.id for prompt in prompts if file in (prompt.image, prompt.last_image)]
-            raise ValueError(f"prompt '{users[0]}': {error}") from error
+            raise ValueError(f"prompt '{user.id}': {error}") from error
 
 
-def _parse_prompt(path: Path, index: int, where: str, record: Mapping[str, Any], seed: int) -> VideoPrompt:
+def _parse_prompt(files: ListedFiles, index: int, where: str, record: Mapping[str, Any], seed: int) -> VideoPrompt:
     unknown = sorted(set(record) - {name for names in FIELDS.values() for name in names})
     if unknown:
         raise ValueError(f"{where}: unknown fields: {', '.join(unknown)}. {describe_columns(list(record), FIELDS)}")
@@ -125,6 +143,7 @@ def _parse_prompt(path: Path, index: int, where: str, record: Mapping[str, Any],
         id=prompt_id,
         caption=text["caption"],
         seed=seed if own_seed is None else own_seed,
-        image=path.parent / text["image"] if text["image"] else None,
-        last_image=path.parent / text["last_image"] if text["last_image"] else None,
+        image=files.find(text["image"]),
+        last_image=files.find(text["last_image"]),
+        missing=files.missing(text["image"], text["last_image"]),
     )

@@ -13,7 +13,8 @@ from .records import is_missing
 LABELS = ("text_alignment", "blur_quality", "physics_quality", "human_quality")
 TASKS = (*LABELS, "motion_quality")
 
-TENSORS = ("latents", "prompt_embeds", "null_prompt_embeds", "long_prompt_embeds", "image_embeds", "condition")
+PROMPTS = ("prompt_embeds", "null_prompt_embeds", "long_prompt_embeds")
+TENSORS = ("latents", *PROMPTS, "image_embeds", "condition")
 
 
 def latent_features(dtype: str = "float16") -> Features:

@@ -1,6 +1,8 @@
 """Import of what HY-Video-PRFL's preprocessing wrote: one `*_meta_v1.json` and up to five .npy files per clip."""
 
 import json
+import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +12,15 @@ import numpy as np
 import torch
 
 from .encoding import LatentEncoder, strip_padding
-from .manifest import ManifestRow, check_ids, read_labels
+from .listed_files import describe_absence
+from .manifest import ManifestRow, read_labels, unique_rows
 from .preprocessing import pack_row
-from .records import parse_json, read_text
+from .records import parse_json, read_text, read_utf8
 from .store import FileHashes, hash_text
 from .video import TEMPORAL_STRIDE, VideoError
 
+
+logger = logging.getLogger(__name__)
 
 # Column -> names that upstream's scripts give the path of its .npy file.
 ARRAYS = {
@@ -38,6 +43,11 @@ class UpstreamRow(ManifestRow):
     def files(self) -> list[Path]:
         return [self.video or Path(self.where), *(self.find(name) for name in self.arrays)]
 
+    @property
+    def content(self) -> dict[str, Any]:
+        """As of any row, with the arrays that it finds."""
+        return super().content | {name: self.find(name).resolve() for name in self.arrays}
+
     def find(self, name: str) -> Path:
         """Path of one array: the first of the roots that has it, the first of all if none has."""
         candidates = [root / self.arrays[name] for root in self.roots]
@@ -54,23 +64,35 @@ def read_upstream(path: str | Path, root: str | Path = ".") -> list[UpstreamRow]
         root (`str` or `Path`, defaults to `"."`):
             Folder that upstream ran in. Relative paths are looked up beside the file that names them, then here.
 
+    Returns:
+        `list[UpstreamRow]`: Each clip once, in the order of the list. Upstream's lists repeat clips, for a run of its
+        trainers is one pass over the list; the log says how often.
+
     Raises:
         FileNotFoundError: If `path` or a listed file does not exist.
-        ValueError: If a meta file is broken, naming file and field. Whether arrays exist is not checked here: that
+        ValueError: If a meta file is broken, naming file and field, or two that differ have one id. Whether arrays exist is not checked here: that
             concerns one clip.
     """
     path, root = Path(path), Path(root)
     if path.is_dir():
         paths = sorted(path.glob("*_meta_v1.json"))
     elif path.is_file():
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in read_utf8(path).split("\n")]
         paths = [_find_meta(line, path, root) for line in lines if line]
     else:
         raise FileNotFoundError(f"there is no file or folder '{path}'.")
     if not paths:
         raise ValueError(f"'{path}': no `*_meta_v1.json` files.")
-    rows = [_parse_meta(meta, root) for meta in paths]
-    check_ids(rows)
+    parsed = {meta: _parse_meta(meta, root) for meta in dict.fromkeys(paths)}
+    rows = unique_rows(list(parsed.values()))
+    counts = Counter(parsed[meta].id for meta in paths)
+    if len(rows) < len(paths):
+        least, most = min(counts.values()), max(counts.values())
+        uneven = f" They are named {least} to {most} times, and that weight is not kept." if least < most else ""
+        logger.warning(
+            f"{path}: {len(paths)} {'files' if path.is_dir() else 'lines'} name {len(rows)} clips. Each is imported once; "
+            f"epochs take the place of repeats.{uneven}"
+        )
     return rows
 
 
@@ -79,12 +101,12 @@ def _find_meta(line: str, list_path: Path, root: Path) -> Path:
     for candidate in candidates:
         if candidate.is_file():
             return candidate
-    raise FileNotFoundError(f"{list_path}: there is neither '{candidates[0]}' nor '{candidates[1]}'.")
+    raise FileNotFoundError(f"{list_path}: there is {describe_absence(candidates)}.")
 
 
 def _parse_meta(path: Path, root: Path) -> UpstreamRow:
     where = str(path)
-    record = parse_json(path.read_text(encoding="utf-8-sig"), where)
+    record = parse_json(read_utf8(path), where)
     if not isinstance(record, dict):
         raise ValueError(f"{where}: expected a mapping of field names to values, got a {type(record).__name__}.")
     arrays = {name: read_text(record, names, where) for name, names in ARRAYS.items()}
@@ -122,7 +144,7 @@ class UpstreamImporter:
         hashes (`FileHashes`, *optional*): Hashes of arrays that are known already.
 
     Raises:
-        ValueError: If the pipeline needs a last frame, which upstream did not keep.
+        ValueError: If the embedding in `null_prompt_path` does not fit.
     """
 
     def __init__(
@@ -133,8 +155,6 @@ class UpstreamImporter:
         null_prompt_path: str | None,
         hashes: FileHashes | None = None,
     ) -> None:
-        if encoder.uses_last_frame:
-            raise ValueError("upstream's arrays have the first frame only, the pipeline needs a first and a last one.")
         self.encoder = encoder
         self.fps = fps
         self.tensor_dtype = tensor_dtype
@@ -206,8 +226,8 @@ class UpstreamImporter:
                 raise VideoError(f"`{ARRAYS[name][0]}` is missing in {row.where}")
             paths[name] = row.find(name)
             if not paths[name].is_file():
-                looked = " nor ".join(f"'{root / row.arrays[name]}'" for root in row.roots)
-                raise VideoError(f"`{name}`: there is neither {looked}")
+                places = describe_absence([root / row.arrays[name] for root in row.roots])
+                raise VideoError(f"`{name}`: there is {places}")
         return paths
 
     def _prepare_latents(self, path: Path) -> np.ndarray:
@@ -224,10 +244,19 @@ class UpstreamImporter:
         text_dim = self.encoder.pipeline.text_encoder.config.d_model
         if prompt_embeds.shape[1] != text_dim:
             raise VideoError(f"'{path}': expected a text width of {text_dim}, got shape {prompt_embeds.shape}")
-        return strip_padding(torch.from_numpy(prompt_embeds)).numpy()
+        prompt_embeds = strip_padding(torch.from_numpy(prompt_embeds)).numpy()
+        length = self.encoder.max_sequence_length
+        if len(prompt_embeds) > length:
+            raise VideoError(f"'{path}': {len(prompt_embeds)} tokens, `max_sequence_length` is {length}")
+        return prompt_embeds
 
     def _prepare_condition(self, path: Path, latents_shape: Sequence[int]) -> np.ndarray:
-        """Condition with its mask; upstream left the mask out in some versions."""
+        """
+        Condition with its mask, `(4 + num_channels, num_frames, height, width)`.
+
+        Upstream's preprocessing leaves the mask to its trainer, which always gives it the first frame alone. For a model of
+        first and last frame it is that of the pipeline here, which gives both.
+        """
         condition = _load_array(path, num_dims=4)
         num_channels = latents_shape[0]
         expected = (num_channels, num_channels + TEMPORAL_STRIDE)
@@ -236,29 +265,51 @@ class UpstreamImporter:
                 f"'{path}': expected {expected[0]} or {expected[1]} channels beside latents of shape "
                 f"{tuple(latents_shape)}, got shape {condition.shape}"
             )
-        if condition.shape[0] == expected[1]:
-            return condition
-        # As `WanImageToVideoPipeline.prepare_latents` builds it: the first latent frame is given, the rest is not.
+        # As `WanImageToVideoPipeline.prepare_latents` builds it: a first latent frame stands for one frame, each of the others
+        # for four, of which the last one's fourth is the clip's last frame.
         mask = np.zeros((TEMPORAL_STRIDE, *latents_shape[1:]), dtype=condition.dtype)
         mask[:, 0] = 1
-        return np.concatenate([mask, condition])
+        if self.encoder.uses_last_frame:
+            mask[-1, -1] = 1
+        if condition.shape[0] == expected[0]:
+            return np.concatenate([mask, condition])
+        if self.encoder.uses_last_frame and not np.array_equal(condition[:TEMPORAL_STRIDE], mask):
+            raise VideoError(f"'{path}': its mask does not give exactly the first and the last frame")
+        return condition
 
     def _prepare_image_embeds(self, path: Path) -> np.ndarray:
-        image_embeds = _load_array(path, num_dims=2)
-        image_dim = self.encoder.pipeline.image_encoder.config.hidden_size
-        if image_embeds.shape[1] != image_dim:
-            raise VideoError(f"'{path}': expected an image width of {image_dim}, got shape {image_embeds.shape}")
-        return image_embeds
+        """Embeddings `(num_tokens, image_dim)`, or `(2, num_tokens, image_dim)`, which upstream reads flat as well."""
+        config = self.encoder.pipeline.image_encoder.config
+        num_tokens = (config.image_size // config.patch_size) ** 2 + 1
+        num_images = 2 if self.encoder.uses_last_frame else 1
+        image_embeds = _read_npy(path)
+        shape = image_embeds.shape
+        while shape[:1] == (1,):
+            shape = shape[1:]
+        flat = (num_images * num_tokens, config.hidden_size)
+        if shape not in (flat, (num_images, num_tokens, config.hidden_size)):
+            raise VideoError(
+                f"'{path}': expected {num_images} image{'s' * (num_images > 1)} of {num_tokens} tokens and an image width of "
+                f"{config.hidden_size}, got shape {image_embeds.shape}"
+            )
+        return image_embeds.reshape(flat if num_images == 1 else (num_images, num_tokens, config.hidden_size))
 
 
 def _load_array(path: Path, num_dims: int) -> np.ndarray:
     """Array of a .npy file as float32, without the batch dimension of 1 that upstream stored."""
-    try:
-        array = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise VideoError(f"'{path}' is no valid .npy file: {error}") from error
+    array = _read_npy(path)
     if array.ndim == num_dims + 1 and array.shape[0] == 1:
         array = array[0]
     if array.ndim != num_dims or array.size == 0:
         raise VideoError(f"'{path}': expected {num_dims} dimensions, got shape {array.shape}")
-    return array.astype(np.float32)
+    return array
+
+
+def _read_npy(path: Path) -> np.ndarray:
+    try:
+        array = np.load(path, allow_pickle=False)
+        if not isinstance(array, np.ndarray):
+            raise ValueError("it is an archive of several arrays")
+        return array.astype(np.float32)
+    except (ValueError, EOFError) as error:
+        raise VideoError(f"'{path}' is no valid .npy file: {error}") from error

@@ -1,3 +1,4 @@
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -6,7 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from hy_prfl.data.collators import LatentBatch, collate_labeled, collate_latents, collate_preferences
+from hy_prfl.data.collators import (
+    LatentBatch,
+    PreferenceBatch,
+    collate_labeled,
+    collate_latents,
+    collate_preferences,
+)
 from hy_prfl.data.dataset import load_latent_dataset
 from hy_prfl.data.schema import pack_tensor, table_to_rows
 
@@ -60,7 +67,8 @@ def test_batches_keep_the_stored_type_and_are_cast_on_the_device(rows: list[dict
     stored = collate_labeled(rows, "motion_quality")
     tensors = ("latents", "condition", "image_embeds", "prompt_embeds", "long_prompt_embeds", "null_prompt_embeds")
     assert {getattr(stored.clips, name).dtype for name in tensors} == {torch.float16}
-    assert stored.nbytes == 4 * 4 + sum(2 * getattr(stored.clips, name).numel() for name in tensors)
+    # Of the three prompts the 4 tokens of the longest one, not the 16 that they are padded to.
+    assert stored.nbytes == 4 * 4 + 2 * 4 * (16 * 2 * 4 * 4 + 20 * 2 * 4 * 4 + 5 * 32 + 3 * 4 * 32)
     cast = stored.to(torch.device("cpu"), torch.bfloat16)
     for name in tensors:
         value, expected = getattr(cast.clips, name), getattr(stored.clips, name)
@@ -68,6 +76,30 @@ def test_batches_keep_the_stored_type_and_are_cast_on_the_device(rows: list[dict
         assert value.dtype == dtype, name
         assert torch.equal(value, expected.float().to(dtype)), name
     assert cast.labels.dtype == torch.float32
+
+
+def test_padding_is_made_again_where_a_batch_arrives(rows: list[dict[str, Any]]) -> None:
+    """Workers send, and devices get, the tokens of the longest prompt alone."""
+    rows[2] |= pack_tensor("long_prompt_embeds", np.full((7, 32), 3.0), "float16", source="x")
+    batch = collate_latents(rows)
+    assert batch.num_tokens == 7
+    sent = pickle.dumps(batch)
+    assert len(sent) < 8000 + sum(getattr(batch, name).nbytes for name in ("latents", "condition", "image_embeds"))
+    for copy in (pickle.loads(sent), batch.to(torch.device("cpu"), torch.float16)):
+        assert copy.num_tokens == 7
+        for name in ("prompt_embeds", "long_prompt_embeds", "null_prompt_embeds"):
+            assert getattr(copy, name).shape == (4, 16, 32)
+            assert torch.equal(getattr(copy, name), getattr(batch, name)), name
+    one, two = collate_latents(rows[:2]), collate_latents(rows[2:])
+    assert LatentBatch.concatenate([one, two]).num_tokens == 7
+    loader = torch.utils.data.DataLoader(rows, batch_size=4, num_workers=1, collate_fn=collate_preference_of_itself)
+    (pairs,) = list(loader)
+    for name in ("prompt_embeds", "long_prompt_embeds", "null_prompt_embeds", "latents", "condition", "image_embeds"):
+        assert torch.equal(getattr(pairs.rejected, name), getattr(batch, name)), name
+
+
+def collate_preference_of_itself(rows: list[dict[str, Any]]) -> PreferenceBatch:
+    return collate_preferences([(row, row) for row in rows])
 
 
 def test_rows_that_do_not_stack_are_named(rows: list[dict[str, Any]]) -> None:

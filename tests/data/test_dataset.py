@@ -122,8 +122,9 @@ def test_workers_need_room_in_shared_memory(
     rows = RowDataset(dataset, range(6))
     sampler = BucketBatchSampler(latent_shapes(dataset), batch_size=2, seed=0)
     free = shutil.disk_usage(SHARED_MEMORY).free
-    # Latents of the larger shape and three prompts of 16 tokens, in half precision, and two batches for each worker.
-    batch = 2 * 2 * (16 * 2 * 4 * 6 + 3 * 16 * 32)
+    # Latents of the larger shape and three prompts as long as the longest, which has 5 tokens and is not of that shape, in
+    # half precision; two batches for each worker.
+    batch = 2 * 2 * (16 * 2 * 4 * 6 + 3 * 5 * 32)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     check_shared_memory(rows, collate_latents, sampler, num_workers=0)
     check_shared_memory(rows, collate_latents, sampler, num_workers=1)

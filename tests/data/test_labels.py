@@ -115,7 +115,14 @@ def test_null_says_nothing(tmp_path: Path) -> None:
         ([{"id": "a", "blur": 1}], "no row has a value for any of the labels"),
         ([{"id": "a", "blur_quality": None}], "no row has a value for any of the labels"),
         ([{"blur_quality": 1}], "row 1: `id` is missing"),
-        ([{"id": "a", "blur_quality": 1}] * 2, "row 2: `id` 'a' is already annotated by .*row 1"),
+        (
+            [{"id": "a", "blur_quality": 1}, {"id": "a", "blur_quality": 0}],
+            "row 2: `id` 'a' is already annotated by .*row 1, with other labels",
+        ),
+        (
+            [{"id": "a", "blur_quality": 1}, {"id": "a", "blur_quality": 1, "human_quality": 1}],
+            "row 2: `id` 'a' is already annotated by .*row 1, with other labels",
+        ),
         ([{"id": "a", "blur_quality": "nice"}], "row 1: `blur_quality` must be 1, 0"),
         ([{"id": "a", "motion_quality": 1}], "row 1: `motion_quality` is derived"),
     ],
@@ -128,3 +135,9 @@ def test_broken_annotations(tmp_path: Path, rows: list[dict[str, Any]], message:
 def test_counts() -> None:
     columns: dict[str, list[int | None]] = {name: [1, 0, None] for name in LABELS}
     assert count_labels(columns)["motion_quality"] == {"good": 1, "poor": 1, "missing": 1}
+
+
+def test_the_same_row_several_times_is_one_row(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"id": "a", "blur_quality": 1}, {"id": "b", "blur_quality": 0}, {"source_id": "a", "blur_quality": "good"}]
+    assert read_annotations(write(tmp_path / "a.json", rows)) == {"a": {"blur_quality": 1}, "b": {"blur_quality": 0}}
+    assert "a.json: 1 of 3 rows repeat an earlier one and are left out" in caplog.text

@@ -78,7 +78,8 @@ def test_prompts_need_no_video(tmp_path: Path) -> None:
         ([], "has no rows"),
         ({"id": "a"}, "expected a JSON list of rows, got a dict"),
         (["a.mp4"], "row 1: expected a mapping"),
-        ([ROWS[1], ROWS[1]], "row 2: `id` 'b' is already taken by .*row 1"),
+        ([ROWS[1], ROWS[1] | {"caption": "y"}], "row 2: `id` 'b' is already taken by .*row 1.*`prompt`"),
+        ([ROWS[1], ROWS[1] | {"human_quality": 1}], "row 2: `id` 'b' is already taken by .*row 1.*`labels`"),
         ([{"video": "x/a.mp4", "caption": "x"}, {"video": "y/a.mp4", "caption": "y"}], "row 2: `id` 'a' is already"),
         ([ROWS[0]], "row 1: `rejected_id` 'b' is not the id of another row"),
         ([ROWS[1] | {"rejected_id": "b"}], "`rejected_id` 'b' is not the id of another row"),
@@ -134,3 +135,55 @@ def test_unknown_fields_are_named_in_the_log(tmp_path: Path, caplog: pytest.LogC
     with caplog.at_level(logging.WARNING):
         read_manifest(write_json(tmp_path / "m.json", [ROWS[1] | {"text_aligment": 1}]))
     assert "text_aligment" in caplog.text
+
+
+def test_the_same_row_several_times_is_one_row(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    respelt = {
+        "source_id": "b",
+        "video_path": "./b.mp4",
+        "text": " a square, red",
+        "physics_quality": 0,
+        "pair_id": "p",
+    }
+    rows = [ROWS[1], ROWS[0], ROWS[1], respelt | {"human_quality": None}]
+    assert [row.id for row in read_manifest(write_json(tmp_path / "m.json", rows))] == ["b", "a"]
+    assert "m.json: 2 of 4 rows repeat an earlier one and are left out" in caplog.text
+
+
+def test_files_are_looked_up_from_the_working_directory_and_then_beside_the_list(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Upstream's lists name files from the folder that it runs in."""
+    here, beside = tmp_path / "here", tmp_path / "here" / "temp_data"
+    rows = [
+        {"source_id": "a", "video_path": "temp_data/videos/a.mp4", "image_path": "ref/a.png", "short_caption": "x"},
+        {"source_id": "b", "video_path": "videos/b.mp4", "short_caption": "x"},
+        {"source_id": "c", "video_path": "videos/c.mp4", "short_caption": "x"},
+        {"source_id": "d", "video_path": "videos/d.mp4", "short_caption": "x"},
+        {"source_id": "e", "video_path": "/videos/e.mp4", "short_caption": "x"},
+    ]
+    for path in (
+        "temp_data/videos/a.mp4",
+        "temp_data/videos/b.mp4",
+        "temp_data/videos/d.mp4",
+        "videos/d.mp4",
+        "ref/a.png",
+    ):
+        (here / path).parent.mkdir(parents=True, exist_ok=True)
+        (here / path).touch()
+    write_json(beside / "temp_input_data.json", rows)
+    monkeypatch.chdir(here)
+    a, b, c, d, e = read_manifest("temp_data/temp_input_data.json")
+    assert (a.video, a.image, a.missing) == (Path("temp_data/videos/a.mp4"), Path("ref/a.png"), {})
+    assert b.video == Path("temp_data/videos/b.mp4")
+    assert c.video is not None
+    places = f"'{here}/videos/c.mp4' nor '{beside}/videos/c.mp4'"
+    assert c.missing == {c.video: f"there is neither {places}"}
+    assert d.video == Path("videos/d.mp4")
+    assert f"'videos/d.mp4' is both in '{here}', which is taken, and in '{beside}'" in caplog.text
+    assert e.missing == {Path("/videos/e.mp4"): "there is no file '/videos/e.mp4'"}
+    # One place, and one name for it.
+    monkeypatch.chdir(beside)
+    c = read_manifest("temp_input_data.json")[2]
+    assert list(c.missing.values()) == [f"there is no file '{beside}/videos/c.mp4'"]
+    assert caplog.text.count("which is taken") == 1

@@ -68,11 +68,54 @@ class TestReadPrompts:
             ([{"caption": "x", "id": "a/b"}], "row 1: `id` becomes a file name"),
             ([{"caption": "x", "id": ".hidden"}], "row 1: `id` becomes a file name"),
             ([{"caption": "x", "id": "a"}, {"caption": "y", "id": "a"}], "row 2: `id` 'a' with seed 0 is already"),
+            (
+                [{"caption": "x", "id": "a"}, {"caption": "x", "id": "a", "image": "a.png"}],
+                "row 2: `id` 'a' with seed 0 is already taken by .*row 1",
+            ),
         ],
     )
     def test_broken(self, tmp_path: Path, rows: object, message: str) -> None:
         with pytest.raises(ValueError, match=message):
             read_prompts(write(tmp_path / "p.json", rows))
+
+    def test_the_same_row_several_times_is_one_row(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        """Upstream's sample list names each of three prompts several times."""
+        rows = [
+            {"image_id": str(index), "image_path": f"/ref imgs/{index}.jpg", "caption": f"a bear {index}", "seed": 7}
+            for index in range(3)
+        ]
+        respelt = {"id": 1, "image": "/ref imgs/1.jpg", "prompt": "a bear 1 ", "seed": "7"}
+        path = write(tmp_path / "temp_prfl_infer_data.json", [*rows, *rows, respelt, *rows])
+        assert [prompt.name for prompt in read_prompts(path)] == ["0_seed_7", "1_seed_7", "2_seed_7"]
+        assert "temp_prfl_infer_data.json: 7 of 10 rows repeat an earlier one and are left out" in caplog.text
+        assert len(read_prompts(path, num_videos_per_prompt=2)) == 6
+
+    def test_rows_without_an_id_are_videos_of_their_own(self, tmp_path: Path) -> None:
+        names = [prompt.name for prompt in read_prompts(write(tmp_path / "p.txt", "a cat\na cat\n"))]
+        assert names == ["00000_seed_0", "00001_seed_0"]
+
+    def test_images_are_looked_up_from_the_working_directory_and_then_beside_the_list(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        image = Image.fromarray(np.zeros((8, 8, 3), np.uint8))
+        beside = tmp_path / "temp_data"
+        (beside / "ref_imgs").mkdir(parents=True)
+        for name in ("a bear.jpg", "b.jpg"):
+            image.save(beside / "ref_imgs" / name)
+        rows = [
+            {"image_id": "a", "image_path": "temp_data/ref_imgs/a bear.jpg", "caption": "x"},
+            {"image_id": "b", "image_path": "ref_imgs/b.jpg", "caption": "x"},
+            {"image_id": "c", "image_path": "ref_imgs/c.jpg", "caption": "x"},
+        ]
+        write(beside / "data.json", rows)
+        monkeypatch.chdir(tmp_path)
+        prompts = read_prompts("temp_data/data.json")
+        assert prompts[0].image == Path("temp_data/ref_imgs/a bear.jpg")
+        assert prompts[1].image == Path("temp_data/ref_imgs/b.jpg")
+        check_prompts(prompts[:2], image_to_video=True, last_image="none")
+        both = f"neither '{tmp_path}/ref_imgs/c.jpg' nor '{beside}/ref_imgs/c.jpg'"
+        with pytest.raises(ValueError, match=f"prompt 'c': there is {both}"):
+            check_prompts(prompts, image_to_video=True, last_image="none")
 
     def test_no_file(self, tmp_path: Path) -> None:
         for name in ("p.txt", "p.json"):

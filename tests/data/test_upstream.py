@@ -179,7 +179,7 @@ def test_null_prompt_of_upstream(i2v_encoder: LatentEncoder, tmp_path: Path) -> 
         ("vae_latent_path", np.full((1, 16, 3, 4, 6), np.nan), "holds a NaN"),
         ("f1_black_path", np.zeros((1, 17, 3, 4, 6)), "expected 16 or 20 channels"),
         ("f1_black_path", np.zeros((1, 16, 2, 4, 6)), "expected 16 or 20 channels beside latents"),
-        ("imgclip_path", np.zeros((1, 5, 31)), "expected an image width of 32"),
+        ("imgclip_path", np.zeros((1, 5, 31)), "expected 1 image of 5 tokens and an image width of 32, got shape"),
         ("textshort_path", np.zeros((1, 512, 4096)), "expected a text width of 32"),
         ("textlong_path", np.zeros((32,)), "expected 2 dimensions"),
     ],
@@ -195,12 +195,14 @@ def test_arrays_that_do_not_fit_are_bad_clips(
 
 
 def test_missing_and_damaged_arrays_are_bad_clips(i2v_encoder: LatentEncoder, tmp_path: Path) -> None:
-    for index, name in enumerate(("good", "missing", "damaged", "silent", "incomplete")):
+    for index, name in enumerate(("good", "missing", "damaged", "archive", "silent", "incomplete")):
         write_clip(tmp_path, name, seed=index)
     write_clip(tmp_path, "silent", seed=3, short_caption="absent", long_caption="")
     write_clip(tmp_path, "incomplete", seed=4, imgclip_path="absent")
     (tmp_path / "480/vae_latent_path/missing.npy").unlink()
     (tmp_path / "480/vae_latent_path/damaged.npy").write_bytes(b"junk")
+    with open(tmp_path / "480/vae_latent_path/archive.npy", "wb") as file:
+        np.savez(file, latents=np.zeros(3))
     rows = import_rows(tmp_path, i2v_encoder, tmp_path / "out")
     assert [row["id"] for row in rows] == ["good"]
     lines = [json.loads(line) for line in (tmp_path / "out" / "report.jsonl").read_text().splitlines()]
@@ -208,6 +210,7 @@ def test_missing_and_damaged_arrays_are_bad_clips(i2v_encoder: LatentEncoder, tm
     both = ("480/meta_v1/480/vae_latent_path/missing.npy", "480/vae_latent_path/missing.npy")
     assert all(str(tmp_path / path) in reasons["missing"] for path in both)
     assert "no valid .npy file" in reasons["damaged"]
+    assert "no valid .npy file" in reasons["archive"]
     assert reasons["silent"] == "no caption"
     assert "`imgclip_path` is missing in" in reasons["incomplete"]
 
@@ -243,11 +246,119 @@ def test_broken_folders_and_lists(tmp_path: Path) -> None:
         read_upstream(tmp_path / "data.list", "root")
 
 
-def test_same_id_twice(tmp_path: Path) -> None:
+def test_a_list_that_repeats_its_clips_imports_each_once(
+    i2v_encoder: LatentEncoder, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The published lists name each of three clips six times: epochs of a run that sees each line once."""
+    for index, name in enumerate("abc"):
+        write_clip(tmp_path, name, seed=index)
+    lines = [f"480/meta_v1/{name}_meta_v1.json" for name in "acb"]
+    (tmp_path / "data.list").write_text("\n".join(lines * 6))
+    rows = import_rows(tmp_path, i2v_encoder, tmp_path / "out", path="data.list")
+    assert [row["id"] for row in rows] == ["a", "c", "b"]
+    assert "data.list: 18 lines name 3 clips" in caplog.text
+    assert "epochs take the place of repeats" in caplog.text
+    assert "weight" not in caplog.text
+
+
+def test_repeats_of_uneven_number_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for index, name in enumerate("ab"):
+        write_clip(tmp_path, name, seed=index)
+    # The same file under other names is the same clip.
+    lines = ["480/meta_v1/a_meta_v1.json", str(tmp_path / "480/meta_v1/../meta_v1/a_meta_v1.json")]
+    lines += ["./480/meta_v1/a_meta_v1.json", "480/meta_v1/b_meta_v1.json"]
+    (tmp_path / "data.list").write_text("\r\n".join(lines), encoding="utf-8-sig")
+    assert [row.id for row in read_upstream(tmp_path / "data.list", tmp_path)] == ["a", "b"]
+    assert "named 1 to 3 times, and that weight is not kept" in caplog.text
+
+
+def test_a_copy_of_a_meta_file_is_the_same_clip(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_clip(tmp_path, "a")
-    write_clip(tmp_path, "b", source_id="a")
-    with pytest.raises(ValueError, match="`id` 'a' is already taken"):
+    meta = tmp_path / "480/meta_v1/a_meta_v1.json"
+    (tmp_path / "480/meta_v1/copy_meta_v1.json").write_text(json.dumps(json.loads(meta.read_text()), indent=4))
+    assert [row.id for row in read_upstream(tmp_path / "480/meta_v1", tmp_path)] == ["a"]
+    assert "2 files name 1 clips" in caplog.text
+
+
+def test_different_clips_of_one_id_are_both_named(tmp_path: Path) -> None:
+    write_clip(tmp_path, "a")
+    write_clip(tmp_path, "b", seed=1, source_id="a")
+    with pytest.raises(ValueError, match="b_meta_v1.json: `id` 'a' is already taken by .*a_meta_v1.json.*`video`"):
         read_upstream(tmp_path / "480" / "meta_v1", tmp_path)
+    # The same arrays under another label are no repeat either.
+    meta = tmp_path / "480/meta_v1/a_meta_v1.json"
+    other = json.loads(meta.read_text()) | {"physics_quality": 1}
+    (tmp_path / "480/meta_v1/b_meta_v1.json").write_text(json.dumps(other))
+    with pytest.raises(ValueError, match="b_meta_v1.json: `id` 'a' is already taken by .*a_meta_v1.json.*`labels`"):
+        read_upstream(tmp_path / "480" / "meta_v1", tmp_path)
+
+
+def test_prompts_longer_than_the_sequence_are_bad_clips(i2v_pipeline_dir: Path, tmp_path: Path) -> None:
+    write_clip(tmp_path, "clip")
+    (row,) = read_upstream(tmp_path / "480" / "meta_v1", tmp_path)
+    encoder = LatentEncoder.from_pretrained(str(i2v_pipeline_dir), max_sequence_length=NUM_TOKENS - 1)
+    with pytest.raises(VideoError, match="clip.npy': 5 tokens, `max_sequence_length` is 4"):
+        UpstreamImporter(encoder, 16.0, "float32", None).encode_row(row)
+
+
+class TestFirstAndLastFrame:
+    """Upstream's trainer knows the task `flf2v`: embeddings `(2, tokens, width)` or flat, and a condition."""
+
+    @pytest.fixture(scope="class")
+    def encoder(self, flf2v_pipeline_dir: Path) -> LatentEncoder:
+        return LatentEncoder.from_pretrained(str(flf2v_pipeline_dir))
+
+    @pytest.fixture
+    def expected(
+        self, encoder: LatentEncoder, write_video: Callable[..., Path], tmp_path: Path
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """What the pipeline itself makes of the first and the last frame of a clip."""
+        frames = to_float(read_video(write_video(tmp_path / "clip.mp4"), 16, 9))
+        image_embeds, condition = encoder.encode_condition(frames)
+        assert image_embeds is not None
+        return image_embeds.numpy(), condition.numpy()
+
+    @pytest.mark.parametrize("shape", [(2, 5, 32), (1, 10, 32), (10, 32), (1, 2, 5, 32)])
+    @pytest.mark.parametrize("mask", [False, True])
+    def test_arrays(
+        self,
+        encoder: LatentEncoder,
+        expected: tuple[np.ndarray, np.ndarray],
+        tmp_path: Path,
+        shape: tuple[int, ...],
+        mask: bool,
+    ) -> None:
+        write_clip(tmp_path, "clip")
+        np.save(tmp_path / "480/imgclip_path/clip.npy", expected[0].reshape(shape))
+        np.save(tmp_path / "480/f1_black_path/clip.npy", expected[1][None, 0 if mask else 4 :])
+        (row,) = import_rows(tmp_path, encoder, tmp_path / "out")
+        np.testing.assert_array_equal(unpack_tensor(row, "image_embeds"), expected[0])
+        np.testing.assert_array_equal(unpack_tensor(row, "condition"), expected[1])
+
+    def test_arrays_of_one_frame_are_refused(
+        self, encoder: LatentEncoder, expected: tuple[np.ndarray, np.ndarray], tmp_path: Path
+    ) -> None:
+        write_clip(tmp_path, "clip")
+        (row,) = read_upstream(tmp_path / "480" / "meta_v1", tmp_path)
+        importer = UpstreamImporter(encoder, 16.0, "float32", None)
+        with pytest.raises(VideoError, match=r"clip.npy': expected 2 images of 5 tokens.*got shape \(1, 5, 32\)"):
+            importer.encode_row(row)
+        np.save(tmp_path / "480/imgclip_path/clip.npy", expected[0])
+        condition = expected[1].copy()
+        condition[3, -1] = 0
+        np.save(tmp_path / "480/f1_black_path/clip.npy", condition[None])
+        with pytest.raises(VideoError, match="clip.npy': its mask .* the first and the last frame"):
+            importer.encode_row(row)
+
+    def test_two_images_are_refused_by_a_pipeline_of_one(
+        self, i2v_encoder: LatentEncoder, expected: tuple[np.ndarray, np.ndarray], tmp_path: Path
+    ) -> None:
+        write_clip(tmp_path, "clip")
+        for embeds in (expected[0], expected[0].reshape(1, 10, 32)):
+            np.save(tmp_path / "480/imgclip_path/clip.npy", embeds)
+            (row,) = read_upstream(tmp_path / "480" / "meta_v1", tmp_path)
+            with pytest.raises(VideoError, match="clip.npy': expected 1 image of 5 tokens"):
+                UpstreamImporter(i2v_encoder, 16.0, "float32", None).encode_row(row)
 
 
 def test_embeddings_of_the_importer_and_the_encoder_agree(i2v_encoder: LatentEncoder, tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def test_rgb_refl_has_the_gradient_of_plain_autograd(inputs: Path, tmp_path: Pat
     trainer = dataclasses.replace(case(method), switch="no recomputation" if method == RGB_ALL else "")
     trainer = trainer.trainer(inputs, tmp_path, Measured)
     trainer.start_streams()
-    batch = next(trainer.reward_batches)
+    batch = next(trainer.reward_batches).to(torch.device("cpu"))
     prompt_embeds = batch.prompt_embeds
     surrogate, loss, logits = trainer.compute_reward_feedback_loss(
         next(trainer.roll_out(batch, prompt_embeds, 0)), prompt_embeds, batch

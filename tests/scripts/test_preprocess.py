@@ -225,3 +225,33 @@ def test_prompts_only(options: list[str], tmp_path: Path) -> None:
     rows = table_to_rows(load_from_disk(output_dir).data.table)
     assert [(row["id"], row["latents"]) for row in rows] == [("prompt_000000", None), ("prompt_000001", None)]
     assert rows[0]["latents_shape"] == [16, 3, 4, 6]
+
+
+def test_upstreams_input_list_as_it_ships(
+    pipeline_dir: Path, write_video: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Paths from the working directory; what is there is encoded, the rest is reported with both places."""
+    folder = tmp_path / "temp_data"
+    (folder / "videos").mkdir(parents=True)
+    rows = [
+        {
+            "source_id": name,
+            "long_caption": f"A long text on {name}.",
+            "short_caption": f"Clip {name}.",
+            "video_path": f"temp_data/videos/{name}.mp4",
+        }
+        for name in ("0004e6", "00086a", "0012a9")
+    ]
+    (folder / "temp_input_data.json").write_text(json.dumps([*rows, rows[0]], indent=4))
+    for name in ("0004e6", "0012a9"):
+        write_video(folder / "videos" / f"{name}.mp4")
+    monkeypatch.chdir(tmp_path)
+    options = ["--manifest", "temp_data/temp_input_data.json", "--num_frames", "9", "--buckets", "32x48"]
+    main([*options, f"--pretrained_model_name_or_path={pipeline_dir}", "--output_dir", "out"])
+    rows = table_to_rows(load_from_disk("out").data.table)
+    assert [(row["id"], row["prompt"], row["long_prompt"]) for row in rows] == [
+        (name, f"Clip {name}.", f"A long text on {name}.") for name in ("0004e6", "0012a9")
+    ]
+    (line,) = (tmp_path / "out" / "report.jsonl").read_text().splitlines()
+    places = [f"'{tmp_path}/{folder}temp_data/videos/00086a.mp4'" for folder in ("", "temp_data/")]
+    assert json.loads(line)["reason"] == f"there is neither {places[0]} nor {places[1]}"

@@ -69,7 +69,8 @@ def test_both_train_and_one_step_is_the_same_arithmetic_written_out(build: Build
     parameters = [parameter for model in experts.values() for parameter in model.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01)
     rows = table_to_rows(load_latent_dataset(trainer.config.train_dataset)[:])
-    batches = (collate_latents([rows[index] for index in indices]) for indices in trainer.datasets.clip_sampler())
+    sampler = trainer.datasets.clip_sampler()
+    batches = (collate_latents([rows[index] for index in indices]).to(torch.device("cpu")) for indices in sampler)
     share = sum(5 * u / (1000 + 4 * u) >= 0.875 for u in range(1, 1001)) / 1000
     drawn = []
     for global_step in range(3):
@@ -138,7 +139,7 @@ def test_noise_levels_and_steps_are_those_of_the_experts_in_training(build: Buil
     sides: dict[str, list[bool]] = {name: [] for name in trainers}
     for name, trainer in trainers.items():
         trainer.start_streams()
-        batch = next(trainer.flow_batches)
+        batch = next(trainer.flow_batches).to(torch.device("cpu"))
         for trainer.global_step in range(60):
             steps[name].update(trainer.draw_step_indices(0))
             timestep_range = trainer.experts.timesteps_of(trainer.draw_expert(0))

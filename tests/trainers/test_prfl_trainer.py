@@ -58,7 +58,7 @@ def test_lora_moves_the_adapter_only(build: Callable[..., PRFLTrainer]) -> None:
 def reference_batches(trainer: PRFLTrainer, sampler: Any) -> Any:
     rows = table_to_rows(load_latent_dataset(trainer.config.train_dataset)[:])
     for indices in sampler():
-        yield collate_latents([rows[index] for index in indices])
+        yield collate_latents([rows[index] for index in indices]).to(torch.device("cpu"))
 
 
 def reference_flow_loss(
@@ -166,7 +166,7 @@ def test_surrogates_along_a_chain_have_the_gradients_of_separate_rollouts(
 ) -> None:
     trainer = build(prompt_dropout=0.0, num_inference_steps=7, num_gradient_steps=3, **options)
     trainer.start_streams()
-    batch = next(trainer.reward_batches)
+    batch = next(trainer.reward_batches).to(torch.device("cpu"))
     chain = trainer.roll_out(batch, batch.prompt_embeds, 0)
     for step_index in trainer.draw_step_indices(0):
         surrogate, loss, _ = trainer.compute_reward_feedback_loss(next(chain), batch.prompt_embeds, batch)
@@ -187,7 +187,7 @@ def test_reward_training_raises_the_reward(build: Callable[..., PRFLTrainer]) ->
         update_schedule="reward", max_train_steps=12, train_batch_size=4, reward_loss="logit", learning_rate=3e-3
     )
     trainer.start_streams()
-    batch = next(trainer.reward_batches)
+    batch = next(trainer.reward_batches).to(torch.device("cpu"))
 
     def reward() -> float:
         step = next(trainer.roll_out(batch, batch.prompt_embeds, 0))
@@ -381,7 +381,7 @@ def test_prompts_are_dropped_and_long_captions_taken(build: Callable[..., PRFLTr
     batch = LatentBatch(
         ids=["a"] * 4000, latents_shape=(1,), latents=None, image_embeds=None, condition=None,
         prompt_embeds=torch.zeros(4000, 1, 1), long_prompt_embeds=torch.ones(4000, 1, 1),
-        null_prompt_embeds=torch.full((4000, 1, 1), 2.0),
+        null_prompt_embeds=torch.full((4000, 1, 1), 2.0), num_tokens=1,
     )  # fmt: skip
     chosen = trainer.choose_prompts(batch, trainer.generators(REWARD_NOISE, 0, 4000)).flatten()
     shares = [(chosen == value).float().mean().item() for value in (0, 1, 2)]
@@ -460,7 +460,7 @@ def test_first_and_last_frame(
     # What validation samples is what the stock pipeline samples from the same noise, images and prompt.
     assert trainer.evaluator is not None
     dataset = trainer.evaluator.dataset
-    batch = collate_latents([table_to_rows(dataset[index])[0] for index in range(2)])
+    batch = collate_latents([table_to_rows(dataset[index])[0] for index in range(2)]).to(torch.device("cpu"))
     assert batch.image_embeds is not None
     assert batch.image_embeds.shape == (4, 5, 32)
     latents = trainer.evaluator._sample(trainer.unwrapped.eval(), batch)

@@ -139,7 +139,7 @@ class LabelledClips:
 
     def _collate(self, positions: torch.Tensor) -> LabeledBatch:
         rows = [table_to_rows(self.dataset[self.rows[position]])[0] for position in positions.tolist()]
-        return collate_labeled(rows, task=TASK)
+        return collate_labeled(rows, task=TASK).to(torch.device("cpu"))
 
 
 def train(config: FramesRewardConfig) -> dict[str, float]:

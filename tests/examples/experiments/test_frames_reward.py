@@ -148,7 +148,7 @@ def test_refl_climbs_the_reward_of_the_clean_latents_it_foresees(root: Path, row
     trainer = build_trainer(parse_config(FramesReFLConfig, options))
     assert trainer.config.step_range == [13, 18]
     trainer.start_streams()
-    batch = next(trainer.reward_batches)
+    batch = next(trainer.reward_batches).to(torch.device("cpu"))
     step = next(trainer.roll_out(batch, batch.prompt_embeds, 0))
     surrogate, _, logits = trainer.compute_reward_feedback_loss(step, batch.prompt_embeds, batch)
     torch.testing.assert_close(logits, trainer.reward_model(step.latents, batch.prompt_embeds))
