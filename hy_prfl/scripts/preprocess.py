@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..configs.clips import FILE_IDENTITIES
 from ..configs.inputs import check_files, check_paths, check_sources
+from ..configs.outputs import check_output_folders
 from ..configs.parser import parse_config
 from ..configs.preprocess import PreprocessConfig
 from .running import run
@@ -29,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_files(config, "manifest", "null_prompt_path")
     check_paths(config, "upstream_meta")
     check_sources(config, "pretrained_model_name_or_path")
+    check_output_folders(config, "output_dir")
 
     # Only now, so that nobody waits for torch to hear of a misspelt option.
     import torch
