@@ -22,7 +22,7 @@ from .data.container import open_video
 from .data.prompts import VideoPrompt
 from .data.store import hash_file
 from .data.vae_tiling import VAETiling, set_tiling
-from .data.video import read_image, resize_and_crop, to_uint8
+from .data.video import VideoError, read_image, resize_and_crop, to_uint8
 from .distributed import process_state
 from .folders import write_text
 from .pipelines import load_pipeline
@@ -220,7 +220,7 @@ def read_record(path: str | Path) -> dict[str, Any]:
     try:
         with open_video(path) as container:
             record = json.loads(container.metadata.get("comment", "{}"))
-    except (av.error.FFmpegError, json.JSONDecodeError):
+    except (VideoError, av.error.FFmpegError, json.JSONDecodeError):
         return {}
     return record if isinstance(record, dict) else {}
 
