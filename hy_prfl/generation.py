@@ -1,6 +1,7 @@
 """Prompts to mp4 files with the stock diffusers Wan pipelines. Knows no reward."""
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,7 +22,7 @@ from .data.container import open_video
 from .data.prompts import VideoPrompt
 from .data.store import hash_file
 from .data.vae_tiling import VAETiling, set_tiling
-from .data.video import read_image, resize_and_crop, to_uint8
+from .data.video import VideoError, read_image, resize_and_crop, to_uint8
 from .distributed import process_state
 from .folders import write_text
 from .pipelines import load_pipeline
@@ -40,6 +41,8 @@ __all__ = [
 ]
 
 MANIFEST = "manifest.json"
+# What arithmetic in half precision may add to 1.
+ROUNDING = 1e-2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,12 +220,14 @@ def read_record(path: str | Path) -> dict[str, Any]:
     try:
         with open_video(path) as container:
             record = json.loads(container.metadata.get("comment", "{}"))
-    except (av.error.FFmpegError, json.JSONDecodeError):
+    except (VideoError, av.error.FFmpegError, json.JSONDecodeError):
         return {}
     return record if isinstance(record, dict) else {}
 
 
-def write_video(path: str | Path, frames: np.ndarray, fps: int, *, crf: int = 12, comment: str | None = None) -> None:
+def write_video(
+    path: str | Path, frames: np.ndarray, fps: float, *, crf: int = 12, comment: str | None = None
+) -> None:
     """
     Write an H.264 mp4 (yuv420p, which every player shows), complete or not at all.
 
@@ -232,20 +237,29 @@ def write_video(path: str | Path, frames: np.ndarray, fps: int, *, crf: int = 12
     Args:
         frames (`np.ndarray` of shape `(num_frames, height, width, 3)`):
             RGB, uint8 or float in [0, 1]; height and width even.
+        fps (`float`):
+            Frames per second.
         crf (`int`, defaults to 12):
             Quality, 0 (lossless) to 51; 12 looks lossless.
         comment (`str`, *optional*):
             Text for the file's metadata.
 
     Raises:
-        ValueError: If the frames have another shape or odd sides, or hold a NaN or an infinity.
+        ValueError: If the frames have another shape, type or range, or odd sides, or hold a NaN or an infinity, or `fps`
+            is not a finite number greater than 0.
     """
     path = Path(path)
     if frames.ndim != 4 or frames.shape[0] == 0 or frames.shape[3] != 3 or frames.shape[1] % 2 or frames.shape[2] % 2:
         raise ValueError(f"{path}: expected frames (num_frames, height, width, 3) of even size, got {frames.shape}.")
+    check(math.isfinite(fps) and fps > 0, "fps", fps, "a finite number greater than 0")
     if frames.dtype != np.uint8:
+        if not np.issubdtype(frames.dtype, np.floating):
+            raise ValueError(f"{path}: expected frames of type uint8 or float, got {frames.dtype}.")
         if not np.isfinite(frames).all():
             raise ValueError(f"{path}: the frames hold a NaN or an infinity.")
+        low, high = float(frames.min()), float(frames.max())
+        if low < -ROUNDING or high > 1 + ROUNDING:
+            raise ValueError(f"{path}: expected float frames in [0, 1], got [{low:g}, {high:g}].")
         frames = np.round(np.clip(frames, 0, 1) * 255).astype(np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")

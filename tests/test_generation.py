@@ -1,5 +1,6 @@
 import itertools
 import json
+import math
 from pathlib import Path
 
 import av
@@ -115,12 +116,31 @@ class TestWriteVideo:
             np.zeros((5, 3, 32, 48), np.uint8),
             np.zeros((32, 48, 3), np.uint8),
             np.full((5, 32, 48, 3), np.nan, np.float32),
+            np.full((5, 32, 48, 3), np.inf, np.float32),
+            np.full((5, 32, 48, 3), 1.1, np.float32),
+            np.full((5, 32, 48, 3), 255.0),
+            np.full((5, 32, 48, 3), -0.5, np.float16),
+            np.zeros((5, 32, 48, 3), np.int64),
+            np.zeros((5, 32, 48, 3), np.int8),
+            np.zeros((5, 32, 48, 3), np.uint16),
+            np.zeros((5, 32, 48, 3), bool),
+            np.zeros((5, 32, 48, 3), complex),
         ],
     )
     def test_bad_frames(self, tmp_path: Path, frames: np.ndarray) -> None:
         with pytest.raises(ValueError, match=r"a\.mp4"):
             write_video(tmp_path / "a.mp4", frames, fps=16)
         assert not list(tmp_path.iterdir())
+
+    @pytest.mark.parametrize("fps", [math.inf, math.nan, 0, -1])
+    def test_bad_frame_rates(self, tmp_path: Path, fps: float) -> None:
+        with pytest.raises(ValueError, match=rf"`fps` must be a finite number greater than 0, got {fps!r}"):
+            write_video(tmp_path / "a.mp4", smooth_frames(), fps=fps)
+        assert not list(tmp_path.iterdir())
+
+    def test_floats_a_rounding_error_beyond_the_range(self, tmp_path: Path) -> None:
+        write_video(tmp_path / "a.mp4", np.full((5, 32, 48, 3), 1 + 1e-6, np.float32), fps=16)
+        assert read_video(tmp_path / "a.mp4", fps=16, num_frames=5).min() == 255
 
 
 def test_decode_latents_is_the_pipelines_decoding(pipeline: WanPipeline) -> None:

@@ -1,6 +1,8 @@
 """What every training run needs: optimiser, schedule, noise levels, checkpoints, logging. Nothing about rewards."""
 
 import dataclasses
+import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -17,13 +19,41 @@ def check(condition: bool, name: str, value: object, requirement: str) -> None:
         raise ValueError(f"`{name}` must be {requirement}, got {value!r}.")
 
 
+def check_seed(name: str, value: int, num_processes: int = 1) -> None:
+    """Raise a `ValueError` unless numpy takes this seed, and those after it of the other processes."""
+    limit = 2**32 - num_processes + 1
+    check(0 <= value < limit, name, value, f"at least 0 and less than {limit}")
+
+
+@dataclass(kw_only=True)
+class Config:
+    """
+    Options of a command. Numbers are finite and texts not empty.
+
+    A field whose metadata has `may_be_infinite` or `may_be_empty` is an exception.
+    """
+
+    def __post_init__(self) -> None:
+        for option in dataclasses.fields(self):
+            value = getattr(self, option.name)
+            for item in value if isinstance(value, list) else [value]:
+                if isinstance(item, float):
+                    no_limit = bool(option.metadata.get("may_be_infinite")) and item == math.inf
+                    requirement = (
+                        "a finite number, or inf" if "may_be_infinite" in option.metadata else "a finite number"
+                    )
+                    check(math.isfinite(item) or no_limit, option.name, item, requirement)
+                elif isinstance(item, str) and not option.metadata.get("may_be_empty"):
+                    check(bool(item.strip()), option.name, item, "no empty text; leave it out")
+
+
 def save_config(config: Any, path: Path) -> None:
     """Write a config dataclass as a YAML file that `--config` reads back to an equal config."""
     path.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), encoding="utf-8")
 
 
 @dataclass(kw_only=True)
-class TrainingConfig:
+class TrainingConfig(Config):
     """
     Options shared by the trainers.
 
@@ -91,7 +121,10 @@ class TrainingConfig:
     adam_epsilon: float = field(default=1e-8, metadata={"help": "Epsilon of AdamW."})
     max_grad_norm: float = field(
         default=1.0,
-        metadata={"help": "Gradients are clipped to this norm. Under DeepSpeed its own `gradient_clipping` rules."},
+        metadata={
+            "help": "Gradients are clipped to this norm. Under DeepSpeed its own `gradient_clipping` rules.",
+            "may_be_infinite": True,
+        },
     )
     max_skipped_updates: int = field(
         default=10,
@@ -178,6 +211,9 @@ class TrainingConfig:
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        # Every process adds its number.
+        check_seed("seed", self.seed, num_processes=int(os.environ.get("WORLD_SIZE", "1")))
         size = self.dry_run_size
         check(self.dry_run or size is None, "dry_run_size", size, "left out without `dry_run`")
         is_size = size is None or (len(size) == 3 and all(number >= 1 for number in size))
@@ -204,7 +240,7 @@ class TrainingConfig:
             check(getattr(self, name) > 0, name, getattr(self, name), "greater than 0")
         for name in ("adam_beta1", "adam_beta2"):
             check(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
-        for name in ("adam_weight_decay", "lr_warmup_steps", "max_skipped_updates", "dataloader_num_workers", "seed"):
+        for name in ("adam_weight_decay", "lr_warmup_steps", "max_skipped_updates", "dataloader_num_workers"):
             check(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         blocks = self.gradient_checkpointing_blocks
         check(blocks is None or blocks >= 1, "gradient_checkpointing_blocks", blocks, "at least 1, or left out")

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .base import check
+from .base import Config, check
 
 
 # What `file_identity` compares, in words.
@@ -12,7 +12,7 @@ FILE_IDENTITIES = {"time": "size and time stamp", "content": "content"}
 
 
 @dataclass(kw_only=True)
-class ClipConfig:
+class ClipConfig(Config):
     """
     Options of decoding, cropping and encoding.
 
@@ -46,7 +46,10 @@ class ClipConfig:
     )
     max_frame_duration: float = field(
         default=10.0,
-        metadata={"help": "Seconds that one frame may stay on the screen; after that the clock counts as jumped."},
+        metadata={
+            "help": "Seconds that one frame may stay on the screen; after that the clock counts as jumped.",
+            "may_be_infinite": True,
+        },
     )
     clock_jumps: Literal["refuse", "join"] = field(
         default="refuse",
@@ -75,6 +78,7 @@ class ClipConfig:
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check(self.fps > 0, "fps", self.fps, "greater than 0")
         check(self.num_frames >= 1 and self.num_frames % 4 == 1, "num_frames", self.num_frames, "of the form 4k + 1")
         fewest = self.min_num_frames

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .base import check
+from .base import Config, check
 
 
 # What is converted -> formats that it can be written in.
@@ -18,7 +18,7 @@ REWARD_PARTS = ("reward_transformer", "mlp", "query_attention")
 
 
 @dataclass(kw_only=True)
-class ConvertConfig:
+class ConvertConfig(Config):
     """
     Options of `convert`. One call converts one thing: a generator, a LoRA, or a reward model.
 
@@ -90,6 +90,7 @@ class ConvertConfig:
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         kind = self._kind()
         formats = OUTPUT_FORMATS[kind]
         check(

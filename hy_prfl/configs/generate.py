@@ -1,14 +1,13 @@
 """Options of `generate`."""
 
-import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .base import check
+from .base import Config, check
 
 
 @dataclass(kw_only=True)
-class GenerateConfig:
+class GenerateConfig(Config):
     """
     Options of `generate`: a file of prompts -> mp4 files and a manifest that `preprocess` and `score` read.
 
@@ -69,7 +68,9 @@ class GenerateConfig:
             "help": "Shift of the noise schedule; Wan uses 3 for 480P, 5 for 720P. The pipeline's own if left out."
         },
     )
-    negative_prompt: str | None = field(default=None, metadata={"help": "What the videos should not show."})
+    negative_prompt: str | None = field(
+        default=None, metadata={"help": "What the videos should not show.", "may_be_empty": True}
+    )
     max_sequence_length: int = field(default=512, metadata={"help": "Text tokens the prompt is padded or cut to."})
 
     # Parameters of the video
@@ -113,8 +114,8 @@ class GenerateConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("seed", "crf"):
-            check(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        super().__post_init__()
+        check(self.crf >= 0, "crf", self.crf, "at least 0")
         for name in ("num_videos_per_prompt", "num_inference_steps", "max_sequence_length", "fps"):
             check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         check(self.crf <= 51, "crf", self.crf, "at most 51")
@@ -122,12 +123,10 @@ class GenerateConfig:
             value = getattr(self, name)
             check(value >= 16 and value % 16 == 0, name, value, "a positive multiple of 16")
         check(self.num_frames >= 1 and self.num_frames % 4 == 1, "num_frames", self.num_frames, "4k + 1")
-        check(
-            math.isfinite(self.guidance_scale) and self.guidance_scale >= 0,
-            "guidance_scale",
-            self.guidance_scale,
-            "at least 0",
-        )
+        last = self.seed + self.num_videos_per_prompt - 1
+        fits = 0 <= self.seed and last < 10**18
+        check(fits, "seed", self.seed, "at least 0, and less than 10^18 for the last video of a row")
+        check(self.guidance_scale >= 0, "guidance_scale", self.guidance_scale, "at least 0")
         check(self.flow_shift is None or self.flow_shift > 0, "flow_shift", self.flow_shift, "greater than 0")
         check(
             self.lora_scale is None or self.lora_path is not None or self.lora_2_path is not None,

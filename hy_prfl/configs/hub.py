@@ -3,11 +3,11 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .base import check
+from .base import Config
 
 
 @dataclass(kw_only=True)
-class PushConfig:
+class PushConfig(Config):
     """Options of `push`."""
 
     folder: str = field(
@@ -26,12 +26,9 @@ class PushConfig:
         default=None, metadata={"help": "Token that may write; that of `hf auth login` or HF_TOKEN if left out."}
     )
 
-    def __post_init__(self) -> None:
-        check(bool(self.folder), "folder", self.folder, "a folder")
-
 
 @dataclass(kw_only=True)
-class PullConfig:
+class PullConfig(Config):
     """Options of `pull`."""
 
     repo_id: str = field(metadata={"help": "Repository, `user/name`."})
@@ -42,6 +39,3 @@ class PullConfig:
     token: str | None = field(
         default=None, metadata={"help": "Token that may read; that of `hf auth login` or HF_TOKEN if left out."}
     )
-
-    def __post_init__(self) -> None:
-        check(bool(self.output_dir), "output_dir", self.output_dir, "a folder")

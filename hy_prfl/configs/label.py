@@ -3,11 +3,11 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .base import check
+from .base import Config
 
 
 @dataclass(kw_only=True)
-class LabelConfig:
+class LabelConfig(Config):
     """Options of `label`: annotations are merged into an existing latent dataset, without encoding anything."""
 
     dataset: str = field(metadata={"help": "Latent dataset written by `preprocess`: a folder or a Hub id."})
@@ -24,7 +24,3 @@ class LabelConfig:
     overwrite: bool = field(
         default=False, metadata={"help": "Let annotations replace labels that say otherwise, instead of stopping."}
     )
-
-    def __post_init__(self) -> None:
-        for name in ("dataset", "annotations", "output_dir"):
-            check(bool(getattr(self, name)), name, getattr(self, name), "a path")

@@ -3,11 +3,11 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .base import check
+from .base import Config, check
 
 
 @dataclass(kw_only=True)
-class PlanConfig:
+class PlanConfig(Config):
     """Options of `plan --config recipe.yaml`. Any option of the recipe may be given too, and wins."""
 
     recipe: str = field(
@@ -53,6 +53,7 @@ class PlanConfig:
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("height", "width", "num_frames", "num_gpus"):
             check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("gpu_memory", "tflops"):

@@ -39,6 +39,13 @@ class PreprocessConfig(ClipConfig):
         default=None,
         metadata={"help": "Upstream's null.npy, the embedding of the empty prompt; encoded anew if left out."},
     )
+    overwrite: bool = field(
+        default=False,
+        metadata={
+            "help": "Replace a finished dataset that was made with other options, and drop its clips that the manifest "
+            "has no more; without it that is an error."
+        },
+    )
     revision: str | None = field(default=None, metadata={"help": "Hub revision of the pipeline."})
     variant: str | None = field(default=None, metadata={"help": "Variant of the pipeline's weight files, e.g. fp16."})
 

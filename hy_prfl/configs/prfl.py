@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .base import TrainingConfig, check
+from .base import TrainingConfig, check, check_seed
 
 
 @dataclass(kw_only=True)
@@ -137,6 +137,7 @@ class PRFLTrainingConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_seed("validation_seed", self.validation_seed)
         shift = self.sampler_flow_shift
         check(shift is None or shift > 0, "sampler_flow_shift", shift, "greater than 0, or left out")
         check(self.reward_scale > 0, "reward_scale", self.reward_scale, "greater than 0")

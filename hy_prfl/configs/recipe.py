@@ -3,11 +3,11 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .base import check
+from .base import Config, check
 
 
 @dataclass(kw_only=True)
-class RecipeConfig:
+class RecipeConfig(Config):
     """Options of `convert --config old.yaml --output new.yaml`."""
 
     recipe: str = field(metadata={"help": "YAML file of HY-Video-PRFL's; on the command line `--config` will do."})
@@ -21,4 +21,5 @@ class RecipeConfig:
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check(self.output.endswith((".yaml", ".yml")), "output", self.output, "a .yaml file")

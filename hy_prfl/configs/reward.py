@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .base import TrainingConfig, check
+from .base import TrainingConfig, check, check_seed
 
 
 Task = Literal["motion_quality", "physics_quality", "human_quality", "text_alignment", "blur_quality"]
@@ -69,6 +69,7 @@ class RewardTrainingConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_seed("validation_seed", self.validation_seed)
         for name in ("num_layers", "num_query_heads"):
             check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         made_new = self.reward_model is None

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .base import check
+from .base import check, check_seed
 from .clips import ClipConfig
 
 
@@ -69,4 +69,4 @@ class ScoreConfig(ClipConfig):
             check(0 < timestep <= 1000, "timesteps", timestep, "in (0, 1000]")
         for name in ("num_noise_samples", "batch_size"):
             check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        check(self.seed >= 0, "seed", self.seed, "at least 0")
+        check_seed("seed", self.seed)

@@ -1,5 +1,6 @@
 """From a file to the decoded frames of its video stream. No clock, no colours."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,13 @@ from .pixels import VideoError
 
 # FFmpeg's own decoders of these leave transparency out.
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+# What files begin with that name other files, or a stream of the network, and hold no video.
+LISTS = {
+    rb"ffconcat version": "ffconcat",
+    rb"#EXTM3U": "HLS or M3U",
+    rb"(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*<MPD[\s>]": "DASH",
+    rb"v=0\r?\no=": "SDP",
+}
 
 
 @contextmanager
@@ -20,16 +28,25 @@ def open_video(path: str | Path) -> Iterator[av.container.InputContainer]:
     """
     Open a file for reading with PyAV, whatever its name is.
 
-    FFmpeg takes a name such as `12:30:05.mp4` for a protocol and `%d` for a number to fill in, so it sees none.
+    FFmpeg takes a name such as `12:30:05.mp4` for a protocol and `%d` for a number to fill in, so it sees none. It
+    opens no other file: a list of files would be followed from the working directory.
 
     Raises:
-        VideoError: If there is no such file.
+        VideoError: If there is no such file, or it is a list of other files.
         av.error.FFmpegError: If it is nothing that FFmpeg reads.
     """
     if not Path(path).is_file():
         raise VideoError(f"there is no file '{path}'")
-    with open(path, "rb") as file, av.open(_Nameless(file), buffer_size=1 << 18) as container:
-        yield container
+    with open(path, "rb") as file:
+        head = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+        for start, kind in LISTS.items():
+            if re.match(start, head, re.DOTALL):
+                raise VideoError(f"a list of other files ({kind}), no video")
+        file.seek(0)
+        # No protocol has this name, so none may be used for another file.
+        options = {"protocol_whitelist": "none"}
+        with av.open(_Nameless(file), container_options=options, buffer_size=1 << 18) as container:
+            yield container
 
 
 class _Nameless:

@@ -22,6 +22,9 @@ FIELDS = {
     "last_image": ("last_image", "last_image_path"),
 }
 
+# Longest name of a file, and that of a video while it is written.
+MAX_NAME, UNFINISHED = 255, ".{}.mp4.tmp"
+
 
 @dataclass(frozen=True, kw_only=True)
 class VideoPrompt:
@@ -86,6 +89,14 @@ the list's folder |
     for row, where in rows.items():
         for offset in range(num_videos_per_prompt):
             prompt = dataclasses.replace(row, seed=row.seed + offset)
+            if prompt.seed >= 10**18:
+                raise ValueError(f"{where}: `seed` {row.seed}: that of its video {offset + 1} is 10^18 or more.")
+            too_long = len(UNFINISHED.format(prompt.name)) - MAX_NAME
+            if too_long > 0:
+                raise ValueError(
+                    f"{where}: `id` {prompt.id!r} is too long for a file name, at most {len(prompt.id) - too_long} "
+                    "characters will do."
+                )
             if prompt.name in first:
                 raise ValueError(
                     f"{where}: `id` {prompt.id!r} with seed {prompt.seed} is already taken by {first[prompt.name]}."

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ Record = tuple[str, dict[str, Any]]
 DELIMITERS = (",", ";", "\t", "|")
 # What pandas and spreadsheets write where there is nothing.
 MISSING = {"nan", "none", "null", "n/a", "#n/a", "<na>"}
+# The same in tables of R and pandas, spelled just so. In JSON they write null.
+MISSING_IN_TABLES = {"NA", "#NA", "NaT", "-nan", "-NaN", "#N/A N/A"}
 WORKBOOKS = {b"PK\x03\x04": "an Excel workbook (or another zip file)", b"\xd0\xcf\x11\xe0": "an old Excel workbook"}
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 # Floats tell whole numbers apart below this.
@@ -34,7 +36,7 @@ def read_records(path: Path, fields: Fields, *, lines_of: str | None = None) -> 
 
     Names of columns are stripped, in lower case, with `_` for blanks and hyphens. CSV may be separated by `,`, `;`, tab
     or `|`, whichever makes columns of known names; lines without any value are passed over. A text such as `nan` or
-    `null`, and a NaN, stand for nothing: they become None, and the log says how many there were.
+    `null`, in CSV also `NA`, and a NaN, stand for nothing: they become None, and the log says how many there were.
 
     Args:
         fields (`Mapping[str, Sequence[str]]`):
@@ -60,19 +62,21 @@ def read_records(path: Path, fields: Fields, *, lines_of: str | None = None) -> 
     elif suffix == ".jsonl":
         lines = read_utf8(path).split("\n")
         numbered = [(f"{path}, line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]
-        records = [(where, _mapping(parse_json(line, where), where)) for where, line in numbered]
+        records = [(where, _mapping(parse_json(line, where, is_line=True), where)) for where, line in numbered]
     elif suffix == ".json":
         values = parse_json(read_utf8(path), str(path))
         if not isinstance(values, list):
-            keys = f" with {', '.join(f'`{key}`' for key in values)}" if isinstance(values, dict) else ""
-            raise ValueError(f"{path}: expected a JSON list of rows, got a {type(values).__name__}{keys}.")
+            keys = f" with {', '.join(f'`{key}`' for key in values)}" if isinstance(values, dict) and values else ""
+            kind = "an empty dict" if values == {} else f"a {type(values).__name__}"
+            raise ValueError(f"{path}: expected a JSON list of rows, got {kind}{keys}.")
         places = [(f"{path}, row {number}", value) for number, value in enumerate(values, 1)]
         records = [(where, _mapping(value, where)) for where, value in places]
     else:
         text = ", .txt" if lines_of is not None else ""
         raise ValueError(f"{path}: expected a .json, .jsonl{text} or .csv file.")
+    records = _without_placeholders(path, records, MISSING_IN_TABLES if suffix in (".csv", ".tsv") else ())
     _check_names(path, records, fields)
-    return _without_placeholders(path, records)
+    return records
 
 
 def read_utf8(path: Path) -> str:
@@ -103,13 +107,24 @@ def read_utf8(path: Path) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def parse_json(text: str, where: str) -> Any:
-    """Parse JSON; a `ValueError` names `where` if it is none, or if an object has a key twice."""
+def parse_json(text: str, where: str, *, is_line: bool = False) -> Any:
+    """
+    Parse JSON; a `ValueError` names `where` if it is none, or if an object has a key twice.
+
+    Args:
+        is_line (`bool`, defaults to `False`):
+            Whether the text is a line of a JSON Lines file.
+    """
     try:
         return json.loads(text, object_pairs_hook=_without_repeated_keys)
     except json.JSONDecodeError as error:
-        hint = " Is it JSON Lines? Then its name must end in .jsonl." if error.msg == "Extra data" else ""
+        if is_line:
+            hint = " A line holds one object and nothing else."
+        else:
+            hint = " Is it JSON Lines? Then its name must end in .jsonl." if error.msg == "Extra data" else ""
         raise ValueError(f"{where}: not valid JSON: {error}.{hint}") from error
+    except RecursionError as error:
+        raise ValueError(f"{where}: not valid JSON: nested too deeply.") from error
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
 
@@ -239,12 +254,12 @@ def is_missing(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
-def _without_placeholders(path: Path, records: Sequence[Record]) -> list[Record]:
+def _without_placeholders(path: Path, records: Sequence[Record], words: Collection[str]) -> list[Record]:
     """Put None for whatever says nothing, and tell of texts that look as if they said something."""
     placeholders: dict[tuple[str, str], int] = {}
     for _, record in records:
         for name, value in record.items():
-            if is_missing(value):
+            if is_missing(value) or (isinstance(value, str) and value.strip() in words):
                 if isinstance(value, str) and value.strip():
                     key = (name, value.strip())
                     placeholders[key] = placeholders.get(key, 0) + 1
@@ -259,7 +274,8 @@ def read_text(record: Mapping[str, Any], names: Sequence[str], where: str) -> st
     Text of the first of `names` that is filled in, None if none is.
 
     Raises:
-        ValueError: If a value is neither text nor a whole number, or two names disagree.
+        ValueError: If a value is neither text nor a whole number, has a character that no file takes (half of a
+            surrogate pair, NUL), or two names disagree.
     """
     found: dict[str, str] = {}
     for name in names:
@@ -269,6 +285,10 @@ def read_text(record: Mapping[str, Any], names: Sequence[str], where: str) -> st
         if isinstance(value, bool) or not isinstance(value, (str, int)):
             raise ValueError(f"{where}: `{name}` must be text, got {value!r}.")
         found[name] = str(value).strip()
+        unwritable = re.search("[\0\ud800-\udfff]", found[name])
+        if unwritable is not None:
+            what = "a NUL" if unwritable[0] == "\0" else "half of a surrogate pair"
+            raise ValueError(f"{where}: `{name}` has {what}, {ascii(unwritable[0])}, in it: {ascii(found[name])}.")
     if len(set(found.values())) > 1:
         raise ValueError(f"{where}: {_ticked(list(found), ' and ')} mean the same but differ.")
     return next(iter(found.values()), None)

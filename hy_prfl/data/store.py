@@ -31,11 +31,15 @@ REPORT_FILE = "report.jsonl"
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetSummary:
-    """What `build_dataset` did: rows in the dataset, how many of them were encoded now, clips left out."""
+    """
+    What `build_dataset` did: rows in the dataset, how many of them were encoded now, clips left out, and clips of the
+    dataset of before that were dropped.
+    """
 
     num_rows: int
     num_encoded: int
     num_bad: int
+    num_dropped: int = 0
 
 
 class RowEncoder(Protocol):
@@ -113,14 +117,33 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def is_complete(output_dir: Path, digest: str) -> bool:
+def is_complete(
+    output_dir: Path,
+    digest: str,
+    settings: Mapping[str, Any],
+    rows: Sequence[ManifestRow],
+    *,
+    overwrite: bool = False,
+) -> bool:
     """
     Whether `output_dir` already is the dataset asked for.
 
+    Args:
+        digest (`str`):
+            `request_digest(...)` of the dataset asked for.
+        settings (`Mapping`):
+            Options that its rows depend on, as JSON values.
+        rows (`Sequence[ManifestRow]`):
+            Its rows.
+        overwrite (`bool`, defaults to `False`):
+            Whether a dataset of other settings may be replaced, and rows that are no longer asked for dropped.
+
     Raises:
-        ValueError: If the folder holds something that must not be replaced: files not written by `build_dataset`, or
-            a dataset that labels were merged into and that would lose them.
+        ValueError: If the folder holds something that must not be replaced: files not written by `build_dataset`, a
+            dataset that labels were merged into and that would lose them, or, unless `overwrite` is set, one that was
+            made with other settings or has clips that are not among the rows.
     """
+    recover_folder(output_dir)
     if not output_dir.exists() or (output_dir.is_dir() and not any(output_dir.iterdir())):
         return False
     if not (output_dir / STATE_FILE).is_file():
@@ -133,7 +156,33 @@ def is_complete(output_dir: Path, digest: str) -> bool:
             f"`output_dir` '{output_dir}' holds other rows or settings than asked for, and labels merged by `label` "
             "that would be lost. Choose another `output_dir` and merge the labels again."
         )
+    if overwrite:
+        return False
+    found, expected = state.get("settings", {}), json.loads(json.dumps(dict(settings)))
+    different = sorted(name for name in expected | found if expected.get(name) != found.get(name))
+    if different:
+        raise ValueError(
+            f"`output_dir` '{output_dir}' holds a finished dataset that was made with other options (different: "
+            f"{', '.join(different)}). Choose another `output_dir`, or set `overwrite` to lose it."
+        )
+    # A clip that has another id now is told by its file.
+    ids, files = {row.id for row in rows}, {str(path) for row in rows for path in row.files[:1]}
+    table = Dataset.load_from_disk(str(output_dir)).data.table
+    old = zip(table.column("id").to_pylist(), table.column("source").to_pylist(), strict=True)
+    _check_dropped(
+        output_dir, [(name, "no row has it") for name, file in old if name not in ids and file not in files]
+    )
     return False
+
+
+def _check_dropped(output_dir: Path, dropped: Sequence[tuple[str, str]]) -> None:
+    """Raise a `ValueError` if a dataset would lose clips, given as their ids and the reasons."""
+    if dropped:
+        name, reason = dropped[0]
+        raise ValueError(
+            f"`output_dir` '{output_dir}' holds a finished dataset, and {len(dropped)} of its clips (encoded) would be "
+            f"lost, the first is {name!r}: {reason}. Choose another `output_dir`, or set `overwrite` to drop them."
+        )
 
 
 def build_dataset(
@@ -142,9 +191,11 @@ def build_dataset(
     output_dir: Path,
     *,
     digest: str,
+    settings: Mapping[str, Any] | None = None,
     tensor_dtype: str = "float16",
     shard_size: int = 8,
     batch_size: int = 1,
+    overwrite: bool = False,
 ) -> DatasetSummary | None:
     """
     Encode rows, split over the processes of `accelerate`, into a folder that `datasets.load_from_disk` reads.
@@ -161,16 +212,21 @@ def build_dataset(
             A `preprocessing.ClipEncoder` or an `upstream.UpstreamImporter`.
         digest (`str`):
             `request_digest(...)`, stored to recognise a finished dataset.
+        settings (`Mapping`, *optional*):
+            Options that the rows depend on, stored to say what is different in a dataset of other options.
         shard_size (`int`, defaults to 8):
             Rows per shard: at most this many, or those of a batch, are lost when the process is killed.
         batch_size (`int`, defaults to 1):
             Rows that are encoded at once.
+        overwrite (`bool`, defaults to `False`):
+            Drop clips of a dataset in `output_dir` that `rows` has no good row for.
 
     Returns:
         `DatasetSummary` on the main process, None on the others.
 
     Raises:
-        ValueError: If no row could be encoded.
+        ValueError: If no row could be encoded, or clips would be dropped and `overwrite` is not set. What was encoded
+            is kept for the next run.
     """
     state = process_state()
     partial_dir = output_dir.with_name(output_dir.name + ".partial")
@@ -188,7 +244,8 @@ def build_dataset(
     state.wait_for_everyone()
     summary = None
     if state.is_main_process:
-        summary = _assemble(rows, output_dir, partial_dir, digest, tensor_dtype)
+        request = {"digest": digest, "settings": dict(settings or {})}
+        summary = _assemble(rows, output_dir, partial_dir, request, tensor_dtype, overwrite)
     state.wait_for_everyone()
     return summary
 
@@ -309,7 +366,12 @@ def _open_sources(output_dir: Path, partial_dir: Path) -> dict[str, _Stored]:
 
 
 def _assemble(
-    rows: Sequence[ManifestRow], output_dir: Path, partial_dir: Path, digest: str, tensor_dtype: str
+    rows: Sequence[ManifestRow],
+    output_dir: Path,
+    partial_dir: Path,
+    request: Mapping[str, Any],
+    tensor_dtype: str,
+    overwrite: bool,
 ) -> DatasetSummary:
     """Put the stored rows into the order of the manifest, with its ids and labels, and swap the finished folder in."""
     progress: list[dict[str, Any]] = []
@@ -325,6 +387,9 @@ def _assemble(
             f"none of the {len(rows)} clips could be used; the reasons are in {partial_dir / REPORT_FILE}"
         )
 
+    dropped = _dropped(output_dir, rows, progress)
+    if not overwrite:
+        _check_dropped(output_dir, dropped)
     sources = _open_sources(output_dir, partial_dir)
     stored = [sources[entry["key"]] for entry in good]
     tables = [row.table.slice(row.index, 1) for row in stored]
@@ -352,11 +417,27 @@ def _assemble(
         replace_columns(table, columns),
         latent_features(tensor_dtype),
         output_dir,
-        {STATE_FILE: json.dumps({"digest": digest, "keys": keys, "remarks": remarks}), REPORT_FILE: "".join(report)},
+        {STATE_FILE: json.dumps({**request, "keys": keys, "remarks": remarks}), REPORT_FILE: "".join(report)},
     )
     shutil.rmtree(partial_dir)
     num_bad = len(progress) - len(good)
-    return DatasetSummary(num_rows=len(good), num_encoded=sum(entry["encoded"] for entry in good), num_bad=num_bad)
+    num_encoded = sum(entry["encoded"] for entry in good)
+    return DatasetSummary(num_rows=len(good), num_encoded=num_encoded, num_bad=num_bad, num_dropped=len(dropped))
+
+
+def _dropped(
+    output_dir: Path, rows: Sequence[ManifestRow], progress: Sequence[Mapping[str, Any]]
+) -> list[tuple[str, str]]:
+    """Clips of the dataset in `output_dir` that have no good row now, under no id, and why."""
+    if not (output_dir / STATE_FILE).is_file():
+        return []
+    keys = {entry["key"] for entry in progress}
+    reasons = {rows[entry["position"]].id: entry["reason"] for entry in progress}
+    names = Dataset.load_from_disk(str(output_dir)).data.table.column("id").to_pylist()
+    old = json.loads((output_dir / STATE_FILE).read_text(encoding="utf-8"))["keys"]
+    gone = [name for name, key in zip(names, old, strict=True) if key not in keys]
+    lost = [(name, reasons.get(name, "no row has it")) for name in gone]
+    return [(name, reason) for name, reason in lost if reason is not None]
 
 
 def _report_line(row: ManifestRow, reason: str) -> str:

@@ -1,6 +1,7 @@
 """From a video file to frames of one size and frame rate. No models."""
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from ..configs.base import check
 from .clock import EPSILON, Clock, ClockJumps
 from .container import DecodedStream, choose_stream, open_video
 from .pixels import HDR, FrameConverter, VideoError, on_white
@@ -21,6 +23,9 @@ logger = logging.getLogger(__name__)
 LONG_FRAME = 1.0
 
 TEMPORAL_STRIDE = 4
+
+# Tags of TIFF.
+BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +107,9 @@ def decode_video(
     Raises:
         VideoError: If the file is missing, is no video, is damaged or truncated, holds no frame, is too short, or
             cannot be shown by the rules.
+        ValueError: If `fps` is not a finite number greater than 0.
     """
+    check(math.isfinite(fps) and fps > 0, "fps", fps, "a finite number greater than 0")
     rules = DecodingRules() if rules is None else rules
     min_num_frames = num_frames if min_num_frames is None else min_num_frames
     try:
@@ -168,7 +175,7 @@ def read_image(path: str | Path) -> np.ndarray:
     """
     Read an image as `(height, width, 3)` uint8, turned upright by its EXIF tag.
 
-    16 bits per channel are scaled to 8, transparency is laid on white as in videos, of an image with several pictures
+    12 and 16 bits per channel are scaled to 8, transparency is laid on white as in videos, of an image with several pictures
     the first is taken. Whole numbers of 32 bits and floats are refused: nothing says which value is white.
 
     Raises:
@@ -181,10 +188,19 @@ def read_image(path: str | Path) -> np.ndarray:
             if image.mode in ("I", "F") and not deep:
                 raise ValueError(f"mode {image.mode!r}, where nothing says which value is white")
             transparent = image.info.get("transparency") if deep else None
+            if image.format == "PNG" and "transparency" in image.info and "RGB;16" in str(image.tile):
+                # Pillow keeps 8 bits, in which that colour cannot be found again.
+                raise ValueError("16 bits per channel and a transparent colour")
+            # TIFF says what is white; the other formats are scaled to 16 bits.
+            tags = getattr(image, "tag_v2", {})
+            white = 2 ** tags.get(BITS_PER_SAMPLE, (16,))[0] - 1
+            white_is_zero = tags.get(PHOTOMETRIC) == 0
             upright = ImageOps.exif_transpose(image)
             if deep:
                 values = np.asarray(upright).astype(np.uint32)
-                gray = np.where(values == transparent, 255, (values + 128) // 257).astype(np.uint8)
+                if white_is_zero:
+                    values = white - values
+                gray = np.where(values == transparent, 255, (510 * values + white) // (2 * white)).astype(np.uint8)
                 return np.repeat(gray[..., None], 3, axis=2)
             if upright.has_transparency_data or upright.mode in ("La", "RGBa"):
                 return on_white(np.asarray(upright.convert("RGBA")))

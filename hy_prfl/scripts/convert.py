@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 from ..configs.convert import ConvertConfig
 from ..configs.inputs import check_files, check_paths
+from ..configs.outputs import check_output_folders
 from ..configs.parser import parse_config
 from . import convert_recipe
 from .running import run
@@ -29,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse_config(ConvertConfig, argv, description=__doc__)
     check_paths(config, "transformer", "lora", "reward_model", "reward_transformer")
     check_files(config, "transformer_config", "mlp", "query_attention")
+    check_output_folders(config, "output_dir")
 
     # Only now, here and below, so that nobody waits for torch to hear of a misspelt option.
     from ..models.weight_files import check_output_dir

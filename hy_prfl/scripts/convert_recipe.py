@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Sequence
 
+from ..configs.outputs import check_output_files
 from ..configs.parser import parse_config
 from ..configs.recipe import RecipeConfig
 from ..configs.upstream import convert_recipe
@@ -25,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # What `--config` names here is to be converted; it holds no options of this command.
     renamed = [re.sub(r"^--config(?==|$)", "--recipe", word) for word in argv]
     config = parse_config(RecipeConfig, renamed, description=__doc__)
+    check_output_files(config, "output")
     recipe = convert_recipe(config.recipe, config.recipe_command, config.ignore_keys)
     recipe.save(config.output)
     print(f"{recipe.command}, {len(recipe.options)} options: {config.output}")

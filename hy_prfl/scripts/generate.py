@@ -13,6 +13,7 @@ from pathlib import Path
 from ..configs.base import save_config
 from ..configs.generate import GenerateConfig
 from ..configs.inputs import check_files, check_sources
+from ..configs.outputs import check_output_folders
 from ..configs.parser import parse_config
 from .running import run
 
@@ -30,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_files(config, "prompts")
     check_sources(config, "pretrained_model_name_or_path", "transformer_path", "transformer_2_path")
     check_sources(config, "lora_path", "lora_2_path", or_file=True)
+    check_output_folders(config, "output_dir")
 
     # Only now, so that nobody waits for torch to hear of a misspelt option.
     import torch

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from ..configs.inputs import check_files, check_sources
 from ..configs.label import LabelConfig
+from ..configs.outputs import check_output_folders
 from ..configs.parser import parse_config
 from .running import run
 
@@ -16,6 +17,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse_config(LabelConfig, argv, description="Merge annotations into a latent dataset.")
     check_files(config, "annotations")
     check_sources(config, "dataset")
+    check_output_folders(config, "output_dir")
 
     # Only now, so that nobody waits for torch to hear of a misspelt option.
     from ..data.labels import label_dataset, read_annotations

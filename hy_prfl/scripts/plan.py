@@ -16,6 +16,7 @@ from pathlib import Path
 
 from ..configs.base import TrainingConfig, check
 from ..configs.inputs import check_sources
+from ..configs.outputs import check_output_files
 from ..configs.parser import parse_config
 from ..configs.plan import PlanConfig
 from ..configs.prfl import PRFLTrainingConfig
@@ -35,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse_config(PlanConfig, own, description=__doc__)
     training = read_recipe(config, others)
     check_sources(training, "pretrained_model_name_or_path")
+    check_output_files(config, "output")
     degree, num_gpus = training.context_parallel_degree, config.num_gpus
     check(num_gpus % degree == 0, "context_parallel_degree", degree, f"a divisor of `num_gpus`, {num_gpus}")
     print(f"Planning {Path(config.recipe)} ...", file=sys.stderr, flush=True)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..configs.clips import FILE_IDENTITIES
 from ..configs.inputs import check_files, check_paths, check_sources
+from ..configs.outputs import check_output_folders
 from ..configs.parser import parse_config
 from ..configs.preprocess import PreprocessConfig
 from .running import run
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 # Options that change neither the rows nor their values.
-NOT_REQUESTED = ("output_dir", "manifest", "upstream_meta", "shard_size", "batch_size")
+NOT_REQUESTED = ("output_dir", "manifest", "upstream_meta", "shard_size", "batch_size", "overwrite")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -29,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_files(config, "manifest", "null_prompt_path")
     check_paths(config, "upstream_meta")
     check_sources(config, "pretrained_model_name_or_path")
+    check_output_folders(config, "output_dir")
 
     # Only now, so that nobody waits for torch to hear of a misspelt option.
     import torch
@@ -62,7 +64,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if config.file_identity == "content":
         hashes = hash_files([*files, *(path for row in rows for path in row.files)])
     digest = request_digest(rows, request, files, hashes)
-    if is_complete(output_dir, digest):
+    # The same files tell a finished dataset whatever they are compared by.
+    stored = {name: value for name, value in request.items() if name != "file_identity"}
+    paths = ("pretrained_model_name_or_path", "upstream_root", "null_prompt_path")
+    stored |= {
+        name: str(Path(stored[name]).resolve()) for name in paths if stored[name] and Path(stored[name]).exists()
+    }
+    if is_complete(output_dir, digest, stored, rows, overwrite=config.overwrite):
         state.print(f"'{output_dir}' is complete, nothing to do.")
         return
 
@@ -86,12 +94,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         clips,
         output_dir,
         digest=digest,
+        settings=stored,
         tensor_dtype=config.tensor_dtype,
         shard_size=config.shard_size,
         batch_size=config.batch_size,
+        overwrite=config.overwrite,
     )
     if summary is not None:
-        print(f"'{output_dir}': clips {summary.num_rows}, encoded now {summary.num_encoded}, bad {summary.num_bad}.")
+        dropped = f", dropped {summary.num_dropped}" if summary.num_dropped else ""
+        print(
+            f"'{output_dir}': clips {summary.num_rows}, encoded now {summary.num_encoded}, bad {summary.num_bad}{dropped}."
+        )
         if summary.num_bad:
             print(f"Bad clips are left out; the reasons are in '{output_dir / REPORT_FILE}'.")
         elif (output_dir / REPORT_FILE).stat().st_size:

@@ -10,6 +10,7 @@ A pull that was cut off goes on where it was when it is started again.
 from collections.abc import Sequence
 
 from ..configs.hub import PullConfig
+from ..configs.outputs import check_output_folders
 from ..configs.parser import parse_config
 from .running import run
 
@@ -17,6 +18,7 @@ from .running import run
 def main(argv: Sequence[str] | None = None) -> None:
     """Pull one repository."""
     config = parse_config(PullConfig, argv, description=__doc__)
+    check_output_folders(config, "output_dir")
 
     # Only now, so that nobody waits for torch to hear of a misspelt option.
     from ..hub import pull

@@ -16,6 +16,7 @@ from typing import Any
 from ..configs.base import save_config
 from ..configs.clips import FILE_IDENTITIES
 from ..configs.inputs import check_files, check_sources
+from ..configs.outputs import check_output_files
 from ..configs.parser import parse_config
 from ..configs.score import ScoreConfig
 from .running import run
@@ -26,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse_config(ScoreConfig, argv, description=__doc__)
     check_files(config, "manifest")
     check_sources(config, "reward_model", "dataset", "pretrained_model_name_or_path")
+    check_output_files(config, "output")
 
     # Only now, so that nobody waits for torch to hear of a misspelt option.
     import torch

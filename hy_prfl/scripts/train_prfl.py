@@ -9,6 +9,7 @@ Fine-tunes a Wan generator on a latent reward.
 from collections.abc import Sequence
 
 from ..configs.inputs import check_paths, check_sources
+from ..configs.outputs import check_output_folders
 from ..configs.parser import parse_config
 from ..configs.prfl import PRFLTrainingConfig
 from .running import run
@@ -20,6 +21,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_sources(config, "pretrained_model_name_or_path", "reward_model")
     # A dry run reads a dataset for the size of its clips only.
     if not config.dry_run:
+        check_output_folders(config, "output_dir")
         if config.resume_from_checkpoint != "latest":
             check_paths(config, "resume_from_checkpoint")
         check_sources(config, "train_dataset", "validation_dataset", "prompt_dataset")

@@ -133,3 +133,38 @@ def test_damage_behind_what_is_read_does_not_matter(write_video: Callable[..., P
     assert read_video(path, fps=16, num_frames=9)[:, 16, 16, 0].tolist() == pytest.approx(
         list(range(20, 110, 10)), abs=2
     )
+
+
+PLAYLISTS = {
+    "concat": "ffconcat version 1.0\nfile a.mp4\n",
+    "concat after a mark": "\ufeffffconcat version 1.0\nfile a.mp4\n",
+    "concat of a part": "ffconcat version 1.0\nfile 'subfile,,start,0,end,0,,:a.mp4'\n",
+    "hls": "#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\na.mp4\n#EXT-X-ENDLIST\n",
+    "m3u": "#EXTM3U\na.mp4\n",
+    "dash": '<?xml version="1.0"?>\n<MPD xmlns="urn:mpeg:dash:schema:mpd:2011"><Period><BaseURL>a.mp4</BaseURL></Period></MPD>',
+    "sdp": "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5004 RTP/AVP 96\n",
+}
+
+
+@pytest.mark.parametrize("content", PLAYLISTS.values(), ids=PLAYLISTS.keys())
+@pytest.mark.parametrize("name", ["list.mp4", "list.m3u8", "list"])
+def test_playlists_are_no_videos(
+    write_video: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_video(tmp_path / "a.mp4")
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(VideoError, match=r"a list of other files \((ffconcat|HLS or M3U|DASH|SDP)\), no video"):
+        read_video(tmp_path / name, fps=16, num_frames=5)
+
+
+def test_no_other_file_is_opened(
+    write_video: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the format: a list that is not known as one is none that FFmpeg may follow."""
+    monkeypatch.chdir(tmp_path)
+    write_video(tmp_path / "a.mp4")
+    (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile a.mp4\n")
+    monkeypatch.setattr("hy_prfl.data.container.LISTS", {})
+    with pytest.raises(VideoError, match="cannot be decoded"):
+        read_video(tmp_path / "list.mp4", fps=16, num_frames=5)

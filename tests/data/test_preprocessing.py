@@ -47,11 +47,20 @@ def make_row(name: str, **fields: Any) -> ManifestRow:
     return ManifestRow(where=f"row {name}", id=name, **({"prompt": "a red circle"} | fields))
 
 
-def build(rows: list[ManifestRow], row_encoder: ClipEncoder, output_dir: Path, batch_size: int = 1) -> DatasetSummary:
+def build(
+    rows: list[ManifestRow], row_encoder: ClipEncoder, output_dir: Path, batch_size: int = 1, overwrite: bool = False
+) -> DatasetSummary:
     dtype = row_encoder.settings.tensor_dtype
     digest = request_digest(rows, {"settings": repr(row_encoder.settings)})
     summary = build_dataset(
-        rows, row_encoder, output_dir, digest=digest, tensor_dtype=dtype, shard_size=2, batch_size=batch_size
+        rows,
+        row_encoder,
+        output_dir,
+        digest=digest,
+        tensor_dtype=dtype,
+        shard_size=2,
+        batch_size=batch_size,
+        overwrite=overwrite,
     )
     assert summary is not None
     return summary
@@ -239,8 +248,12 @@ def test_only_rows_that_changed_are_encoded_again(encoder: LatentEncoder, clips:
         make_row("2", video=clips[2], prompt="a blue square"),
         make_row("renamed", video=clips[0], rejected_id="3"),
     ]
-    summary = build(changed, ClipEncoder(encoder, settings), tmp_path / "out")
-    assert summary == DatasetSummary(num_rows=4, num_encoded=2, num_bad=0)
+    with pytest.raises(ValueError, match="1 of its clips .* would be lost, the first is '1': no row has it"):
+        build(changed, ClipEncoder(encoder, settings), tmp_path / "out")
+    assert [row["id"] for row in read_rows(tmp_path / "out")] == ["0", "1", "2", "3"]
+    # What the refused run encoded is kept.
+    summary = build(changed, ClipEncoder(encoder, settings), tmp_path / "out", overwrite=True)
+    assert summary == DatasetSummary(num_rows=4, num_encoded=0, num_bad=0, num_dropped=1)
     build(changed, ClipEncoder(encoder, settings), tmp_path / "fresh")
     stored = read_rows(tmp_path / "out")
     assert_same_rows(stored, read_rows(tmp_path / "fresh"))
@@ -287,18 +300,18 @@ def test_same_clip_twice_is_encoded_once(
 def test_finished_dataset_is_recognised(encoder: LatentEncoder, clips: list[Path], tmp_path: Path) -> None:
     rows = [make_row("a", video=clips[0])]
     digest = request_digest(rows, {"settings": repr(ClipSettings(**SETTINGS))})
-    assert not is_complete(tmp_path / "out", digest)
+    assert not is_complete(tmp_path / "out", digest, {}, rows)
     build(rows, ClipEncoder(encoder, ClipSettings(**SETTINGS)), tmp_path / "out")
-    assert is_complete(tmp_path / "out", digest)
-    assert not is_complete(tmp_path / "out", "another")
+    assert is_complete(tmp_path / "out", digest, {}, rows)
+    assert not is_complete(tmp_path / "out", "another", {}, rows)
 
 
 def test_other_folders_are_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="is not empty and holds no dataset of `preprocess`"):
-        is_complete(tmp_path, "digest")
+        is_complete(tmp_path, "digest", {}, [])
     (tmp_path / "empty").mkdir()
-    assert not is_complete(tmp_path / "empty", "digest")
+    assert not is_complete(tmp_path / "empty", "digest", {}, [])
 
 
 def test_swap_that_was_cut_off_is_undone(encoder: LatentEncoder, clips: list[Path], tmp_path: Path) -> None:

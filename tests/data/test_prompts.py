@@ -46,6 +46,26 @@ class TestReadPrompts:
             "00001_seed_6",
         ]
 
+    def test_ids_become_names_of_files(self, tmp_path: Path) -> None:
+        path = tmp_path / "p.json"
+        longest = 255 - len("._seed_7.mp4.tmp")
+        path.write_text(json.dumps([{"caption": "x", "id": "a" * longest, "seed": 7}]))
+        (prompt,) = read_prompts(path)
+        (tmp_path / f".{prompt.name}.mp4.tmp").touch()
+        for name, seed, number in (("a" * (longest + 1), 7, 1), ("a" * longest, 9, 2), ("a" * 300, 0, 1)):
+            path.write_text(json.dumps([{"caption": "x"}, {"caption": "x", "id": name, "seed": seed}]))
+            with pytest.raises(
+                ValueError, match=r"p\.json, row 2: `id` .* is too long for a file name, at most 2\d\d"
+            ):
+                read_prompts(path, num_videos_per_prompt=number)
+
+    def test_seeds_of_the_videos_of_a_row(self, tmp_path: Path) -> None:
+        path = tmp_path / "p.json"
+        path.write_text(json.dumps([{"caption": "x", "seed": 10**18 - 2}]))
+        assert [prompt.seed for prompt in read_prompts(path, num_videos_per_prompt=2)] == [10**18 - 2, 10**18 - 1]
+        with pytest.raises(ValueError, match=r"p\.json, row 1: `seed` .* of its video 3 is 10\^18 or more"):
+            read_prompts(path, num_videos_per_prompt=3)
+
     @pytest.mark.parametrize(
         ("rows", "message"),
         [

@@ -182,6 +182,79 @@ def test_nan_of_json_and_words_that_only_begin_so(tmp_path: Path) -> None:
         read_prompts(tmp_path / "p.json")
 
 
+@pytest.mark.parametrize("placeholder", ["NA", " NA ", "#NA", "NaT", "-nan", "#N/A N/A"])
+@pytest.mark.parametrize(("suffix", "separator"), [("csv", ","), ("csv", ";"), ("tsv", "\t")])
+def test_missing_values_of_tables(
+    tmp_path: Path, placeholder: str, suffix: str, separator: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """R's and pandas' words, in tables only: these programs write null into JSON, and there `NA` is a text."""
+    path = tmp_path / f"m.{suffix}"
+    rows = [("video", "caption", "pair_id"), ("a.mp4", placeholder, placeholder), ("b.mp4", "y", "p")]
+    path.write_text("".join(separator.join(row) + "\n" for row in rows))
+    with caplog.at_level(logging.WARNING):
+        first, second = read_manifest(path)
+    assert (first.prompt, first.pair_id, second.prompt, second.pair_id) == ("", None, "y", "p")
+    assert f"`caption` is '{placeholder.strip()}' in 1 row(s), which counts as left out" in caplog.text
+    path.write_text(f"id{separator}blur_quality\na{separator}{placeholder}\nb{separator}1\n")
+    assert read_annotations(path) == {"a": {}, "b": {"blur_quality": 1}}
+    path.write_text(f"caption{separator}seed\nx{separator}{placeholder}\n{placeholder}{separator}1\n")
+    with pytest.raises(ValueError, match=r"line 3: `caption` is missing"):
+        read_prompts(path)
+
+
+def test_na_is_a_text_elsewhere(tmp_path: Path) -> None:
+    for name, text in (
+        ("p.json", '[{"caption": "NA"}]'), ("p.jsonl", '{"caption": "NA"}'), ("p.txt", "NA\n"), ("p.csv", "caption\nna\n"),
+    ):  # fmt: skip
+        (tmp_path / name).write_text(text)
+        assert [prompt.caption.upper() for prompt in read_prompts(tmp_path / name)] == ["NA"]
+
+
+@pytest.mark.parametrize("name", ["id", "video", "caption", "long_caption", "pair_id", "rejected_id"])
+@pytest.mark.parametrize(("text", "what"), [("z\ud800", "ud800"), ("\udc00\ud800 x", "udc00"), ("a\0b", "x00")])
+def test_texts_that_cannot_be_written(tmp_path: Path, name: str, text: str, what: str) -> None:
+    row = {"video": "a.mp4", "caption": "x"} | {name: text}
+    for file, content, where in (
+        ("m.json", json.dumps([{"video": "b.mp4", "caption": "y"}, row]), "row 2"),
+        ("m.jsonl", json.dumps({"video": "b.mp4", "caption": "y"}) + "\n" + json.dumps(row), "line 2"),
+    ):
+        (tmp_path / file).write_text(content)
+        with pytest.raises(ValueError, match=rf"{file}, {where}: `{name}` .*{what}") as error:
+            read_manifest(tmp_path / file)
+        assert str(error.value).isascii()
+    if name in ("id", "caption"):
+        for reader in (read_prompts, read_annotations)[: 1 if name == "caption" else 2]:
+            (tmp_path / "p.json").write_text(json.dumps([{"caption": "x", "blur_quality": 1} | {name: text}]))
+            if reader is read_prompts:
+                (tmp_path / "p.json").write_text(json.dumps([{"caption": "x"} | {name: text}]))
+            with pytest.raises(ValueError, match=rf"p.json, row 1: `{name}` .*{what}"):
+                reader(tmp_path / "p.json")
+
+
+def test_pairs_of_surrogates_are_one_character(tmp_path: Path) -> None:
+    (tmp_path / "p.json").write_text('[{"caption": "a \\ud83d\\ude00"}]')
+    assert read_prompts(tmp_path / "p.json")[0].caption == "a \U0001f600"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("m.json", "[" * 100_000, r"m\.json: not valid JSON: nested too deeply"),
+        ("m.json", '[{"caption": ' + "[" * 100_000 + "]" * 100_000 + "}]", r"m\.json: not valid JSON: nested too deeply"),
+        ("m.jsonl", '{"caption": "x"}\n' + '{"a":' * 100_000, r"m\.jsonl, line 2: not valid JSON: nested too deeply"),
+        ("m.json", "{}", r"m\.json: expected a JSON list of rows, got an empty dict\."),
+        ("m.jsonl", '{"a": 1} {"b": 2}', r"line 1: not valid JSON: Extra data: .*A line holds one object and nothing else"),
+        ("m.jsonl", '{"a": 1},\n{"b": 2}', r"line 1: not valid JSON: Extra data: .*A line holds one object and nothing else"),
+        ("m.jsonl", '[\n{"a": 1}\n]', r"line 1: not valid JSON: .*A line holds one object and nothing else"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_json(tmp_path: Path, name: str, text: str, message: str) -> None:
+    (tmp_path / name).write_text(text)
+    for reader in (read_manifest, read_prompts, read_annotations):
+        with pytest.raises(ValueError, match=message):
+            reader(tmp_path / name)
+
+
 def test_labels_name_line_and_column(tmp_path: Path) -> None:
     (tmp_path / "l.csv").write_text("id;blur_quality\na;1\nb;yes\n")
     with pytest.raises(ValueError, match=r"l\.csv, line 3: `blur_quality` must be 1, 0, .*got 'yes'"):

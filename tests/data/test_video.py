@@ -1,6 +1,8 @@
 """Decoding, resampling and sizes, against files whose frames are known."""
 
+import math
 import struct
+import zlib
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -245,6 +247,63 @@ def test_numbers_without_a_white_are_refused(tmp_path: Path) -> None:
         Image.fromarray(np.ones((8, 8), dtype)).save(tmp_path / f"{name}.tiff")
         with pytest.raises(VideoError, match="nothing says which value is white"):
             read_image(tmp_path / f"{name}.tiff")
+
+
+def write_deep_tiff(path: Path, values: np.ndarray, *, bits: int, white_is_zero: bool, big_endian: bool) -> None:
+    """Gray TIFF `(height, width)` written byte by byte, of 12 or 16 bits."""
+    height, width = values.shape
+    order = ">" if big_endian else "<"
+    data = values.astype(f"{order}u2").tobytes()
+    if bits == 12:
+        data = b"".join(
+            bytes([a >> 4, (a & 15) << 4 | b >> 8, b & 255]) for a, b in values.reshape(-1, 2).astype(int).tolist()
+        )
+    photometric = 0 if white_is_zero else 1
+    tags = [(256, width), (257, height), (258, bits), (259, 1), (262, photometric), (273, 8 + 2 + 9 * 12 + 4)]
+    tags += [(277, 1), (278, height), (279, len(data))]
+    header = (b"MM" if big_endian else b"II") + struct.pack(f"{order}HIH", 42, 8, len(tags))
+    entries = b"".join(struct.pack(f"{order}HHIHH", tag, 3, 1, value, 0) for tag, value in tags)
+    path.write_bytes(header + entries + struct.pack(f"{order}I", 0) + data)
+
+
+@pytest.mark.parametrize(
+    ("bits", "white_is_zero", "big_endian"),
+    [(16, False, False), (16, True, False), (16, False, True), (12, False, False)],
+)
+def test_deep_gray_tiffs(tmp_path: Path, bits: int, white_is_zero: bool, big_endian: bool) -> None:
+    white = 2**bits - 1
+    values = np.random.default_rng(0).integers(0, white + 1, (6, 8))
+    values[0, :2] = 0, white
+    path = tmp_path / "a.tiff"
+    write_deep_tiff(path, values, bits=bits, white_is_zero=white_is_zero, big_endian=big_endian)
+    brightness = (white - values if white_is_zero else values) / white
+    expected = np.floor(brightness * 255 + 0.5)
+    np.testing.assert_array_equal(read_image(path), np.repeat(expected[..., None], 3, axis=2))
+
+
+@pytest.mark.parametrize("key", [(0x1234, 0x0011, 0), (0, 0, 255)])
+def test_deep_png_with_a_transparent_color_is_refused(tmp_path: Path, key: tuple[int, int, int]) -> None:
+    """Pillow keeps 8 of its 16 bits, in which the colour cannot be found again."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0))
+    pixels = chunk(b"IDAT", zlib.compress(b"\0" + struct.pack(">6H", *key, 9, 9, 9)))
+    path = tmp_path / "a.png"
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + header + chunk(b"tRNS", struct.pack(">3H", *key)) + pixels + chunk(b"IEND", b"")
+    )
+    with pytest.raises(VideoError, match=r"a\.png' cannot be read: .*16 bits.*transparent"):
+        read_image(path)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + pixels + chunk(b"IEND", b""))
+    assert read_image(path).shape == (1, 2, 3)
+
+
+@pytest.mark.parametrize("fps", [math.inf, -math.inf, math.nan, 0, -1, 0.0])
+def test_impossible_frame_rates(tmp_path: Path, fps: float) -> None:
+    with pytest.raises(ValueError, match=rf"`fps` must be a finite number greater than 0, got {fps!r}"):
+        read_video(tmp_path / "a.mp4", fps=fps, num_frames=5)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P", "L", "RGB", "I;16"])

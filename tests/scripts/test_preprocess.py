@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -216,6 +217,67 @@ def test_labelled_dataset_is_not_replaced(
     assert "is complete" in capsys.readouterr().out
     with pytest.raises(ValueError, match="labels merged by `label` that would be lost"):
         main([*options, output, "--tensor_dtype=float32"])
+
+
+@pytest.fixture
+def finished(expected: Path, tmp_path: Path) -> Path:
+    """A finished dataset of ten clips, nine of them good, that a test may change."""
+    return Path(shutil.copytree(expected, tmp_path / "out"))
+
+
+def test_finished_dataset_is_not_replaced_by_one_with_other_options(
+    finished: Path, expected: Path, options: list[str]
+) -> None:
+    command = [*options, f"--output_dir={finished}"]
+    for changes, names in (
+        (["--fps=8"], "fps"),
+        (["--max_sequence_length=256", "--num_frames=5", "--min_num_frames=5"], "max_sequence_length, .*num_frames"),
+        (["--buckets=48x32"], "buckets"),
+        (["--tensor_dtype=float32"], "tensor_dtype"),
+    ):
+        with pytest.raises(ValueError, match=rf"'.*out' holds .* other options \(different: {names}.*`overwrite`"):
+            main([*command, *changes])
+    assert comparable_rows(finished) == comparable_rows(expected)
+    assert not finished.with_name("out.partial").exists()
+    main([*command, "--num_frames=5", "--overwrite"])
+    assert {row["num_frames"] for row in comparable_rows(finished)} == {5}
+    main([*command, "--num_frames=5", "--shard_size=3", "--batch_size=2"])
+
+
+def test_rows_of_a_finished_dataset_are_not_dropped_unless_asked_for(
+    finished: Path, expected: Path, options: list[str], manifest: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [row | {"video": str(manifest.parent / row["video"])} for row in json.loads(manifest.read_text())]
+    fewer, more = finished.parent / "fewer.json", finished.parent / "more.json"
+    fewer.write_text(json.dumps(rows[:7]))
+    more.write_text(json.dumps([*rows, {"id": "another", "video": rows[0]["video"], "caption": "a blue square"}]))
+    command = [*options, f"--output_dir={finished}"]
+    with pytest.raises(ValueError, match="3 of its clips .* would be lost, the first is 'clip_7'.*`overwrite`"):
+        main([*command, f"--manifest={fewer}"])
+    assert comparable_rows(finished) == comparable_rows(expected)
+    main([*command, f"--manifest={more}"])
+    assert comparable_rows(finished)[:-1] == comparable_rows(expected)
+    capsys.readouterr()
+    main([*command, f"--manifest={fewer}", "--overwrite"])
+    assert "encoded now 0, bad 1, dropped 4" in capsys.readouterr().out
+    assert comparable_rows(finished) == comparable_rows(expected)[:6]
+
+
+def test_clips_whose_files_are_gone_stay_in_a_finished_dataset(
+    finished: Path, expected: Path, options: list[str], manifest: Path
+) -> None:
+    folder = Path(shutil.copytree(manifest.parent, finished.with_name("clips")))
+    (folder / "clip_2.mp4").unlink()
+    rows = json.loads(manifest.read_text())
+    (folder / "manifest.json").write_text(json.dumps([*rows, {"id": "b", "video": "clip_1.mp4", "caption": "b"}]))
+    command = [*options, f"--output_dir={finished}", f"--manifest={folder / 'manifest.json'}"]
+    with pytest.raises(ValueError, match="1 of its clips .* would be lost, the first is 'clip_2'.*there is no file"):
+        main(command)
+    assert comparable_rows(finished) == comparable_rows(expected)
+    main([*command, "--overwrite=true"])
+    assert [row["id"] for row in comparable_rows(finished)] == [
+        f"clip_{index}" for index in range(NUM_CLIPS) if index not in (2, 4)
+    ] + ["b"]
 
 
 def test_prompts_only(options: list[str], tmp_path: Path) -> None:
