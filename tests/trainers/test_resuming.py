@@ -3,6 +3,8 @@
 import json
 import logging
 import math
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers.optimization import get_scheduler
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hy_prfl.configs.reward import RewardTrainingConfig
@@ -338,6 +341,61 @@ def test_another_seed_and_other_rows(
     torch_state = torch.get_rng_state()
     torch.manual_seed(5)
     assert torch.equal(torch_state, torch.get_rng_state())
+
+
+def scale_weights(folder: Path) -> None:
+    """Put another model of the same shapes into a folder."""
+    file = folder / "diffusion_pytorch_model.safetensors"
+    save_file({key: 2 * tensor for key, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("option", "folder"),
+    [
+        ("reward_model", "reward"),
+        ("pretrained_model_name_or_path", "pipeline/transformer"),
+        ("pretrained_model_name_or_path", "pipeline/vae"),
+        ("pretrained_model_name_or_path", "pipeline/scheduler"),
+    ],
+)
+def test_other_models_at_the_same_place(
+    build_prfl: Callable[..., PRFLTrainer],
+    pipeline_dir: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    option: str,
+    folder: str,
+) -> None:
+    shutil.copytree(pipeline_dir, tmp_path / "pipeline")
+    options = {"pretrained_model_name_or_path": str(tmp_path / "pipeline"), "lora_rank": 2}
+    build_prfl(**options, max_train_steps=1).train()
+    build_prfl(**options, resume_from_checkpoint="latest")._start_run()
+    assert "not those from before" not in caplog.text
+    if folder.endswith("scheduler"):
+        config = tmp_path / folder / "scheduler_config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), "flow_shift": 4.0}))
+    elif folder.endswith("vae"):
+        # Only touched, as by a copy: whether it is another one, the check of the fingerprint tells.
+        os.utime(tmp_path / folder / "config.json", (1, 1))
+    else:
+        scale_weights(tmp_path / folder)
+    build_prfl(**options, resume_from_checkpoint="latest")._start_run()
+    (line,) = [each for each in caplog.messages if "not those from before" in each]
+    assert f"`{option}`: the files of {tmp_path / folder} are not those from before the checkpoint (other" in line
+    assert ("what does not train is read from there" in line) == (option != "reward_model")
+
+
+def test_another_reward_model_to_start_from_at_the_same_place(
+    build: Callable[..., RewardTrainer],
+    build_prfl: Callable[..., PRFLTrainer],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    build(reward_model=str(tmp_path / "reward"), max_train_steps=2).train()
+    scale_weights(tmp_path / "reward")
+    build(reward_model=str(tmp_path / "reward"), resume_from_checkpoint="latest")._start_run()
+    assert f"`reward_model`: the files of {tmp_path / 'reward'} are not those from before" in caplog.text
+    assert "what trains comes from the checkpoint" in caplog.text
 
 
 def test_going_on_from_another_runs_checkpoint(build: Callable[..., RewardTrainer], tmp_path: Path) -> None:
