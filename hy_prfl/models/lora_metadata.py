@@ -39,6 +39,7 @@ def lora_metadata(
     *,
     base_model: str,
     step: int,
+    base_on_hub: bool | None = None,
     reward_model: str | None = None,
     run: str | None = None,
     config: Mapping[str, Any] | None = None,
@@ -52,6 +53,8 @@ def lora_metadata(
             The pipeline that it was trained on, and has to be loaded into.
         step (`int`):
             Updates so far.
+        base_on_hub (`bool`, *optional*):
+            Whether `base_model` is a repository of the Hub; `data/wan` may be one or a path.
         reward_model (`str`, *optional*):
             The reward model that it climbed.
         run (`str`, *optional*):
@@ -64,6 +67,7 @@ def lora_metadata(
     entries: dict[str, str | None] = {
         "version": __version__,
         "base_model": base_model,
+        "base_on_hub": None if base_on_hub is None else str(base_on_hub).lower(),
         "reward_model": reward_model,
         "step": str(step),
         "run": run,
