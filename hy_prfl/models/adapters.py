@@ -19,7 +19,7 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from .experts import LORA_FILES, ExpertName
 from .lora_keys import DIFFERENCES, PARTS, LoraKeys, parse_keys
 from .lora_metadata import DERIVED, PEFT_CONFIG, PREFIX, parse_lora_config, rank_and_alpha, read_lora_config
-from .weight_files import StateDict, read_header, read_weights
+from .weight_files import StateDict, check_finite, read_header, read_weights
 
 
 logger = logging.getLogger(__name__)
@@ -155,7 +155,7 @@ def read_adapter(path: str | Path) -> Adapter:
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If it is something else than a LoRA of a Wan transformer, or naming the key that is unknown, empty,
-            without its other half or of another shape.
+            without its other half, of another shape or not finite.
     """
     header = read_header(path) if Path(path).suffix == ".safetensors" else {}
     weights, config = read_weights(path), read_lora_config(path, header)
@@ -221,6 +221,9 @@ def _sort_tensors(
             raise ValueError(f"{source}: '{key}' is empty: it was saved while its weights were split over processes.")
         if not tensor.is_floating_point() and part != "alpha":
             raise ValueError(f"{source}: '{key}' must have floating-point numbers, got {tensor.dtype}.")
+        # An alpha is checked as a number.
+        if part != "alpha":
+            check_finite([(key, tensor)], source=source)
         if part in DIFFERENCES and not tensor.double().any():
             num_zeros += 1
             continue

@@ -185,12 +185,22 @@ def _check_lora_config(entries: Mapping[str, Any], *, source: str) -> dict[str, 
         for name, value in ((number, config[number]), *patterns.items()):
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise ValueError(f"{source}: peft's `{number}` must be a number, got {value!r} for `{name}`.")
+        for name in patterns:
+            _check_pattern(name, f"{source}: peft's `{pattern}`")
     if str(config.get("init_lora_weights")).startswith(CHANGED_BASE):
         raise ValueError(
             f"{source}: `init_lora_weights` is {config['init_lora_weights']!r}: it belongs to a changed base model. "
             "Convert it to a plain LoRA with peft, or merge it, where it was trained."
         )
     return config
+
+
+def _check_pattern(pattern: str, source: str) -> None:
+    try:
+        # As peft compiles it.
+        re.compile(rf"(.*\.)?({pattern})$")
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"{source} must have regular expressions as keys, got {pattern!r}: {error}.") from error
 
 
 def rank_and_alpha(lora_config: Mapping[str, Any], layer: str) -> tuple[int, float]:

@@ -5,6 +5,8 @@ What a file must do is computed from peft's own layers: `weight + scaling * B @ 
 """
 
 import json
+import math
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -452,6 +454,54 @@ class TestRefusals:
         save_file(weights, tmp_path / "lora.safetensors")
         with pytest.raises(ValueError, match=rf"lora\.safetensors: .*{message}"):
             read_adapter(tmp_path / "lora.safetensors")
+
+    @pytest.mark.parametrize(
+        ("prefix", "end"),
+        [
+            ("diffusion_model.blocks.0.self_attn.q", "lora_A.weight"),
+            ("transformer.blocks.0.attn1.to_q", "lora_B.weight"),
+            ("lora_unet_blocks_0_self_attn_q", "lora_down.weight"),
+            ("base_model.model.blocks.0.attn1.to_q", "lora_B.bias"),
+            ("base_model.model.blocks.0.attn1.to_q", "lora_magnitude_vector"),
+            ("diffusion_model.blocks.0.self_attn.q", "diff_b"),
+            ("diffusion_model.blocks.0.norm3", "diff"),
+        ],
+    )
+    @pytest.mark.parametrize("bad", [math.nan, math.inf])
+    def test_numbers_that_are_not_finite(self, tmp_path: Path, prefix: str, end: str, bad: float) -> None:
+        layer = prefix.replace("norm3", "self_attn.q")
+        down, up = ("lora_down", "lora_up") if "lora_unet" in layer else ("lora_A", "lora_B")
+        weights = {f"{layer}.{down}.weight": torch.ones(2, 24), f"{layer}.{up}.weight": torch.ones(24, 2)}
+        weights[f"{prefix}.{end}"] = torch.full_like(weights.get(f"{prefix}.{end}", torch.ones(24)), bad)
+        save_file(weights, tmp_path / "lora.safetensors")
+        # Before it is converted or loaded.
+        with pytest.raises(ValueError, match=rf"lora\.safetensors: '{prefix}\.{end}' holds a NaN or an infinity"):
+            read_adapter(tmp_path / "lora.safetensors")
+
+    @pytest.mark.parametrize("pattern", ["(", "to_q)", "*", "a{99999999999999999999}", "[z-a]"])
+    @pytest.mark.parametrize("name", ["rank_pattern", "alpha_pattern"])
+    @pytest.mark.parametrize("place", ["header", "beside"])
+    def test_patterns_that_are_no_regular_expressions(
+        self, tmp_path: Path, pattern: str, name: str, place: str
+    ) -> None:
+        entries = {"r": 2, "lora_alpha": 2, name: {pattern: 2}}
+        weights = {
+            "blocks.0.attn1.to_q.lora_A.weight": torch.ones(2, 24),
+            "blocks.0.attn1.to_q.lora_B.weight": torch.ones(24, 2),
+        }
+        if place == "header":
+            file = source = tmp_path / "lora.safetensors"
+            header = {
+                "lora_adapter_metadata": json.dumps({f"transformer.{key}": each for key, each in entries.items()})
+            }
+            save_file({f"transformer.{key}": each for key, each in weights.items()}, file, metadata=header)
+        else:
+            file, source = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
+            save_file({f"base_model.model.{key}": each for key, each in weights.items()}, file)
+            source.write_text(json.dumps({"peft_type": "LORA", **entries}))
+        expected = f"{source}: peft's `{name}` must have regular expressions as keys, got '{pattern}': "
+        with pytest.raises(ValueError, match=f"^{re.escape(expected)}.*$"):
+            read_adapter(file)
 
     def test_mixed_formats(self) -> None:
         for key in ("lora_unet_blocks_0_ffn_0.lora_up.weight", "blocks.0.lora_A.weight"):
