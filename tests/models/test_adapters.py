@@ -539,6 +539,50 @@ class TestRefusals:
         with pytest.raises(ValueError, match=f"x: .*{message}"):
             parse_adapter(weights, header, source="x")
 
+    @pytest.mark.parametrize(
+        ("option", "tensor"), [("use_dora", "lora_magnitude_vector"), ("lora_bias", "lora_B.bias")]
+    )
+    @pytest.mark.parametrize("told", [False, None])
+    def test_what_pefts_configuration_says_is_off(
+        self, tmp_path: Path, option: str, tensor: str, told: bool | None
+    ) -> None:
+        """peft would leave these tensors out without a word."""
+        layer = "base_model.model.blocks.0.attn1.to_q"
+        weights = {
+            f"{layer}.lora_A.weight": torch.ones(2, 24),
+            f"{layer}.lora_B.weight": torch.ones(24, 2),
+            f"{layer}.{tensor}": torch.ones(24),
+        }
+        save_file(weights, tmp_path / "adapter_model.safetensors")
+        config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2}
+        place = tmp_path / "adapter_config.json"
+        place.write_text(json.dumps(config if told is None else {**config, option: told}))
+        with pytest.raises(
+            ValueError, match=rf"peft's `{option}` is False, but the file has '{layer}\.{tensor}' \(1 "
+        ):
+            read_adapter(tmp_path / "adapter_model.safetensors")
+        place.write_text(json.dumps({**config, option: True}))
+        (read,) = read_adapter(tmp_path / "adapter_model.safetensors").layers.values()
+        assert (read.bias is None) != (read.magnitude is None)
+
+    @pytest.mark.parametrize("told", ["1", "0.5", "2", "2.0", "None"])
+    @pytest.mark.parametrize("has_alpha", [False, True])
+    def test_an_alpha_that_is_in_kohyas_header_alone(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture, told: str, has_alpha: bool
+    ) -> None:
+        """To kohya's loaders and ComfyUI a layer without an alpha has that of its rank."""
+        weights = {
+            f"lora_unet_blocks_0_self_attn_q.{name}": tensor
+            for name, tensor in {"lora_down.weight": torch.ones(2, 24), "lora_up.weight": torch.ones(24, 2)}.items()
+        }
+        if has_alpha:
+            weights["lora_unet_blocks_0_self_attn_q.alpha"] = torch.tensor(1.0)
+        save_file(weights, tmp_path / "lora.safetensors", metadata={"ss_network_alpha": told, "ss_network_dim": "2"})
+        (layer,) = read_adapter(tmp_path / "lora.safetensors").layers.values()
+        assert layer.alpha == (1 if has_alpha else 2)
+        says = f"lora.safetensors: the header has `ss_network_alpha` {told}, but the file has no alpha" in caplog.text
+        assert says == (not has_alpha and told in ("1", "0.5"))
+
     def test_two_alphas(self, example: Example) -> None:
         header = read_header(example.file)
         with pytest.raises(ValueError, match=r"has `lora_adapter_metadata` but its keys are those of comfyui"):

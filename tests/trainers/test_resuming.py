@@ -310,7 +310,25 @@ def test_best_by_another_measure(
     trainer = build(max_train_steps=4, resume_from_checkpoint="latest", learning_rate=1e-9, **options)
     trainer._start_run()
     assert trainer.best_metric is None
+    assert "The best loss of the checkpoint, " in caplog.text
     assert f"is measured with another {name[change]}: the next validation writes" in caplog.text
+
+
+def test_without_validation_the_best_model_stays(
+    build: Callable[..., RewardTrainer], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    validation: dict[str, Any] = {"validation_dataset": str(tmp_path / "validation"), "validation_steps": 2}
+    first = build(max_train_steps=2, **validation)
+    first.train()
+    trainer = build(max_train_steps=4, resume_from_checkpoint="latest")
+    trainer.train()
+    assert "is None now: applied; no other model becomes the best." in caplog.text
+    assert "the next validation writes" not in caplog.text
+    assert trainer.best_metric == first.best_metric
+    caplog.clear()
+    build(max_train_steps=6, resume_from_checkpoint="latest", **validation)._start_run()
+    assert f"The best {first.config.metric_for_best_model} of the checkpoint, " in caplog.text
+    assert "applied; the search for the best model starts anew" in caplog.text
 
 
 def test_the_best_model_stays_if_what_changed_has_no_effect(
@@ -459,7 +477,9 @@ class TestAverage:
         for old, weight, new in zip(before, trainer.masters.values(), self.average(trainer), strict=True):
             torch.testing.assert_close(new, 0.25 * old + 0.75 * weight.detach())
 
-    def test_one_that_begins_begins_with_the_checkpoints_weights(self, build_prfl: Callable[..., PRFLTrainer]) -> None:
+    def test_one_that_begins_begins_with_the_checkpoints_weights(
+        self, build_prfl: Callable[..., PRFLTrainer], caplog: pytest.LogCaptureFixture
+    ) -> None:
         first = build_prfl()
         first.train()
         weights = [value.detach().clone() for value in first.masters.values()]
@@ -468,10 +488,11 @@ class TestAverage:
         assert all(map(torch.equal, self.average(trainer), weights))
         assert trainer.average is not None
         assert trainer.average.num_averaged == 0
+        assert "is True now: applied; the average begins with the checkpoint's weights." in caplog.text
 
     def test_one_that_ends_leaves_the_weights(
         self, build_prfl: Callable[..., PRFLTrainer], caplog: pytest.LogCaptureFixture
     ) -> None:
         build_prfl(use_ema=True).train()
         build_prfl(max_train_steps=3, resume_from_checkpoint="latest").train()
-        assert "`use_ema` was True before the checkpoint and is False now: applied" in caplog.text
+        assert "`use_ema` was True before the checkpoint and is False now: applied; no average is kept" in caplog.text
