@@ -18,6 +18,7 @@ from .models.adapters import FILE_NAMES, UPSTREAM_FILES, Adapter, read_adapter
 from .models.experts import EXPERT_FOLDERS, LORA_FILES, ExpertName, has_two_experts
 from .models.lora_loading import check_adapter_fits, load_adapter
 from .models.lora_metadata import read_lora_metadata
+from .models.weight_files import check_finite
 
 
 CPUOffload = Literal["none", "model", "sequential"]
@@ -109,6 +110,10 @@ def load_pipeline(
         dtype={"default": dtype, "vae": torch.float32, "image_encoder": torch.float32},
         **replaced,
     )
+    for name in EXPERT_FOLDERS.values():
+        transformer = getattr(pipeline, name, None)
+        if transformer is not None and name not in replaced:
+            check_finite(transformer.named_parameters(), source=f"{pretrained_model_name_or_path}/{name}")
     if flow_shift is not None:
         if "flow_shift" not in pipeline.scheduler.config:
             raise ValueError(f"`flow_shift`: the pipeline's {type(pipeline.scheduler).__name__} has no such setting.")
@@ -170,6 +175,7 @@ def _load_tuned_transformer(
         if info[problem]:
             keys = ", ".join(str(key) for key in list(info[problem])[:5])
             raise ValueError(f"`{option}` '{transformer_path}': {len(info[problem])} {problem}, such as {keys}.")
+    check_finite(transformer.named_parameters(), source=f"`{option}` '{transformer_path}'")
     different = [
         f"`{name}` {transformer.config[name]} against {expected[name]}"
         for name in INTERFACE

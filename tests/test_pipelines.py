@@ -8,6 +8,7 @@ What a file must do is computed here, on weights under Wan's own names, by the r
 import json
 import math
 import re
+import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -387,7 +388,7 @@ class TestRefusals:
             ("img_emb.proj.0.diff", torch.ones(32), r"no place.*img_emb\.proj\.0\.diff'.*image-to-video"),
             ("blocks.0.norm3.diff", torch.ones(25), r"difference of 'blocks\.0\.norm2\.weight'.*\(24,\).*got \(25,\)"),
             ("blocks.0.ffn.0.diff_b", torch.ones(24), r"must be \(32,\) for this model, got \(24,\)"),
-            ("blocks.0.norm3.diff", torch.full((24,), math.nan), r"norm3\.diff'\) holds a NaN"),
+            ("blocks.0.norm3.diff", torch.full((24,), math.nan), r"norm3\.diff' holds a NaN"),
             ("blocks.0.norm3.weight", torch.ones(24), r"unknown key 'diffusion_model\.blocks\.0\.norm3\.weight'"),
             ("blocks.0.self_attn.x.diff", torch.ones(24), r"there is no layer 'blocks\.0\.self_attn\.x'"),
             ("something.else", torch.ones(24), r"unknown key 'diffusion_model\.something\.else'"),
@@ -436,6 +437,17 @@ class TestRefusals:
         config = tmp_path / "tuned" / "config.json"
         config.write_text(json.dumps({**json.loads(config.read_text()), "num_layers": 2}))
         self.refuse(config_dir, tmp_path / "a.safetensors", "has 2 blocks", transformer_path=str(tmp_path / "tuned"))
+
+    def test_a_transformer_that_is_not_finite(self, pipeline_dir: Path, tmp_path: Path) -> None:
+        shutil.copytree(pipeline_dir, tmp_path / "pipeline")
+        transformer = load_transformer(pipeline_dir)
+        transformer.proj_out.bias.data[0] = math.nan
+        transformer.save_pretrained(tmp_path / "pipeline" / "transformer")
+        tuned = str(tmp_path / "pipeline" / "transformer")
+        with pytest.raises(ValueError, match=r"`transformer_path` '.*': 'proj_out\.bias' holds a NaN"):
+            load_pipeline(str(pipeline_dir), transformer_path=tuned)
+        with pytest.raises(ValueError, match=r"pipeline/transformer: 'proj_out\.bias' holds a NaN"):
+            load_pipeline(str(tmp_path / "pipeline"))
 
     def test_empty_file(self, config_dir: Path, tmp_path: Path) -> None:
         save_file({}, tmp_path / "a.safetensors")

@@ -12,7 +12,7 @@ from huggingface_hub.constants import EVAL_RESULTS_FOLDER
 from ..checkpointing import AVERAGE_FOLDER, BEST_FOLDER, MODEL_FOLDER, list_checkpoints
 from ..models.experts import EXPERT_FOLDERS, LORA_FILES
 from ..provenance import CONFIG_FILE, METRICS_FILE, RUN_FILE
-from .model_card import CARD_FILE, may_replace_card, model_kind, write_model_card
+from .model_card import CARD_FILE, PIPELINE_INDEX, has_class, may_replace_card, model_kind, write_model_card
 
 
 logger = logging.getLogger(__name__)
@@ -28,6 +28,15 @@ def model_files(folder: Path) -> dict[str, Path]:
     if (folder / CONFIG_FILE).is_file():
         return run_files(folder)
     files = _visible_files(folder)
+    if PIPELINE_INDEX in files:
+        raise ValueError(
+            f"`folder`: '{folder}' is a whole pipeline ({PIPELINE_INDEX}). Push the run, or a folder with the trained "
+            "`transformer` or LoRA alone; `hf upload` takes a pipeline as it is."
+        )
+    if has_class(files, "WanTransformer3DModel"):
+        raise ValueError(
+            f"`folder`: '{folder}' is a transformer itself. Push the folder above it, in which it is called `transformer`."
+        )
     if model_kind(files) is None:
         raise ValueError(f"`folder`: '{folder}' is neither a run nor a folder with a model in it.")
     return files

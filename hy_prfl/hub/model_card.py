@@ -11,6 +11,7 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData, eval_result_entries
 
 from ..models.experts import EXPERT_FOLDERS, LORA_FILES, ExpertName
 from ..models.lora_metadata import read_lora_metadata
+from ..models.published import PUBLISHED
 from ..provenance import CONFIG_FILE, RUN_FILE
 from .base_pipeline import BasePipeline, find_base_pipeline, is_on_hub, recorded_sources
 from .results import (
@@ -27,24 +28,31 @@ from .usage import ModelKind, usage
 
 Task = Literal["video-classification", "text-to-video", "image-to-video"]
 
-CARD_FILE = "README.md"
+CARD_FILE, PIPELINE_INDEX = "README.md", "model_index.json"
 PLOT_FILE = "training.png"
 TEMPLATE = Path(__file__).with_name("model_card.md")
 
 # A card without this line was written, or taken over, by a person, and is left alone.
 OWN_CARD = "<!-- Written by hy_prfl and written again with every push; delete this line to keep your own changes. -->"
 BASE, TRAINING_DATA = "pretrained_model_name_or_path", ("train_dataset", "prompt_dataset")
+WORDS: dict[ExpertName, str] = {"high_noise": "high-noise", "low_noise": "low-noise"}
 PAPER = "https://arxiv.org/abs/2511.21541"
 
 
 def model_kind(files: Mapping[str, Path]) -> ModelKind | None:
     """What a repository holds, by its files (path in it -> file); None if it is no model of this package."""
+    if PIPELINE_INDEX in files:
+        return None
     if experts_of("lora", files):
         return "lora"
     if experts_of("transformer", files):
         return "transformer"
-    name = _read_json(files, "config.json").get("_class_name")
-    return "reward" if name == "WanRewardModel" else None
+    return "reward" if has_class(files, "WanRewardModel") else None
+
+
+def has_class(files: Mapping[str, Path], name: str) -> bool:
+    """Whether the model at the root of a repository is of the class of this name."""
+    return _read_json(files, "config.json").get("_class_name") == name
 
 
 def experts_of(kind: ModelKind, files: Mapping[str, Path]) -> dict[ExpertName, str]:
@@ -124,8 +132,10 @@ def build_card(
     """The card as an object, with its evaluation as `eval_results`; the arguments are those of `write_model_card`."""
     config, experts, recorded = _read_config(files), list(experts_of(kind, files).items()), recorded_sources(files)
     model_file = experts[0][1] if experts else "config.json"
-    if kind == "lora":
-        config = _known_of_adapter(read_lora_metadata(files[model_file])) | config
+    header = read_lora_metadata(files[model_file]) if kind == "lora" else {}
+    if kind == "lora" and BASE not in config:
+        recorded = {"on_hub": _base_on_hub(header), **recorded}
+    config = _known_of_adapter(header) | config
     model_config = {} if kind == "lora" else _read_json(files, model_file)
 
     @cache
@@ -133,7 +143,9 @@ def build_card(
         return is_on_hub(str(config.get(option) or ""), "model" if option == BASE else "dataset", recorded, api)
 
     base_model, metrics = str(config.get(BASE) or ""), best_metrics(files)
-    pipeline = find_base_pipeline(base_model, config.get("revision"), recorded, model_config)
+    # A repository that only has the name of a path tells nothing.
+    known = base_model if on_hub(BASE) or Path(base_model).is_dir() else ""
+    pipeline = find_base_pipeline(known, config.get("revision"), recorded, model_config)
     relation = "adapter" if kind == "lora" else "finetune"
     task, names = _task(kind, pipeline), [name for name, _ in experts]
     results = eval_results(
@@ -152,7 +164,7 @@ def build_card(
         license=license,
         model_name=repo_id.rstrip("/").split("/")[-1],
         pipeline_tag=task,
-        tags=["hy_prfl", "wan", "reward-model" if kind == "reward" else "prfl", *(["lora"] if kind == "lora" else [])],
+        tags=["hy_prfl", "wan", *_tags(kind, config)],
     )
     records = json.loads(files[RUN_FILE].read_text(encoding="utf-8")) if RUN_FILE in files else []
     timesteps, rows = metric_table(metrics)
@@ -163,6 +175,7 @@ def build_card(
         own_card=OWN_CARD,
         kind=kind,
         paper=PAPER,
+        description="" if kind == "reward" else _description(kind, config, names, header.get("expert")),
         config=config,
         config_yaml=yaml.safe_dump(config, sort_keys=False).strip() if config else "",
         model_config=model_config,
@@ -193,6 +206,53 @@ def library_name(kind: ModelKind, base: BasePipeline | None, experts: Sequence[E
     """
     is_plain_lora = kind == "lora" and list(experts) == ["high_noise"]
     return "diffusers" if is_plain_lora and base is not None and not base.needs_last_image else "hy-prfl"
+
+
+def _tags(kind: ModelKind, config: Mapping[str, Any]) -> list[str]:
+    if kind == "reward":
+        return ["reward-model"]
+    return [*(["prfl"] if _uses_reward(config) else []), *(["lora"] if kind == "lora" else [])]
+
+
+def _uses_reward(config: Mapping[str, Any]) -> bool:
+    """Whether a generator is known to have been trained on a reward."""
+    return bool(config.get("reward_model")) and config.get("update_schedule") != "flow_matching"
+
+
+def _description(
+    kind: ModelKind, config: Mapping[str, Any], experts: Sequence[ExpertName], told_expert: str | None
+) -> str:
+    """What a generator's weights are, as far as it is known: which transformer's, of which pipeline, how trained."""
+    if len(experts) > 1:
+        part = " and ".join(f"the {WORDS[expert]} expert (`{EXPERT_FOLDERS[expert]}`)" for expert in experts)
+    # A pipeline of one transformer has it where one of two has its high-noise expert.
+    elif experts == ["low_noise"] or config.get("expert") or told_expert:
+        part = f"the {WORDS[experts[0]]} expert (`{EXPERT_FOLDERS[experts[0]]}`)"
+    else:
+        part = "the transformer"
+    weights = "All weights of"
+    if kind == "lora":
+        rank = f" of rank {config['lora_rank']}" if config.get("lora_rank") else ""
+        weights = f"{'LoRA adapters' if len(experts) > 1 else 'A LoRA adapter'}{rank} for"
+    base = config.get(BASE) or "a Wan pipeline"
+    if _uses_reward(config):
+        training = f"fine-tuned with process reward feedback (PRFL, [paper]({PAPER})) on the reward model "
+        return f"{weights} {part} of {base}, {training}`{config['reward_model']}`."
+    if config.get("update_schedule") == "flow_matching":
+        return f"{weights} {part} of {base}, fine-tuned with the flow-matching loss alone, without a reward."
+    return f"{weights} {part} of {base}. Nothing beside the weights tells how they were trained."
+
+
+def _base_on_hub(header: Mapping[str, str]) -> list[str]:
+    """
+    The base model of an adapter without its run, if it is known to be a repository of the Hub.
+
+    The path of another machine may have the form of an id. A file of an older version does not tell; there the
+    published pipelines are known by their names.
+    """
+    base = header.get("base_model", "")
+    told = header.get("base_on_hub")
+    return [base] if told == "true" or (told is None and base in PUBLISHED and not Path(base).exists()) else []
 
 
 def _task(kind: ModelKind, pipeline: BasePipeline | None) -> Task | None:

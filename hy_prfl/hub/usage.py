@@ -24,7 +24,7 @@ def usage(
     experts: Sequence[ExpertName] = ("high_noise",),
 ) -> str:
     """
-    Python code that loads a model and shows how to call it.
+    Python code that loads a model and shows how to call it. Where nothing tells the pipeline, it loads the model alone.
 
     Args:
         repo_id (`str`):
@@ -42,7 +42,9 @@ def usage(
         return _reward_usage(repo_id, model_config)
     class_name = "DiffusionPipeline" if pipeline is None else pipeline.class_name
     options = {name: config[name] for name in ("revision", "variant") if config.get(name)}
-    base = config.get("pretrained_model_name_or_path") or "the pipeline that it was trained on"
+    base = config.get("pretrained_model_name_or_path")
+    if not base:
+        return _usage_without_pipeline(kind, repo_id, experts)
     arguments = [_quote(str(base)), *(f"{name}={_quote(str(value))}" for name, value in options.items())]
     inputs = ""
     if pipeline is not None and pipeline.is_image_to_video:
@@ -62,6 +64,22 @@ def usage(
     arguments += [f"{name}={name}" for name in folders]
     load = f"pipeline = {class_name}.from_pretrained({', '.join(arguments)})"
     return "\n".join([f"from diffusers import {class_name}, WanTransformer3DModel\n", *tuned, load, call])
+
+
+def _usage_without_pipeline(kind: ModelKind, repo_id: str, experts: Sequence[ExpertName]) -> str:
+    loads, uses = [], []
+    for expert in experts:
+        name = EXPERT_FOLDERS[expert]
+        if kind == "lora":
+            lora, into = ("lora_2", ", load_into_transformer_2=True") if expert == "low_noise" else ("lora", "")
+            source = f'{_quote(repo_id)}, weight_name="{LORA_FILES[expert]}"'
+            loads.append(f"{lora} = WanPipeline.lora_state_dict({source})")
+            uses.append(f"# Then, into the pipeline that it was trained on: pipeline.load_lora_weights({lora}{into})")
+        else:
+            loads.append(f'{name} = WanTransformer3DModel.from_pretrained({_quote(repo_id)}, subfolder="{name}")')
+            uses.append(f"# Then give {name}={name} to `from_pretrained` of the pipeline that it was made from.")
+    class_name = "WanPipeline" if kind == "lora" else "WanTransformer3DModel"
+    return "\n".join([f"from diffusers import {class_name}\n", *loads, *uses])
 
 
 def _reward_usage(repo_id: str, config: Mapping[str, Any]) -> str:

@@ -19,7 +19,7 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from .experts import LORA_FILES, ExpertName
 from .lora_keys import DIFFERENCES, PARTS, LoraKeys, parse_keys
 from .lora_metadata import DERIVED, PEFT_CONFIG, PREFIX, parse_lora_config, rank_and_alpha, read_lora_config
-from .weight_files import StateDict, read_header, read_weights
+from .weight_files import StateDict, check_finite, read_header, read_weights
 
 
 logger = logging.getLogger(__name__)
@@ -35,6 +35,9 @@ FILE_NAMES: dict[str, dict[ExpertName, str]] = {
     "comfyui": {"high_noise": "lora_comfyui.safetensors", "low_noise": "lora_comfyui_2.safetensors"},
     "kohya": {"high_noise": "lora_kohya.safetensors", "low_noise": "lora_kohya_2.safetensors"},
 }
+
+# Entry of kohya's headers, which none of its loaders reads: to them the alphas beside the layers count.
+KOHYA_ALPHA = "ss_network_alpha"
 
 # Every Wan model has these patches; LoRAs of ComfyUI's trainer have the convolution over them as a matrix.
 PATCH_SIZE = (1, 2, 2)
@@ -155,7 +158,7 @@ def read_adapter(path: str | Path) -> Adapter:
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If it is something else than a LoRA of a Wan transformer, or naming the key that is unknown, empty,
-            without its other half or of another shape.
+            without its other half, of another shape or not finite.
     """
     header = read_header(path) if Path(path).suffix == ".safetensors" else {}
     weights, config = read_weights(path), read_lora_config(path, header)
@@ -184,6 +187,8 @@ def _build_adapter(
             source,
             PEFT_CONFIG,
         )
+    if lora_config is None and KOHYA_ALPHA in header:
+        _warn_of_kohyas_alpha(parts, header[KOHYA_ALPHA], source)
     layers = {}
     for name, found in parts.items():
         stem = _stem(keys_of[name][0])
@@ -196,6 +201,8 @@ def _build_adapter(
                 )
     if not layers and not differences:
         raise ValueError(f"{source}: no layer has weights other than 0.")
+    if lora_config is not None:
+        _check_switches(layers, lora_config, keys_of, source)
     with_magnitude = [name for name, layer in layers.items() if layer.magnitude is not None]
     uses_dora = lora_config is not None and lora_config["use_dora"]
     if (uses_dora or with_magnitude) and len(with_magnitude) < len(layers):
@@ -205,6 +212,34 @@ def _build_adapter(
         )
     metadata = {name: value for name, value in header.items() if name not in DERIVED}
     return Adapter(layers, differences, metadata, keys.format, keys_of)
+
+
+def _check_switches(
+    layers: Mapping[str, LoraLayer], lora_config: Mapping[str, Any], keys_of: Mapping[str, list[str]], source: str
+) -> None:
+    """Refuse what peft's configuration says is off but the file has: peft would leave it out."""
+    for option, part in (("use_dora", "magnitude"), ("lora_bias", "bias")):
+        names = [name for name, layer in layers.items() if getattr(layer, part) is not None]
+        if names and not lora_config[option]:
+            keys = [key for name in names for key in keys_of[name] if PARTS[part].search(key)]
+            raise ValueError(
+                f"{source}: peft's `{option}` is {lora_config[option]}, but the file has '{keys[0]}' ({len(keys)} such "
+                "tensors): it is unclear which counts. Set it to true, or remove these tensors."
+            )
+
+
+def _warn_of_kohyas_alpha(parts: Mapping[str, Mapping[str, torch.Tensor]], told: str, source: str) -> None:
+    ranks = {len(found["down"]) for found in parts.values() if "down" in found and "alpha" not in found}
+    if any(told not in ("None", f"{rank}", f"{rank:.1f}") for rank in ranks):
+        logger.warning(
+            "%s: the header has `%s` %s, but the file has no alpha for layers of rank %s; there the alpha is taken for the "
+            "rank, as kohya's own loaders and ComfyUI do. If %s was meant, choose the strength accordingly: alpha / rank.",
+            source,
+            KOHYA_ALPHA,
+            told,
+            ", ".join(str(rank) for rank in sorted(ranks)),
+            told,
+        )
 
 
 def _sort_tensors(
@@ -221,6 +256,9 @@ def _sort_tensors(
             raise ValueError(f"{source}: '{key}' is empty: it was saved while its weights were split over processes.")
         if not tensor.is_floating_point() and part != "alpha":
             raise ValueError(f"{source}: '{key}' must have floating-point numbers, got {tensor.dtype}.")
+        # An alpha is checked as a number.
+        if part != "alpha":
+            check_finite([(key, tensor)], source=source)
         if part in DIFFERENCES and not tensor.double().any():
             num_zeros += 1
             continue

@@ -22,7 +22,7 @@ from huggingface_hub import save_torch_state_dict
 
 from .native import key_names, native_config, read_native_config, strip_prefix, transformer_config
 from .reward_model import WanRewardModel
-from .weight_files import StateDict, check_keys, new_folder, read_checkpoint, read_json, read_weights
+from .weight_files import StateDict, check_finite, check_keys, new_folder, read_checkpoint, read_json, read_weights
 
 
 ModelT = TypeVar("ModelT", bound=ModelMixin)
@@ -44,7 +44,7 @@ def read_transformer(path: str | Path, config: str | Path | None = None) -> WanT
 
     Raises:
         FileNotFoundError: If a file is missing.
-        ValueError: Naming the key or entry that is missing, unknown or of another shape.
+        ValueError: Naming the key or entry that is missing, unknown, of another shape or not finite.
     """
     path = Path(path)
     if not path.exists():
@@ -82,7 +82,7 @@ def read_diffusers(model_class: type[ModelT], path: str | Path, config: str | Pa
 
     Raises:
         FileNotFoundError: If a file is missing.
-        ValueError: Naming the key or entry that is missing, unknown or of another shape.
+        ValueError: Naming the key or entry that is missing, unknown, of another shape or not finite.
     """
     config_path = Path(path) / "config.json" if config is None else Path(config)
     entries = read_json(config_path)
@@ -164,7 +164,7 @@ def convert_reward_model(
 
     Raises:
         FileNotFoundError: If a file is missing.
-        ValueError: Naming the key or entry that is missing, unknown or of another shape.
+        ValueError: Naming the key or entry that is missing, unknown, of another shape or not finite.
     """
     entries, weights = read_native_config(reward_transformer), strip_prefix(read_weights(reward_transformer))
     config = transformer_config(entries, weights, source=str(reward_transformer))
@@ -231,6 +231,7 @@ def rename_mlp_keys(weights: Mapping[str, torch.Tensor], *, source: str) -> Stat
     """Keys of upstream's MLP (`fc1`, `fc2`, `fc3`) -> those of the head of [`WanRewardModel`]."""
     expected = {f"{old}.{part}": f"{new}.{part}" for old, new in MLP_NAMES.items() for part in ("weight", "bias")}
     check_keys(weights, expected, source=source)
+    check_finite(weights.items(), source=source)
     return {expected[key]: tensor for key, tensor in weights.items()}
 
 
@@ -244,6 +245,7 @@ def rename_query_attention_keys(weights: Mapping[str, torch.Tensor], *, source: 
         f"multihead_attn.{name}" for name in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")
     ]
     check_keys(weights, ["queries", *names], source=source)
+    check_finite(weights.items(), source=source)
     if weights["queries"].ndim != 2 or weights["queries"].shape[0] != 1:
         raise ValueError(f"{source}: 'queries' must be one query, (1, dim), got {tuple(weights['queries'].shape)}.")
     dim = weights["queries"].shape[1]
@@ -275,7 +277,7 @@ def build_model(
             Keys of the model -> keys of `weights`, where they differ.
 
     Raises:
-        ValueError: Naming the keys of `weights` that are missing, unexpected, or of another shape.
+        ValueError: Naming the keys of `weights` that are missing, unexpected, of another shape or not finite.
     """
     with init_empty_weights(include_buffers=False):
         model = model_class(**config)
@@ -285,5 +287,6 @@ def build_model(
         shape = expected[key][1]
         if tensor.shape != shape:
             raise ValueError(f"{source}: '{key}' must have the shape {tuple(shape)}, got {tuple(tensor.shape)}.")
+    check_finite(weights.items(), source=str(source))
     model.load_state_dict({expected[key][0]: tensor for key, tensor in weights.items()}, strict=True, assign=True)
     return model.eval()

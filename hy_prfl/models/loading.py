@@ -16,7 +16,7 @@ from torch import nn
 from ..sharding import fill_weights
 from .experts import EXPERT_FOLDERS
 from .reward_model import BACKBONE_CONFIG, WanRewardModel
-from .weight_files import read_header
+from .weight_files import check_finite, read_header
 
 
 Split = Callable[[nn.Module], None]
@@ -27,7 +27,8 @@ WEIGHTS_NAME = "diffusion_pytorch_model"
 
 class WeightFiles(Mapping[str, torch.Tensor]):
     """
-    Weights of a diffusers model by name, each read from its safetensors file when it is asked for.
+    Weights of a diffusers model by name, each read from its safetensors file when it is asked for. Asking for one that
+    holds a NaN or an infinity raises a `ValueError` that names it.
 
     Args:
         pretrained_model_name_or_path (`str`):
@@ -90,7 +91,9 @@ class WeightFiles(Mapping[str, torch.Tensor]):
 
     def __getitem__(self, name: str) -> torch.Tensor:
         with safe_open(self.files[name], framework="pt") as opened:
-            return opened.get_tensor(name)
+            tensor = opened.get_tensor(name)
+        check_finite([(name, tensor)], source=str(self.files[name]))
+        return tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.files)
@@ -119,12 +122,17 @@ def load_transformer(
         keep_in_fp32 (`bool`, defaults to `False`):
             Leave the parts that are sensitive to rounding in float32 although `split` is given; without it diffusers
             always does.
+
+    Raises:
+        ValueError: If a weight is not finite; the message names it.
     """
     files: dict[str, Any] = {"subfolder": subfolder, "revision": revision}
     if split is None:
-        return WanTransformer3DModel.from_pretrained(
+        transformer = WanTransformer3DModel.from_pretrained(
             pretrained_model_name_or_path, variant=variant, dtype=dtype, **files
         )
+        check_finite(transformer.named_parameters(), source=f"{pretrained_model_name_or_path}/{subfolder}")
+        return transformer
     with init_empty_weights(include_buffers=False):
         transformer = WanTransformer3DModel.from_config(
             WanTransformer3DModel.load_config(pretrained_model_name_or_path, **files)
@@ -194,6 +202,10 @@ def load_reward_model(
         keep_in_fp32 (`bool`, defaults to `True`):
             Leave the parts that are sensitive to rounding in float32 whatever `dtype` is. A ZeRO-3 engine wants one
             type for all.
+
+    Raises:
+        ValueError: If a weight is missing, left over or not finite; the message names it. Some broken weights would give
+            finite rewards.
     """
     if split is None:
         model = WanRewardModel.from_pretrained(pretrained_model_name_or_path, revision=revision, dtype=dtype)

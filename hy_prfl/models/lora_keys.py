@@ -47,6 +47,8 @@ OTHER_METHODS = {
     r"\.set_weight$": "a file that replaces whole weights",
     r"\.reshape_weight$": "a file that changes the shape of weights",
 }
+# Scales of weights in float8, as ComfyUI and others name them.
+SCALES = re.compile(r"(^|\.)(scaled_fp8|scale_weight|scale_input|(weight|input)_scale(_inv|_2)?|comfy_quant)$")
 # What a file is if its keys match.
 OTHER_MODELS = (
     (r"(^|[._])(down_blocks|up_blocks|mid_block|input_blocks|output_blocks|middle_block)[._]", "Stable Diffusion"),
@@ -110,6 +112,7 @@ def parse_keys(keys: Iterable[str], *, source: str) -> LoraKeys:
     if not keys:
         raise ValueError(f"{source}: there is no tensor in it.")
     _refuse_other_methods(keys, source)
+    _refuse_scaled_weights(keys, source)
     split = {key: _split(key) for key in keys}
     if not any(split.values()):
         raise ValueError(f"{source}: {_describe_without_parts(keys)}")
@@ -184,6 +187,15 @@ def _refuse_other_methods(keys: Sequence[str], source: str) -> None:
                 f"{source}: {_list(found)} belong{'s' * (len(found) == 1)} to {method}, which is not a plain LoRA. Merge it "
                 "into the model with the program that trained it and use the result as `transformer_path`."
             )
+
+
+def _refuse_scaled_weights(keys: Sequence[str], source: str) -> None:
+    scales = [key for key in keys if SCALES.search(key)]
+    if scales and any(_split(key) is not None for key in set(keys) - set(scales)):
+        raise ValueError(
+            f"{source}: {_list(scales)} belong{'s' * (len(scales) == 1)} to a LoRA in scaled float8, which is not read. Take "
+            "the same LoRA in bfloat16 or float16, or save it anew with each weight multiplied by its scale."
+        )
 
 
 def _describe_without_parts(keys: Sequence[str]) -> str:

@@ -16,6 +16,7 @@ from peft import get_peft_model_state_dict
 from .adapters import Adapter
 from .lora_keys import PARTS
 from .lora_writing import lora_config
+from .weight_files import is_finite
 
 
 def check_adapter_fits(adapter: Adapter, transformer: WanTransformer3DModel, *, source: str) -> None:
@@ -39,6 +40,7 @@ def check_adapter_fits(adapter: Adapter, transformer: WanTransformer3DModel, *, 
         tensors = {
             "down": (layer.down, (layer.rank, *inputs)),
             "up": (layer.up, (out_features, layer.rank, *ones)),
+            "bias": (layer.bias, (out_features,)),
             "magnitude": (layer.magnitude, (1, out_features, *ones) if ones else (out_features,)),
         }
         for part, (tensor, shape) in tensors.items():
@@ -73,7 +75,7 @@ def _check_tensor(
             f"{source}: the {part} of '{name}' ({keys}) must be {shape} for this model, got {tuple(tensor.shape)}: it "
             "belongs to a model of another size or kind."
         )
-    if not torch.isfinite(tensor.float()).all():
+    if not is_finite(tensor):
         raise ValueError(f"{source}: the {part} of '{name}' ({keys}) holds a NaN or an infinity.")
 
 

@@ -39,6 +39,7 @@ def lora_metadata(
     *,
     base_model: str,
     step: int,
+    base_on_hub: bool | None = None,
     reward_model: str | None = None,
     run: str | None = None,
     config: Mapping[str, Any] | None = None,
@@ -52,6 +53,8 @@ def lora_metadata(
             The pipeline that it was trained on, and has to be loaded into.
         step (`int`):
             Updates so far.
+        base_on_hub (`bool`, *optional*):
+            Whether `base_model` is a repository of the Hub; `data/wan` may be one or a path.
         reward_model (`str`, *optional*):
             The reward model that it climbed.
         run (`str`, *optional*):
@@ -64,6 +67,7 @@ def lora_metadata(
     entries: dict[str, str | None] = {
         "version": __version__,
         "base_model": base_model,
+        "base_on_hub": None if base_on_hub is None else str(base_on_hub).lower(),
         "reward_model": reward_model,
         "step": str(step),
         "run": run,
@@ -181,12 +185,22 @@ def _check_lora_config(entries: Mapping[str, Any], *, source: str) -> dict[str, 
         for name, value in ((number, config[number]), *patterns.items()):
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise ValueError(f"{source}: peft's `{number}` must be a number, got {value!r} for `{name}`.")
+        for name in patterns:
+            _check_pattern(name, f"{source}: peft's `{pattern}`")
     if str(config.get("init_lora_weights")).startswith(CHANGED_BASE):
         raise ValueError(
             f"{source}: `init_lora_weights` is {config['init_lora_weights']!r}: it belongs to a changed base model. "
             "Convert it to a plain LoRA with peft, or merge it, where it was trained."
         )
     return config
+
+
+def _check_pattern(pattern: str, source: str) -> None:
+    try:
+        # As peft compiles it.
+        re.compile(rf"(.*\.)?({pattern})$")
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"{source} must have regular expressions as keys, got {pattern!r}: {error}.") from error
 
 
 def rank_and_alpha(lora_config: Mapping[str, Any], layer: str) -> tuple[int, float]:

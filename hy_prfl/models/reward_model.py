@@ -26,6 +26,7 @@ from ..flow_matching import add_noise, sigmas_to_timesteps
 from .conditioning import add_condition
 from .context_parallel import TokenGather
 from .reward_head import PoolingType, RewardHead, build_pooling
+from .weight_files import check_finite
 
 
 # What a reward model shares with the transformer that it was made from, and with every generator it may judge.
@@ -219,8 +220,8 @@ class WanRewardModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, Atte
         Load a reward model from a folder or the Hub; the arguments are those of `ModelMixin.from_pretrained`.
 
         Raises:
-            ValueError: If the folder holds another kind of model, or a weight is missing or left over. diffusers
-                would only warn, and the model would score with an untrained head.
+            ValueError: If the folder holds another kind of model, or a weight is missing, left over or not finite.
+                diffusers would only warn, and the model would score with an untrained head.
         """
         cls.load_own_config(pretrained_model_name_or_path, **_config_options(kwargs))
         return_loading_info = kwargs.pop("output_loading_info", False)
@@ -229,6 +230,8 @@ class WanRewardModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, Atte
             if info[problem]:
                 keys = ", ".join(str(key) for key in list(info[problem])[:5])
                 raise ValueError(f"{pretrained_model_name_or_path}: {len(info[problem])} {problem}, such as {keys}.")
+        # Attention can hide a NaN: the rewards would be finite.
+        check_finite(model.named_parameters(), source=str(pretrained_model_name_or_path))
         return (model, info) if return_loading_info else model
 
     def _upload_folder(self, working_dir: str | Path, repo_id: str, **kwargs: Any) -> Any:

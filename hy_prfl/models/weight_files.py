@@ -34,6 +34,23 @@ def check_keys(found: Iterable[str], expected: Iterable[str], *, source: str) ->
         raise ValueError(f"{source}: keys do not fit: {' and '.join(problems)}.")
 
 
+def check_finite(weights: Iterable[tuple[str, torch.Tensor]], *, source: str) -> None:
+    """Raise a `ValueError` that names the first tensor, by its name, with a NaN or an infinity in it."""
+    for key, tensor in weights:
+        if not is_finite(tensor):
+            raise ValueError(f"{source}: '{key}' holds a NaN or an infinity.")
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether all numbers of a tensor of any type are finite. Makes no copy of it, unless it is of float8."""
+    if not tensor.numel() or tensor.is_meta or not (tensor.is_floating_point() or tensor.is_complex()):
+        return True
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    lowest, highest = torch.aminmax(tensor.float() if tensor.itemsize == 1 else tensor)
+    return bool(torch.isfinite(lowest) & torch.isfinite(highest))
+
+
 def read_weights(path: str | Path) -> StateDict:
     """
     Read a model's weights: one file, or a folder with one safetensors file or shards and their index.

@@ -29,7 +29,7 @@ from ..models.recomputation import recompute_blocks
 from ..provenance import CONFIG_FILE
 from ..sharding import Masters, forget_deepspeed_in_transformers, split_for_zero3
 from .reports import Reports, known_trackers
-from .resuming import check_checkpoint, resume
+from .resuming import check_checkpoint, model_identities, resume
 from .signals import signals_caught
 from .updates import Updates
 
@@ -84,6 +84,8 @@ class Trainer(ABC):
         )
         self.global_step = 0
         self.dataset_digests: dict[str, str] = {}
+        # Before anything is loaded: files that are replaced later are not those of this run.
+        self.model_identities = model_identities(config)
         self.interrupted = False
         is_whole = self.engine == "whole"
         check(is_whole or not config.compile, "compile", config.compile, f"false under {self.engine}")
@@ -384,6 +386,7 @@ class Trainer(ABC):
             "trainer": type(self).__name__,
             "mixed_precision": self.accelerator.mixed_precision,
             "datasets": self.dataset_digests,
+            "models": self.model_identities,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:

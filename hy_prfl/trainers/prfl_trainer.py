@@ -71,6 +71,8 @@ class PRFLTrainer(Trainer):
         self.check_kernel("attention_backend", trains=True, dtype=self.generator_dtype)
         self.check_kernel("rollout_attention_backend", trains=False, dtype=self.generator_dtype)
         self.experts = read_experts(config.pretrained_model_name_or_path, config.expert, revision=config.revision)
+        # Known while it is loaded from there; a path may be gone when the result is saved.
+        self.base_on_hub = not Path(config.pretrained_model_name_or_path).exists()
         self._check_offload()
         self.datasets = PRFLDatasets(config, num_replicas=self.num_replicas, replica=self.replica)
         self._load_models()
@@ -302,6 +304,7 @@ class PRFLTrainer(Trainer):
     def _lora_metadata(self, expert: ExpertName) -> dict[str, str]:
         return lora_metadata(
             base_model=self.config.pretrained_model_name_or_path,
+            base_on_hub=self.base_on_hub,
             reward_model=self.config.reward_model,
             step=self.global_step,
             run=self.output_dir.resolve().name,

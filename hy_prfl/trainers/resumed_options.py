@@ -19,10 +19,13 @@ class Rule(NamedTuple):
             something else. `"not compared"`: it says nothing about the training.
         note (`str`):
             What else to say; for `"refused"` the reason.
+        note_if_off (`str`, *optional*):
+            What to say instead if the option is off, or left out, now.
     """
 
     kind: Literal["applied", "refused", "not compared"]
     note: str = ""
+    note_if_off: str | None = None
 
 
 APPLIED = Rule("applied")
@@ -89,8 +92,8 @@ BASE_RULES: dict[str, Rule] = {
 
 REWARD_RULES: dict[str, Rule] = {
     **BASE_RULES,
-    "validation_dataset": OTHER_BEST,
-    "reward_model": FROZEN,
+    "validation_dataset": OTHER_BEST._replace(note_if_off="no other model becomes the best"),
+    "reward_model": FROZEN._replace(note_if_off="what does not train is read from the pipeline"),
     "expert": OTHER_MEANING,
     "num_layers": OTHER_WEIGHTS,
     "pooling": OTHER_WEIGHTS,
@@ -108,7 +111,7 @@ REWARD_RULES: dict[str, Rule] = {
 
 PRFL_RULES: dict[str, Rule] = {
     **BASE_RULES,
-    "use_ema": Rule("applied", "an average that begins now begins with the checkpoint's weights"),
+    "use_ema": Rule("applied", "the average begins with the checkpoint's weights", "no average is kept from here on"),
     "ema_decay": APPLIED,
     "expert": OTHER_WEIGHTS,
     "shard_frozen_expert": APPLIED,
@@ -156,7 +159,9 @@ class Change(NamedTuple):
     ignored: str | None
 
     def __str__(self) -> str:
-        effect = "applied" + (f"; {self.rule.note}" if self.rule.note else "")
+        is_off = self.now in (None, False) and self.rule.note_if_off is not None
+        note = self.rule.note_if_off if is_off else self.rule.note
+        effect = "applied" + (f"; {note}" if note else "")
         if self.ignored is not None:
             effect = f"ignored, {self.ignored}"
         return f"`{self.name}` was {self.before!r} before the checkpoint and is {self.now!r} now: {effect}."

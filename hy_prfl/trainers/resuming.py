@@ -9,8 +9,10 @@ from accelerate.logging import get_logger
 from accelerate.utils import set_seed
 
 from ..checkpointing import check_files, load_checkpoint, read_schedule, read_state
-from ..provenance import CONFIG_FILE
-from .resumed_options import Change, find_changes
+from ..configs.base import TrainingConfig
+from ..models.experts import EXPERT_FOLDERS
+from ..provenance import CONFIG_FILE, path_identity
+from .resumed_options import RULES, Change, find_changes
 
 
 if TYPE_CHECKING:
@@ -80,11 +82,26 @@ def resume(trainer: "Trainer", checkpoint: Path) -> None:
     _apply_optimizer_options(trainer)
     trainer.load_average(checkpoint)
     _say_what_changed(trainer, state, changes)
-    changed = {change.name for change in changes if change.ignored is None} | _changed_datasets(trainer, state)
+    changed = {change.name for change in changes if change.ignored is None}
+    changed |= _changed_datasets(trainer, state) | _changed_models(trainer, state)
     if "seed" in changed:
         set_seed(trainer.config.seed, device_specific=True)
     trainer.forget_outdated(changed)
     logger.info("Continuing from %s, after step %d of %d.", checkpoint, trainer.global_step, trainer.max_train_steps)
+
+
+def model_identities(config: TrainingConfig) -> dict[str, dict[str, str]]:
+    """
+    What tells the models that a run reads from others at the same place: option -> folder or Hub id -> its identity,
+    see [`~hy_prfl.provenance.path_identity`]. JSON values.
+    """
+    pipeline = config.pretrained_model_name_or_path
+    folders = [f"{pipeline}/{name}" for name in (*EXPERT_FOLDERS.values(), "vae", "scheduler")]
+    sources = {"pretrained_model_name_or_path": [folder for folder in folders if Path(folder).is_dir()] or [pipeline]}
+    reward_model = getattr(config, "reward_model", None)
+    if reward_model is not None:
+        sources["reward_model"] = [reward_model]
+    return {option: {source: path_identity(source) for source in found} for option, found in sources.items()}
 
 
 def _keeps_optimizer(trainer: "Trainer", state: Mapping[str, Any]) -> bool:
@@ -150,4 +167,21 @@ def _changed_datasets(trainer: "Trainer", state: Mapping[str, Any]) -> set[str]:
             changed.add(name)
             note = "" if name == "validation_dataset" else ": the epoch goes on at the same position of another order"
             logger.warning("`%s`: the rows of %s are not those from before the checkpoint%s.", name, source, note)
+    return changed
+
+
+def _changed_models(trainer: "Trainer", state: Mapping[str, Any]) -> set[str]:
+    """Options that name the same models as before, whose files have changed since; says so."""
+    before, changed = state.get("models", {}), set()
+    for option, identities in trainer.model_identities.items():
+        note = RULES[type(trainer.config)][option].note
+        for source, identity in identities.items():
+            if before.get(option, {}).get(source, identity) != identity:
+                changed.add(option)
+                logger.warning(
+                    "`%s`: the files of %s are not those from before the checkpoint (other names, sizes or times)%s.",
+                    option,
+                    source,
+                    note and f": {note}",
+                )
     return changed

@@ -59,6 +59,7 @@ class RewardTrainer(Trainer):
         super().__init__(config, backwards_per_update=config.gradient_accumulation_steps)
         self.check_kernel("attention_backend", trains=True, dtype=self.trained_dtype)
         self.best_metric: float | None = None
+        self.best_metric_name = config.metric_for_best_model
         self.subfolder = self._find_transformer()
         self.vae_fingerprint = self.pipeline_vae_fingerprint()
         self.dataset, self.items, _ = self._open(config.train_dataset)
@@ -139,7 +140,7 @@ class RewardTrainer(Trainer):
         sign = 1 if GREATER_IS_BETTER[name] else -1
         value = metrics[name]
         if self.best_metric is None or sign * value > sign * self.best_metric:
-            self.best_metric = value
+            self.best_metric, self.best_metric_name = value, name
             self._save_best(metrics)
         return metrics
 
@@ -173,22 +174,24 @@ class RewardTrainer(Trainer):
         return load_file(directory / TRAINED_FILE)
 
     def state(self) -> dict[str, Any]:
-        """Adds the best metric so far."""
-        return {**super().state(), "best_metric": self.best_metric}
+        """Adds the best metric so far, and which it is."""
+        return {**super().state(), "best_metric": self.best_metric, "best_metric_name": self.best_metric_name}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore what `state` returned."""
         super().load_state(state)
-        self.best_metric = state["best_metric"]
+        # Older checkpoints do not tell which metric it is.
+        self.best_metric, self.best_metric_name = state["best_metric"], state.get("best_metric_name", "metric")
 
     def forget_outdated(self, changed: Collection[str]) -> None:
         """Forget the best metric if it was another measure, or of a model that is not in `output_dir/best` any more."""
-        if self.best_metric is None:
+        # Without validation the best model stays what it is.
+        if self.best_metric is None or self.config.validation_dataset is None:
             return
         kept = best_report(self.output_dir) or {"global_step": math.inf}
         value = kept.get(str(self.config.metric_for_best_model))
         is_kept = kept["global_step"] <= self.global_step and value == self.best_metric
-        outdated = sorted(name for name in changed if REWARD_RULES[name] == OTHER_BEST)
+        outdated = sorted(name for name in changed if REWARD_RULES[name].note == OTHER_BEST.note)
         if is_kept and not outdated:
             return
         reason = (
@@ -196,7 +199,7 @@ class RewardTrainer(Trainer):
         )
         logger.warning(
             "The best %s of the checkpoint, %.4f, is %s: the next validation writes %s anew.",
-            self.config.metric_for_best_model, self.best_metric, reason, self.output_dir / BEST_FOLDER,
+            self.best_metric_name, self.best_metric, reason, self.output_dir / BEST_FOLDER,
         )  # fmt: skip
         self.best_metric = None
 

@@ -337,6 +337,14 @@ def test_push_refuses(hub: HubServer, run_dir: Path, folder: str, options: dict[
     assert not hub.requests
 
 
+def test_a_whole_pipeline_is_not_pushed_as_a_result(hub: HubServer, pipeline_dir: Path) -> None:
+    with pytest.raises(ValueError, match=r"is a whole pipeline \(model_index\.json\)\. Push the run"):
+        push_folder(pipeline_dir, "user/x")
+    with pytest.raises(ValueError, match="is a transformer itself. Push the folder above it"):
+        push_folder(pipeline_dir / "transformer", "user/x")
+    assert not hub.requests
+
+
 @pytest.mark.parametrize("image_to_video", [False, True])
 def test_latent_dataset_round_trip(
     hub: HubServer, tmp_path: Path, write_latents: Callable[..., Path], image_to_video: bool

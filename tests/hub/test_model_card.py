@@ -13,7 +13,7 @@ from diffusers import WanPipeline, WanTransformer3DModel
 from huggingface_hub import HfApi, ModelCard, metadata_load, parse_eval_result_entries
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from examples.shapes.pipeline import build_pipeline, save_pipeline
 from hy_prfl.configs.prfl import PRFLTrainingConfig
@@ -24,6 +24,7 @@ from hy_prfl.hub.model_card import OWN_CARD, PAPER, build_card, may_replace_card
 from hy_prfl.hub.results import draw_training
 from hy_prfl.hub.usage import ModelKind
 from hy_prfl.models.experts import EXPERT_FOLDERS, LORA_FILES, ExpertName
+from hy_prfl.models.lora_metadata import lora_metadata, read_lora_metadata
 from hy_prfl.models.published import PUBLISHED
 from hy_prfl.models.reward_model import WanRewardModel
 from hy_prfl.provenance import run_record
@@ -468,3 +469,93 @@ def test_only_own_cards_are_replaced(tmp_path: Path) -> None:
     assert may_replace_card(tmp_path / "README.md")
     (tmp_path / "README.md").write_text("# Model\n")
     assert not may_replace_card(tmp_path / "README.md")
+
+
+def save_lora_with_header(folder: Path, **header: Any) -> dict[str, Path]:
+    folder.mkdir()
+    weights = {"transformer.blocks.0.attn1.to_q.lora_A.weight": torch.ones(2, 4)}
+    save_file(weights, folder / LORA_FILES["high_noise"], metadata=lora_metadata(step=3, **header) if header else None)
+    return visible(folder)
+
+
+@pytest.mark.parametrize("name", ["data/wan", "someone/base-model", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"])
+def test_an_adapter_without_its_run_links_what_its_header_knows_to_be_on_the_hub(
+    hub: HubServer, tmp_path: Path, name: str
+) -> None:
+    """On another machine, where a repository may have the name of the path that it was trained on."""
+    hub.create(name, "models")
+    linked = {}
+    for told in (True, False, None):
+        files = save_lora_with_header(tmp_path / str(told), base_model=name, base_on_hub=told)
+        card = build_card("lora", files, repo_id="user/name", api=HfApi())
+        assert name in card.text
+        linked[told] = links(card)
+    # The published pipelines are known by their names, also to older files, which do not tell.
+    assert linked == {True: {name}, False: set(), None: {name} if name in PUBLISHED else set()}
+
+
+def test_a_run_with_an_adapter_tells_whether_its_base_is_on_the_hub(train: Callable[..., Path]) -> None:
+    run_dir = train(PRFLTrainer, lora_rank=2)
+    assert read_lora_metadata(run_dir / LORA_FILES["high_noise"])["base_on_hub"] == "false"
+
+
+@pytest.mark.parametrize("model", [name for name, (kind, _) in MODELS.items() if kind != "reward"])
+def test_without_a_run_the_code_runs_and_nothing_is_claimed(model: str, tmp_path: Path) -> None:
+    kind, experts = MODELS[model]
+    folder = tmp_path / "model"
+    weights = save_model(folder, kind, experts, {"boundary_ratio": 0.875})
+    card = build_card(kind, visible(folder), repo_id=str(folder))
+    assert "PRFL" not in card.text.split("## Licence")[0]
+    assert "prfl" not in card.data.tags
+    assert "Nothing beside the weights tells how they were trained." in card.text
+    assert "None" not in card.text
+    names = run_usage(card)
+    for expert in experts:
+        saved = weights[EXPERT_FOLDERS[expert]]
+        if kind == "lora":
+            loaded = names["lora_2" if expert == "low_noise" else "lora"]
+            loaded = {name.removeprefix("transformer."): value for name, value in loaded.items()}
+        else:
+            loaded = names[EXPERT_FOLDERS[expert]].state_dict()
+        assert loaded.keys() == saved.keys()
+        assert all(torch.equal(loaded[name], value) for name, value in saved.items())
+
+
+@pytest.mark.parametrize(
+    ("model", "option", "part"),
+    [
+        ("full", None, "the transformer of"),
+        ("full", "high_noise", "the high-noise expert (`transformer`) of"),
+        ("full, the low-noise expert", "low_noise", "the low-noise expert (`transformer_2`) of"),
+        ("full, both", "both", "the high-noise expert (`transformer`) and the low-noise expert (`transformer_2`) of"),
+        ("lora", "high_noise", "A LoRA adapter of rank 2 for the high-noise expert (`transformer`) of"),
+        ("lora of the low-noise expert", "low_noise", "for the low-noise expert (`transformer_2`) of"),
+        (
+            "lora of both",
+            "both",
+            "LoRA adapters of rank 2 for the high-noise expert (`transformer`) and the low-noise",
+        ),
+    ],
+)
+def test_the_text_names_the_expert(model: str, option: str | None, part: str, tmp_path: Path) -> None:
+    kind, experts = MODELS[model]
+    save_model(tmp_path, kind, experts, {"boundary_ratio": 0.875})
+    config = {
+        "pretrained_model_name_or_path": BASE,
+        "reward_model": "someone/reward",
+        "lora_rank": 2,
+        "expert": option,
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    card = build_card(kind, visible(tmp_path), repo_id="user/name")
+    assert part in card.text
+    assert "(PRFL, [paper]" in card.text
+
+
+def test_a_run_without_reward_is_not_called_prfl(tmp_path: Path) -> None:
+    save_model(tmp_path, "transformer", ["high_noise"], {})
+    config = {"pretrained_model_name_or_path": BASE, "reward_model": "someone/reward"}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**config, "update_schedule": "flow_matching"}))
+    card = build_card("transformer", visible(tmp_path), repo_id="user/name")
+    assert "with the flow-matching loss alone, without a reward" in card.text
+    assert "prfl" not in card.data.tags

@@ -5,6 +5,8 @@ What a file must do is computed from peft's own layers: `weight + scaling * B @ 
 """
 
 import json
+import math
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -453,6 +455,54 @@ class TestRefusals:
         with pytest.raises(ValueError, match=rf"lora\.safetensors: .*{message}"):
             read_adapter(tmp_path / "lora.safetensors")
 
+    @pytest.mark.parametrize(
+        ("prefix", "end"),
+        [
+            ("diffusion_model.blocks.0.self_attn.q", "lora_A.weight"),
+            ("transformer.blocks.0.attn1.to_q", "lora_B.weight"),
+            ("lora_unet_blocks_0_self_attn_q", "lora_down.weight"),
+            ("base_model.model.blocks.0.attn1.to_q", "lora_B.bias"),
+            ("base_model.model.blocks.0.attn1.to_q", "lora_magnitude_vector"),
+            ("diffusion_model.blocks.0.self_attn.q", "diff_b"),
+            ("diffusion_model.blocks.0.norm3", "diff"),
+        ],
+    )
+    @pytest.mark.parametrize("bad", [math.nan, math.inf])
+    def test_numbers_that_are_not_finite(self, tmp_path: Path, prefix: str, end: str, bad: float) -> None:
+        layer = prefix.replace("norm3", "self_attn.q")
+        down, up = ("lora_down", "lora_up") if "lora_unet" in layer else ("lora_A", "lora_B")
+        weights = {f"{layer}.{down}.weight": torch.ones(2, 24), f"{layer}.{up}.weight": torch.ones(24, 2)}
+        weights[f"{prefix}.{end}"] = torch.full_like(weights.get(f"{prefix}.{end}", torch.ones(24)), bad)
+        save_file(weights, tmp_path / "lora.safetensors")
+        # Before it is converted or loaded.
+        with pytest.raises(ValueError, match=rf"lora\.safetensors: '{prefix}\.{end}' holds a NaN or an infinity"):
+            read_adapter(tmp_path / "lora.safetensors")
+
+    @pytest.mark.parametrize("pattern", ["(", "to_q)", "*", "a{99999999999999999999}", "[z-a]"])
+    @pytest.mark.parametrize("name", ["rank_pattern", "alpha_pattern"])
+    @pytest.mark.parametrize("place", ["header", "beside"])
+    def test_patterns_that_are_no_regular_expressions(
+        self, tmp_path: Path, pattern: str, name: str, place: str
+    ) -> None:
+        entries = {"r": 2, "lora_alpha": 2, name: {pattern: 2}}
+        weights = {
+            "blocks.0.attn1.to_q.lora_A.weight": torch.ones(2, 24),
+            "blocks.0.attn1.to_q.lora_B.weight": torch.ones(24, 2),
+        }
+        if place == "header":
+            file = source = tmp_path / "lora.safetensors"
+            header = {
+                "lora_adapter_metadata": json.dumps({f"transformer.{key}": each for key, each in entries.items()})
+            }
+            save_file({f"transformer.{key}": each for key, each in weights.items()}, file, metadata=header)
+        else:
+            file, source = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
+            save_file({f"base_model.model.{key}": each for key, each in weights.items()}, file)
+            source.write_text(json.dumps({"peft_type": "LORA", **entries}))
+        expected = f"{source}: peft's `{name}` must have regular expressions as keys, got '{pattern}': "
+        with pytest.raises(ValueError, match=f"^{re.escape(expected)}.*$"):
+            read_adapter(file)
+
     def test_mixed_formats(self) -> None:
         for key in ("lora_unet_blocks_0_ffn_0.lora_up.weight", "blocks.0.lora_A.weight"):
             with pytest.raises(ValueError, match=rf"x: .*'{key}'"):
@@ -488,6 +538,50 @@ class TestRefusals:
         header["lora_adapter_metadata"] = json.dumps({**entries, **changes})
         with pytest.raises(ValueError, match=f"x: .*{message}"):
             parse_adapter(weights, header, source="x")
+
+    @pytest.mark.parametrize(
+        ("option", "tensor"), [("use_dora", "lora_magnitude_vector"), ("lora_bias", "lora_B.bias")]
+    )
+    @pytest.mark.parametrize("told", [False, None])
+    def test_what_pefts_configuration_says_is_off(
+        self, tmp_path: Path, option: str, tensor: str, told: bool | None
+    ) -> None:
+        """peft would leave these tensors out without a word."""
+        layer = "base_model.model.blocks.0.attn1.to_q"
+        weights = {
+            f"{layer}.lora_A.weight": torch.ones(2, 24),
+            f"{layer}.lora_B.weight": torch.ones(24, 2),
+            f"{layer}.{tensor}": torch.ones(24),
+        }
+        save_file(weights, tmp_path / "adapter_model.safetensors")
+        config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2}
+        place = tmp_path / "adapter_config.json"
+        place.write_text(json.dumps(config if told is None else {**config, option: told}))
+        with pytest.raises(
+            ValueError, match=rf"peft's `{option}` is False, but the file has '{layer}\.{tensor}' \(1 "
+        ):
+            read_adapter(tmp_path / "adapter_model.safetensors")
+        place.write_text(json.dumps({**config, option: True}))
+        (read,) = read_adapter(tmp_path / "adapter_model.safetensors").layers.values()
+        assert (read.bias is None) != (read.magnitude is None)
+
+    @pytest.mark.parametrize("told", ["1", "0.5", "2", "2.0", "None"])
+    @pytest.mark.parametrize("has_alpha", [False, True])
+    def test_an_alpha_that_is_in_kohyas_header_alone(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture, told: str, has_alpha: bool
+    ) -> None:
+        """To kohya's loaders and ComfyUI a layer without an alpha has that of its rank."""
+        weights = {
+            f"lora_unet_blocks_0_self_attn_q.{name}": tensor
+            for name, tensor in {"lora_down.weight": torch.ones(2, 24), "lora_up.weight": torch.ones(24, 2)}.items()
+        }
+        if has_alpha:
+            weights["lora_unet_blocks_0_self_attn_q.alpha"] = torch.tensor(1.0)
+        save_file(weights, tmp_path / "lora.safetensors", metadata={"ss_network_alpha": told, "ss_network_dim": "2"})
+        (layer,) = read_adapter(tmp_path / "lora.safetensors").layers.values()
+        assert layer.alpha == (1 if has_alpha else 2)
+        says = f"lora.safetensors: the header has `ss_network_alpha` {told}, but the file has no alpha" in caplog.text
+        assert says == (not has_alpha and told in ("1", "0.5"))
 
     def test_two_alphas(self, example: Example) -> None:
         header = read_header(example.file)

@@ -1,6 +1,7 @@
 """Conversion of whole models. Native checkpoints are made here by renaming a diffusers model's weights backwards."""
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -381,6 +382,48 @@ class TestRewardModel:
             parts.convert()
         torch.save([1, 2], parts.mlp_file)
         with pytest.raises(ValueError, match="expected a state dict"):
+            parts.convert()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+class TestNumbersThatAreNotFinite:
+    """They are refused by the key of the file, so that no conversion carries them on."""
+
+    @pytest.mark.parametrize("key", ["blocks.1.self_attn.q.weight", "blocks.2.modulation", "head.head.bias"])
+    def test_native_generator(self, tmp_path: Path, weights: dict[str, torch.Tensor], key: str, bad: float) -> None:
+        folder = write_native(tmp_path / "wan", {**weights, key: weights[key].clone().fill_(bad)})
+        with pytest.raises(ValueError, match=rf"wan: '{re.escape(key)}' holds a NaN or an infinity"):
+            read_transformer(folder)
+
+    @pytest.mark.parametrize("reward", [False, True])
+    def test_diffusers_folder(
+        self, tmp_path: Path, transformer: WanTransformer3DModel, reward: bool, bad: float
+    ) -> None:
+        model = WanRewardModel.from_transformer(transformer, num_layers=1) if reward else transformer
+        model.save_pretrained(tmp_path / "model")
+        saved = load_file(tmp_path / "model" / WEIGHTS_FILE)
+        saved["blocks.0.attn1.to_k.bias"][0] = bad
+        save_file(saved, tmp_path / "model" / WEIGHTS_FILE)
+        with pytest.raises(ValueError, match=r"model: 'blocks\.0\.attn1\.to_k\.bias' holds a NaN or an infinity"):
+            read_diffusers(type(model), tmp_path / "model")
+
+    @pytest.mark.parametrize(
+        ("file", "key"),
+        [("mlp_file", "fc2.bias"), ("query_file", "queries"), ("query_file", "multihead_attn.in_proj_bias")],
+    )
+    def test_reward_parts(self, parts: RewardParts, file: str, key: str, bad: float) -> None:
+        path = getattr(parts, file)
+        saved = torch.load(path, weights_only=True)
+        saved[key].view(-1)[0] = bad
+        torch.save(saved, path)
+        with pytest.raises(ValueError, match=rf"{path.name}: '{re.escape(key)}' holds a NaN or an infinity"):
+            parts.convert()
+
+    def test_reward_transformer(self, parts: RewardParts, bad: float) -> None:
+        saved = load_file(parts.transformer / WEIGHTS_FILE)
+        saved["blocks.1.ffn.0.bias"][0] = bad
+        save_file(saved, parts.transformer / WEIGHTS_FILE)
+        with pytest.raises(ValueError, match=r"checkpoint-100.*'blocks\.1\.ffn\.0\.bias' holds a NaN"):
             parts.convert()
 
 

@@ -1,5 +1,8 @@
 import json
+import math
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -112,3 +115,44 @@ def test_a_reward_model_is_made_from_the_blocks_it_keeps(pipeline_dir: Path, tmp
     with pytest.raises(ValueError, match="`num_layers` is 9, but the transformer has only 3 blocks"):
         make_reward_model(str(pipeline_dir), num_layers=9)
     assert json.loads((tmp_path / "transformer" / "config.json").read_text())["num_layers"] == 3
+
+
+LOADERS: dict[str, tuple[str, Callable[[str], object]]] = {
+    "reward model": ("reward", load_reward_model),
+    "reward model of the class": ("reward", WanRewardModel.from_pretrained),
+    "split reward model": ("reward", partial(load_reward_model, split=no_split)),
+    "generator": ("pipeline/transformer", lambda root: load_transformer(root.replace("/transformer", ""))),
+    "split generator": (
+        "pipeline/transformer",
+        lambda root: load_transformer(root.replace("/transformer", ""), split=no_split),
+    ),
+    "reward model to be": (
+        "pipeline/transformer",
+        lambda root: make_reward_model(root.replace("/transformer", ""), num_layers=2),
+    ),
+}
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_weights_that_are_not_finite(pipeline_dir: Path, tmp_path: Path, loader: str, bad: float) -> None:
+    """A key bias or a value that softmax hides would give finite rewards."""
+    folder, load = LOADERS[loader]
+    shutil.copytree(pipeline_dir, tmp_path / "pipeline")
+    transformer = WanTransformer3DModel.from_pretrained(pipeline_dir, subfolder="transformer")
+    WanRewardModel.from_transformer(transformer, num_layers=2).save_pretrained(tmp_path / "reward")
+    file = tmp_path / folder / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights["blocks.1.attn2.to_k.bias"][3] = bad
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"'blocks\.1\.attn2\.to_k\.bias' holds a NaN or an infinity"):
+        load(str(tmp_path / folder))
+
+
+def test_a_reward_model_too_large_for_its_type(pipeline_dir: Path, tmp_path: Path) -> None:
+    transformer = WanTransformer3DModel.from_pretrained(pipeline_dir, subfolder="transformer")
+    transformer.blocks[0].attn1.to_q.weight.data[0, 0] = 1e6
+    WanRewardModel.from_transformer(transformer, num_layers=1).save_pretrained(tmp_path)
+    load_reward_model(str(tmp_path), dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"'blocks\.0\.attn1\.to_q\.weight' holds a NaN or an infinity"):
+        load_reward_model(str(tmp_path), dtype=torch.float16)

@@ -91,6 +91,26 @@ def test_nothing_is_changed_by_a_lora_that_does_not_fit() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.parametrize("part", ["down", "up", "bias", "magnitude", "difference"])
+@pytest.mark.parametrize("problem", ["nan", "shape"])
+def test_every_tensor_is_checked_before_anything_is_changed(part: str, problem: str) -> None:
+    model, name = make_transformer(), "blocks.0.attn1.to_q"
+    before = copy.deepcopy(model.state_dict())
+    tensors = {"down": noise(2, 24), "up": noise(24, 2), "bias": noise(24), "magnitude": noise(24)}
+    differences = {"blocks.0.norm2.weight": noise(24)}
+    found = differences if part == "difference" else tensors
+    key = next(iter(differences)) if part == "difference" else part
+    if problem == "nan":
+        found[key].view(-1)[-1] = torch.nan
+    else:
+        found[key] = torch.ones(*found[key].shape, 1)
+    adapter = Adapter({name: LoraLayer(**tensors, alpha=1.0)}, differences)
+    message = "holds a NaN" if problem == "nan" else "must be"
+    with pytest.raises(ValueError, match=rf"x: the {part} of '.*{message}"):
+        load_adapter(model, adapter, "mine", source="x")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
 @pytest.mark.parametrize("kind", ["t2v", "i2v", "wan2.2-ti2v"])
 def test_on_the_meta_device(kind: str) -> None:
     with init_empty_weights():

@@ -1,11 +1,12 @@
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from hy_prfl.models.weight_files import check_keys, new_folder, read_checkpoint, read_json, read_weights
+from hy_prfl.models.weight_files import check_finite, check_keys, new_folder, read_checkpoint, read_json, read_weights
 
 
 WEIGHTS = {"a": torch.arange(3.0), "b": torch.ones(2, 2, dtype=torch.bfloat16)}
@@ -139,3 +140,23 @@ class TestNewFolder:
         for name in ("file", ""):
             with pytest.raises(ValueError, match="exists and is not an empty folder"), new_folder(tmp_path / name):
                 pass
+
+
+FLOATS = [
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_tensors_that_are_not_finite(dtype: torch.dtype, bad: float) -> None:
+    fine = torch.linspace(-1, 1, 6).reshape(2, 3).to(dtype)
+    others = {"empty": torch.empty(0), "whole": torch.tensor([3]), "truth": torch.tensor(True)}
+    check_finite({"a": fine, **others, "none": torch.empty(2, device="meta")}.items(), source="x")
+    if dtype == torch.float8_e4m3fn:
+        # It has no infinities.
+        bad = math.nan
+    broken = fine.clone().to(torch.complex64 if dtype.is_complex else torch.float32)
+    broken[1, 2] = bad
+    with pytest.raises(ValueError, match=r"^x: 'b' holds a NaN or an infinity\.$"):
+        check_finite({"a": fine, "b": broken.to(dtype)}.items(), source="x")

@@ -3,6 +3,8 @@
 import json
 import logging
 import math
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers.optimization import get_scheduler
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hy_prfl.configs.reward import RewardTrainingConfig
@@ -307,7 +310,25 @@ def test_best_by_another_measure(
     trainer = build(max_train_steps=4, resume_from_checkpoint="latest", learning_rate=1e-9, **options)
     trainer._start_run()
     assert trainer.best_metric is None
+    assert "The best loss of the checkpoint, " in caplog.text
     assert f"is measured with another {name[change]}: the next validation writes" in caplog.text
+
+
+def test_without_validation_the_best_model_stays(
+    build: Callable[..., RewardTrainer], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    validation: dict[str, Any] = {"validation_dataset": str(tmp_path / "validation"), "validation_steps": 2}
+    first = build(max_train_steps=2, **validation)
+    first.train()
+    trainer = build(max_train_steps=4, resume_from_checkpoint="latest")
+    trainer.train()
+    assert "is None now: applied; no other model becomes the best." in caplog.text
+    assert "the next validation writes" not in caplog.text
+    assert trainer.best_metric == first.best_metric
+    caplog.clear()
+    build(max_train_steps=6, resume_from_checkpoint="latest", **validation)._start_run()
+    assert f"The best {first.config.metric_for_best_model} of the checkpoint, " in caplog.text
+    assert "applied; the search for the best model starts anew" in caplog.text
 
 
 def test_the_best_model_stays_if_what_changed_has_no_effect(
@@ -338,6 +359,61 @@ def test_another_seed_and_other_rows(
     torch_state = torch.get_rng_state()
     torch.manual_seed(5)
     assert torch.equal(torch_state, torch.get_rng_state())
+
+
+def scale_weights(folder: Path) -> None:
+    """Put another model of the same shapes into a folder."""
+    file = folder / "diffusion_pytorch_model.safetensors"
+    save_file({key: 2 * tensor for key, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("option", "folder"),
+    [
+        ("reward_model", "reward"),
+        ("pretrained_model_name_or_path", "pipeline/transformer"),
+        ("pretrained_model_name_or_path", "pipeline/vae"),
+        ("pretrained_model_name_or_path", "pipeline/scheduler"),
+    ],
+)
+def test_other_models_at_the_same_place(
+    build_prfl: Callable[..., PRFLTrainer],
+    pipeline_dir: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    option: str,
+    folder: str,
+) -> None:
+    shutil.copytree(pipeline_dir, tmp_path / "pipeline")
+    options = {"pretrained_model_name_or_path": str(tmp_path / "pipeline"), "lora_rank": 2}
+    build_prfl(**options, max_train_steps=1).train()
+    build_prfl(**options, resume_from_checkpoint="latest")._start_run()
+    assert "not those from before" not in caplog.text
+    if folder.endswith("scheduler"):
+        config = tmp_path / folder / "scheduler_config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), "flow_shift": 4.0}))
+    elif folder.endswith("vae"):
+        # Only touched, as by a copy: whether it is another one, the check of the fingerprint tells.
+        os.utime(tmp_path / folder / "config.json", (1, 1))
+    else:
+        scale_weights(tmp_path / folder)
+    build_prfl(**options, resume_from_checkpoint="latest")._start_run()
+    (line,) = [each for each in caplog.messages if "not those from before" in each]
+    assert f"`{option}`: the files of {tmp_path / folder} are not those from before the checkpoint (other" in line
+    assert ("what does not train is read from there" in line) == (option != "reward_model")
+
+
+def test_another_reward_model_to_start_from_at_the_same_place(
+    build: Callable[..., RewardTrainer],
+    build_prfl: Callable[..., PRFLTrainer],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    build(reward_model=str(tmp_path / "reward"), max_train_steps=2).train()
+    scale_weights(tmp_path / "reward")
+    build(reward_model=str(tmp_path / "reward"), resume_from_checkpoint="latest")._start_run()
+    assert f"`reward_model`: the files of {tmp_path / 'reward'} are not those from before" in caplog.text
+    assert "what trains comes from the checkpoint" in caplog.text
 
 
 def test_going_on_from_another_runs_checkpoint(build: Callable[..., RewardTrainer], tmp_path: Path) -> None:
@@ -401,7 +477,9 @@ class TestAverage:
         for old, weight, new in zip(before, trainer.masters.values(), self.average(trainer), strict=True):
             torch.testing.assert_close(new, 0.25 * old + 0.75 * weight.detach())
 
-    def test_one_that_begins_begins_with_the_checkpoints_weights(self, build_prfl: Callable[..., PRFLTrainer]) -> None:
+    def test_one_that_begins_begins_with_the_checkpoints_weights(
+        self, build_prfl: Callable[..., PRFLTrainer], caplog: pytest.LogCaptureFixture
+    ) -> None:
         first = build_prfl()
         first.train()
         weights = [value.detach().clone() for value in first.masters.values()]
@@ -410,10 +488,11 @@ class TestAverage:
         assert all(map(torch.equal, self.average(trainer), weights))
         assert trainer.average is not None
         assert trainer.average.num_averaged == 0
+        assert "is True now: applied; the average begins with the checkpoint's weights." in caplog.text
 
     def test_one_that_ends_leaves_the_weights(
         self, build_prfl: Callable[..., PRFLTrainer], caplog: pytest.LogCaptureFixture
     ) -> None:
         build_prfl(use_ema=True).train()
         build_prfl(max_train_steps=3, resume_from_checkpoint="latest").train()
-        assert "`use_ema` was True before the checkpoint and is False now: applied" in caplog.text
+        assert "`use_ema` was True before the checkpoint and is False now: applied; no average is kept" in caplog.text
