@@ -156,6 +156,7 @@ def start_from(keys: RecipeKeys, key: str, path: Any) -> None:
         keys.run_first(f"hy-prfl pull --repo_id {shlex.quote(keys.pipeline)} --output_dir {target}")
     keys.run_first(f"rm -r {target}/transformer")
     keys.run_first(f"hy-prfl convert --transformer {shlex.quote(keys.locate(path))} --output_dir {target}/transformer")
+    keys.recipe.plan_options = f" --pretrained_model_name_or_path {shlex.quote(keys.pipeline)}"
     keys.option(
         "pretrained_model_name_or_path", target, f"{key}, converted and put into a copy of {keys.pipeline}: see above"
     )
