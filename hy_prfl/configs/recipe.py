@@ -1,4 +1,4 @@
-"""Options of `convert` for a YAML file of HY-Video-PRFL's."""
+"""Options of `convert_recipe`."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -8,16 +8,31 @@ from .base import Config, check
 
 @dataclass(kw_only=True)
 class RecipeConfig(Config):
-    """Options of `convert --config old.yaml --output new.yaml`."""
+    """Options of `convert_recipe --config theirs.yaml --output ours.yaml`."""
 
     recipe: str = field(metadata={"help": "YAML file of HY-Video-PRFL's; on the command line `--config` will do."})
     output: str = field(metadata={"help": "YAML file to write, which must not exist."})
+    pretrained_model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Pipeline in diffusers' format, a folder or a Hub id; the published one of the recipe's model if left out."
+        },
+    )
+    upstream_root: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder that upstream ran in, where its relative paths start. If left out, the folder above `configs` "
+            "if the recipe is in a folder of that name, else the current one."
+        },
+    )
     recipe_command: Literal["preprocess", "train_reward", "train_prfl", "score"] | None = field(
         default=None, metadata={"help": "What the recipe is for; told by its keys and its name if left out."}
     )
     ignore_keys: list[str] = field(
         default_factory=list,
-        metadata={"help": "Keys, as section.key, that may be left out although nothing is known about them."},
+        metadata={
+            "help": "Keys, as section.key, that count as if they were not in the file: for values that are refused."
+        },
     )
 
     def __post_init__(self) -> None:

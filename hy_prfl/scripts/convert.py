@@ -7,26 +7,21 @@ Converts checkpoints between the formats of diffusers, Wan, ComfyUI, kohya and u
     hy-prfl convert --reward_transformer checkpoint-100 --mlp mlp_step_100.ckpt \
         --query_attention query_attention_step_100.ckpt --output_dir outputs/reward_model
     hy-prfl convert --reward_model outputs/reward/best --output_format upstream --output_dir outputs/upstream
-    hy-prfl convert --config upstream.yaml --output ours.yaml
+
+`hy-prfl convert_recipe` converts upstream's YAML files.
 """
 
-import sys
 from collections.abc import Sequence
 
 from ..configs.convert import ConvertConfig
 from ..configs.inputs import check_files, check_paths
 from ..configs.outputs import check_output_folders
 from ..configs.parser import parse_config
-from . import convert_recipe
 from .running import run
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Convert one thing."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if convert_recipe.is_about_recipe(argv):
-        convert_recipe.main(argv)
-        return
     config = parse_config(ConvertConfig, argv, description=__doc__)
     check_paths(config, "transformer", "lora", "reward_model", "reward_transformer")
     check_files(config, "transformer_config", "mlp", "query_attention")

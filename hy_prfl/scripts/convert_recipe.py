@@ -1,23 +1,23 @@
 r"""
-Writes one of HY-Video-PRFL's YAML files as one of ours, and says what was not carried over.
+Writes one of HY-Video-PRFL's YAML files as one of ours, says what was not carried over, and what to run.
 
-    hy-prfl convert --config old.yaml --output new.yaml
+    hy-prfl convert_recipe --config HY-Video-PRFL/configs/train_pavrm_t2v_480.yaml --output ours.yaml
+
+Here `--config` is upstream's file. The commands that are printed, and written into the head of the new file, are for the
+folder that this is run in. Every key and flag of upstream's has a line in docs/upstream.md.
 """
 
 import re
 import sys
 from collections.abc import Sequence
 
+from ..configs.converted_recipe import TABLE
+from ..configs.inputs import check_sources
 from ..configs.outputs import check_output_files
 from ..configs.parser import parse_config
 from ..configs.recipe import RecipeConfig
 from ..configs.upstream import convert_recipe
 from .running import run
-
-
-def is_about_recipe(argv: Sequence[str]) -> bool:
-    """Whether a command line of `convert` is about a recipe: those of checkpoints have an `--output_dir`."""
-    return any(word.partition("=")[0] == "--output" for word in argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -27,12 +27,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     renamed = [re.sub(r"^--config(?==|$)", "--recipe", word) for word in argv]
     config = parse_config(RecipeConfig, renamed, description=__doc__)
     check_output_files(config, "output")
-    recipe = convert_recipe(config.recipe, config.recipe_command, config.ignore_keys)
+    check_sources(config, "pretrained_model_name_or_path")
+    recipe = convert_recipe(
+        config.recipe,
+        config.recipe_command,
+        config.ignore_keys,
+        config.pretrained_model_name_or_path,
+        config.upstream_root,
+    )
     recipe.save(config.output)
     print(f"{recipe.command}, {len(recipe.options)} options: {config.output}")
-    for title, lines in (("To be run first:", recipe.first), ("Not carried over, or not as it was:", recipe.notes)):
-        if lines:
-            print("\n  ".join([title, *lines]))
+    print("\n  ".join(["Not carried over, or not as it was:", *recipe.notes]))
+    print(f"Every key and flag of upstream's: {TABLE}")
+    plan = recipe.plan(config.output)
+    if plan is not None:
+        print(f"Memory and time beforehand:\n  {plan}")
+    print("\n  ".join(["To be run in this folder, in this order:", *recipe.commands(config.output)]))
 
 
 if __name__ == "__main__":

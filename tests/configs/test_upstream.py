@@ -1,6 +1,8 @@
-"""Recipes with the sections and keys that HY-Video-PRFL's scripts read, from the names of its files on."""
+"""Recipes with the sections and keys of HY-Video-PRFL's twelve files become options of our commands."""
 
 import re
+import shlex
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,218 +12,285 @@ import torch
 import yaml
 
 from hy_prfl.configs.convert import ConvertConfig
+from hy_prfl.configs.label import LabelConfig
 from hy_prfl.configs.parser import parse_config
 from hy_prfl.configs.preprocess import PreprocessConfig
-from hy_prfl.configs.prfl import PRFLTrainingConfig
 from hy_prfl.configs.recipe import RecipeConfig
 from hy_prfl.configs.reward import RewardTrainingConfig
-from hy_prfl.configs.score import ScoreConfig
-from hy_prfl.configs.upstream import ConvertedRecipe, convert_recipe
-from hy_prfl.configs.upstream_keys import flatten
+from hy_prfl.configs.upstream import CONFIGS, ConvertedRecipe, convert_recipe
+from hy_prfl.configs.upstream_keys import ALL_KEYS, DEAD_KEYS, READ_KEYS, flatten
 from hy_prfl.flow_matching import make_generator, sample_sigmas
+from tests.configs.upstream_recipes import RECIPES, TRAININGS, reward_parts, upstream_recipe
 
 
-CONFIGS: dict[str, type] = {
-    "preprocess": PreprocessConfig,
-    "train_reward": RewardTrainingConfig,
-    "train_prfl": PRFLTrainingConfig,
-    "score": ScoreConfig,
-}
-SCHEDULER = "{flow_shift: 5.0, num_train_timesteps: 1000, weighting_scheme: uniform, logit_mean: 0.0, logit_std: 1.0}"
-COMMON = f"""
-task: TASK
-train_id: RUN
-model:
-  base_path: ./weights/MODEL
-  init_transformer_path: null
-  resume_transformer_path: null
-  patch_size: [1, 2, 2]
-  gradient_checkpointing: True
-  selective_checkpointing: 1.0
-  lora: {{use_lora: False, lora_rank: 64, target_modules: [q, k, v, o], resume_lora_path: null}}
-  ema: {{use_ema: False, ema_decay: 0.995}}
-  fsdp: {{fsdp_sharding_startegy: full, use_cpu_offload: False}}
-extra_model:
-  extra_precision: bf16
-  vae: {{name: Wan2.1_VAE.pth}}
-  scheduler: {SCHEDULER}
-dataset:
-  meta_file_list: [temp_data/temp_data_SIZE.list]
-  uncond_prob: [0.1, 0.0]
-  sp_size: 4
-  batch_size: 1
-  num_workers: 2
-  crop_ratio: [1, 1, 1]
-  crop_type: center
-lrm:
-  trainable_blocks: [0, 1, 2, 3, 4, 5, 6, 7]
-  feature_layer: [7]
-  mlp_dim: 5120
-  pool: q_attn
-  query_attention: {{num_queries: 1, num_heads: 8, dropout: 0.0, return_type: query, product_text: False}}
-optimizer:
-  learning_rate: RATE
-  adam_beta1: 0.9
-  adam_beta2: 0.999
-  weight_decay: 0.01
-  lr_scheduler: constant_with_warmup
-  lr_warmup_steps: 25
-  max_train_steps: 4000
-  lr_num_cycles: 1
-  lr_power: 1.0
-train: {{seed: 42, precision: bf16, allow_tf32: True, sanity_check_interval: 0, gradient_accumulation_steps: 5.,
-        save_interval: 100, dpo_beta: 5000}}
-save: {{output_dir: outputs}}
-eval: {{seed: 1024}}
-"""
-PREPROCESS = """
-seed: 42
-model_type: wanx
-precision: fp16
-vae_path: ./weights/Wan2.1-I2V-14B-720P/Wan2.1_VAE.pth
-image_encoder_path: ./weights/Wan2.1-I2V-14B-720P/models_clip.pth
-image_processor_path: ./weights/Wan2.1-I2V-14B-720P/xlm-roberta-large
-text_encoder_path: ./weights/Wan2.1-I2V-14B-720P/models_t5.pth
-tokenizer_path: ./weights/Wan2.1-I2V-14B-720P/google/umt5-xxl
-max_sequence_length: 512
-json_path: temp_data/temp_input_data.json
-save_dir: temp_data/SIZE
-extract_fps: 16
-num_frames: 81
-start_idx: 0
-resolution: [SIDE, 1280]
-aspect_ratio: 1.78
-"""
-MODELS = {
-    "t2v_480": ("t2v-14b", "Wan2.1-T2V-14B"),
-    "t2v_720": ("t2v-14b", "Wan2.1-T2V-14B"),
-    "i2v_480": ("i2v-14b-480p", "Wan2.1-I2V-14B-480P"),
-    "i2v_720": ("i2v-14b-720p", "Wan2.1-I2V-14B-720P"),
-}
-TRAININGS = [f"train_{kind}_{name}" for kind in ("pavrm", "prfl") for name in MODELS] + ["train_pavrm_bt_i2v_720"]
-RECIPES = [*TRAININGS, "infer_pavrm_i2v_720", "pre_480", "pre_720"]
-
-
-def upstream_recipe(name: str) -> dict[str, Any]:
-    """The content of upstream's file of that name, without `.yaml`."""
-    size = name[-3:]
-    if name.startswith("pre"):
-        return yaml.safe_load(PREPROCESS.replace("SIZE", size).replace("SIDE", "480" if size == "480" else "704"))
-    task, model = MODELS[name[-7:]]
-    rate = "5e-6" if "prfl" in name else "1e-6"
-    text = COMMON
-    for placeholder, value in {"TASK": task, "RUN": name, "MODEL": model, "SIZE": size, "RATE": rate}.items():
-        text = text.replace(placeholder, value)
-    recipe = yaml.safe_load(text)
-    if "prfl" in name:
-        recipe["model"] |= {
-            "lrm_transformer_path": "out/checkpoint-100",
-            "lrm_mlp_path": "out/mlp_step_100.ckpt",
-            "lrm_query_attention_path": "out/query_attention_step_100.ckpt",
-        }
-    else:
-        recipe["lrm"] |= {"loss": "bt" if "_bt_" in name else "ce", "task": "motion_quality"}
-        recipe["dataset"]["val_meta_file_list"] = ["temp_data/val.list"]
-        paths = dict.fromkeys(("resume_mlp_path", "resume_query_attention_path"))
-        if name.startswith("infer"):
-            paths = {
-                "resume_transformer_path": "out/checkpoint-100",
-                "resume_mlp_path": "out/mlp_step_100.ckpt",
-                "resume_query_attention_path": "out/query_attention_step_100.ckpt",
-            }
-        recipe["model"] |= paths
-    if "_bt_" in name:
-        recipe["dataset"]["meta_file_lose_list"] = ["temp_data/lose.list"]
-        recipe["optimizer"]["learning_rate_mlp"] = "1e-5"
-    return recipe
+ROOT = Path(__file__).parents[2]
+Convert = Callable[..., tuple[ConvertedRecipe, Any]]
 
 
 @pytest.fixture
-def convert(tmp_path: Path) -> Callable[..., tuple[ConvertedRecipe, Any]]:
+def convert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Convert:
     """Function that converts a recipe, with keys changed, and parses the YAML that is written for it."""
+    monkeypatch.chdir(tmp_path)
 
     def run(name: str, changes: dict[str, Any] | None = None, **arguments: Any) -> tuple[ConvertedRecipe, Any]:
-        recipe = upstream_recipe(name)
-        for key, value in (changes or {}).items():
-            *sections, leaf = key.split(".")
-            section = recipe
-            for part in sections:
-                section = section[part]
-            section[leaf] = value
         source = tmp_path / f"{name}.yaml"
-        source.write_text(yaml.safe_dump(recipe))
+        source.write_text(yaml.safe_dump(upstream_recipe(name, changes)))
         converted = convert_recipe(source, **arguments)
-        target = tmp_path / "new.yaml"
-        target.write_text(converted.to_yaml("new.yaml"), encoding="utf-8")
-        lacks_reward_model = converted.command in ("train_prfl", "score") and "reward_model" not in converted.options
-        more = ["--reward_model=x"] if lacks_reward_model else []
-        return converted, parse_config(CONFIGS[converted.command], ["--config", str(target), *more])
+        (tmp_path / "new.yaml").write_text(converted.to_yaml("new.yaml"), encoding="utf-8")
+        # The command that the head of the file ends with.
+        words = shlex.split(converted.commands("new.yaml")[-1])
+        options = words[words.index("--config") :]
+        return converted, parse_config(CONFIGS[converted.command], options)
 
     return run
 
 
+def commands(converted: ConvertedRecipe, *words: str) -> list[str]:
+    """The commands to run first that begin with these words."""
+    return [command for command in converted.first if command.startswith(" ".join(words))]
+
+
+def options_of(command: str) -> list[str]:
+    return shlex.split(command)[2:]
+
+
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_key_is_carried_over_or_noted(name: str, convert: Callable[..., Any]) -> None:
+def test_every_key_is_carried_over_or_noted(name: str, convert: Convert) -> None:
     converted, config = convert(name)
     expected = {"pre": "preprocess", "train_pavrm": "train_reward", "train_prfl": "train_prfl", "infer_pavrm": "score"}
     assert converted.command == next(command for prefix, command in expected.items() if name.startswith(prefix))
     for option, value in converted.options.items():
         assert getattr(config, option) == value, option
     told = " ".join([*converted.origins.values(), *converted.notes])
-    for key, value in flatten(upstream_recipe(name)).items():
-        section_in_one = key.startswith("model.fsdp.") or re.fullmatch(r"model\.(lrm|resume)_\w+_path", key)
-        assert value is None or key in told or section_in_one, key
+    # A null and a false say nothing.
+    given = [key for key, value in flatten(upstream_recipe(name)).items() if value not in (None, False)]
+    assert [key for key in given if key not in told] == []
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_keys_of_the_files_are_known(name: str) -> None:
+    command = "preprocess" if "pre_" in name else "train_prfl" if "prfl" in name else "train_reward"
+    keys = set(flatten(upstream_recipe(name)))
+    assert keys <= ALL_KEYS
+    # What is read for some kind is in the file of that kind, unless the code can do without it.
+    optional = {f"lrm.query_attention.{key}" for key in ("layer_norm", "product_text", "text_dim")}
+    optional |= {"lrm.timestep", "dataset.meta_file_lose_list", "optimizer.learning_rate_mlp"}
+    optional |= {"model.resume_query_attention_path"}
+    if not name.startswith("infer"):
+        assert READ_KEYS[command] - keys <= optional
 
 
 @pytest.mark.parametrize("name", TRAININGS)
-def test_the_head_is_a_command_that_runs(name: str, convert: Callable[..., Any]) -> None:
+def test_the_head_has_commands_that_parse(name: str, convert: Convert) -> None:
     converted, _ = convert(name)
-    text = converted.to_yaml("new.yaml")
-    command = re.search(r"^#   (accelerate launch .*?) \\\n#       (--config .*)$", text, re.MULTILINE)
-    assert command is not None
-    launch = command[1].split()
-    assert (Path(__file__).parents[2] / launch[launch.index("--config_file") + 1]).is_file()
-    assert launch[-1] == f"hy_prfl.scripts.{converted.command}"
-    assert command[2] == "--config new.yaml"
-    assert launch[3].endswith("/zero3.yaml")
+    head = converted.to_yaml("new.yaml").splitlines()
+    shown = [line.removeprefix("#   ") for line in head if line.startswith("#   ")]
+    assert shown == [*converted.commands("new.yaml"), converted.plan("new.yaml")]
+    launch = shlex.split(converted.commands("new.yaml")[-1])
+    assert launch[:3] == ["accelerate", "launch", "--config_file"]
+    assert (ROOT / launch[3]).is_file()
+    assert launch[4:8] == ["-m", f"hy_prfl.scripts.{converted.command}", "--config", "new.yaml"]
+    assert "docs/upstream.md" in head[-1]
 
 
-def test_reward_training(convert: Callable[..., Any]) -> None:
+def test_launch_files_are_brought_along(convert: Convert, tmp_path: Path) -> None:
+    converted, _ = convert("train_pavrm_t2v_480")
+    assert converted.commands("x.yaml")[0] == f"ln -sf {ROOT}/accelerate_configs {ROOT}/ds_configs ."
+    (tmp_path / "accelerate_configs").mkdir()
+    assert converted.commands("x.yaml")[0] == f"ln -sf {ROOT}/ds_configs ."
+    (tmp_path / "ds_configs").mkdir()
+    assert converted.commands("x.yaml")[0].startswith("hy-prfl preprocess")
+
+
+def test_reward_training(convert: Convert) -> None:
     converted, config = convert("train_pavrm_i2v_720")
     assert config.pretrained_model_name_or_path == "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers"
-    assert (config.loss, config.task, config.pooling, config.query_residual) == (
-        "bce",
-        "motion_quality",
-        "query",
-        True,
-    )
-    assert (config.num_layers, config.num_query_heads) == (8, 8)
+    assert (config.loss, config.task, config.pooling) == ("bce", "motion_quality", "query")
+    assert (config.num_layers, config.num_query_heads, config.query_residual) == (8, 8, True)
     # Only the Bradley-Terry file gives the head a rate of its own, and no file's accumulation does anything.
-    assert (config.learning_rate, config.head_learning_rate) == (1e-6, 1e-6)
+    assert (config.learning_rate, config.head_learning_rate, config.adam_weight_decay) == (1e-6, 1e-6, 0.02)
     assert (config.gradient_accumulation_steps, config.max_train_steps, config.lr_warmup_steps) == (1, 4000, 25)
     assert (config.checkpointing_steps, config.validation_steps) == (100, 100)
     assert (config.flow_shift, config.weighting_scheme) == (5.0, "uniform")
     assert (config.context_parallel_degree, config.train_batch_size, config.dataloader_num_workers) == (4, 1, 2)
-    assert (config.seed, config.validation_seed, config.validation_timesteps) == (42, 1024, [100, 300, 500, 700, 900])
-    assert config.output_dir == "outputs/train_pavrm_i2v_720"
-    assert (config.train_dataset, config.validation_dataset) == ("data/temp_data_720", "data/val")
-    (command,) = [each for each in converted.first if "--upstream_meta temp_data/temp_data_720.list" in each]
-    script, *options = command.removeprefix("hy-prfl ").split()
-    assert script == "preprocess"
-    assert parse_config(PreprocessConfig, options).output_dir == config.train_dataset
+    assert (config.seed, config.validation_seed) == (42, 1024)
+    assert config.output_dir == "outputs/pavrm_i2v_720"
+    (command,) = converted.first
+    imported = parse_config(PreprocessConfig, options_of(command))
+    assert imported.upstream_meta == "lists/clips_720.list"
+    assert imported.pretrained_model_name_or_path == config.pretrained_model_name_or_path
+    assert imported.output_dir == config.train_dataset == config.validation_dataset
+    assert "label" in " ".join(converted.notes)
 
 
-def test_bradley_terry(convert: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("levels", [..., [201, 400, 600, 800, 1000]])
+def test_noise_levels_of_the_evaluation_are_upstreams(levels: Any, convert: Convert) -> None:
+    assert convert("train_pavrm_t2v_480", {"eval.timestep": levels})[1].validation_timesteps == [
+        *(201, 400, 600, 800, 1000)
+    ]
+    assert convert("train_pavrm_t2v_480", {"eval.timestep": [100, 900]})[1].validation_timesteps == [100, 900]
+
+
+@pytest.mark.parametrize(
+    ("blocks", "layer", "expected"),
+    [([*range(8)], [8], 8), ([*range(8)], 8, 8), ([0, 1, 2, 3], [4], 4), ([1, 0], [2], 2)],
+)
+def test_feature_layer_counts_from_one(blocks: list[int], layer: Any, expected: int, convert: Convert) -> None:
+    changes = {"lrm.trainable_blocks": blocks, "lrm.feature_layer": layer}
+    assert convert("train_pavrm_t2v_480", changes)[1].num_layers == expected
+    convert("train_prfl_t2v_480", changes)
+    convert("infer_pavrm_i2v_720", changes)
+
+
+@pytest.mark.parametrize("name", ["train_pavrm_t2v_480", "train_prfl_t2v_480", "infer_pavrm_i2v_720"])
+@pytest.mark.parametrize("layer", [[7], 7, [6, 7], [4], [9], [7, 8], [], "8"])
+def test_other_feature_layers_are_refused(name: str, layer: Any, convert: Convert) -> None:
+    with pytest.raises(
+        ValueError, match=r"`lrm\.feature_layer` must be \[8\], the output of the last of the 8 blocks"
+    ):
+        convert(name, {"lrm.feature_layer": layer})
+
+
+@pytest.mark.parametrize(
+    ("name", "ratio", "count", "reward_count"),
+    [
+        # N blocks and a share of p: the floor of N p + 1/2.
+        ("train_prfl_t2v_480", 0.5, 20, 4),
+        ("train_prfl_t2v_480", "1/3", 13, 3),
+        ("train_prfl_t2v_480", "0.25", 10, 2),
+        ("train_prfl_t2v_480", 0.05, 2, 1),
+        ("train_prfl_t2v_480", 1.0, None, None),
+        ("train_prfl_t2v_480", 2, None, None),
+        ("train_pavrm_t2v_480", 0.5, 4, None),
+        ("train_pavrm_t2v_480", "1/3", 3, None),
+        ("train_pavrm_t2v_480", 1, None, None),
+    ],
+)
+def test_share_of_recomputed_blocks(
+    name: str, ratio: Any, count: int | None, reward_count: int | None, convert: Convert
+) -> None:
+    converted, config = convert(name, {"model.selective_checkpointing": ratio})
+    assert (config.gradient_checkpointing, config.gradient_checkpointing_blocks) == (True, count)
+    if "prfl" in name:
+        assert config.reward_gradient_checkpointing_blocks == reward_count
+    told = " ".join([*converted.origins.values(), *converted.notes])
+    assert f"model.selective_checkpointing: {ratio}" in told
+    assert "or none" not in told
+
+
+def test_no_recomputed_block(convert: Convert, tmp_path: Path) -> None:
+    for changes in ({"model.gradient_checkpointing": False}, {"model.selective_checkpointing": 0}):
+        _, config = convert("train_pavrm_t2v_480", changes)
+        assert (config.gradient_checkpointing, config.gradient_checkpointing_blocks) == (False, None)
+    # A pipeline of one's own says how many blocks it has; the published ones are known.
+    (tmp_path / "pipeline" / "transformer").mkdir(parents=True)
+    (tmp_path / "pipeline" / "transformer" / "config.json").write_text('{"num_layers": 6}')
+    half = {"model.selective_checkpointing": 0.5}
+    assert convert("train_prfl_t2v_480", half, pipeline="pipeline")[1].gradient_checkpointing_blocks == 3
+    half |= {"task": "t2v-1.3b", "model.base_path": "weights/Wan2.1-T2V-1.3B"}
+    assert convert("train_prfl_t2v_480", half)[1].gradient_checkpointing_blocks == 15
+
+
+@pytest.mark.parametrize(
+    ("strategy", "offload", "launch_config", "note"),
+    [
+        ("full", False, "zero3", "weights, gradients and optimizer states"),
+        ("shard_grad_op", False, "zero2", "weights are whole"),
+        ("hybrid_full", False, "multi_node_zero3_hpz", "zero_hpz_partition_size"),
+        ("hybrid_zero2", False, "multi_node_zero3_hpz", "zero_hpz_partition_size"),
+        ("none", False, "ddp", "a whole copy"),
+        (None, False, "zero3", "weights, gradients and optimizer states"),
+        ("full", True, "zero3_offload", "CPU memory"),
+        ("hybrid_full", True, "zero3_offload", "CPU memory"),
+    ],
+)
+def test_sharding(strategy: str | None, offload: bool, launch_config: str, note: str, convert: Convert) -> None:
+    changes = {"model.fsdp.fsdp_sharding_startegy": strategy, "model.fsdp.use_cpu_offload": offload}
+    for name in ("train_pavrm_t2v_480", "train_prfl_i2v_720"):
+        converted, _ = convert(name, changes)
+        assert converted.launch_config == launch_config
+        (told,) = [
+            each
+            for each in converted.notes
+            if each.startswith("model.fsdp.fsdp_sharding_startegy") and "chosen" in each
+        ]
+        assert f"accelerate_configs/{launch_config}.yaml" in told
+        assert note in told
+        assert any("--machine_rank" in each for each in converted.notes) == launch_config.startswith("multi_node")
+
+
+def test_bradley_terry_with_one_list(convert: Convert) -> None:
     converted, config = convert("train_pavrm_bt_i2v_720")
     assert (config.loss, config.allow_unpaired, config.head_learning_rate) == ("bt", True, 1e-5)
-    assert any("lose.list" in note and "motion_quality" in note for note in converted.notes)
-    assert converted.first[0].endswith(
-        "cat temp_data/temp_data_720.list temp_data/lose.list > data/temp_data_720.list"
-    )
+    assert len(converted.first) == 1
+    assert any("the same clips as meta_file_list" in note and "motion_quality" in note for note in converted.notes)
 
 
-def test_prfl_counts_iterations_in_steps(convert: Callable[..., Any]) -> None:
-    converted, config = convert("train_prfl_i2v_720")
+def test_bradley_terry_with_two_lists(convert: Convert) -> None:
+    converted, config = convert("train_pavrm_bt_i2v_720", {"dataset.meta_file_lose_list": ["lists/lose.list"]})
+    (command,) = commands(converted, "hy-prfl label")
+    labelled = parse_config(LabelConfig, options_of(command))
+    assert (labelled.output_dir, labelled.overwrite) == (config.train_dataset, True)
+    imports = [parse_config(PreprocessConfig, options_of(each)) for each in commands(converted, "hy-prfl preprocess")]
+    assert [each.output_dir for each in imports] == [labelled.dataset, config.validation_dataset]
+    assert len(set(converted.first)) == len(converted.first)
+
+
+@pytest.mark.parametrize(
+    ("train", "validation"),
+    [
+        (["train/meta.list"], ["val/meta.list"]),
+        (["a/b/meta.list"], ["a/meta.list"]),
+        (["../meta.list"], ["meta.list"]),
+        (["/data/meta.list"], ["other/meta.list"]),
+        (["meta.list"], ["meta.txt"]),
+        (["meta.list", "more.list"], ["meta.list"]),
+        (["train/meta.list", "val/meta.list"], ["val/meta.list", "train/meta.list"]),
+    ],
+)
+def test_other_lists_are_other_datasets(train: list[str], validation: list[str], convert: Convert) -> None:
+    lists = {"dataset.meta_file_list": train, "dataset.val_meta_file_list": validation}
+    converted, config = convert("train_pavrm_t2v_480", lists)
+    imports = [parse_config(PreprocessConfig, options_of(each)) for each in commands(converted, "hy-prfl preprocess")]
+    assert len(imports) == 2
+    assert [each.output_dir for each in imports] == [config.train_dataset, config.validation_dataset]
+    assert config.train_dataset != config.validation_dataset
+    assert len(set(converted.first)) == len(converted.first)
+
+
+def test_the_same_lists_are_one_dataset(convert: Convert) -> None:
+    for lists in (["./meta.list"], "meta.list", ["a.list", "b.list"]):
+        changes = {"dataset.meta_file_list": lists, "dataset.val_meta_file_list": lists}
+        converted, config = convert("train_pavrm_t2v_480", changes)
+        assert config.train_dataset == config.validation_dataset
+        assert len(commands(converted, "hy-prfl preprocess")) == 1
+
+
+def test_recipes_share_datasets_and_no_other_folder(convert: Convert) -> None:
+    """All commands of all twelve can be run in one folder."""
+    folders: dict[str, str] = {}
+    for name in RECIPES:
+        prefix = {"train_prfl": "lrm", "infer_pavrm": "resume"}.get(name.rpartition("_")[0].rpartition("_")[0])
+        converted, config = convert(name, reward_parts(prefix) if prefix else None)
+        for command in [*converted.first, f"the run of {name}, --output_dir {getattr(config, 'output_dir', name)}"]:
+            (folder,) = re.findall(r"--output_dir (\S+)", command)
+            assert folders.setdefault(folder, command) == command
+    assert len([folder for folder in folders if folder.startswith("converted/")]) == 5
+
+
+def test_several_lists_are_joined_line_by_line(convert: Convert, tmp_path: Path) -> None:
+    (tmp_path / "one two.list").write_text("a\n\nb")
+    (tmp_path / "three.list").write_text("c")
+    converted, _ = convert("train_prfl_t2v_480", {"dataset.meta_file_list": ["one two.list", "three.list"]})
+    *joining, importing = converted.first
+    subprocess.run(" && ".join(joining), shell=True, check=True)
+    path = parse_config(PreprocessConfig, options_of(importing)).upstream_meta
+    assert path is not None
+    assert Path(path).read_text().splitlines() == ["a", "b", "c"]
+
+
+def test_prfl_counts_iterations_in_steps(convert: Convert) -> None:
+    converted, config = convert("train_prfl_i2v_720", reward_parts("lrm"))
     # 4000 iterations of 1 clip, 5 of them an update of each kind; the schedule ticks twice meanwhile.
     assert (config.gradient_accumulation_steps, config.max_train_steps) == (5, 800)
     assert (config.checkpointing_steps, config.lr_warmup_steps) == (20, 13)
@@ -230,53 +299,149 @@ def test_prfl_counts_iterations_in_steps(convert: Callable[..., Any]) -> None:
     assert (config.reward_scale, config.reward_target, config.divide_by_step_width) == (0.1, 2.0, False)
     assert (config.num_inference_steps, config.step_range) == (40, [0, 38])
     assert (config.flow_shift, config.sampler_flow_shift) == (5.0, 5.0)
-    assert config.prompt_dropout == 0.1
-    assert config.lora_rank is None
-    assert not config.use_ema
-    assert config.reward_model == "converted/reward_model"
-    (command,) = [each for each in converted.first if "hy-prfl convert" in each]
-    words = command.split()
-    assert words[words.index("--reward_transformer") + 1] == "out/checkpoint-100"
-    assert words[words.index("--mlp") + 1] == "out/mlp_step_100.ckpt"
-    assert words[words.index("--query_attention") + 1] == "out/query_attention_step_100.ckpt"
-    assert words[words.index("--output_dir") + 1] == "converted/reward_model"
+    assert (config.prompt_dropout, config.lora_rank, config.use_ema) == (0.1, None, False)
+    (command,) = commands(converted, "hy-prfl convert")
+    parts = parse_config(ConvertConfig, options_of(command))
+    assert (parts.reward_transformer, parts.mlp) == ("run/checkpoint-100", "run/mlp_100.ckpt")
+    assert (parts.query_attention, parts.output_dir) == ("run/query_100.ckpt", config.reward_model)
+    assert (parts.num_query_heads, parts.query_residual, parts.task) == (8, True, "motion_quality")
 
 
-def test_lora_and_average(convert: Callable[..., Any]) -> None:
-    modules = ["q", "self_attn.k", "cross_attn.v_img", "o", "ffn.0", "ffn.2"]
-    _, config = convert(
-        "train_prfl_t2v_480",
-        {"model.lora.use_lora": True, "model.lora.target_modules": modules, "model.ema.use_ema": True},
+def test_pooling_of_the_reward_model_is_converted_as_it_was_trained(convert: Convert) -> None:
+    changes = reward_parts("lrm") | {
+        "lrm.query_attention.num_heads": 4,
+        "lrm.query_attention.return_type": None,
+        "lrm.task": "blur_quality",
+    }
+    (command,) = commands(convert("train_prfl_t2v_480", changes)[0], "hy-prfl convert")
+    parts = parse_config(ConvertConfig, options_of(command))
+    assert (parts.num_query_heads, parts.query_residual, parts.task) == (4, False, "blur_quality")
+    for name, prefix in {"train_prfl_t2v_480": "lrm", "train_pavrm_t2v_480": "resume"}.items():
+        with pytest.raises(ValueError, match=r"`lrm\.pool` must be q_attn.*got 'mean'"):
+            convert(name, reward_parts(prefix) | {"lrm.pool": "mean"})
+
+
+@pytest.mark.parametrize("name", ["train_prfl_t2v_480", "infer_pavrm_i2v_720"])
+def test_no_reward_model_is_not_passed_over(name: str, convert: Convert) -> None:
+    converted, config = convert(name)
+    assert "reward_model" not in converted.options
+    assert config.reward_model == f"outputs/pavrm_{name[-7:]}/best"
+    assert any("never trained" in note and config.reward_model in note for note in converted.notes)
+    prefix = "lrm" if "prfl" in name else "resume"
+    with pytest.raises(ValueError, match=rf"`model\.{prefix}_mlp_path` is empty, .* Name all three, or none"):
+        convert(name, reward_parts(prefix) | {f"model.{prefix}_mlp_path": None})
+
+
+def test_empty_prompt_is_upstreams_own(convert: Convert, tmp_path: Path) -> None:
+    note = "--null_prompt_path"
+    assert any(note in each for each in convert("train_prfl_t2v_480")[0].notes)
+    assert not any(
+        note in each for each in convert("train_prfl_t2v_480", {"dataset.uncond_prob": [0.0, 0.0]})[0].notes
     )
+    assert not any(note in each for each in convert("train_pavrm_t2v_480")[0].notes)
+    path = tmp_path / "temp_data" / "null" / "wanx" / "null.npy"
+    path.parent.mkdir(parents=True)
+    path.touch()
+    converted, _ = convert("train_prfl_t2v_480")
+    imported = parse_config(PreprocessConfig, options_of(converted.first[0]))
+    assert imported.null_prompt_path == "temp_data/null/wanx/null.npy"
+
+
+def test_folder_that_upstream_ran_in(convert: Convert, tmp_path: Path) -> None:
+    changes = reward_parts("lrm") | {"model.lrm_mlp_path": "/abs/mlp_1.ckpt"}
+    converted, _ = convert("train_prfl_t2v_480", changes, upstream_root="../up")
+    imported = parse_config(PreprocessConfig, options_of(commands(converted, "hy-prfl preprocess")[0]))
+    assert (imported.upstream_meta, imported.upstream_root) == ("../up/lists/clips_480.list", "../up")
+    parts = parse_config(ConvertConfig, options_of(commands(converted, "hy-prfl convert")[0]))
+    assert (parts.reward_transformer, parts.mlp) == ("../up/run/checkpoint-100", "/abs/mlp_1.ckpt")
+
+    (tmp_path / "up" / "configs").mkdir(parents=True)
+    source = tmp_path / "up" / "configs" / "a.yaml"
+    source.write_text(yaml.safe_dump(upstream_recipe("train_prfl_t2v_480")))
+    assert "--upstream_root up " in convert_recipe("up/configs/a.yaml").first[0]
+
+
+def test_weights_to_start_from(convert: Convert, tmp_path: Path) -> None:
+    for key in ("init_transformer_path", "resume_transformer_path"):
+        converted, config = convert("train_prfl_t2v_480", {f"model.{key}": "run/checkpoint-7"})
+        pulled, removed, converting = converted.first[-3:]
+        folder = config.pretrained_model_name_or_path
+        assert pulled == f"hy-prfl pull --repo_id Wan-AI/Wan2.1-T2V-14B-Diffusers --output_dir {folder}"
+        assert removed == f"rm -r {folder}/transformer"
+        assert converting == f"hy-prfl convert --transformer run/checkpoint-7 --output_dir {folder}/transformer"
+    (tmp_path / "wan").mkdir()
+    converted, _ = convert("train_pavrm_t2v_480", {"model.init_transformer_path": "x"}, pipeline="wan")
+    assert "cp -rL wan converted/train_pavrm_t2v_480/pipeline" in converted.first
+    both = {"model.init_transformer_path": "a", "model.resume_transformer_path": "b-1"}
+    converted, _ = convert("train_prfl_t2v_480", both)
+    assert len(commands(converted, "hy-prfl convert --transformer b-1")) == 1
+    assert any(
+        note.startswith("model.init_transformer_path: a: upstream does not read it") for note in converted.notes
+    )
+
+
+def test_model_is_that_of_the_weights(convert: Convert) -> None:
+    changes = {"model.base_path": "/w/Wan2.1-I2V-14B-480P/"}
+    assert convert("train_pavrm_i2v_720", changes)[1].pretrained_model_name_or_path == (
+        "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers"
+    )
+    with pytest.raises(
+        ValueError, match=r"`task` must be a task of the model in `model\.base_path`, .* such as t2v-14b"
+    ):
+        convert("train_pavrm_i2v_720", {"model.base_path": "weights/Wan2.1-T2V-14B"})
+    converted, config = convert("train_pavrm_i2v_720", {"model.base_path": "weights/mine"})
+    assert config.pretrained_model_name_or_path == "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers"
+    assert any(note.startswith("model.base_path: weights/mine: taken for the published") for note in converted.notes)
+    assert convert("train_pavrm_i2v_720", pipeline="me/mine")[1].pretrained_model_name_or_path == "me/mine"
+
+
+def test_lora_and_average(convert: Convert) -> None:
+    modules = ["q", "self_attn.k", "cross_attn.v_img", "o", "ffn.0", "ffn.2"]
+    lora = {"model.lora.use_lora": True, "model.lora.target_modules": modules}
+    _, config = convert("train_prfl_t2v_480", lora | {"model.ema.use_ema": True})
     assert (config.lora_rank, config.lora_alpha) == (64, 64.0)
     expected = ["to_q", "attn1.to_k", "attn2.add_v_proj", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
     assert config.lora_target_modules == expected
     assert (config.use_ema, config.ema_decay) == (True, 0.995)
-    _, config = convert("train_pavrm_t2v_480", {"model.lora.use_lora": True})
-    assert (config.lora_rank, config.lora_alpha) == (64, 64.0)
+    assert convert("train_pavrm_t2v_480", lora)[1].lora_rank == 64
+    # Without `use_lora` upstream does not look at the path.
+    convert("train_prfl_t2v_480", {"model.lora.resume_lora_path": "run/checkpoint-1"})
 
 
-def test_scoring(convert: Callable[..., Any]) -> None:
-    converted, config = convert("infer_pavrm_i2v_720")
-    assert (config.dataset, config.manifest) == ("data/val", None)
-    assert config.reward_model == "converted/reward_model"
-    assert config.output == "outputs/infer_pavrm_i2v_720/scores.csv"
+def test_scoring(convert: Convert) -> None:
+    converted, config = convert("infer_pavrm_i2v_720", reward_parts("resume"))
+    imported = parse_config(PreprocessConfig, options_of(commands(converted, "hy-prfl preprocess")[0]))
+    assert (config.dataset, config.manifest) == (imported.output_dir, None)
+    assert config.reward_model == "converted/infer_pavrm_i2v_720/reward_model"
+    assert config.output == "outputs/pavrm_i2v_720/scores.csv"
     assert (config.seed, config.dtype, config.batch_size) == (1024, "bfloat16", 1)
     # A recipe of training scores as well, if that is asked for.
-    assert convert("train_pavrm_i2v_720", command="score")[1].output == "outputs/train_pavrm_i2v_720/scores.csv"
+    assert convert("train_pavrm_i2v_720", command="score")[0].command == "score"
 
 
 @pytest.mark.parametrize(("name", "side"), [("pre_480", 480), ("pre_720", 704)])
-def test_preprocessing(name: str, side: int, convert: Callable[..., Any]) -> None:
-    _, config = convert(name)
-    assert config.pretrained_model_name_or_path == "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers"
-    assert (config.manifest, config.output_dir) == ("temp_data/temp_input_data.json", f"temp_data/{name[-3:]}")
+def test_preprocessing(name: str, side: int, convert: Convert) -> None:
+    converted, config = convert(name)
+    size = name[-3:]
+    assert config.pretrained_model_name_or_path == f"Wan-AI/Wan2.1-I2V-14B-{size}P-Diffusers"
+    assert config.manifest == "lists/input.json"
+    # Not upstream's own folder, which holds its files.
+    assert config.output_dir == f"data/i2v-14b-{size}p/clips/{size}"
     assert (config.fps, config.num_frames, config.min_num_frames) == (16, 81, 1)
-    assert (config.resolution, config.max_aspect_ratio, config.buckets) == (side, 1.78, [])
+    assert (config.resolution, config.max_aspect_ratio, config.buckets) == (side, 1.75, [])
     assert (config.text_encoder_dtype, config.max_sequence_length) == ("bfloat16", 512)
+    assert converted.commands("new.yaml") == ["hy-prfl preprocess --config new.yaml"]
 
 
-def test_logit_normal_law_is_upstreams(convert: Callable[..., Any]) -> None:
+def test_preprocessing_runs_where_upstream_ran(convert: Convert, tmp_path: Path) -> None:
+    """The video paths in its JSON file start there."""
+    converted, config = convert("pre_480", upstream_root="../up")
+    assert converted.commands("new.yaml") == [
+        f"(cd ../up && hy-prfl preprocess --config {tmp_path}/new.yaml --output_dir {tmp_path}/data/i2v-14b-480p/clips/480)"
+    ]
+
+
+def test_logit_normal_law_is_upstreams(convert: Convert) -> None:
     """Upstream draws an index into sigmas that fall from 1 to 0; the law here is that of sigma itself."""
     scheduler = "extra_model.scheduler"
     _, config = convert(
@@ -298,70 +463,119 @@ def test_logit_normal_law_is_upstreams(convert: Callable[..., Any]) -> None:
     assert torch.allclose(ours.quantile(levels), upstream.quantile(levels), atol=0.03)
 
 
-def test_several_lists_are_joined(convert: Callable[..., Any]) -> None:
-    converted, config = convert("train_prfl_t2v_480", {"dataset.meta_file_list": ["a/one.list", "b/two.list"]})
-    assert config.train_dataset == "data/one"
-    assert converted.first[0] == "mkdir -p data && cat a/one.list b/two.list > data/one.list"
-    assert "--upstream_meta data/one.list" in converted.first[1]
+@pytest.mark.parametrize("name", RECIPES)
+def test_what_upstream_ignores_is_a_note(name: str, convert: Convert) -> None:
+    """Keys of upstream's other files, and of none, with any value."""
+    command = {"pre": "preprocess", "infer": "score"}.get(name.split("_")[0]) or (
+        "train_prfl" if "prfl" in name else "train_reward"
+    )
+    present = flatten(upstream_recipe(name))
+    telling = {"json_path", "lrm.loss", *(key for key in ALL_KEYS if key.startswith("model.lrm_"))}
+    ignored = sorted((ALL_KEYS | DEAD_KEYS.keys()) - READ_KEYS[command] - set(present) - telling)
+    parents = {key.rpartition(".")[0] for key in ALL_KEYS}
+    extra = {key: "any\nthing" for key in ignored if key not in parents} | {"magic.word": 2, "train_speed": [1]}
+    if command == "preprocess":
+        extra = {key: value for key, value in extra.items() if key.split(".")[0] not in present}
+    converted, _ = convert(name, extra, command=command)
+    told = " ".join(converted.notes)
+    assert all(key in told for key in extra)
+    assert "\n" not in "".join(converted.notes)
 
 
-def test_no_reward_model_is_not_passed_over(convert: Callable[..., Any]) -> None:
-    nothing = {f"model.lrm_{part}_path": None for part in ("transformer", "mlp", "query_attention")}
-    converted, _ = convert("train_prfl_t2v_480", nothing)
-    assert "reward_model" not in converted.options
-    assert any("--reward_model" in note for note in converted.notes)
-    with pytest.raises(ValueError, match=r"must name three files; mlp is missing"):
-        convert("train_prfl_t2v_480", {"model.lrm_mlp_path": None})
+def test_misspelt_keys_are_pointed_at(convert: Convert) -> None:
+    with pytest.raises(
+        ValueError, match=r"`optimizer\.lr_warmup_steps` is missing; .* calls `optimizer\.lr_warmup_step`"
+    ):
+        convert("train_prfl_t2v_480", {"optimizer.lr_warmup_steps": ..., "optimizer.lr_warmup_step": 5})
+    converted, _ = convert("train_pavrm_t2v_480", {"optimizer.learning_rate_mpl": 1e-5})
+    assert any("did you mean `optimizer.learning_rate_mlp`?" in note for note in converted.notes)
 
 
-def test_unknown_keys_are_refused_by_name_and_may_be_ignored(convert: Callable[..., Any], tmp_path: Path) -> None:
-    changes = {"train.speed": 1, "magic": 2}
-    with pytest.raises(ValueError, match=r"train_prfl_t2v_480\.yaml: .* no `magic`, `train\.speed` in a recipe"):
-        convert("train_prfl_t2v_480", changes)
-    converted, _ = convert("train_prfl_t2v_480", changes, ignore=["train.speed", "magic"])
-    assert any(note.startswith("train.speed: 1") for note in converted.notes)
-    with pytest.raises(ValueError, match="`ignore` names 'train.sped', which is no key"):
-        convert("train_prfl_t2v_480", ignore=["train.sped"])
-
-
-def test_pooling_of_the_reward_model_is_converted_as_it_was_trained(convert: Callable[..., Any]) -> None:
-    attention = {"lrm.query_attention.num_heads": 4, "lrm.query_attention.return_type": None}
-    (command,) = [each for each in convert("train_prfl_t2v_480", attention)[0].first if "convert" in each]
-    config = parse_config(ConvertConfig, command.removeprefix("hy-prfl convert ").split())
-    assert (config.num_query_heads, config.query_residual) == (4, False)
+@pytest.mark.parametrize("name", RECIPES)
+def test_keys_that_upstream_needs_are_asked_for(name: str, convert: Convert) -> None:
+    """Without any one key a recipe is converted, with a value that the code brings, or refused by that key's name."""
+    for key in flatten(upstream_recipe(name)):
+        try:
+            convert(name, {key: ...})
+        except ValueError as error:
+            named = key in str(error) or (key, "is no recipe of HY-Video-PRFL" in str(error)) == ("lrm.loss", True)
+            assert named or key == "json_path", key
 
 
 @pytest.mark.parametrize(
     ("name", "key", "value", "message"),
     [
-        ("train_pavrm_t2v_480", "task", "i2v-1.3b", "`task` must be one of t2v-1.3b, .*got 'i2v-1.3b'"),
+        ("train_pavrm_t2v_480", "task", "i2v-1.3b", "`task` must be an image-to-video model that is published, .*got 'i2v-1.3b'"),
+        ("train_pavrm_t2v_480", "task", "v2v", "`task` must be one of t2v-1.3b, .*got 'v2v'"),
         ("train_pavrm_t2v_480", "lrm.trainable_blocks", [4, 5], "`lrm.trainable_blocks` must be the first blocks"),
-        ("train_pavrm_t2v_480", "lrm.feature_layer", [6, 7], "`lrm.feature_layer` must be the last of the blocks, 7"),
-        ("train_pavrm_t2v_480", "lrm.query_attention.num_queries", 4, "num_queries` must be 1, got 4"),
+        ("train_pavrm_t2v_480", "lrm.query_attention.num_queries", 4, "num_queries` must be 1: .*got 4"),
+        ("train_prfl_t2v_480", "lrm.query_attention.num_queries", 4, "num_queries` must be 1: .*got 4"),
+        ("infer_pavrm_i2v_720", "lrm.query_attention.num_queries", 4, "num_queries` must be 1: .*got 4"),
+        ("train_pavrm_t2v_480", "lrm.query_attention.dropout", 0.1, "dropout` must be 0: .*got 0.1"),
         ("train_pavrm_t2v_480", "lrm.timestep", [400], "`lrm.timestep` must be left out"),
         ("train_pavrm_t2v_480", "lrm.loss", "mse", "`lrm.loss` must be one of ce, bt, got 'mse'"),
+        ("train_pavrm_t2v_480", "lrm.task", "beauty", "`lrm.task` must be one of text_alignment, .*got 'beauty'"),
+        ("train_pavrm_t2v_480", "model.ema.use_ema", True, "`model.ema.use_ema` must be false"),
+        ("train_pavrm_t2v_480", "model.lora.use_lora", "yes please", "`model.lora.use_lora` must be true or false"),
+        ("infer_pavrm_i2v_720", "model.lora.use_lora", True, "`model.lora.use_lora` must be false: merge"),
+        ("train_pavrm_t2v_480", "model.patch_size", [1, 1, 1], r"`model.patch_size` must be \[1, 2, 2\]"),
+        ("train_pavrm_t2v_480", "model.selective_checkpointing", "most", "must be a number such as 0.5"),
+        ("train_pavrm_t2v_480", "model.fsdp.fsdp_sharding_startegy", "zero", "must be one of full, shard_grad_op, "),
+        ("train_pavrm_t2v_480", "train.precision", "fp16", "`train.precision` must be bf16, .*got 'fp16'"),
+        ("train_prfl_t2v_480", "train.precision", "fp32", "`train.precision` must be bf16, .*--mixed_precision no"),
+        ("train_prfl_t2v_480", "optimizer.lr_scheduler", "piecewise_constant", "lr_scheduler` must be one of linear"),
         ("train_prfl_t2v_480", "extra_model.scheduler.num_train_timesteps", 500, "num_train_timesteps` must be 1000"),
         ("train_prfl_t2v_480", "train.gradient_accumulation_steps", 2.5, "must be a whole number, got 2.5"),
+        ("train_prfl_t2v_480", "train.gradient_accumulation_steps", 0, "must be at least 1, got 0"),
         ("train_prfl_t2v_480", "optimizer.learning_rate", "fast", "`optimizer.learning_rate` must be a number"),
+        ("train_prfl_t2v_480", "optimizer.learning_rate", 0, "as options of `train_prfl`: `learning_rate` must be"),
         ("train_prfl_t2v_480", "optimizer.max_train_steps", None, "`optimizer.max_train_steps` is missing"),
+        ("train_prfl_t2v_480", "dataset.uncond_prob", ["a", 0], "`dataset.uncond_prob` must be shares"),
+        ("train_prfl_t2v_480", "dataset.meta_file_list", [], "`dataset.meta_file_list` must be list files"),
         ("train_prfl_t2v_480", "save.output_dir", "${root}/x", r"`save.output_dir` must be a value; `\$\{...\}`"),
         ("pre_480", "resolution", [720, 1280], "`resolution` must be .* a multiple of 32, got \\[720, 1280\\]"),
         ("pre_480", "start_idx", 8, "`start_idx` must be 0"),
+        ("pre_480", "model_type", "ltx", "`model_type` must be wanx"),
+        ("pre_480", "precision", "int8", "`precision` must be one of bf16, fp16, fp32"),
+        ("pre_480", "num_frames", 80, "as options of `preprocess`: `num_frames` must be of the form 4k"),
     ],
-)
+)  # fmt: skip
 def test_values_without_a_counterpart_are_refused(
-    name: str, key: str, value: object, message: str, convert: Callable[..., Any]
+    name: str, key: str, value: object, message: str, convert: Convert
 ) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"{name}.yaml: .*{message}"):
         convert(name, {key: value})
 
 
-def test_layer_that_does_not_exist(convert: Callable[..., Any]) -> None:
+def test_crops_are_refused_where_upstream_crops(convert: Convert) -> None:
+    halved = {"dataset.crop_ratio": [0.5, 0.5, 1]}
+    convert("train_pavrm_t2v_480", halved)
+    with pytest.raises(ValueError, match=r"`dataset\.crop_ratio` must be \[1, 1, 1\]: clips are cropped once"):
+        convert("train_pavrm_t2v_480", halved | {"dataset.sp_size": 1})
+
+
+def test_adapters_are_not_dropped(convert: Convert) -> None:
+    lora = {"model.lora.use_lora": True}
     with pytest.raises(ValueError, match=r"`model\.lora\.target_modules` must be layers .*'head\.q' is none"):
-        convert("train_prfl_t2v_480", {"model.lora.use_lora": True, "model.lora.target_modules": ["head.q"]})
+        convert("train_prfl_t2v_480", lora | {"model.lora.target_modules": ["head.q"]})
+    with pytest.raises(ValueError, match=r"`model\.lora\.resume_lora_path` must be empty: .*--ignore_keys"):
+        convert("train_prfl_t2v_480", lora | {"model.lora.resume_lora_path": "run/checkpoint-1"})
 
 
-def test_file_is_written_once(convert: Callable[..., Any], tmp_path: Path) -> None:
+def test_refused_values_may_be_ignored(convert: Convert) -> None:
+    for key, value in {"lrm.timestep": [400], "train.precision": "fp32", "model.ema.use_ema": True}.items():
+        converted, _ = convert("train_pavrm_t2v_480", {key: value}, ignore=[key])
+        assert converted.notes[0] == f"{key}: {value}: left out as asked for."
+    with pytest.raises(ValueError, match="`ignore_keys` names 'train.sped', which is no key"):
+        convert("train_prfl_t2v_480", ignore=["train.sped"])
+
+
+def test_schedules_that_end_elsewhere_are_noted(convert: Convert) -> None:
+    converted, _ = convert("train_prfl_t2v_480", {"optimizer.lr_scheduler": "cosine"})
+    assert any(note.startswith("optimizer.lr_scheduler: cosine: reaches its end") for note in converted.notes)
+
+
+def test_file_is_written_once(convert: Convert, tmp_path: Path) -> None:
     converted, config = convert("train_pavrm_t2v_720")
     options = parse_config(RecipeConfig, ["--recipe=old.yaml", f"--output={tmp_path / 'new' / 'mine.yaml'}"])
     converted.save(options.output)
@@ -386,5 +600,6 @@ def test_files_that_are_no_recipe(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
             convert_recipe(path)
+    path.write_text("json_path: a")
     with pytest.raises(ValueError, match="`command` must be one of"):
         convert_recipe(path, command="train")
