@@ -60,7 +60,7 @@ COMMANDS = {
     "score": ["--reward_model=u/r", "--dataset=u/d", "--output=file/x.csv"],
     "label": ["--dataset=u/d", "--annotations=file", "--output_dir=file/x"],
     "convert": ["--lora=file", "--output_dir=file/x"],
-    "convert recipe": ["--config=file", "--output=file/x.yaml"],
+    "convert_recipe": ["--config=file", "--output=file/x.yaml"],
     "train_reward": ["--pretrained_model_name_or_path=u/p", "--train_dataset=u/d", "--output_dir=file/x"],
     "train_prfl": [
         "--pretrained_model_name_or_path=u/p", "--train_dataset=u/d", "--output_dir=file/x", "--reward_model=u/r",
@@ -71,7 +71,7 @@ COMMANDS = {
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_checks_its_output(command: str) -> None:
-    main = importlib.import_module(f"hy_prfl.scripts.{command.split()[0]}").main
+    main = importlib.import_module(f"hy_prfl.scripts.{command}").main
     with pytest.raises(ValueError, match=r"`(output|output_dir)`: .*'.*file' is a file, so there can be no '.*x"):
         main(COMMANDS[command])
 

@@ -53,7 +53,7 @@ MISTAKES: dict[str, list[tuple[list[str], str]]] = {
     "label": [
         (["--overwrite=perhaps"], "command line: `overwrite` must be true or false, got 'perhaps'."),
         (["--unknown_ids=drop"], "command line: `unknown_ids` must be one of error, ignore, got 'drop'."),
-        (["--output_dir="], "`output_dir` must be a path, got ''."),
+        (["--output_dir="], "`output_dir` must be no empty text; leave it out, got ''."),
         (["--annotations=none.csv"], "`annotations`: there is no file 'none.csv'."),
         (["--dataset=/none"], "`dataset`: there is no folder '/none'"),
     ],
