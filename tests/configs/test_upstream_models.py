@@ -1,16 +1,11 @@
 """Models, layers and blocks that upstream's recipes name."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from hy_prfl.configs.upstream import ConvertedRecipe
-
-
-ROOT = Path(__file__).parents[2]
-Convert = Callable[..., tuple[ConvertedRecipe, Any]]
+from tests.configs.upstream_recipes import Convert
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,16 @@
 """Recipes with the sections and keys of the twelve YAML files of HY-Video-PRFL, with values of our own."""
 
 import shlex
+from collections.abc import Callable
 from typing import Any
 
 import yaml
 
 from hy_prfl.configs.converted_recipe import ConvertedRecipe
 
+
+# The fixture `convert`: a recipe's name, and changes to it -> what became of it, and its configuration.
+Convert = Callable[..., tuple[ConvertedRecipe, Any]]
 
 COMMON = """
 train_id: RUN
