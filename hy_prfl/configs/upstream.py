@@ -5,6 +5,7 @@ A key that upstream's code reads is carried over, with its unit and meaning; whe
 is refused with what to do. A key that upstream's code does not read is named in a note. `docs/upstream.md` has them all.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -115,6 +116,8 @@ def _convert_preprocess(keys: RecipeKeys, pipeline: str | None) -> None:
     named = [named_task(str(keys.values.get(path))) for path in paths]
     by_size = "i2v-14b-480p" if short_side <= 480 else "i2v-14b-720p"
     task = next((task for task in reversed(named) if task is not None), by_size)
+    if pipeline is not None and keys.root != "." and Path(pipeline).is_dir():
+        pipeline = os.path.abspath(pipeline)  # the command runs in another folder
     keys.pipeline = pipeline or PIPELINES[task]
     origin = "as asked for" if pipeline else "the model of the *_path keys in diffusers' format"
     keys.option("pretrained_model_name_or_path", keys.pipeline, origin)

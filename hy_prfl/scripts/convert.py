@@ -22,7 +22,12 @@ from .running import run
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Convert one thing."""
-    config = parse_config(ConvertConfig, argv, description=__doc__)
+    try:
+        config = parse_config(ConvertConfig, argv, description=__doc__)
+    except ValueError as error:
+        if "is not a field" not in str(error):
+            raise
+        raise ValueError(f"{error} YAML files of HY-Video-PRFL are converted by `hy-prfl convert_recipe`.") from error
     check_paths(config, "transformer", "lora", "reward_model", "reward_transformer")
     check_files(config, "transformer_config", "mlp", "query_attention")
     check_output_folders(config, "output_dir")

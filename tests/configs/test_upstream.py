@@ -1,57 +1,32 @@
 """Recipes with the sections and keys of HY-Video-PRFL's twelve files become options of our commands."""
 
-import re
 import shlex
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 
 from hy_prfl.configs.convert import ConvertConfig
-from hy_prfl.configs.label import LabelConfig
 from hy_prfl.configs.parser import parse_config
 from hy_prfl.configs.preprocess import PreprocessConfig
 from hy_prfl.configs.recipe import RecipeConfig
 from hy_prfl.configs.reward import RewardTrainingConfig
-from hy_prfl.configs.upstream import CONFIGS, ConvertedRecipe, convert_recipe
+from hy_prfl.configs.upstream import convert_recipe
 from hy_prfl.configs.upstream_keys import ALL_KEYS, DEAD_KEYS, READ_KEYS, flatten
 from hy_prfl.flow_matching import make_generator, sample_sigmas
-from tests.configs.upstream_recipes import RECIPES, TRAININGS, reward_parts, upstream_recipe
+from tests.configs.upstream_recipes import (
+    RECIPES,
+    TRAININGS,
+    Convert,
+    commands,
+    options_of,
+    reward_parts,
+    upstream_recipe,
+)
 
 
 ROOT = Path(__file__).parents[2]
-Convert = Callable[..., tuple[ConvertedRecipe, Any]]
-
-
-@pytest.fixture
-def convert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Convert:
-    """Function that converts a recipe, with keys changed, and parses the YAML that is written for it."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(name: str, changes: dict[str, Any] | None = None, **arguments: Any) -> tuple[ConvertedRecipe, Any]:
-        source = tmp_path / f"{name}.yaml"
-        source.write_text(yaml.safe_dump(upstream_recipe(name, changes)))
-        converted = convert_recipe(source, **arguments)
-        (tmp_path / "new.yaml").write_text(converted.to_yaml("new.yaml"), encoding="utf-8")
-        # The command that the head of the file ends with.
-        words = shlex.split(converted.commands("new.yaml")[-1])
-        options = words[words.index("--config") :]
-        return converted, parse_config(CONFIGS[converted.command], options)
-
-    return run
-
-
-def commands(converted: ConvertedRecipe, *words: str) -> list[str]:
-    """The commands to run first that begin with these words."""
-    return [command for command in converted.first if command.startswith(" ".join(words))]
-
-
-def options_of(command: str) -> list[str]:
-    return shlex.split(command)[2:]
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -93,15 +68,6 @@ def test_the_head_has_commands_that_parse(name: str, convert: Convert) -> None:
     assert "docs/upstream.md" in head[-1]
 
 
-def test_launch_files_are_brought_along(convert: Convert, tmp_path: Path) -> None:
-    converted, _ = convert("train_pavrm_t2v_480")
-    assert converted.commands("x.yaml")[0] == f"ln -sf {ROOT}/accelerate_configs {ROOT}/ds_configs ."
-    (tmp_path / "accelerate_configs").mkdir()
-    assert converted.commands("x.yaml")[0] == f"ln -sf {ROOT}/ds_configs ."
-    (tmp_path / "ds_configs").mkdir()
-    assert converted.commands("x.yaml")[0].startswith("hy-prfl preprocess")
-
-
 def test_reward_training(convert: Convert) -> None:
     converted, config = convert("train_pavrm_i2v_720")
     assert config.pretrained_model_name_or_path == "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers"
@@ -132,66 +98,6 @@ def test_noise_levels_of_the_evaluation_are_upstreams(levels: Any, convert: Conv
 
 
 @pytest.mark.parametrize(
-    ("blocks", "layer", "expected"),
-    [([*range(8)], [8], 8), ([*range(8)], 8, 8), ([0, 1, 2, 3], [4], 4), ([1, 0], [2], 2)],
-)
-def test_feature_layer_counts_from_one(blocks: list[int], layer: Any, expected: int, convert: Convert) -> None:
-    changes = {"lrm.trainable_blocks": blocks, "lrm.feature_layer": layer}
-    assert convert("train_pavrm_t2v_480", changes)[1].num_layers == expected
-    convert("train_prfl_t2v_480", changes)
-    convert("infer_pavrm_i2v_720", changes)
-
-
-@pytest.mark.parametrize("name", ["train_pavrm_t2v_480", "train_prfl_t2v_480", "infer_pavrm_i2v_720"])
-@pytest.mark.parametrize("layer", [[7], 7, [6, 7], [4], [9], [7, 8], [], "8"])
-def test_other_feature_layers_are_refused(name: str, layer: Any, convert: Convert) -> None:
-    with pytest.raises(
-        ValueError, match=r"`lrm\.feature_layer` must be \[8\], the output of the last of the 8 blocks"
-    ):
-        convert(name, {"lrm.feature_layer": layer})
-
-
-@pytest.mark.parametrize(
-    ("name", "ratio", "count", "reward_count"),
-    [
-        # N blocks and a share of p: the floor of N p + 1/2.
-        ("train_prfl_t2v_480", 0.5, 20, 4),
-        ("train_prfl_t2v_480", "1/3", 13, 3),
-        ("train_prfl_t2v_480", "0.25", 10, 2),
-        ("train_prfl_t2v_480", 0.05, 2, 1),
-        ("train_prfl_t2v_480", 1.0, None, None),
-        ("train_prfl_t2v_480", 2, None, None),
-        ("train_pavrm_t2v_480", 0.5, 4, None),
-        ("train_pavrm_t2v_480", "1/3", 3, None),
-        ("train_pavrm_t2v_480", 1, None, None),
-    ],
-)
-def test_share_of_recomputed_blocks(
-    name: str, ratio: Any, count: int | None, reward_count: int | None, convert: Convert
-) -> None:
-    converted, config = convert(name, {"model.selective_checkpointing": ratio})
-    assert (config.gradient_checkpointing, config.gradient_checkpointing_blocks) == (True, count)
-    if "prfl" in name:
-        assert config.reward_gradient_checkpointing_blocks == reward_count
-    told = " ".join([*converted.origins.values(), *converted.notes])
-    assert f"model.selective_checkpointing: {ratio}" in told
-    assert "or none" not in told
-
-
-def test_no_recomputed_block(convert: Convert, tmp_path: Path) -> None:
-    for changes in ({"model.gradient_checkpointing": False}, {"model.selective_checkpointing": 0}):
-        _, config = convert("train_pavrm_t2v_480", changes)
-        assert (config.gradient_checkpointing, config.gradient_checkpointing_blocks) == (False, None)
-    # A pipeline of one's own says how many blocks it has; the published ones are known.
-    (tmp_path / "pipeline" / "transformer").mkdir(parents=True)
-    (tmp_path / "pipeline" / "transformer" / "config.json").write_text('{"num_layers": 6}')
-    half = {"model.selective_checkpointing": 0.5}
-    assert convert("train_prfl_t2v_480", half, pipeline="pipeline")[1].gradient_checkpointing_blocks == 3
-    half |= {"task": "t2v-1.3b", "model.base_path": "weights/Wan2.1-T2V-1.3B"}
-    assert convert("train_prfl_t2v_480", half)[1].gradient_checkpointing_blocks == 15
-
-
-@pytest.mark.parametrize(
     ("strategy", "offload", "launch_config", "note"),
     [
         ("full", False, "zero3", "weights, gradients and optimizer states"),
@@ -219,76 +125,6 @@ def test_sharding(strategy: str | None, offload: bool, launch_config: str, note:
         assert any("--machine_rank" in each for each in converted.notes) == launch_config.startswith("multi_node")
 
 
-def test_bradley_terry_with_one_list(convert: Convert) -> None:
-    converted, config = convert("train_pavrm_bt_i2v_720")
-    assert (config.loss, config.allow_unpaired, config.head_learning_rate) == ("bt", True, 1e-5)
-    assert len(converted.first) == 1
-    assert any("the same clips as meta_file_list" in note and "motion_quality" in note for note in converted.notes)
-
-
-def test_bradley_terry_with_two_lists(convert: Convert) -> None:
-    converted, config = convert("train_pavrm_bt_i2v_720", {"dataset.meta_file_lose_list": ["lists/lose.list"]})
-    (command,) = commands(converted, "hy-prfl label")
-    labelled = parse_config(LabelConfig, options_of(command))
-    assert (labelled.output_dir, labelled.overwrite) == (config.train_dataset, True)
-    imports = [parse_config(PreprocessConfig, options_of(each)) for each in commands(converted, "hy-prfl preprocess")]
-    assert [each.output_dir for each in imports] == [labelled.dataset, config.validation_dataset]
-    assert len(set(converted.first)) == len(converted.first)
-
-
-@pytest.mark.parametrize(
-    ("train", "validation"),
-    [
-        (["train/meta.list"], ["val/meta.list"]),
-        (["a/b/meta.list"], ["a/meta.list"]),
-        (["../meta.list"], ["meta.list"]),
-        (["/data/meta.list"], ["other/meta.list"]),
-        (["meta.list"], ["meta.txt"]),
-        (["meta.list", "more.list"], ["meta.list"]),
-        (["train/meta.list", "val/meta.list"], ["val/meta.list", "train/meta.list"]),
-    ],
-)
-def test_other_lists_are_other_datasets(train: list[str], validation: list[str], convert: Convert) -> None:
-    lists = {"dataset.meta_file_list": train, "dataset.val_meta_file_list": validation}
-    converted, config = convert("train_pavrm_t2v_480", lists)
-    imports = [parse_config(PreprocessConfig, options_of(each)) for each in commands(converted, "hy-prfl preprocess")]
-    assert len(imports) == 2
-    assert [each.output_dir for each in imports] == [config.train_dataset, config.validation_dataset]
-    assert config.train_dataset != config.validation_dataset
-    assert len(set(converted.first)) == len(converted.first)
-
-
-def test_the_same_lists_are_one_dataset(convert: Convert) -> None:
-    for lists in (["./meta.list"], "meta.list", ["a.list", "b.list"]):
-        changes = {"dataset.meta_file_list": lists, "dataset.val_meta_file_list": lists}
-        converted, config = convert("train_pavrm_t2v_480", changes)
-        assert config.train_dataset == config.validation_dataset
-        assert len(commands(converted, "hy-prfl preprocess")) == 1
-
-
-def test_recipes_share_datasets_and_no_other_folder(convert: Convert) -> None:
-    """All commands of all twelve can be run in one folder."""
-    folders: dict[str, str] = {}
-    for name in RECIPES:
-        prefix = {"train_prfl": "lrm", "infer_pavrm": "resume"}.get(name.rpartition("_")[0].rpartition("_")[0])
-        converted, config = convert(name, reward_parts(prefix) if prefix else None)
-        for command in [*converted.first, f"the run of {name}, --output_dir {getattr(config, 'output_dir', name)}"]:
-            (folder,) = re.findall(r"--output_dir (\S+)", command)
-            assert folders.setdefault(folder, command) == command
-    assert len([folder for folder in folders if folder.startswith("converted/")]) == 5
-
-
-def test_several_lists_are_joined_line_by_line(convert: Convert, tmp_path: Path) -> None:
-    (tmp_path / "one two.list").write_text("a\n\nb")
-    (tmp_path / "three.list").write_text("c")
-    converted, _ = convert("train_prfl_t2v_480", {"dataset.meta_file_list": ["one two.list", "three.list"]})
-    *joining, importing = converted.first
-    subprocess.run(" && ".join(joining), shell=True, check=True)
-    path = parse_config(PreprocessConfig, options_of(importing)).upstream_meta
-    assert path is not None
-    assert Path(path).read_text().splitlines() == ["a", "b", "c"]
-
-
 def test_prfl_counts_iterations_in_steps(convert: Convert) -> None:
     converted, config = convert("train_prfl_i2v_720", reward_parts("lrm"))
     # 4000 iterations of 1 clip, 5 of them an update of each kind; the schedule ticks twice meanwhile.
@@ -305,94 +141,6 @@ def test_prfl_counts_iterations_in_steps(convert: Convert) -> None:
     assert (parts.reward_transformer, parts.mlp) == ("run/checkpoint-100", "run/mlp_100.ckpt")
     assert (parts.query_attention, parts.output_dir) == ("run/query_100.ckpt", config.reward_model)
     assert (parts.num_query_heads, parts.query_residual, parts.task) == (8, True, "motion_quality")
-
-
-def test_pooling_of_the_reward_model_is_converted_as_it_was_trained(convert: Convert) -> None:
-    changes = reward_parts("lrm") | {
-        "lrm.query_attention.num_heads": 4,
-        "lrm.query_attention.return_type": None,
-        "lrm.task": "blur_quality",
-    }
-    (command,) = commands(convert("train_prfl_t2v_480", changes)[0], "hy-prfl convert")
-    parts = parse_config(ConvertConfig, options_of(command))
-    assert (parts.num_query_heads, parts.query_residual, parts.task) == (4, False, "blur_quality")
-    for name, prefix in {"train_prfl_t2v_480": "lrm", "train_pavrm_t2v_480": "resume"}.items():
-        with pytest.raises(ValueError, match=r"`lrm\.pool` must be q_attn.*got 'mean'"):
-            convert(name, reward_parts(prefix) | {"lrm.pool": "mean"})
-
-
-@pytest.mark.parametrize("name", ["train_prfl_t2v_480", "infer_pavrm_i2v_720"])
-def test_no_reward_model_is_not_passed_over(name: str, convert: Convert) -> None:
-    converted, config = convert(name)
-    assert "reward_model" not in converted.options
-    assert config.reward_model == f"outputs/pavrm_{name[-7:]}/best"
-    assert any("never trained" in note and config.reward_model in note for note in converted.notes)
-    prefix = "lrm" if "prfl" in name else "resume"
-    with pytest.raises(ValueError, match=rf"`model\.{prefix}_mlp_path` is empty, .* Name all three, or none"):
-        convert(name, reward_parts(prefix) | {f"model.{prefix}_mlp_path": None})
-
-
-def test_empty_prompt_is_upstreams_own(convert: Convert, tmp_path: Path) -> None:
-    note = "--null_prompt_path"
-    assert any(note in each for each in convert("train_prfl_t2v_480")[0].notes)
-    assert not any(
-        note in each for each in convert("train_prfl_t2v_480", {"dataset.uncond_prob": [0.0, 0.0]})[0].notes
-    )
-    assert not any(note in each for each in convert("train_pavrm_t2v_480")[0].notes)
-    path = tmp_path / "temp_data" / "null" / "wanx" / "null.npy"
-    path.parent.mkdir(parents=True)
-    path.touch()
-    converted, _ = convert("train_prfl_t2v_480")
-    imported = parse_config(PreprocessConfig, options_of(converted.first[0]))
-    assert imported.null_prompt_path == "temp_data/null/wanx/null.npy"
-
-
-def test_folder_that_upstream_ran_in(convert: Convert, tmp_path: Path) -> None:
-    changes = reward_parts("lrm") | {"model.lrm_mlp_path": "/abs/mlp_1.ckpt"}
-    converted, _ = convert("train_prfl_t2v_480", changes, upstream_root="../up")
-    imported = parse_config(PreprocessConfig, options_of(commands(converted, "hy-prfl preprocess")[0]))
-    assert (imported.upstream_meta, imported.upstream_root) == ("../up/lists/clips_480.list", "../up")
-    parts = parse_config(ConvertConfig, options_of(commands(converted, "hy-prfl convert")[0]))
-    assert (parts.reward_transformer, parts.mlp) == ("../up/run/checkpoint-100", "/abs/mlp_1.ckpt")
-
-    (tmp_path / "up" / "configs").mkdir(parents=True)
-    source = tmp_path / "up" / "configs" / "a.yaml"
-    source.write_text(yaml.safe_dump(upstream_recipe("train_prfl_t2v_480")))
-    assert "--upstream_root up " in convert_recipe("up/configs/a.yaml").first[0]
-
-
-def test_weights_to_start_from(convert: Convert, tmp_path: Path) -> None:
-    for key in ("init_transformer_path", "resume_transformer_path"):
-        converted, config = convert("train_prfl_t2v_480", {f"model.{key}": "run/checkpoint-7"})
-        pulled, removed, converting = converted.first[-3:]
-        folder = config.pretrained_model_name_or_path
-        assert pulled == f"hy-prfl pull --repo_id Wan-AI/Wan2.1-T2V-14B-Diffusers --output_dir {folder}"
-        assert removed == f"rm -r {folder}/transformer"
-        assert converting == f"hy-prfl convert --transformer run/checkpoint-7 --output_dir {folder}/transformer"
-    (tmp_path / "wan").mkdir()
-    converted, _ = convert("train_pavrm_t2v_480", {"model.init_transformer_path": "x"}, pipeline="wan")
-    assert "cp -rL wan converted/train_pavrm_t2v_480/pipeline" in converted.first
-    both = {"model.init_transformer_path": "a", "model.resume_transformer_path": "b-1"}
-    converted, _ = convert("train_prfl_t2v_480", both)
-    assert len(commands(converted, "hy-prfl convert --transformer b-1")) == 1
-    assert any(
-        note.startswith("model.init_transformer_path: a: upstream does not read it") for note in converted.notes
-    )
-
-
-def test_model_is_that_of_the_weights(convert: Convert) -> None:
-    changes = {"model.base_path": "/w/Wan2.1-I2V-14B-480P/"}
-    assert convert("train_pavrm_i2v_720", changes)[1].pretrained_model_name_or_path == (
-        "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers"
-    )
-    with pytest.raises(
-        ValueError, match=r"`task` must be a task of the model in `model\.base_path`, .* such as t2v-14b"
-    ):
-        convert("train_pavrm_i2v_720", {"model.base_path": "weights/Wan2.1-T2V-14B"})
-    converted, config = convert("train_pavrm_i2v_720", {"model.base_path": "weights/mine"})
-    assert config.pretrained_model_name_or_path == "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers"
-    assert any(note.startswith("model.base_path: weights/mine: taken for the published") for note in converted.notes)
-    assert convert("train_pavrm_i2v_720", pipeline="me/mine")[1].pretrained_model_name_or_path == "me/mine"
 
 
 def test_lora_and_average(convert: Convert) -> None:
@@ -431,14 +179,6 @@ def test_preprocessing(name: str, side: int, convert: Convert) -> None:
     assert (config.resolution, config.max_aspect_ratio, config.buckets) == (side, 1.75, [])
     assert (config.text_encoder_dtype, config.max_sequence_length) == ("bfloat16", 512)
     assert converted.commands("new.yaml") == ["hy-prfl preprocess --config new.yaml"]
-
-
-def test_preprocessing_runs_where_upstream_ran(convert: Convert, tmp_path: Path) -> None:
-    """The video paths in its JSON file start there."""
-    converted, config = convert("pre_480", upstream_root="../up")
-    assert converted.commands("new.yaml") == [
-        f"(cd ../up && hy-prfl preprocess --config {tmp_path}/new.yaml --output_dir {tmp_path}/data/i2v-14b-480p/clips/480)"
-    ]
 
 
 def test_logit_normal_law_is_upstreams(convert: Convert) -> None:
@@ -552,14 +292,6 @@ def test_crops_are_refused_where_upstream_crops(convert: Convert) -> None:
     convert("train_pavrm_t2v_480", halved)
     with pytest.raises(ValueError, match=r"`dataset\.crop_ratio` must be \[1, 1, 1\]: clips are cropped once"):
         convert("train_pavrm_t2v_480", halved | {"dataset.sp_size": 1})
-
-
-def test_adapters_are_not_dropped(convert: Convert) -> None:
-    lora = {"model.lora.use_lora": True}
-    with pytest.raises(ValueError, match=r"`model\.lora\.target_modules` must be layers .*'head\.q' is none"):
-        convert("train_prfl_t2v_480", lora | {"model.lora.target_modules": ["head.q"]})
-    with pytest.raises(ValueError, match=r"`model\.lora\.resume_lora_path` must be empty: .*--ignore_keys"):
-        convert("train_prfl_t2v_480", lora | {"model.lora.resume_lora_path": "run/checkpoint-1"})
 
 
 def test_refused_values_may_be_ignored(convert: Convert) -> None:

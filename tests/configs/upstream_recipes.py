@@ -1,9 +1,16 @@
 """Recipes with the sections and keys of the twelve YAML files of HY-Video-PRFL, with values of our own."""
 
+import shlex
+from collections.abc import Callable
 from typing import Any
 
 import yaml
 
+from hy_prfl.configs.converted_recipe import ConvertedRecipe
+
+
+# The fixture `convert`: a recipe's name, and changes to it -> what became of it, and its configuration.
+Convert = Callable[..., tuple[ConvertedRecipe, Any]]
 
 COMMON = """
 train_id: RUN
@@ -136,3 +143,12 @@ def upstream_recipe(name: str, changes: dict[str, Any] | None = None) -> dict[st
 def reward_parts(prefix: str) -> dict[str, str]:
     """Changes that name the three files of a reward model, `prefix` being lrm or resume."""
     return {f"model.{prefix}_{part}_path": path for part, path in REWARD_PARTS.items()}
+
+
+def commands(converted: ConvertedRecipe, *words: str) -> list[str]:
+    """The commands to run first that begin with these words."""
+    return [command for command in converted.first if command.startswith(" ".join(words))]
+
+
+def options_of(command: str) -> list[str]:
+    return shlex.split(command)[2:]

@@ -165,6 +165,13 @@ def test_options(tmp_path: Path, values: dict[str, object], message: str) -> Non
         main(options(**values, output_dir=tmp_path / "out"))
 
 
+def test_recipes_have_a_command_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / "old.yaml").write_text("train_id: x\n")
+    for more in ([], [f"--output={tmp_path / 'new.yaml'}"]):
+        with pytest.raises(ValueError, match=r"is not a field of ConvertConfig.* `hy-prfl convert_recipe`"):
+            main([f"--config={tmp_path / 'old.yaml'}", *more])
+
+
 def test_output_folder_in_use(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("x")
     with pytest.raises(ValueError, match="output_dir"):

@@ -83,13 +83,13 @@ class Workplace:
         source = self.upstream / "configs" / f"{name}.yaml"
         source.parent.mkdir(parents=True, exist_ok=True)
         source.write_text(
-            yaml.safe_dump(upstream_recipe(name, {**TINY, **changes} if "pre" not in name[:3] else changes))
+            yaml.safe_dump(upstream_recipe(name, changes if name.startswith("pre_") else {**TINY, **changes}))
         )
         main(
             [
                 f"--config={os.path.relpath(source)}",
                 f"--output={name}.yaml",
-                f"--pretrained_model_name_or_path={pipeline}",
+                f"--pretrained_model_name_or_path={os.path.relpath(pipeline)}",
             ]
         )
         printed = self.capsys.readouterr().out
