@@ -110,7 +110,7 @@ MISTAKES: dict[str, list[tuple[list[str], str]]] = {
     ],
     "pull": [
         (["--repo_type=space"], "command line: `repo_type` must be one of model, dataset, got 'space'."),
-        (["--output_dir="], "`output_dir` must be a folder, got ''."),
+        (["--output_dir="], "`output_dir` must be no empty text; leave it out, got ''."),
     ],
 }  # fmt: skip
 # The files that `ACCEPTED` names.
