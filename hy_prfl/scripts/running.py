@@ -37,6 +37,9 @@ def run(main: Callable[[], None]) -> None:
             traceback.print_exc()
         else:
             message = " ".join(line.strip() for line in str(error).splitlines())
+            # diffusers says of a model that it could not ask for that it has no such file.
+            if "does not appear to have a file named" in message and os.environ.get("HF_HUB_OFFLINE", "0") != "0":
+                message += " The Hub was not asked for it: HF_HUB_OFFLINE is set."
             sys.stderr.write(f"error: {message or type(error).__name__}\n")
         sys.exit(EXIT_CODE)
     if "hy_prfl.distributed" in sys.modules:  # or nothing has joined processes

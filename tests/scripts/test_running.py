@@ -207,6 +207,15 @@ def test_traceback_by_a_variable(start: Callable[..., subprocess.CompletedProces
     assert "Traceback" not in start("hy_prfl.scripts.pull", "--output_dir=out", HY_PRFL_TRACEBACK="0").stderr
 
 
+def test_a_model_that_the_hub_was_not_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    """The tests run off-line."""
+    from diffusers import WanPipeline
+
+    with pytest.raises(SystemExit):
+        run(lambda: WanPipeline.load_config("some/model-that-nobody-has"))
+    assert capsys.readouterr().err.splitlines()[-1].endswith("The Hub was not asked for it: HF_HUB_OFFLINE is set.")
+
+
 def raised(function: Callable[[], object]) -> Exception:
     with pytest.raises(Exception) as caught:  # noqa: PT011
         function()
