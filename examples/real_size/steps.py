@@ -279,6 +279,7 @@ def _clips(setting: Setting, *, batch_size: int) -> LatentBatch:
         prompt_embeds=empty(*text),
         long_prompt_embeds=empty(*text),
         null_prompt_embeds=empty(*text),
+        num_tokens=TEXT_TOKENS,
         image_embeds=empty(images[0] * batch_size, images[1], config["image_dim"]) if config["image_dim"] else None,
         condition=empty(batch_size, num_condition, condition_frames, height, width) if num_condition else None,
     )
