@@ -48,6 +48,8 @@ class Setting:
         zero_stage (`int`):
             0 is DDP or one process under bfloat16 autocast. Else all weights are in bfloat16; they are whole here, and
             gradients go as soon as they are there: the engine's part of the memory is not measured.
+        num_gpus (`int`):
+            GPUs of the run. With more than one, DDP keeps the gradients' memory from one update to the next.
         first_frame (`bool`):
             Whether clips start with an image that is given (TI2V 5B).
     """
@@ -57,6 +59,7 @@ class Setting:
     experts: Experts
     latents_shape: tuple[int, int, int, int]
     zero_stage: int
+    num_gpus: int
     first_frame: bool = False
 
 
@@ -74,6 +77,8 @@ class Measurement:
             How often the host waited for the device.
         sync_places (`dict[str, int]`):
             Where.
+        num_rollout_steps (`int`):
+            Steps of the rollout in which an expert was chosen, 0 for one transformer.
         host_buffers (`int`):
             Bytes of page-locked buffers.
         metrics (`dict[str, str]`):
@@ -85,6 +90,7 @@ class Measurement:
     flops: int
     num_syncs: int
     sync_places: dict[str, int]
+    num_rollout_steps: int
     host_buffers: int
     metrics: dict[str, str]
 
@@ -94,10 +100,16 @@ def measure(setting: Setting) -> Measurement:
     meter = DeviceMeter()
     group = _context_parallel_group(setting.training.context_parallel_degree)
     with FakeTensorMode(allow_non_fake_inputs=True), meter:
-        build = _build_prfl if isinstance(setting.training, PRFLTrainingConfig) else _build_reward
+        is_prfl = isinstance(setting.training, PRFLTrainingConfig)
+        build = _build_prfl if is_prfl else _build_reward
         trainer, buffers = build(setting, group)
-        weights = meter.peak = meter.live
+        weights = meter.live
+        if setting.zero_stage == 0 and setting.training.lora_rank is None:
+            # The optimizer makes its states in its first step; an adapter's are small.
+            trainer.train_step()
+        meter.peak = meter.live
         meter.flops, meter.num_syncs = 0, 0
+        meter.sync_places.clear()
         metrics = trainer.train_step()
     return Measurement(
         weights=weights,
@@ -105,6 +117,7 @@ def measure(setting: Setting) -> Measurement:
         flops=meter.flops,
         num_syncs=meter.num_syncs,
         sync_places=dict(meter.sync_places),
+        num_rollout_steps=trainer.step_range[0] + 2 if is_prfl and setting.experts.are_two else 0,
         host_buffers=buffers.nbytes,
         metrics={name: str(value.dtype) for name, value in metrics.items()},
     )
@@ -163,8 +176,11 @@ class OneShareOfZeRO(OneProcess):
 class Optimizer:
     """AdamW behind the interface of Accelerate's wrapper, or nothing where DeepSpeed's engine steps."""
 
-    def __init__(self, accelerator: OneProcess, parameters: list[torch.Tensor], *, is_sharded: bool) -> None:
+    def __init__(
+        self, accelerator: OneProcess, parameters: list[torch.Tensor], *, is_sharded: bool, keeps_gradients: bool
+    ) -> None:
         self.accelerator = accelerator
+        self.keeps_gradients = keeps_gradients
         self.optimizer = None if is_sharded else torch.optim.AdamW(parameters, lr=1e-5, fused=True)
 
     def step(self) -> None:
@@ -173,7 +189,7 @@ class Optimizer:
 
     def zero_grad(self) -> None:
         if self.optimizer is not None and self.accelerator.sync_gradients:
-            self.optimizer.zero_grad()
+            self.optimizer.zero_grad(set_to_none=not self.keeps_gradients)
 
 
 class _Unsplit:
@@ -240,7 +256,7 @@ def _common(setting: Setting, model: Any, group: Any, parameters: list[torch.Ten
             parameter.register_post_accumulate_grad_hook(_take_gradient)
     updates = Updates(
         accelerator,  # type: ignore[arg-type]
-        Optimizer(accelerator, parameters, is_sharded=setting.zero_stage > 0),
+        Optimizer(accelerator, parameters, is_sharded=setting.zero_stage > 0, keeps_gradients=setting.num_gpus > 1),
         parameters,
         max_grad_norm=1.0,
         max_skipped_updates=3,

@@ -67,7 +67,7 @@ def test_the_device_refuses_what_cuda_refuses(library: Path) -> None:
 
 def test_differences_from_the_plan_are_told() -> None:
     good: dict[str, Any] = {
-        "zero_stage": 0, "context_parallel_degree": 1, "measured": 10.0, "planned": 10.2, "measured_teraflops": 5.0,
+        "zero_stage": 0, "is_split": False, "most_syncs": 8, "context_parallel_degree": 1, "measured": 10.0, "planned": 10.2, "measured_teraflops": 5.0,
         "planned_teraflops": 5.0, "num_syncs": 4, "sync_places": {}, "host_buffers": 0.0, "planned_host_buffers": 0.0,
     }  # fmt: skip
     assert faults(good) == []
