@@ -96,6 +96,7 @@ def measure_recipe(recipe: Path) -> dict[str, Any]:
 def compare(recipe: Path, measured: dict[str, Any]) -> dict[str, Any]:
     """What was measured beside what the planner says. Not in a process that pretends: the plan is made on the CPU."""
     from hy_prfl.planning import plan
+    from hy_prfl.planning.models import load_experts
 
     config, training = read_head(recipe)
     planned = plan(
@@ -116,11 +117,13 @@ def compare(recipe: Path, measured: dict[str, Any]) -> dict[str, Any]:
         parts = ENGINE_PARTS if config.zero_stage else ("weights",)
         found -= measured["weights"] / 1e9
         expected -= sum(planned.memory.get(name, 0.0) for name in (*parts, *FROZEN_PARTS))
+    experts = load_experts(training.pretrained_model_name_or_path, training.expert)
+    choose_experts = measured["step_range"] is not None and experts.are_two
     return {
         "recipe": str(recipe.relative_to(ROOT)),
         "zero_stage": config.zero_stage,
         "is_split": bool(is_split),
-        "most_syncs": MOST_SYNCS + measured["num_rollout_steps"],
+        "most_syncs": MOST_SYNCS + (measured["step_range"][0] + 2 if choose_experts else 0),
         "context_parallel_degree": training.context_parallel_degree,
         "planned_peak": planned.peak,
         "host_memory": planned.host_peak,
@@ -128,7 +131,7 @@ def compare(recipe: Path, measured: dict[str, Any]) -> dict[str, Any]:
         "measured": found,
         "planned": expected,
         "measured_teraflops": measured["flops"] / 1e12,
-        "planned_teraflops": expected_teraflops(make_setting(config, training), planned.teraflops),
+        "planned_teraflops": expected_teraflops(training, planned.teraflops, measured["step_range"]),
         "num_syncs": measured["num_syncs"],
         "sync_places": measured["sync_places"],
         "host_buffers": measured["host_buffers"] / 1e9,
@@ -136,22 +139,13 @@ def compare(recipe: Path, measured: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def expected_teraflops(setting: Any, planned: dict[str, float]) -> float:
+def expected_teraflops(training: Any, planned: dict[str, float], step_range: list[int] | None) -> float:
     """Operations of one GPU in the step that was run, made of those of a whole planned step."""
-    training = setting.training
     share = training.gradient_accumulation_steps * training.context_parallel_degree
-    if "rollout" not in planned:
-        return sum(planned.values()) / share
-    from diffusers import UniPCMultistepScheduler
-
-    scheduler = UniPCMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=training.sampler_flow_shift or 3.0
-    )
-    scheduler.set_timesteps(training.num_inference_steps)
-    first, last = setting.experts.gradient_steps(
-        scheduler.timesteps.tolist(), training.step_range, training.num_gradient_steps
-    )
     rest = sum(value for name, value in planned.items() if name != "rollout")
+    if step_range is None:
+        return rest / share
+    first, last = step_range
     return (rest + planned["rollout"] * (first + 1) / ((first + last) / 2)) / share
 
 

@@ -77,8 +77,8 @@ class Measurement:
             How often the host waited for the device.
         sync_places (`dict[str, int]`):
             Where.
-        num_rollout_steps (`int`):
-            Steps of the rollout in which an expert was chosen, 0 for one transformer.
+        step_range (`tuple[int, int]`, *optional*):
+            First and last step of a chain that may take gradient, of PRFL. The second one did.
         host_buffers (`int`):
             Bytes of page-locked buffers.
         metrics (`dict[str, str]`):
@@ -90,7 +90,7 @@ class Measurement:
     flops: int
     num_syncs: int
     sync_places: dict[str, int]
-    num_rollout_steps: int
+    step_range: tuple[int, int] | None
     host_buffers: int
     metrics: dict[str, str]
 
@@ -117,7 +117,7 @@ def measure(setting: Setting) -> Measurement:
         flops=meter.flops,
         num_syncs=meter.num_syncs,
         sync_places=dict(meter.sync_places),
-        num_rollout_steps=trainer.step_range[0] + 2 if is_prfl and setting.experts.are_two else 0,
+        step_range=trainer.step_range if is_prfl else None,
         host_buffers=buffers.nbytes,
         metrics={name: str(value.dtype) for name, value in metrics.items()},
     )
@@ -356,9 +356,10 @@ def _build_prfl(setting: Setting, group: Any) -> tuple[Any, HostBuffers]:
     parameters = [parameter for parameter in unwrapped.parameters() if parameter.requires_grad]
     unwrapped.train()
     transformer = _wrap(setting, unwrapped)
-    generator = experts.join({**dict.fromkeys(experts.trained, transformer), **_frozen(transformers, experts)})
-    if len(experts.trained) > 1:
-        generator = transformer
+    frozen_experts = {name: model for name, model in transformers.items() if name not in experts.trained}
+    generator = transformer
+    if frozen_experts:
+        generator = experts.join({experts.trained[0]: transformer, **frozen_experts})
     shift = training.sampler_flow_shift or 3.0
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
     with _disable_current_modes():
@@ -385,7 +386,3 @@ def _build_prfl(setting: Setting, group: Any) -> tuple[Any, HostBuffers]:
         reward_batches=_forever(lambda: _clips(setting, batch_size=training.train_batch_size)),
     )
     return trainer, buffers
-
-
-def _frozen(transformers: Mapping[Any, Any], experts: Experts) -> dict[Any, Any]:
-    return {name: model for name, model in transformers.items() if name not in experts.trained}

@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +13,25 @@ MAX_NAME, ADDED = 255, 25
 
 def check_output_folders(config: Any, *names: str) -> None:
     """Raise a `ValueError` if one of these options is given and no such folder can be made or written to."""
-    for name in names:
-        path = getattr(config, name)
-        if path is not None:
-            check_writable(name, path)
-            if Path(path).is_file():
-                raise ValueError(f"`{name}`: '{path}' is a file, not a folder.")
+    for name, path in _given(config, names):
+        if path.is_file():
+            raise ValueError(f"`{name}`: '{path}' is a file, not a folder.")
 
 
 def check_output_files(config: Any, *names: str) -> None:
     """Raise a `ValueError` if one of these options is given and no such file can be written."""
+    for name, path in _given(config, names):
+        if path.is_dir():
+            raise ValueError(f"`{name}`: '{path}' is a folder, not a file.")
+
+
+def _given(config: Any, names: Sequence[str]) -> Iterator[tuple[str, Path]]:
+    """Those of these options that are given, once it is clear that something can be written there."""
     for name in names:
         path = getattr(config, name)
         if path is not None:
             check_writable(name, path)
-            if Path(path).is_dir():
-                raise ValueError(f"`{name}`: '{path}' is a folder, not a file.")
+            yield name, Path(path)
 
 
 def check_writable(name: str, path: str) -> None:
