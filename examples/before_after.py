@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from hy_prfl.configs.parser import parse_config
-from hy_prfl.generation import decode_latents, load_pipeline, write_video
+from hy_prfl.evaluation.scoring import score_latents
+from hy_prfl.inference.generation import decode_latents, load_pipeline, write_video
 from hy_prfl.models.loading import load_reward_model
-from hy_prfl.scoring import score_latents
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -16,8 +16,8 @@ import torch
 from hy_prfl.configs.parser import parse_config
 from hy_prfl.data.encoding import LatentEncoder
 from hy_prfl.data.preprocessing import ClipSettings
+from hy_prfl.evaluation.scoring import score_videos
 from hy_prfl.models.loading import load_reward_model
-from hy_prfl.scoring import score_videos
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -18,7 +18,7 @@ from datasets import load_from_disk
 
 from hy_prfl import RewardTrainer, RewardTrainingConfig
 from hy_prfl.configs.parser import parse_config
-from hy_prfl.distributed import process_state
+from hy_prfl.runtime.distributed import process_state
 from hy_prfl.scripts.preprocess import main as preprocess
 
 

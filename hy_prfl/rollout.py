@@ -9,8 +9,8 @@ import torch
 from diffusers import UniPCMultistepScheduler
 from torch import nn
 
-from .models.attention import use_attention_backend
 from .models.conditioning import add_condition, put_condition
+from .runtime.attention import use_attention_backend
 
 
 @dataclass

@@ -34,12 +34,12 @@ from examples.benchmark.sizes import SIZES, decoding_share
 from hy_prfl.configs.base import check
 from hy_prfl.configs.parser import parse_config
 from hy_prfl.configs.prfl import PRFLTrainingConfig
-from hy_prfl.distributed import on_cpu
-from hy_prfl.folders import replace_folder, temporary_folder, write_text
 from hy_prfl.models.reward_model import WanRewardModel
 from hy_prfl.planning import plan
 from hy_prfl.planning.engines import Engine
-from hy_prfl.provenance import run_record
+from hy_prfl.runtime.atomic_writes import replace_folder, temporary_folder, write_text
+from hy_prfl.runtime.distributed import on_cpu
+from hy_prfl.runtime.provenance import run_record
 
 
 MODELS, CASES = "models", "cases"

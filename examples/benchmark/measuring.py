@@ -25,8 +25,8 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hy_prfl.models.attention import use_attention_backend
 from hy_prfl.planning.simulation import FLOPS
+from hy_prfl.runtime.attention import use_attention_backend
 from hy_prfl.trainers.prfl_trainer import PRFLTrainer
 
 

@@ -22,7 +22,7 @@ from examples.benchmark.cases import (
     RGB_FIRST,
     RGB_REWARD,
 )
-from hy_prfl.folders import write_text
+from hy_prfl.runtime.atomic_writes import write_text
 
 
 Row = dict[str, Any]

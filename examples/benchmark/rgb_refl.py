@@ -25,8 +25,8 @@ from hy_prfl.configs.base import check
 from hy_prfl.configs.prfl import PRFLTrainingConfig
 from hy_prfl.data.collators import LatentBatch
 from hy_prfl.flow_matching import sample_noise
-from hy_prfl.models.attention import use_attention_backend
 from hy_prfl.rollout import GradientStep, predict_velocity
+from hy_prfl.runtime.attention import use_attention_backend
 from hy_prfl.trainers.prfl_trainer import REWARD_NOISE, PRFLTrainer
 
 

@@ -23,7 +23,7 @@ from accelerate import PartialState
 from examples.parity.parity import ENGINES, launch_command, write_inputs
 from hy_prfl.configs.parser import parse_config
 from hy_prfl.models.loading import load_transformer
-from hy_prfl.sharding import split_for_zero3
+from hy_prfl.runtime.sharding import split_for_zero3
 
 
 # Engine, degree of context parallelism, is the reward model split.

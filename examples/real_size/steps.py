@@ -17,11 +17,11 @@ from examples.real_size.pretended_cuda import DeviceMeter, put_on_device
 from hy_prfl.configs.base import TrainingConfig
 from hy_prfl.configs.prfl import PRFLTrainingConfig
 from hy_prfl.data.collators import LabeledBatch, LatentBatch, PreferenceBatch
-from hy_prfl.models.context_parallel import ContextParallelGroup
 from hy_prfl.models.experts import Experts
-from hy_prfl.models.recomputation import HostBuffers, recompute_blocks
 from hy_prfl.planning.models import build_reward_model, build_transformer, reward_model_config, set_dtypes
 from hy_prfl.planning.workloads import IMAGE_TOKENS, TEXT_TOKENS
+from hy_prfl.runtime.activation_checkpointing import HostBuffers, recompute_blocks
+from hy_prfl.runtime.context_parallel import ContextParallelGroup
 from hy_prfl.trainers.prfl_trainer import UPDATES, PRFLTrainer
 from hy_prfl.trainers.reward_trainer import RewardTrainer
 from hy_prfl.trainers.updates import Updates

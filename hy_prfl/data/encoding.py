@@ -9,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline, WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
 from PIL import Image
 
-from .vae_tiling import VAETiling, set_tiling
+from ..runtime.vae_tiling import VAETiling, set_tiling
 from .video import to_uint8
 
 
@@ -33,7 +33,7 @@ class LatentEncoder:
         uses_last_frame (`bool`, defaults to `False`):
             Whether the transformer that is left out needs a last image beside the first one (Wan2.1 FLF2V).
         vae_tiling (`str`, defaults to `"auto"`):
-            Whether the VAE works in tiles, see [`~hy_prfl.data.vae_tiling.set_tiling`].
+            Whether the VAE works in tiles, see [`~hy_prfl.runtime.vae_tiling.set_tiling`].
 
     Raises:
         ValueError: If the pipeline is no Wan pipeline.

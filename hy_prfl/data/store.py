@@ -15,8 +15,8 @@ from accelerate.utils import gather_object
 from datasets import Dataset, DatasetInfo, Features
 from tqdm import tqdm
 
-from ..distributed import process_state
-from ..folders import recover_folder, replace_folder, temporary_folder, write_text
+from ..runtime.atomic_writes import recover_folder, replace_folder, temporary_folder, write_text
+from ..runtime.distributed import process_state
 from .manifest import ManifestRow
 from .schema import LABELS, latent_features, rows_to_table
 from .video import VideoError

@@ -14,7 +14,7 @@ from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import validate_repo_id
 
 from ..models.published import PUBLISHED
-from ..provenance import RUN_FILE
+from ..runtime.provenance import RUN_FILE
 
 
 logger = logging.getLogger(__name__)

@@ -9,9 +9,9 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.constants import EVAL_RESULTS_FOLDER
 
-from ..checkpointing import AVERAGE_FOLDER, BEST_FOLDER, MODEL_FOLDER, list_checkpoints
-from ..models.experts import EXPERT_FOLDERS, LORA_FILES
-from ..provenance import CONFIG_FILE, METRICS_FILE, RUN_FILE
+from ..formats.checkpoints import AVERAGE_FOLDER, BEST_FOLDER, MODEL_FOLDER, list_checkpoints
+from ..formats.layout import EXPERT_FOLDERS, LORA_FILES
+from ..runtime.provenance import CONFIG_FILE, METRICS_FILE, RUN_FILE
 from .model_card import CARD_FILE, PIPELINE_INDEX, has_class, may_replace_card, model_kind, write_model_card
 
 

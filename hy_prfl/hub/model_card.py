@@ -9,10 +9,10 @@ from typing import Any, Literal
 import yaml
 from huggingface_hub import HfApi, ModelCard, ModelCardData, eval_result_entries_to_yaml
 
-from ..models.experts import EXPERT_FOLDERS, LORA_FILES, ExpertName
-from ..models.lora_metadata import read_lora_metadata
+from ..formats.layout import EXPERT_FOLDERS, LORA_FILES, ExpertName
+from ..formats.lora_metadata import read_lora_metadata
 from ..models.published import PUBLISHED
-from ..provenance import CONFIG_FILE, RUN_FILE
+from ..runtime.provenance import CONFIG_FILE, RUN_FILE
 from .base_pipeline import BasePipeline, find_base_pipeline, is_on_hub, recorded_sources
 from .results import (
     EVAL_RESULTS_FILE,

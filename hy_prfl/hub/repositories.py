@@ -26,7 +26,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff, validate_repo_id
 
 from ..data.dataset import load_latent_dataset
-from ..models.weight_files import check_output_dir
+from ..formats.weight_files import check_output_dir
 from ..version import __version__
 from .files import add_card, model_files, stage
 

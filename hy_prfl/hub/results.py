@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ..flow_matching import NUM_TRAIN_TIMESTEPS
-from ..provenance import METRICS_FILE
+from ..runtime.provenance import METRICS_FILE
 
 
 Metrics = dict[str, float]

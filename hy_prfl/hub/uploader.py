@@ -14,7 +14,7 @@ from pathlib import Path
 
 from huggingface_hub.utils import disable_progress_bars
 
-from ..folders import write_text
+from ..runtime.atomic_writes import write_text
 from .files import add_card, run_files, stage
 from .repositories import PENDING_FILE, SNAPSHOT_PREFIX, HubError, failure_reason, hub_api, open_repo, uploading
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from ..models.experts import EXPERT_FOLDERS, LORA_FILES, ExpertName
+from ..formats.layout import EXPERT_FOLDERS, LORA_FILES, ExpertName
 from .base_pipeline import BasePipeline
 
 

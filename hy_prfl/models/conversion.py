@@ -20,9 +20,17 @@ from accelerate import init_empty_weights
 from diffusers import ModelMixin, WanTransformer3DModel
 from huggingface_hub import save_torch_state_dict
 
-from .native import key_names, native_config, read_native_config, strip_prefix, transformer_config
+from ..formats.wan_native import key_names, native_config, read_native_config, strip_prefix, transformer_config
+from ..formats.weight_files import (
+    StateDict,
+    check_finite,
+    check_keys,
+    new_folder,
+    read_checkpoint,
+    read_json,
+    read_weights,
+)
 from .reward_model import WanRewardModel
-from .weight_files import StateDict, check_finite, check_keys, new_folder, read_checkpoint, read_json, read_weights
 
 
 ModelT = TypeVar("ModelT", bound=ModelMixin)

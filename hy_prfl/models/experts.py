@@ -3,26 +3,15 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from torch import nn
 
 from ..configs.base import check
 from ..flow_matching import NUM_TRAIN_TIMESTEPS
-
-
-ExpertName = Literal["high_noise", "low_noise"]
-
-# In the order in which a chain of denoising steps meets them.
-EXPERT_FOLDERS: dict[ExpertName, str] = {"high_noise": "transformer", "low_noise": "transformer_2"}
-# diffusers' name, and for the expert that it calls `transformer_2` one that is not taken for the other's.
-LORA_FILES: dict[ExpertName, str] = {
-    "high_noise": LORA_WEIGHT_NAME_SAFE,
-    "low_noise": "pytorch_lora_weights_2.safetensors",
-}
+from ..formats.layout import EXPERT_FOLDERS, ExpertName
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import nn
 
-from ..sharding import fill_weights
-from .experts import EXPERT_FOLDERS
+from ..formats.layout import EXPERT_FOLDERS
+from ..formats.weight_files import check_finite, read_header
+from ..runtime.sharding import fill_weights
 from .reward_model import BACKBONE_CONFIG, WanRewardModel
-from .weight_files import check_finite, read_header
 
 
 Split = Callable[[nn.Module], None]
@@ -117,7 +117,7 @@ def load_transformer(
 
     Args:
         split (`Callable[[nn.Module], None]`, *optional*):
-            Splits a module's weights over the ranks, see [`~hy_prfl.sharding.fill_weights`]. Without it every process
+            Splits a module's weights over the ranks, see [`~hy_prfl.runtime.sharding.fill_weights`]. Without it every process
             loads all of the model.
         keep_in_fp32 (`bool`, defaults to `False`):
             Leave the parts that are sensitive to rounding in float32 although `split` is given; without it diffusers
@@ -198,7 +198,7 @@ def load_reward_model(
 
     Args:
         split (`Callable[[nn.Module], None]`, *optional*):
-            Splits a module's weights over the ranks, see [`~hy_prfl.sharding.fill_weights`].
+            Splits a module's weights over the ranks, see [`~hy_prfl.runtime.sharding.fill_weights`].
         keep_in_fp32 (`bool`, defaults to `True`):
             Leave the parts that are sensitive to rounding in float32 whatever `dtype` is. A ZeRO-3 engine wants one
             type for all.

@@ -23,10 +23,10 @@ from torch import nn
 from transformers.utils import ModelOutput
 
 from ..flow_matching import add_noise, sigmas_to_timesteps
+from ..formats.weight_files import check_finite
+from ..runtime.context_parallel import TokenGather
 from .conditioning import add_condition
-from .context_parallel import TokenGather
 from .reward_head import PoolingType, RewardHead, build_pooling
-from .weight_files import check_finite
 
 
 # What a reward model shares with the transformer that it was made from, and with every generator it may judge.

@@ -9,9 +9,9 @@ from diffusers import UniPCMultistepScheduler
 from ..configs.base import TrainingConfig, check
 from ..configs.prfl import PRFLTrainingConfig
 from ..configs.reward import RewardTrainingConfig
-from ..data.vae_tiling import pass_memory, tiled_decoding_memory
-from ..models.context_parallel import check_divisible
 from ..models.experts import Experts
+from ..runtime.context_parallel import check_divisible
+from ..runtime.vae_tiling import pass_memory, tiled_decoding_memory
 from .engines import BFLOAT16, FLOAT32, Engine, frozen_memory
 from .models import (
     ParameterSizes,

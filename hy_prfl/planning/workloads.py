@@ -15,9 +15,9 @@ from ..configs.prfl import PRFLTrainingConfig
 from ..configs.reward import RewardTrainingConfig
 from ..losses import binary_reward_loss, bradley_terry_loss, reward_feedback_loss
 from ..models.conditioning import add_condition
-from ..models.recomputation import recompute_blocks
 from ..models.reward_model import score_noised
 from ..rollout import denoise_to_step, predict_velocity
+from ..runtime.activation_checkpointing import recompute_blocks
 from .models import build_reward_model, build_transformer, materialize, set_dtypes
 from .simulation import MemoryMeter, Phase, autocast, drop_gradients, extrapolated, use_gpu_kernels
 

@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_output_folders(config, "output_dir")
 
     # Only now, here and below, so that nobody waits for torch to hear of a misspelt option.
-    from ..models.weight_files import check_output_dir
+    from ..formats.weight_files import check_output_dir
 
     check_output_dir(config.output_dir)
     if config.transformer is not None:
@@ -59,8 +59,8 @@ def convert_generator(config: ConvertConfig, path: str) -> str:
 
 def convert_lora(config: ConvertConfig, path: str) -> str:
     """Read a LoRA, or one for each expert, in any format and write it in another."""
-    from ..models.adapters import read_adapters
-    from ..models.lora_writing import save_adapters
+    from ..formats.lora import read_adapters
+    from ..formats.lora_writing import save_adapters
 
     assert config.output_format != "native"
     adapters = read_adapters(path)

@@ -11,12 +11,12 @@ import re
 import sys
 from collections.abc import Sequence
 
-from ..configs.converted_recipe import TABLE
 from ..configs.inputs import check_sources
 from ..configs.outputs import check_output_files
 from ..configs.parser import parse_config
 from ..configs.recipe import RecipeConfig
-from ..configs.upstream import convert_recipe
+from ..formats.converted_recipe import TABLE
+from ..formats.upstream_recipe import convert_recipe
 from .running import run
 
 

@@ -39,10 +39,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from ..data.encoding import find_pipeline_class, last_image_support
     from ..data.prompts import check_prompts, read_prompts
-    from ..distributed import process_state, set_up_logging
-    from ..generation import VideoSettings, generate_videos, pending_videos, write_manifest
-    from ..pipelines import LORA_OPTIONS, check_options_fit, find_lora_weights, load_pipeline
-    from ..provenance import path_identity
+    from ..inference.generation import VideoSettings, generate_videos, pending_videos, write_manifest
+    from ..inference.pipelines import LORA_OPTIONS, check_options_fit, find_lora_weights, load_pipeline
+    from ..runtime.distributed import process_state, set_up_logging
+    from ..runtime.provenance import path_identity
 
     set_up_logging()
     state = process_state()

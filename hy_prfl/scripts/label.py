@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # Only now, so that nobody waits for torch to hear of a misspelt option.
     from ..data.labels import label_dataset, read_annotations
-    from ..distributed import set_up_logging
+    from ..runtime.distributed import set_up_logging
 
     set_up_logging()
     annotations = read_annotations(config.annotations)

@@ -42,10 +42,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"Planning {Path(config.recipe)} ...", file=sys.stderr, flush=True)
 
     # Only now, so that nobody waits for torch to hear of a misspelt option.
-    from ..distributed import set_up_logging
-    from ..folders import write_text
     from ..models.reward_model import WanRewardModel
     from ..planning import plan
+    from ..runtime.atomic_writes import write_text
+    from ..runtime.distributed import set_up_logging
 
     set_up_logging()
     reward_config = None

@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from ..data.preprocessing import ClipEncoder
     from ..data.store import REPORT_FILE, RowEncoder, build_dataset, hash_files, is_complete, request_digest
     from ..data.upstream import UpstreamImporter, read_upstream
-    from ..distributed import process_state, set_up_logging
+    from ..runtime.distributed import process_state, set_up_logging
 
     set_up_logging()
     # 1. The cheap checks: settings, rows, output folder

@@ -42,8 +42,8 @@ def run(main: Callable[[], None]) -> None:
                 message += " The Hub was not asked for it: HF_HUB_OFFLINE is set."
             sys.stderr.write(f"error: {message or type(error).__name__}\n")
         sys.exit(EXIT_CODE)
-    if "hy_prfl.distributed" in sys.modules:  # or nothing has joined processes
-        from ..distributed import leave_processes
+    if "hy_prfl.runtime.distributed" in sys.modules:  # or nothing has joined processes
+        from ..runtime.distributed import leave_processes
 
         leave_processes()
 

@@ -38,11 +38,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     from ..data.preprocessing import ClipSettings
     from ..data.store import hash_files, request_digest
     from ..data.video import parse_size
-    from ..distributed import process_state, set_up_logging
+    from ..evaluation.score_table import is_scored, summary_path
+    from ..evaluation.scoring import score_dataset, score_manifest
     from ..models.loading import load_reward_model
-    from ..provenance import path_identity
-    from ..score_table import is_scored, summary_path
-    from ..scoring import score_dataset, score_manifest
+    from ..runtime.distributed import process_state, set_up_logging
+    from ..runtime.provenance import path_identity
 
     set_up_logging()
     state = process_state()

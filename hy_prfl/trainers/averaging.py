@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from diffusers.training_utils import EMAModel
 
-from ..sharding import Masters
+from ..runtime.sharding import Masters
 
 
 class WeightAverage:

@@ -16,18 +16,18 @@ from diffusers.optimization import get_scheduler
 from torch import nn
 from tqdm import tqdm
 
-from ..checkpointing import abandon, find_checkpoint, save_checkpoint
 from ..configs.base import TrainingConfig, check, save_config
 from ..data.collators import LatentBatch
 from ..data.dataset import check_rows_fit, latent_shapes, rows_digest
 from ..data.encoding import takes_first_frame, vae_fingerprint
-from ..distributed import TRAINING_TIMEOUT, any_rank, build_accelerator, mean_over_ranks
 from ..flow_matching import make_generator, sample_noise, sample_sigmas
-from ..models.attention import check_attention_backend, set_attention_backend
-from ..models.context_parallel import ContextParallelGroup, check_divisible
-from ..models.recomputation import recompute_blocks
-from ..provenance import CONFIG_FILE
-from ..sharding import Masters, forget_deepspeed_in_transformers, split_for_zero3
+from ..formats.checkpoints import abandon, find_checkpoint, save_checkpoint
+from ..runtime.activation_checkpointing import recompute_blocks
+from ..runtime.attention import check_attention_backend, set_attention_backend
+from ..runtime.context_parallel import ContextParallelGroup, check_divisible
+from ..runtime.distributed import TRAINING_TIMEOUT, any_rank, build_accelerator, mean_over_ranks
+from ..runtime.provenance import CONFIG_FILE
+from ..runtime.sharding import Masters, forget_deepspeed_in_transformers, split_for_zero3
 from .reports import Reports, known_trackers
 from .resuming import check_checkpoint, model_identities, resume
 from .signals import signals_caught

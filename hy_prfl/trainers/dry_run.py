@@ -19,9 +19,9 @@ from ..configs.prfl import PRFLTrainingConfig
 from ..data.dataset import latent_shapes, load_latent_dataset, read_columns
 from ..data.encoding import vae_fingerprint
 from ..data.synthetic import synthetic_dataset
-from ..distributed import gather_records, mean_over_ranks
 from ..models.loading import TRANSFORMER_FOLDER
 from ..planning.workloads import TEXT_TOKENS, images_of_clip
+from ..runtime.distributed import gather_records, mean_over_ranks
 from .base import Trainer
 
 

@@ -11,23 +11,31 @@ import torch
 from accelerate.logging import get_logger
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
-from ..checkpointing import AVERAGE_FOLDER, PRFL_RESULTS, VALIDATION_FOLDER, read_lora, save_lora, save_pretrained
 from ..configs.base import check
 from ..configs.prfl import PRFLTrainingConfig
 from ..data.collators import LatentBatch
 from ..data.dataset import check_vae
+from ..evaluation.sample_evaluator import SampleEvaluator
 from ..flow_matching import add_noise, sample_noise, sigmas_to_timesteps, timestep_probability, velocity_target
+from ..formats.checkpoints import (
+    AVERAGE_FOLDER,
+    PRFL_RESULTS,
+    VALIDATION_FOLDER,
+    read_lora,
+    save_lora,
+    save_pretrained,
+)
+from ..formats.layout import EXPERT_FOLDERS, LORA_FILES, ExpertName
+from ..formats.lora_metadata import lora_metadata
 from ..losses import flow_matching_loss, reward_feedback_loss
 from ..models.conditioning import add_condition, num_clean_frames
-from ..models.experts import EXPERT_FOLDERS, LORA_FILES, ExpertName, PairWeights, read_experts
-from ..models.host_weights import HostWeights
+from ..models.experts import PairWeights, read_experts
 from ..models.loading import WeightFiles, load_reward_model, load_scheduler, load_transformer
-from ..models.lora_metadata import lora_metadata
 from ..models.reward_model import WanRewardModel, check_fits_generator, check_latents_fit
 from ..models.trainable import select_trainable
 from ..rollout import GradientStep, predict_velocity, walk_with_gradient
-from ..sample_evaluation import SampleEvaluator
-from ..sharding import full_state_dict, split_frozen
+from ..runtime.host_weights import HostWeights
+from ..runtime.sharding import full_state_dict, split_frozen
 from .averaging import WeightAverage
 from .base import Trainer
 from .prfl_datasets import PRFLDatasets

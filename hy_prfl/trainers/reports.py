@@ -9,10 +9,11 @@ from accelerate.logging import get_logger
 from accelerate.tracking import get_available_trackers
 
 from ..configs.base import TrainingConfig, check, save_config
-from ..folders import write_text
+from ..evaluation.tracking import announce_trackers, log_timestep_curves
 from ..hub import HubUploader
 from ..hub.base_pipeline import SOURCES, run_sources
-from ..provenance import (
+from ..runtime.atomic_writes import write_text
+from ..runtime.provenance import (
     CONFIG_FILE,
     METRICS_FILE,
     RUN_FILE,
@@ -21,7 +22,6 @@ from ..provenance import (
     run_record,
     write_run_record,
 )
-from ..tracking import announce_trackers, log_timestep_curves
 
 
 logger = get_logger(__name__)

@@ -8,10 +8,10 @@ import yaml
 from accelerate.logging import get_logger
 from accelerate.utils import set_seed
 
-from ..checkpointing import check_files, load_checkpoint, read_schedule, read_state
 from ..configs.base import TrainingConfig
-from ..models.experts import EXPERT_FOLDERS
-from ..provenance import CONFIG_FILE, path_identity
+from ..formats.checkpoints import check_files, load_checkpoint, read_schedule, read_state
+from ..formats.layout import EXPERT_FOLDERS
+from ..runtime.provenance import CONFIG_FILE, path_identity
 from .resumed_options import RULES, Change, find_changes
 
 
@@ -93,7 +93,7 @@ def resume(trainer: "Trainer", checkpoint: Path) -> None:
 def model_identities(config: TrainingConfig) -> dict[str, dict[str, str]]:
     """
     What tells the models that a run reads from others at the same place: option -> folder or Hub id -> its identity,
-    see [`~hy_prfl.provenance.path_identity`]. JSON values.
+    see [`~hy_prfl.runtime.provenance.path_identity`]. JSON values.
     """
     pipeline = config.pretrained_model_name_or_path
     folders = [f"{pipeline}/{name}" for name in (*EXPERT_FOLDERS.values(), "vae", "scheduler")]

@@ -12,7 +12,6 @@ from accelerate.logging import get_logger
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 
-from ..checkpointing import BEST_FOLDER, MODEL_FOLDER, REWARD_RESULTS, best_report, merge_adapter, save_pretrained
 from ..configs.reward import RewardTrainingConfig
 from ..data.collators import LabeledBatch, LatentBatch, PreferenceBatch, collate_labeled, collate_preferences
 from ..data.dataset import (
@@ -27,13 +26,22 @@ from ..data.dataset import (
     stream_batches,
 )
 from ..data.sampler import BucketBatchSampler
-from ..evaluation import GREATER_IS_BETTER, RewardEvaluator
+from ..evaluation.reward_evaluator import GREATER_IS_BETTER, RewardEvaluator
+from ..formats.checkpoints import (
+    BEST_FOLDER,
+    MODEL_FOLDER,
+    REWARD_RESULTS,
+    best_report,
+    merge_adapter,
+    save_pretrained,
+)
+from ..formats.layout import EXPERT_FOLDERS
 from ..losses import binary_reward_loss, bradley_terry_loss
-from ..models.experts import EXPERT_FOLDERS, read_experts
+from ..models.experts import read_experts
 from ..models.loading import TRANSFORMER_FOLDER, WeightFiles, load_reward_model, make_reward_model
 from ..models.reward_model import WanRewardModel, check_latents_fit, score_noised
 from ..models.trainable import select_trainable
-from ..sharding import full_state_dict
+from ..runtime.sharding import full_state_dict
 from .base import Trainer
 from .resumed_options import OTHER_BEST, REWARD_RULES
 

@@ -8,8 +8,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 
-from ..distributed import all_finite, gather_records
-from ..sharding import fill_gradients, forget_gradients
+from ..runtime.distributed import all_finite, gather_records
+from ..runtime.sharding import fill_gradients, forget_gradients
 
 
 logger = get_logger(__name__)

@@ -7,13 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from hy_prfl.data.collators import (
-    LatentBatch,
-    PreferenceBatch,
-    collate_labeled,
-    collate_latents,
-    collate_preferences,
-)
+from hy_prfl.data.collators import LatentBatch, PreferenceBatch, collate_labeled, collate_latents, collate_preferences
 from hy_prfl.data.dataset import load_latent_dataset
 from hy_prfl.data.schema import pack_tensor, table_to_rows
 

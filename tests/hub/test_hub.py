@@ -18,11 +18,11 @@ from huggingface_hub import DatasetCard, HfApi, ModelCard
 from hy_prfl.configs.base import save_config
 from hy_prfl.configs.reward import RewardTrainingConfig
 from hy_prfl.data.dataset import load_latent_dataset
+from hy_prfl.formats.layout import LORA_FILES
 from hy_prfl.hub import HubError, HubUploader, open_repo, pull, push_folder
 from hy_prfl.hub.files import run_files, stage
 from hy_prfl.hub.model_card import OWN_CARD
 from hy_prfl.hub.repositories import PENDING_FILE
-from hy_prfl.models.experts import LORA_FILES
 from hy_prfl.models.loading import load_reward_model
 from hy_prfl.models.reward_model import WanRewardModel
 from tests.hub.hub_server import READER, STRANGER, HubServer, running_hub, use_in_this_process

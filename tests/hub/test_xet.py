@@ -16,9 +16,9 @@ from huggingface_hub import HfApi, RepoFile, hf_hub_download
 from safetensors.torch import save_file
 
 from hy_prfl.data.dataset import load_latent_dataset
+from hy_prfl.formats.layout import LORA_FILES
 from hy_prfl.hub import HubError, HubUploader, pull, push_folder, repositories
 from hy_prfl.hub.repositories import PENDING_FILE
-from hy_prfl.models.experts import LORA_FILES
 from tests.hub.hub_server import HubServer, client_environment, running_hub, use_in_this_process
 
 

@@ -25,8 +25,7 @@ from hy_prfl.models.conversion import (
 )
 from hy_prfl.models.loading import load_reward_model
 from hy_prfl.models.reward_model import WanRewardModel
-
-from .native_layout import (
+from tests.formats.native_layout import (
     DIM,
     KINDS,
     assert_equal_weights,

@@ -9,10 +9,10 @@ import torch
 from diffusers import WanPipeline, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
-from hy_prfl.models.adapters import read_adapter
-from hy_prfl.models.experts import LORA_FILES
+from hy_prfl.formats.layout import LORA_FILES
+from hy_prfl.formats.lora import read_adapter
+from hy_prfl.formats.lora_metadata import lora_metadata
 from hy_prfl.models.loading import load_reward_model
-from hy_prfl.models.lora_metadata import lora_metadata
 from hy_prfl.scripts.convert import main
 
 

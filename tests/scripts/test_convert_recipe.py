@@ -20,7 +20,7 @@ from hy_prfl.data.schema import table_to_rows, unpack_tensor
 from hy_prfl.models.conversion import save_native, save_reward_parts
 from hy_prfl.models.reward_model import WanRewardModel
 from hy_prfl.scripts.convert_recipe import main
-from tests.configs.upstream_recipes import RECIPES, upstream_recipe
+from tests.formats.upstream_recipes import RECIPES, upstream_recipe
 
 
 ROOT = Path(__file__).parents[2]

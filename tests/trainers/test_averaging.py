@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from hy_prfl.sharding import Masters
+from hy_prfl.runtime.sharding import Masters
 from hy_prfl.trainers.averaging import WeightAverage
 
 

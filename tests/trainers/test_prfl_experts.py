@@ -14,7 +14,7 @@ from hy_prfl.data.collators import collate_latents
 from hy_prfl.data.dataset import load_latent_dataset
 from hy_prfl.data.schema import table_to_rows
 from hy_prfl.flow_matching import make_generator, row_noise
-from hy_prfl.models.lora_metadata import read_lora_metadata
+from hy_prfl.formats.lora_metadata import read_lora_metadata
 from hy_prfl.trainers import prfl_trainer
 from hy_prfl.trainers.prfl_trainer import FLOW_EXPERT, FLOW_NOISE, PRFLTrainer
 from hy_prfl.trainers.reward_trainer import RewardTrainer

@@ -12,8 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import hy_prfl
 from hy_prfl.configs.prfl import PRFLTrainingConfig
 from hy_prfl.configs.reward import RewardTrainingConfig
+from hy_prfl.formats.lora_metadata import read_lora_metadata
 from hy_prfl.hub import push_folder
-from hy_prfl.models.lora_metadata import read_lora_metadata
 from hy_prfl.models.reward_model import WanRewardModel
 from hy_prfl.trainers.base import Trainer
 from hy_prfl.trainers.prfl_trainer import PRFLTrainer

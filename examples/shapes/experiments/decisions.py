@@ -28,7 +28,7 @@ from examples.shapes.experiments.runs import ExperimentConfig, mean_and_spread, 
 from examples.shapes.judge import judge_videos, write_json
 from examples.shapes.pretrain import MAX_SEQUENCE_LENGTH, PRETRAINED_DIR
 from hy_prfl.configs.parser import parse_config
-from hy_prfl.generation import decode_latents
+from hy_prfl.inference.generation import decode_latents
 from hy_prfl.models.reward_model import WanRewardModel
 
 

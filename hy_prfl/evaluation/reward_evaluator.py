@@ -1,0 +1,188 @@
+"""How well a reward model tells good clips from poor ones at fixed noise levels."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from sklearn.metrics import accuracy_score, precision_recall_fscore_support, roc_auc_score
+from torch import nn
+from tqdm import tqdm
+
+from ..data.collators import LatentBatch, collate_latents
+from ..data.dataset import latent_shapes
+from ..data.sampler import split_batches
+from ..data.schema import table_to_rows
+from ..flow_matching import NUM_TRAIN_TIMESTEPS, row_noise
+from ..models.reward_model import score_noised
+from ..runtime.distributed import gather_records
+
+
+logger = logging.getLogger(__name__)
+
+GREATER_IS_BETTER = {
+    "accuracy": True,
+    "precision": True,
+    "recall": True,
+    "f1": True,
+    "auc": True,
+    "pair_accuracy": True,
+    "loss": False,
+}
+
+
+class RewardEvaluator:
+    """
+    Scores the rows of a dataset at fixed timesteps with fixed noise and returns a dictionary of metrics.
+
+    For each metric there is `<metric>/t<timestep>` and the mean over the timesteps, `<metric>`. With labels: accuracy,
+    precision, recall and F1 at logit 0, AUC and the binary cross-entropy as `loss`. With pairs: `pair_accuracy` (ties
+    count half), AUC of chosen against rejected and the Bradley-Terry `loss`. Both clips of a pair get the same noise.
+
+    Args:
+        dataset (`Dataset`):
+            Latent dataset.
+        items (list of `int` or of pairs of `int`):
+            Rows to score, or (chosen, rejected) pairs of rows.
+        labels (`Sequence[int]`, *optional*):
+            Label of each item, if items are rows.
+        timesteps (`Sequence[int]`):
+            Noise levels, `1000 * sigma`, in (0, 1000].
+        seed (`int`):
+            Seed of the noise, see [`~hy_prfl.flow_matching.row_noise`].
+        dtype (`torch.dtype`, defaults to `torch.float32`):
+            Type of the embeddings that the reward model is given.
+        num_replicas, replica (`int`, defaults to 1 and 0):
+            Number of data-parallel replicas and the one that this process belongs to.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        items: Sequence[int] | Sequence[tuple[int, int]],
+        labels: Sequence[int] | None,
+        *,
+        timesteps: Sequence[int],
+        seed: int,
+        batch_size: int,
+        dtype: torch.dtype = torch.float32,
+        num_replicas: int = 1,
+        replica: int = 0,
+    ) -> None:
+        self.dataset = dataset
+        self.dtype = dtype
+        self.num_replicas = num_replicas
+        self.replica = replica
+        self.labels = labels
+        self.timesteps = list(timesteps)
+        self.seed = seed
+        self.batch_size = batch_size
+        pairs = [item for item in items if isinstance(item, tuple)]
+        self.rows = [item for item in items if not isinstance(item, tuple)]
+        self.noise_rows = self.rows
+        if pairs:
+            chosen, rejected = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+            self.rows, self.noise_rows = chosen + rejected, chosen + chosen
+        self.shapes = latent_shapes(dataset)
+
+    @torch.no_grad()
+    def __call__(self, reward_model: nn.Module, accelerator: Accelerator) -> dict[str, float]:
+        """Evaluate; every rank scores its share and gets the same result. A collective."""
+        records: list[tuple[int, list[float]]] = []
+        batches = split_batches(
+            [self.shapes[row] for row in self.rows],
+            batch_size=self.batch_size,
+            num_replicas=self.num_replicas,
+            replica=self.replica,
+        )
+        for positions in tqdm(batches, desc="Evaluating", disable=not accelerator.is_main_process, leave=False):
+            logits = self._score(reward_model, positions, accelerator)
+            records.extend(zip(positions, logits, strict=True))
+        logits_by_position = dict(gather_records(records))
+        logits_array = np.array([logits_by_position[position] for position in range(len(self.rows))])
+        metrics: dict[str, float] = {}
+        for column, timestep in enumerate(self.timesteps):
+            of_timestep = self._metrics(logits_array[:, column])
+            metrics.update({f"{name}/t{timestep}": value for name, value in of_timestep.items()})
+        for name in GREATER_IS_BETTER:
+            values = [
+                metrics[f"{name}/t{timestep}"] for timestep in self.timesteps if f"{name}/t{timestep}" in metrics
+            ]
+            if values:
+                metrics[name] = float(np.mean(values))
+        return metrics
+
+    def _score(self, reward_model: nn.Module, positions: list[int], accelerator: Accelerator) -> list[list[float]]:
+        rows = [table_to_rows(self.dataset[self.rows[position]])[0] for position in positions]
+        noise_ids = self.dataset.select_columns(["id"]).with_format(None)
+        noise = torch.stack(
+            [
+                row_noise(noise_ids[self.noise_rows[position]]["id"], row["latents_shape"], seed=self.seed)
+                for position, row in zip(positions, rows, strict=True)
+            ]
+        ).to(accelerator.device)
+        clips: LatentBatch = collate_latents(rows).to(accelerator.device, self.dtype)
+        assert clips.latents is not None
+        columns = []
+        for timestep in self.timesteps:
+            with accelerator.autocast():
+                logits = score_noised(
+                    reward_model,
+                    latents=clips.latents,
+                    noise=noise,
+                    sigmas=torch.full((len(rows),), timestep / NUM_TRAIN_TIMESTEPS, device=accelerator.device),
+                    encoder_hidden_states=clips.prompt_embeds,
+                    condition=clips.condition,
+                    encoder_hidden_states_image=clips.image_embeds,
+                )
+            columns.append(logits.float().cpu())
+        return torch.stack(columns, dim=1).tolist()
+
+    def _metrics(self, logits: np.ndarray) -> dict[str, float]:
+        if self.labels is None:
+            chosen, rejected = np.split(logits, 2)
+            return pair_metrics(chosen, rejected)
+        return classification_metrics(logits, np.asarray(self.labels))
+
+
+def classification_metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """
+    Accuracy, precision, recall and F1 of `logit > 0`, binary cross-entropy, and AUC if both classes are there.
+
+    Args:
+        logits, labels (`np.ndarray` of shape `(num_clips,)`):
+            Scores, and labels in {0, 1}.
+    """
+    predicted = (logits > 0).astype(int)
+    precision, recall, f1, _ = precision_recall_fscore_support(labels, predicted, average="binary", zero_division=0.0)
+    metrics: dict[str, Any] = {
+        "accuracy": accuracy_score(labels, predicted),
+        "precision": precision,
+        "recall": recall,
+        "f1": f1,
+        "loss": np.logaddexp(0, -logits)[labels == 1].sum() + np.logaddexp(0, logits)[labels == 0].sum(),
+    }
+    metrics["loss"] /= len(labels)
+    if len(np.unique(labels)) == 2:
+        metrics["auc"] = roc_auc_score(labels, logits)
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def pair_metrics(chosen: np.ndarray, rejected: np.ndarray) -> dict[str, float]:
+    """
+    Share of pairs in the right order (a tie counts half), AUC of chosen against rejected, Bradley-Terry loss.
+
+    Args:
+        chosen, rejected (`np.ndarray` of shape `(num_pairs,)`):
+            Logits of the two clips of each pair.
+    """
+    margin = chosen - rejected
+    labels = np.concatenate([np.ones_like(chosen), np.zeros_like(rejected)])
+    return {
+        "pair_accuracy": float(np.mean((margin > 0) + 0.5 * (margin == 0))),
+        "auc": float(roc_auc_score(labels, np.concatenate([chosen, rejected]))),
+        "loss": float(np.logaddexp(0, -margin).mean()),
+    }

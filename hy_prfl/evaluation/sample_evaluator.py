@@ -1,0 +1,148 @@
+"""Samples held-out prompts with fixed noise while the generator trains, and scores what comes out."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler
+from torch import nn
+from tqdm import tqdm
+
+from ..data.collators import LatentBatch, collate_latents
+from ..data.dataset import latent_shapes
+from ..data.sampler import split_batches
+from ..data.schema import table_to_rows
+from ..flow_matching import row_noise
+from ..inference.generation import decode_latents, write_video
+from ..models.reward_model import WanRewardModel
+from ..rollout import sample_latents
+from ..runtime.distributed import gather_records
+from ..runtime.vae_tiling import VAETiling
+from .scoring import score_latents
+from .tracking import log_videos
+
+
+class SampleEvaluator:
+    """
+    Samples the prompts of a dataset and returns the mean reward at fixed timesteps.
+
+    The metrics are `reward/t<timestep>` and `reward`, means of `sigmoid(logit)`, `reward_logit`, and `latents_std`, the
+    standard deviation of the samples, which drifts when the reward is being hacked. Noise depends on row and seed only,
+    so two steps of a run, and two runs, are compared on the same samples.
+
+    Args:
+        dataset (`Dataset`):
+            Rows whose prompts are sampled; only prompt, image and shape are used.
+        vae (`AutoencoderKLWan`, *optional*):
+            Decodes the samples to `output_dir/step-<step>/<row>.mp4`; without it nothing is decoded.
+        guidance_scale (`float`):
+            Scale of classifier-free guidance away from the empty prompt, 1 is none.
+        dtype (`torch.dtype`):
+            Type of the embeddings that the models are given.
+        num_replicas, replica (`int`, defaults to 1 and 0):
+            Number of data-parallel replicas and the one that this process belongs to.
+        vae_tiling (`str`, defaults to `"auto"`):
+            Whether the VAE works in tiles, see [`~hy_prfl.runtime.vae_tiling.set_tiling`].
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        reward_model: WanRewardModel,
+        scheduler: UniPCMultistepScheduler,
+        vae: AutoencoderKLWan | None,
+        output_dir: Path,
+        num_inference_steps: int,
+        guidance_scale: float,
+        timesteps: list[int],
+        batch_size: int,
+        fps: int,
+        seed: int,
+        dtype: torch.dtype,
+        num_replicas: int = 1,
+        replica: int = 0,
+        vae_tiling: VAETiling = "auto",
+    ) -> None:
+        self.dataset = dataset
+        self.reward_model = reward_model
+        self.scheduler = scheduler
+        self.vae = vae
+        self.vae_tiling = vae_tiling
+        self.output_dir = output_dir
+        self.num_inference_steps = num_inference_steps
+        self.guidance_scale = guidance_scale
+        self.timesteps = timesteps
+        self.batch_size = batch_size
+        self.fps = fps
+        self.seed = seed
+        self.dtype = dtype
+        self.num_replicas = num_replicas
+        self.replica = replica
+
+    @torch.no_grad()
+    def __call__(self, transformer: nn.Module, accelerator: Accelerator, *, step: int) -> dict[str, float]:
+        """Sample and score; all ranks do the same number of forwards and get the same result. A collective."""
+        records: list[tuple[int, list[float], float]] = []
+        folder = self.output_dir / f"step-{step}"
+        batches = split_batches(
+            latent_shapes(self.dataset),
+            batch_size=self.batch_size,
+            num_replicas=self.num_replicas,
+            replica=self.replica,
+        )
+        for indices in tqdm(batches, desc="Sampling", disable=not accelerator.is_main_process, leave=False):
+            rows = [table_to_rows(self.dataset[index])[0] for index in indices]
+            batch = collate_latents(rows).to(accelerator.device, self.dtype)
+            latents = self._sample(transformer, batch)
+            with accelerator.autocast():
+                logits = score_latents(
+                    self.reward_model,
+                    latents,
+                    batch.prompt_embeds,
+                    self.timesteps,
+                    row_ids=batch.ids,
+                    condition=batch.condition,
+                    image_embeds=batch.image_embeds,
+                    seed=self.seed + 1,  # not the noise that the samples start from
+                )
+            stds = latents.flatten(1).std(dim=1)
+            records.extend(zip(indices, logits.tolist(), stds.tolist(), strict=True))
+            if self.vae is not None:
+                self._write_videos(latents, indices, folder)
+        # Rows that fill up a batch come more than once, with the same values.
+        by_row = {index: (logits, std) for index, logits, std in gather_records(records)}
+        # By now all ranks have written theirs.
+        videos = {f"validation/{path.stem}": path for path in sorted(folder.glob("*.mp4"))}
+        log_videos(accelerator, videos, step=step, fps=self.fps)
+        all_logits = torch.tensor([logits for logits, _ in by_row.values()])
+        metrics = {
+            f"reward/t{timestep}": float(all_logits[:, column].sigmoid().mean())
+            for column, timestep in enumerate(self.timesteps)
+        }
+        metrics["reward"] = float(all_logits.sigmoid().mean())
+        metrics["reward_logit"] = float(all_logits.mean())
+        metrics["latents_std"] = float(np.mean([std for _, std in by_row.values()]))
+        return metrics
+
+    def _sample(self, transformer: nn.Module, batch: LatentBatch) -> torch.Tensor:
+        noise = [row_noise(row_id, batch.latents_shape, seed=self.seed) for row_id in batch.ids]
+        return sample_latents(
+            transformer,
+            self.scheduler,
+            noise=torch.stack(noise).to(batch.prompt_embeds.device),
+            num_inference_steps=self.num_inference_steps,
+            encoder_hidden_states=batch.prompt_embeds,
+            negative_encoder_hidden_states=batch.null_prompt_embeds,
+            guidance_scale=self.guidance_scale,
+            condition=batch.condition,
+            encoder_hidden_states_image=batch.image_embeds,
+        )
+
+    def _write_videos(self, latents: torch.Tensor, indices: list[int], folder: Path) -> None:
+        assert self.vae is not None
+        folder.mkdir(parents=True, exist_ok=True)
+        for index, frames in zip(indices, decode_latents(self.vae, latents, self.vae_tiling), strict=True):
+            write_video(folder / f"{index:04d}.mp4", frames, self.fps)

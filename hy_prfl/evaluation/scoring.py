@@ -1,0 +1,331 @@
+"""Rewards of videos or latents at chosen noise levels, as tensors and as a table."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import nn
+
+from ..data.collators import LatentBatch, collate_latents
+from ..data.dataset import check_number_of_images, read_columns, require_latents, single_value
+from ..data.encoding import LatentEncoder
+from ..data.manifest import ManifestRow
+from ..data.preprocessing import ClipEncoder, ClipSettings
+from ..data.schema import LABELS, table_to_rows
+from ..data.video import VideoError
+from ..flow_matching import NUM_TRAIN_TIMESTEPS, row_noise
+from ..models.reward_model import WanRewardModel, score_noised
+from .score_table import write_scores
+
+
+DEFAULT_TIMESTEPS = (201, 400, 600, 800, 1000)
+
+
+@torch.no_grad()
+def score_latents(
+    reward_model: nn.Module,
+    latents: torch.Tensor,
+    prompt_embeds: torch.Tensor,
+    timesteps: Sequence[float] = DEFAULT_TIMESTEPS,
+    *,
+    row_ids: Sequence[str],
+    condition: torch.Tensor | None = None,
+    image_embeds: torch.Tensor | None = None,
+    num_noise_samples: int = 1,
+    seed: int = 0,
+) -> torch.Tensor:
+    """
+    Score clean latents at several noise levels.
+
+    The noise is a function of row id, seed and number of the draw, so a score depends neither on the batch nor on the
+    process; with the same seed it is the noise that the reward model is evaluated with in training.
+
+    Args:
+        reward_model (`nn.Module`):
+            A [`WanRewardModel`], on the device of the tensors.
+        latents (`torch.Tensor` of shape `(batch_size, num_channels, num_frames, height, width)`):
+            Clean normalised latents.
+        prompt_embeds (`torch.Tensor` of shape `(batch_size, max_sequence_length, text_dim)`):
+            Zero-padded prompt embeddings, in the type that the model runs in. `image_embeds` are cast to it.
+        timesteps (`Sequence[float]`):
+            Noise levels, `1000 * sigma`, in (0, 1000].
+        row_ids (`Sequence[str]`):
+            Names of the rows, which their noise belongs to.
+        condition, image_embeds (`torch.Tensor`, *optional*):
+            20 condition channels and image embeddings, for image-to-video reward models.
+        num_noise_samples (`int`, defaults to 1):
+            Noises that the logit is the mean over.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size, num_timesteps)`: logits, float32 on the CPU. Their sigmoid is the reward.
+
+    Raises:
+        ValueError: If a timestep is outside (0, 1000], or rows and ids differ in number.
+    """
+    check_timesteps(timesteps)
+    if len(row_ids) != len(latents) or num_noise_samples < 1:
+        raise ValueError(
+            f"expected an id for each of {len(latents)} rows, got {len(row_ids)}, and `num_noise_samples` at least 1, "
+            f"got {num_noise_samples}."
+        )
+    total = torch.zeros(len(latents), len(timesteps))
+    for draw in range(num_noise_samples):
+        noise = torch.stack([row_noise(row_id, latents.shape[1:], seed=seed, draw=draw) for row_id in row_ids])
+        noise = noise.to(latents)
+        for column, timestep in enumerate(timesteps):
+            logits = score_noised(
+                reward_model,
+                latents=latents,
+                noise=noise,
+                sigmas=torch.full((len(latents),), timestep / NUM_TRAIN_TIMESTEPS, device=latents.device),
+                encoder_hidden_states=prompt_embeds,
+                condition=condition,
+                encoder_hidden_states_image=image_embeds,
+            )
+            total[:, column] += logits.float().cpu()
+    return total / num_noise_samples
+
+
+def score_videos(
+    reward_model: WanRewardModel,
+    encoder: LatentEncoder,
+    videos: Sequence[str | Path],
+    captions: Sequence[str],
+    timesteps: Sequence[float] = DEFAULT_TIMESTEPS,
+    *,
+    clip_settings: ClipSettings | None = None,
+    row_ids: Sequence[str] | None = None,
+    num_noise_samples: int = 1,
+    seed: int = 0,
+) -> torch.Tensor:
+    """
+    Score video files.
+
+    Args:
+        encoder (`LatentEncoder`):
+            Encoders of the pipeline that the reward model comes from.
+        clip_settings (`ClipSettings`, *optional*):
+            Frame rate, length and size, as for `preprocess`.
+        row_ids (`Sequence[str]`, *optional*):
+            Names that the noise belongs to, the stems of the files if not given.
+
+    Returns:
+        `torch.Tensor` of shape `(num_videos, num_timesteps)`: logits, float32 on the CPU.
+
+    Raises:
+        ValueError: If the encoder does not fit the reward model. A `VideoError` if a clip cannot be used.
+
+    Example:
+        ```python
+        reward_model = load_reward_model("outputs/reward/best")
+        encoder = LatentEncoder.from_pretrained("Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
+        logits = score_videos(reward_model, encoder, ["cat.mp4"], ["a cat plays the piano"])
+        rewards = logits.sigmoid()
+        ```
+    """
+    check_encoder_fits(reward_model, encoder)
+    ids = [Path(video).stem for video in videos] if row_ids is None else row_ids
+    clip_encoder = ClipEncoder(encoder, ClipSettings() if clip_settings is None else clip_settings)
+    logits = []
+    for row_id, video, caption in zip(ids, videos, captions, strict=True):
+        row = ManifestRow(where=f"'{video}'", id=row_id, prompt=caption, video=Path(video))
+        packed = {**clip_encoder.encode_row(row), "id": row_id}
+        logits.append(score_rows(reward_model, [packed], timesteps, num_noise_samples=num_noise_samples, seed=seed))
+    return torch.cat(logits) if logits else torch.zeros(0, len(timesteps))
+
+
+def score_rows(
+    reward_model: WanRewardModel,
+    rows: Sequence[dict[str, Any]],
+    timesteps: Sequence[float] = DEFAULT_TIMESTEPS,
+    *,
+    num_noise_samples: int = 1,
+    seed: int = 0,
+) -> torch.Tensor:
+    """`score_latents` of rows of a latent dataset, all of one shape. A text-to-video model ignores their images."""
+    clips: LatentBatch = collate_latents(rows).to(reward_model.device, reward_model.dtype)
+    assert clips.latents is not None
+    return score_latents(
+        reward_model,
+        clips.latents,
+        clips.prompt_embeds,
+        timesteps,
+        row_ids=clips.ids,
+        condition=clips.condition if _takes(reward_model, clips.condition) else None,
+        image_embeds=clips.image_embeds if reward_model.config.image_dim is not None else None,
+        num_noise_samples=num_noise_samples,
+        seed=seed,
+    )
+
+
+def score_dataset(
+    reward_model: WanRewardModel,
+    dataset: Dataset,
+    output: str | Path,
+    timesteps: Sequence[float] = DEFAULT_TIMESTEPS,
+    *,
+    num_noise_samples: int = 1,
+    seed: int = 0,
+    batch_size: int = 1,
+    request: Mapping[str, Any],
+) -> list[dict[str, Any]]:
+    """
+    Score every row of a latent dataset into a table; see [`write_scores`] for what is written and how it resumes.
+
+    Args:
+        batch_size (`int`, defaults to 1):
+            Rows of one shape that are scored at once.
+        request (`Mapping`):
+            All that the scores depend on, for [`write_scores`].
+
+    Raises:
+        ValueError: If the dataset does not fit the reward model, see [`check_dataset_fits`].
+    """
+    check_dataset_fits(reward_model, dataset)
+    clips = read_columns(dataset, ["id", "prompt", "source", *LABELS, "latents_shape"])
+    by_shape: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for position, clip in enumerate(clips):
+        by_shape[tuple(clip.pop("latents_shape"))].append(position)
+    batches = [
+        positions[start : start + batch_size]
+        for positions in by_shape.values()
+        for start in range(0, len(positions), batch_size)
+    ]
+
+    def score_batch(positions: list[int]) -> list[list[float]]:
+        rows = [table_to_rows(dataset[position])[0] for position in positions]
+        return score_rows(reward_model, rows, timesteps, num_noise_samples=num_noise_samples, seed=seed).tolist()
+
+    return write_scores(clips, batches, score_batch, output, timesteps, task=reward_model.config.task, request=request)
+
+
+def score_manifest(
+    reward_model: WanRewardModel,
+    encoder: LatentEncoder,
+    rows: Sequence[ManifestRow],
+    output: str | Path,
+    timesteps: Sequence[float] = DEFAULT_TIMESTEPS,
+    *,
+    clip_settings: ClipSettings | None = None,
+    num_noise_samples: int = 1,
+    seed: int = 0,
+    request: Mapping[str, Any],
+) -> list[dict[str, Any]]:
+    """
+    Score the videos of a manifest into a table; see [`write_scores`] for what is written and how it resumes.
+
+    Clips are encoded as `preprocess` does, so the scores are those of the dataset that it would make. A clip that
+    cannot be used is in the table without a score, with the reason.
+
+    Args:
+        request (`Mapping`):
+            All that the scores depend on, for [`write_scores`].
+
+    Raises:
+        ValueError: If the encoder does not fit the reward model.
+    """
+    check_encoder_fits(reward_model, encoder)
+    clip_encoder = ClipEncoder(encoder, ClipSettings() if clip_settings is None else clip_settings)
+
+    def score_batch(positions: list[int]) -> list[list[float]]:
+        packed = []
+        for row in (rows[position] for position in positions):
+            if not row.prompt:
+                raise VideoError("no caption")
+            packed.append({**clip_encoder.encode_row(row), "id": row.id})
+        return score_rows(reward_model, packed, timesteps, num_noise_samples=num_noise_samples, seed=seed).tolist()
+
+    clips = [
+        {"id": row.id, "prompt": row.prompt, "source": str(row.video)}
+        | {name: row.labels.get(name) for name in LABELS}
+        for row in rows
+    ]
+    # One by one: sizes are not known before the clips are read, and encoding is what takes the time.
+    batches = [[position] for position in range(len(rows))]
+    return write_scores(clips, batches, score_batch, output, timesteps, task=reward_model.config.task, request=request)
+
+
+def check_timesteps(timesteps: Sequence[float]) -> None:
+    """Raise a `ValueError` unless there are timesteps, all of them different and in (0, 1000]."""
+    if not timesteps or len(set(timesteps)) < len(timesteps):
+        raise ValueError(f"`timesteps` must be different numbers, at least one, got {list(timesteps)}.")
+    for timestep in timesteps:
+        if not 0 < timestep <= NUM_TRAIN_TIMESTEPS:
+            raise ValueError(f"`timesteps` must be in (0, {NUM_TRAIN_TIMESTEPS}], got {timestep}.")
+
+
+def check_encoder_fits(reward_model: WanRewardModel, encoder: LatentEncoder) -> None:
+    """
+    Refuse encoders whose latents or prompts are not those that a reward model was trained on.
+
+    Raises:
+        ValueError: Naming what differs, with both values.
+    """
+    config, pipeline = reward_model.config, encoder.pipeline
+    _check_vae(reward_model, encoder.vae_fingerprint, "the pipeline")
+    _check_equal("latent channels", config.out_channels, pipeline.vae.config.z_dim, "the pipeline")
+    _check_equal("text width", config.text_dim, pipeline.text_encoder.config.d_model, "the pipeline")
+    if _num_condition_channels(reward_model) and not encoder.is_image_to_video:
+        raise ValueError("The reward model is image-to-video, the pipeline is text-to-video and makes no `condition`.")
+    if config.image_dim is not None and pipeline.image_encoder is None:
+        raise ValueError("The reward model takes image embeddings, the pipeline has no image encoder.")
+    takes_two = config.pos_embed_seq_len is not None
+    if config.image_dim is not None and takes_two != encoder.uses_last_frame:
+        number, found = ("first and last image", "the first") if takes_two else ("first image only", "both")
+        raise ValueError(f"The reward model takes the {number}, the pipeline encodes {found}.")
+
+
+def check_dataset_fits(reward_model: WanRewardModel, dataset: Dataset, source: str = "the dataset") -> None:
+    """
+    Refuse a latent dataset that a reward model cannot judge, without reading its tensors.
+
+    Raises:
+        ValueError: If it comes from another VAE, has rows without latents or with the wrong channels or text width,
+            or lacks the condition or image embeddings of an image-to-video model.
+    """
+    config = reward_model.config
+    _check_vae(reward_model, single_value(dataset, "vae_fingerprint", source), source)
+    require_latents(dataset, source)
+    num_condition_channels = _num_condition_channels(reward_model)
+    shapes = ["latents_shape", "prompt_embeds_shape", "condition_shape", "image_embeds_shape"]
+    for row in read_columns(dataset, ["id", *shapes]):
+        where = f"{source}, row '{row['id']}'"
+        _check_equal("latent channels", config.out_channels, row["latents_shape"][0], where)
+        _check_equal("text width", config.text_dim, row["prompt_embeds_shape"][1], where)
+        if num_condition_channels:
+            if row["condition_shape"] is None:
+                raise ValueError(f"{where}: the reward model is image-to-video, the row has no `condition`.")
+            _check_equal("condition channels", num_condition_channels, row["condition_shape"][0], where)
+        if config.image_dim is not None:
+            if row["image_embeds_shape"] is None:
+                raise ValueError(f"{where}: the reward model is image-to-video, the row has no `image_embeds`.")
+            _check_equal("image width", config.image_dim, row["image_embeds_shape"][-1], where)
+            check_number_of_images(row["image_embeds_shape"], config.pos_embed_seq_len, where)
+
+
+def _takes(reward_model: WanRewardModel, condition: torch.Tensor | None) -> bool:
+    """Whether a reward model looks at this condition: channels beside the latents, or their first frame."""
+    config = reward_model.config
+    is_first_frame = condition is not None and condition.shape[1] == config.out_channels
+    return config.in_channels > config.out_channels or is_first_frame
+
+
+def _num_condition_channels(reward_model: WanRewardModel) -> int:
+    return reward_model.config.in_channels - reward_model.config.out_channels
+
+
+def _check_vae(reward_model: WanRewardModel, vae_fingerprint: str | None, source: str) -> None:
+    expected = reward_model.config.vae_fingerprint
+    if None not in (expected, vae_fingerprint) and expected != vae_fingerprint:
+        raise ValueError(
+            f"{source}: the latents are of another VAE than those the reward model was trained on: "
+            f"`vae_fingerprint` {vae_fingerprint} against {expected}."
+        )
+
+
+def _check_equal(what: str, expected: int, found: int, source: str) -> None:
+    if expected != found:
+        raise ValueError(f"{source}: {what}: the reward model takes {expected}, got {found}.")

@@ -1,0 +1,383 @@
+"""Checkpoints that are complete or absent, and model files that diffusers loads. No training policy."""
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from accelerate import Accelerator, init_empty_weights
+from accelerate.utils import DistributedType
+from diffusers import ModelMixin, WanPipeline, WanTransformer3DModel
+from huggingface_hub import save_torch_state_dict
+from peft import get_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from ..runtime.atomic_writes import move, recover_folder, replace_folder, temporary_folder, write_text
+from ..runtime.provenance import METRICS_FILE, RUN_FILE, read_metric_lines, read_run_records
+from .layout import EXPERT_FOLDERS, LORA_FILES
+from .lora import parse_adapter
+from .lora_metadata import lora_header
+
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE, FILES_FILE = "trainer_state.json", "files.json"
+SCHEDULE_FILE = "custom_checkpoint_0.pkl"
+BEST_FOLDER, MODEL_FOLDER, AVERAGE_FOLDER, VALIDATION_FOLDER = "best", "reward_model", "ema", "validation"
+# What each trainer writes besides checkpoints.
+REWARD_RESULTS = (BEST_FOLDER, MODEL_FOLDER)
+PRFL_RESULTS = (VALIDATION_FOLDER, *EXPERT_FOLDERS.values(), *LORA_FILES.values())
+CHECKPOINT_NAME = re.compile(r"checkpoint-([0-9]+)")
+VALIDATION_NAME = re.compile(r"step-([0-9]+)")
+ABANDONED_NAME = re.compile(r"abandoned-([0-9]+)")
+# Lists what is being moved into an `abandoned-<n>`, for the case that the process dies meanwhile.
+ABANDONING_FILE = ".abandoning.json"
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Checkpoints of a run, in the order of their steps. Folders still under their temporary name do not count."""
+    return _numbered_folders(output_dir, CHECKPOINT_NAME)
+
+
+def _numbered_folders(parent: Path, name: re.Pattern[str]) -> list[Path]:
+    """Folders whose whole name matches, in the order of the number in it."""
+    numbers = {path: match for path in parent.glob("*") if (match := name.fullmatch(path.name)) and path.is_dir()}
+    return sorted(numbers, key=lambda path: int(numbers[path].group(1)))
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    """Number of updates that a checkpoint folder's name tells."""
+    match = CHECKPOINT_NAME.fullmatch(checkpoint.name)
+    if match is None:
+        raise ValueError(f"{checkpoint}: a checkpoint folder is called 'checkpoint-<step>'.")
+    return int(match.group(1))
+
+
+def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | None) -> Path | None:
+    """
+    The checkpoint to continue from, or None to start afresh.
+
+    Args:
+        resume_from_checkpoint (`str`, *optional*):
+            `"latest"` for the newest complete checkpoint in `output_dir`, if there is one; or the path of a checkpoint.
+
+    Raises:
+        FileNotFoundError: If the path is not a complete checkpoint.
+        ValueError: If nothing is to be resumed, or a checkpoint from elsewhere, but `output_dir` already holds
+            checkpoints; or if a checkpoint's name and its state tell different steps.
+    """
+    # Of a run that was killed while it gave a finished folder its name, or moved what it abandoned.
+    for outdated in output_dir.glob(".*.old"):
+        recover_folder(output_dir / outdated.name.removeprefix(".").removesuffix(".old"))
+    _finish_abandoning(output_dir)
+    checkpoints = list_checkpoints(output_dir)
+    if resume_from_checkpoint is None:
+        if checkpoints:
+            raise ValueError(
+                f"`output_dir`: {output_dir} already holds {checkpoints[-1].name}. Continue with "
+                "`--resume_from_checkpoint latest` or choose another folder."
+            )
+        return None
+    if resume_from_checkpoint == "latest":
+        for path in reversed(checkpoints):
+            if (path / STATE_FILE).is_file():
+                _check_step(path)
+                return path
+            logger.warning("%s is not a complete checkpoint and is passed over: it has no %s.", path, STATE_FILE)
+        logger.info("There is no complete checkpoint in %s: the run starts from the beginning.", output_dir)
+        return None
+    checkpoint = Path(resume_from_checkpoint)
+    if not (checkpoint / STATE_FILE).is_file():
+        raise FileNotFoundError(
+            f"`resume_from_checkpoint`: {checkpoint} is not a complete checkpoint: it has no {STATE_FILE}."
+            + (f" Did you mean {inside[-1]}?" if (inside := list_checkpoints(checkpoint)) else "")
+        )
+    absolute = Path(os.path.abspath(checkpoint))
+    if absolute.parent.resolve() == output_dir.resolve() and CHECKPOINT_NAME.fullmatch(absolute.name):
+        _check_step(absolute)
+    elif checkpoints:
+        raise ValueError(
+            f"`resume_from_checkpoint`: {checkpoint} is none of `output_dir` {output_dir}, which already holds "
+            f"{checkpoints[-1].name}. Continue with `--resume_from_checkpoint latest` or choose another folder."
+        )
+    return checkpoint
+
+
+def _check_step(checkpoint: Path) -> None:
+    step = read_state(checkpoint)["global_step"]
+    if step != checkpoint_step(checkpoint):
+        raise ValueError(f"{checkpoint} holds step {step}, says its {STATE_FILE}; its name says another.")
+
+
+def abandon(output_dir: Path, step: int, results: Sequence[str]) -> Path | None:
+    """
+    Move what later steps have left out of the way of a run that goes on from an earlier step.
+
+    These are checkpoints, the best model, results and validation videos of more than `step` updates. Lines of
+    `metrics.jsonl` are copied along. Nothing is deleted, and nothing of the folder that they go to is looked at again,
+    except that its checkpoints count in the limit of `delete_old_checkpoints`.
+
+    Args:
+        step (`int`):
+            Updates that the run goes on after, 0 if it starts from the beginning.
+        results (`Sequence[str]`):
+            What the run's trainer writes besides checkpoints; the folder may hold results of the other one.
+
+    Returns:
+        `Path`, *optional*: The new folder `output_dir/abandoned-<n>`, None if there was nothing.
+    """
+    names = [path.name for path in list_checkpoints(output_dir) if checkpoint_step(path) > step]
+    best = best_report(output_dir)
+    if BEST_FOLDER in results and best is not None and best["global_step"] > step:
+        names.append(BEST_FOLDER)
+    for path in _numbered_folders(output_dir / VALIDATION_FOLDER, VALIDATION_NAME):
+        if VALIDATION_FOLDER in results and int(path.name.removeprefix("step-")) > step:
+            names.append(f"{VALIDATION_FOLDER}/{path.name}")
+    finished = [
+        record["finished_step"] for record in read_run_records(output_dir / RUN_FILE) if "finished_step" in record
+    ]
+    # Older versions did not note which step a result is of.
+    if finished[-1] > step if finished else bool(names) or step == 0:
+        kept_by_step = (BEST_FOLDER, VALIDATION_FOLDER)
+        names += [name for name in results if name not in kept_by_step and (output_dir / name).exists()]
+    if not names:
+        return None
+    numbers = [int(path.name.removeprefix("abandoned-")) for path in _numbered_folders(output_dir, ABANDONED_NAME)]
+    folder = output_dir / f"abandoned-{max(numbers, default=0) + 1}"
+    folder.mkdir()
+    lines = [line for line_step, line in read_metric_lines(output_dir / METRICS_FILE) if line_step > step]
+    if lines:
+        write_text(folder / METRICS_FILE, "".join(f"{line}\n" for line in lines))
+    write_text(output_dir / ABANDONING_FILE, json.dumps({"folder": folder.name, "names": names}))
+    _finish_abandoning(output_dir)
+    return folder
+
+
+def _finish_abandoning(output_dir: Path) -> None:
+    """Move what the list says, if there is one. Several processes may do so at once."""
+    try:
+        record = json.loads((output_dir / ABANDONING_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return
+    for name in record["names"]:
+        target = output_dir / record["folder"] / name
+        target.parent.mkdir(exist_ok=True)
+        if not target.exists():
+            move(output_dir / name, target)
+    (output_dir / ABANDONING_FILE).unlink(missing_ok=True)
+
+
+def best_report(output_dir: Path) -> dict[str, Any] | None:
+    """Metrics and `global_step` of the best model that a run has kept so far, None if it has kept none."""
+    try:
+        return json.loads((output_dir / BEST_FOLDER / "metrics.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+
+
+def delete_old_checkpoints(output_dir: Path, newest: Path, total_limit: int) -> None:
+    """Keep `newest` and at most `total_limit - 1` others. Abandoned ones go first, then the oldest."""
+    abandoned = [path for each in _numbered_folders(output_dir, ABANDONED_NAME) for path in list_checkpoints(each)]
+    others = [*abandoned, *(path for path in list_checkpoints(output_dir) if path != newest)]
+    for old in others[: max(0, len(others) + 1 - total_limit)]:
+        logger.info("Deleting %s: `checkpoints_total_limit` is %d.", old, total_limit)
+        shutil.rmtree(old)
+        if old in abandoned and not any(old.parent.iterdir()):
+            old.parent.rmdir()
+
+
+def save_checkpoint(
+    accelerator: Accelerator,
+    output_dir: Path,
+    *,
+    step: int,
+    state: dict[str, Any],
+    write_config: Callable[[Path], None],
+    total_limit: int | None,
+    delete_first: bool = False,
+) -> Path:
+    """
+    Save everything that `Accelerator.save_state` covers as `output_dir/checkpoint-<step>`. A collective.
+
+    All ranks write into a temporary folder, which gets its name only when the last one is done, so a run killed at
+    any moment leaves a good `latest`. Checkpoints beyond `total_limit` are deleted after that, never this one; with
+    `delete_first` before anything is written, so that there are never more than `total_limit`.
+    """
+    target = output_dir / f"checkpoint-{step}"
+    temporary = target.with_name(f".{target.name}.tmp")
+    if accelerator.is_main_process:
+        # Also what a killed run has left under this name.
+        temporary_folder(target)
+        if delete_first and total_limit is not None:
+            delete_old_checkpoints(output_dir, target, total_limit)
+        temporary.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    # The base model under an adapter is not saved again by DeepSpeed; everywhere else `save_model` decides.
+    is_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    accelerator.save_state(str(temporary), **({"exclude_frozen_parameters": True} if is_deepspeed else {}))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        write_config(temporary)
+        sizes = {
+            str(path.relative_to(temporary)): path.stat().st_size for path in temporary.rglob("*") if path.is_file()
+        }
+        (temporary / FILES_FILE).write_text(json.dumps(sizes, indent=2), encoding="utf-8")
+        (temporary / STATE_FILE).write_text(json.dumps(state, indent=2), encoding="utf-8")
+        replace_folder(temporary, target)
+        if total_limit is not None:
+            delete_old_checkpoints(output_dir, target, total_limit)
+    accelerator.wait_for_everyone()
+    return target
+
+
+def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> None:
+    """Restore what `save_checkpoint` saved, but for its `state`. A collective."""
+    # Frozen weights, which the checkpoint leaves out, have come from the pipeline; the others must all be there.
+    is_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    accelerator.load_state(str(checkpoint), **({"load_module_strict": False} if is_deepspeed else {}))
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """
+    The `state` that `save_checkpoint` was given.
+
+    Raises:
+        ValueError: If the file is broken.
+    """
+    path = checkpoint / STATE_FILE
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(state, dict) or not isinstance(state.get("global_step"), int):
+        raise ValueError(f"{path}: expected a mapping with `global_step`, got {state!r}.")
+    return state
+
+
+def check_files(checkpoint: Path, *, with_optimizer: bool) -> None:
+    """
+    Refuse a checkpoint that was copied or written by halves.
+
+    Args:
+        with_optimizer (`bool`):
+            Whether the states of optimizer and random numbers must be there too.
+
+    Raises:
+        ValueError: If a file is missing or has another size than when it was saved; names it.
+    """
+    # Older versions made no list.
+    if not (checkpoint / FILES_FILE).is_file():
+        return
+    sizes = json.loads((checkpoint / FILES_FILE).read_text(encoding="utf-8"))
+    for name, size in sizes.items():
+        is_needed = with_optimizer or name == SCHEDULE_FILE or name.endswith((".safetensors", ".json"))
+        path = checkpoint / name
+        found = path.stat().st_size if path.is_file() else None
+        if is_needed and found != size:
+            state = "is missing" if found is None else f"has {found} bytes instead of {size}"
+            raise ValueError(f"{checkpoint} is not complete: '{name}' {state}.")
+
+
+def read_schedule(checkpoint: Path) -> dict[str, Any]:
+    """The state of the learning rate's schedule, the only object that the trainers register with Accelerate."""
+    return torch.load(checkpoint / SCHEDULE_FILE, weights_only=True)
+
+
+def save_pretrained(
+    model: ModelMixin,
+    state_dict: dict[str, torch.Tensor],
+    directory: Path,
+    extra: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """
+    Write weights and the configuration of `model` as `ModelMixin.save_pretrained` does, but in one move.
+
+    Args:
+        state_dict (`dict[str, torch.Tensor]`):
+            All weights, whole; those of `model` itself may be split over ranks.
+        extra (`Mapping[str, str]`):
+            Text files to put beside them, by name.
+    """
+    temporary = temporary_folder(directory)
+    model.save_config(temporary)
+    save_torch_state_dict(
+        state_dict, temporary, filename_pattern="diffusion_pytorch_model{suffix}.safetensors", max_shard_size="10GB"
+    )
+    for name, text in extra.items():
+        (temporary / name).write_text(text, encoding="utf-8")
+    replace_folder(temporary, directory)
+
+
+def save_lora(
+    transformer: WanTransformer3DModel,
+    state_dict: dict[str, torch.Tensor],
+    file: Path,
+    metadata: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """
+    Write a transformer's adapter as diffusers reads it.
+
+    Rank, alpha and targets go into the file's metadata; without it diffusers takes alpha for the rank.
+
+    Args:
+        state_dict (`dict[str, torch.Tensor]`):
+            Weights of the adapter, whole, by their names in `transformer`.
+        file (`Path`):
+            `<folder>/pytorch_lora_weights.safetensors`, or another of `LORA_FILES`.
+        metadata (`Mapping[str, str]`):
+            Where it comes from, see [`~hy_prfl.models.lora_metadata.lora_metadata`].
+
+    Raises:
+        ValueError: If a weight is empty or half of a pair is missing; nothing is written then.
+    """
+    layers = get_peft_model_state_dict(transformer, state_dict=state_dict)
+    header = lora_header(transformer.peft_config["default"].to_dict(), metadata)
+    parse_adapter({f"transformer.{name}": weight for name, weight in layers.items()}, header, source=str(file))
+    temporary = file.with_name(".lora.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    WanPipeline.save_lora_weights(
+        temporary,
+        transformer_lora_layers=layers,
+        save_function=lambda weights, filename: save_file(weights, filename, metadata=header),
+    )
+    (temporary / LORA_FILES["high_noise"]).replace(file)
+    temporary.rmdir()
+
+
+def read_lora(path: Path) -> dict[str, torch.Tensor]:
+    """Weights of an adapter written by `save_lora`, by their names in the transformer that it was saved from."""
+    with safe_open(path, framework="pt") as file:
+        return {_parameter_name(key): file.get_tensor(key) for key in file.keys()}
+
+
+def _parameter_name(key: str) -> str:
+    layer, part = key.removeprefix("transformer.").rsplit(".", 1)
+    return f"{layer}.default.{part}"
+
+
+def merge_adapter(model: ModelMixin, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """
+    Weights of a model with its LoRA adapter added to them, so that they load where there is no adapter.
+
+    Args:
+        model (`ModelMixin`):
+            A model with an adapter. Only its configuration is looked at.
+        state_dict (`Mapping[str, torch.Tensor]`):
+            All its weights, whole. The result is float32.
+    """
+    with init_empty_weights(include_buffers=False):
+        merged = type(model).from_config(model.config)
+        merged.add_adapter(model.peft_config["default"])
+    # Copies: fusing writes into them.
+    weights = {name: tensor.to(torch.float32, copy=True) for name, tensor in state_dict.items()}
+    merged.load_state_dict(weights, assign=True)
+    merged.fuse_lora()
+    merged.unload_lora()
+    return merged.state_dict()

@@ -1,0 +1,164 @@
+"""
+LoRAs written in the formats of diffusers, ComfyUI, kohya and upstream.
+
+Weights are carried bit for bit, with the rank and the alpha of each layer. What a format cannot say is an error.
+"""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from safetensors.torch import save_file
+
+from .lora import FILE_NAMES, UPSTREAM_FILES, Adapter, LoraLayer
+from .lora_metadata import LoraFormat, describe_lora, lora_header
+from .wan_native import key_names, layer_names
+from .weight_files import StateDict, new_folder
+
+
+# Format -> what its keys start with, and whether the names of layers have underscores for dots.
+PREFIXES: dict[str, tuple[str, bool]] = {
+    "diffusers": ("transformer.", False),
+    "comfyui": ("diffusion_model.", False),
+    "kohya": ("lora_unet_", True),
+}
+
+
+def save_adapters(adapters: Sequence[Adapter], output_dir: str | Path, lora_format: LoraFormat) -> list[str]:
+    """
+    Write a LoRA, or one for each expert, to a new folder, each in one file, or for upstream in its three.
+
+    Upstream's files hold no alpha: there `up` is multiplied by `alpha / rank`, and all is float32, as upstream
+    writes it.
+
+    Returns:
+        Names of the files.
+
+    Raises:
+        ValueError: If the format cannot say what the adapters say, or `output_dir` is not an empty folder.
+    """
+    files = {name: content for adapter in adapters for name, content in _files_of(adapter, lora_format).items()}
+    with new_folder(output_dir) as folder:
+        for name, (weights, header) in files.items():
+            save_file(weights, folder / name, metadata=header)
+    return list(files)
+
+
+def _files_of(adapter: Adapter, lora_format: LoraFormat) -> dict[str, tuple[StateDict, dict[str, str]]]:
+    """Tensors and header of each file of an adapter, by its name."""
+    if lora_format != "diffusers" and any(layer.magnitude is not None for layer in adapter.layers.values()):
+        raise ValueError(
+            f"This LoRA is a DoRA of peft, which the format of {lora_format} cannot hold. `generate --lora_path` and "
+            "diffusers read it as it is."
+        )
+    if lora_format == "diffusers":
+        adapter = _with_biases(adapter)
+    if adapter.differences and lora_format != "comfyui":
+        keys = [key for name in adapter.differences for key in adapter.keys.get(name, [name])]
+        shown = ", ".join(f"'{key}'" for key in keys[:5]) + ", ..." * (len(keys) > 5)
+        raise ValueError(
+            f"The format of {lora_format} has no place for what is added to whole weights and biases ({len(keys)}): {shown}. "
+            "`generate --lora_path` applies such a file as it is, and `--output_format comfyui` keeps it."
+        )
+    if lora_format == "upstream":
+        if adapter.expert == "low_noise":
+            raise ValueError(
+                "upstream's files know one transformer, a LoRA of the low-noise expert has no name there."
+            )
+        adapter = _fold_alpha(adapter)
+        files = {
+            name: _state_dict(adapter, lora_format, prefix, underscores=prefix == "lora_")
+            for name, prefix in UPSTREAM_FILES.items()
+        }
+    else:
+        prefix, underscores = PREFIXES[lora_format]
+        weights = _state_dict(adapter, lora_format, prefix, underscores=underscores)
+        files = {FILE_NAMES[lora_format][adapter.expert]: weights}
+    if lora_format == "diffusers":
+        header = lora_header(lora_config(adapter).to_dict(), adapter.metadata)
+    else:
+        layers = adapter.layers.values()
+        described = describe_lora(lora_format, [layer.rank for layer in layers], [layer.alpha for layer in layers])
+        header = {"format": "pt", **adapter.metadata, **described}
+    return {name: (weights, header) for name, weights in files.items()}
+
+
+def _state_dict(adapter: Adapter, lora_format: LoraFormat, prefix: str, *, underscores: bool) -> StateDict:
+    """Weights of the file whose keys start with `prefix`."""
+    down, up = ("lora_down", "lora_up") if underscores else ("lora_A", "lora_B")
+    targets = [*adapter.layers, *adapter.differences]
+    blocks = {int(name.split(".")[1]) for name in targets if name.startswith("blocks.")}
+    names = {name: name for name in targets} if lora_format == "diffusers" else layer_names(blocks) | key_names(blocks)
+    has_bias = any(layer.bias is not None for layer in adapter.layers.values())
+    weights: StateDict = {}
+    for name, layer in adapter.layers.items():
+        key = f"{prefix}{names[name].replace('.', '_') if underscores else names[name]}"
+        weights[f"{key}.{down}.weight"] = layer.down.contiguous()
+        weights[f"{key}.{up}.weight"] = layer.up.contiguous()
+        if lora_format in ("comfyui", "kohya"):
+            single = torch.tensor(layer.alpha, dtype=torch.float32)
+            weights[f"{key}.alpha"] = (
+                single if single.item() == layer.alpha else torch.tensor(layer.alpha, dtype=torch.float64)
+            )
+        if layer.magnitude is not None:
+            weights[f"{key}.lora_magnitude_vector"] = layer.magnitude
+        if lora_format == "diffusers" and has_bias:
+            # peft gives a bias to all layers or to none.
+            weights[f"{key}.lora_B.bias"] = layer.up.new_zeros(len(layer.up)) if layer.bias is None else layer.bias
+        elif lora_format == "comfyui" and layer.bias is not None:
+            weights[f"{key}.diff_b"] = _scale_exactly(layer.bias, layer.scale, name)
+        elif layer.bias is not None:
+            raise ValueError(f"'{name}' has a bias on its lora_B, which the format of {lora_format} cannot hold.")
+    for name, difference in adapter.differences.items():
+        # A modulation is the parameter of no layer, and has no `.weight` at the end.
+        layer_name, _, parameter = names[name].rpartition(".")
+        end = {"weight": f"{layer_name}.diff", "bias": f"{layer_name}.diff_b"}.get(parameter, f"{names[name]}.diff")
+        if f"{prefix}{end}" in weights:
+            raise ValueError(f"'{layer_name}' has two biases: one on its lora_B, and one that is added to its own.")
+        weights[f"{prefix}{end}"] = difference.contiguous()
+    return weights
+
+
+def _with_biases(adapter: Adapter) -> Adapter:
+    """The same adapter with what it adds to the biases of its layers in the biases of `lora_B`, which peft has."""
+    layers, differences = dict(adapter.layers), dict(adapter.differences)
+    for name, layer in adapter.layers.items():
+        if f"{name}.bias" in differences and layer.bias is None:
+            bias = _scale_exactly(differences.pop(f"{name}.bias"), 1 / layer.scale, name)
+            layers[name] = dataclasses.replace(layer, bias=bias)
+    return dataclasses.replace(adapter, layers=layers, differences=differences)
+
+
+def _scale_exactly(bias: torch.Tensor, factor: float, source: str) -> torch.Tensor:
+    """peft scales the bias like the update, ComfyUI does not; a conversion must be able to go back."""
+    scaled = (bias.double() * factor).to(bias.dtype)
+    if not torch.equal((scaled.double() / factor).to(bias.dtype).double(), bias.double()):
+        raise ValueError(f"{source}: its bias cannot be scaled by {factor:g} and back without rounding.")
+    return scaled
+
+
+def _fold_alpha(adapter: Adapter) -> Adapter:
+    """The same adapter in float32 with an alpha that is the rank, which is what a file without alpha means."""
+    layers = {
+        name: LoraLayer(down=layer.down.float(), up=layer.up.float() * layer.scale, alpha=layer.rank, bias=layer.bias)
+        for name, layer in adapter.layers.items()
+    }
+    return dataclasses.replace(adapter, layers=layers)
+
+
+def lora_config(adapter: Adapter) -> LoraConfig:
+    """peft's configuration of an adapter: the usual rank and alpha, and patterns for the layers that differ."""
+    rank = Counter(layer.rank for layer in adapter.layers.values()).most_common(1)[0][0]
+    alpha = Counter(layer.alpha for layer in adapter.layers.values()).most_common(1)[0][0]
+    return LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        rank_pattern={name: layer.rank for name, layer in adapter.layers.items() if layer.rank != rank},
+        alpha_pattern={name: layer.alpha for name, layer in adapter.layers.items() if layer.alpha != alpha},
+        target_modules=sorted(adapter.layers),
+        lora_bias=any(layer.bias is not None for layer in adapter.layers.values()),
+        use_dora=any(layer.magnitude is not None for layer in adapter.layers.values()),
+    )

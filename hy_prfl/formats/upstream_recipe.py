@@ -1,0 +1,178 @@
+"""
+Recipes of HY-Video-PRFL, its nested YAML files, as options of this package.
+
+A key that upstream's code reads is carried over, with its unit and meaning; where nothing here corresponds to its value it
+is refused with what to do. A key that upstream's code does not read is named in a note. `docs/upstream.md` has them all.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..configs.preprocess import PreprocessConfig
+from ..configs.prfl import PRFLTrainingConfig
+from ..configs.reward import RewardTrainingConfig
+from ..configs.score import ScoreConfig
+from .converted_recipe import ConvertedRecipe
+from .upstream_commands import convert_lists, convert_reward_parts, mirrored
+from .upstream_keys import RecipeKeys
+from .upstream_models import PIPELINES, find_pipeline, named_task, read_reward_blocks
+from .upstream_training import convert_prfl, convert_reward, drop_reward_model, output_dir, suggest_reward_model
+
+
+__all__ = ["ConvertedRecipe", "convert_recipe"]
+
+
+CONFIGS: dict[str, type] = {
+    "preprocess": PreprocessConfig,
+    "train_reward": RewardTrainingConfig,
+    "train_prfl": PRFLTrainingConfig,
+    "score": ScoreConfig,
+}
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def convert_recipe(
+    path: str | Path,
+    command: str | None = None,
+    ignore: Sequence[str] = (),
+    pipeline: str | None = None,
+    upstream_root: str | Path | None = None,
+) -> ConvertedRecipe:
+    """
+    Translate one of upstream's YAML files.
+
+    Args:
+        path (`str` or `Path`):
+            The file.
+        command (`str`, *optional*):
+            What the file is for: `preprocess`, `train_reward`, `train_prfl` or `score`. If not given, its keys tell;
+            a reward model's training and evaluation have the same keys, there it is `score` if there are no clips to
+            train on or if the name of the file begins with `infer`.
+        ignore (`Sequence[str]`):
+            Keys, as `section.key`, that count as if they were not in the file: for values that are refused.
+        pipeline (`str`, *optional*):
+            Pipeline in diffusers' format, a folder or a Hub id, instead of the published one of the recipe's model.
+        upstream_root (`str` or `Path`, *optional*):
+            Folder that upstream ran in, where its relative paths start. If not given, the folder above `configs` if the
+            file is in a folder of that name, else the current one.
+
+    Returns:
+        Options, commands and notes. Commands are for the current folder.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no YAML mapping, lacks a key that upstream's code needs, or has a value that upstream's
+            code reads and nothing here corresponds to. Names file, key and value, and says what to do.
+    """
+    path = Path(path)
+    if upstream_root is None:
+        upstream_root = path.parent.parent if path.parent.name == "configs" else "."
+    keys = RecipeKeys(path, str(upstream_root), ignore)
+    command = _find_command(keys) if command is None else command
+    if command not in CONFIGS:
+        raise ValueError(f"`command` must be one of {', '.join(CONFIGS)}, got {command!r}.")
+    keys.recipe.command = command
+    keys.drop_unread(command)
+    convert = {
+        "preprocess": _convert_preprocess,
+        "train_reward": convert_reward,
+        "train_prfl": convert_prfl,
+        "score": _convert_score,
+    }
+    convert[command](keys, pipeline)
+    recipe = keys.finish()
+    needed = (
+        {} if "reward_model" in recipe.options or not recipe.launch_options else {"reward_model": "given at launch"}
+    )
+    try:
+        CONFIGS[command](**recipe.options, **needed)
+    except ValueError as error:
+        raise ValueError(f"{path}: as options of `{command}`: {error}") from error
+    return recipe
+
+
+def _find_command(keys: RecipeKeys) -> str:
+    if "json_path" in keys.values:
+        return "preprocess"
+    if any(key.startswith("model.lrm_") for key in keys.values):
+        return "train_prfl"
+    if "lrm.loss" not in keys.values:
+        raise ValueError(
+            f"{keys.path}: neither `json_path` (preprocessing) nor `lrm.loss` (reward model) nor `model.lrm_*_path` "
+            "(PRFL) is in the file, so it is no recipe of HY-Video-PRFL. --recipe_command says what it is for."
+        )
+    has_clips = "dataset.meta_file_list" in keys.values
+    return "score" if keys.path.name.startswith("infer") or not has_clips else "train_reward"
+
+
+def _convert_preprocess(keys: RecipeKeys, pipeline: str | None) -> None:
+    """`pre_480.yaml`, `pre_720.yaml`."""
+    paths = ("vae_path", "text_encoder_path", "tokenizer_path", "image_encoder_path", "image_processor_path")
+    resolution = keys.require("resolution")
+    short_side = resolution[0] if isinstance(resolution, list) and resolution else resolution
+    if not isinstance(short_side, int) or short_side < 32 or short_side % 32:
+        keys.refuse("resolution", "a short side, in pixels, that is a multiple of 32")
+    named = [named_task(str(keys.values.get(path))) for path in paths]
+    by_size = "i2v-14b-480p" if short_side <= 480 else "i2v-14b-720p"
+    task = next((task for task in reversed(named) if task is not None), by_size)
+    if pipeline is not None and keys.root != "." and Path(pipeline).is_dir():
+        pipeline = os.path.abspath(pipeline)  # the command runs in another folder
+    keys.pipeline = pipeline or PIPELINES[task]
+    origin = "as asked for" if pipeline else "the model of the *_path keys in diffusers' format"
+    keys.option("pretrained_model_name_or_path", keys.pipeline, origin)
+    keys.option("manifest", keys.require("json_path"), "json_path")
+    # Video paths in that file start where upstream ran.
+    keys.recipe.folder = keys.root
+    save_dir = str(keys.require("save_dir"))
+    keys.option(
+        "output_dir", mirrored(f"data/{task}", save_dir), f"save_dir: {save_dir}, which has upstream's own files"
+    )
+    keys.carry("extract_fps", "fps", keys.number)
+    keys.carry("num_frames", "num_frames", keys.whole)
+    keys.option("min_num_frames", 1, "upstream takes shorter clips as well")
+    keys.option("resolution", short_side, "resolution, its first number; upstream reads no other")
+    keys.carry("aspect_ratio", "max_aspect_ratio", keys.number)
+    keys.carry("max_sequence_length", "max_sequence_length", keys.whole)
+    keys.require("precision")
+    dtype = keys.choice("precision", {"bf16": "bfloat16", "fp16": "bfloat16", "fp32": "float32"})
+    origin = f"precision: {keys.values['precision']}, for the text encoder; VAE and image encoder run in float32 here"
+    keys.option("text_encoder_dtype", dtype, origin)
+    keys.expect("start_idx", 0, "0: clips begin at the first frame here; cut the videos before", "as here")
+    for path in paths:
+        keys.drop(path, "the pipeline brings its encoders")
+    keys.expect("model_type", "wanx", "wanx, the encoders of Wan", "the pipeline says what it is")
+    keys.drop("seed", "nothing is random here")
+    keys.note("tensors are stored in float16; upstream's .npy files are float32: --tensor_dtype float32.")
+    keys.note(
+        "the training recipes import what upstream's preprocessing wrote; --train_dataset gives them this dataset instead."
+    )
+
+
+def _convert_score(keys: RecipeKeys, pipeline: str | None) -> None:
+    """`infer_pavrm_*.yaml`."""
+    find_pipeline(keys, pipeline)
+    # Scores come from a dataset: its encoders have done their work.
+    del keys.recipe.options["pretrained_model_name_or_path"]
+    origin = keys.recipe.origins.pop("pretrained_model_name_or_path")
+    keys.note(f"pretrained_model_name_or_path: {keys.pipeline}, {origin}: for the import only.")
+    keys.recipe.launch_config = "ddp"
+    read_reward_blocks(keys)
+    if keys.flag("model.lora.use_lora"):
+        keys.refuse("model.lora.use_lora", "false: merge the LoRA into the reward model's transformer first")
+    if not convert_reward_parts(keys, "resume"):
+        suggest_reward_model(keys, f"outputs/{keys.take('train_id', 'pavrm')}", "resume")
+    if keys.take("model.init_transformer_path") is not None:
+        keys.note("model.init_transformer_path: the file of the reward model's transformer takes its place.")
+    convert_lists(keys, "dataset.val_meta_file_list", "dataset")
+    keys.option("output", f"{output_dir(keys)}/scores.csv", "save.output_dir, train_id")
+    keys.carry("dataset.batch_size", "batch_size", keys.whole)
+    keys.require("train.precision")
+    keys.option("dtype", keys.choice("train.precision", DTYPES), "train.precision")
+    keys.carry("eval.seed", "seed", keys.whole)
+    keys.option("timesteps", [201, 400, 600, 800, 1000], "upstream draws a timestep in each fifth for every clip")
+    drop_reward_model(keys)
+    keys.drop("dataset.sp_size", "processes share out the clips, each scores whole ones")
+    keys.drop("model.fsdp", "each process has the whole reward model")
+    for section in ("model", "extra_model", "dataset", "train"):
+        keys.drop(section, "scoring does not need it")

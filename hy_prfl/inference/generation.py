@@ -1,0 +1,317 @@
+"""Prompts to mp4 files with the stock diffusers Wan pipelines. Knows no reward."""
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import torch
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, VideoReformatter
+from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanPipeline
+from PIL import Image
+from tqdm import tqdm
+
+from ..configs.base import check
+from ..data.container import open_video
+from ..data.prompts import VideoPrompt
+from ..data.store import hash_file
+from ..data.video import VideoError, read_image, resize_and_crop, to_uint8
+from ..runtime.atomic_writes import write_text
+from ..runtime.distributed import process_state
+from ..runtime.vae_tiling import VAETiling, set_tiling
+from .pipelines import load_pipeline
+
+
+__all__ = [
+    "VideoPrompt",
+    "VideoSettings",
+    "decode_latents",
+    "generate_video",
+    "generate_videos",
+    "load_pipeline",
+    "pending_videos",
+    "write_manifest",
+    "write_video",
+]
+
+MANIFEST = "manifest.json"
+# What arithmetic in half precision may add to 1.
+ROUNDING = 1e-2
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoSettings:
+    """
+    How videos are sampled and written.
+
+    Args:
+        height, width (`int`): Size in pixels, multiples of 16, for Wan2.2 TI2V 5B of 32. Images are resized and
+            centre-cropped to it.
+        num_frames (`int`): Frames, `4k + 1`.
+        num_inference_steps (`int`): Denoising steps.
+        guidance_scale (`float`): Classifier-free guidance; 1 turns it off.
+        negative_prompt (`str`, *optional*): What the videos should not show.
+        max_sequence_length (`int`): Text tokens that prompts are padded or cut to.
+        fps (`int`): Frame rate of the files.
+        crf (`int`): H.264 quality, 0 (lossless) to 51.
+    """
+
+    height: int = 480
+    width: int = 832
+    num_frames: int = 81
+    num_inference_steps: int = 50
+    guidance_scale: float = 5.0
+    negative_prompt: str | None = None
+    max_sequence_length: int = 512
+    fps: int = 16
+    crf: int = 12
+
+
+def generate_video(
+    pipeline: WanPipeline | WanImageToVideoPipeline, prompt: VideoPrompt, settings: VideoSettings
+) -> np.ndarray:
+    """
+    Sample one video. Its noise comes from a CPU generator of its own, so it depends on nothing but its seed.
+
+    Returns:
+        `np.ndarray` of shape `(num_frames, height, width, 3)`: float32 in [0, 1].
+    """
+    images = {
+        name: Image.fromarray(resize_and_crop(read_image(path)[None], settings.height, settings.width)[0])
+        for name, path in (("image", prompt.image), ("last_image", prompt.last_image))
+        if path is not None
+    }
+    return pipeline(
+        prompt=prompt.caption,
+        negative_prompt=settings.negative_prompt,
+        height=settings.height,
+        width=settings.width,
+        num_frames=settings.num_frames,
+        num_inference_steps=settings.num_inference_steps,
+        guidance_scale=settings.guidance_scale,
+        max_sequence_length=settings.max_sequence_length,
+        generator=torch.Generator().manual_seed(prompt.seed),
+        output_type="np",
+        **images,
+    ).frames[0]
+
+
+def generate_videos(
+    pipeline: WanPipeline | WanImageToVideoPipeline,
+    prompts: Sequence[VideoPrompt],
+    output_dir: str | Path,
+    settings: VideoSettings | None = None,
+    *,
+    model_identity: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    vae_tiling: VAETiling = "auto",
+) -> list[Path]:
+    """
+    Write `<id>_seed_<seed>.mp4` for each prompt, and `manifest.json`, a list that `preprocess` and `score` read.
+
+    Prompts are split over the processes of `accelerate`. Videos that are there are skipped, so a run that was killed
+    goes on where it was. Each file's metadata tells what it was made from; a file made from something else is an error.
+
+    Args:
+        settings (`VideoSettings`, *optional*):
+            Sampling and file format.
+        model_identity (`Mapping`, *optional*):
+            Whatever tells one model from another; must be JSON. Without it, files of another model are not told apart.
+        overwrite (`bool`, defaults to `False`):
+            Replace files that were made from something else.
+        vae_tiling (`str`, defaults to `"auto"`):
+            Whether the VAE decodes in tiles, see [`~hy_prfl.runtime.vae_tiling.set_tiling`].
+
+    Returns:
+        `list[Path]`: the videos, in the order of the prompts.
+
+    Raises:
+        ValueError: If the size is none that the pipeline makes, or a file is there that was made from something else.
+    """
+    state = process_state()
+    output_dir = Path(output_dir)
+    settings = VideoSettings() if settings is None else settings
+    multiple = 2 * pipeline.vae_scale_factor_spatial
+    for name, side in (("height", settings.height), ("width", settings.width)):
+        # The pipeline itself would only warn, and make a smaller video.
+        check(
+            side % multiple == 0, name, side, f"a multiple of {multiple}, what a patch of the pipeline's latents shows"
+        )
+    pending = pending_videos(prompts, output_dir, settings, model_identity=model_identity, overwrite=overwrite)
+    # Nobody writes before everybody has looked, so that all split the same list.
+    state.wait_for_everyone()
+    output_dir.mkdir(parents=True, exist_ok=True)
+    pipeline.set_progress_bar_config(leave=False, disable=not state.is_main_process)
+    share = pending[state.process_index :: state.num_processes]
+    for prompt in tqdm(share, desc="Generating", unit="video", disable=not state.is_main_process):
+        size = {"height": settings.height, "width": settings.width, "num_frames": settings.num_frames}
+        set_tiling(pipeline.vae, vae_tiling, "decode", **size)
+        frames = generate_video(pipeline, prompt, settings)
+        record = video_record(prompt, settings, model_identity)
+        write_video(
+            output_dir / f"{prompt.name}.mp4", frames, settings.fps, crf=settings.crf, comment=json.dumps(record)
+        )
+    state.wait_for_everyone()
+    if state.is_main_process:
+        write_manifest(prompts, output_dir)
+    state.wait_for_everyone()
+    return [output_dir / f"{prompt.name}.mp4" for prompt in prompts]
+
+
+def pending_videos(
+    prompts: Sequence[VideoPrompt],
+    output_dir: str | Path,
+    settings: VideoSettings,
+    *,
+    model_identity: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> list[VideoPrompt]:
+    """
+    Prompts whose video is not there yet.
+
+    Raises:
+        ValueError: If a file is there that was made from something else, unless `overwrite` is set.
+    """
+    pending = []
+    for prompt in prompts:
+        path = Path(output_dir) / f"{prompt.name}.mp4"
+        if path.exists():
+            expected, found = video_record(prompt, settings, model_identity), read_record(path)
+            if found == expected:
+                continue
+            if not overwrite:
+                different = sorted(key for key in expected | found if expected.get(key) != found.get(key))
+                raise ValueError(
+                    f"'{path}' was made with other settings ({', '.join(different)}). Choose another `output_dir`, "
+                    "or set `overwrite`."
+                )
+        pending.append(prompt)
+    return pending
+
+
+def write_manifest(prompts: Sequence[VideoPrompt], output_dir: str | Path) -> None:
+    """Write `manifest.json`, the list of the videos of these prompts that `preprocess` and `score` read."""
+    rows = [
+        {"id": prompt.name, "video": f"{prompt.name}.mp4", "caption": prompt.caption, "seed": prompt.seed}
+        for prompt in prompts
+    ]
+    write_text(Path(output_dir) / MANIFEST, json.dumps(rows, indent=1, ensure_ascii=False))
+
+
+def video_record(
+    prompt: VideoPrompt, settings: VideoSettings, model_identity: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Everything that a video depends on, as it is kept in the metadata of its file."""
+    images = {
+        name: None if path is None else hash_file(path)
+        for name, path in (("image", prompt.image), ("last_image", prompt.last_image))
+    }
+    return {"caption": prompt.caption, "seed": prompt.seed, **images, **asdict(settings), **(model_identity or {})}
+
+
+def read_record(path: str | Path) -> dict[str, Any]:
+    """The `video_record` in a file's metadata, empty if it holds none."""
+    try:
+        with open_video(path) as container:
+            record = json.loads(container.metadata.get("comment", "{}"))
+    except (VideoError, av.error.FFmpegError, json.JSONDecodeError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def write_video(
+    path: str | Path, frames: np.ndarray, fps: float, *, crf: int = 12, comment: str | None = None
+) -> None:
+    """
+    Write an H.264 mp4 (yuv420p, which every player shows), complete or not at all.
+
+    Colours are BT.709 in limited range at any size, and the file says so. Players that read no tags take videos of
+    HD size for that.
+
+    Args:
+        frames (`np.ndarray` of shape `(num_frames, height, width, 3)`):
+            RGB, uint8 or float in [0, 1]; height and width even.
+        fps (`float`):
+            Frames per second.
+        crf (`int`, defaults to 12):
+            Quality, 0 (lossless) to 51; 12 looks lossless.
+        comment (`str`, *optional*):
+            Text for the file's metadata.
+
+    Raises:
+        ValueError: If the frames have another shape, type or range, or odd sides, or hold a NaN or an infinity, or `fps`
+            is not a finite number greater than 0.
+    """
+    path = Path(path)
+    if frames.ndim != 4 or frames.shape[0] == 0 or frames.shape[3] != 3 or frames.shape[1] % 2 or frames.shape[2] % 2:
+        raise ValueError(f"{path}: expected frames (num_frames, height, width, 3) of even size, got {frames.shape}.")
+    check(math.isfinite(fps) and fps > 0, "fps", fps, "a finite number greater than 0")
+    if frames.dtype != np.uint8:
+        if not np.issubdtype(frames.dtype, np.floating):
+            raise ValueError(f"{path}: expected frames of type uint8 or float, got {frames.dtype}.")
+        if not np.isfinite(frames).all():
+            raise ValueError(f"{path}: the frames hold a NaN or an infinity.")
+        low, high = float(frames.min()), float(frames.max())
+        if low < -ROUNDING or high > 1 + ROUNDING:
+            raise ValueError(f"{path}: expected float frames in [0, 1], got [{low:g}, {high:g}].")
+        frames = np.round(np.clip(frames, 0, 1) * 255).astype(np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    # Without the prefix FFmpeg would take what stands before a colon for a protocol.
+    with av.open(f"file:{temporary}", mode="w", format="mp4", options={"movflags": "+faststart"}) as container:
+        if comment is not None:
+            container.metadata["comment"] = comment
+        # Without mbtree, which reads memory that was never written: the same frames would not give the same file.
+        options = {"crf": str(crf), "x264-params": "mbtree=0"}
+        stream = container.add_stream("libx264", rate=Fraction(fps), options=options)
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        context = stream.codec_context
+        context.colorspace, context.color_range = Colorspace.ITU709, ColorRange.MPEG
+        context.color_primaries, context.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
+        reformatter = VideoReformatter()
+        for frame in frames:
+            picture = reformatter.reformat(
+                av.VideoFrame.from_ndarray(frame, format="rgb24"),
+                format="yuv420p",
+                dst_colorspace=Colorspace.ITU709,
+                dst_color_range=ColorRange.MPEG,
+            )
+            picture.color_primaries, picture.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode(None))
+    os.replace(temporary, path)
+
+
+@torch.no_grad()
+def decode_latents(vae: AutoencoderKLWan, latents: torch.Tensor, vae_tiling: VAETiling = "auto") -> np.ndarray:
+    """
+    Decode normalised latents as the pipelines do.
+
+    Args:
+        vae (`AutoencoderKLWan`):
+            VAE of the pipeline.
+        latents (`torch.Tensor` of shape `(batch_size, num_channels, num_latent_frames, height / 8, width / 8)`, or a sixteenth):
+            Clean normalised latents.
+        vae_tiling (`str`, defaults to `"auto"`):
+            Whether the VAE works in tiles, see [`~hy_prfl.runtime.vae_tiling.set_tiling`].
+
+    Returns:
+        `np.ndarray` of shape `(batch_size, num_frames, height, width, 3)`: uint8.
+    """
+    latents = latents.to(vae.device, vae.dtype)
+    batch_size, _, num_latent_frames, *sides = latents.shape
+    height, width = (side * vae.config.scale_factor_spatial for side in sides)
+    num_frames = (num_latent_frames - 1) * vae.config.scale_factor_temporal + 1
+    set_tiling(vae, vae_tiling, "decode", height=height, width=width, num_frames=num_frames, batch_size=batch_size)
+    shape = (1, -1, 1, 1, 1)
+    latents_mean = torch.tensor(vae.config.latents_mean).view(shape).to(latents)
+    latents_std = 1.0 / torch.tensor(vae.config.latents_std).view(shape).to(latents)
+    video = vae.decode(latents / latents_std + latents_mean, return_dict=False)[0]
+    return np.stack([to_uint8(frames) for frames in video.permute(0, 2, 1, 3, 4)])

@@ -1,0 +1,91 @@
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from diffusers import WanTransformer3DModel
+
+from hy_prfl.data.dataset import load_latent_dataset
+from hy_prfl.evaluation.reward_evaluator import RewardEvaluator, classification_metrics, pair_metrics
+from hy_prfl.models.reward_model import WanRewardModel
+
+
+def test_classification_metrics_by_hand() -> None:
+    logits, labels = np.array([2.0, 1.0, -1.0, -3.0, 0.5]), np.array([1, 0, 1, 0, 1])
+    metrics = classification_metrics(logits, labels)
+    assert metrics["accuracy"] == pytest.approx(3 / 5)
+    assert metrics["precision"] == pytest.approx(2 / 3)
+    assert metrics["recall"] == pytest.approx(2 / 3)
+    assert metrics["f1"] == pytest.approx(2 / 3)
+    order = [(good, poor) for good in (2.0, -1.0, 0.5) for poor in (1.0, -3.0)]
+    assert metrics["auc"] == pytest.approx(sum(good > poor for good, poor in order) / len(order))
+    likelihoods = [1 / (1 + math.exp(-z if y else z)) for z, y in zip(logits, labels, strict=True)]
+    assert metrics["loss"] == pytest.approx(-sum(map(math.log, likelihoods)) / 5)
+
+
+def test_one_class_has_no_auc_and_large_logits_stay_finite() -> None:
+    metrics = classification_metrics(np.array([900.0, -900.0]), np.array([1, 1]))
+    assert "auc" not in metrics
+    assert metrics["loss"] == pytest.approx(450.0)
+
+
+def test_pair_metrics_by_hand() -> None:
+    metrics = pair_metrics(np.array([2.0, 0.0, 1.0]), np.array([1.0, 3.0, 1.0]))
+    assert metrics["pair_accuracy"] == pytest.approx((1 + 0 + 0.5) / 3)
+    assert metrics["loss"] == pytest.approx(np.mean([math.log(1 + math.exp(-m)) for m in (1, -3, 0)]))
+
+
+@pytest.fixture
+def model(pipeline_dir: Path) -> WanRewardModel:
+    transformer = WanTransformer3DModel.from_pretrained(pipeline_dir, subfolder="transformer")
+    return WanRewardModel.from_transformer(transformer, num_layers=2).eval()
+
+
+def test_result_does_not_depend_on_the_batch(
+    tmp_path: Path, write_latents: Callable[..., Path], model: WanRewardModel
+) -> None:
+    dataset = load_latent_dataset(str(write_latents(tmp_path / "d", 6, shapes=((2, 4, 4), (2, 4, 6)))))
+    rows, labels = list(range(6)), [0, 1, 0, 1, 0, 1]
+    results = [
+        RewardEvaluator(dataset, rows, labels, timesteps=[300, 1000], seed=5, batch_size=size)(
+            model, Accelerator(cpu=True)
+        )
+        for size in (1, 4)
+    ]
+    assert results[0] == pytest.approx(results[1], rel=1e-4)
+    assert results[0]["loss"] == pytest.approx((results[0]["loss/t300"] + results[0]["loss/t1000"]) / 2)
+    other = RewardEvaluator(dataset, rows, labels, timesteps=[300, 1000], seed=6, batch_size=4)
+    assert other(model, Accelerator(cpu=True))["loss"] != results[1]["loss"]
+
+
+def test_both_clips_of_a_pair_get_the_same_noise(
+    tmp_path: Path, write_latents: Callable[..., Path], model: WanRewardModel
+) -> None:
+    """Pure noise is all that is left at sigma 1: with one prompt and one noise, a pair is a tie."""
+    path = write_latents(tmp_path / "d", 2)
+    dataset = load_latent_dataset(str(path))
+    embeds = dataset.with_format(None)[0]
+    same_prompt = {name: embeds[name] for name in ("prompt_embeds", "prompt_embeds_shape")}
+    path = write_latents(tmp_path / "e", 2, overrides={0: _arrays(same_prompt), 1: _arrays(same_prompt)})
+    evaluator = RewardEvaluator(
+        load_latent_dataset(str(path)), [(1, 0)], None, timesteps=[500, 1000], seed=0, batch_size=2
+    )
+    metrics = evaluator(model, Accelerator(cpu=True))
+    assert metrics["loss/t1000"] == pytest.approx(math.log(2), abs=1e-5)
+    assert metrics["loss/t500"] != pytest.approx(math.log(2), abs=1e-5)
+
+
+def _arrays(columns: dict[str, list[float]]) -> dict[str, object]:
+    return columns | {"prompt_embeds": np.array(columns["prompt_embeds"], np.float16)}
+
+
+def test_gradients_are_not_tracked(tmp_path: Path, write_latents: Callable[..., Path], model: WanRewardModel) -> None:
+    dataset = load_latent_dataset(str(write_latents(tmp_path / "d", 2)))
+    tracked: list[bool] = []
+    model.register_forward_hook(lambda module, args, output: tracked.append(output.logits.requires_grad))
+    RewardEvaluator(dataset, [0, 1], [0, 1], timesteps=[500], seed=0, batch_size=2)(model, Accelerator(cpu=True))
+    assert tracked == [False]
+    assert torch.is_grad_enabled()

@@ -1,0 +1,78 @@
+"""What a single process can show; the split of weights over ranks is tested by the launches in tests/distributed."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator, init_empty_weights
+from diffusers import WanTransformer3DModel
+
+from hy_prfl.runtime.sharding import Masters, fill_weights, full_state_dict
+
+
+@pytest.fixture
+def transformer(pipeline_dir: Path) -> WanTransformer3DModel:
+    return WanTransformer3DModel.from_pretrained(pipeline_dir, subfolder="transformer")
+
+
+@pytest.fixture
+def empty(transformer: WanTransformer3DModel) -> WanTransformer3DModel:
+    with init_empty_weights(include_buffers=False):
+        return WanTransformer3DModel.from_config(transformer.config)
+
+
+def test_filled_weights_are_copies_in_the_wanted_types(
+    transformer: WanTransformer3DModel, empty: WanTransformer3DModel
+) -> None:
+    weights = transformer.state_dict()
+    fill_weights(empty, weights, dtype=torch.bfloat16, keep_in_fp32=["norm2", "scale_shift_table"])
+    for name, value in empty.named_parameters():
+        kept = "norm2" in name or "scale_shift_table" in name
+        assert value.dtype == (torch.float32 if kept else torch.bfloat16), name
+        assert torch.equal(value, weights[name].to(value.dtype))
+        assert value.data_ptr() != weights[name].data_ptr()
+    assert not any(buffer.is_meta for buffer in empty.buffers())
+
+
+def test_each_block_is_split_once_it_is_whole_and_the_model_last(
+    transformer: WanTransformer3DModel, empty: WanTransformer3DModel
+) -> None:
+    whole = []
+
+    def split(module: torch.nn.Module) -> None:
+        assert not any(parameter.is_meta for parameter in module.parameters())
+        whole.append(module)
+        # No block is filled before the one in front of it was handed over.
+        filled = [not next(block.parameters()).is_meta for block in empty.blocks]
+        assert filled == [index < len(whole) for index in range(len(filled))]
+
+    fill_weights(empty, transformer.state_dict(), dtype=torch.float32, split=split)
+    assert whole == [*empty.blocks, empty]
+
+
+def test_weights_that_do_not_fit_are_refused(transformer: WanTransformer3DModel, empty: WanTransformer3DModel) -> None:
+    weights = transformer.state_dict()
+    short = {name: value for name, value in weights.items() if name != "proj_out.bias"}
+    with pytest.raises(ValueError, match=r"1 weights are missing or left over, such as 'proj_out.bias'"):
+        fill_weights(empty, short, dtype=torch.float32)
+    with pytest.raises(ValueError, match="'more'"):
+        fill_weights(empty, weights | {"more": torch.zeros(1)}, dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"'proj_out.bias' must have the shape \(64,\), got \(3,\)"):
+        fill_weights(empty, weights | {"proj_out.bias": torch.zeros(3)}, dtype=torch.float32)
+
+
+def test_masters_of_one_process_are_the_parameters() -> None:
+    accelerator = Accelerator(cpu=True)
+    layer, optimizer = accelerator.prepare(model := torch.nn.Linear(3, 2), torch.optim.AdamW(model.parameters()))
+    masters = Masters(dict(layer.named_parameters()), optimizer)
+    assert [value.data_ptr() for value in masters.values()] == [layer.weight.data_ptr(), layer.bias.data_ptr()]
+    new = {"bias": torch.tensor([1.0, 2.0]), "weight": torch.ones(2, 3), "frozen": torch.ones(9)}
+    masters.write(masters.share_of(new))
+    assert full_state_dict(accelerator, model)["bias"].tolist() == [1.0, 2.0]
+    assert (layer.weight == 1).all()
+    layer.weight.data.zero_()
+    assert (new["weight"] == 1).all()
+    with pytest.raises(ValueError, match="1 weights are missing, such as 'weight'"):
+        masters.share_of({"bias": new["bias"]})
+    with pytest.raises(ValueError, match=r"'bias' must have the shape \(2,\), got \(2, 3\)"):
+        masters.share_of({"bias": new["weight"], "weight": new["weight"]})
