@@ -15,6 +15,7 @@ import torch
 from hy_prfl.configs.parser import parse_config
 from hy_prfl.evaluation.scoring import score_latents
 from hy_prfl.inference.generation import decode_latents, load_pipeline, write_video
+from hy_prfl.models.conditioning import Conditioning
 from hy_prfl.models.loading import load_reward_model
 
 
@@ -70,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[float]]:
             logits = score_latents(
                 reward_model,
                 latents.to(reward_model.dtype),
-                prompt_embeds.to(reward_model.dtype),
+                Conditioning(prompt_embeds).to(DEVICE, reward_model.dtype),
                 config.timesteps,
                 row_ids=[str(index)],
             )

@@ -9,7 +9,7 @@ import torch
 from diffusers import UniPCMultistepScheduler
 from torch import nn
 
-from .models.conditioning import add_condition, put_condition
+from .models.conditioning import Conditioning, put_condition
 from .runtime.attention import use_attention_backend
 
 
@@ -43,9 +43,7 @@ def walk_with_gradient(
     noise: torch.Tensor,
     step_indices: Sequence[int],
     num_inference_steps: int,
-    encoder_hidden_states: torch.Tensor,
-    condition: torch.Tensor | None = None,
-    encoder_hidden_states_image: torch.Tensor | None = None,
+    conditioning: Conditioning,
     rerun: bool = False,
     rollout_attention_backend: str | None = None,
 ) -> Iterator[GradientStep]:
@@ -70,13 +68,8 @@ def walk_with_gradient(
             be noisy.
         num_inference_steps (`int`):
             Steps of the whole chain.
-        encoder_hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, text_dim)`):
-            Prompt embeddings.
-        condition (`torch.Tensor`, *optional*):
-            The 20 condition channels, or the clean first frame, of image-to-video models; see
-            [`~hy_prfl.models.conditioning.add_condition`].
-        encoder_hidden_states_image (`torch.Tensor`, *optional*):
-            Image embeddings of image-to-video models.
+        conditioning (`Conditioning`):
+            Prompts and, for image-to-video models, images.
         rerun (`bool`, defaults to `False`):
             Take each of these steps without gradient first, and again with gradient when that is asked for: what is
             done with the latents in between has the memory of the step's activations to itself. One forward more.
@@ -94,13 +87,7 @@ def walk_with_gradient(
         raise ValueError(f"`step_indices` must be ascending and in [0, {last}], got {list(step_indices)}.")
     scheduler.set_timesteps(num_inference_steps, device=noise.device)
     scheduler.set_begin_index(0)
-    predict = partial(
-        predict_velocity,
-        transformer,
-        encoder_hidden_states=encoder_hidden_states,
-        condition=condition,
-        encoder_hidden_states_image=encoder_hidden_states_image,
-    )
+    predict = partial(predict_velocity, transformer, conditioning=conditioning)
     latents, next_index = noise, 0
     for step_index in step_indices:
         with use_attention_backend(transformer, rollout_attention_backend):
@@ -131,9 +118,7 @@ def denoise_to_step(
     noise: torch.Tensor,
     step_index: int,
     num_inference_steps: int,
-    encoder_hidden_states: torch.Tensor,
-    condition: torch.Tensor | None = None,
-    encoder_hidden_states_image: torch.Tensor | None = None,
+    conditioning: Conditioning,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     r"""
     Roll out from noise: `step_index` steps without gradient, then one with it (paper, equations 7 and 8).
@@ -158,9 +143,7 @@ def denoise_to_step(
         noise=noise,
         step_indices=[step_index],
         num_inference_steps=num_inference_steps,
-        encoder_hidden_states=encoder_hidden_states,
-        condition=condition,
-        encoder_hidden_states_image=encoder_hidden_states_image,
+        conditioning=conditioning,
     )
     step = next(chain)
     return step.differentiable_latents(), step.timesteps
@@ -173,11 +156,9 @@ def sample_latents(
     *,
     noise: torch.Tensor,
     num_inference_steps: int,
-    encoder_hidden_states: torch.Tensor,
-    negative_encoder_hidden_states: torch.Tensor | None = None,
+    conditioning: Conditioning,
+    negative_prompt_embeds: torch.Tensor | None = None,
     guidance_scale: float = 1.0,
-    condition: torch.Tensor | None = None,
-    encoder_hidden_states_image: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     Walk the whole chain without gradient, as the pipeline would, but through the wrapped transformer in training.
@@ -185,8 +166,8 @@ def sample_latents(
     Under ZeRO-3 a stock pipeline cannot be handed the engine; with the same inputs this gives the same latents.
 
     Args:
-        negative_encoder_hidden_states (`torch.Tensor`, *optional*):
-            Embeddings to guide away from; needed if `guidance_scale` is above 1.
+        negative_prompt_embeds (`torch.Tensor`, *optional*):
+            Prompt embeddings to guide away from; needed if `guidance_scale` is above 1.
         guidance_scale (`float`, defaults to 1.0):
             Scale of classifier-free guidance, 1 is none.
 
@@ -199,26 +180,21 @@ def sample_latents(
     scheduler.set_begin_index(0)
     latents = noise
     for timestep in scheduler.timesteps:
-        model_pred = predict_velocity(
-            transformer, latents, timestep, encoder_hidden_states, condition, encoder_hidden_states_image
-        )
+        model_pred = predict_velocity(transformer, latents, timestep, conditioning)
         if guidance_scale > 1:
-            assert negative_encoder_hidden_states is not None
-            unguided = predict_velocity(
-                transformer, latents, timestep, negative_encoder_hidden_states, condition, encoder_hidden_states_image
-            )
+            assert negative_prompt_embeds is not None
+            negative = conditioning.with_prompts(negative_prompt_embeds)
+            unguided = predict_velocity(transformer, latents, timestep, negative)
             model_pred = unguided + guidance_scale * (model_pred - unguided)
         latents = scheduler.step(model_pred, timestep, latents, return_dict=False)[0]
-    return put_condition(latents, condition)
+    return put_condition(latents, conditioning.condition)
 
 
 def predict_velocity(
     transformer: nn.Module,
     latents: torch.Tensor,
     timestep: torch.Tensor,
-    encoder_hidden_states: torch.Tensor,
-    condition: torch.Tensor | None = None,
-    encoder_hidden_states_image: torch.Tensor | None = None,
+    conditioning: Conditioning,
 ) -> torch.Tensor:
     """
     Velocity at the given latents, float32, called the way `WanPipeline` and `WanImageToVideoPipeline` call it.
@@ -228,15 +204,11 @@ def predict_velocity(
             Noisy latents.
         timestep (`torch.Tensor`, scalar or of shape `(batch_size,)`):
             Noise level, `1000 * sigma`.
+        conditioning (`Conditioning`):
+            Prompts and, for image-to-video models, images.
     """
-    hidden_states, timestep = add_condition(latents, timestep.expand(latents.shape[0]), condition)
-    return transformer(
-        hidden_states=hidden_states.to(encoder_hidden_states.dtype),
-        timestep=timestep,
-        encoder_hidden_states=encoder_hidden_states,
-        encoder_hidden_states_image=encoder_hidden_states_image,
-        return_dict=False,
-    )[0].float()
+    inputs = conditioning.model_inputs(latents, timestep.expand(latents.shape[0]))
+    return transformer(**inputs, return_dict=False)[0].float()
 
 
 def _take_step(

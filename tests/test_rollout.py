@@ -9,6 +9,7 @@ from PIL import Image
 
 from examples.shapes.pipeline import save_pipeline
 from hy_prfl.data.encoding import LatentEncoder
+from hy_prfl.models.conditioning import Conditioning
 from hy_prfl.models.loading import load_scheduler
 from hy_prfl.rollout import denoise_to_step, sample_latents, walk_with_gradient
 
@@ -31,8 +32,8 @@ def test_whole_chain_equals_the_stock_pipeline(pipeline_dir: Path, guidance_scal
         load_scheduler(str(pipeline_dir)),
         noise=noise,
         num_inference_steps=NUM_STEPS,
-        encoder_hidden_states=prompt_embeds,
-        negative_encoder_hidden_states=negative,
+        conditioning=Conditioning(prompt_embeds),
+        negative_prompt_embeds=negative,
         guidance_scale=guidance_scale,
     )
     torch.testing.assert_close(actual, expected)
@@ -58,9 +59,9 @@ def test_whole_chain_equals_the_stock_image_to_video_pipeline(i2v_pipeline_dir: 
         load_scheduler(str(i2v_pipeline_dir)),
         noise=noise,
         num_inference_steps=NUM_STEPS,
-        encoder_hidden_states=seen["encoder_hidden_states"],
-        condition=seen["hidden_states"][:, 16:],
-        encoder_hidden_states_image=seen["encoder_hidden_states_image"],
+        conditioning=Conditioning(
+            seen["encoder_hidden_states"], seen["encoder_hidden_states_image"], seen["hidden_states"][:, 16:]
+        ),
     )
     torch.testing.assert_close(actual, expected)
 
@@ -90,7 +91,7 @@ def test_rollout_stops_on_the_pipelines_path(pipeline_dir: Path, step_index: int
         noise=noise,
         step_index=step_index,
         num_inference_steps=NUM_STEPS,
-        encoder_hidden_states=prompt_embeds,
+        conditioning=Conditioning(prompt_embeds),
     )
     torch.testing.assert_close(latents.detach(), path[step_index])
     assert timesteps.tolist() == [scheduler.timesteps[step_index + 1].item()] * 2
@@ -101,7 +102,7 @@ def test_gradient_comes_through_the_last_step_only(pipeline_dir: Path) -> None:
     with_grad: list[bool] = []
     transformer.register_forward_hook(lambda module, args, output: with_grad.append(output[0].requires_grad))
     scheduler = load_scheduler(str(pipeline_dir))
-    inputs = {"num_inference_steps": NUM_STEPS, "encoder_hidden_states": torch.randn(1, 16, 32)}
+    inputs = {"num_inference_steps": NUM_STEPS, "conditioning": Conditioning(torch.randn(1, 16, 32))}
     latents, _ = denoise_to_step(transformer, scheduler, noise=torch.randn(1, 16, 2, 4, 4), step_index=3, **inputs)
     assert with_grad == [False, False, False, True]
     latents.square().sum().backward()
@@ -113,7 +114,7 @@ def test_step_index_must_leave_noisy_latents(pipeline_dir: Path, step_index: int
     with pytest.raises(ValueError, match=r"`step_index` must be in \[0, 3\]"):
         denoise_to_step(
             torch.nn.Identity(), load_scheduler(str(pipeline_dir)), noise=torch.randn(1, 16, 2, 4, 4),
-            step_index=step_index, num_inference_steps=NUM_STEPS, encoder_hidden_states=torch.randn(1, 16, 32),
+            step_index=step_index, num_inference_steps=NUM_STEPS, conditioning=Conditioning(torch.randn(1, 16, 32)),
         )  # fmt: skip
 
 
@@ -125,23 +126,23 @@ def test_a_chain_with_gradient_steps_is_the_chain_without(
     folder = pipeline_dir if pipeline_class is WanPipeline else i2v_pipeline_dir
     transformer = pipeline_class.from_pretrained(folder).transformer
     scheduler = load_scheduler(str(folder))
-    noise, inputs = torch.randn(2, 16, 2, 4, 4), {"encoder_hidden_states": torch.randn(2, 16, 32)}
+    noise, given = torch.randn(2, 16, 2, 4, 4), Conditioning(torch.randn(2, 16, 32))
     if pipeline_class is WanImageToVideoPipeline:
-        inputs |= {"condition": torch.randn(2, 20, 2, 4, 4), "encoder_hidden_states_image": torch.randn(2, 5, 32)}
+        given = Conditioning(given.prompt_embeds, torch.randn(2, 5, 32), torch.randn(2, 20, 2, 4, 4))
     path: dict[int, torch.Tensor] = {}
     with torch.no_grad():
         scheduler.set_timesteps(7)
         latents = noise
         for index, timestep in enumerate(scheduler.timesteps):
-            hidden_states = torch.cat([latents, inputs["condition"]], dim=1) if "condition" in inputs else latents
+            hidden_states = latents if given.condition is None else torch.cat([latents, given.condition], dim=1)
             velocity = transformer(
-                hidden_states, timestep.expand(2), inputs["encoder_hidden_states"],
-                inputs.get("encoder_hidden_states_image"),
+                hidden_states, timestep.expand(2), given.prompt_embeds, given.image_embeds
             ).sample  # fmt: skip
             path[index] = latents = scheduler.step(velocity, timestep, latents).prev_sample
     chain = walk_with_gradient(
-        transformer, scheduler, noise=noise, step_indices=[0, 3, 4], num_inference_steps=7, rerun=rerun, **inputs
-    )
+        transformer, scheduler, noise=noise, step_indices=[0, 3, 4], num_inference_steps=7, rerun=rerun,
+        conditioning=given,
+    )  # fmt: skip
     for step_index, step in zip([0, 3, 4], chain, strict=True):
         assert torch.equal(step.latents, path[step_index])
         assert step.timesteps.tolist() == [scheduler.timesteps[step_index + 1].item()] * 2
@@ -171,7 +172,7 @@ def test_forwards_of_a_chain_and_what_is_left_of_them(pipeline_dir: Path, rerun:
     scheduler = load_scheduler(str(pipeline_dir))
     chain = walk_with_gradient(
         transformer, scheduler, noise=torch.randn(1, 16, 2, 4, 4), step_indices=[0, 2], num_inference_steps=NUM_STEPS,
-        encoder_hidden_states=torch.randn(1, 16, 32), rerun=rerun,
+        conditioning=Conditioning(torch.randn(1, 16, 32)), rerun=rerun,
     )  # fmt: skip
     for step in chain:
         step.differentiable_latents().square().sum().backward()
@@ -186,7 +187,7 @@ def test_forwards_of_a_chain_and_what_is_left_of_them(pipeline_dir: Path, rerun:
 def test_step_indices_must_ascend_and_leave_noisy_latents(pipeline_dir: Path, step_indices: list[int]) -> None:
     chain = walk_with_gradient(
         torch.nn.Identity(), load_scheduler(str(pipeline_dir)), noise=torch.randn(1, 16, 2, 4, 4),
-        step_indices=step_indices, num_inference_steps=NUM_STEPS, encoder_hidden_states=torch.randn(1, 16, 32),
+        step_indices=step_indices, num_inference_steps=NUM_STEPS, conditioning=Conditioning(torch.randn(1, 16, 32)),
     )  # fmt: skip
     with pytest.raises(ValueError, match=r"`step_indices` must be ascending and in \[0, 3\]"):
         next(chain)
@@ -210,7 +211,7 @@ def test_timesteps_that_all_tokens_share_are_given_once(tmp_path: Path) -> None:
     assert set(shapes) == {(2, 2 * 2 * 3)}
     actual = sample_latents(
         pipeline.transformer, load_scheduler(str(folder)), noise=noise, num_inference_steps=NUM_STEPS,
-        encoder_hidden_states=prompt_embeds, negative_encoder_hidden_states=negative, guidance_scale=4.0,
+        conditioning=Conditioning(prompt_embeds), negative_prompt_embeds=negative, guidance_scale=4.0,
     )  # fmt: skip
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
     assert shapes[-1] == (2,)
@@ -237,8 +238,8 @@ def test_a_clean_first_frame_is_that_of_the_stock_pipeline(tmp_path: Path) -> No
     assert condition.shape == (48, 1, 4, 6)
     actual = sample_latents(
         pipeline.transformer, load_scheduler(str(folder)), noise=noise, num_inference_steps=NUM_STEPS,
-        encoder_hidden_states=prompt_embeds, negative_encoder_hidden_states=negative, guidance_scale=4.0,
-        condition=condition[None],
+        conditioning=Conditioning(prompt_embeds, condition=condition[None]), negative_prompt_embeds=negative,
+        guidance_scale=4.0,
     )  # fmt: skip
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
     assert torch.equal(actual[:, :, 0], condition[None, :, 0])

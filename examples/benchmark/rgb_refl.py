@@ -9,7 +9,7 @@ and the score, nothing else.
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -23,8 +23,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from hy_prfl.configs.base import check
 from hy_prfl.configs.prfl import PRFLTrainingConfig
-from hy_prfl.data.collators import LatentBatch
 from hy_prfl.flow_matching import sample_noise
+from hy_prfl.models.conditioning import Conditioning
 from hy_prfl.rollout import GradientStep, predict_velocity
 from hy_prfl.runtime.attention import use_attention_backend
 from hy_prfl.trainers.prfl_trainer import REWARD_NOISE, PRFLTrainer
@@ -162,36 +162,36 @@ class RGBReFLTrainer(PRFLTrainer):
         self.reward_model = build_reward(vae)
         self.reward_model.to(self.accelerator.device, self.weight_dtype)
 
-    def roll_out(self, batch: LatentBatch, prompt_embeds: torch.Tensor, micro_step: int) -> Iterator[GradientStep]:
+    def roll_out(
+        self, latents_shape: Sequence[int], conditioning: Conditioning, micro_step: int
+    ) -> Iterator[GradientStep]:
         """Steps without gradient, then one forward with it; what comes out are the clean latents that it foresees."""
         config, scheduler = self.config, self.scheduler
         (step_index,) = self.draw_step_indices(micro_step)
-        inputs = self.image_inputs(batch)
-        latents = sample_noise(batch.latents_shape, self.generators(REWARD_NOISE, micro_step, len(batch)))
+        batch_size = len(conditioning.prompt_embeds)
+        latents = sample_noise(latents_shape, self.generators(REWARD_NOISE, micro_step, batch_size))
         latents = latents.to(self.accelerator.device)
         scheduler.set_timesteps(config.num_inference_steps, device=latents.device)
         scheduler.set_begin_index(0)
         with torch.no_grad(), use_attention_backend(self.transformer, config.rollout_attention_backend):
             for timestep in scheduler.timesteps[:step_index]:
-                velocity = predict_velocity(self.transformer, latents, timestep, prompt_embeds, **inputs)
+                velocity = predict_velocity(self.transformer, latents, timestep, conditioning)
                 latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
         timestep = scheduler.timesteps[step_index]
-        velocity = predict_velocity(self.transformer, latents, timestep, prompt_embeds, **inputs)
+        velocity = predict_velocity(self.transformer, latents, timestep, conditioning)
         sigma = scheduler.sigmas[step_index]
         clean = latents - sigma * velocity
         yield GradientStep(
             clean.detach(),
-            timesteps=timestep.expand(len(batch)),
+            timesteps=timestep.expand(batch_size),
             width=sigma,
             differentiable_latents=partial(_identity, clean),
         )
 
-    def score(
-        self, latents: torch.Tensor, timesteps: torch.Tensor, prompt_embeds: torch.Tensor, batch: LatentBatch
-    ) -> torch.Tensor:
+    def score(self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         """Logits `(batch_size,)` of the frames of clean latents."""
         with self.accelerator.autocast():
-            return self.reward_model(latents, prompt_embeds)
+            return self.reward_model(latents, conditioning.prompt_embeds)
 
 
 def _call(function: Callable[..., Any], *args: Any) -> Any:

@@ -17,6 +17,7 @@ from ..data.dataset import latent_shapes
 from ..data.sampler import split_batches
 from ..data.schema import table_to_rows
 from ..flow_matching import NUM_TRAIN_TIMESTEPS, row_noise
+from ..models.conditioning import Conditioning
 from ..models.reward_model import score_noised
 from ..runtime.distributed import gather_records
 
@@ -134,9 +135,7 @@ class RewardEvaluator:
                     latents=clips.latents,
                     noise=noise,
                     sigmas=torch.full((len(rows),), timestep / NUM_TRAIN_TIMESTEPS, device=accelerator.device),
-                    encoder_hidden_states=clips.prompt_embeds,
-                    condition=clips.condition,
-                    encoder_hidden_states_image=clips.image_embeds,
+                    conditioning=Conditioning.of(clips),
                 )
             columns.append(logits.float().cpu())
         return torch.stack(columns, dim=1).tolist()

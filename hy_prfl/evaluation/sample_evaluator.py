@@ -16,6 +16,7 @@ from ..data.sampler import split_batches
 from ..data.schema import table_to_rows
 from ..flow_matching import row_noise
 from ..inference.generation import decode_latents, write_video
+from ..models.conditioning import Conditioning
 from ..models.reward_model import WanRewardModel
 from ..rollout import sample_latents
 from ..runtime.distributed import gather_records
@@ -101,11 +102,9 @@ class SampleEvaluator:
                 logits = score_latents(
                     self.reward_model,
                     latents,
-                    batch.prompt_embeds,
+                    Conditioning.of(batch),
                     self.timesteps,
                     row_ids=batch.ids,
-                    condition=batch.condition,
-                    image_embeds=batch.image_embeds,
                     seed=self.seed + 1,  # not the noise that the samples start from
                 )
             stds = latents.flatten(1).std(dim=1)
@@ -134,11 +133,9 @@ class SampleEvaluator:
             self.scheduler,
             noise=torch.stack(noise).to(batch.prompt_embeds.device),
             num_inference_steps=self.num_inference_steps,
-            encoder_hidden_states=batch.prompt_embeds,
-            negative_encoder_hidden_states=batch.null_prompt_embeds,
+            conditioning=Conditioning.of(batch),
+            negative_prompt_embeds=batch.null_prompt_embeds,
             guidance_scale=self.guidance_scale,
-            condition=batch.condition,
-            encoder_hidden_states_image=batch.image_embeds,
         )
 
     def _write_videos(self, latents: torch.Tensor, indices: list[int], folder: Path) -> None:

@@ -17,6 +17,7 @@ from ..data.preprocessing import ClipEncoder, ClipSettings
 from ..data.schema import LABELS, table_to_rows
 from ..data.video import VideoError
 from ..flow_matching import NUM_TRAIN_TIMESTEPS, row_noise
+from ..models.conditioning import Conditioning
 from ..models.reward_model import WanRewardModel, score_noised
 from .score_table import write_scores
 
@@ -28,12 +29,10 @@ DEFAULT_TIMESTEPS = (201, 400, 600, 800, 1000)
 def score_latents(
     reward_model: nn.Module,
     latents: torch.Tensor,
-    prompt_embeds: torch.Tensor,
+    conditioning: Conditioning,
     timesteps: Sequence[float] = DEFAULT_TIMESTEPS,
     *,
     row_ids: Sequence[str],
-    condition: torch.Tensor | None = None,
-    image_embeds: torch.Tensor | None = None,
     num_noise_samples: int = 1,
     seed: int = 0,
 ) -> torch.Tensor:
@@ -48,14 +47,12 @@ def score_latents(
             A [`WanRewardModel`], on the device of the tensors.
         latents (`torch.Tensor` of shape `(batch_size, num_channels, num_frames, height, width)`):
             Clean normalised latents.
-        prompt_embeds (`torch.Tensor` of shape `(batch_size, max_sequence_length, text_dim)`):
-            Zero-padded prompt embeddings, in the type that the model runs in. `image_embeds` are cast to it.
+        conditioning (`Conditioning`):
+            Prompts, in the type that the model runs in, and images, for image-to-video reward models.
         timesteps (`Sequence[float]`):
             Noise levels, `1000 * sigma`, in (0, 1000].
         row_ids (`Sequence[str]`):
             Names of the rows, which their noise belongs to.
-        condition, image_embeds (`torch.Tensor`, *optional*):
-            20 condition channels and image embeddings, for image-to-video reward models.
         num_noise_samples (`int`, defaults to 1):
             Noises that the logit is the mean over.
 
@@ -81,9 +78,7 @@ def score_latents(
                 latents=latents,
                 noise=noise,
                 sigmas=torch.full((len(latents),), timestep / NUM_TRAIN_TIMESTEPS, device=latents.device),
-                encoder_hidden_states=prompt_embeds,
-                condition=condition,
-                encoder_hidden_states_image=image_embeds,
+                conditioning=conditioning,
             )
             total[:, column] += logits.float().cpu()
     return total / num_noise_samples
@@ -148,14 +143,17 @@ def score_rows(
     """`score_latents` of rows of a latent dataset, all of one shape. A text-to-video model ignores their images."""
     clips: LatentBatch = collate_latents(rows).to(reward_model.device, reward_model.dtype)
     assert clips.latents is not None
+    conditioning = Conditioning(
+        clips.prompt_embeds,
+        image_embeds=clips.image_embeds if reward_model.config.image_dim is not None else None,
+        condition=clips.condition if _takes(reward_model, clips.condition) else None,
+    )
     return score_latents(
         reward_model,
         clips.latents,
-        clips.prompt_embeds,
+        conditioning,
         timesteps,
         row_ids=clips.ids,
-        condition=clips.condition if _takes(reward_model, clips.condition) else None,
-        image_embeds=clips.image_embeds if reward_model.config.image_dim is not None else None,
         num_noise_samples=num_noise_samples,
         seed=seed,
     )

@@ -25,7 +25,7 @@ from transformers.utils import ModelOutput
 from ..flow_matching import add_noise, sigmas_to_timesteps
 from ..formats.weight_files import check_finite
 from ..runtime.context_parallel import TokenGather
-from .conditioning import add_condition
+from .conditioning import Conditioning
 from .reward_head import PoolingType, RewardHead, build_pooling
 
 
@@ -362,9 +362,7 @@ def score_noised(
     latents: torch.Tensor,
     noise: torch.Tensor,
     sigmas: torch.Tensor,
-    encoder_hidden_states: torch.Tensor,
-    condition: torch.Tensor | None = None,
-    encoder_hidden_states_image: torch.Tensor | None = None,
+    conditioning: Conditioning,
 ) -> torch.Tensor:
     """
     Noise clean latents and score them at that noise level: what PAVRM is trained, evaluated and applied on.
@@ -374,22 +372,15 @@ def score_noised(
             Clean normalised latents and standard normal noise.
         sigmas (`torch.Tensor` of shape `(batch_size,)`):
             Noise levels in [0, 1].
-        encoder_hidden_states, condition, encoder_hidden_states_image:
-            Prompt embeddings and, for image-to-video models, the 20 condition channels and the image embeddings. The
-            model's inputs are cast to the type of the prompt embeddings.
+        conditioning (`Conditioning`):
+            Prompts and, for image-to-video models, images. The model's inputs are cast to the type of the prompt
+            embeddings.
 
     Returns:
         `torch.Tensor` of shape `(batch_size,)`: logits, float32.
     """
     noisy, timesteps = add_noise(latents, noise, sigmas), sigmas_to_timesteps(sigmas).to(latents.device)
-    hidden_states, timesteps = add_condition(noisy, timesteps, condition)
-    dtype, image_embeds = encoder_hidden_states.dtype, encoder_hidden_states_image
-    return reward_model(
-        hidden_states=hidden_states.to(dtype),
-        timestep=timesteps,
-        encoder_hidden_states=encoder_hidden_states,
-        encoder_hidden_states_image=None if image_embeds is None else image_embeds.to(dtype),
-    ).logits
+    return reward_model(**conditioning.model_inputs(noisy, timesteps)).logits
 
 
 def check_fits_generator(

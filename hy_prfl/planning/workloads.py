@@ -14,7 +14,7 @@ from ..configs.base import TrainingConfig
 from ..configs.prfl import PRFLTrainingConfig
 from ..configs.reward import RewardTrainingConfig
 from ..losses import binary_reward_loss, bradley_terry_loss, reward_feedback_loss
-from ..models.conditioning import add_condition
+from ..models.conditioning import Conditioning
 from ..models.reward_model import score_noised
 from ..rollout import denoise_to_step, predict_velocity
 from ..runtime.activation_checkpointing import recompute_blocks
@@ -109,17 +109,19 @@ class Inputs:
         if shape.first_frame:
             num_condition, num_frames = config["out_channels"], 1
         self.noise = torch.empty(batch, config["out_channels"], *shape.latents)
-        self.condition = torch.empty(batch, num_condition, num_frames, *shape.latents[1:]) if num_condition else None
-        self.text = torch.empty(batch, shape.text_tokens, config["text_dim"], dtype=dtype)
-        self.image = None
+        condition = torch.empty(batch, num_condition, num_frames, *shape.latents[1:]) if num_condition else None
+        text = torch.empty(batch, shape.text_tokens, config["text_dim"], dtype=dtype)
+        image = None
         if image_dim is not None:
             num_images, num_tokens = images_of_clip(config)
-            self.image = torch.empty(num_images * batch, num_tokens, image_dim, dtype=dtype)
+            image = torch.empty(num_images * batch, num_tokens, image_dim, dtype=dtype)
+        self.conditioning = Conditioning(text, image, condition)
         self.timestep = torch.empty(batch)
 
     def tensors(self) -> list[torch.Tensor]:
         """All of them."""
-        every = (self.noise, self.condition, self.text, self.image, self.timestep)
+        given = self.conditioning
+        every = (self.noise, given.condition, given.prompt_embeds, given.image_embeds, self.timestep)
         return [tensor for tensor in every if tensor is not None]
 
 
@@ -247,18 +249,18 @@ def _run_generator(
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
     forward = transformer.forward
     transformer.forward = lambda *args, **kwargs: _under_autocast(forward, numerics, *args, **kwargs)
-    model_inputs: dict[str, Any] = {
-        "encoder_hidden_states": inputs.text,
-        "condition": inputs.condition,
-        "encoder_hidden_states_image": inputs.image,
-    }
     state = [*transformer.parameters(), *transformer.buffers(), *inputs.tensors()]
     with MemoryMeter(state, on_gpu=numerics.on_gpu) as meter:
         with meter.phase("rollout"), torch.no_grad():
-            predict_velocity(transformer, inputs.noise, inputs.timestep, **model_inputs)
+            predict_velocity(transformer, inputs.noise, inputs.timestep, inputs.conditioning)
         with meter.phase("forward"):
             latents, _ = denoise_to_step(
-                transformer, scheduler, noise=inputs.noise, step_index=0, num_inference_steps=2, **model_inputs
+                transformer,
+                scheduler,
+                noise=inputs.noise,
+                step_index=0,
+                num_inference_steps=2,
+                conditioning=inputs.conditioning,
             )
         latents_grad = torch.empty_like(latents)
         with meter.phase("backward"):
@@ -289,13 +291,7 @@ def _simulate_reward(
         state = [*reward_model.parameters(), *reward_model.buffers(), *inputs.tensors()]
         with MemoryMeter(state, on_gpu=numerics.on_gpu) as meter:
             with meter.phase("forward"), autocast(numerics.autocast):
-                hidden_states, timestep = add_condition(leaf, inputs.timestep, inputs.condition)
-                logits = reward_model(
-                    hidden_states=hidden_states.to(inputs.text.dtype),
-                    timestep=timestep,
-                    encoder_hidden_states=inputs.text,
-                    encoder_hidden_states_image=inputs.image,
-                ).logits
+                logits = reward_model(**inputs.conditioning.model_inputs(leaf, inputs.timestep)).logits
             with meter.phase("backward"):
                 torch.autograd.grad(reward_feedback_loss(logits), leaf)
     return meter.phases
@@ -334,9 +330,7 @@ def _run_reward_training(
                 latents=latents,
                 noise=inputs.noise,
                 sigmas=sigmas,
-                encoder_hidden_states=inputs.text,
-                condition=inputs.condition,
-                encoder_hidden_states_image=inputs.image,
+                conditioning=inputs.conditioning,
             )
             loss = bradley_terry_loss(*logits.chunk(2)) if is_pair else binary_reward_loss(logits, sigmas)
         with meter.phase("backward"):

@@ -28,7 +28,7 @@ from ..formats.checkpoints import (
 from ..formats.layout import EXPERT_FOLDERS, LORA_FILES, ExpertName
 from ..formats.lora_metadata import lora_metadata
 from ..losses import flow_matching_loss, reward_feedback_loss
-from ..models.conditioning import add_condition, num_clean_frames
+from ..models.conditioning import Conditioning, num_clean_frames
 from ..models.experts import PairWeights, read_experts
 from ..models.loading import WeightFiles, load_reward_model, load_scheduler, load_transformer
 from ..models.reward_model import WanRewardModel, check_fits_generator, check_latents_fit
@@ -123,13 +123,11 @@ class PRFLTrainer(Trainer):
         losses, logits = [], []
         for micro_step in range(self.config.gradient_accumulation_steps):
             batch = next(self.reward_batches).to(self.accelerator.device, self.weight_dtype)
-            prompt_embeds = self.choose_prompts(batch, self.generators(REWARD_PROMPT, micro_step, len(batch)))
-            chain = self.roll_out(batch, prompt_embeds, micro_step)
+            conditioning = self.choose_prompts(batch, self.generators(REWARD_PROMPT, micro_step, len(batch)))
+            chain = self.roll_out(batch.latents_shape, conditioning, micro_step)
             for _ in range(self.config.num_gradient_steps):
                 with self.accelerator.accumulate(self.transformer):
-                    surrogate, loss, batch_logits = self.compute_reward_feedback_loss(
-                        next(chain), prompt_embeds, batch
-                    )
+                    surrogate, loss, batch_logits = self.compute_reward_feedback_loss(next(chain), conditioning)
                     self.updates.backward(weight * surrogate, batch.ids, value=loss)
                     self.updates.step(self.global_step)
                 losses.append(loss)
@@ -152,30 +150,31 @@ class PRFLTrainer(Trainer):
             add_noise(batch.latents, noise, sigmas),
             sigmas_to_timesteps(sigmas),
             self.choose_prompts(batch, self.generators(FLOW_PROMPT, micro_step, len(batch))),
-            **self.image_inputs(batch),
         )
         num_clean = num_clean_frames(batch.latents, batch.condition)
         target = velocity_target(batch.latents, noise)
         return flow_matching_loss(model_pred[:, :, num_clean:], target[:, :, num_clean:])
 
-    def roll_out(self, batch: LatentBatch, prompt_embeds: torch.Tensor, micro_step: int) -> Iterator[GradientStep]:
+    def roll_out(
+        self, latents_shape: Sequence[int], conditioning: Conditioning, micro_step: int
+    ) -> Iterator[GradientStep]:
         """The chain of a micro-batch, which goes on from one gradient step to the next as they are asked for."""
         config = self.config
-        noise = sample_noise(batch.latents_shape, self.generators(REWARD_NOISE, micro_step, len(batch)))
+        batch_size = len(conditioning.prompt_embeds)
+        noise = sample_noise(latents_shape, self.generators(REWARD_NOISE, micro_step, batch_size))
         return walk_with_gradient(
             self.generator,
             self.scheduler,
             noise=noise.to(self.accelerator.device),
             step_indices=self.draw_step_indices(micro_step),
             num_inference_steps=config.num_inference_steps,
-            encoder_hidden_states=prompt_embeds,
+            conditioning=conditioning,
             rerun=config.rerun_gradient_step,
             rollout_attention_backend=config.rollout_attention_backend,
-            **self.image_inputs(batch),
         )
 
     def compute_reward_feedback_loss(
-        self, step: GradientStep, prompt_embeds: torch.Tensor, batch: LatentBatch
+        self, step: GradientStep, conditioning: Conditioning
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
         Score what a step with gradient leads to (paper, equation 9).
@@ -191,7 +190,7 @@ class PRFLTrainer(Trainer):
         config = self.config
         leaf = step.latents.detach().requires_grad_()
         with self.reward_model_in_use():
-            logits = self.score(leaf, step.timesteps, prompt_embeds, batch)
+            logits = self.score(leaf, step.timesteps, conditioning)
             loss = reward_feedback_loss(
                 logits, form=config.reward_loss, scale=config.reward_scale, target=config.reward_target
             )
@@ -202,19 +201,11 @@ class PRFLTrainer(Trainer):
             latents_grad = latents_grad / (step.width * config.num_inference_steps)
         return (step.differentiable_latents() * latents_grad).sum(), loss.detach(), logits.detach()
 
-    def score(
-        self, latents: torch.Tensor, timesteps: torch.Tensor, prompt_embeds: torch.Tensor, batch: LatentBatch
-    ) -> torch.Tensor:
+    def score(self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         """Logits `(batch_size,)` of noisy latents at their timesteps."""
-        inputs = self.image_inputs(batch)
-        hidden_states, timesteps = add_condition(latents, timesteps, inputs["condition"])
+        inputs = conditioning.model_inputs(latents, timesteps)
         with self.accelerator.autocast():
-            return self.reward_model(
-                hidden_states=hidden_states.to(prompt_embeds.dtype),
-                timestep=timesteps,
-                encoder_hidden_states=prompt_embeds,
-                encoder_hidden_states_image=inputs["encoder_hidden_states_image"],
-            ).logits
+            return self.reward_model(**inputs).logits
 
     def draw_step_indices(self, micro_step: int) -> list[int]:
         """Steps of a chain that take gradient, any of the range as likely as any other; the same on every rank."""
@@ -232,17 +223,14 @@ class PRFLTrainer(Trainer):
         uniform = torch.rand((), generator=self.shared_generator(FLOW_EXPERT, micro_step))
         return self.experts.draw(float(uniform), self.high_noise_probability)
 
-    def choose_prompts(self, batch: LatentBatch, generators: Sequence[torch.Generator]) -> torch.Tensor:
-        """For each clip its caption, its long caption or the empty prompt."""
+    def choose_prompts(self, batch: LatentBatch, generators: Sequence[torch.Generator]) -> Conditioning:
+        """Images of the batch, and for each clip its caption, its long caption or the empty prompt."""
         draws = torch.stack([torch.rand(2, generator=generator) for generator in generators], dim=1)
         is_long = (draws[0] < self.config.long_prompt_probability).to(self.accelerator.device)
         is_null = (draws[1] < self.config.prompt_dropout).to(self.accelerator.device)
         embeds = torch.where(is_long[:, None, None], batch.long_prompt_embeds, batch.prompt_embeds)
-        return torch.where(is_null[:, None, None], batch.null_prompt_embeds, embeds)
-
-    def image_inputs(self, batch: LatentBatch) -> dict[str, torch.Tensor | None]:
-        """What an image-to-video model takes besides the latents; None for a text-to-video model."""
-        return {"condition": batch.condition, "encoder_hidden_states_image": batch.image_embeds}
+        embeds = torch.where(is_null[:, None, None], batch.null_prompt_embeds, embeds)
+        return Conditioning.of(batch).with_prompts(embeds)
 
     def grad_norm_of(self, kind: str) -> dict[str, torch.Tensor]:
         """Norm, before clipping, of the gradient of the update that just ended; empty if none did."""

@@ -37,6 +37,7 @@ from ..formats.checkpoints import (
 )
 from ..formats.layout import EXPERT_FOLDERS
 from ..losses import binary_reward_loss, bradley_terry_loss
+from ..models.conditioning import Conditioning
 from ..models.experts import read_experts
 from ..models.loading import TRANSFORMER_FOLDER, WeightFiles, load_reward_model, make_reward_model
 from ..models.reward_model import WanRewardModel, check_latents_fit, score_noised
@@ -131,9 +132,7 @@ class RewardTrainer(Trainer):
             latents=clips.latents,
             noise=noise,
             sigmas=sigmas,
-            encoder_hidden_states=clips.prompt_embeds,
-            condition=clips.condition,
-            encoder_hidden_states_image=clips.image_embeds,
+            conditioning=Conditioning.of(clips),
         )
 
     @torch.no_grad()

@@ -26,6 +26,7 @@ from hy_prfl.evaluation.scoring import (
     score_videos,
 )
 from hy_prfl.flow_matching import row_noise
+from hy_prfl.models.conditioning import Conditioning
 from hy_prfl.models.loading import load_reward_model
 from hy_prfl.models.reward_model import WanRewardModel
 
@@ -137,26 +138,30 @@ class TestScoreRows:
 
     def test_image_embeds_are_cast_to_the_type_of_the_model(self, i2v_reward_model: WanRewardModel) -> None:
         half = copy.deepcopy(i2v_reward_model).to(torch.bfloat16)
-        images = {"condition": torch.randn(1, 20, 2, 4, 6), "image_embeds": torch.randn(1, 5, 32)}
         latents, prompt_embeds = torch.randn(1, 16, 2, 4, 6), torch.randn(1, TEXT_LEN, 32)
-        expected = score_latents(i2v_reward_model, latents, prompt_embeds, TIMESTEPS, row_ids=["a"], **images)
-        logits = score_latents(half, latents, prompt_embeds.bfloat16(), TIMESTEPS, row_ids=["a"], **images)
+        given = Conditioning(prompt_embeds, torch.randn(1, 5, 32), torch.randn(1, 20, 2, 4, 6))
+        expected = score_latents(i2v_reward_model, latents, given, TIMESTEPS, row_ids=["a"])
+        given = given.with_prompts(prompt_embeds.bfloat16())
+        logits = score_latents(half, latents, given, TIMESTEPS, row_ids=["a"])
         np.testing.assert_allclose(logits, expected, rtol=0.05, atol=0.02)
+
+
+PROMPT = Conditioning(torch.zeros(1, 4, 32))
 
 
 class TestScoreLatents:
     @pytest.mark.parametrize("timesteps", [[0], [1000.5], [-3], [600, 600], []])
     def test_timesteps(self, reward_model: WanRewardModel, timesteps: list[float]) -> None:
         with pytest.raises(ValueError, match="timesteps"):
-            score_latents(reward_model, torch.zeros(1, 16, 2, 4, 6), torch.zeros(1, 4, 32), timesteps, row_ids=["a"])
+            score_latents(reward_model, torch.zeros(1, 16, 2, 4, 6), PROMPT, timesteps, row_ids=["a"])
 
     def test_ids(self, reward_model: WanRewardModel) -> None:
         with pytest.raises(ValueError, match="an id for each of 2 rows, got 1"):
-            score_latents(reward_model, torch.zeros(2, 16, 2, 4, 6), torch.zeros(2, 4, 32), row_ids=["a"])
+            score_latents(reward_model, torch.zeros(2, 16, 2, 4, 6), PROMPT, row_ids=["a"])
 
     def test_channels(self, reward_model: WanRewardModel) -> None:
         with pytest.raises(ValueError, match=r"`hidden_states` must be \(batch_size, 16"):
-            score_latents(reward_model, torch.zeros(1, 8, 2, 4, 6), torch.zeros(1, 4, 32), row_ids=["a"])
+            score_latents(reward_model, torch.zeros(1, 8, 2, 4, 6), PROMPT, row_ids=["a"])
 
 
 class TestScoreDataset:

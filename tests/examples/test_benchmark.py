@@ -33,6 +33,7 @@ from examples.benchmark.rgb_refl import PixelReward, RGBReFLTrainer, decode_all_
 from examples.benchmark.sizes import PUBLISHED_DECODING_SHARES, SIZES, Clip, decoding_share, small_size
 from hy_prfl.configs.prfl import PRFLTrainingConfig
 from hy_prfl.losses import flow_matching_loss, reward_feedback_loss
+from hy_prfl.models.conditioning import Conditioning
 from hy_prfl.models.reward_model import WanRewardModel
 from hy_prfl.rollout import predict_velocity
 
@@ -92,10 +93,9 @@ def test_rgb_refl_has_the_gradient_of_plain_autograd(inputs: Path, tmp_path: Pat
     trainer = trainer.trainer(inputs, tmp_path, Measured)
     trainer.start_streams()
     batch = next(trainer.reward_batches).to(torch.device("cpu"))
-    prompt_embeds = batch.prompt_embeds
-    surrogate, loss, logits = trainer.compute_reward_feedback_loss(
-        next(trainer.roll_out(batch, prompt_embeds, 0)), prompt_embeds, batch
-    )
+    conditioning = Conditioning.of(batch)
+    step = next(trainer.roll_out(batch.latents_shape, conditioning, 0))
+    surrogate, loss, logits = trainer.compute_reward_feedback_loss(step, conditioning)
     surrogate.backward()
     found = {name: parameter.grad.clone() for name, parameter in trainer.unwrapped.named_parameters()}
     trainer.unwrapped.zero_grad()
@@ -106,9 +106,9 @@ def test_rgb_refl_has_the_gradient_of_plain_autograd(inputs: Path, tmp_path: Pat
     step = late(8, 1)
     with torch.no_grad():
         for timestep in scheduler.timesteps[:step]:
-            velocity = predict_velocity(trainer.unwrapped, latents, timestep, prompt_embeds)
+            velocity = predict_velocity(trainer.unwrapped, latents, timestep, conditioning)
             latents = scheduler.step(velocity, timestep, latents).prev_sample
-    velocity = predict_velocity(trainer.unwrapped, latents, scheduler.timesteps[step], prompt_embeds)
+    velocity = predict_velocity(trainer.unwrapped, latents, scheduler.timesteps[step], conditioning)
     clean = latents - scheduler.sigmas[step] * velocity
     reward: PixelReward = trainer.reward_model
     shape = (1, -1, 1, 1, 1)
@@ -151,10 +151,10 @@ def counted(inputs: Path, vae: AutoencoderKLWan) -> dict[str, int]:
 
     def forward() -> None:
         with torch.no_grad():
-            predict_velocity(transformer, latents, time, text)
+            predict_velocity(transformer, latents, time, Conditioning(text))
 
     def generator() -> None:
-        flow_matching_loss(predict_velocity(transformer, latents, time, text), latents).backward()
+        flow_matching_loss(predict_velocity(transformer, latents, time, Conditioning(text)), latents).backward()
 
     def reward() -> None:
         # Not a leaf itself: the counter's hooks do not bear that.

@@ -8,7 +8,7 @@ from examples.shapes.pipeline import build_pipeline
 from hy_prfl.configs.prfl import PRFLTrainingConfig
 from hy_prfl.data.encoding import vae_fingerprint
 from hy_prfl.data.synthetic import synthetic_dataset
-from hy_prfl.models.conditioning import add_condition, num_clean_frames, put_condition
+from hy_prfl.models.conditioning import Conditioning, add_condition, num_clean_frames, put_condition
 from hy_prfl.models.reward_model import WanRewardModel, score_noised
 from hy_prfl.trainers.prfl_trainer import FLOW_NOISE, PRFLTrainer
 
@@ -34,6 +34,18 @@ def test_first_frame_of_the_latents() -> None:
         assert torch.equal(timesteps[index], (mask[0][0][:, ::2, ::2] * timestep[index]).flatten())
     assert num_clean_frames(latents, condition) == 1
     assert torch.equal(put_condition(latents, condition), hidden_states)
+
+
+def test_embeddings_are_cast_and_the_condition_stays_in_float32() -> None:
+    """A first frame in half precision would be another image than the one that was encoded."""
+    given = Conditioning(torch.randn(1, 7, 32), torch.randn(1, 5, 32), torch.randn(1, 20, 3, 4, 6))
+    moved = given.to("cpu", torch.bfloat16)
+    assert (moved.prompt_embeds.dtype, moved.image_embeds.dtype) == (torch.bfloat16, torch.bfloat16)  # type: ignore[union-attr]
+    assert torch.equal(moved.condition, given.condition)  # type: ignore[arg-type]
+    inputs = moved.model_inputs(torch.randn(1, 16, 3, 4, 6), torch.tensor([900.0]))
+    assert inputs["hidden_states"].shape == (1, 36, 3, 4, 6)
+    assert {inputs[name].dtype for name in inputs if name != "timestep"} == {torch.bfloat16}
+    assert Conditioning(given.prompt_embeds).to("cpu", torch.float32).condition is None
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +78,7 @@ def test_reward_has_no_gradient_in_the_first_frame(transformer: WanTransformer3D
     latents = torch.randn(1, 48, 3, 4, 6, requires_grad=True)
     logits = score_noised(
         model, latents=latents, noise=torch.randn(1, 48, 3, 4, 6), sigmas=torch.tensor([0.5]),
-        encoder_hidden_states=torch.randn(1, 7, 32), condition=torch.randn(1, 48, 1, 4, 6),
+        conditioning=Conditioning(torch.randn(1, 7, 32), condition=torch.randn(1, 48, 1, 4, 6)),
     )  # fmt: skip
     (grad,) = torch.autograd.grad(logits.sum(), latents)
     assert (grad[:, :, 0] == 0).all()

@@ -8,6 +8,7 @@ from diffusers import WanImageToVideoPipeline, WanPipeline
 from PIL import Image
 
 from examples.shapes.pipeline import save_pipeline
+from hy_prfl.models.conditioning import Conditioning
 from hy_prfl.models.experts import ExpertPair, Experts, PairWeights, read_experts
 from hy_prfl.models.loading import load_scheduler
 from hy_prfl.rollout import sample_latents, walk_with_gradient
@@ -66,8 +67,8 @@ def test_whole_chain_equals_the_stock_pipeline(tmp_path: Path, image_to_video: b
     experts = Experts(boundary_ratio * 1000, ("high_noise", "low_noise"))
     actual = sample_latents(
         ExpertPair(pipeline.transformer, pipeline.transformer_2, experts), load_scheduler(str(folder)), noise=noise,
-        num_inference_steps=6, encoder_hidden_states=prompt_embeds, negative_encoder_hidden_states=negative,
-        guidance_scale=3.0, condition=seen[0][:, 16:] if image_to_video else None,
+        num_inference_steps=6, negative_prompt_embeds=negative, guidance_scale=3.0,
+        conditioning=Conditioning(prompt_embeds, condition=seen[0][:, 16:] if image_to_video else None),
     )  # fmt: skip
     torch.testing.assert_close(actual, expected)
     assert calls == {name: 2 * count for name, count in before.items()}
@@ -89,7 +90,8 @@ def test_a_chain_with_gradient_steps_of_both_experts_is_the_stock_chain(expert_p
     for step_index in (0, 4):
         pair.zero_grad()
         chain = walk_with_gradient(
-            pair, scheduler, noise=noise, step_indices=[step_index], num_inference_steps=7, encoder_hidden_states=prompt
+            pair, scheduler, noise=noise, step_indices=[step_index], num_inference_steps=7,
+            conditioning=Conditioning(prompt),
         )  # fmt: skip
         step = next(chain)
         assert torch.equal(step.latents, path[step_index])

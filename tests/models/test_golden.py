@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from hy_prfl.flow_matching import add_noise, shift_sigmas, velocity_target
 from hy_prfl.losses import flow_matching_loss, reward_feedback_loss
+from hy_prfl.models.conditioning import Conditioning
 from hy_prfl.models.conversion import convert_reward_model, convert_transformer
 from hy_prfl.models.reward_model import WanRewardModel, score_noised
 from hy_prfl.rollout import denoise_to_step, predict_velocity
@@ -44,11 +45,11 @@ class Golden:
             reward / "checkpoint-100", reward / "mlp_step_100.ckpt", reward / "query_attention_step_100.ckpt"
         ).requires_grad_(False)
         embeds = self.expected["prompt_embeds"]
-        self.inputs = {
-            "encoder_hidden_states": torch.nn.functional.pad(embeds, (0, 0, 0, TEXT_LEN - embeds.shape[1])),
-            "condition": self.expected.get("condition"),
-            "encoder_hidden_states_image": self.expected.get("image_embeds"),
-        }
+        self.conditioning = Conditioning(
+            torch.nn.functional.pad(embeds, (0, 0, 0, TEXT_LEN - embeds.shape[1])),
+            image_embeds=self.expected.get("image_embeds"),
+            condition=self.expected.get("condition"),
+        )
 
     def scheduler_on_recorded_grid(self) -> "RecordedGrid":
         return RecordedGrid(self.expected["rollout.sigmas"], self.expected["rollout.timesteps"])
@@ -82,13 +83,13 @@ def test_training_schedule(golden: Golden) -> None:
 def test_reward_features_and_logits(golden: Golden, timestep: int) -> None:
     expected = golden.expected
     noisy = add_noise(expected["latents"], expected["noise"], expected[f"sigma.{timestep}"])
-    condition = golden.inputs["condition"]
+    condition = golden.conditioning.condition
     hidden_states = noisy if condition is None else torch.cat([noisy, condition], dim=1)
     output = golden.reward_model(
         hidden_states=hidden_states,
         timestep=torch.tensor([float(timestep)]),
-        encoder_hidden_states=golden.inputs["encoder_hidden_states"],
-        encoder_hidden_states_image=golden.inputs["encoder_hidden_states_image"],
+        encoder_hidden_states=golden.conditioning.prompt_embeds,
+        encoder_hidden_states_image=golden.conditioning.image_embeds,
         output_features=True,
     )
     assert_close(output.features, expected[f"features.{timestep}"])
@@ -103,7 +104,7 @@ def test_score_noised_is_what_was_recorded_but_for_the_rounded_timestep(golden: 
         latents=expected["latents"],
         noise=expected["noise"],
         sigmas=torch.ones(1),
-        **golden.inputs,
+        conditioning=golden.conditioning,
     )
     assert_close(logits, expected["logit.1000"])
 
@@ -111,7 +112,7 @@ def test_score_noised_is_what_was_recorded_but_for_the_rounded_timestep(golden: 
 def test_velocity(golden: Golden) -> None:
     # Recorded on the clean latents, at timestep 600 all the same: a check of the network alone.
     model_pred = predict_velocity(
-        golden.transformer, golden.expected["latents"], torch.tensor([600.0]), **golden.inputs
+        golden.transformer, golden.expected["latents"], torch.tensor([600.0]), golden.conditioning
     )
     assert_close(model_pred, golden.expected["velocity.600"])
 
@@ -120,7 +121,7 @@ def test_flow_matching_step(golden: Golden) -> None:
     expected = golden.expected
     noisy = add_noise(expected["latents"], expected["noise"], expected["sigma.600"])
     golden.transformer.zero_grad()
-    model_pred = predict_velocity(golden.transformer, noisy, torch.tensor([600.0]), **golden.inputs)
+    model_pred = predict_velocity(golden.transformer, noisy, torch.tensor([600.0]), golden.conditioning)
     loss = flow_matching_loss(model_pred, velocity_target(expected["latents"], expected["noise"]))
     assert_close(loss[None], expected["sft.600.loss"])
     loss.backward()
@@ -137,17 +138,17 @@ def test_reward_step(golden: Golden, step_index: int) -> None:
         noise=expected["noise"],
         step_index=step_index,
         num_inference_steps=NUM_INFERENCE_STEPS,
-        **golden.inputs,
+        conditioning=golden.conditioning,
     )
     assert_close(latents, expected[f"prfl.{step_index}.latents"])
     assert timesteps.tolist() == [int(expected["rollout.timesteps"][step_index + 1])]
 
-    condition = golden.inputs["condition"]
+    condition = golden.conditioning.condition
     logits = golden.reward_model(
         hidden_states=latents if condition is None else torch.cat([latents, condition], dim=1),
         timestep=timesteps,
-        encoder_hidden_states=golden.inputs["encoder_hidden_states"],
-        encoder_hidden_states_image=golden.inputs["encoder_hidden_states_image"],
+        encoder_hidden_states=golden.conditioning.prompt_embeds,
+        encoder_hidden_states_image=golden.conditioning.image_embeds,
     ).logits
     loss = reward_feedback_loss(logits, form="sigmoid", scale=0.1, target=2.0)
     assert_close(logits, expected[f"prfl.{step_index}.logit"])

@@ -9,6 +9,7 @@ from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
 from hy_prfl.flow_matching import add_noise
+from hy_prfl.models.conditioning import Conditioning
 from hy_prfl.models.loading import load_reward_model, load_scheduler, load_transformer
 from hy_prfl.models.reward_model import (
     WanRewardModel,
@@ -180,8 +181,8 @@ def test_scoring_noises_and_appends_the_condition(i2v_transformer: WanTransforme
         torch.cat([add_noise(latents, noise, sigmas), condition], dim=1), torch.tensor([200.0, 900.0]), text, image
     ).logits
     actual = score_noised(
-        model, latents=latents, noise=noise, sigmas=sigmas, encoder_hidden_states=text, condition=condition,
-        encoder_hidden_states_image=image,
+        model, latents=latents, noise=noise, sigmas=sigmas,
+        conditioning=Conditioning(text, image_embeds=image, condition=condition),
     )  # fmt: skip
     torch.testing.assert_close(actual, expected)
 

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from hy_prfl.configs.prfl import PRFLTrainingConfig
 from hy_prfl.losses import bradley_terry_loss, flow_matching_loss, reward_feedback_loss
+from hy_prfl.models.conditioning import Conditioning
 from hy_prfl.models.reward_model import WanRewardModel
 from hy_prfl.models.trainable import select_trainable
 from hy_prfl.planning.engines import Engine
@@ -68,29 +69,28 @@ def real_update(
     is_i2v, num_channels = sizes.get("image_dim") is not None, sizes.get("out_channels", 16)
     first_frame = torch.randn(1, 48, 1, *latents_shape[1:]) if sizes is FIRST_FRAME else None
     noise = torch.randn(1, num_channels, *latents_shape)
-    inputs: dict[str, Any] = {
-        "encoder_hidden_states": torch.randn(1, 512, sizes["text_dim"]),
-        "condition": torch.randn(1, 20, *latents_shape) if is_i2v else first_frame,
-        "encoder_hidden_states_image": torch.randn(1, 257, 32) if is_i2v else None,
-    }
+    condition = torch.randn(1, 20, *latents_shape) if is_i2v else first_frame
+    given = Conditioning(
+        torch.randn(1, 512, sizes["text_dim"]), torch.randn(1, 257, 32) if is_i2v else None, condition
+    )
     counted = {}
     with count_flops() as counter:
-        flow_matching_loss(predict_velocity(transformer, noise, torch.tensor([500.0]), **inputs), noise).backward()
+        flow_matching_loss(predict_velocity(transformer, noise, torch.tensor([500.0]), given), noise).backward()
     counted["flow matching"] = counter.get_total_flops()
     with count_flops() as counter, torch.no_grad():
         for _ in range(step_index):
-            predict_velocity(transformer, noise, torch.tensor([500.0]), **inputs)
+            predict_velocity(transformer, noise, torch.tensor([500.0]), given)
     counted["rollout"] = counter.get_total_flops()
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
     with count_flops() as counter:
         latents, timesteps = denoise_to_step(
-            transformer, scheduler, noise=noise, step_index=step_index, num_inference_steps=6, **inputs
+            transformer, scheduler, noise=noise, step_index=step_index, num_inference_steps=6, conditioning=given
         )
     counted["gradient step"] = counter.get_total_flops() - counted["rollout"]
     leaf = latents.detach().requires_grad_()
     with count_flops() as counter:
         # The counter's hooks cannot have the leaf itself for a module's input.
-        hidden_states = torch.cat([leaf, inputs["condition"]], dim=1) if is_i2v else leaf.clone()
+        hidden_states = torch.cat([leaf, condition], dim=1) if is_i2v else leaf.clone()
         if first_frame is not None:
             hidden_states = torch.cat([first_frame, leaf[:, :, 1:]], dim=2)
             num_tokens = math.prod(latents_shape) // 4
@@ -98,8 +98,8 @@ def real_update(
         output = reward_model(
             hidden_states,
             timesteps,
-            inputs["encoder_hidden_states"],
-            encoder_hidden_states_image=inputs["encoder_hidden_states_image"],
+            given.prompt_embeds,
+            encoder_hidden_states_image=given.image_embeds,
         )
         (grad,) = torch.autograd.grad(reward_feedback_loss(output.logits), leaf)
     counted["reward"] = counter.get_total_flops()

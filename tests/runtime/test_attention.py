@@ -7,6 +7,7 @@ from diffusers import WanTransformer3DModel
 from diffusers.models.attention_dispatch import AttentionBackendName
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hy_prfl.models.conditioning import Conditioning
 from hy_prfl.models.loading import load_scheduler
 from hy_prfl.rollout import walk_with_gradient
 from hy_prfl.runtime.attention import check_attention_backend, set_attention_backend, use_attention_backend
@@ -73,7 +74,7 @@ def test_the_rollout_and_the_step_with_gradient_use_different_kernels(pipeline_d
     set_attention_backend(transformer, "_native_math")
     chain = walk_with_gradient(
         transformer, load_scheduler(str(pipeline_dir)), noise=torch.randn(1, 16, 2, 4, 4), step_indices=[2, 4],
-        num_inference_steps=7, encoder_hidden_states=torch.randn(1, 16, 32), rollout_attention_backend="native",
+        num_inference_steps=7, conditioning=Conditioning(torch.randn(1, 16, 32)), rollout_attention_backend="native",
     )  # fmt: skip
     # 3 blocks with 2 attentions each; 2 steps before the first step with gradient, 1 before the second.
     for expected in (2 * 3 * 2, 1 * 3 * 2):

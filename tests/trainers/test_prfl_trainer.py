@@ -15,6 +15,7 @@ from hy_prfl.data.dataset import load_latent_dataset
 from hy_prfl.data.schema import table_to_rows
 from hy_prfl.data.video import read_video, resize_and_crop
 from hy_prfl.flow_matching import row_noise
+from hy_prfl.models.conditioning import Conditioning
 from hy_prfl.models.loading import load_scheduler
 from hy_prfl.models.reward_model import WanRewardModel
 from hy_prfl.scripts import preprocess
@@ -167,9 +168,9 @@ def test_surrogates_along_a_chain_have_the_gradients_of_separate_rollouts(
     trainer = build(prompt_dropout=0.0, num_inference_steps=7, num_gradient_steps=3, **options)
     trainer.start_streams()
     batch = next(trainer.reward_batches).to(torch.device("cpu"))
-    chain = trainer.roll_out(batch, batch.prompt_embeds, 0)
+    chain = trainer.roll_out(batch.latents_shape, Conditioning.of(batch), 0)
     for step_index in trainer.draw_step_indices(0):
-        surrogate, loss, _ = trainer.compute_reward_feedback_loss(next(chain), batch.prompt_embeds, batch)
+        surrogate, loss, _ = trainer.compute_reward_feedback_loss(next(chain), Conditioning.of(batch))
         surrogate.backward()
         grads = gradients(trainer.unwrapped)
         expected = reference_reward_loss(trainer, trainer.unwrapped, batch, 0, step_index)
@@ -190,8 +191,8 @@ def test_reward_training_raises_the_reward(build: Callable[..., PRFLTrainer]) ->
     batch = next(trainer.reward_batches).to(torch.device("cpu"))
 
     def reward() -> float:
-        step = next(trainer.roll_out(batch, batch.prompt_embeds, 0))
-        return trainer.compute_reward_feedback_loss(step, batch.prompt_embeds, batch)[2].mean().item()
+        step = next(trainer.roll_out(batch.latents_shape, Conditioning.of(batch), 0))
+        return trainer.compute_reward_feedback_loss(step, Conditioning.of(batch))[2].mean().item()
 
     before = reward()
     trainer.train()
@@ -383,7 +384,7 @@ def test_prompts_are_dropped_and_long_captions_taken(build: Callable[..., PRFLTr
         prompt_embeds=torch.zeros(4000, 1, 1), long_prompt_embeds=torch.ones(4000, 1, 1),
         null_prompt_embeds=torch.full((4000, 1, 1), 2.0), num_tokens=1,
     )  # fmt: skip
-    chosen = trainer.choose_prompts(batch, trainer.generators(REWARD_NOISE, 0, 4000)).flatten()
+    chosen = trainer.choose_prompts(batch, trainer.generators(REWARD_NOISE, 0, 4000)).prompt_embeds.flatten()
     shares = [(chosen == value).float().mean().item() for value in (0, 1, 2)]
     assert shares == pytest.approx([0.75 * 0.4, 0.75 * 0.6, 0.25], abs=0.03)
 

@@ -24,6 +24,7 @@ from hy_prfl.data.dataset import load_latent_dataset
 from hy_prfl.data.encoding import vae_fingerprint
 from hy_prfl.data.schema import table_to_rows, unpack_tensor
 from hy_prfl.data.synthetic import synthetic_dataset
+from hy_prfl.models.conditioning import Conditioning
 from hy_prfl.models.loading import load_transformer
 from hy_prfl.models.reward_model import WanRewardModel
 
@@ -149,8 +150,8 @@ def test_refl_climbs_the_reward_of_the_clean_latents_it_foresees(root: Path, row
     assert trainer.config.step_range == [13, 18]
     trainer.start_streams()
     batch = next(trainer.reward_batches).to(torch.device("cpu"))
-    step = next(trainer.roll_out(batch, batch.prompt_embeds, 0))
-    surrogate, _, logits = trainer.compute_reward_feedback_loss(step, batch.prompt_embeds, batch)
+    step = next(trainer.roll_out(batch.latents_shape, Conditioning.of(batch), 0))
+    surrogate, _, logits = trainer.compute_reward_feedback_loss(step, Conditioning.of(batch))
     torch.testing.assert_close(logits, trainer.reward_model(step.latents, batch.prompt_embeds))
     surrogate.backward()
     assert all(parameter.grad is None for parameter in trainer.reward_model.parameters())
