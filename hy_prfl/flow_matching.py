@@ -3,17 +3,18 @@
 import hashlib
 import math
 import statistics
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Literal
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from diffusers.training_utils import compute_density_for_timestep_sampling
 
+from .configs.base import TrainingConfig
+
 
 NUM_TRAIN_TIMESTEPS = 1000
-
-WeightingScheme = Literal["uniform", "logit_normal"]
 
 
 def make_generator(*key: int) -> torch.Generator:
@@ -48,80 +49,97 @@ def shift_sigmas(sigmas: torch.Tensor, flow_shift: float) -> torch.Tensor:
     return flow_shift * sigmas / (1 + (flow_shift - 1) * sigmas)
 
 
-def sample_sigmas(
-    generators: Sequence[torch.Generator],
-    *,
-    weighting_scheme: WeightingScheme = "uniform",
-    flow_shift: float = 5.0,
-    logit_mean: float = 0.0,
-    logit_std: float = 1.0,
-    timestep_range: tuple[float, float] = (-math.inf, math.inf),
-) -> torch.Tensor:
+@dataclass(frozen=True)
+class NoiseLevels(ABC):
     """
-    Draw the noise level of each sample.
-
-    `"uniform"` draws an index of the schedule of 1000 levels, upstream's law; `"logit_normal"` the sigmoid of a
-    normal variable (SD3). Both are then shifted; `flow_shift=1` leaves the paper's U(0, 1].
+    Distribution of the noise levels that clean clips are trained at.
 
     Args:
-        generators (`Sequence[torch.Generator]`):
-            One for each sample.
-        timestep_range (`tuple[float, float]`):
-            Draw from the law on condition that `1000 * sigma` is not below the first and is below the second number,
-            by drawing again until it is. It must have a positive probability.
-
-    Returns:
-        `torch.Tensor` of shape `(len(generators),)`: sigmas in (0, 1], float32 on the CPU.
+        flow_shift (`float`):
+            Shift of the noise levels, see [`shift_sigmas`]; 1 leaves them as they are drawn.
     """
-    law: dict[str, Any] = {"weighting_scheme": weighting_scheme, "flow_shift": flow_shift}
-    law |= {"logit_mean": logit_mean, "logit_std": logit_std}
-    sigmas = []
-    for generator in generators:
-        sigma = _draw_sigma(generator, **law)
-        while not timestep_range[0] <= sigmas_to_timesteps(sigma) < timestep_range[1]:
-            sigma = _draw_sigma(generator, **law)
-        sigmas.append(sigma)
-    return torch.cat(sigmas)
+
+    flow_shift: float
+
+    @abstractmethod
+    def _draw(self, generator: torch.Generator) -> torch.Tensor:
+        """One noise level before the shift, `(1,)`, in (0, 1]."""
+
+    @abstractmethod
+    def probability_from(self, timestep: float) -> float:
+        """How often a noise level is drawn whose timestep is not below this one, in [0, 1000)."""
+
+    def sample(
+        self, generators: Sequence[torch.Generator], timestep_range: tuple[float, float] = (-math.inf, math.inf)
+    ) -> torch.Tensor:
+        """
+        Draw the noise level of each sample.
+
+        Args:
+            generators (`Sequence[torch.Generator]`):
+                One for each sample.
+            timestep_range (`tuple[float, float]`):
+                Draw on condition that `1000 * sigma` is not below the first and is below the second number, by drawing
+                again until it is. It must have a positive probability.
+
+        Returns:
+            `torch.Tensor` of shape `(len(generators),)`: sigmas in (0, 1], float32 on the CPU.
+        """
+        low, high = timestep_range
+        sigmas = []
+        for generator in generators:
+            sigma = shift_sigmas(self._draw(generator), self.flow_shift)
+            while not low <= sigmas_to_timesteps(sigma) < high:
+                sigma = shift_sigmas(self._draw(generator), self.flow_shift)
+            sigmas.append(sigma)
+        return torch.cat(sigmas)
 
 
-def _draw_sigma(
-    generator: torch.Generator,
-    *,
-    weighting_scheme: WeightingScheme,
-    flow_shift: float,
-    logit_mean: float,
-    logit_std: float,
-) -> torch.Tensor:
-    if weighting_scheme == "uniform":
+@dataclass(frozen=True)
+class UniformLevels(NoiseLevels):
+    """An index of the schedule of 1000 levels, as upstream draws it; without a shift the paper's U(0, 1]."""
+
+    def _draw(self, generator: torch.Generator) -> torch.Tensor:
         index = torch.randint(NUM_TRAIN_TIMESTEPS, (1,), generator=generator)
-        sigma = 1 - index.float() / NUM_TRAIN_TIMESTEPS
-    elif weighting_scheme == "logit_normal":
-        draw = compute_density_for_timestep_sampling(
-            "logit_normal", 1, logit_mean=logit_mean, logit_std=logit_std, generator=generator
-        )
-        sigma = draw.clamp(min=1 / NUM_TRAIN_TIMESTEPS)
-    else:
-        raise ValueError(f"`weighting_scheme` must be 'uniform' or 'logit_normal', got {weighting_scheme!r}.")
-    return shift_sigmas(sigma, flow_shift)
+        return 1 - index.float() / NUM_TRAIN_TIMESTEPS
 
-
-def timestep_probability(
-    timestep: float,
-    *,
-    weighting_scheme: WeightingScheme = "uniform",
-    flow_shift: float = 5.0,
-    logit_mean: float = 0.0,
-    logit_std: float = 1.0,
-) -> float:
-    """How often the law of [`sample_sigmas`] draws a noise level whose timestep is not below this one, in [0, 1000)."""
-    if weighting_scheme == "uniform":
-        levels = shift_sigmas(torch.arange(1, NUM_TRAIN_TIMESTEPS + 1) / NUM_TRAIN_TIMESTEPS, flow_shift)
+    def probability_from(self, timestep: float) -> float:
+        levels = shift_sigmas(torch.arange(1, NUM_TRAIN_TIMESTEPS + 1) / NUM_TRAIN_TIMESTEPS, self.flow_shift)
         return float((sigmas_to_timesteps(levels) >= timestep).double().mean())
-    sigma = timestep / NUM_TRAIN_TIMESTEPS
-    unshifted = sigma / (flow_shift - (flow_shift - 1) * sigma)
-    if unshifted <= 1 / NUM_TRAIN_TIMESTEPS:
-        return 1.0
-    return 1 - statistics.NormalDist(logit_mean, logit_std).cdf(math.log(unshifted / (1 - unshifted)))
+
+
+@dataclass(frozen=True)
+class LogitNormalLevels(NoiseLevels):
+    """
+    The sigmoid of a normal variable (SD3, https://arxiv.org/abs/2403.03206, section 3.1).
+
+    Args:
+        mean, std (`float`):
+            Of that variable.
+    """
+
+    mean: float
+    std: float
+
+    def _draw(self, generator: torch.Generator) -> torch.Tensor:
+        draw = compute_density_for_timestep_sampling(
+            "logit_normal", 1, logit_mean=self.mean, logit_std=self.std, generator=generator
+        )
+        return draw.clamp(min=1 / NUM_TRAIN_TIMESTEPS)
+
+    def probability_from(self, timestep: float) -> float:
+        sigma = timestep / NUM_TRAIN_TIMESTEPS
+        unshifted = sigma / (self.flow_shift - (self.flow_shift - 1) * sigma)
+        if unshifted <= 1 / NUM_TRAIN_TIMESTEPS:
+            return 1.0
+        return 1 - statistics.NormalDist(self.mean, self.std).cdf(math.log(unshifted / (1 - unshifted)))
+
+
+def noise_levels(config: TrainingConfig) -> NoiseLevels:
+    """The distribution that a run's options ask for."""
+    if config.weighting_scheme == "uniform":
+        return UniformLevels(config.flow_shift)
+    return LogitNormalLevels(config.flow_shift, mean=config.logit_mean, std=config.logit_std)
 
 
 def sigmas_to_timesteps(sigmas: torch.Tensor) -> torch.Tensor:

@@ -1,18 +1,22 @@
 import math
-from typing import Any
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 
+from hy_prfl.configs.base import TrainingConfig
 from hy_prfl.flow_matching import (
+    LogitNormalLevels,
+    NoiseLevels,
+    UniformLevels,
     add_noise,
     make_generator,
+    noise_levels,
     row_noise,
     sample_noise,
-    sample_sigmas,
     shift_sigmas,
     sigmas_to_timesteps,
-    timestep_probability,
     velocity_target,
 )
 
@@ -41,8 +45,8 @@ def test_row_noise_is_normal_and_belongs_to_the_row() -> None:
 def test_each_sample_has_its_own_generator() -> None:
     noise = sample_noise((2, 3), [make_generator(5), make_generator(6)])
     assert torch.equal(noise[1], torch.randn((2, 3), generator=make_generator(6)))
-    sigmas = [sample_sigmas([make_generator(key)], flow_shift=1.0).item() for key in (5, 6)]
-    assert sample_sigmas([make_generator(5), make_generator(6)], flow_shift=1.0).tolist() == sigmas
+    sigmas = [UniformLevels(1.0).sample([make_generator(key)]).item() for key in (5, 6)]
+    assert UniformLevels(1.0).sample([make_generator(5), make_generator(6)]).tolist() == sigmas
 
 
 def test_noise_path_and_its_velocity() -> None:
@@ -57,7 +61,7 @@ def test_noise_path_and_its_velocity() -> None:
 
 @pytest.mark.parametrize("flow_shift", [1.0, 3.0, 5.0])
 def test_uniform_law_is_the_shifted_schedule_of_1000_levels(flow_shift: float) -> None:
-    sigmas = sample_sigmas([make_generator(0)] * 100_000, flow_shift=flow_shift)
+    sigmas = UniformLevels(flow_shift).sample([make_generator(0)] * 100_000)
     schedule = torch.tensor([flow_shift * u / (1 + (flow_shift - 1) * u) for u in (1 - i / 1000 for i in range(1000))])
     levels = schedule.sort().values
     nearest = torch.searchsorted(levels, sigmas - 1e-6).clamp(max=999)
@@ -69,27 +73,30 @@ def test_uniform_law_is_the_shifted_schedule_of_1000_levels(flow_shift: float) -
 
 
 def test_shift_5_has_the_mass_that_upstream_trains_on() -> None:
-    sigmas = sample_sigmas([make_generator(1)] * 100_000, flow_shift=5.0)
+    sigmas = UniformLevels(5.0).sample([make_generator(1)] * 100_000)
     assert (sigmas > 0.8).float().mean().item() == pytest.approx(0.556, abs=0.01)
     assert (sigmas < 0.2).float().mean().item() == pytest.approx(0.048, abs=0.005)
 
 
 def test_logit_normal_law() -> None:
-    sigmas = sample_sigmas(
-        [make_generator(2)] * 50_000, weighting_scheme="logit_normal", flow_shift=1.0, logit_mean=0.5, logit_std=0.7
-    )
+    sigmas = LogitNormalLevels(1.0, mean=0.5, std=0.7).sample([make_generator(2)] * 50_000)
     logits = torch.logit(sigmas)
     assert logits.mean().item() == pytest.approx(0.5, abs=0.015)
     assert logits.std().item() == pytest.approx(0.7, abs=0.015)
 
 
-def test_sigmas_stay_in_range_and_unknown_laws_are_refused() -> None:
-    for scheme in ("uniform", "logit_normal"):
-        sigmas = sample_sigmas([make_generator(3)] * 20_000, weighting_scheme=scheme, logit_std=8.0)  # type: ignore[arg-type]
-        assert 0 < sigmas.min()
-        assert sigmas.max() <= 1
-    with pytest.raises(ValueError, match="weighting_scheme"):
-        sample_sigmas([make_generator(0)], weighting_scheme="mode")  # type: ignore[arg-type]
+@pytest.mark.parametrize("levels", [UniformLevels(5.0), LogitNormalLevels(5.0, mean=0.0, std=8.0)])
+def test_sigmas_stay_in_range(levels: NoiseLevels) -> None:
+    sigmas = levels.sample([make_generator(3)] * 20_000)
+    assert 0 < sigmas.min()
+    assert sigmas.max() <= 1
+
+
+def test_options_of_a_run_name_the_distribution() -> None:
+    required = {"output_dir": "-", "pretrained_model_name_or_path": "-", "train_dataset": "-"}
+    assert noise_levels(TrainingConfig(**required, flow_shift=3.0)) == UniformLevels(3.0)
+    options = {"weighting_scheme": "logit_normal", "flow_shift": 2.0, "logit_mean": 0.4, "logit_std": 1.3}
+    assert noise_levels(TrainingConfig(**required, **options)) == LogitNormalLevels(2.0, mean=0.4, std=1.3)
 
 
 def test_time_runs_from_0_to_1000() -> None:
@@ -98,27 +105,26 @@ def test_time_runs_from_0_to_1000() -> None:
 
 
 @pytest.mark.parametrize("flow_shift", [1.0, 5.0])
-@pytest.mark.parametrize(
-    "law", [{"weighting_scheme": "uniform"}, {"weighting_scheme": "logit_normal", "logit_mean": 0.4, "logit_std": 1.3}]
-)
-def test_conditional_noise_levels(law: dict[str, Any], flow_shift: float) -> None:
-    """Against draws from the whole law, of which those on the other side are thrown away."""
-    options = {**law, "flow_shift": flow_shift}
-    every = sample_sigmas([make_generator(0, index) for index in range(20_000)], **options)
-    share = timestep_probability(875.0, **options)
+@pytest.mark.parametrize("distribution", [UniformLevels, partial(LogitNormalLevels, mean=0.4, std=1.3)])
+def test_conditional_noise_levels(distribution: Callable[[float], NoiseLevels], flow_shift: float) -> None:
+    """Against draws from the whole distribution, of which those on the other side are thrown away."""
+    given = distribution(flow_shift)
+    every = given.sample([make_generator(0, index) for index in range(20_000)])
+    share = given.probability_from(875.0)
     assert share == pytest.approx((1000 * every >= 875).double().mean().item(), abs=0.015)
     for timestep_range in ((875.0, math.inf), (-math.inf, 875.0)):
         low, high = timestep_range
         expected = every[(1000 * every >= low) & (1000 * every < high)]
         generators = [make_generator(1, index) for index in range(4000)]
-        drawn = sample_sigmas(generators, **options, timestep_range=timestep_range)
+        drawn = given.sample(generators, timestep_range)
         assert ((1000 * drawn >= low) & (1000 * drawn < high)).all()
         levels = torch.linspace(0.05, 0.95, 19)
         found = (drawn[:, None] <= expected.quantile(levels)).double().mean(dim=0)
         assert (found - levels).abs().max() < 0.04
-    assert timestep_probability(0.0, **options) == 1.0
+    assert given.probability_from(0.0) == 1.0
 
 
 def test_a_range_of_all_timesteps_changes_no_draw() -> None:
     generators = [[make_generator(index) for index in range(8)] for _ in range(2)]
-    assert torch.equal(sample_sigmas(generators[0]), sample_sigmas(generators[1], timestep_range=(0.0, 1001.0)))
+    levels = UniformLevels(5.0)
+    assert torch.equal(levels.sample(generators[0]), levels.sample(generators[1], (0.0, 1001.0)))

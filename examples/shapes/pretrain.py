@@ -32,7 +32,7 @@ from examples.shapes.pipeline import build_pipeline
 from hy_prfl.configs.base import check
 from hy_prfl.configs.parser import parse_config
 from hy_prfl.data.store import hash_file
-from hy_prfl.flow_matching import add_noise, make_generator, sample_sigmas, sigmas_to_timesteps, velocity_target
+from hy_prfl.flow_matching import UniformLevels, add_noise, make_generator, sigmas_to_timesteps, velocity_target
 
 
 PRETRAINED_DIR = Path(__file__).parent / "pretrained"
@@ -345,7 +345,7 @@ def train_generator(
         index = torch.randint(len(latents), (config.generator_batch_size,), generator=generator)
         dropped = torch.rand(len(index), generator=generator) < config.prompt_dropout
         noise = torch.randn(latents[index].shape, generator=generator)
-        sigmas = sample_sigmas([generator] * len(index), flow_shift=config.flow_shift)
+        sigmas = UniformLevels(config.flow_shift).sample([generator] * len(index))
         model_pred = transformer(
             hidden_states=add_noise(latents[index], noise, sigmas),
             timestep=sigmas_to_timesteps(sigmas),

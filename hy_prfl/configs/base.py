@@ -161,11 +161,11 @@ class TrainingConfig(Config):
 
     # Parameters of the noise levels that clean clips are trained at
     weighting_scheme: Literal["uniform", "logit_normal"] = field(
-        default="uniform", metadata={"help": "Law of the noise levels before the shift."}
+        default="uniform", metadata={"help": "Distribution of the noise levels before the shift."}
     )
     flow_shift: float = field(default=5.0, metadata={"help": "Shift of the noise levels; 1 leaves them uniform."})
-    logit_mean: float = field(default=0.0, metadata={"help": "Mean of the logit-normal law."})
-    logit_std: float = field(default=1.0, metadata={"help": "Standard deviation of the logit-normal law."})
+    logit_mean: float = field(default=0.0, metadata={"help": "Mean of the logit-normal distribution."})
+    logit_std: float = field(default=1.0, metadata={"help": "Standard deviation of the logit-normal distribution."})
 
     # Parameters of checkpoints, logging and evaluation
     checkpointing_steps: int = field(default=500, metadata={"help": "Updates between two checkpoints."})

@@ -20,7 +20,7 @@ from ..configs.base import TrainingConfig, check, save_config
 from ..data.collators import LatentBatch
 from ..data.dataset import check_rows_fit, latent_shapes, rows_digest
 from ..data.encoding import takes_first_frame, vae_fingerprint
-from ..flow_matching import make_generator, sample_noise, sample_sigmas
+from ..flow_matching import make_generator, noise_levels, sample_noise
 from ..formats.checkpoints import abandon, find_checkpoint, save_checkpoint
 from ..runtime.activation_checkpointing import recompute_blocks
 from ..runtime.attention import check_attention_backend, set_attention_backend
@@ -82,6 +82,7 @@ class Trainer(ABC):
             self.accelerator.num_processes // degree,
             self.accelerator.process_index // degree,
         )
+        self.noise_levels = noise_levels(config)
         self.global_step = 0
         self.dataset_digests: dict[str, str] = {}
         # Before anything is loaded: files that are replaced later are not those of this run.
@@ -351,12 +352,6 @@ class Trainer(ABC):
             for index in range(batch_size)
         ]
 
-    @property
-    def noise_law(self) -> dict[str, Any]:
-        """Options of the law that noise levels of clean clips are drawn from, as `flow_matching` names them."""
-        names = ("weighting_scheme", "flow_shift", "logit_mean", "logit_std")
-        return {name: getattr(self.config, name) for name in names}
-
     def draw_noise(
         self,
         stream: int,
@@ -364,9 +359,9 @@ class Trainer(ABC):
         batch: LatentBatch,
         timestep_range: tuple[float, float] = (-math.inf, math.inf),
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Noise of the shape of the batch's latents, and a noise level for each clip from the configured law."""
+        """Noise of the shape of the batch's latents, and a noise level for each clip."""
         generators = self.generators(stream, micro_step, len(batch))
-        sigmas = sample_sigmas(generators, **self.noise_law, timestep_range=timestep_range)
+        sigmas = self.noise_levels.sample(generators, timestep_range)
         noise = sample_noise(batch.latents_shape, generators)
         return noise.to(self.accelerator.device), sigmas.to(self.accelerator.device)
 

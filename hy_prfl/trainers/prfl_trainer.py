@@ -16,7 +16,7 @@ from ..configs.prfl import PRFLTrainingConfig
 from ..data.collators import LatentBatch
 from ..data.dataset import check_vae
 from ..evaluation.sample_evaluator import SampleEvaluator
-from ..flow_matching import add_noise, sample_noise, sigmas_to_timesteps, timestep_probability, velocity_target
+from ..flow_matching import add_noise, sample_noise, sigmas_to_timesteps, velocity_target
 from ..formats.checkpoints import (
     AVERAGE_FOLDER,
     PRFL_RESULTS,
@@ -355,7 +355,7 @@ class PRFLTrainer(Trainer):
         self.evaluator = self._build_evaluator()
 
     def _divide_noise_levels(self) -> None:
-        """Which steps of a chain, and which share of the law of the noise levels, belong to what trains."""
+        """Which steps of a chain, and which share of the noise levels, belong to what trains."""
         config, experts = self.config, self.experts
         self.step_range = (0, 0)
         if self.uses_reward:
@@ -363,7 +363,7 @@ class PRFLTrainer(Trainer):
             self.step_range = experts.gradient_steps(
                 self.scheduler.timesteps.tolist(), config.step_range, config.num_gradient_steps
             )
-        self.high_noise_probability = timestep_probability(experts.boundary, **self.noise_law)
+        self.high_noise_probability = self.noise_levels.probability_from(experts.boundary)
         shares = {"high_noise": self.high_noise_probability, "low_noise": 1 - self.high_noise_probability}
         if self.uses_flow_matching and len(experts.trained) == 1:
             share = shares[experts.trained[0]]

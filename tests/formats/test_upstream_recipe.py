@@ -12,7 +12,7 @@ from hy_prfl.configs.parser import parse_config
 from hy_prfl.configs.preprocess import PreprocessConfig
 from hy_prfl.configs.recipe import RecipeConfig
 from hy_prfl.configs.reward import RewardTrainingConfig
-from hy_prfl.flow_matching import make_generator, sample_sigmas
+from hy_prfl.flow_matching import make_generator, noise_levels
 from hy_prfl.formats.upstream_keys import ALL_KEYS, DEAD_KEYS, READ_KEYS, flatten
 from hy_prfl.formats.upstream_recipe import convert_recipe
 from tests.formats.upstream_recipes import (
@@ -188,13 +188,7 @@ def test_logit_normal_law_is_upstreams(convert: Convert) -> None:
         "train_prfl_t2v_720", {f"{scheduler}.weighting_scheme": "logit_normal", f"{scheduler}.logit_mean": 1.5}
     )
     generators = [make_generator(0, index) for index in range(4000)]
-    ours = sample_sigmas(
-        generators,
-        weighting_scheme=config.weighting_scheme,
-        flow_shift=config.flow_shift,
-        logit_mean=config.logit_mean,
-        logit_std=config.logit_std,
-    )
+    ours = noise_levels(config).sample(generators)
     torch.manual_seed(0)
     index = (torch.normal(1.5, 1.0, (4000,)).sigmoid() * 1000).long()
     schedule = torch.linspace(1, 0, 1001)
