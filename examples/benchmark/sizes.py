@@ -25,7 +25,7 @@ import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from torch.utils.flop_counter import FlopCounterMode
 
-from hy_prfl.models.published import PUBLISHED, VAE_STRIDE
+from hy_prfl.formats.pipeline_info import PUBLISHED, VAE_STRIDE
 
 
 # FLOPs of decoding 81 frames at 480P, as a share of those of one forward of the generator on them.

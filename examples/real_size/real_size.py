@@ -66,14 +66,16 @@ def read_head(recipe: Path) -> tuple[PlanConfig, Any]:
 def make_setting(config: PlanConfig, training: Any) -> Any:
     """What `measure` is told."""
     from examples.real_size.steps import Setting
-    from hy_prfl.planning.models import load_experts, load_transformer_config, load_vae_stride
+    from hy_prfl.formats.pipeline_info import PipelineInfo
+    from hy_prfl.models.experts import choose_experts
 
     path = training.pretrained_model_name_or_path
-    transformer_config, (frames, rows, columns) = load_transformer_config(path), load_vae_stride(path)
+    info = PipelineInfo.known(path)
+    transformer_config, (frames, rows, columns) = info.transformer, info.vae_stride
     return Setting(
         training=training,
         transformer_config=transformer_config,
-        experts=load_experts(path, training.expert),
+        experts=choose_experts(info, training.expert),
         latents_shape=(
             transformer_config["out_channels"],
             (config.num_frames - 1) // frames + 1,
@@ -95,8 +97,9 @@ def measure_recipe(recipe: Path) -> dict[str, Any]:
 
 def compare(recipe: Path, measured: dict[str, Any]) -> dict[str, Any]:
     """What was measured beside what the planner says. Not in a process that pretends: the plan is made on the CPU."""
+    from hy_prfl.formats.pipeline_info import PipelineInfo
+    from hy_prfl.models.experts import choose_experts as find_experts
     from hy_prfl.planning import plan
-    from hy_prfl.planning.models import load_experts
 
     config, training = read_head(recipe)
     planned = plan(
@@ -117,7 +120,7 @@ def compare(recipe: Path, measured: dict[str, Any]) -> dict[str, Any]:
         parts = ENGINE_PARTS if config.zero_stage else ("weights",)
         found -= measured["weights"] / 1e9
         expected -= sum(planned.memory.get(name, 0.0) for name in (*parts, *FROZEN_PARTS))
-    experts = load_experts(training.pretrained_model_name_or_path, training.expert)
+    experts = find_experts(PipelineInfo.known(training.pretrained_model_name_or_path), training.expert)
     choose_experts = measured["step_range"] is not None and experts.are_two
     return {
         "recipe": str(recipe.relative_to(ROOT)),

@@ -3,12 +3,13 @@
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
+from diffusers import WanImageToVideoPipeline, WanPipeline
 from PIL import Image
 
+from ..formats.pipeline_info import PipelineInfo
 from ..runtime.vae_tiling import VAETiling, set_tiling
 from .video import to_uint8
 
@@ -16,7 +17,6 @@ from .video import to_uint8
 # Values of each weight tensor that enter a fingerprint: enough to tell any two trainings apart, quick for UMT5-XXL.
 FINGERPRINT_VALUES = 4096
 
-LastImage = Literal["none", "optional", "required"]
 
 VAE_CONFIG = ("z_dim", "scale_factor_spatial", "scale_factor_temporal", "latents_mean", "latents_std")
 
@@ -87,12 +87,8 @@ class LatentEncoder:
                 Type of the text encoder. VAE and image encoder are always float32, as diffusers recommends for Wan.
         """
         # Called on the class itself: `DiffusionPipeline.from_pretrained` does not know that transformers are optional.
-        pipeline_class = find_pipeline_class(pretrained_model_name_or_path, revision)
-        uses_last_frame = (
-            pipeline_class is WanImageToVideoPipeline
-            and last_image_support(pretrained_model_name_or_path, revision) == "required"
-        )
-        pipeline = pipeline_class.from_pretrained(
+        info = PipelineInfo.read(pretrained_model_name_or_path, revision)
+        pipeline = info.pipeline_class.from_pretrained(
             pretrained_model_name_or_path,
             revision=revision,
             variant=variant,
@@ -103,7 +99,7 @@ class LatentEncoder:
         return cls(
             pipeline.to(device),
             max_sequence_length=max_sequence_length,
-            uses_last_frame=uses_last_frame,
+            uses_last_frame=info.last_image == "required",
             vae_tiling=vae_tiling,
         )
 
@@ -270,47 +266,6 @@ class LatentEncoder:
                 f"expected frames of shape (num_frames, 3, height, width), sides multiples of {multiple}, "
                 f"got {tuple(frames.shape)}."
             )
-
-
-def find_pipeline_class(pretrained_model_name_or_path: str, revision: str | None = None) -> Any:
-    """
-    Class of a pipeline, `WanPipeline` or `WanImageToVideoPipeline`, told by its `model_index.json` alone.
-
-    Raises:
-        ValueError: If it is another one.
-    """
-    name = DiffusionPipeline.load_config(pretrained_model_name_or_path, revision=revision)["_class_name"]
-    for pipeline_class in (WanPipeline, WanImageToVideoPipeline):
-        if name == pipeline_class.__name__:
-            return pipeline_class
-    raise ValueError(
-        f"`pretrained_model_name_or_path` '{pretrained_model_name_or_path}' is a `{name}`, expected a `WanPipeline` "
-        "or a `WanImageToVideoPipeline`."
-    )
-
-
-def takes_first_frame(pretrained_model_name_or_path: str, revision: str | None = None) -> bool:
-    """Whether a pipeline's transformer can take the first frame clean, told by timesteps of each token (TI2V 5B)."""
-    index = DiffusionPipeline.load_config(pretrained_model_name_or_path, revision=revision)
-    return bool(index.get("expand_timesteps"))
-
-
-def last_image_support(pretrained_model_name_or_path: str, revision: str | None = None) -> LastImage:
-    """
-    Whether an image-to-video pipeline takes a last image: `"none"`, `"optional"` or `"required"`.
-
-    A transformer with positions for the tokens of two images needs two (Wan2.1 FLF2V); without them its image tokens
-    are those of one (Wan2.1 I2V). One without image tokens sees the last image in the condition alone (Wan2.2 A14B), but
-    for one that takes the first frame of the latents for a condition (Wan2.2 TI2V 5B).
-    """
-    if takes_first_frame(pretrained_model_name_or_path, revision):
-        return "none"
-    config = WanTransformer3DModel.load_config(
-        pretrained_model_name_or_path, subfolder="transformer", revision=revision
-    )
-    if config.get("image_dim") is None:
-        return "optional"
-    return "none" if config.get("pos_embed_seq_len") is None else "required"
 
 
 def local_encoder_files(pretrained_model_name_or_path: str) -> list[Path]:

@@ -7,13 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusers import DiffusionPipeline, WanTransformer3DModel
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import validate_repo_id
 
-from ..models.published import PUBLISHED
+from ..formats.pipeline_info import PUBLISHED, PipelineInfo
 from ..runtime.provenance import RUN_FILE
 
 
@@ -122,14 +121,14 @@ def find_base_pipeline(
 
 def load_base_pipeline(name: str, revision: str | None = None) -> BasePipeline | None:
     """The kind of a pipeline in a folder or on the Hub; None if its configuration cannot be read."""
-    if name in PUBLISHED and not Path(name).exists():
-        return BasePipeline.from_transformer(PUBLISHED[name])
-    if not Path(name).is_dir() and not _may_be_repo_id(name):
+    is_published = name in PUBLISHED and not Path(name).exists()
+    if not is_published and not Path(name).is_dir() and not _may_be_repo_id(name):
         return None
     try:
-        index = DiffusionPipeline.load_config(name, revision=revision)
-        config = WanTransformer3DModel.load_config(name, subfolder="transformer", revision=revision)
-        return BasePipeline(index["_class_name"], **{key: config[key] for key in SHAPE if config.get(key) is not None})
+        # What is published does not change with a revision.
+        info = PipelineInfo.known(name, None if is_published else revision)
+        config = info.transformer
+        return BasePipeline(info.index["_class_name"], **{key: config[key] for key in SHAPE})
     except (OSError, ValueError, KeyError) as error:
         logger.info("The configuration of '%s' cannot be read (%s).", name, next(iter(str(error).splitlines()), ""))
         return None

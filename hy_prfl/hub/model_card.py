@@ -11,7 +11,7 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData, eval_result_entries
 
 from ..formats.layout import EXPERT_FOLDERS, LORA_FILES, ExpertName
 from ..formats.lora_metadata import read_lora_metadata
-from ..models.published import PUBLISHED
+from ..formats.pipeline_info import PUBLISHED
 from ..runtime.provenance import CONFIG_FILE, RUN_FILE
 from .base_pipeline import BasePipeline, find_base_pipeline, is_on_hub, recorded_sources
 from .results import (

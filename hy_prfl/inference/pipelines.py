@@ -7,19 +7,18 @@ from typing import Any, Literal
 
 import torch
 from accelerate import init_empty_weights
-from diffusers import DiffusionPipeline, WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
+from diffusers import WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
 from diffusers.hooks import FirstBlockCacheConfig, SeaCacheConfig, TaylorSeerCacheConfig
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
 from ..configs.base import check
-from ..data.encoding import find_pipeline_class
 from ..formats.layout import EXPERT_FOLDERS, LORA_FILES, ExpertName
 from ..formats.lora import FILE_NAMES, UPSTREAM_FILES, Adapter, read_adapter
 from ..formats.lora_loading import check_adapter_fits, load_adapter
 from ..formats.lora_metadata import read_lora_metadata
+from ..formats.pipeline_info import PipelineInfo
 from ..formats.weight_files import check_finite
-from ..models.experts import has_two_experts
 
 
 CPUOffload = Literal["none", "model", "sequential"]
@@ -104,7 +103,7 @@ def load_pipeline(
         if path is not None
     }
     # Called on the class itself: `DiffusionPipeline.from_pretrained` would drop a `transformer` without a word.
-    pipeline = find_pipeline_class(pretrained_model_name_or_path, revision).from_pretrained(
+    pipeline = PipelineInfo.read(pretrained_model_name_or_path, revision).pipeline_class.from_pretrained(
         pretrained_model_name_or_path,
         revision=revision,
         variant=variant,
@@ -146,7 +145,7 @@ def check_options_fit(
     pretrained_model_name_or_path: str, options: Mapping[str, Any], *, revision: str | None = None
 ) -> None:
     """Raise a `ValueError` if something is given for a second transformer that the pipeline has not."""
-    if has_two_experts(DiffusionPipeline.load_config(pretrained_model_name_or_path, revision=revision)):
+    if PipelineInfo.read(pretrained_model_name_or_path, revision).has_two_experts:
         return
     without = f"{pretrained_model_name_or_path}: model_index.json has no `transformer_2`"
     for name in (TRANSFORMER_OPTIONS["low_noise"], LORA_OPTIONS["low_noise"]):

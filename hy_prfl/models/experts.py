@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from torch import nn
 
 from ..configs.base import check
 from ..flow_matching import NUM_TRAIN_TIMESTEPS
 from ..formats.layout import EXPERT_FOLDERS, ExpertName
+from ..formats.pipeline_info import PipelineInfo
 
 
 @dataclass(frozen=True)
@@ -118,33 +118,24 @@ class Experts:
 
 def read_experts(pretrained_model_name_or_path: str, expert: str | None, *, revision: str | None = None) -> Experts:
     """Experts of a pipeline on disk or on the Hub, and the choice among them, see [`choose_experts`]."""
-    index = DiffusionPipeline.load_config(pretrained_model_name_or_path, revision=revision)
-    return choose_experts(index, expert, source=pretrained_model_name_or_path)
+    return choose_experts(PipelineInfo.read(pretrained_model_name_or_path, revision), expert)
 
 
-def has_two_experts(index: Mapping[str, Any]) -> bool:
-    """Whether the pipeline of this `model_index.json` has a second transformer."""
-    second = index.get("transformer_2")
-    return second is not None and second[0] is not None
-
-
-def choose_experts(index: Mapping[str, Any], expert: str | None, *, source: str) -> Experts:
+def choose_experts(info: PipelineInfo, expert: str | None) -> Experts:
     """
     Experts of a pipeline, and the choice among them.
 
     Args:
-        index (`Mapping[str, Any]`):
-            The pipeline's `model_index.json`.
+        info (`PipelineInfo`):
+            The pipeline.
         expert (`str`, *optional*):
             `"high_noise"`, `"low_noise"` or `"both"`; to be left out if the pipeline has one transformer.
-        source (`str`):
-            The pipeline, for the error.
 
     Raises:
-        ValueError: If the choice does not fit the pipeline, or the file contradicts itself.
+        ValueError: If the choice does not fit the pipeline, or its index contradicts itself.
     """
-    file, ratio = f"{source}: model_index.json", index.get("boundary_ratio")
-    if not has_two_experts(index):
+    file, ratio = f"{info.source}: model_index.json", info.boundary_ratio
+    if not info.has_two_experts:
         if ratio is not None:
             raise ValueError(f"{file}: `boundary_ratio` is {ratio}, but there is no `transformer_2`.")
         check(expert is None, "expert", expert, f"left out, {file} has one transformer")

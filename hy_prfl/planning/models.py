@@ -6,59 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers import WanTransformer3DModel
 from torch import nn
 
 from ..configs.base import TrainingConfig
 from ..configs.reward import RewardTrainingConfig
-from ..models.experts import Experts, choose_experts, read_experts
-from ..models.loading import TRANSFORMER_FOLDER
-from ..models.published import BOUNDARY_RATIOS, OTHER_STRIDES, PUBLISHED, VAE_STRIDE
 from ..models.reward_model import BACKBONE_CONFIG, WanRewardModel
 from ..models.trainable import select_trainable
-
-
-def load_transformer_config(pretrained_model_name_or_path: str, revision: str | None = None) -> dict[str, Any]:
-    """
-    Configuration of a generator, every argument of `WanTransformer3DModel` in it.
-
-    Args:
-        pretrained_model_name_or_path (`str`):
-            A pipeline's folder, or a Hub id. The published Wan pipelines are known without asking the Hub.
-        revision (`str`, *optional*):
-            Hub revision; with one the Hub is asked.
-    """
-    if pretrained_model_name_or_path in PUBLISHED and revision is None:
-        config = PUBLISHED[pretrained_model_name_or_path]
-    else:
-        config = WanTransformer3DModel.load_config(
-            pretrained_model_name_or_path, subfolder=TRANSFORMER_FOLDER, revision=revision
-        )
-    with init_empty_weights():
-        model = WanTransformer3DModel.from_config({**config, "num_layers": 1})
-    full = {name: value for name, value in model.config.items() if not name.startswith("_")}
-    return {**full, "num_layers": config.get("num_layers", 40)}
-
-
-def load_experts(pretrained_model_name_or_path: str, expert: str | None, revision: str | None = None) -> Experts:
-    """The experts of a pipeline and those that train; the Hub is asked as for the transformer's configuration."""
-    if pretrained_model_name_or_path in PUBLISHED and revision is None:
-        ratio = BOUNDARY_RATIOS.get(pretrained_model_name_or_path)
-        second = None if ratio is None else ["diffusers", "WanTransformer3DModel"]
-        index = {"transformer_2": second, "boundary_ratio": ratio}
-        return choose_experts(index, expert, source=pretrained_model_name_or_path)
-    return read_experts(pretrained_model_name_or_path, expert, revision=revision)
-
-
-def load_vae_stride(pretrained_model_name_or_path: str, revision: str | None = None) -> tuple[int, int, int]:
-    """Strides of a pipeline's VAE over frames, height and width; the Hub is asked as above."""
-    if pretrained_model_name_or_path in PUBLISHED and revision is None:
-        return OTHER_STRIDES.get(pretrained_model_name_or_path, VAE_STRIDE)
-    config = AutoencoderKLWan.load_config(pretrained_model_name_or_path, subfolder="vae", revision=revision)
-    with init_empty_weights():
-        full = AutoencoderKLWan.from_config(config).config
-    return full.scale_factor_temporal, full.scale_factor_spatial, full.scale_factor_spatial
 
 
 def reward_model_config(

@@ -9,13 +9,12 @@ from typing import Any
 from ..configs.base import TrainingConfig, check
 from ..configs.prfl import PRFLTrainingConfig
 from ..configs.reward import RewardTrainingConfig
-from ..models.experts import Experts
+from ..formats.pipeline_info import VAE_STRIDE, PipelineInfo
+from ..models.experts import Experts, choose_experts
 from ..models.loading import load_scheduler
-from ..models.published import VAE_STRIDE
 from .advice import cheapest_changes
 from .engines import Engine
 from .estimate import Estimate, Request, default_reward_config, estimate
-from .models import load_experts, load_transformer_config, load_vae_stride
 from .workloads import TEXT_TOKENS, Shape
 
 
@@ -208,9 +207,10 @@ def plan(
     config, stride, shift = transformer_config, VAE_STRIDE, 3.0
     if config is None:
         path, revision = training.pretrained_model_name_or_path, training.revision
-        config, stride = load_transformer_config(path, revision), load_vae_stride(path, revision)
+        info = PipelineInfo.known(path, revision)
+        config, stride = info.transformer, info.vae_stride
         if isinstance(training, PRFLTrainingConfig):
-            experts = load_experts(path, training.expert, revision)
+            experts = choose_experts(info, training.expert)
             if experts.are_two:
                 shift = training.sampler_flow_shift or load_scheduler(path, revision=revision).config.flow_shift
     takes_channels = config["in_channels"] != config["out_channels"]

@@ -35,10 +35,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # Only now, so that nobody waits for torch to hear of a misspelt option.
     import torch
-    from diffusers import WanImageToVideoPipeline
 
-    from ..data.encoding import find_pipeline_class, last_image_support
     from ..data.prompts import check_prompts, read_prompts
+    from ..formats.pipeline_info import PipelineInfo
     from ..inference.generation import VideoSettings, generate_videos, pending_videos, write_manifest
     from ..inference.pipelines import LORA_OPTIONS, check_options_fit, find_lora_weights, load_pipeline
     from ..runtime.distributed import process_state, set_up_logging
@@ -49,9 +48,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     output_dir = Path(config.output_dir)
     prompts = read_prompts(config.prompts, seed=config.seed, num_videos_per_prompt=config.num_videos_per_prompt)
     location = (config.pretrained_model_name_or_path, config.revision)
-    image_to_video = find_pipeline_class(*location) is WanImageToVideoPipeline
-    last_image = last_image_support(*location) if image_to_video else "none"
-    check_prompts(prompts, image_to_video=image_to_video, last_image=last_image)
+    info = PipelineInfo.read(*location)
+    check_prompts(prompts, image_to_video=info.is_image_to_video, last_image=info.last_image)
 
     settings = VideoSettings(**{name: getattr(config, name) for name in VideoSettings.__dataclass_fields__})
     identity = {name: getattr(config, name) for name in (*MODEL_OPTIONS, "revision", "variant")}

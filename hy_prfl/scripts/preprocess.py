@@ -34,20 +34,20 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # Only now, so that nobody waits for torch to hear of a misspelt option.
     import torch
-    from diffusers import WanImageToVideoPipeline
 
-    from ..data.encoding import LatentEncoder, find_pipeline_class, local_encoder_files
+    from ..data.encoding import LatentEncoder, local_encoder_files
     from ..data.manifest import ManifestRow, read_manifest
     from ..data.preprocessing import ClipEncoder
     from ..data.store import REPORT_FILE, RowEncoder, build_dataset, hash_files, is_complete, request_digest
     from ..data.upstream import UpstreamImporter, read_upstream
+    from ..formats.pipeline_info import PipelineInfo
     from ..runtime.distributed import process_state, set_up_logging
 
     set_up_logging()
     # 1. The cheap checks: settings, rows, output folder
     settings = build_settings(config)
-    pipeline_class = find_pipeline_class(config.pretrained_model_name_or_path, config.revision)
-    settings.check_pipeline(is_image_to_video=pipeline_class is WanImageToVideoPipeline)
+    info = PipelineInfo.read(config.pretrained_model_name_or_path, config.revision)
+    settings.check_pipeline(is_image_to_video=info.is_image_to_video)
     rows: Sequence[ManifestRow]
     if config.manifest is not None:
         rows = read_manifest(config.manifest, require_video=not config.prompts_only)

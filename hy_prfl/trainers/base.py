@@ -17,9 +17,9 @@ from tqdm import tqdm
 from ..configs.base import TrainingConfig, check, save_config
 from ..data.collators import LatentBatch
 from ..data.dataset import check_rows_fit, latent_shapes
-from ..data.encoding import takes_first_frame
 from ..flow_matching import make_generator, noise_levels, sample_noise
 from ..formats.checkpoints import abandon, save_checkpoint
+from ..formats.pipeline_info import PipelineInfo
 from ..runtime.context_parallel import check_divisible
 from ..runtime.distributed import any_rank, mean_over_ranks
 from ..runtime.provenance import CONFIG_FILE
@@ -57,7 +57,7 @@ def check_dataset(config: TrainingConfig, dataset: Dataset, source: str, model_c
         condition_channels=model_config["in_channels"] - model_config["out_channels"],
         pos_embed_seq_len=model_config["pos_embed_seq_len"],
         patch_size=model_config["patch_size"],
-        takes_first_frame=takes_first_frame(config.pretrained_model_name_or_path, config.revision),
+        takes_first_frame=PipelineInfo.read(config.pretrained_model_name_or_path, config.revision).takes_first_frame,
     )
     check_divisible(
         config.context_parallel_degree,

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers import AutoencoderKLWan
 
 from ..configs.base import TrainingConfig, check
 from ..configs.prfl import PRFLTrainingConfig
 from ..data.dataset import latent_shapes, load_latent_dataset, read_columns
 from ..data.encoding import vae_fingerprint
 from ..data.synthetic import synthetic_dataset
-from ..models.loading import TRANSFORMER_FOLDER
+from ..formats.pipeline_info import PipelineInfo
 from ..planning.workloads import TEXT_TOKENS, images_of_clip
 from ..runtime.distributed import gather_records, mean_over_ranks
 from .base import Trainer
@@ -134,7 +134,7 @@ def write_inputs(config: TrainingConfig, folder: Path) -> tuple[int, ...]:
     """Write the rows of a dry run, each process for itself, and return the shape of their latents."""
     path, revision = config.pretrained_model_name_or_path, config.revision
     vae = AutoencoderKLWan.from_pretrained(path, subfolder="vae", revision=revision, variant=config.variant)
-    transformer = WanTransformer3DModel.load_config(path, subfolder=TRANSFORMER_FOLDER, revision=revision)
+    transformer = PipelineInfo.read(path, revision).transformer
     condition_channels = transformer["in_channels"] - transformer["out_channels"]
     if config.dry_run_size is None:
         latents_shape, condition_shape = shapes_of_largest(config.train_dataset)

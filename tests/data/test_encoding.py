@@ -12,7 +12,6 @@ from PIL import Image
 from examples.shapes.pipeline import build_pipeline
 from hy_prfl.data.encoding import (
     LatentEncoder,
-    find_pipeline_class,
     strip_padding,
     text_encoder_fingerprint,
     vae_fingerprint,
@@ -176,14 +175,6 @@ def test_transformer_is_not_loaded(pipeline_dir: Path) -> None:
 def test_other_pipelines_are_refused(pipeline_dir: Path) -> None:
     with pytest.raises(ValueError, match="WanVideoToVideoPipeline"):
         LatentEncoder(WanVideoToVideoPipeline.from_pretrained(pipeline_dir))
-
-
-def test_kind_of_a_pipeline(pipeline_dir: Path, i2v_pipeline_dir: Path, tmp_path: Path) -> None:
-    assert find_pipeline_class(str(pipeline_dir)) is WanPipeline
-    assert find_pipeline_class(str(i2v_pipeline_dir)) is WanImageToVideoPipeline
-    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
-    with pytest.raises(ValueError, match="is a `FluxPipeline`"):
-        find_pipeline_class(str(tmp_path))
 
 
 def test_fingerprints_hold_across_precisions_and_kinds_of_pipeline(pipeline_dir: Path, i2v_pipeline_dir: Path) -> None:

@@ -16,7 +16,7 @@ from hy_prfl.configs.preprocess import PreprocessConfig
 from hy_prfl.configs.prfl import PRFLTrainingConfig
 from hy_prfl.configs.reward import RewardTrainingConfig
 from hy_prfl.configs.score import ScoreConfig
-from hy_prfl.models.published import PUBLISHED
+from hy_prfl.formats.pipeline_info import PUBLISHED
 from hy_prfl.scripts.plan import main as plan_command
 
 

@@ -20,12 +20,12 @@ from hy_prfl.configs.prfl import PRFLTrainingConfig
 from hy_prfl.configs.reward import RewardTrainingConfig
 from hy_prfl.formats.layout import EXPERT_FOLDERS, LORA_FILES, ExpertName
 from hy_prfl.formats.lora_metadata import lora_metadata, read_lora_metadata
+from hy_prfl.formats.pipeline_info import PUBLISHED
 from hy_prfl.hub.base_pipeline import SOURCES, run_sources
 from hy_prfl.hub.files import run_files
 from hy_prfl.hub.model_card import OWN_CARD, PAPER, build_card, may_replace_card, write_model_card
 from hy_prfl.hub.results import draw_training
 from hy_prfl.hub.usage import ModelKind
-from hy_prfl.models.published import PUBLISHED
 from hy_prfl.models.reward_model import WanRewardModel
 from hy_prfl.runtime.provenance import run_record
 from hy_prfl.trainers.prfl_trainer import PRFLTrainer

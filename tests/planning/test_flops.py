@@ -11,13 +11,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from hy_prfl.configs.prfl import PRFLTrainingConfig
+from hy_prfl.formats.pipeline_info import PipelineInfo
 from hy_prfl.losses import bradley_terry_loss, flow_matching_loss, reward_feedback_loss
 from hy_prfl.models.conditioning import Conditioning
 from hy_prfl.models.reward_model import WanRewardModel
 from hy_prfl.models.trainable import select_trainable
 from hy_prfl.planning.engines import Engine
 from hy_prfl.planning.estimate import Request, estimate
-from hy_prfl.planning.models import load_transformer_config, reward_model_config
+from hy_prfl.planning.models import reward_model_config
 from hy_prfl.planning.plan import plan
 from hy_prfl.planning.workloads import Shape
 from hy_prfl.rollout import denoise_to_step, predict_velocity
@@ -150,7 +151,7 @@ def test_reward_training_agrees_with_the_flop_counter(options: dict[str, Any]) -
 
 def test_forward_agrees_with_a_count_by_hand() -> None:
     """Of 14B at 720P: two operations for each weight and token, and two products of queries, keys and values."""
-    config = load_transformer_config("Wan-AI/Wan2.1-T2V-14B-Diffusers")
+    config = PipelineInfo.known("Wan-AI/Wan2.1-T2V-14B-Diffusers").transformer
     dim, num_tokens, num_layers = 5120, 21 * 45 * 80, 40
     per_token = 6 * dim**2 + 2 * dim * config["ffn_dim"]  # self-attention, cross-attention's query and output
     per_text_token = 2 * dim**2

@@ -8,14 +8,13 @@ from accelerate import init_empty_weights
 from diffusers import WanTransformer3DModel
 
 from hy_prfl.configs.reward import RewardTrainingConfig
-from hy_prfl.models.published import PUBLISHED
+from hy_prfl.formats.pipeline_info import PUBLISHED, PipelineInfo
 from hy_prfl.models.reward_model import WanRewardModel
 from hy_prfl.models.trainable import select_trainable
 from hy_prfl.planning.models import (
     build_reward_model,
     build_transformer,
     count_parameters,
-    load_transformer_config,
     reward_model_config,
     set_dtypes,
 )
@@ -25,7 +24,7 @@ from tests.planning.recipes import prfl_recipe, reward_recipe
 
 @pytest.mark.parametrize("name", sorted(PUBLISHED))
 def test_published_models_are_counted_exactly(name: str) -> None:
-    config = load_transformer_config(name)
+    config = PipelineInfo.known(name).transformer
     with init_empty_weights():
         real = WanTransformer3DModel(**config)
     counted = count_parameters(build_transformer(config, prfl_recipe()))
@@ -40,7 +39,7 @@ def test_published_models_are_counted_exactly(name: str) -> None:
 def test_configuration_of_a_folder_is_read(pipeline_dir: Path, i2v_pipeline_dir: Path) -> None:
     for folder in (pipeline_dir, i2v_pipeline_dir):
         real = WanTransformer3DModel.from_pretrained(folder, subfolder="transformer")
-        config = load_transformer_config(str(folder))
+        config = PipelineInfo.known(str(folder)).transformer
         assert {name: real.config[name] for name in config} == config
         counted = count_parameters(build_transformer(config, prfl_recipe()))
         assert counted.total == sum(parameter.numel() for parameter in real.parameters())
@@ -49,7 +48,7 @@ def test_configuration_of_a_folder_is_read(pipeline_dir: Path, i2v_pipeline_dir:
 @pytest.mark.parametrize("options", [{}, {"lora_rank": 4}, {"freeze_blocks": True}, {"pooling": "mean"}])
 def test_reward_model_is_counted_as_trained(pipeline_dir: Path, options: dict[str, object]) -> None:
     training = reward_recipe(num_layers=2, num_query_heads=2, **options)
-    config = reward_model_config(load_transformer_config(str(pipeline_dir)), training)
+    config = reward_model_config(PipelineInfo.known(str(pipeline_dir)).transformer, training)
     counted = count_parameters(build_reward_model(config, training))
 
     transformer = WanTransformer3DModel.from_pretrained(pipeline_dir, subfolder="transformer")
@@ -65,7 +64,7 @@ def test_reward_model_is_counted_as_trained(pipeline_dir: Path, options: dict[st
 
 def test_bytes_follow_what_stays_in_float32(pipeline_dir: Path) -> None:
     """As loading in bfloat16 does, with the adapter in float32."""
-    model = build_transformer(load_transformer_config(str(pipeline_dir)), prfl_recipe(lora_rank=4))
+    model = build_transformer(PipelineInfo.known(str(pipeline_dir)).transformer, prfl_recipe(lora_rank=4))
     set_dtypes(model, frozen=torch.bfloat16, trained=torch.float32, keep_in_fp32=True)
     loaded = WanTransformer3DModel.from_pretrained(pipeline_dir, subfolder="transformer", dtype=torch.bfloat16)
     frozen = sum(parameter.nbytes for parameter in loaded.parameters())
@@ -75,7 +74,7 @@ def test_bytes_follow_what_stays_in_float32(pipeline_dir: Path) -> None:
 
 
 def test_default_reward_model_is_the_papers() -> None:
-    config = load_transformer_config("Wan-AI/Wan2.1-T2V-14B-Diffusers")
+    config = PipelineInfo.known("Wan-AI/Wan2.1-T2V-14B-Diffusers").transformer
     assert reward_model_config(config)["num_layers"] == RewardTrainingConfig.num_layers == 8
 
 

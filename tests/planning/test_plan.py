@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hy_prfl.formats.pipeline_info import PipelineInfo
 from hy_prfl.planning.engines import Engine
-from hy_prfl.planning.models import build_transformer, count_parameters, load_transformer_config
+from hy_prfl.planning.models import build_transformer, count_parameters
 from hy_prfl.planning.plan import plan
 from tests.planning.recipes import prfl_recipe, reward_recipe
 
@@ -41,7 +42,7 @@ def test_engines_default_sizes_are_deepspeeds() -> None:
 
 def test_sixteen_bytes_a_weight() -> None:
     """All weights in mixed precision: 2 + 4 + 12 under ZeRO, split; 4 + 4 + 8 in one process and DDP."""
-    sizes = count_parameters(build_transformer(load_transformer_config(SMALL), prfl_recipe(SMALL)))
+    sizes = count_parameters(build_transformer(PipelineInfo.known(SMALL).transformer, prfl_recipe(SMALL)))
     one = Engine(num_gpus=1).held(sizes)
     assert sum(one.values()) == 16 * NUM_PARAMETERS
     assert sum(Engine(num_gpus=2).held(sizes).values()) == 16 * NUM_PARAMETERS

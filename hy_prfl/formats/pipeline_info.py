@@ -1,0 +1,168 @@
+"""What a Wan pipeline is: told by its `model_index.json` and the configurations of its parts, never by its name."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from accelerate import init_empty_weights
+from diffusers import (
+    AutoencoderKLWan,
+    DiffusionPipeline,
+    WanImageToVideoPipeline,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+
+from .layout import EXPERT_FOLDERS
+
+
+LastImage = Literal["none", "optional", "required"]
+
+# Sizes of the transformers as published in the Wan 2.1 and 2.2 repositories (`wan/configs/wan_{t2v,i2v,ti2v}_*.py`, FLF2V
+# as I2V) and as diffusers' conversion of them names them (`scripts/convert_wan_to_diffusers.py`); all else is a default of
+# the class.
+_T2V_1_3B = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
+_T2V_14B = {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40}
+_I2V_14B = {**_T2V_14B, "in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120}
+_TI2V_5B = {"num_attention_heads": 24, "ffn_dim": 14336, "num_layers": 30, "in_channels": 48, "out_channels": 48}
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": _T2V_1_3B,
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": _T2V_14B,
+    "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers": _I2V_14B,
+    "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers": _I2V_14B,
+    "Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers": {**_I2V_14B, "pos_embed_seq_len": 514},
+    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": _T2V_14B,
+    "Wan-AI/Wan2.2-I2V-A14B-Diffusers": {**_T2V_14B, "in_channels": 36},
+    "Wan-AI/Wan2.2-TI2V-5B-Diffusers": _TI2V_5B,
+}
+# `boundary_ratio` of those that have a second transformer, of the same size.
+BOUNDARY_RATIOS = {"Wan-AI/Wan2.2-T2V-A14B-Diffusers": 0.875, "Wan-AI/Wan2.2-I2V-A14B-Diffusers": 0.9}
+# Strides over frames, height and width of Wan 2.1's VAE, and of that of the published pipelines that have another.
+VAE_STRIDE = (4, 8, 8)
+OTHER_STRIDES = {"Wan-AI/Wan2.2-TI2V-5B-Diffusers": (4, 16, 16)}
+
+
+@dataclass(frozen=True)
+class PipelineInfo:
+    """
+    What is asked about a pipeline without loading it. Configurations of its parts are read when they are first needed.
+
+    Args:
+        source (`str`):
+            Its folder, or its id on the Hub.
+        index (`Mapping[str, Any]`):
+            Its `model_index.json`.
+        revision (`str`, *optional*):
+            Hub revision.
+    """
+
+    source: str
+    index: Mapping[str, Any]
+    revision: str | None = None
+
+    @classmethod
+    def read(cls, source: str, revision: str | None = None) -> "PipelineInfo":
+        """Read the index of a pipeline on disk or on the Hub; an `OSError` says that there is none."""
+        return cls(source, DiffusionPipeline.load_config(source, revision=revision), revision)
+
+    @classmethod
+    def known(cls, source: str, revision: str | None = None) -> "PipelineInfo":
+        """As [`read`], but the published Wan pipelines are known without asking the Hub, which a revision needs."""
+        if source not in PUBLISHED or revision is not None or Path(source).exists():
+            return cls.read(source, revision)
+        config, ratio = PUBLISHED[source], BOUNDARY_RATIOS.get(source)
+        takes_images = config.get("in_channels", 16) > config.get("out_channels", 16)
+        index = {
+            "_class_name": (WanImageToVideoPipeline if takes_images else WanPipeline).__name__,
+            "transformer_2": None if ratio is None else ["diffusers", "WanTransformer3DModel"],
+            "boundary_ratio": ratio,
+            "expand_timesteps": source in OTHER_STRIDES,
+        }
+        return _Published(source, index)
+
+    @property
+    def pipeline_class(self) -> Any:
+        """
+        `WanPipeline` or `WanImageToVideoPipeline`.
+
+        Raises:
+            ValueError: If it is another one.
+        """
+        name = self.index["_class_name"]
+        for pipeline_class in (WanPipeline, WanImageToVideoPipeline):
+            if name == pipeline_class.__name__:
+                return pipeline_class
+        raise ValueError(
+            f"`pretrained_model_name_or_path` '{self.source}' is a `{name}`, expected a `WanPipeline` "
+            "or a `WanImageToVideoPipeline`."
+        )
+
+    @property
+    def is_image_to_video(self) -> bool:
+        """Whether it is an image-to-video pipeline."""
+        return self.pipeline_class is WanImageToVideoPipeline
+
+    @property
+    def has_two_experts(self) -> bool:
+        """Whether it has a second transformer."""
+        second = self.index.get("transformer_2")
+        return second is not None and second[0] is not None
+
+    @property
+    def boundary_ratio(self) -> float | None:
+        """Noise level, in (0, 1), from which on the first of two transformers is called."""
+        return self.index.get("boundary_ratio")
+
+    @property
+    def takes_first_frame(self) -> bool:
+        """Whether its transformer can take the first frame clean, told by timesteps of each token (TI2V 5B)."""
+        return bool(self.index.get("expand_timesteps"))
+
+    @property
+    def last_image(self) -> LastImage:
+        """
+        Whether it takes a last image: `"none"`, `"optional"` or `"required"`.
+
+        A transformer with positions for the tokens of two images needs two (Wan2.1 FLF2V); without them its image tokens
+        are those of one (Wan2.1 I2V). One without image tokens sees the last image in the condition alone (Wan2.2 A14B),
+        but for one that takes the first frame of the latents for a condition (Wan2.2 TI2V 5B).
+        """
+        if not self.is_image_to_video or self.takes_first_frame:
+            return "none"
+        if self.transformer["image_dim"] is None:
+            return "optional"
+        return "none" if self.transformer["pos_embed_seq_len"] is None else "required"
+
+    @cached_property
+    def transformer(self) -> dict[str, Any]:
+        """Configuration of its transformer, the first of two, every argument of `WanTransformer3DModel` in it."""
+        config = self._transformer_config()
+        with init_empty_weights():
+            model = WanTransformer3DModel.from_config({**config, "num_layers": 1})
+        full = {name: value for name, value in model.config.items() if not name.startswith("_")}
+        return {**full, "num_layers": config.get("num_layers", 40)}
+
+    @cached_property
+    def vae_stride(self) -> tuple[int, int, int]:
+        """Strides of its VAE over frames, height and width."""
+        config = AutoencoderKLWan.load_config(self.source, subfolder="vae", revision=self.revision)
+        with init_empty_weights():
+            full = AutoencoderKLWan.from_config(config).config
+        return full.scale_factor_temporal, full.scale_factor_spatial, full.scale_factor_spatial
+
+    def _transformer_config(self) -> Mapping[str, Any]:
+        folder = EXPERT_FOLDERS["high_noise"]
+        return WanTransformer3DModel.load_config(self.source, subfolder=folder, revision=self.revision)
+
+
+class _Published(PipelineInfo):
+    """A pipeline of the table above."""
+
+    @property
+    def vae_stride(self) -> tuple[int, int, int]:
+        return OTHER_STRIDES.get(self.source, VAE_STRIDE)
+
+    def _transformer_config(self) -> Mapping[str, Any]:
+        return PUBLISHED[self.source]
