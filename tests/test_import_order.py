@@ -13,7 +13,7 @@ ORDER = [
     {"formats"},
     {"models"},
     {"data"},
-    {"rollout", "inference"},
+    {"rollout", "inference", "compatibility"},
     {"evaluation", "hub"},
     {"planning"},
     {"trainers"},

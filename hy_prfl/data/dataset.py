@@ -101,82 +101,12 @@ def single_value(dataset: Dataset, name: str, source: str) -> Any:
     return values.pop()
 
 
-def check_vae(dataset: Dataset, source: str, vae_fingerprint: str) -> None:
-    """Raise a `ValueError` if the dataset was encoded by another VAE than the one with this fingerprint."""
-    found = single_value(dataset, "vae_fingerprint", source)
-    if found != vae_fingerprint:
-        raise ValueError(f"{source}: encoded by the VAE {found}, but the pipeline has the VAE {vae_fingerprint}.")
-
-
 def require_latents(dataset: Dataset, source: str) -> None:
     """Raise a `ValueError` if any row has no latents, as in a prompt-only dataset."""
     tables = dataset.select_columns(["latents"]).with_format("arrow").iter(batch_size=64)
     empty = sum(table.column("latents").null_count for table in tables)
     if empty:
         raise ValueError(f"{source}: {empty} of {len(dataset)} rows have no latents; this needs encoded videos.")
-
-
-def check_rows_fit(
-    dataset: Dataset,
-    source: str,
-    *,
-    num_channels: int,
-    text_dim: int,
-    image_dim: int | None,
-    condition_channels: int,
-    pos_embed_seq_len: int | None,
-    patch_size: Sequence[int],
-    takes_first_frame: bool = False,
-) -> None:
-    """
-    Refuse rows that a model cannot take.
-
-    Args:
-        num_channels, text_dim, image_dim, condition_channels, pos_embed_seq_len, patch_size:
-            What the model takes; `image_dim` None means no image embeddings, 0 channels a text-to-video model,
-            `pos_embed_seq_len` is the number of tokens of two images, None for a model that takes one.
-        takes_first_frame (`bool`, defaults to `False`):
-            Whether all rows may have, instead of channels beside the latents, a clean first frame of them.
-
-    Raises:
-        ValueError: Naming the row, the column and both values.
-    """
-    columns = ["id", "latents_shape", "prompt_embeds_shape", "image_embeds_shape", "condition_shape"]
-    rows = read_columns(dataset, columns)
-    if takes_first_frame and rows[0]["condition_shape"] is not None:
-        condition_channels = num_channels
-    for row in rows:
-        image_shape, condition_shape = row["image_embeds_shape"], row["condition_shape"]
-        shape = row["latents_shape"]
-        found = {
-            "latents_shape": (shape[0], num_channels),
-            "prompt_embeds_shape": (row["prompt_embeds_shape"][1], text_dim),
-            "image_embeds_shape": (None if image_shape is None else image_shape[-1], image_dim),
-            "condition_shape": (0 if condition_shape is None else condition_shape[0], condition_channels),
-        }
-        for name, (value, expected) in found.items():
-            if value != expected:
-                raise ValueError(f"{source}: row '{row['id']}', `{name}`: the model takes {expected}, got {value}.")
-        check_number_of_images(image_shape, pos_embed_seq_len, f"{source}: row '{row['id']}'")
-        if any(size % patch for size, patch in zip(shape[1:], patch_size, strict=True)):
-            raise ValueError(
-                f"{source}: row '{row['id']}': latents of size {shape[1:]} do not divide into patches {patch_size}."
-            )
-
-
-def check_number_of_images(image_shape: Sequence[int] | None, pos_embed_seq_len: int | None, where: str) -> None:
-    """
-    Refuse image embeddings of one image for a model of two, and the other way round.
-
-    Raises:
-        ValueError: Naming `where`.
-    """
-    if image_shape is None:
-        return
-    expected = "1 image" if pos_embed_seq_len is None else f"2 images of {pos_embed_seq_len // 2} tokens"
-    found = "1 image" if len(image_shape) == 2 else f"{image_shape[0]} images of {image_shape[1]} tokens"
-    if expected != found:
-        raise ValueError(f"{where}, `image_embeds_shape`: the model takes {expected}, got {found}.")
 
 
 def rows_with_label(dataset: Dataset, task: str, source: str) -> tuple[list[int], list[int]]:

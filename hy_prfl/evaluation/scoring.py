@@ -9,8 +9,9 @@ import torch
 from datasets import Dataset
 from torch import nn
 
+from ..compatibility import check_dataset_fits, check_encoder_fits
 from ..data.collators import LatentBatch, collate_latents
-from ..data.dataset import check_number_of_images, read_columns, require_latents, single_value
+from ..data.dataset import read_columns
 from ..data.encoding import LatentEncoder
 from ..data.manifest import ManifestRow
 from ..data.preprocessing import ClipEncoder, ClipSettings
@@ -255,75 +256,8 @@ def check_timesteps(timesteps: Sequence[float]) -> None:
             raise ValueError(f"`timesteps` must be in (0, {NUM_TRAIN_TIMESTEPS}], got {timestep}.")
 
 
-def check_encoder_fits(reward_model: WanRewardModel, encoder: LatentEncoder) -> None:
-    """
-    Refuse encoders whose latents or prompts are not those that a reward model was trained on.
-
-    Raises:
-        ValueError: Naming what differs, with both values.
-    """
-    config, pipeline = reward_model.config, encoder.pipeline
-    _check_vae(reward_model, encoder.vae_fingerprint, "the pipeline")
-    _check_equal("latent channels", config.out_channels, pipeline.vae.config.z_dim, "the pipeline")
-    _check_equal("text width", config.text_dim, pipeline.text_encoder.config.d_model, "the pipeline")
-    if _num_condition_channels(reward_model) and not encoder.is_image_to_video:
-        raise ValueError("The reward model is image-to-video, the pipeline is text-to-video and makes no `condition`.")
-    if config.image_dim is not None and pipeline.image_encoder is None:
-        raise ValueError("The reward model takes image embeddings, the pipeline has no image encoder.")
-    takes_two = config.pos_embed_seq_len is not None
-    if config.image_dim is not None and takes_two != encoder.uses_last_frame:
-        number, found = ("first and last image", "the first") if takes_two else ("first image only", "both")
-        raise ValueError(f"The reward model takes the {number}, the pipeline encodes {found}.")
-
-
-def check_dataset_fits(reward_model: WanRewardModel, dataset: Dataset, source: str = "the dataset") -> None:
-    """
-    Refuse a latent dataset that a reward model cannot judge, without reading its tensors.
-
-    Raises:
-        ValueError: If it comes from another VAE, has rows without latents or with the wrong channels or text width,
-            or lacks the condition or image embeddings of an image-to-video model.
-    """
-    config = reward_model.config
-    _check_vae(reward_model, single_value(dataset, "vae_fingerprint", source), source)
-    require_latents(dataset, source)
-    num_condition_channels = _num_condition_channels(reward_model)
-    shapes = ["latents_shape", "prompt_embeds_shape", "condition_shape", "image_embeds_shape"]
-    for row in read_columns(dataset, ["id", *shapes]):
-        where = f"{source}, row '{row['id']}'"
-        _check_equal("latent channels", config.out_channels, row["latents_shape"][0], where)
-        _check_equal("text width", config.text_dim, row["prompt_embeds_shape"][1], where)
-        if num_condition_channels:
-            if row["condition_shape"] is None:
-                raise ValueError(f"{where}: the reward model is image-to-video, the row has no `condition`.")
-            _check_equal("condition channels", num_condition_channels, row["condition_shape"][0], where)
-        if config.image_dim is not None:
-            if row["image_embeds_shape"] is None:
-                raise ValueError(f"{where}: the reward model is image-to-video, the row has no `image_embeds`.")
-            _check_equal("image width", config.image_dim, row["image_embeds_shape"][-1], where)
-            check_number_of_images(row["image_embeds_shape"], config.pos_embed_seq_len, where)
-
-
 def _takes(reward_model: WanRewardModel, condition: torch.Tensor | None) -> bool:
     """Whether a reward model looks at this condition: channels beside the latents, or their first frame."""
     config = reward_model.config
     is_first_frame = condition is not None and condition.shape[1] == config.out_channels
     return config.in_channels > config.out_channels or is_first_frame
-
-
-def _num_condition_channels(reward_model: WanRewardModel) -> int:
-    return reward_model.config.in_channels - reward_model.config.out_channels
-
-
-def _check_vae(reward_model: WanRewardModel, vae_fingerprint: str | None, source: str) -> None:
-    expected = reward_model.config.vae_fingerprint
-    if None not in (expected, vae_fingerprint) and expected != vae_fingerprint:
-        raise ValueError(
-            f"{source}: the latents are of another VAE than those the reward model was trained on: "
-            f"`vae_fingerprint` {vae_fingerprint} against {expected}."
-        )
-
-
-def _check_equal(what: str, expected: int, found: int, source: str) -> None:
-    if expected != found:
-        raise ValueError(f"{source}: {what}: the reward model takes {expected}, got {found}.")

@@ -1,7 +1,6 @@
 """PAVRM, the process-aware video reward model: the first blocks of a Wan transformer, a pooling and a head."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -383,52 +382,7 @@ def score_noised(
     return reward_model(**conditioning.model_inputs(noisy, timesteps)).logits
 
 
-def check_fits_generator(
-    reward_config: Mapping[str, Any], transformer_config: Mapping[str, Any], *, allow_other_base: bool = False
-) -> None:
-    """
-    Refuse a reward model that cannot judge a generator's latents. Needs their configurations only.
-
-    Args:
-        reward_config, transformer_config (`Mapping[str, Any]`):
-            `config` of a [`WanRewardModel`] and of a `WanTransformer3DModel`.
-        allow_other_base (`bool`, defaults to `False`):
-            Accept a reward model made from a transformer of another architecture (say 1.3B judging 14B), as long as
-            both take the same latents, text and image embeddings.
-
-    Raises:
-        ValueError: Naming every field that differs, with both values.
-    """
-    fields = {name: name for name in ("patch_size", "in_channels", "out_channels", "text_dim", "image_dim")}
-    if not allow_other_base:
-        fields |= {name: name for name in ("num_attention_heads", "attention_head_dim", "ffn_dim")}
-        if reward_config["base_num_layers"] is not None:
-            fields["base_num_layers"] = "num_layers"
-    different = [
-        f"`{name}` {reward_config[name]} against {transformer_config[of_base]}"
-        for name, of_base in fields.items()
-        if _plain(reward_config[name]) != _plain(transformer_config[of_base])
-    ]
-    if different:
-        hint = "" if allow_other_base else " With `allow_other_base` only latents, text and image must agree."
-        raise ValueError(f"The reward model does not fit the generator: {', '.join(different)}.{hint}")
-
-
-def check_latents_fit(reward_config: Mapping[str, Any], *, vae_fingerprint: str, source: str) -> None:
-    """Raise a `ValueError` if the latents of `source` come from another VAE than the reward model was trained on."""
-    known = reward_config["vae_fingerprint"]
-    if known is not None and known != vae_fingerprint:
-        raise ValueError(
-            f"{source}: its latents were made by the VAE {vae_fingerprint}, the reward model was trained on those of "
-            f"the VAE {known}."
-        )
-
-
 def _config_options(kwargs: dict[str, Any]) -> dict[str, Any]:
     """The part of `from_pretrained`'s options that says where the files are."""
     names = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
     return {name: kwargs[name] for name in names if name in kwargs}
-
-
-def _plain(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value

@@ -14,9 +14,10 @@ from diffusers.optimization import get_scheduler
 from torch import nn
 from tqdm import tqdm
 
+from ..compatibility import check_rows_fit
 from ..configs.base import TrainingConfig, check, save_config
 from ..data.collators import LatentBatch
-from ..data.dataset import check_rows_fit, latent_shapes
+from ..data.dataset import latent_shapes
 from ..flow_matching import make_generator, noise_levels, sample_noise
 from ..formats.checkpoints import abandon, save_checkpoint
 from ..formats.pipeline_info import PipelineInfo
@@ -48,17 +49,8 @@ def check_dataset(config: TrainingConfig, dataset: Dataset, source: str, model_c
     Raises:
         ValueError: Naming `source`, and the row or the option.
     """
-    check_rows_fit(
-        dataset,
-        source,
-        num_channels=model_config["out_channels"],
-        text_dim=model_config["text_dim"],
-        image_dim=model_config["image_dim"],
-        condition_channels=model_config["in_channels"] - model_config["out_channels"],
-        pos_embed_seq_len=model_config["pos_embed_seq_len"],
-        patch_size=model_config["patch_size"],
-        takes_first_frame=PipelineInfo.read(config.pretrained_model_name_or_path, config.revision).takes_first_frame,
-    )
+    info = PipelineInfo.read(config.pretrained_model_name_or_path, config.revision)
+    check_rows_fit(dataset, source, model_config, takes_first_frame=info.takes_first_frame)
     check_divisible(
         config.context_parallel_degree,
         num_heads=model_config["num_attention_heads"],

@@ -7,6 +7,7 @@ import torch
 from datasets import Dataset
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
+from ..compatibility import REWARD_LATENTS, check_same_vae
 from ..configs.base import check
 from ..configs.prfl import PRFLTrainingConfig
 from ..data.dataset import load_latent_dataset
@@ -14,7 +15,7 @@ from ..data.encoding import vae_fingerprint
 from ..formats.layout import EXPERT_FOLDERS, ExpertName
 from ..models.experts import read_experts
 from ..models.loading import Deferred, load_reward_model, load_transformer
-from ..models.reward_model import WanRewardModel, check_latents_fit
+from ..models.reward_model import WanRewardModel
 from ..runtime.sharding import split_frozen
 from .run import Run
 
@@ -53,9 +54,10 @@ def open_models(config: PRFLTrainingConfig, run: Run) -> dict[str, Any]:
     experts = read_experts(path, config.expert, revision=revision)
     vae = AutoencoderKLWan.from_pretrained(path, subfolder="vae", revision=revision, variant=config.variant)
     reward_config = WanRewardModel.load_own_config(config.reward_model)
-    check_latents_fit(reward_config, vae_fingerprint=vae_fingerprint(vae), source=path)
+    fingerprint = vae_fingerprint(vae)
+    check_same_vae(fingerprint, reward_config["vae_fingerprint"], source=path, of=REWARD_LATENTS)
     reward_model = Deferred(
-        {**reward_config, "vae_fingerprint": vae_fingerprint(vae)},
+        {**reward_config, "vae_fingerprint": fingerprint},
         partial(
             load_reward_model,
             config.reward_model,

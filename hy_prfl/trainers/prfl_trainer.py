@@ -10,10 +10,11 @@ import torch
 from datasets import Dataset
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
+from ..compatibility import check_fits_generator, check_vae
 from ..configs.base import check
 from ..configs.prfl import PRFLTrainingConfig
 from ..data.collators import LatentBatch
-from ..data.dataset import check_vae, rows_digest, single_value
+from ..data.dataset import rows_digest, single_value
 from ..evaluation.sample_evaluator import SampleEvaluator
 from ..flow_matching import add_noise, noise_levels, sample_noise, sigmas_to_timesteps, velocity_target
 from ..formats.checkpoints import (
@@ -30,7 +31,7 @@ from ..losses import flow_matching_loss, reward_feedback_loss
 from ..models.conditioning import Conditioning, num_clean_frames
 from ..models.experts import PairWeights, read_experts
 from ..models.loading import Deferred, WeightFiles, load_scheduler, loaded
-from ..models.reward_model import WanRewardModel, check_fits_generator
+from ..models.reward_model import WanRewardModel
 from ..models.trainable import select_trainable
 from ..rollout import GradientStep, predict_velocity, walk_with_gradient
 from ..runtime.host_weights import HostWeights

@@ -12,9 +12,10 @@ from accelerate.logging import get_logger
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 
+from ..compatibility import REWARD_LATENTS, check_same_vae, check_vae
 from ..configs.reward import RewardTrainingConfig
 from ..data.collators import LabeledBatch, LatentBatch, PreferenceBatch
-from ..data.dataset import check_vae, load_latent_dataset, rows_digest, single_value
+from ..data.dataset import load_latent_dataset, rows_digest, single_value
 from ..evaluation.reward_evaluator import GREATER_IS_BETTER, RewardEvaluator
 from ..formats.checkpoints import (
     BEST_FOLDER,
@@ -36,7 +37,7 @@ from ..models.loading import (
     make_reward_model,
     read_transformer_config,
 )
-from ..models.reward_model import WanRewardModel, check_latents_fit, score_noised
+from ..models.reward_model import WanRewardModel, score_noised
 from ..models.trainable import select_trainable
 from ..runtime.sharding import full_state_dict
 from .base import Trainer, check_dataset, check_named
@@ -289,7 +290,8 @@ def _deferred_model(config: RewardTrainingConfig, run: Run, vae_fingerprint: str
     """The reward model to start from, or a new one made of the pipeline's transformer."""
     if config.reward_model is not None:
         reward_config = WanRewardModel.load_own_config(config.reward_model)
-        check_latents_fit(reward_config, vae_fingerprint=vae_fingerprint, source=config.train_dataset)
+        source = config.pretrained_model_name_or_path
+        check_same_vae(vae_fingerprint, reward_config["vae_fingerprint"], source=source, of=REWARD_LATENTS)
         load = partial(
             load_reward_model, config.reward_model, dtype=run.trained_dtype, split=run.split, keep_in_fp32=False
         )

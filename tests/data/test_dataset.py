@@ -11,7 +11,6 @@ from hy_prfl.data.collators import collate_latents
 from hy_prfl.data.dataset import (
     SHARED_MEMORY,
     RowDataset,
-    check_rows_fit,
     check_shared_memory,
     latent_shapes,
     load_latent_dataset,
@@ -149,40 +148,6 @@ def test_what_is_no_latent_dataset_is_refused(tmp_path: Path, write_latents: Wri
         load_latent_dataset(str(tmp_path / "splits"))
 
 
-def test_rows_that_do_not_fit_a_model_are_named(tmp_path: Path, write_latents: Write) -> None:
-    dataset = load_latent_dataset(str(write_latents(tmp_path / "d", 2)))
-    fits = {"num_channels": 16, "text_dim": 32, "patch_size": (1, 2, 2)}
-    fits |= {"image_dim": None, "pos_embed_seq_len": None, "condition_channels": 0}
-    check_rows_fit(dataset, "d", **fits)
-    for change, message in [
-        ({"num_channels": 48}, r"'clip-0', `latents_shape`: the model takes 48, got 16"),
-        ({"text_dim": 64}, r"`prompt_embeds_shape`: the model takes 64, got 32"),
-        ({"image_dim": 32}, r"`image_embeds_shape`: the model takes 32, got None"),
-        ({"condition_channels": 20}, r"`condition_shape`: the model takes 20, got 0"),
-        ({"patch_size": (1, 3, 2)}, r"do not divide into patches"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            check_rows_fit(dataset, "d", **(fits | change))
-
-
-def test_the_number_of_images_has_to_be_the_models(tmp_path: Path, write_latents: Write) -> None:
-    one = load_latent_dataset(str(write_latents(tmp_path / "one", 2, image_to_video=True)))
-    shape = {"image_embeds_shape": [2, 5, 32]}
-    two = load_latent_dataset(
-        str(write_latents(tmp_path / "two", 2, image_to_video=True, overrides={0: shape, 1: shape}))
-    )
-    fits = {"num_channels": 16, "text_dim": 32, "image_dim": 32, "patch_size": (1, 2, 2), "condition_channels": 20}
-    check_rows_fit(one, "d", pos_embed_seq_len=None, **fits)
-    check_rows_fit(two, "d", pos_embed_seq_len=10, **fits)
-    for dataset, length, message in [
-        (one, 10, "takes 2 images of 5 tokens, got 1 image"),
-        (two, None, "takes 1 image, got 2 images of 5 tokens"),
-        (two, 514, "takes 2 images of 257 tokens, got 2 images of 5 tokens"),
-    ]:
-        with pytest.raises(ValueError, match=f"'clip-0', `image_embeds_shape`: the model {message}"):
-            check_rows_fit(dataset, "d", pos_embed_seq_len=length, **fits)
-
-
 def test_one_value_for_all_rows(tmp_path: Path, write_latents: Write) -> None:
     dataset = load_latent_dataset(str(write_latents(tmp_path / "d", 3, overrides={1: {"vae_fingerprint": "other"}})))
     assert single_value(dataset, "max_sequence_length", "d") == 16
@@ -191,18 +156,3 @@ def test_one_value_for_all_rows(tmp_path: Path, write_latents: Write) -> None:
     require_latents(dataset, "d")
     with pytest.raises(ValueError, match="2 of 2 rows have no latents"):
         require_latents(load_latent_dataset(str(write_latents(tmp_path / "p", 2, prompts_only=True))), "p")
-
-
-def test_a_first_frame_is_for_pipelines_that_take_one(tmp_path: Path, write_latents: Write) -> None:
-    frame = {"condition": np.zeros(16 * 16, dtype=np.float16), "condition_shape": [16, 1, 4, 4]}
-    options = {"num_channels": 16, "text_dim": 32, "patch_size": (1, 2, 2)}
-    options |= {"image_dim": None, "pos_embed_seq_len": None, "condition_channels": 0}
-    every = load_latent_dataset(str(write_latents(tmp_path / "every", 2, overrides={0: frame, 1: frame})))
-    some = load_latent_dataset(str(write_latents(tmp_path / "some", 2, overrides={0: frame})))
-    none = load_latent_dataset(str(write_latents(tmp_path / "none", 2)))
-    for dataset in (every, none):
-        check_rows_fit(dataset, "d", **options, takes_first_frame=True)
-    with pytest.raises(ValueError, match="'clip-0', `condition_shape`: the model takes 0, got 16"):
-        check_rows_fit(every, "d", **options)
-    with pytest.raises(ValueError, match="'clip-1', `condition_shape`: the model takes 16, got 0"):
-        check_rows_fit(some, "d", **options, takes_first_frame=True)

@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 
 from examples.shapes.pipeline import build_pipeline
+from hy_prfl.compatibility import check_dataset_fits
 from hy_prfl.data.dataset import load_latent_dataset
 from hy_prfl.data.encoding import LatentEncoder
 from hy_prfl.data.manifest import ManifestRow
@@ -18,7 +19,6 @@ from hy_prfl.data.preprocessing import ClipSettings
 from hy_prfl.data.schema import latent_features, pack_tensor, rows_to_table
 from hy_prfl.data.video import VideoError, read_video, to_float
 from hy_prfl.evaluation.scoring import (
-    check_dataset_fits,
     score_dataset,
     score_latents,
     score_manifest,
@@ -188,13 +188,21 @@ class TestScoreDataset:
     ) -> None:
         cases = [
             (make_reward_model(vae_fingerprint="other"), make_row(0), "`vae_fingerprint` vae against other"),
-            (reward_model, make_row(0, (8, 2, 4, 6)), "row 'row0': latent channels: the reward model takes 16, got 8"),
-            (reward_model, make_row(0, prompt_embeds=np.zeros((3, 8))), "text width: the reward model takes 32"),
+            (reward_model, make_row(0, (8, 2, 4, 6)), "row 'row0', `latents_shape`: the model takes 16, got 8"),
+            (reward_model, make_row(0, prompt_embeds=np.zeros((3, 8))), "`prompt_embeds_shape`: the model takes 32"),
             (reward_model, make_row(0, latents=None), "have no latents"),
-            (i2v_reward_model, make_row(0, condition=None), "'row0': the reward model is .* no `condition`"),
-            (i2v_reward_model, make_row(0, condition=np.zeros((16, 2, 4, 6))), "condition channels: .* 20, got 16"),
-            (i2v_reward_model, make_row(0, image_embeds=None), "no `image_embeds`"),
-            (i2v_reward_model, make_row(0, image_embeds=np.zeros((5, 8))), "image width"),
+            (i2v_reward_model, make_row(0, condition=None), "'row0', `condition_shape`: the model takes 20, got 0"),
+            (
+                i2v_reward_model,
+                make_row(0, condition=np.zeros((16, 2, 4, 6))),
+                "`condition_shape`: the model takes 20, got 16",
+            ),
+            (i2v_reward_model, make_row(0, image_embeds=None), "`image_embeds_shape`: the model takes 32, got None"),
+            (
+                i2v_reward_model,
+                make_row(0, image_embeds=np.zeros((5, 8))),
+                "`image_embeds_shape`: the model takes 32, got 8",
+            ),
         ]
         for model, row, message in cases:
             with pytest.raises(ValueError, match=message):

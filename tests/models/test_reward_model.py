@@ -14,8 +14,6 @@ from hy_prfl.models.loading import load_reward_model, load_scheduler, load_trans
 from hy_prfl.models.reward_model import (
     WanRewardModel,
     WanRewardModelOutput,
-    check_fits_generator,
-    check_latents_fit,
     score_noised,
 )
 
@@ -206,22 +204,6 @@ def test_bad_inputs_are_refused(transformer: WanTransformer3DModel, change: dict
 def test_too_many_blocks_are_refused(transformer: WanTransformer3DModel) -> None:
     with pytest.raises(ValueError, match="`num_layers` is 4, but the transformer has only 3 blocks"):
         WanRewardModel.from_transformer(transformer, num_layers=4)
-
-
-def test_fitting_generator_and_latents(
-    transformer: WanTransformer3DModel, i2v_transformer: WanTransformer3DModel
-) -> None:
-    model = WanRewardModel.from_transformer(transformer, num_layers=2, vae_fingerprint="abc")
-    check_fits_generator(model.config, transformer.config)
-    with pytest.raises(ValueError, match="`in_channels` 16 against 36, `image_dim` None against 32"):
-        check_fits_generator(model.config, i2v_transformer.config)
-    larger = dict(transformer.config) | {"num_layers": 40, "ffn_dim": 64}
-    with pytest.raises(ValueError, match=r"`ffn_dim` 32 against 64, `base_num_layers` 3 against 40.*allow_other_base"):
-        check_fits_generator(model.config, larger)
-    check_fits_generator(model.config, larger, allow_other_base=True)
-    check_latents_fit(model.config, vae_fingerprint="abc", source="d")
-    with pytest.raises(ValueError, match=r"d: its latents were made by the VAE xyz.*VAE abc"):
-        check_latents_fit(model.config, vae_fingerprint="xyz", source="d")
 
 
 def test_half_precision_keeps_what_must_be_float32(transformer: WanTransformer3DModel, tmp_path: Path) -> None:

@@ -306,7 +306,7 @@ def test_datasets_that_do_not_fit_are_refused(
     with pytest.raises(ValueError, match=r"4 of 4 rows have no latents"):
         build(train_dataset=str(empty))
     other_vae = write_latents(tmp_path / "other", 4, overrides={i: {"vae_fingerprint": "other"} for i in range(4)})
-    with pytest.raises(ValueError, match="other: encoded by the VAE other"):
+    with pytest.raises(ValueError, match="other: of another VAE than the pipeline: `vae_fingerprint` other"):
         build(validation_dataset=str(other_vae))
     mixed = write_latents(tmp_path / "mixed", 4, overrides={1: {"vae_fingerprint": "other"}})
     with pytest.raises(ValueError, match="same `vae_fingerprint`"):
