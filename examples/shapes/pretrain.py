@@ -31,7 +31,7 @@ from examples.shapes.clips import FAILURES, NUM_FRAMES, Clip, draw_clip, render_
 from examples.shapes.pipeline import build_pipeline
 from hy_prfl.configs.base import check
 from hy_prfl.configs.parser import parse_config
-from hy_prfl.data.store import hash_file
+from hy_prfl.data.hashes import hash_file
 from hy_prfl.flow_matching import UniformLevels, add_noise, make_generator, sigmas_to_timesteps, velocity_target
 
 

@@ -9,10 +9,11 @@ from typing import Any
 import pyarrow as pa
 
 from .dataset import load_latent_dataset
+from .finished import REPORT_FILE, STATE_FILE
 from .manifest import FIELDS, LABEL_FIELDS, read_labels, warn_of_repeats
 from .records import columns_of, describe_columns, read_records, read_text
 from .schema import LABELS, TASKS, task_label
-from .store import REPORT_FILE, STATE_FILE, replace_columns, save_table
+from .store import replace_columns, save_table
 
 
 logger = logging.getLogger(__name__)

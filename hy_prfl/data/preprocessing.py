@@ -13,10 +13,10 @@ import torch
 
 from .clock import ClockJumps
 from .encoding import LatentEncoder
+from .hashes import FileHashes, hash_text
 from .manifest import ManifestRow
 from .pixels import HDR
 from .schema import TENSORS, pack_tensor
-from .store import FileHashes, hash_text
 from .video import (
     DecodingRules,
     VideoError,

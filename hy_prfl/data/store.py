@@ -1,32 +1,28 @@
 """Builds a latent dataset row by row so that it can be killed at any time: shards first, then one finished folder."""
 
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import pyarrow as pa
 from accelerate.logging import get_logger
-from accelerate.utils import gather_object
 from datasets import Dataset, DatasetInfo, Features
 from tqdm import tqdm
 
-from ..runtime.atomic_writes import recover_folder, replace_folder, temporary_folder, write_text
+from ..runtime.atomic_writes import recover_folder, replace_folder, replacing, temporary_folder, write_text
 from ..runtime.distributed import process_state
+from .finished import REPORT_FILE, STATE_FILE, check_dropped, dropped_clips
+from .hashes import hash_text
 from .manifest import ManifestRow
 from .schema import LABELS, latent_features, rows_to_table
 from .video import VideoError
 
 
 logger = get_logger(__name__)
-
-
-STATE_FILE = "preprocess.json"
-REPORT_FILE = "report.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,136 +49,6 @@ class RowEncoder(Protocol):
         Columns of each row, tensors packed by `schema.pack_tensor`, without id, source and labels; for a bad clip the
         error that says what is wrong with it. `remarks` beside the columns is a list of what to report of a good one.
         """
-
-
-class FileHashes(dict[Path, str]):
-    """SHA-256 of files by path; each file is read once, when it is first asked for."""
-
-    def __missing__(self, path: Path) -> str:
-        self[path] = hash_file(path)
-        return self[path]
-
-
-def hash_files(paths: Iterable[Path]) -> FileHashes:
-    """Hashes of those files that are there. All processes must call it; each reads its share."""
-    state = process_state()
-    present = sorted({path for path in paths if path.is_file()})
-    share = [(path, hash_file(path)) for path in present[state.process_index :: state.num_processes]]
-    return FileHashes(gather_object(share))
-
-
-def request_digest(
-    rows: Sequence[ManifestRow],
-    settings: Mapping[str, Any],
-    files: Sequence[Path] = (),
-    hashes: Mapping[Path, str] | None = None,
-) -> str:
-    """
-    Hash of all that was asked for: settings, rows, and the state of the rows' files and of `files`.
-
-    Args:
-        hashes (`Mapping`, *optional*):
-            What `hash_files` gives for all of these files. Without it their sizes and time stamps count: no file is
-            read, so this is quick for any number of clips, but a file replaced by one of the same size and time goes
-            unseen.
-    """
-
-    def state_of(path: Path) -> str | tuple[int, int] | None:
-        return _file_state(path) if hashes is None else hashes.get(path)
-
-    request = [
-        [
-            (row.id, row.prompt, row.long_prompt, row.pair_id, row.rejected_id, sorted(row.labels.items())),
-            [(str(path), state_of(path)) for path in row.files],
-        ]
-        for row in rows
-    ]
-    states = [(str(path), state_of(path)) for path in files]
-    return hash_text(json.dumps([request, dict(settings), states], sort_keys=True))
-
-
-def _file_state(path: Path) -> tuple[int, int] | None:
-    if not path.is_file():
-        return None
-    stat = path.stat()
-    return stat.st_size, stat.st_mtime_ns
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file's content."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def is_complete(
-    output_dir: Path,
-    digest: str,
-    settings: Mapping[str, Any],
-    rows: Sequence[ManifestRow],
-    *,
-    overwrite: bool = False,
-) -> bool:
-    """
-    Whether `output_dir` already is the dataset asked for.
-
-    Args:
-        digest (`str`):
-            `request_digest(...)` of the dataset asked for.
-        settings (`Mapping`):
-            Options that its rows depend on, as JSON values.
-        rows (`Sequence[ManifestRow]`):
-            Its rows.
-        overwrite (`bool`, defaults to `False`):
-            Whether a dataset of other settings may be replaced, and rows that are no longer asked for dropped.
-
-    Raises:
-        ValueError: If the folder holds something that must not be replaced: files not written by `build_dataset`, a
-            dataset that labels were merged into and that would lose them, or, unless `overwrite` is set, one that was
-            made with other settings or has clips that are not among the rows.
-    """
-    recover_folder(output_dir)
-    if not output_dir.exists() or (output_dir.is_dir() and not any(output_dir.iterdir())):
-        return False
-    if not (output_dir / STATE_FILE).is_file():
-        raise ValueError(f"`output_dir` '{output_dir}' is not empty and holds no dataset of `preprocess`.")
-    state = json.loads((output_dir / STATE_FILE).read_text(encoding="utf-8"))
-    if state["digest"] == digest:
-        return True
-    if state.get("labelled"):
-        raise ValueError(
-            f"`output_dir` '{output_dir}' holds other rows or settings than asked for, and labels merged by `label` "
-            "that would be lost. Choose another `output_dir` and merge the labels again."
-        )
-    if overwrite:
-        return False
-    found, expected = state.get("settings", {}), json.loads(json.dumps(dict(settings)))
-    different = sorted(name for name in expected | found if expected.get(name) != found.get(name))
-    if different:
-        raise ValueError(
-            f"`output_dir` '{output_dir}' holds a finished dataset that was made with other options (different: "
-            f"{', '.join(different)}). Choose another `output_dir`, or set `overwrite` to lose it."
-        )
-    # A clip that has another id now is told by its file.
-    ids, files = {row.id for row in rows}, {str(path) for row in rows for path in row.files[:1]}
-    table = Dataset.load_from_disk(str(output_dir)).data.table
-    old = zip(table.column("id").to_pylist(), table.column("source").to_pylist(), strict=True)
-    _check_dropped(
-        output_dir, [(name, "no row has it") for name, file in old if name not in ids and file not in files]
-    )
-    return False
-
-
-def _check_dropped(output_dir: Path, dropped: Sequence[tuple[str, str]]) -> None:
-    """Raise a `ValueError` if a dataset would lose clips, given as their ids and the reasons."""
-    if dropped:
-        name, reason = dropped[0]
-        raise ValueError(
-            f"`output_dir` '{output_dir}' holds a finished dataset, and {len(dropped)} of its clips (encoded) would be "
-            f"lost, the first is {name!r}: {reason}. Choose another `output_dir`, or set `overwrite` to drop them."
-        )
 
 
 def build_dataset(
@@ -330,10 +196,10 @@ def _write_shard(
     table = rows_to_table(list(shard.values()), tensor_dtype)
     table = table.replace_schema_metadata({"keys": json.dumps(list(shard)), "remarks": json.dumps(remarks)})
     path = partial_dir / f"shard-{hash_text(json.dumps(list(shard)))[:16]}.arrow"
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
-        writer.write_table(table)
-    os.replace(temporary, path)
+    # Processes that have equal rows may write the same shard.
+    with replacing(path, tag=f".{os.getpid()}") as temporary:
+        with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table)
 
 
 @dataclass(frozen=True)
@@ -387,9 +253,9 @@ def _assemble(
             f"none of the {len(rows)} clips could be used; the reasons are in {partial_dir / REPORT_FILE}"
         )
 
-    dropped = _dropped(output_dir, rows, progress)
+    dropped = dropped_clips(output_dir, rows, progress)
     if not overwrite:
-        _check_dropped(output_dir, dropped)
+        check_dropped(output_dir, dropped)
     sources = _open_sources(output_dir, partial_dir)
     stored = [sources[entry["key"]] for entry in good]
     tables = [row.table.slice(row.index, 1) for row in stored]
@@ -425,21 +291,6 @@ def _assemble(
     return DatasetSummary(num_rows=len(good), num_encoded=num_encoded, num_bad=num_bad, num_dropped=len(dropped))
 
 
-def _dropped(
-    output_dir: Path, rows: Sequence[ManifestRow], progress: Sequence[Mapping[str, Any]]
-) -> list[tuple[str, str]]:
-    """Clips of the dataset in `output_dir` that have no good row now, under no id, and why."""
-    if not (output_dir / STATE_FILE).is_file():
-        return []
-    keys = {entry["key"] for entry in progress}
-    reasons = {rows[entry["position"]].id: entry["reason"] for entry in progress}
-    names = Dataset.load_from_disk(str(output_dir)).data.table.column("id").to_pylist()
-    old = json.loads((output_dir / STATE_FILE).read_text(encoding="utf-8"))["keys"]
-    gone = [name for name, key in zip(names, old, strict=True) if key not in keys]
-    lost = [(name, reasons.get(name, "no row has it")) for name in gone]
-    return [(name, reason) for name, reason in lost if reason is not None]
-
-
 def _report_line(row: ManifestRow, reason: str) -> str:
     path = str(row.files[0]) if row.files else None
     return json.dumps({"id": row.id, "path": path, "reason": reason}) + "\n"
@@ -465,8 +316,3 @@ def save_table(table: pa.Table, features: Features, output_dir: Path, files: Map
     for name, text in files.items():
         (temporary / name).write_text(text, encoding="utf-8")
     replace_folder(temporary, output_dir)
-
-
-def hash_text(text: str) -> str:
-    """SHA-256 of a text."""
-    return hashlib.sha256(text.encode()).hexdigest()

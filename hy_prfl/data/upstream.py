@@ -12,11 +12,11 @@ import numpy as np
 import torch
 
 from .encoding import LatentEncoder, strip_padding
+from .hashes import FileHashes, hash_text
 from .listed_files import describe_absence
 from .manifest import ManifestRow, read_labels, unique_rows
 from .preprocessing import pack_row
 from .records import parse_json, read_text, read_utf8
-from .store import FileHashes, hash_text
 from .video import TEMPORAL_STRIDE, VideoError
 
 

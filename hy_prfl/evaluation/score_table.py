@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
+from ..data.hashes import hash_text
 from ..data.schema import TASKS, task_label
-from ..data.store import hash_text
 from ..data.video import VideoError
 from ..runtime.atomic_writes import write_text
 from ..runtime.distributed import process_state
@@ -236,18 +237,15 @@ def _table_row(
     row = {name: clip[name] for name in ("id", "prompt", "source")}
     row["label"] = task_label(clip, task) if task in TASKS else None
     row |= {"reward": None, "logit": None}
+    rewards = [] if logits is None else torch.tensor(logits, dtype=torch.float64).sigmoid().tolist()
     for index, timestep in enumerate(timesteps):
         logit = None if logits is None else logits[index]
-        row[f"reward_{_name(timestep)}"] = None if logit is None else _sigmoid(logit)
+        row[f"reward_{_name(timestep)}"] = None if logit is None else rewards[index]
         row[f"logit_{_name(timestep)}"] = logit
     if logits is not None:
-        row["reward"] = float(np.mean([_sigmoid(logit) for logit in logits]))
+        row["reward"] = float(np.mean(rewards))
         row["logit"] = float(np.mean(logits))
     return row | {"error": result.get("error")}
-
-
-def _sigmoid(logit: float) -> float:
-    return 0.5 * (1 + math.tanh(0.5 * logit))
 
 
 def _drop_empty_columns(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -15,7 +15,6 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from PIL import Image
 
 from ..data.container import open_video
 from ..inference.generation import write_video
@@ -84,33 +83,26 @@ def log_videos(
                 run.log({name: trackio.Video(path) for name, path in files.items()}, step=step)
 
 
-def log_images(
-    accelerator: Accelerator, images: Mapping[str, Image.Image | np.ndarray | Figure], *, step: int
-) -> None:
-    """
-    Show images in every tracker that can. Only the main process does something.
-
-    Args:
-        images (`Mapping`):
-            By name: PIL images, arrays `(height, width, 3)` of type uint8, or matplotlib figures.
-    """
-    if not accelerator.is_main_process or not images:
+def log_figure(accelerator: Accelerator, name: str, figure: Figure, *, step: int) -> None:
+    """Show a figure under this name in every tracker that can. Only the main process does something."""
+    if not accelerator.is_main_process:
         return
-    drawn = {name: _draw(image) for name, image in images.items()}
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    pixels = np.asarray(canvas.buffer_rgba())[..., :3]
     for tracker in _media_trackers(accelerator):
         run = accelerator.get_tracker(tracker, unwrap=True)
         if tracker == "tensorboard":
-            for name, image in drawn.items():
-                run.add_image(name, np.asarray(image), global_step=step, dataformats="HWC")
+            run.add_image(name, pixels, global_step=step, dataformats="HWC")
             run.flush()
         elif tracker == "wandb":
             import wandb
 
-            run.log({name: wandb.Image(image) for name, image in drawn.items()}, step=step)
+            run.log({name: wandb.Image(pixels)}, step=step)
         else:
             import trackio
 
-            run.log({name: trackio.Image(image) for name, image in drawn.items()}, step=step)
+            run.log({name: trackio.Image(pixels)}, step=step)
 
 
 def log_timestep_curves(accelerator: Accelerator, metrics: Mapping[str, float], *, step: int, name: str) -> None:
@@ -126,7 +118,7 @@ def log_timestep_curves(accelerator: Accelerator, metrics: Mapping[str, float], 
     if accelerator.is_main_process and _media_trackers(accelerator):
         figure = draw_timestep_curves(metrics)
         if figure is not None:
-            log_images(accelerator, {name: figure}, step=step)
+            log_figure(accelerator, name, figure, step=step)
 
 
 def draw_timestep_curves(metrics: Mapping[str, float]) -> Figure | None:
@@ -193,13 +185,3 @@ def _add_gif(writer: Any, name: str, path: Path, *, step: int, fps: float) -> No
     image_summary = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=buffer.getvalue())
     writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image_summary)]), step)
     writer.flush()
-
-
-def _draw(image: Image.Image | np.ndarray | Figure) -> Image.Image:
-    if isinstance(image, Figure):
-        canvas = FigureCanvasAgg(image)
-        canvas.draw()
-        image = np.asarray(canvas.buffer_rgba())[..., :3]
-    if isinstance(image, np.ndarray):
-        image = Image.fromarray(image)
-    return image.convert("RGB")

@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from ..runtime.atomic_writes import write_text
+
 
 PROJECT = Path(__file__).parents[2]
 LAUNCH_FOLDERS = ("accelerate_configs", "ds_configs")
@@ -108,9 +110,7 @@ class ConvertedRecipe:
         if path.exists():
             raise FileExistsError(f"`output` '{path}' exists already.")
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(self.to_yaml(str(path)), encoding="utf-8")
-        os.replace(temporary, path)
+        write_text(path, self.to_yaml(str(path)))
 
     def _links(self) -> list[str]:
         """Command that brings the launch files, which name each other, into the current folder if they are elsewhere."""

@@ -12,6 +12,7 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData, eval_result_entries
 from ..formats.layout import EXPERT_FOLDERS, LORA_FILES, ExpertName
 from ..formats.lora_metadata import read_lora_metadata
 from ..formats.pipeline_info import PUBLISHED
+from ..runtime.atomic_writes import replacing
 from ..runtime.provenance import CONFIG_FILE, RUN_FILE
 from .base_pipeline import BasePipeline, find_base_pipeline, is_on_hub, recorded_sources
 from .results import (
@@ -107,9 +108,8 @@ def write_model_card(
         raise ValueError(f"'{repo_id}': no reward model, transformer or adapter among {sorted(files)[:5]}.")
     has_plot = draw_training(read_history(files), best_metrics(files), directory / PLOT_FILE)
     card = build_card(kind, files, repo_id=repo_id, license=license, has_plot=has_plot, api=api)
-    temporary = directory / f".{CARD_FILE}.tmp"
-    card.save(temporary)
-    temporary.replace(directory / CARD_FILE)
+    with replacing(directory / CARD_FILE) as temporary:
+        card.save(temporary)
     names = [CARD_FILE, PLOT_FILE] if has_plot else [CARD_FILE]
     entries = eval_result_entries(card.data.get("eval_results") or [])
     if entries:

@@ -13,6 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ..flow_matching import NUM_TRAIN_TIMESTEPS
+from ..runtime.atomic_writes import replacing
 from ..runtime.provenance import METRICS_FILE
 
 
@@ -150,9 +151,8 @@ def draw_training(history: list[Metrics], metrics: Metrics, path: Path) -> bool:
         axes.set_title(name)
         axes.set_xlabel(axis)
         axes.grid(visible=True, alpha=0.3)
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png", dpi=100)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
     return True
 
 

@@ -48,22 +48,17 @@ class HubUploader:
             `user/name`; a bare `name` is put under the token's account.
         private (`bool`, *optional*):
             Who may see a new repository.
-        token (`str`, *optional*):
-            Token with the right to write; the stored one, or HF_TOKEN, if left out.
 
     Raises:
         ValueError: Before anything is trained, for what the user has to correct; see [`open_repo`]. If only the
             network fails, there is a warning, and every upload tries again.
     """
 
-    def __init__(
-        self, run_dir: str | Path, repo_id: str, *, private: bool | None = None, token: str | None = None
-    ) -> None:
+    def __init__(self, run_dir: str | Path, repo_id: str, *, private: bool | None = None) -> None:
         self.run_dir = Path(run_dir)
         self.repo_id = repo_id
         self.private = private
-        self.token = token
-        self._api = hub_api(token)
+        self._api = hub_api()
         self._is_open = False
         self._latest: _Upload | None = None
         self._future: Future[str] | None = None
@@ -123,7 +118,7 @@ class HubUploader:
         return self._latest.reason is None
 
     def _open(self) -> None:
-        self.repo_id = open_repo(self.repo_id, private=self.private, token=self.token)
+        self.repo_id = open_repo(self.repo_id, private=self.private)
         self._is_open = True
 
     def _push(self, upload: _Upload) -> str:
@@ -134,7 +129,7 @@ class HubUploader:
         if not self._is_open:
             self._open()
         made = add_card(upload.staged, upload.snapshot, self.repo_id, self._api)
-        with uploading(self.repo_id, token=self.token):
+        with uploading(self.repo_id):
             commit = self._api.upload_folder(
                 repo_id=self.repo_id, folder_path=upload.snapshot, commit_message=upload.commit_message
             )

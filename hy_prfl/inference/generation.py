@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
@@ -19,26 +18,13 @@ from tqdm import tqdm
 
 from ..configs.base import check
 from ..data.container import open_video
+from ..data.hashes import hash_file
 from ..data.prompts import VideoPrompt
-from ..data.store import hash_file
 from ..data.video import VideoError, read_image, resize_and_crop, to_uint8
-from ..runtime.atomic_writes import write_text
+from ..runtime.atomic_writes import replacing, write_text
 from ..runtime.distributed import process_state
 from ..runtime.vae_tiling import VAETiling, set_tiling
-from .pipelines import load_pipeline
 
-
-__all__ = [
-    "VideoPrompt",
-    "VideoSettings",
-    "decode_latents",
-    "generate_video",
-    "generate_videos",
-    "load_pipeline",
-    "pending_videos",
-    "write_manifest",
-    "write_video",
-]
 
 MANIFEST = "manifest.json"
 # What arithmetic in half precision may add to 1.
@@ -262,9 +248,11 @@ def write_video(
             raise ValueError(f"{path}: expected float frames in [0, 1], got [{low:g}, {high:g}].")
         frames = np.round(np.clip(frames, 0, 1) * 255).astype(np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
     # Without the prefix FFmpeg would take what stands before a colon for a protocol.
-    with av.open(f"file:{temporary}", mode="w", format="mp4", options={"movflags": "+faststart"}) as container:
+    with (
+        replacing(path) as temporary,
+        av.open(f"file:{temporary}", mode="w", format="mp4", options={"movflags": "+faststart"}) as container,
+    ):
         if comment is not None:
             container.metadata["comment"] = comment
         # Without mbtree, which reads memory that was never written: the same frames would not give the same file.
@@ -286,7 +274,6 @@ def write_video(
             picture.color_primaries, picture.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
             container.mux(stream.encode(picture))
         container.mux(stream.encode(None))
-    os.replace(temporary, path)
 
 
 @torch.no_grad()

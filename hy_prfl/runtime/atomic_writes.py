@@ -1,12 +1,19 @@
-"""Folders and text files that are replaced in one move: whoever reads one finds it whole, old or new."""
+"""Files and folders that are replaced in one move: whoever reads one finds it whole, old or new."""
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+
+def temporary_name(target: Path, tag: str = "") -> Path:
+    """What a file or folder is called while it is written."""
+    return target.with_name(f".{target.name}{tag}.tmp")
 
 
 def temporary_folder(target: Path) -> Path:
     """Where a folder is written before `replace_folder` gives it its name. Leftovers of a killed run are removed."""
-    temporary = target.with_name(f".{target.name}.tmp")
+    temporary = temporary_name(target)
     shutil.rmtree(temporary, ignore_errors=True)
     return temporary
 
@@ -50,8 +57,21 @@ def move(source: Path, target: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file under a temporary name and rename it."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def replacing(path: Path, *, tag: str = "") -> Iterator[Path]:
+    """
+    Where to write a file that gets its name at the end of the context, and not if something was raised in it.
+
+    Args:
+        tag (`str`):
+            Part of the temporary name that tells apart processes that write the same file.
+    """
+    temporary = temporary_name(path, tag)
+    yield temporary
     temporary.replace(path)
 
 

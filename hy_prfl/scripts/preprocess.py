@@ -36,9 +36,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     import torch
 
     from ..data.encoding import LatentEncoder, local_encoder_files
+    from ..data.finished import REPORT_FILE, is_complete, request_digest
+    from ..data.hashes import hash_files
     from ..data.manifest import ManifestRow, read_manifest
     from ..data.preprocessing import ClipEncoder
-    from ..data.store import REPORT_FILE, RowEncoder, build_dataset, hash_files, is_complete, request_digest
+    from ..data.store import RowEncoder, build_dataset
     from ..data.upstream import UpstreamImporter, read_upstream
     from ..formats.pipeline_info import PipelineInfo
     from ..runtime.distributed import process_state, set_up_logging

@@ -34,9 +34,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from ..data.dataset import load_latent_dataset
     from ..data.encoding import LatentEncoder
+    from ..data.finished import request_digest
+    from ..data.hashes import hash_files
     from ..data.manifest import read_manifest
     from ..data.preprocessing import ClipSettings
-    from ..data.store import hash_files, request_digest
     from ..data.video import parse_size
     from ..evaluation.score_table import is_scored, summary_path
     from ..evaluation.scoring import score_dataset, score_manifest

@@ -19,8 +19,9 @@ from ..configs.base import TrainingConfig, check, save_config
 from ..data.collators import LatentBatch
 from ..data.dataset import latent_shapes
 from ..flow_matching import make_generator, noise_levels, sample_noise
-from ..formats.checkpoints import abandon, save_checkpoint
+from ..formats.checkpoints import abandon
 from ..formats.pipeline_info import PipelineInfo
+from ..formats.training_state import save_checkpoint
 from ..runtime.context_parallel import check_divisible
 from ..runtime.distributed import any_rank, mean_over_ranks
 from ..runtime.provenance import CONFIG_FILE

@@ -1,19 +1,21 @@
 """Where the options of PRFL say that its models and datasets are. What can be checked is checked before weights are read."""
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 from datasets import Dataset
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
 
 from ..compatibility import REWARD_LATENTS, check_same_vae
 from ..configs.base import check
 from ..configs.prfl import PRFLTrainingConfig
 from ..data.dataset import load_latent_dataset
 from ..data.encoding import vae_fingerprint
+from ..flow_matching import noise_levels
 from ..formats.layout import EXPERT_FOLDERS, ExpertName
-from ..models.experts import read_experts
+from ..models.experts import Experts, read_experts
 from ..models.loading import Deferred, load_reward_model, load_transformer
 from ..models.reward_model import WanRewardModel
 from ..runtime.sharding import split_frozen
@@ -86,3 +88,58 @@ def open_models(config: PRFLTrainingConfig, run: Run) -> dict[str, Any]:
         split = partial(split_frozen, device=device) if config.shard_frozen_expert else None
         models["frozen_expert"] = transformer(frozen, dtype=run.weight_dtype, split=split, keep_in_fp32=True)
     return models
+
+
+def by_expert(
+    experts: Experts,
+    transformer: AnyTransformer | Mapping[ExpertName, AnyTransformer],
+    frozen_expert: AnyTransformer | None,
+    *,
+    rolls_out: bool,
+    samples: bool,
+) -> dict[ExpertName, AnyTransformer]:
+    """
+    Transformers that were given by their names, those that train first.
+
+    Args:
+        rolls_out, samples (`bool`):
+            See [`~hy_prfl.models.experts.Experts.frozen`].
+
+    Raises:
+        ValueError: If one is missing or none needs it.
+    """
+    trained = experts.trained
+    given = dict(transformer) if isinstance(transformer, Mapping) else {trained[0]: transformer}
+    check(set(given) == set(trained), "transformer", sorted(given), f"one for each of {sorted(trained)}")
+    needed = experts.frozen(rolls_out=rolls_out, samples=samples)
+    found = "given" if frozen_expert is not None else "left out"
+    requirement = "left out, no chain needs it" if needed is None else f"the expert {needed}, chains walk through it"
+    check((frozen_expert is None) == (needed is None), "frozen_expert", found, requirement)
+    ordered = {expert: given[expert] for expert in trained}
+    return ordered if needed is None or frozen_expert is None else {**ordered, needed: frozen_expert}
+
+
+def find_step_range(
+    config: PRFLTrainingConfig, experts: Experts, scheduler: UniPCMultistepScheduler
+) -> tuple[int, int]:
+    """First and last step of a chain that may take gradient: of an expert in training."""
+    if config.update_schedule == "flow_matching":
+        return (0, 0)
+    scheduler.set_timesteps(config.num_inference_steps)
+    return experts.gradient_steps(scheduler.timesteps.tolist(), config.step_range, config.num_gradient_steps)
+
+
+def find_high_noise_probability(config: PRFLTrainingConfig, experts: Experts) -> float:
+    """
+    How often a noise level of a clean clip is one of the high-noise expert.
+
+    Raises:
+        ValueError: If the expert that trains alone would hardly ever have its turn.
+    """
+    probability = noise_levels(config).probability_from(experts.boundary)
+    shares = {"high_noise": probability, "low_noise": 1 - probability}
+    if config.update_schedule != "reward" and len(experts.trained) == 1:
+        share = shares[experts.trained[0]]
+        levels = f"such that it draws noise levels of `expert` {config.expert}, more than one in 10,000"
+        check(share > 1e-4, "weighting_scheme", f"{config.weighting_scheme} with {share:.2%}", levels)
+    return probability

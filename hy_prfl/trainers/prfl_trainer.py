@@ -11,22 +11,15 @@ from datasets import Dataset
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
 from ..compatibility import check_fits_generator, check_vae
-from ..configs.base import check
 from ..configs.prfl import PRFLTrainingConfig
 from ..data.collators import LatentBatch
 from ..data.dataset import rows_digest, single_value
 from ..evaluation.sample_evaluator import SampleEvaluator
-from ..flow_matching import add_noise, noise_levels, sample_noise, sigmas_to_timesteps, velocity_target
-from ..formats.checkpoints import (
-    AVERAGE_FOLDER,
-    PRFL_RESULTS,
-    VALIDATION_FOLDER,
-    read_lora,
-    save_lora,
-    save_pretrained,
-)
+from ..flow_matching import add_noise, sample_noise, sigmas_to_timesteps, velocity_target
+from ..formats.checkpoints import AVERAGE_FOLDER, PRFL_RESULTS, VALIDATION_FOLDER
 from ..formats.layout import EXPERT_FOLDERS, LORA_FILES, ExpertName
 from ..formats.lora_metadata import lora_metadata
+from ..formats.model_files import read_lora, save_lora, save_pretrained
 from ..losses import flow_matching_loss, reward_feedback_loss
 from ..models.conditioning import Conditioning, num_clean_frames
 from ..models.experts import PairWeights, read_experts
@@ -39,7 +32,16 @@ from ..runtime.sharding import full_state_dict
 from .averaging import WeightAverage
 from .base import Trainer, check_dataset, check_named
 from .prfl_datasets import PRFLDatasets
-from .prfl_inputs import AnyTransformer, check_offload, generator_dtype, open_datasets, open_models
+from .prfl_inputs import (
+    AnyTransformer,
+    by_expert,
+    check_offload,
+    find_high_noise_probability,
+    find_step_range,
+    generator_dtype,
+    open_datasets,
+    open_models,
+)
 from .run import Run
 
 
@@ -128,7 +130,13 @@ class PRFLTrainer(Trainer):
             num_replicas=run.num_replicas,
             replica=run.replica,
         )
-        given = self._by_expert(transformer, frozen_expert)
+        given = by_expert(
+            self.experts,
+            transformer,
+            frozen_expert,
+            rolls_out=self.uses_reward,
+            samples=validation_dataset is not None,
+        )
         for expert in self.experts.trained:
             check_fits_generator(reward_model.config, given[expert].config, allow_other_base=config.allow_other_base)
         fingerprint = reward_model.config["vae_fingerprint"]
@@ -137,9 +145,8 @@ class PRFLTrainer(Trainer):
             check_vae(dataset, source, fingerprint)
             check_dataset(config, dataset, source, reward_model.config)
         self.scheduler = load_scheduler(path, revision=revision, flow_shift=config.sampler_flow_shift)
-        self.step_range = self._find_step_range(config)
-        self.high_noise_probability = noise_levels(config).probability_from(self.experts.boundary)
-        self._check_noise_levels(config)
+        self.step_range = find_step_range(config, self.experts, self.scheduler)
+        self.high_noise_probability = find_high_noise_probability(config, self.experts)
         self.reward_model = loaded(reward_model).requires_grad_(False).eval()
         self.reward_model_in_use: Callable[[], AbstractContextManager[None]] = nullcontext
         if config.offload_reward_model:
@@ -423,40 +430,6 @@ class PRFLTrainer(Trainer):
             for expert in self.experts.trained
         }
         return PairWeights(weights) if len(weights) > 1 else weights[self.experts.trained[0]]
-
-    def _by_expert(
-        self, transformer: AnyTransformer | Mapping[ExpertName, AnyTransformer], frozen_expert: AnyTransformer | None
-    ) -> dict[ExpertName, AnyTransformer]:
-        """Transformers by their names, those that train first."""
-        trained = self.experts.trained
-        given = dict(transformer) if isinstance(transformer, Mapping) else {trained[0]: transformer}
-        check(set(given) == set(trained), "transformer", sorted(given), f"one for each of {sorted(trained)}")
-        needed = self.experts.frozen(rolls_out=self.uses_reward, samples=self.datasets.validation is not None)
-        found = "given" if frozen_expert is not None else "left out"
-        requirement = (
-            "left out, no chain needs it" if needed is None else f"the expert {needed}, chains walk through it"
-        )
-        check((frozen_expert is None) == (needed is None), "frozen_expert", found, requirement)
-        ordered = {expert: given[expert] for expert in trained}
-        return ordered if needed is None or frozen_expert is None else {**ordered, needed: frozen_expert}
-
-    def _find_step_range(self, config: PRFLTrainingConfig) -> tuple[int, int]:
-        """First and last step of a chain that may take gradient: of an expert in training."""
-        if not self.uses_reward:
-            return (0, 0)
-        self.scheduler.set_timesteps(config.num_inference_steps)
-        return self.experts.gradient_steps(
-            self.scheduler.timesteps.tolist(), config.step_range, config.num_gradient_steps
-        )
-
-    def _check_noise_levels(self, config: PRFLTrainingConfig) -> None:
-        """Refuse a distribution of noise levels that hardly has any of the expert that trains."""
-        experts = self.experts
-        shares = {"high_noise": self.high_noise_probability, "low_noise": 1 - self.high_noise_probability}
-        if self.uses_flow_matching and len(experts.trained) == 1:
-            share = shares[experts.trained[0]]
-            levels = f"such that it draws noise levels of `expert` {config.expert}, more than one in 10,000"
-            check(share > 1e-4, "weighting_scheme", f"{config.weighting_scheme} with {share:.2%}", levels)
 
     def _build_evaluator(self, vae: AutoencoderKLWan | None) -> SampleEvaluator | None:
         config = self.config

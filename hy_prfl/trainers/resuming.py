@@ -11,8 +11,9 @@ from accelerate.logging import get_logger
 from accelerate.utils import set_seed
 
 from ..configs.base import TrainingConfig
-from ..formats.checkpoints import check_files, load_checkpoint, read_schedule, read_state
+from ..formats.checkpoints import check_files, read_state
 from ..formats.layout import EXPERT_FOLDERS
+from ..formats.training_state import load_checkpoint, read_schedule
 from ..runtime.provenance import CONFIG_FILE, path_identity
 from ..runtime.sharding import Masters
 from .resumed_options import RULES, Change, find_changes

@@ -17,15 +17,9 @@ from ..configs.reward import RewardTrainingConfig
 from ..data.collators import LabeledBatch, LatentBatch, PreferenceBatch
 from ..data.dataset import load_latent_dataset, rows_digest, single_value
 from ..evaluation.reward_evaluator import GREATER_IS_BETTER, RewardEvaluator
-from ..formats.checkpoints import (
-    BEST_FOLDER,
-    MODEL_FOLDER,
-    REWARD_RESULTS,
-    best_report,
-    merge_adapter,
-    save_pretrained,
-)
+from ..formats.checkpoints import BEST_FOLDER, MODEL_FOLDER, REWARD_RESULTS, best_report
 from ..formats.layout import EXPERT_FOLDERS
+from ..formats.model_files import merge_adapter, save_pretrained
 from ..losses import binary_reward_loss, bradley_terry_loss
 from ..models.conditioning import Conditioning
 from ..models.experts import read_experts

@@ -15,12 +15,14 @@ import torch
 from datasets import load_from_disk
 from PIL import Image
 
-from hy_prfl.data import store
+from hy_prfl.data import hashes as hashes_of_files
 from hy_prfl.data.encoding import LatentEncoder
+from hy_prfl.data.finished import is_complete, request_digest
+from hy_prfl.data.hashes import hash_file, hash_files
 from hy_prfl.data.manifest import ManifestRow
 from hy_prfl.data.preprocessing import ClipEncoder, ClipSettings
 from hy_prfl.data.schema import TENSORS, table_to_rows, unpack_tensor
-from hy_prfl.data.store import DatasetSummary, build_dataset, hash_file, hash_files, is_complete, request_digest
+from hy_prfl.data.store import DatasetSummary, build_dataset
 from hy_prfl.data.video import VideoError, read_video, resize_and_crop, to_float
 
 
@@ -463,7 +465,7 @@ def test_files_are_hashed_once(
         hashed.append(path)
         return hash_file(path)
 
-    monkeypatch.setattr(store, "hash_file", count)
+    monkeypatch.setattr(hashes_of_files, "hash_file", count)
     rows = [make_row(path.stem, video=path) for path in clips[:3]]
     build(rows, ClipEncoder(encoder, ClipSettings(**SETTINGS)), tmp_path / "out")
     assert sorted(hashed) == sorted(clips[:3])

@@ -27,7 +27,7 @@ from examples.shapes.pretrain import (
     summarize_losses,
     to_pixels,
 )
-from hy_prfl.data.store import hash_file
+from hy_prfl.data.hashes import hash_file
 
 
 SIZES = {

@@ -16,13 +16,10 @@ from hy_prfl.formats.checkpoints import (
     check_files,
     find_checkpoint,
     list_checkpoints,
-    load_checkpoint,
-    merge_adapter,
-    read_lora,
     read_state,
-    save_checkpoint,
-    save_lora,
 )
+from hy_prfl.formats.model_files import merge_adapter, read_lora, save_lora
+from hy_prfl.formats.training_state import load_checkpoint, save_checkpoint
 
 
 RESULTS = (*REWARD_RESULTS, *PRFL_RESULTS)

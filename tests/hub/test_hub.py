@@ -273,8 +273,11 @@ def test_what_the_user_must_correct_is_said_before_training(
         ("other/theirs", None, "exists, and this token may not write"),
         ("other/new", None, "could not be created: .* rights to create"),
     ]:
-        with pytest.raises(ValueError, match=message):
-            HubUploader(run_dir, repo_id, token=token)
+        with monkeypatch.context() as patch:
+            if token is not None:
+                patch.setenv("HF_TOKEN", token)
+            with pytest.raises(ValueError, match=message):
+                HubUploader(run_dir, repo_id)
     with pytest.raises(ValueError, match="public, but a private repository was asked for"):
         HubUploader(run_dir, "user/public", private=True)
     monkeypatch.delenv("HF_TOKEN")

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from hy_prfl.runtime.atomic_writes import move, recover_folder, replace_folder, temporary_folder
+from hy_prfl.runtime.atomic_writes import move, recover_folder, replace_folder, replacing, temporary_folder
 
 
 def make(folder: Path, file: str) -> Path:
@@ -53,3 +53,19 @@ def test_moving_what_another_process_has_moved(tmp_path: Path) -> None:
     assert files(tmp_path) == ["target", "target/file"]
     with pytest.raises(FileNotFoundError):
         move(tmp_path / "source", tmp_path / "elsewhere")
+
+
+def test_a_file_that_could_not_be_written_leaves_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    with replacing(path) as temporary:
+        temporary.write_text("old")
+        assert not path.exists()
+    with pytest.raises(OSError, match="disk full"), replacing(path) as temporary:
+        temporary.write_text("ne")
+        raise OSError("disk full")
+    assert path.read_text() == "old"
+    with replacing(path) as first, replacing(path, tag=".17") as second:
+        assert first != second
+        first.write_text("new")
+        second.write_text("newer")
+    assert files(tmp_path) == ["table.csv"]

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from datasets import load_from_disk
 
+from hy_prfl.data.hashes import hash_file
 from hy_prfl.data.labels import label_dataset
 from hy_prfl.data.schema import table_to_rows
-from hy_prfl.data.store import hash_file
 from hy_prfl.scripts.preprocess import main
 
 
