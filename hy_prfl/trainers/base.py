@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ..compatibility import check_rows_fit
 from ..configs.base import TrainingConfig, check, save_config
 from ..data.collators import LatentBatch
-from ..data.dataset import latent_shapes
+from ..data.dataset import latent_shapes, rows_digest
 from ..flow_matching import make_generator, noise_levels, sample_noise
 from ..formats.checkpoints import abandon
 from ..formats.pipeline_info import PipelineInfo
@@ -77,6 +77,8 @@ class Trainer(ABC):
             What trains, its frozen parameters without `requires_grad`.
         parameter_groups (`list[dict]`):
             Optimizer groups, each with its learning rate.
+        datasets (`Mapping[str, Dataset]`):
+            What it trains and validates on, by the names that the options give them.
         batches_per_epoch (`int`):
             Batches of one epoch on one process; sets the number of steps if `max_train_steps` is left out.
     """
@@ -91,6 +93,7 @@ class Trainer(ABC):
         run: Run,
         model: nn.Module,
         parameter_groups: list[dict[str, Any]],
+        datasets: Mapping[str, Dataset],
         batches_per_epoch: int,
     ) -> None:
         self.config = config
@@ -101,7 +104,7 @@ class Trainer(ABC):
         self.context_parallel = run.context_parallel
         self.noise_levels = noise_levels(config)
         self.global_step = 0
-        self.dataset_digests: dict[str, str] = {}
+        self.dataset_digests = {source: rows_digest(dataset) for source, dataset in datasets.items()}
         self.interrupted = False
         updates_per_epoch = -(-batches_per_epoch // config.gradient_accumulation_steps)
         self.max_train_steps = config.max_train_steps or config.num_train_epochs * updates_per_epoch

@@ -13,7 +13,7 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from ..compatibility import check_fits_generator, check_vae
 from ..configs.prfl import PRFLTrainingConfig
 from ..data.collators import LatentBatch
-from ..data.dataset import rows_digest, single_value
+from ..data.dataset import single_value
 from ..evaluation.sample_evaluator import SampleEvaluator
 from ..flow_matching import add_noise, sample_noise, sigmas_to_timesteps, velocity_target
 from ..formats.checkpoints import AVERAGE_FOLDER, PRFL_RESULTS, VALIDATION_FOLDER
@@ -169,9 +169,9 @@ class PRFLTrainer(Trainer):
             run=run,
             model=model,
             parameter_groups=[{"params": [each for each in model.parameters() if each.requires_grad]}],
+            datasets=self.datasets.by_source(),
             batches_per_epoch=self.datasets.batches_per_epoch,
         )
-        self.dataset_digests = {source: rows_digest(rows) for source, rows in self.datasets.by_source().items()}
         self.generator = self.wrapped
         if self.frozen:
             self.generator = self.experts.join({self.experts.trained[0]: self.wrapped, **self.frozen})

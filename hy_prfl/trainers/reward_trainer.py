@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from ..compatibility import REWARD_LATENTS, check_same_vae, check_vae
 from ..configs.reward import RewardTrainingConfig
 from ..data.collators import LabeledBatch, LatentBatch, PreferenceBatch
-from ..data.dataset import load_latent_dataset, rows_digest, single_value
+from ..data.dataset import load_latent_dataset, single_value
 from ..evaluation.reward_evaluator import GREATER_IS_BETTER, RewardEvaluator
 from ..formats.checkpoints import BEST_FOLDER, MODEL_FOLDER, REWARD_RESULTS, best_report
 from ..formats.layout import EXPERT_FOLDERS
@@ -112,9 +112,9 @@ class RewardTrainer(Trainer):
             run=run,
             model=model,
             parameter_groups=_parameter_groups(config, model),
+            datasets=self.datasets.by_source(),
             batches_per_epoch=self.datasets.batches_per_epoch,
         )
-        self.dataset_digests = {source: rows_digest(rows) for source, rows in self.datasets.by_source().items()}
         self.batches: Iterator[LabeledBatch | PreferenceBatch] = iter(())
         self.evaluator = self._build_evaluator()
         self.best_metric: float | None = None
