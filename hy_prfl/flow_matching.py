@@ -20,8 +20,8 @@ def make_generator(*key: int) -> torch.Generator:
     """
     CPU generator seeded by a tuple of non-negative integers, such as `(seed, global_step, micro_step, rank)`.
 
-    Everything random in training is drawn from such generators, so a draw depends on where it is made and not on what
-    was drawn before: a resumed run makes the same draws, and leaving `rank` out of the key makes all ranks agree.
+    All random numbers in training come from such generators, so a draw depends on its key and not on earlier draws: a
+    resumed run makes the same draws, and without `rank` in the key all ranks make the same one.
     """
     words = np.random.SeedSequence(key).generate_state(2, dtype=np.uint32)
     return torch.Generator().manual_seed((int(words[0]) << 31) ^ int(words[1]))
@@ -60,26 +60,26 @@ def sample_sigmas(
     """
     Draw the noise level of each sample.
 
-    `"uniform"` draws an index of the schedule of 1000 levels, upstream's law; `"logit_normal"` the sigmoid of a
-    normal variable (SD3). Both are then shifted; `flow_shift=1` leaves the paper's U(0, 1].
+    `"uniform"` draws an index of the schedule of 1000 levels, upstream's distribution; `"logit_normal"` the sigmoid of
+    a normal variable (SD3). Both are then shifted; `flow_shift=1` leaves the paper's U(0, 1].
 
     Args:
         generators (`Sequence[torch.Generator]`):
             One for each sample.
         timestep_range (`tuple[float, float]`):
-            Draw from the law on condition that `1000 * sigma` is not below the first and is below the second number,
-            by drawing again until it is. It must have a positive probability.
+            Draw from the distribution conditioned on `first <= 1000 * sigma < second`, by drawing again until it
+            holds. The range must have a positive probability.
 
     Returns:
         `torch.Tensor` of shape `(len(generators),)`: sigmas in (0, 1], float32 on the CPU.
     """
-    law: dict[str, Any] = {"weighting_scheme": weighting_scheme, "flow_shift": flow_shift}
-    law |= {"logit_mean": logit_mean, "logit_std": logit_std}
+    distribution: dict[str, Any] = {"weighting_scheme": weighting_scheme, "flow_shift": flow_shift}
+    distribution |= {"logit_mean": logit_mean, "logit_std": logit_std}
     sigmas = []
     for generator in generators:
-        sigma = _draw_sigma(generator, **law)
+        sigma = _draw_sigma(generator, **distribution)
         while not timestep_range[0] <= sigmas_to_timesteps(sigma) < timestep_range[1]:
-            sigma = _draw_sigma(generator, **law)
+            sigma = _draw_sigma(generator, **distribution)
         sigmas.append(sigma)
     return torch.cat(sigmas)
 
@@ -113,7 +113,7 @@ def timestep_probability(
     logit_mean: float = 0.0,
     logit_std: float = 1.0,
 ) -> float:
-    """How often the law of [`sample_sigmas`] draws a noise level whose timestep is not below this one, in [0, 1000)."""
+    """Probability that [`sample_sigmas`] draws a timestep that is not below this one, in [0, 1000)."""
     if weighting_scheme == "uniform":
         levels = shift_sigmas(torch.arange(1, NUM_TRAIN_TIMESTEPS + 1) / NUM_TRAIN_TIMESTEPS, flow_shift)
         return float((sigmas_to_timesteps(levels) >= timestep).double().mean())

@@ -1,4 +1,4 @@
-"""Opens latent datasets and selects from them: rows that have a label, pairs to compare, an endless batch stream."""
+"""Opens latent datasets and selects from them: rows with a label, pairs to compare, an endless stream of batches."""
 
 import hashlib
 import json
@@ -22,9 +22,9 @@ from .schema import LABELS, PROMPTS, pack_tensor, table_to_rows, task_label, val
 
 logger = logging.getLogger(__name__)
 
-# Where worker processes put their batches.
+# Shared memory, which worker processes use for their batches.
 SHARED_MEMORY = Path("/dev/shm")
-# Batches that each worker process makes ready.
+# Batches that each worker process prepares.
 PREFETCHED_BATCHES = 2
 
 BatchT = TypeVar("BatchT")
@@ -33,7 +33,7 @@ Row = dict[str, Any]
 
 def load_latent_dataset(path: str) -> Dataset:
     """
-    Open a latent dataset: a folder written by `preprocess`, or what `datasets.load_dataset` finds under that name.
+    Open a latent dataset: a folder written by `preprocess`, or a name for `datasets.load_dataset`.
 
     Raises:
         ValueError: If it has several splits, no rows, or lacks columns of a latent dataset.
@@ -49,7 +49,7 @@ def load_latent_dataset(path: str) -> Dataset:
             dataset = load_dataset(path)
         except (FileNotFoundError, ConnectionError) as error:
             raise FileNotFoundError(
-                f"{path}: there is no such folder, and no such dataset was got from the Hub."
+                f"{path}: there is no such folder, and no such dataset could be loaded from the Hub."
             ) from error
     if isinstance(dataset, DatasetDict):
         if len(dataset) != 1:
@@ -62,12 +62,12 @@ def load_latent_dataset(path: str) -> Dataset:
 
 
 def read_columns(dataset: Dataset, names: Sequence[str]) -> list[Row]:
-    """The named small columns of every row, without touching the tensors."""
+    """The named small columns of every row, without reading the tensors."""
     return dataset.select_columns(list(names)).with_format(None).to_list()
 
 
 def rows_digest(dataset: Dataset) -> str:
-    """Short text that changes when the rows that training draws from do: their order, clips, labels or pairs."""
+    """Short hash of the rows for training, which changes with their order, clips, labels or pairs."""
     names = ["id", "prompt", "source_hash", "latents_shape", *LABELS, "pair_id", "rejected_id"]
     rows = read_columns(dataset, names)
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
@@ -80,7 +80,7 @@ def latent_shapes(dataset: Dataset) -> list[tuple[int, ...]]:
 
 def single_value(dataset: Dataset, name: str, source: str) -> Any:
     """
-    The one value that all rows share in a column.
+    The value of a column in which all rows must be equal.
 
     Raises:
         ValueError: If rows differ: a dataset must come from one VAE, one text encoder, one sequence length.
@@ -92,7 +92,7 @@ def single_value(dataset: Dataset, name: str, source: str) -> Any:
 
 
 def check_vae(dataset: Dataset, source: str, vae_fingerprint: str) -> None:
-    """Raise a `ValueError` if the dataset was encoded by another VAE than the one with this fingerprint."""
+    """Raise a `ValueError` if the dataset was not encoded by the VAE with this fingerprint."""
     found = single_value(dataset, "vae_fingerprint", source)
     if found != vae_fingerprint:
         raise ValueError(f"{source}: encoded by the VAE {found}, but the pipeline has the VAE {vae_fingerprint}.")
@@ -123,10 +123,10 @@ def check_rows_fit(
 
     Args:
         num_channels, text_dim, image_dim, condition_channels, pos_embed_seq_len, patch_size:
-            What the model takes; `image_dim` None means no image embeddings, 0 channels a text-to-video model,
-            `pos_embed_seq_len` is the number of tokens of two images, None for a model that takes one.
+            Inputs of the model; `image_dim` None means no image embeddings, `condition_channels` 0 a text-to-video
+            model, `pos_embed_seq_len` is the number of tokens of two images, None for a model that takes one.
         takes_first_frame (`bool`, defaults to `False`):
-            Whether all rows may have, instead of channels beside the latents, a clean first frame of them.
+            Whether the condition may be a clean first latent frame, in all rows, instead of more channels.
 
     Raises:
         ValueError: Naming the row, the column and both values.
@@ -150,13 +150,13 @@ def check_rows_fit(
         check_number_of_images(image_shape, pos_embed_seq_len, f"{source}: row '{row['id']}'")
         if any(size % patch for size, patch in zip(shape[1:], patch_size, strict=True)):
             raise ValueError(
-                f"{source}: row '{row['id']}': latents of size {shape[1:]} do not divide into patches {patch_size}."
+                f"{source}: row '{row['id']}': latents of size {shape[1:]} cannot be divided into patches of {patch_size}."
             )
 
 
 def check_number_of_images(image_shape: Sequence[int] | None, pos_embed_seq_len: int | None, where: str) -> None:
     """
-    Refuse image embeddings of one image for a model of two, and the other way round.
+    Refuse image embeddings of one image for a model of two, and vice versa.
 
     Raises:
         ValueError: Naming `where`.
@@ -196,8 +196,8 @@ def preference_pairs(
     Pairs `(chosen, rejected)` of rows of one shape.
 
     A row with a `rejected_id` is compared with that row. Other rows are compared within their `pair_id`, or else
-    within their prompt: every good one with every poor one. If the dataset offers no such pair and `allow_unpaired` is
-    set, each good row is compared with a random poor row of the same shape, whatever it shows (upstream's way).
+    within their prompt: every good one with every poor one. If the dataset has no such pair and `allow_unpaired` is
+    set, each good row is compared with a random poor row of the same shape, of any prompt, as upstream does.
 
     Raises:
         ValueError: If a `rejected_id` names no row, or there is no pair at all.
@@ -284,7 +284,7 @@ def stream_batches(
     *,
     num_workers: int = 0,
 ) -> Iterator[BatchT]:
-    """Endless batches in the sampler's order. [`check_shared_memory`] tells early whether there is room for them."""
+    """Endless batches in the sampler's order. [`check_shared_memory`] checks early whether they fit."""
     return iter(
         DataLoader(
             rows,
@@ -293,7 +293,7 @@ def stream_batches(
             num_workers=num_workers,
             prefetch_factor=PREFETCHED_BATCHES if num_workers else None,
             pin_memory=torch.cuda.is_available(),
-            # A new loader draws a seed; from the global generator that would change a resumed run.
+            # A new loader draws a seed; drawn from the global generator, it would change a resumed run.
             generator=torch.Generator().manual_seed(sampler.seed),
         )
     )
@@ -303,16 +303,16 @@ def check_shared_memory(
     rows: RowDataset, collate: Callable[[list[Any]], Batch], sampler: BucketBatchSampler, *, num_workers: int
 ) -> None:
     """
-    Refuse workers whose batches do not fit into shared memory, where they would end in a bus error.
+    Refuse workers whose batches do not fit into shared memory, which would end in a bus error.
 
-    Docker gives a container 64 MB of it unless told otherwise.
+    Docker gives a container 64 MB of it by default.
 
     Args:
         rows, collate, sampler, num_workers:
-            As for [`stream_batches`].
+            As in [`stream_batches`].
 
     Raises:
-        ValueError: If the batches that all workers of this machine have ready are larger than what is free.
+        ValueError: If the batches that all workers of this machine prepare are larger than the free shared memory.
     """
     if num_workers == 0 or not SHARED_MEMORY.is_dir():
         return
@@ -334,7 +334,7 @@ def check_shared_memory(
 
 
 def _longest_prompts(dataset: Dataset) -> Row:
-    """Columns of prompts of zeros, as long as the longest of the dataset, to which a batch may pad all others."""
+    """Columns of zero prompts, as long as the longest in the dataset, to which a batch may pad all others."""
     rows = read_columns(dataset, [f"{name}_shape" for name in PROMPTS])
     prompts: Row = {}
     for name in PROMPTS:

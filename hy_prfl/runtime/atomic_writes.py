@@ -1,4 +1,4 @@
-"""Folders and text files that are replaced in one move: whoever reads one finds it whole, old or new."""
+"""Folders and text files that are replaced atomically: a reader finds the whole old one or the whole new one."""
 
 import shutil
 from pathlib import Path
