@@ -2,6 +2,7 @@
 #
 #   make demo      the whole method on small videos, about 8 minutes on 2 CPU cores; results in outputs/demo
 #   make test      all tests (CPU, no network)
+#   make test-quick   those that start no process and run no example, for the loop of a change
 #   make parity    training on two processes against one, every engine, about 12 minutes; outputs/parity.json
 #   make memory    memory of a process with each engine, about 10 minutes; outputs/memory.json
 #   make benchmark what an update costs, against RGB ReFL and with each switch, about 18 minutes; outputs/benchmark
@@ -22,7 +23,7 @@ REAL_SIZE_ARGS ?=
 
 BIN := .venv/bin
 
-.PHONY: demo test parity memory benchmark real-size quality style clean
+.PHONY: demo test test-quick parity memory benchmark real-size quality style clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.package
@@ -30,6 +31,9 @@ demo: .venv/.package
 
 test: .venv/.dev
 	$(BIN)/python -m pytest $(TEST_ARGS)
+
+test-quick: .venv/.dev
+	$(BIN)/python -m pytest -m "not launch" --ignore=tests/distributed --ignore=tests/examples $(TEST_ARGS)
 
 parity: .venv/.dev
 	$(BIN)/python -m examples.parity.parity

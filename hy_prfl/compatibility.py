@@ -82,7 +82,7 @@ def check_rows_fit(
         model_config (`Mapping[str, Any]`):
             Configuration of a transformer or a reward model.
         takes_first_frame (`bool`, defaults to `False`):
-            Whether all rows may have, instead of channels beside the latents, a clean first frame of them.
+            Whether the condition may be a clean first latent frame, in all rows, instead of more channels.
         ignores_images (`bool`, defaults to `False`):
             Whether a text-to-video model may be given rows with images, which it then does not see.
 

@@ -21,8 +21,8 @@ def make_generator(*key: int) -> torch.Generator:
     """
     CPU generator seeded by a tuple of non-negative integers, such as `(seed, global_step, micro_step, rank)`.
 
-    Everything random in training is drawn from such generators, so a draw depends on where it is made and not on what
-    was drawn before: a resumed run makes the same draws, and leaving `rank` out of the key makes all ranks agree.
+    All random numbers in training come from such generators, so a draw depends on its key and not on earlier draws: a
+    resumed run makes the same draws, and without `rank` in the key all ranks make the same one.
     """
     words = np.random.SeedSequence(key).generate_state(2, dtype=np.uint32)
     return torch.Generator().manual_seed((int(words[0]) << 31) ^ int(words[1]))

@@ -1,4 +1,4 @@
-"""The losses: float32 arithmetic whatever comes in, a scalar out, the mean over the batch."""
+"""The losses: computed in float32 for inputs of any type, returned as a scalar, the mean over the batch."""
 
 from typing import Literal
 
@@ -42,19 +42,19 @@ def reward_feedback_loss(
     logits: torch.Tensor, form: RewardLoss = "logsigmoid", scale: float = 1.0, target: float = 2.0
 ) -> torch.Tensor:
     """
-    What the generator descends to climb the reward.
+    Loss of the generator's reward updates: lower loss, higher reward.
 
     Args:
         logits (`torch.Tensor` of shape `(batch_size,)`):
             Scores of the latents that the generator made.
         form (`str`, defaults to `"logsigmoid"`):
-            `"logit"`, the paper's `-logit` (equation 9), whose slope never ends; `"sigmoid"`, upstream's
-            `relu(target - sigmoid(logit))`, whose slope dies as the reward saturates; `"logsigmoid"`,
-            `-log sigmoid(logit)`, whose slope is large where the reward is low and ends where it is high.
+            `"logit"`, the paper's `-logit` (equation 9), with a constant slope; `"sigmoid"`, upstream's `relu(target -
+            sigmoid(logit))`, whose slope vanishes at very low and very high rewards; `"logsigmoid"`, `-log
+            sigmoid(logit)`, whose slope is largest where the reward is low and vanishes where it is high.
         scale (`float`, defaults to 1.0):
             Weight of the loss (the paper's lambda; upstream's sigmoid form has 0.1).
         target (`float`, defaults to 2.0):
-            Target of the hinge of the sigmoid form; at 1 or more it never closes.
+            Target of the hinge of the sigmoid form; at 1 or more the hinge is never reached.
     """
     logits = logits.float()
     if form == "logit":

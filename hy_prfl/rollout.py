@@ -1,4 +1,4 @@
-"""Denoising with the pipeline's own sampler, with gradient through chosen steps only. Knows no reward."""
+"""Denoising with the pipeline's own sampler, with gradient through chosen steps only. Independent of the reward."""
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
@@ -20,14 +20,14 @@ class GradientStep:
 
     Args:
         latents (`torch.Tensor` of shape `(batch_size, num_channels, num_frames, height, width)`):
-            What the step leads to, noisy, float32, without gradient.
+            Result of the step: noisy, float32, without gradient.
         timesteps (`torch.Tensor` of shape `(batch_size,)`):
             Noise level of these latents, `1000 * sigma`.
         width (`torch.Tensor`, scalar):
-            By how much the step lowers sigma. The latents move by about this much times the model's output, so the
-            gradient of the output is that of the latents times the width, which grows along a shifted chain.
+            By how much the step lowers sigma. The latents change by about this width times the model's output, so the
+            gradient of the output is the gradient of the latents times the width, which grows along a shifted chain.
         differentiable_latents (`Callable[[], torch.Tensor]`):
-            Returns the same latents with gradient in the generator's weights. To be called once.
+            Returns the same latents, differentiable in the generator's weights. Call it once.
     """
 
     latents: torch.Tensor
@@ -48,33 +48,32 @@ def walk_with_gradient(
     rollout_attention_backend: str | None = None,
 ) -> Iterator[GradientStep]:
     r"""
-    Walk one chain from noise, without gradient but for the steps `step_indices`, and stop at each of these.
+    Walk one chain from noise, with gradient only in the steps `step_indices`, and yield at each of them.
 
-    Each is a rollout to one step (paper, equations 7 and 8) whose first part is the chain that is there already:
-    the solver is multistep, the gradient of a step also passes through its corrector, but neither the latents it
-    starts from nor any earlier model output takes any. The gradient of a step must be used before the next one is
-    asked for, so that only one graph exists at a time. Every rank must pass the same `step_indices`, because under
-    ZeRO-3 each forward is a collective.
+    Each is a rollout to one step (paper, equations 7 and 8) that shares the steps before it with the others. The
+    solver is multistep: the gradient of a step also passes through its corrector, but neither the latents that it
+    starts from nor earlier model outputs take gradient. Use the gradient of a step before you request the next one, so
+    that only one graph exists at a time. Every rank must pass the same `step_indices`, because under ZeRO-3 each
+    forward pass is a collective.
 
     Args:
         transformer (`nn.Module`):
-            The generator, as it is trained (wrapped by its engine). Called by keyword, `return_dict=False`.
+            The generator in training, wrapped by its engine. Called by keyword, `return_dict=False`.
         scheduler (`UniPCMultistepScheduler`):
             The pipeline's sampler; its state is reset.
         noise (`torch.Tensor` of shape `(batch_size, num_channels, num_frames, height, width)`):
             Standard normal start of the chain, float32.
         step_indices (`Sequence[int]`):
-            Steps that take gradient, ascending, in `[0, num_inference_steps - 2]`: the latents that come out must still
-            be noisy.
+            Steps that take gradient, ascending, in `[0, num_inference_steps - 2]`: their latents must still be noisy.
         num_inference_steps (`int`):
             Steps of the whole chain.
         conditioning (`Conditioning`):
             Prompts and, for image-to-video models, images.
         rerun (`bool`, defaults to `False`):
-            Take each of these steps without gradient first, and again with gradient when that is asked for: what is
-            done with the latents in between has the memory of the step's activations to itself. One forward more.
+            Take each of these steps without gradient first, and again with gradient when `differentiable_latents` is
+            called. In between the activations of the step take no memory. Costs one more forward pass.
         rollout_attention_backend (`str`, *optional*):
-            Attention kernel of the steps between, by diffusers' name; the model's own if left out.
+            Attention kernel of the steps without gradient, by diffusers' name; the model's own if left out.
 
     Yields:
         [`GradientStep`], one for each of `step_indices`.
@@ -161,9 +160,9 @@ def sample_latents(
     guidance_scale: float = 1.0,
 ) -> torch.Tensor:
     """
-    Walk the whole chain without gradient, as the pipeline would, but through the wrapped transformer in training.
+    Walk the whole chain without gradient, as the pipeline does, but with the wrapped transformer in training.
 
-    Under ZeRO-3 a stock pipeline cannot be handed the engine; with the same inputs this gives the same latents.
+    Under ZeRO-3 a stock pipeline cannot use the engine; with the same inputs this gives the same latents.
 
     Args:
         negative_prompt_embeds (`torch.Tensor`, *optional*):
@@ -197,7 +196,7 @@ def predict_velocity(
     conditioning: Conditioning,
 ) -> torch.Tensor:
     """
-    Velocity at the given latents, float32, called the way `WanPipeline` and `WanImageToVideoPipeline` call it.
+    Velocity at the given latents, float32; calls the transformer as `WanPipeline` and `WanImageToVideoPipeline` do.
 
     Args:
         latents (`torch.Tensor` of shape `(batch_size, num_channels, num_frames, height, width)`):
@@ -224,7 +223,7 @@ def _take_step(
 
 
 def _forget_gradient(scheduler: UniPCMultistepScheduler) -> None:
-    """Cut the solver's memory from the graph of the step that it has just taken."""
+    """Detach the solver's state from the graph of the step that it has just taken."""
     outputs = scheduler.model_outputs
     scheduler.model_outputs = [None if output is None else output.detach() for output in outputs]
     scheduler.last_sample = scheduler.last_sample.detach()

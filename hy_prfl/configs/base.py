@@ -1,4 +1,4 @@
-"""What every training run needs: optimiser, schedule, noise levels, checkpoints, logging. Nothing about rewards."""
+"""Options of every training run: optimizer, schedule, noise levels, checkpoints, logging. Nothing about rewards."""
 
 import dataclasses
 import math
@@ -20,7 +20,7 @@ def check(condition: bool, name: str, value: object, requirement: str) -> None:
 
 
 def check_seed(name: str, value: int, num_processes: int = 1) -> None:
-    """Raise a `ValueError` unless numpy takes this seed, and those after it of the other processes."""
+    """Raise a `ValueError` unless numpy takes this seed and the following ones, which the other processes use."""
     limit = 2**32 - num_processes + 1
     check(0 <= value < limit, name, value, f"at least 0 and less than {limit}")
 
@@ -44,7 +44,7 @@ class Config:
                     )
                     check(math.isfinite(item) or no_limit, option.name, item, requirement)
                 elif isinstance(item, str) and not option.metadata.get("may_be_empty"):
-                    check(bool(item.strip()), option.name, item, "no empty text; leave it out")
+                    check(bool(item.strip()), option.name, item, "a text that is not empty, or left out")
 
 
 def save_config(config: Any, path: Path) -> None:
@@ -62,7 +62,8 @@ class TrainingConfig(Config):
 
     > Parameters of the run
     > Parameters of the tuning
-    > Parameters of the optimisation
+    > Parameters of the optimization
+
     > Parameters of the noise levels that clean clips are trained at
     > Parameters of checkpoints, logging and evaluation
     > Parameters of the Hub
@@ -82,16 +83,13 @@ class TrainingConfig(Config):
     seed: int = field(default=0, metadata={"help": "Seed of everything random. Same seed, same run."})
     dry_run: bool = field(
         default=False,
-        metadata={
-            "help": "Do one step on random latents, say what memory and time it took, and keep nothing. No dataset is "
-            "trained on."
-        },
+        metadata={"help": "Do one step on random latents, report its memory and time, and keep nothing."},
     )
     dry_run_size: list[int] | None = field(
         default=None,
         metadata={
-            "help": "Frames, height and width, in pixels, of the dry run's clips; those of the largest clip of "
-            "train_dataset if left out, and with it train_dataset need not exist."
+            "help": "Number of frames, height and width of the dry run's clips, in pixels; those of the largest clip of "
+            "train_dataset if left out. With it, train_dataset need not exist."
         },
     )
 
@@ -105,9 +103,11 @@ class TrainingConfig(Config):
         default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"], metadata={"help": "Layers that get an adapter."}
     )
 
-    # Parameters of the optimisation
+    # Parameters of the optimization
     train_batch_size: int = field(default=1, metadata={"help": "Clips per process and micro-batch."})
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Micro-batches of one kind per update."})
+    gradient_accumulation_steps: int = field(
+        default=1, metadata={"help": "Micro-batches per update, of each kind of update."}
+    )
     num_train_epochs: int = field(default=1, metadata={"help": "Passes over the dataset, if no max_train_steps."})
     max_train_steps: int | None = field(default=None, metadata={"help": "Updates to make; overrides the epochs."})
     learning_rate: float = field(default=5e-6, metadata={"help": "Peak learning rate of AdamW."})
@@ -122,37 +122,42 @@ class TrainingConfig(Config):
     max_grad_norm: float = field(
         default=1.0,
         metadata={
-            "help": "Gradients are clipped to this norm. Under DeepSpeed its own `gradient_clipping` rules.",
+            "help": "Largest norm of the gradients. With DeepSpeed `gradient_clipping` of its JSON file counts instead.",
             "may_be_infinite": True,
         },
     )
     max_skipped_updates: int = field(
         default=10,
-        metadata={"help": "Updates with a loss or gradient that is not finite, left out before the run stops."},
+        metadata={
+            "help": "Updates with a loss or gradient that is not finite are left out; after this many the run stops."
+        },
     )
     gradient_checkpointing: bool = field(
-        default=False, metadata={"help": "Recompute block activations in the backward pass: slower, less memory."}
+        default=False,
+        metadata={
+            "help": "Activation checkpointing: compute block activations again in the backward pass. Slower, less memory."
+        },
     )
     gradient_checkpointing_blocks: int | None = field(
         default=None,
-        metadata={"help": "How many blocks of the model in training are recomputed; all if left out."},
+        metadata={"help": "How many blocks of the model in training use activation checkpointing; all if left out."},
     )
     offload_activations: bool = field(
         default=False,
         metadata={
-            "help": "Keep what recomputed blocks start from in (pinned) host memory, copied while they compute."
+            "help": "Keep the inputs of checkpointed blocks in (pinned) host memory, copied while the blocks compute."
         },
     )
     attention_backend: str | None = field(
         default=None,
         metadata={
-            "help": "Attention kernel of whatever takes gradient, by diffusers' name: native, _native_cudnn, flash, "
+            "help": "Attention kernel where gradients are needed, by diffusers' name: native, _native_cudnn, flash, "
             "_flash_3_hub, ...; torch's own choice if left out."
         },
     )
     compile: bool = field(
         default=False,
-        metadata={"help": "Compile the transformer blocks with torch.compile. On one process or under DDP."},
+        metadata={"help": "Compile the transformer blocks with torch.compile; for one process or DDP."},
     )
     context_parallel_degree: int = field(
         default=1, metadata={"help": "Neighbouring processes that share one clip, each with a part of its tokens."}
@@ -176,16 +181,16 @@ class TrainingConfig(Config):
     delete_checkpoints_first: bool = field(
         default=False,
         metadata={
-            "help": "Delete what is beyond checkpoints_total_limit before a checkpoint is written, not after: disk space "
-            "for one checkpoint less. Needs a limit of 2 or more, so that a complete one is always there."
+            "help": "Delete checkpoints beyond checkpoints_total_limit before a new one is written, not after it: needs "
+            "disk space for one checkpoint less. The limit must be 2 or more, so that a complete one always exists."
         },
     )
     validation_steps: int = field(default=500, metadata={"help": "Updates between two validations."})
     resume_from_checkpoint: str | None = field(
         default=None,
         metadata={
-            "help": "A checkpoint folder, or `latest` for the newest one in output_dir, if any. What later steps have "
-            "left there is moved to output_dir/abandoned-<n>."
+            "help": "A checkpoint folder, or `latest` for the newest one in output_dir, if any. Results of "
+            "later steps in output_dir are moved to output_dir/abandoned-<n>."
         },
     )
     report_to: list[str] = field(
@@ -207,12 +212,12 @@ class TrainingConfig(Config):
         default=False, metadata={"help": "Make a new repository private, and refuse one that is public."}
     )
     hub_push_checkpoints: int | None = field(
-        default=None, metadata={"help": "Push every this many checkpoints too, in the background; if left out, none."}
+        default=None, metadata={"help": "Also push every n-th checkpoint, in the background; none if left out."}
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # Every process adds its number.
+        # Every process adds its rank to the seed.
         check_seed("seed", self.seed, num_processes=int(os.environ.get("WORLD_SIZE", "1")))
         size = self.dry_run_size
         check(self.dry_run or size is None, "dry_run_size", size, "left out without `dry_run`")

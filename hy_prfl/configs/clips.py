@@ -1,4 +1,4 @@
-"""How clips are cut out of videos: the same for `preprocess` and `score`, or scores would be of other clips."""
+"""How clips are cut out of videos. `preprocess` and `score` share these options, so that both see the same clips."""
 
 import re
 from dataclasses import dataclass, field
@@ -29,8 +29,8 @@ class ClipConfig(Config):
     buckets: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "Sizes HEIGHTxWIDTH such as 480x832 832x480; the nearest aspect ratio wins. If left out, "
-            "resolution and max_aspect_ratio give the size."
+            "help": "Sizes HEIGHTxWIDTH such as 480x832 832x480; a clip gets the one with the nearest aspect ratio. If left "
+            "out, resolution and max_aspect_ratio decide."
         },
     )
     resolution: int = field(
@@ -42,34 +42,36 @@ class ClipConfig(Config):
     )
     hdr: Literal["refuse", "tone_map"] = field(
         default="refuse",
-        metadata={"help": "Clips in HDR (PQ, HLG) or BT.2020: bad, or brought to BT.709, bright parts compressed."},
+        metadata={
+            "help": "Clips in HDR (PQ, HLG) or BT.2020: leave them out, or convert them to BT.709 with bright parts compressed."
+        },
     )
     max_frame_duration: float = field(
         default=10.0,
         metadata={
-            "help": "Seconds that one frame may stay on the screen; after that the clock counts as jumped.",
+            "help": "Seconds that one frame may stay on the screen; if it stays longer, the clock has jumped.",
             "may_be_infinite": True,
         },
     )
     clock_jumps: Literal["refuse", "join"] = field(
         default="refuse",
         metadata={
-            "help": "Clips whose clock jumps, as in a paused recording, or runs back: bad, or the parts are joined, "
-            "which is reported."
+            "help": "Clips whose clock jumps, as in a paused recording, or runs backwards: leave them out, or join the "
+            "parts and report it."
         },
     )
     file_identity: Literal["time", "content"] = field(
         default="time",
         metadata={
-            "help": "What tells a finished job that its files are the same: size and time stamp, or their content, "
-            "for which all of them are read."
+            "help": "How a finished job recognises that its files are unchanged: by size and time stamp, or by their "
+            "content, which reads all of them."
         },
     )
     vae_tiling: Literal["auto", "on", "off"] = field(
         default="auto",
         metadata={
-            "help": "Let the VAE work in tiles, with a little different result: if a pass would not fit into free memory, "
-            "always, or never."
+            "help": "Let the VAE work in tiles, which changes the result slightly: auto does so if a pass would not fit into "
+            "free memory."
         },
     )
     max_sequence_length: int = field(default=512, metadata={"help": "Tokens after which a prompt is cut."})

@@ -48,7 +48,7 @@ class ConvertConfig(Config):
         },
     )
     transformer_config: str | None = field(
-        default=None, metadata={"help": "config.json of a single file, if it does not lie beside it."}
+        default=None, metadata={"help": "config.json for a single file, if it is not in the same folder."}
     )
     max_shard_size: str | None = field(
         default=None,
@@ -56,21 +56,23 @@ class ConvertConfig(Config):
     )
     text_len: int | None = field(
         default=None,
-        metadata={"help": "Tokens that native code pads a prompt to, which diffusers' files do not tell; else 512."},
+        metadata={
+            "help": "Tokens that native code pads a prompt to; 512 if left out. diffusers' files do not contain it."
+        },
     )
 
     # Parameters of the LoRA
     lora: str | None = field(
         default=None,
         metadata={
-            "help": "LoRA of diffusers, peft, ComfyUI, kohya, DiffSynth, VideoX-Fun or upstream, told by its keys: a "
-            "file, or a folder of diffusers', peft's or upstream's. Of a folder with one for each of two experts, both."
+            "help": "LoRA of diffusers, peft, ComfyUI, kohya, DiffSynth, VideoX-Fun or upstream, recognised by its keys: a "
+            "file, or a folder of diffusers', peft's or upstream's. From a folder with one for each expert, both."
         },
     )
 
     # Parameters of the reward model
     reward_model: str | None = field(
-        default=None, metadata={"help": "Reward model of this project, to be written in upstream's three parts."}
+        default=None, metadata={"help": "Reward model of this project, to write as upstream's three parts."}
     )
     reward_transformer: str | None = field(
         default=None, metadata={"help": "Upstream reward model: folder of its transformer, `checkpoint-N`."}
@@ -80,10 +82,10 @@ class ConvertConfig(Config):
         default=None, metadata={"help": "Upstream reward model: `query_attention_step_N.ckpt`."}
     )
     num_query_heads: int = field(
-        default=8, metadata={"help": "Heads of the query attention, which no file tells; upstream's code has 8."}
+        default=8, metadata={"help": "Heads of the query attention; upstream's code has 8, and its files do not say."}
     )
     query_residual: bool = field(
-        default=True, metadata={"help": "The query is added to the pooled vector, as upstream's code does."}
+        default=True, metadata={"help": "Whether the query is added to the pooled vector, as in upstream's code."}
     )
     task: Literal["text_alignment", "blur_quality", "physics_quality", "human_quality", "motion_quality"] = field(
         default="motion_quality", metadata={"help": "Label that the reward model was trained on."}
@@ -114,7 +116,7 @@ class ConvertConfig(Config):
         check(self.num_query_heads >= 1, "num_query_heads", self.num_query_heads, "at least 1")
 
     def _kind(self) -> str:
-        """Which of the things to convert is given; upstream's reward model stands for its three parts."""
+        """What is to be converted; the three parts of upstream's reward model count as one thing."""
         names = dict.fromkeys((*OUTPUT_FORMATS, *REWARD_PARTS))
         given = [name for name in names if getattr(self, name) is not None]
         if not given:

@@ -21,14 +21,14 @@ class GenerateConfig(Config):
     # Parameters of the input and output
     prompts: str = field(
         metadata={
-            "help": "Prompts: rows {caption, id, seed, image, last_image} in JSON, JSONL or CSV, only the caption is "
-            "needed, or a .txt with one prompt a line. Names of upstream's temp_prfl_infer_data.json work too."
+            "help": "Prompts: rows {caption, id, seed, image, last_image} in JSON, JSONL or CSV, of which only caption is "
+            "required, or a .txt with one prompt per line. Field names of upstream's temp_prfl_infer_data.json work too."
         }
     )
     output_dir: str = field(metadata={"help": "Folder for <id>_seed_<seed>.mp4 and manifest.json."})
-    seed: int = field(default=0, metadata={"help": "Seed of the rows that bring none."})
+    seed: int = field(default=0, metadata={"help": "Seed of rows without one."})
     num_videos_per_prompt: int = field(
-        default=1, metadata={"help": "Videos of each row, with the seeds seed, seed + 1, ..."}
+        default=1, metadata={"help": "Videos per row, with the seeds seed, seed + 1, ..."}
     )
     overwrite: bool = field(
         default=False,
@@ -48,10 +48,11 @@ class GenerateConfig(Config):
         default=None, metadata={"help": "LoRA, in any format that `convert` reads: a file, a folder or a Hub id."}
     )
     transformer_2_path: str | None = field(
-        default=None, metadata={"help": "The same for the low-noise expert of a pipeline of two (Wan2.2 A14B)."}
+        default=None,
+        metadata={"help": "The same for the low-noise expert of a pipeline with two experts (Wan2.2 A14B)."},
     )
     lora_2_path: str | None = field(
-        default=None, metadata={"help": "LoRA weights of the low-noise expert of a pipeline of two."}
+        default=None, metadata={"help": "LoRA of the low-noise expert of a pipeline with two experts."}
     )
     lora_scale: float | None = field(default=None, metadata={"help": "Strength of the LoRAs; 1 if left out."})
     dtype: Literal["bfloat16", "float16", "float32"] = field(
@@ -69,7 +70,7 @@ class GenerateConfig(Config):
         },
     )
     negative_prompt: str | None = field(
-        default=None, metadata={"help": "What the videos should not show.", "may_be_empty": True}
+        default=None, metadata={"help": "Text of what the videos should not show.", "may_be_empty": True}
     )
     max_sequence_length: int = field(default=512, metadata={"help": "Text tokens the prompt is padded or cut to."})
 
@@ -81,15 +82,15 @@ class GenerateConfig(Config):
     num_frames: int = field(default=81, metadata={"help": "Frames, 4k + 1."})
     fps: int = field(default=16, metadata={"help": "Frames per second written into the file; Wan's videos have 16."})
     crf: int = field(
-        default=12, metadata={"help": "H.264 quality: 0 is lossless, 12 looks so, 23 is common on the web."}
+        default=12, metadata={"help": "H.264 quality: 0 is lossless, 12 looks lossless, 23 is common on the web."}
     )
 
     # Parameters of memory and speed
     vae_tiling: Literal["auto", "on", "off"] = field(
         default="auto",
         metadata={
-            "help": "Let the VAE work in tiles, with a little different result: if a pass would not fit into free memory, "
-            "always, or never."
+            "help": "Let the VAE work in tiles, which changes the result slightly: auto does so if a pass would not fit into "
+            "free memory."
         },
     )
     cpu_offload: Literal["none", "model", "sequential"] = field(
@@ -102,7 +103,7 @@ class GenerateConfig(Config):
         default="none",
         metadata={
             "help": "diffusers' step caching, which skips work where steps hardly differ: FirstBlockCache, TaylorSeer, "
-            "or SeaCache (text-to-video only). Faster, and not the same video."
+            "or SeaCache (text-to-video only). Faster, but not the same video."
         },
     )
     step_cache_threshold: float | None = field(

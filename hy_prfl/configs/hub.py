@@ -14,16 +14,17 @@ class PushConfig(Config):
         metadata={"help": "A run, a folder with a model in it, or a dataset written by `preprocess` or `label`."}
     )
     repo_id: str | None = field(
-        default=None, metadata={"help": "Repository, `user/name`; the one of the run's hub_pending.json if left out."}
+        default=None, metadata={"help": "Repository, `user/name`; if left out, the one in the run's hub_pending.json."}
     )
     repo_type: Literal["model", "dataset"] = field(default="model", metadata={"help": "What the folder holds."})
     private: bool = field(
         default=False, metadata={"help": "Make a new repository private, and refuse one that is public."}
     )
-    revision: str | None = field(default=None, metadata={"help": "Branch to commit to, main if left out."})
-    commit_message: str | None = field(default=None, metadata={"help": "Headline of the commit."})
+    revision: str | None = field(default=None, metadata={"help": "Branch to commit to; main if left out."})
+    commit_message: str | None = field(default=None, metadata={"help": "First line of the commit message."})
     token: str | None = field(
-        default=None, metadata={"help": "Token that may write; that of `hf auth login` or HF_TOKEN if left out."}
+        default=None,
+        metadata={"help": "Token with write access; if left out, the one of `hf auth login` or HF_TOKEN."},
     )
 
 
@@ -32,10 +33,10 @@ class PullConfig(Config):
     """Options of `pull`."""
 
     repo_id: str = field(metadata={"help": "Repository, `user/name`."})
-    output_dir: str = field(metadata={"help": "New folder for its files."})
+    output_dir: str = field(metadata={"help": "New folder for the files."})
     repo_type: Literal["model", "dataset"] = field(default="model", metadata={"help": "Kind of the repository."})
     revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit, main if left out."})
-    subfolder: str | None = field(default=None, metadata={"help": "Take only this folder of the repository."})
+    subfolder: str | None = field(default=None, metadata={"help": "Download only this folder of the repository."})
     token: str | None = field(
-        default=None, metadata={"help": "Token that may read; that of `hf auth login` or HF_TOKEN if left out."}
+        default=None, metadata={"help": "Token with read access; if left out, the one of `hf auth login` or HF_TOKEN."}
     )

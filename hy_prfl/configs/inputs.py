@@ -1,4 +1,4 @@
-"""Checks of what options name, before anything is imported that could read it."""
+"""Checks that the files and folders named in options exist, before heavy imports."""
 
 import re
 from pathlib import Path
@@ -27,13 +27,13 @@ def check_paths(config: Any, *names: str) -> None:
 
 def check_sources(config: Any, *names: str, or_file: bool = False) -> None:
     """
-    Raise a `FileNotFoundError` if one of these options is given and is no folder, nor could be a Hub id.
+    Raise a `FileNotFoundError` if one of these options is given and is neither a folder nor a possible Hub id.
 
-    Whether the Hub has it is not asked here.
+    This does not ask whether the Hub has it.
 
     Args:
         or_file (`bool`, defaults to `False`):
-            Whether a file will do as well.
+            Whether a file is accepted too.
     """
     for name in names:
         source = getattr(config, name)
@@ -44,5 +44,5 @@ def check_sources(config: Any, *names: str, or_file: bool = False) -> None:
         if not Path(source).exists() and not HUB_ID.fullmatch(source):
             kind = "file or folder" if or_file else "folder"
             raise FileNotFoundError(
-                f"`{name}`: there is no {kind} '{source}', and no Hub id (`user/name`) looks like this."
+                f"`{name}`: there is no {kind} '{source}', and it does not have the form of a Hub id (`user/name`)."
             )

@@ -8,7 +8,7 @@ from .base import Config
 
 @dataclass(kw_only=True)
 class LabelConfig(Config):
-    """Options of `label`: annotations are merged into an existing latent dataset, without encoding anything."""
+    """Options of `label`: merge annotations into an existing latent dataset without encoding anything."""
 
     dataset: str = field(metadata={"help": "Latent dataset written by `preprocess`: a folder or a Hub id."})
     annotations: str = field(
@@ -17,10 +17,11 @@ class LabelConfig(Config):
             "physics_quality, human_quality: 1/0, good/poor, or empty for unknown."
         }
     )
-    output_dir: str = field(metadata={"help": "Folder of the labelled dataset; may be `dataset` itself."})
+    output_dir: str = field(metadata={"help": "Folder for the labelled dataset; may be `dataset` itself."})
     unknown_ids: Literal["error", "ignore"] = field(
-        default="error", metadata={"help": "What to do with annotations of clips that the dataset does not have."}
+        default="error", metadata={"help": "What to do with annotations of clips that are not in the dataset."}
     )
     overwrite: bool = field(
-        default=False, metadata={"help": "Let annotations replace labels that say otherwise, instead of stopping."}
+        default=False,
+        metadata={"help": "Let annotations replace different labels; without it a difference is an error."},
     )

@@ -1,4 +1,4 @@
-"""Checks of what options want to be written, before anything is loaded."""
+"""Checks that output files and folders can be written, before anything is loaded."""
 
 import os
 import tempfile
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 
-# Bytes of a file name, and what is added to it while it is written (`.partial-00012.jsonl.tmp`).
+# Longest name of a file in bytes, and what is added to it while it is written (`.partial-00012.jsonl.tmp`).
 MAX_NAME, ADDED = 255, 25
 
 
@@ -26,7 +26,7 @@ def check_output_files(config: Any, *names: str) -> None:
 
 
 def _given(config: Any, names: Sequence[str]) -> Iterator[tuple[str, Path]]:
-    """Those of these options that are given, once it is clear that something can be written there."""
+    """The options that are given, after a check that their paths can be written."""
     for name in names:
         path = getattr(config, name)
         if path is not None:
@@ -38,18 +38,18 @@ def check_writable(name: str, path: str) -> None:
     """
     Raise a `ValueError` that names the option if its file or folder cannot be written, whatever it is.
 
-    A file without a name is made in the deepest folder that is there. Permissions alone would not tell.
+    Tries to create a temporary file in the deepest folder that exists, because permissions alone do not show it.
     """
     if "\0" in path:
-        raise ValueError(f"`{name}`: there is a NUL in {path!r}.")
+        raise ValueError(f"`{name}`: {path!r} contains a NUL character.")
     target = Path(path).absolute()
     for part in target.parts:
         length = len(os.fsencode(part)) + (ADDED if part == target.name else 0)
         if length > MAX_NAME:
-            raise ValueError(f"`{name}`: the name '{part}' is too long, at most {MAX_NAME - ADDED} bytes will do.")
+            raise ValueError(f"`{name}`: the name '{part}' is too long, it may have {MAX_NAME - ADDED} bytes at most.")
     existing = next(folder for folder in (target, *target.parents) if folder.exists())
     if existing != target and not existing.is_dir():
-        raise ValueError(f"`{name}`: '{existing}' is a file, so there can be no '{path}'.")
+        raise ValueError(f"`{name}`: '{existing}' is a file, so '{path}' cannot be created.")
     folder = existing if existing.is_dir() else existing.parent
     try:
         with tempfile.TemporaryFile(dir=folder):

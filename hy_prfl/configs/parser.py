@@ -14,13 +14,13 @@ from .yaml_file import TextLoader, read_yaml
 
 ConfigT = TypeVar("ConfigT")
 
-# Shows where a mistake was found; see `scripts/running.py`.
+# Environment variable that shows tracebacks of mistakes; see `scripts/running.py`.
 TRACEBACK_VARIABLE = "HY_PRFL_TRACEBACK"
 EPILOG = (
     "A mistake in options or input ends in one line, `error: ...`, and exit code 2.\n"
     f"With {TRACEBACK_VARIABLE}=1 in the environment its traceback is shown."
 )
-# Words for true and false, and how the types of fields are called.
+# Words for true and false, and names of the types of fields.
 TRUE, FALSE = ("true", "yes", "on", "t", "y", "1"), ("false", "no", "off", "f", "n", "0")
 KINDS = {int: ("an integer", "integers"), float: ("a number", "numbers"), str: ("a text", "texts")}
 
@@ -38,12 +38,13 @@ def parse_config(
     """
     Build `config_class` from `--config FILE.yaml` and the remaining command line options.
 
-    The YAML file is a flat mapping of field names; `null` leaves a field at its default. Values of both go through the
-    same type conversion (`learning_rate: 5e-6` is a float although YAML reads it as a string), and the user's options win.
+    The YAML file is a flat mapping of field names; `null` leaves a field at its default. Values from both go through
+    the same type conversion (`learning_rate: 5e-6` is a float although YAML reads it as a string). The command line
+    wins.
 
-    Fields are of type str, int, float, bool or `Literal`, of any other type made from one string, or a list of one of
-    these; each may be optional. A flag is `--flag`, `--flag true` or `--flag false`, one that is on by default also
-    `--no_flag`.
+    Fields have the type str, int, float, bool or `Literal`, another type that is made from one string, or a list of
+    one of these; each may be optional. A flag is `--flag`, `--flag true` or `--flag false`, one that is on by default
+    also `--no_flag`.
 
     Args:
         config_class (`type`):
@@ -51,7 +52,7 @@ def parse_config(
         argv (`Sequence[str]`, *optional*):
             The options, `sys.argv[1:]` if not given.
         description (`str`, *optional*):
-            The head of `--help`.
+            Text at the top of `--help`.
 
     Raises:
         ValueError: If the YAML file is not a flat mapping, holds a key that is no field, or if any value has the
@@ -60,7 +61,7 @@ def parse_config(
     """
     argv = [_with_underscores(word) for word in (sys.argv[1:] if argv is None else argv)]
     if not {"-h", "--help"} & set(argv):
-        # Before anything else, so that a misspelt option is named and not the one that is missing for it.
+        # First, so that the error names the misspelt option and not the required one that is missing because of it.
         for name in (word.removeprefix("--").partition("=")[0] for word in argv if word.startswith("--")):
             positive = name.removeprefix("no_")  # `--no_flag` turns off a flag that is on by default
             if name != "config":
@@ -101,8 +102,8 @@ def _check_name(name: str, config_class: type, *, source: str) -> None:
 
 
 def _build_parser(config_class: type, types: dict[str, Any], description: str | None) -> ConfigParser:
-    """A parser that sorts words by option. It knows no types: values of the YAML file have to be converted as well."""
-    # `hy-prfl train_prfl`, where argparse would say `hy-prfl`.
+    """A parser that assigns words to options. It converts no types, because values of the YAML file need that too."""
+    # `hy-prfl train_prfl`; argparse alone would say `hy-prfl`.
     command = [word for word in sys.argv[1:2] if not word.startswith("-")]
     parser = ConfigParser(
         prog=" ".join([Path(sys.argv[0]).name, *command]),
@@ -147,7 +148,7 @@ def _help(field: dataclasses.Field[Any]) -> str:
 
 
 def _read_file(path: Path, config_class: type, types: dict[str, Any]) -> dict[str, Any]:
-    """The values of a flat YAML mapping, those that are null left out."""
+    """The values of a flat YAML mapping, without those that are null."""
     values = read_yaml(path, TextLoader)
     if values is None:
         return {}
@@ -156,14 +157,14 @@ def _read_file(path: Path, config_class: type, types: dict[str, Any]) -> dict[st
     for name, value in values.items():
         _check_name(str(name), config_class, source=str(path))
         if isinstance(value, dict):
-            raise ValueError(f"{path}: '{name}' is a mapping; every field takes a single value or a list.")
+            raise ValueError(f"{path}: '{name}' is a mapping, but every field takes a single value or a list.")
         if isinstance(value, list) and not all(isinstance(item, str) for item in value):
             raise ValueError(f"{path}: '{name}' must be a list of single values, got {value!r}.")
     return {name: _convert(name, value, types[name], str(path)) for name, value in values.items() if value is not None}
 
 
 def _scalar_type(hint: Any) -> tuple[Any, bool]:
-    """The type of a field's value, or of the items of its list, and whether it is a list. Whether it is optional is lost."""
+    """The type of a field's value, or of the items of its list, and whether it is a list."""
     options = [option for option in get_args(hint) if option is not NoneType]
     if NoneType in get_args(hint) and len(options) == 1:
         hint = options[0]
@@ -171,7 +172,7 @@ def _scalar_type(hint: Any) -> tuple[Any, bool]:
 
 
 def _convert(name: str, value: str | list[str], hint: Any, source: str) -> Any:
-    """The value of a field from what is written for it; a single value counts as a list of one."""
+    """Convert the text of a field; a single value counts as a list of one."""
     kind, is_list = _scalar_type(hint)
     if not is_list and isinstance(value, list):
         raise ValueError(f"{source}: `{name}` must be a single value, got the list {value!r}.")

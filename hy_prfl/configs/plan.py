@@ -8,13 +8,13 @@ from .base import Config, check
 
 @dataclass(kw_only=True)
 class PlanConfig(Config):
-    """Options of `plan --config recipe.yaml`. Any option of the recipe may be given too, and wins."""
+    """Options of `plan --config recipe.yaml`. Options of the recipe may be given too, and replace its values."""
 
     recipe: str = field(
-        metadata={"help": "Recipe of train_prfl or train_reward; on the command line `--config` will do."}
+        metadata={"help": "Recipe of train_prfl or train_reward; on the command line also `--config`."}
     )
     recipe_command: Literal["train_prfl", "train_reward"] | None = field(
-        default=None, metadata={"help": "What the recipe is for; told by its keys if left out."}
+        default=None, metadata={"help": "Command that the recipe is for; inferred from its keys if left out."}
     )
     output: str | None = field(default=None, metadata={"help": "JSON file to write the plan to."})
 
@@ -25,11 +25,11 @@ class PlanConfig(Config):
     first_frame: bool = field(
         default=False,
         metadata={
-            "help": "Clips start with an image that is given, for Wan2.2 TI2V 5B; others show it by their weights."
+            "help": "Clips start from a given image, for Wan2.2 TI2V 5B; for other models it is inferred from the weights."
         },
     )
     num_rows: int | None = field(
-        default=None, metadata={"help": "Clips, or pairs, of the training dataset, to tell the hours of a run."}
+        default=None, metadata={"help": "Clips, or pairs, in the training dataset, to predict the hours of a run."}
     )
 
     # Parameters of the machine
@@ -39,14 +39,13 @@ class PlanConfig(Config):
         default=0, metadata={"help": "0 for a single process or DDP, 2 or 3 for ZeRO as in ds_configs/."}
     )
     offload: bool = field(
-        default=False, metadata={"help": "Weights and optimizer states in host memory, as ds_configs/zero3_offload."}
+        default=False,
+        metadata={"help": "Keep weights and optimizer states in host memory, as in ds_configs/zero3_offload.json."},
     )
     tflops: float = field(
         default=989.0, metadata={"help": "Peak of a GPU in dense bfloat16 TFLOP/s; the default is an H100's."}
     )
-    utilization: float = field(
-        default=0.4, metadata={"help": "Share of that peak that is reached; an assumption until measured."}
-    )
+    utilization: float = field(default=0.4, metadata={"help": "Share of that peak that is reached; an assumption."})
     reserved_memory: float = field(
         default=3.0,
         metadata={"help": "GB for the CUDA context, communication buffers and fragmentation; an assumption."},

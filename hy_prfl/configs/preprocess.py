@@ -10,7 +10,8 @@ from .clips import ClipConfig
 @dataclass(kw_only=True)
 class PreprocessConfig(ClipConfig):
     """
-    Options of `preprocess`: clips of a manifest, or folders of upstream's preprocessing, become a latent dataset.
+    Options of `preprocess`: turn the clips of a manifest, or folders of upstream's preprocessing, into a latent
+    dataset.
 
     > Parameters of the input and output
     > Parameters of encoding and of storage
@@ -28,22 +29,22 @@ class PreprocessConfig(ClipConfig):
         default=None,
         metadata={
             "help": "Instead of a manifest: a folder of HY-Video-PRFL's `*_meta_v1.json` files, or a .list file that "
-            "names such files. Their .npy files are imported, nothing is encoded but the empty prompt."
+            "names such files. Imports their .npy files and encodes only the empty prompt."
         },
     )
     upstream_root: str = field(
         default=".",
-        metadata={"help": "Folder that upstream ran in: paths in its files are looked up there and beside the file."},
+        metadata={"help": "Folder in which upstream ran: paths in its files are looked up there and beside the file."},
     )
     null_prompt_path: str | None = field(
         default=None,
-        metadata={"help": "Upstream's null.npy, the embedding of the empty prompt; encoded anew if left out."},
+        metadata={"help": "Upstream's null.npy, the embedding of the empty prompt; encoded here if left out."},
     )
     overwrite: bool = field(
         default=False,
         metadata={
-            "help": "Replace a finished dataset that was made with other options, and drop its clips that the manifest "
-            "has no more; without it that is an error."
+            "help": "Replace a finished dataset that was made with other options, and drop clips that are no longer in the "
+            "manifest; without it both are errors."
         },
     )
     revision: str | None = field(default=None, metadata={"help": "Hub revision of the pipeline."})
@@ -53,7 +54,7 @@ class PreprocessConfig(ClipConfig):
     prompts_only: bool = field(
         default=False,
         metadata={
-            "help": "Encode no latents: prompts for reward updates, with first images for image-to-video. For "
+            "help": "Encode no latents, only prompts for reward updates, with first images for image-to-video. For "
             "text-to-video, buckets must name one size."
         },
     )
@@ -67,7 +68,10 @@ class PreprocessConfig(ClipConfig):
             "help": "Clips of one size and length that the VAE encodes at once; more is faster for small clips."
         },
     )
-    shard_size: int = field(default=8, metadata={"help": "Clips that are stored at once: the loss if killed."})
+    shard_size: int = field(
+        default=8,
+        metadata={"help": "Clips that are stored at once: at most this many are lost if the process is killed."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

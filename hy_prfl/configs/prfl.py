@@ -9,7 +9,7 @@ from .base import TrainingConfig, check, check_seed
 @dataclass(kw_only=True)
 class PRFLTrainingConfig(TrainingConfig):
     """
-    Options of process reward feedback learning. A step is one update of each kind that the schedule has.
+    Options of process reward feedback learning. A step is one update of each kind in the schedule.
 
     > Parameters of the average
     > Parameters of the experts
@@ -26,14 +26,14 @@ class PRFLTrainingConfig(TrainingConfig):
     expert: Literal["high_noise", "low_noise", "both"] | None = field(
         default=None,
         metadata={
-            "help": "Which transformer of a pipeline of two (Wan2.2 A14B) trains: high_noise is its `transformer`, "
-            "low_noise its `transformer_2`. To be left out for pipelines of one."
+            "help": "Which transformer of a pipeline with two (Wan2.2 A14B) trains: high_noise is its `transformer`, "
+            "low_noise its `transformer_2`. Leave it out for pipelines with one."
         },
     )
     shard_frozen_expert: bool = field(
         default=False,
         metadata={
-            "help": "Split the weights of the expert that does not train over all processes instead of a copy on each."
+            "help": "Shard the weights of the expert that does not train over all processes instead of a copy on each."
         },
     )
 
@@ -44,77 +44,82 @@ class PRFLTrainingConfig(TrainingConfig):
     )
     shard_reward_model: bool = field(
         default=False,
-        metadata={"help": "Split the reward model's weights over all processes instead of a copy on each."},
+        metadata={"help": "Shard the reward model's weights over all processes instead of a copy on each."},
     )
     offload_reward_model: bool = field(
         default=False,
-        metadata={"help": "Keep the reward model in host memory, and copy it to the device only to score."},
+        metadata={"help": "Keep the reward model in host memory, and copy it to the device only while it scores."},
     )
     prompt_dataset: str | None = field(
         default=None,
-        metadata={"help": "Dataset of the reward updates, latents not needed; train_dataset if left out."},
+        metadata={
+            "help": "Dataset of prompts for the reward updates, which needs no latents; train_dataset if left out."
+        },
     )
     update_schedule: Literal["alternate", "joint", "reward", "flow_matching"] = field(
         default="alternate",
         metadata={
             "help": "alternate: a flow-matching update, then a reward update (the paper). joint: one update on both "
-            "gradients. reward, flow_matching: only that one."
+            "gradients. reward, flow_matching: only that kind."
         },
     )
     reward_loss: Literal["logit", "sigmoid", "logsigmoid"] = field(
-        default="logsigmoid", metadata={"help": "logit: the paper's. sigmoid: upstream's. logsigmoid: see losses.py."}
+        default="logsigmoid",
+        metadata={
+            "help": "logit: the paper's form. sigmoid: upstream's. logsigmoid: -log sigmoid(logit), see losses.py."
+        },
     )
     reward_scale: float = field(default=1.0, metadata={"help": "Weight of the reward loss."})
-    reward_target: float = field(default=2.0, metadata={"help": "Target of the sigmoid form's hinge."})
+    reward_target: float = field(default=2.0, metadata={"help": "Target of the hinge, for reward_loss sigmoid."})
     divide_by_step_width: bool = field(
         default=True,
         metadata={
-            "help": "Divide the reward's gradient by the width in sigma of the step that it comes through, the mean width "
-            "being 1. Without it, as in the paper, the last steps of a chain, which are wider, weigh many times as much "
-            "as the first."
+            "help": "Divide the reward's gradient by the width in sigma of the step that it passes through, relative to the "
+            "mean width. Without it, as in the paper, the last steps of a chain, which are wider, weigh many times as "
+            "much as the first."
         },
     )
     num_inference_steps: int = field(default=40, metadata={"help": "Steps of the sampler's whole chain."})
     step_range: list[int] | None = field(
         default=None,
         metadata={
-            "help": "First and last step that may take gradient; 0 and num_inference_steps - 2, or of these the steps of "
-            "the expert in training, if left out."
+            "help": "First and last step that may take gradient. If left out, all steps but the last, or of these the steps of "
+            "the expert in training."
         },
     )
     num_gradient_steps: int = field(
         default=1,
         metadata={
-            "help": "Steps of one chain that take gradient, each with a backward pass of its own; an update takes their "
-            "mean. More reward gradients for one rollout."
+            "help": "Steps of one chain that take gradient, each with its own backward pass; an update uses their mean. "
+            "More reward gradients for one rollout."
         },
     )
     rerun_gradient_step: bool = field(
         default=False,
         metadata={
-            "help": "Take the step without gradient first, and again once the reward's gradient is known: one forward "
-            "more, but the memory of the generator's step and of the reward model never adds up."
+            "help": "Take the step without gradient first, and again with gradient when the reward's gradient is known: one "
+            "more forward pass, but the memory of the generator's step and of the reward model never adds up."
         },
     )
     reward_gradient_checkpointing_blocks: int | None = field(
         default=None,
-        metadata={"help": "How many of the reward model's blocks are recomputed; all if left out."},
+        metadata={"help": "How many of the reward model's blocks use activation checkpointing; all if left out."},
     )
     rollout_attention_backend: str | None = field(
         default=None,
         metadata={
-            "help": "Attention kernel of the rollout, which takes no gradient, so that forward-only ones will do "
+            "help": "Attention kernel of the rollout, which takes no gradient, so forward-only kernels are possible "
             "(_flash_3, sage, ...); attention_backend if left out."
         },
     )
     sampler_flow_shift: float | None = field(
-        default=None, metadata={"help": "Shift of the sampler's grid, the pipeline's own if left out."}
+        default=None, metadata={"help": "Shift of the sampler's timesteps; the pipeline's own if left out."}
     )
 
     # Parameters of the prompts
     prompt_dropout: float = field(default=0.1, metadata={"help": "Share of prompts replaced by the empty one."})
     long_prompt_probability: float = field(
-        default=0.7, metadata={"help": "How often the long caption is taken where a row has one."}
+        default=0.7, metadata={"help": "Probability of the long caption, where a row has one."}
     )
 
     # Parameters of the validation
@@ -128,8 +133,8 @@ class PRFLTrainingConfig(TrainingConfig):
     vae_tiling: Literal["auto", "on", "off"] = field(
         default="auto",
         metadata={
-            "help": "Let the VAE work in tiles, with a little different result: if a pass would not fit into free memory, "
-            "always, or never."
+            "help": "Let the VAE work in tiles, which changes the result slightly: auto does so if a pass would not fit into "
+            "free memory."
         },
     )
     validation_fps: int = field(default=16, metadata={"help": "Frame rate of those files."})
@@ -165,7 +170,7 @@ class PRFLTrainingConfig(TrainingConfig):
         check(
             not (self.rerun_gradient_step and self.lora_rank and self.lora_dropout),
             "rerun_gradient_step", self.rerun_gradient_step,
-            f"false with `lora_dropout` {self.lora_dropout}: the second run would drop others",
+            f"false with `lora_dropout` {self.lora_dropout}: the second pass would drop other elements",
         )  # fmt: skip
         for name in ("shard_reward_model", "shard_frozen_expert", "offload_reward_model"):
             check(not (self.compile and getattr(self, name)), "compile", self.compile, f"false with `{name}`")

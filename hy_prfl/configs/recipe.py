@@ -10,29 +10,28 @@ from .base import Config, check
 class RecipeConfig(Config):
     """Options of `convert_recipe --config theirs.yaml --output ours.yaml`."""
 
-    recipe: str = field(metadata={"help": "YAML file of HY-Video-PRFL's; on the command line `--config` will do."})
+    recipe: str = field(metadata={"help": "YAML file of HY-Video-PRFL; on the command line also `--config`."})
     output: str = field(metadata={"help": "YAML file to write, which must not exist."})
     pretrained_model_name_or_path: str | None = field(
         default=None,
         metadata={
-            "help": "Pipeline in diffusers' format, a folder or a Hub id; the published one of the recipe's model if left out."
+            "help": "Pipeline in diffusers' format, a folder or a Hub id; if left out, the published one of the recipe's model."
         },
     )
     upstream_root: str | None = field(
         default=None,
         metadata={
-            "help": "Folder that upstream ran in, where its relative paths start. If left out, the folder above `configs` "
+            "help": "Folder in which upstream ran, where its relative paths start. If left out, the folder above `configs` "
             "if the recipe is in a folder of that name, else the current one."
         },
     )
     recipe_command: Literal["preprocess", "train_reward", "train_prfl", "score"] | None = field(
-        default=None, metadata={"help": "What the recipe is for; told by its keys and its name if left out."}
+        default=None,
+        metadata={"help": "Command that the recipe is for; inferred from its keys and its name if left out."},
     )
     ignore_keys: list[str] = field(
         default_factory=list,
-        metadata={
-            "help": "Keys, as section.key, that count as if they were not in the file: for values that are refused."
-        },
+        metadata={"help": "Keys, as section.key, to ignore: for values that are refused."},
     )
 
     def __post_init__(self) -> None:

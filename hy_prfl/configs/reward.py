@@ -29,8 +29,8 @@ class RewardTrainingConfig(TrainingConfig):
     expert: Literal["high_noise", "low_noise"] | None = field(
         default=None,
         metadata={
-            "help": "Which transformer of a pipeline of two (Wan2.2 A14B) gives the blocks, the high-noise or the "
-            "low-noise expert; the reward model scores all noise levels. To be left out for pipelines of one."
+            "help": "Which transformer of a pipeline with two (Wan2.2 A14B) gives the blocks, the high-noise or the "
+            "low-noise expert; the reward model scores all noise levels. Leave it out for pipelines with one."
         },
     )
     num_layers: int = field(default=8, metadata={"help": "Transformer blocks to keep."})
@@ -38,7 +38,7 @@ class RewardTrainingConfig(TrainingConfig):
     num_query_heads: int = field(default=8, metadata={"help": "Heads of the query attention."})
     query_residual: bool = field(default=True, metadata={"help": "Add the query to the pooled vector."})
     freeze_blocks: bool = field(
-        default=False, metadata={"help": "Train pooling and head only, a probe of the generator's own features."}
+        default=False, metadata={"help": "Train pooling and head only: a probe of the generator's features."}
     )
 
     # Parameters of the loss
@@ -47,14 +47,15 @@ class RewardTrainingConfig(TrainingConfig):
         default="bce", metadata={"help": "bce: one clip, one label. bt: Bradley-Terry on pairs of clips."}
     )
     allow_unpaired: bool = field(
-        default=False, metadata={"help": "bt: compare clips of different prompts if no two share one."}
+        default=False, metadata={"help": "bt: compare clips of different prompts if no two clips share one."}
     )
     learning_rate: float = field(default=1e-6, metadata={"help": "Learning rate of the transformer blocks."})
     head_learning_rate: float = field(default=1e-5, metadata={"help": "Learning rate of pooling and head."})
 
     # Parameters of the evaluation
     validation_timesteps: list[int] = field(
-        # The middles of the paper's five bins; chance, all there is at 1000, must not help to choose the best model.
+        # The middles of the paper's five bins. Not 1000: pure noise, where accuracy is chance, must not influence
+        # which model is best.
         default_factory=lambda: [100, 300, 500, 700, 900],
         metadata={"help": "Noise levels, 1000 * sigma, at which the model is evaluated."},
     )
@@ -62,8 +63,8 @@ class RewardTrainingConfig(TrainingConfig):
     metric_for_best_model: BestMetric | None = field(
         default=None,
         metadata={
-            "help": "Mean over the timesteps that decides which model is kept in output_dir/best: accuracy for bce and "
-            "pair_accuracy for bt if left out."
+            "help": "Metric, averaged over the timesteps, that decides which model is kept in output_dir/best. If left out, "
+            "accuracy for bce and pair_accuracy for bt."
         },
     )
 

@@ -10,7 +10,7 @@ from .clips import ClipConfig
 @dataclass(kw_only=True)
 class ScoreConfig(ClipConfig):
     """
-    Options of `score`: videos with captions, or a latent dataset -> a table of rewards at chosen noise levels.
+    Options of `score`: turn videos with captions, or a latent dataset, into a table of rewards at chosen noise levels.
 
     > Parameters of the input and output
     > Parameters of the scores
@@ -21,7 +21,7 @@ class ScoreConfig(ClipConfig):
     reward_model_revision: str | None = field(default=None, metadata={"help": "Hub revision of the reward model."})
     manifest: str | None = field(
         default=None,
-        metadata={"help": "Videos to score: .json, .jsonl or .csv, as for `preprocess` or by `generate`."},
+        metadata={"help": "Videos to score: .json, .jsonl or .csv, as for `preprocess` or as `generate` writes it."},
     )
     dataset: str | None = field(
         default=None, metadata={"help": "Instead of a manifest: a latent dataset, a folder or a Hub id."}
@@ -36,7 +36,7 @@ class ScoreConfig(ClipConfig):
         metadata={"help": "Table to write: .csv, .json or .jsonl. A summary is written to <output>.summary.json."}
     )
     overwrite: bool = field(
-        default=False, metadata={"help": "Replace a table of other scores; without it that is an error."}
+        default=False, metadata={"help": "Replace a table of different scores; without it that is an error."}
     )
 
     # Parameters of the scores
@@ -44,8 +44,13 @@ class ScoreConfig(ClipConfig):
         default_factory=lambda: [201, 400, 600, 800, 1000],
         metadata={"help": "Noise levels, 1000 * sigma, in (0, 1000]."},
     )
-    num_noise_samples: int = field(default=1, metadata={"help": "Noises that each logit is the mean over."})
-    seed: int = field(default=0, metadata={"help": "Seed of the noise; with the seed of training, the same noise."})
+    num_noise_samples: int = field(
+        default=1, metadata={"help": "Number of noise samples that each logit is averaged over."}
+    )
+    seed: int = field(
+        default=0,
+        metadata={"help": "Seed of the noise; the seed of a training run gives the noise of its evaluation."},
+    )
     batch_size: int = field(default=1, metadata={"help": "Rows of a dataset that are scored at once, per process."})
     dtype: Literal["bfloat16", "float16", "float32"] = field(
         default="float32", metadata={"help": "Type of the reward model."}

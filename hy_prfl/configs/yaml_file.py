@@ -1,4 +1,4 @@
-"""YAML files that people write: read strictly, with errors of one line that name the place."""
+"""Reads YAML files strictly; errors have one line and name the place."""
 
 import math
 from collections.abc import Hashable
@@ -9,14 +9,14 @@ import yaml
 
 
 class StrictLoader(yaml.SafeLoader):
-    """Refuses a key that comes twice, where PyYAML keeps the last one without a word."""
+    """Refuses repeated keys; PyYAML silently keeps the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
         for key, _ in node.value:
             if key.value in seen and isinstance(key, yaml.ScalarNode):
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key '{key.value}' comes twice", key.start_mark
+                    None, None, f"the key '{key.value}' appears twice", key.start_mark
                 )
             if isinstance(key, yaml.ScalarNode):
                 seen.add(key.value)
@@ -27,8 +27,8 @@ class TextLoader(StrictLoader):
     """
     Leaves scalars as they are written, except null.
 
-    What type a value has is known to the field that it is for. YAML 1.1 would make an octal number of `010`, true of `on`
-    and 750 of `12:30`.
+    The field decides the type of a value. YAML 1.1 would read `010` as an octal number, `on` as true and `12:30` as
+    750.
     """
 
 
@@ -38,7 +38,7 @@ def _text(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> str:
 
 def _float(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> str:
     value = loader.construct_yaml_float(node)
-    return str(node.value) if math.isfinite(value) else str(value)  # `.inf` is no number for Python
+    return str(node.value) if math.isfinite(value) else str(value)  # Python does not read `.inf`
 
 
 for _kind in ("bool", "int", "timestamp"):
@@ -48,7 +48,7 @@ TextLoader.add_constructor("tag:yaml.org,2002:float", _float)
 
 def read_yaml(path: Path, loader: type[StrictLoader] = StrictLoader) -> Any:
     """
-    What a YAML file holds, None for an empty one.
+    Content of a YAML file, None for an empty one.
 
     Args:
         loader (`type`, defaults to `StrictLoader`):

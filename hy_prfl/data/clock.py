@@ -1,4 +1,4 @@
-"""When each frame of a clip is on the screen: presentation times put in order, jumps found, rounding undone."""
+"""Computes when each frame of a clip is on the screen: sorts presentation times, finds jumps, undoes rounding."""
 
 import heapq
 from collections import deque
@@ -15,22 +15,22 @@ from .pixels import VideoError
 
 ClockJumps = Literal["refuse", "join"]
 
-# Seconds that times may be off whatever the clock: files pass through containers that round to milliseconds (WebM).
+# Error of times in seconds, for any clock: some containers round to milliseconds (WebM).
 MILLISECOND = 1e-3
 
-# Part by which a source may be slower or faster than the wanted rate and still give every frame: NTSC has 24 / 1.001.
+# Relative difference of a source's rate from the wanted one at which every frame is still used: NTSC has 24 / 1.001.
 DRIFT = 1.5e-3
 
-# Seconds that arithmetic may be off.
+# Rounding error of the arithmetic, in seconds.
 EPSILON = 1e-6
 
-# Frames that are looked at before one is handed on. H.264 shows a frame at most 16 places from where it was coded.
+# Frames that are read before one is passed on. H.264 shows a frame at most 16 places from where it was coded.
 WINDOW = 18
 
 
 @dataclass(frozen=True)
 class Shown:
-    """A frame and the time that it is on the screen, in seconds since the first frame."""
+    """A frame and the time at which it is on the screen, in seconds since the first frame."""
 
     frame: av.VideoFrame
     start: float
@@ -39,7 +39,7 @@ class Shown:
 
 @dataclass(frozen=True)
 class _Timed:
-    """A frame, its time by the file's clock, those of the frames after it, and whether times had to be sorted."""
+    """A frame, its time by the file's clock, the times of the frames after it, and whether times had to be sorted."""
 
     frame: av.VideoFrame
     time: float
@@ -50,7 +50,7 @@ class _Timed:
 @dataclass
 class Clock:
     """
-    Tells when the frames of a stream, in the order of the decoder, are on the screen. Times are in seconds.
+    Computes when the frames of a stream, in the order of the decoder, are on the screen. Times are in seconds.
 
     - Times that are missing follow from the durations before them.
     - Times in the order of coding, as a container without presentation times gives them (AVI), are sorted.
@@ -65,7 +65,7 @@ class Clock:
         tick (`float`): Resolution of the clock, the stream's time base.
         interval (`float`): Usual duration of a frame, where the file does not say.
         fps (`float`): The wanted frame rate.
-        base_rate (`float`): FFmpeg's guess at the frame rate that times were rounded from.
+        base_rate (`float`): FFmpeg's guess of the frame rate before times were rounded.
         max_frame_duration (`float`): Longest time that one frame may stay.
         jumps (`str`, defaults to `"refuse"`): `"refuse"` or `"join"`.
 
@@ -85,10 +85,10 @@ class Clock:
 
     def show(self, frames: Iterable[av.VideoFrame]) -> Iterator[Shown]:
         """
-        Frames with the times at which they appear and leave, in the order of the screen.
+        Frames with the times at which they appear and disappear, in display order.
 
         Raises:
-            VideoError: If the clock jumps and that is refused; not before a frame behind the jump is asked for.
+            VideoError: If the clock jumps and that is refused; raised only when a frame after the jump is requested.
         """
         part, before, start, usual = _Part(self, 0.0), None, 0.0, self.interval
         for timed in self._sort(frames):
@@ -113,9 +113,9 @@ class Clock:
 
     def _sort(self, frames: Iterable[av.VideoFrame]) -> Iterator[_Timed]:
         """
-        Frames with their times, in order as long as no frame is more than a window away from its place.
+        Frames with their times, in order if no frame is more than a window away from its place.
 
-        The decoder's order is that of the screen, so only the times move.
+        The decoder returns frames in display order, so only the times are sorted.
         """
         waiting: deque[av.VideoFrame] = deque()
         times: list[float] = []
@@ -129,7 +129,7 @@ class Clock:
             time = end if frame.pts is None else float(frame.pts * frame.time_base)
             end = time + (self._duration(frame) or self.interval)
             if time < latest - 2 * WINDOW * self.interval:
-                # Not the order of coding, but another clock: nothing that came before belongs behind it.
+                # Not the order of coding but another clock: no earlier frame belongs after it.
                 while waiting:
                     yield pop()
                 latest = time
@@ -143,9 +143,9 @@ class Clock:
             yield pop()
 
     def _find_jump(self, before: float, timed: _Timed) -> str | None:
-        """What is wrong with the step from the frame before to this one, None if nothing is."""
+        """What is wrong with the step from the previous frame to this one, None if nothing is."""
         step = timed.time - before
-        # Sorted times in one place are two clocks, not one in the order of coding.
+        # Times that had to be sorted in a single place come from two clocks, not from the order of coding.
         if step < 0 or (timed.was_sorted and step < self.interval / 2):
             return f"its clock runs back at {before:.3f} s"
         return self._stays(before, step) if step > self.max_frame_duration else None
@@ -158,7 +158,7 @@ class Clock:
 
     def _refuse_or_note(self, jump: str, skipped: float) -> None:
         if self.jumps == "refuse":
-            raise VideoError(f"{jump}; `clock_jumps: join` lets what follows start at once")
+            raise VideoError(f"{jump}; `clock_jumps: join` joins the parts before and after it")
         self.joined.append(jump)
         self.skipped += max(skipped, 0)
 
@@ -167,7 +167,7 @@ class Clock:
 
 
 class _Part:
-    """Frames between two jumps of the clock, the first of them on the screen from `offset` on."""
+    """Frames between two jumps of the clock; the first one appears at `offset`."""
 
     def __init__(self, clock: Clock, offset: float) -> None:
         self.clock = clock
@@ -188,7 +188,7 @@ class _Part:
                 break
             times.append(time)
         self.steps |= {round((second - first) / self.clock.tick) for first, second in pairwise(times)}
-        # Steps that are all equal were not rounded.
+        # Times with equal steps were not rounded.
         rounded = len(self.steps) > 1
         since = np.array(times) - self.origin
         errors = np.abs(since - np.arange(self.index, self.index + len(times)) / self.rates[:, None])

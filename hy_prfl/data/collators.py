@@ -19,10 +19,10 @@ class Batch:
 
     def to(self: BatchT, device: torch.device, embeds_dtype: torch.dtype = torch.float32) -> BatchT:
         """
-        Copy on `device`, in the types that models and losses compute in.
+        Copy on `device`, in the types in which models and losses compute.
 
-        Batches carry tensors in the type that the dataset stores, half of it as a rule, and are cast only here, on the
-        device. DeepSpeed casts no inputs in bfloat16 and has no autocast, so embeddings must come in the model's type.
+        Batches hold tensors in the type of the dataset, usually float16, and are cast only here, on the device.
+        DeepSpeed in bfloat16 casts no inputs and has no autocast, so embeddings must have the model's type.
 
         Args:
             embeds_dtype (`torch.dtype`, defaults to `torch.float32`):
@@ -39,7 +39,7 @@ class Batch:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors, of those that a worker process sends."""
+        """Bytes of the tensors that a worker process sends."""
         values = [getattr(self, field.name) for field in dataclasses.fields(self)]  # type: ignore[arg-type]
         return sum(value.nbytes for value in values if isinstance(value, (torch.Tensor, Batch)))
 
@@ -74,13 +74,13 @@ class LatentBatch(Batch):
             (`torch.Tensor` of shape `(batch_size, max_sequence_length, text_dim)`):
             Embeddings of caption, long caption (the caption where a row has none) and empty prompt, zero-padded.
         num_tokens (`int`):
-            Tokens of the longest prompt. What follows is padding in all rows, and is neither sent from a worker process
-            nor copied to a device, but made again there.
+            Tokens of the longest prompt. The padding after them is neither sent from a worker process nor copied to a
+            device, but added again there.
         image_embeds (`torch.Tensor` of shape `(batch_size, num_image_tokens, image_dim)`, *optional*):
-            CLIP embeddings of the first frame, for image-to-video models. Models of first and last frame take
-            `2 * batch_size` of them, those of a clip behind each other.
+            CLIP embeddings of the first frame, for image-to-video models. Models of first and last frame take `2 *
+            batch_size` of them, two in a row for each clip.
         condition (`torch.Tensor` of shape `(batch_size, 20, num_frames, height, width)`, *optional*):
-            Mask and latents of the images, for image-to-video models; of Wan2.2 TI2V 5B `(batch_size, 48, 1, height,
+            Mask and latents of the images, for image-to-video models; for Wan2.2 TI2V 5B `(batch_size, 48, 1, height,
             width)`, the clean first frame.
     """
 
@@ -109,7 +109,7 @@ class LatentBatch(Batch):
         return super().nbytes - padded + sum(value.nbytes for value in self._trimmed_prompts().values())
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a worker process sends. A slice would be sent with all of the memory that it is part of."""
+        """State that a worker process sends, with copies of slices: a slice would be sent with its whole memory."""
         prompts = {name: value.clone() for name, value in self._trimmed_prompts().items()}
         return vars(self) | prompts | {"max_sequence_length": self.prompt_embeds.shape[1]}
 
@@ -122,7 +122,7 @@ class LatentBatch(Batch):
 
     @classmethod
     def concatenate(cls, batches: Sequence["LatentBatch"]) -> "LatentBatch":
-        """One batch of all clips of several batches of one shape."""
+        """One batch with the clips of several batches of one shape."""
         joined: dict[str, Any] = {"latents_shape": batches[0].latents_shape}
         joined["num_tokens"] = max(batch.num_tokens for batch in batches)
         for name in ("latents", "image_embeds", "condition", *PROMPTS):
@@ -162,14 +162,14 @@ def collate_latents(rows: Sequence[dict[str, Any]]) -> LatentBatch:
     Stack rows of one latent shape and zero-pad their prompt embeddings.
 
     Raises:
-        ValueError: If rows differ in shape or in which columns they have.
+        ValueError: If rows differ in shape or in their columns.
     """
     shapes = {tuple(row["latents_shape"]) for row in rows}
     if len(shapes) > 1:
         raise ValueError(f"Rows {[row['id'] for row in rows]} have latents of different shapes: {sorted(shapes)}.")
     length = rows[0]["max_sequence_length"]
     prompts = {name: [unpack_tensor(row, name) for row in rows] for name in PROMPTS}
-    # The caption where a row has no long one.
+    # The caption, if a row has no long one.
     prompts["long_prompt_embeds"] = [
         short if long is None else long
         for short, long in zip(prompts["prompt_embeds"], prompts["long_prompt_embeds"], strict=True)
@@ -208,12 +208,12 @@ def _stack(rows: Sequence[dict[str, Any]], name: str) -> torch.Tensor | None:
         return None
     if len(present) < len(arrays):
         lacking = [row["id"] for row, array in zip(rows, arrays, strict=True) if array is None]
-        raise ValueError(f"Rows {lacking} have no `{name}`, others of the same batch have.")
+        raise ValueError(f"Rows {lacking} have no `{name}`, but others of the same batch have one.")
     return torch.from_numpy(np.stack(present))
 
 
 def _stack_prompts(rows: Sequence[dict[str, Any]], embeds: Sequence[np.ndarray | None], length: int) -> torch.Tensor:
-    """Embeddings `(batch_size, length, text_dim)`, copied once, into memory that is zero without being written."""
+    """Embeddings `(batch_size, length, text_dim)`, copied once into zero-filled memory."""
     stacked: np.ndarray | None = None
     for index, (row, array) in enumerate(zip(rows, embeds, strict=True)):
         if array is None:
@@ -230,7 +230,7 @@ def _stack_prompts(rows: Sequence[dict[str, Any]], embeds: Sequence[np.ndarray |
 
 
 def _padded_prompts(prompts: Mapping[str, Any], length: int) -> dict[str, Any]:
-    """Prompts of a batch, or its fields, with zeros behind the tokens up to `length` again."""
+    """Prompts of a batch, or its fields, padded with zeros to `length` again."""
     padded = {}
     for name in PROMPTS:
         value = prompts[name]

@@ -1,4 +1,4 @@
-"""From a file to the decoded frames of its video stream. No clock, no colours."""
+"""Reads the decoded frames of a file's video stream. Times and colours are handled elsewhere."""
 
 import re
 from collections.abc import Iterator
@@ -12,9 +12,9 @@ from av.stream import Disposition
 from .pixels import VideoError
 
 
-# FFmpeg's own decoders of these leave transparency out.
+# FFmpeg's own decoders for these drop transparency.
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
-# What files begin with that name other files, or a stream of the network, and hold no video.
+# Start of files that refer to other files or network streams and contain no video.
 LISTS = {
     rb"ffconcat version": "ffconcat",
     rb"#EXTM3U": "HLS or M3U",
@@ -26,14 +26,14 @@ LISTS = {
 @contextmanager
 def open_video(path: str | Path) -> Iterator[av.container.InputContainer]:
     """
-    Open a file for reading with PyAV, whatever its name is.
+    Open a file for reading with PyAV, independently of its name.
 
-    FFmpeg takes a name such as `12:30:05.mp4` for a protocol and `%d` for a number to fill in, so it sees none. It
-    opens no other file: a list of files would be followed from the working directory.
+    FFmpeg would read a name such as `12:30:05.mp4` as a protocol and `%d` as a number to fill in, so it does not get
+    the name. It may not open other files, which a list of files would ask for.
 
     Raises:
-        VideoError: If there is no such file, or it is a list of other files.
-        av.error.FFmpegError: If it is nothing that FFmpeg reads.
+        VideoError: If there is no such file, or it is a list of other files. av.error.FFmpegError: If FFmpeg cannot
+        read it.
     """
     if not Path(path).is_file():
         raise VideoError(f"there is no file '{path}'")
@@ -41,16 +41,16 @@ def open_video(path: str | Path) -> Iterator[av.container.InputContainer]:
         head = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
         for start, kind in LISTS.items():
             if re.match(start, head, re.DOTALL):
-                raise VideoError(f"a list of other files ({kind}), no video")
+                raise VideoError(f"a list of other files ({kind}), not a video")
         file.seek(0)
-        # No protocol has this name, so none may be used for another file.
+        # No protocol has this name, so FFmpeg cannot open another file.
         options = {"protocol_whitelist": "none"}
         with av.open(_Nameless(file), container_options=options, buffer_size=1 << 18) as container:
             yield container
 
 
 class _Nameless:
-    """A file without its name, which PyAV would pass on."""
+    """A file without its name, which PyAV would pass to FFmpeg."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.read, self.seek, self.tell = file.read, file.seek, file.tell
@@ -58,7 +58,7 @@ class _Nameless:
 
 def choose_stream(container: av.container.InputContainer) -> av.VideoStream:
     """
-    The default video stream, else the largest. Cover pictures and thumbnails are none.
+    The default video stream, else the largest, without cover pictures and thumbnails.
 
     Raises:
         VideoError: If there is no video stream.
@@ -75,9 +75,9 @@ def choose_stream(container: av.container.InputContainer) -> av.VideoStream:
 
 class DecodedStream:
     """
-    Decoded frames of a stream. An error ends them, and is raised by `check` if what comes before does not suffice.
+    Decoded frames of a stream, up to the first error, which `check` raises if there are too few frames.
 
-    The clock looks ahead, at frames that are perhaps not needed.
+    The clock reads ahead, so an error may be in a frame that is not needed.
     """
 
     def __init__(self, container: av.container.InputContainer, stream: av.VideoStream) -> None:
@@ -103,7 +103,7 @@ class DecodedStream:
             yield from decoder.decode(packet if packet.size else None)
 
     def check(self, end: float) -> None:
-        """Raise what is wrong with a stream that ended `end` seconds after its first frame, by its own clock."""
+        """Raise the error of a stream that ended `end` seconds after its first frame, by its own clock."""
         if self.error is not None:
             raise self.error
         if self.num_frames == 0:
@@ -117,7 +117,8 @@ class DecodedStream:
         """Duration in seconds that the header gives the stream."""
         if self.stream.duration is not None:
             return float(self.stream.duration * self.stream.time_base)
-        # These have one for all streams, from 0 on. Other formats have none, and FFmpeg's is an estimate.
+        # These formats have one duration for all streams, starting at 0. Others have none, and FFmpeg only estimates
+        # it.
         container = self.container
         exact = container.format.name in ("matroska,webm", "flv") and len(container.streams) == 1
         if not exact or container.duration is None:

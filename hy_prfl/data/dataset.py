@@ -1,4 +1,4 @@
-"""Opens latent datasets and selects from them: rows that have a label, pairs to compare, an endless batch stream."""
+"""Opens latent datasets and selects from them: rows with a label, pairs to compare, an endless stream of batches."""
 
 import hashlib
 import json
@@ -22,9 +22,9 @@ from .schema import LABELS, PROMPTS, pack_tensor, table_to_rows, task_label, val
 
 logger = logging.getLogger(__name__)
 
-# Where worker processes put their batches.
+# Shared memory, which worker processes use for their batches.
 SHARED_MEMORY = Path("/dev/shm")
-# Batches that each worker process makes ready.
+# Batches that each worker process prepares.
 PREFETCHED_BATCHES = 2
 
 BatchT = TypeVar("BatchT")
@@ -33,7 +33,7 @@ Row = dict[str, Any]
 
 def load_latent_dataset(path: str) -> Dataset:
     """
-    Open a latent dataset: a folder written by `preprocess`, or what `datasets.load_dataset` finds under that name.
+    Open a latent dataset: a folder written by `preprocess`, or a name for `datasets.load_dataset`.
 
     Raises:
         ValueError: If it has several splits, no rows, or lacks columns of a latent dataset.
@@ -49,7 +49,7 @@ def load_latent_dataset(path: str) -> Dataset:
             dataset = load_dataset(path)
         except (FileNotFoundError, ConnectionError) as error:
             raise FileNotFoundError(
-                f"{path}: there is no such folder, and no such dataset was got from the Hub."
+                f"{path}: there is no such folder, and no such dataset could be loaded from the Hub."
             ) from error
     if isinstance(dataset, DatasetDict):
         if len(dataset) != 1:
@@ -72,12 +72,12 @@ def as_latent_dataset(dataset: Dataset, source: str) -> Dataset:
 
 
 def read_columns(dataset: Dataset, names: Sequence[str]) -> list[Row]:
-    """The named small columns of every row, without touching the tensors."""
+    """The named small columns of every row, without reading the tensors."""
     return dataset.select_columns(list(names)).with_format(None).to_list()
 
 
 def rows_digest(dataset: Dataset) -> str:
-    """Short text that changes when the rows that training draws from do: their order, clips, labels or pairs."""
+    """Short hash of the rows for training, which changes with their order, clips, labels or pairs."""
     names = ["id", "prompt", "source_hash", "latents_shape", *LABELS, "pair_id", "rejected_id"]
     rows = read_columns(dataset, names)
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
@@ -90,7 +90,7 @@ def latent_shapes(dataset: Dataset) -> list[tuple[int, ...]]:
 
 def single_value(dataset: Dataset, name: str, source: str) -> Any:
     """
-    The one value that all rows share in a column.
+    The value of a column in which all rows must be equal.
 
     Raises:
         ValueError: If rows differ: a dataset must come from one VAE, one text encoder, one sequence length.
@@ -136,8 +136,8 @@ def preference_pairs(
     Pairs `(chosen, rejected)` of rows of one shape.
 
     A row with a `rejected_id` is compared with that row. Other rows are compared within their `pair_id`, or else
-    within their prompt: every good one with every poor one. If the dataset offers no such pair and `allow_unpaired` is
-    set, each good row is compared with a random poor row of the same shape, whatever it shows (upstream's way).
+    within their prompt: every good one with every poor one. If the dataset has no such pair and `allow_unpaired` is
+    set, each good row is compared with a random poor row of the same shape, of any prompt, as upstream does.
 
     Raises:
         ValueError: If a `rejected_id` names no row, or there is no pair at all.
@@ -224,7 +224,7 @@ def stream_batches(
     *,
     num_workers: int = 0,
 ) -> Iterator[BatchT]:
-    """Endless batches in the sampler's order. [`check_shared_memory`] tells early whether there is room for them."""
+    """Endless batches in the sampler's order. [`check_shared_memory`] checks early whether they fit."""
     return iter(
         DataLoader(
             rows,
@@ -233,7 +233,7 @@ def stream_batches(
             num_workers=num_workers,
             prefetch_factor=PREFETCHED_BATCHES if num_workers else None,
             pin_memory=torch.cuda.is_available(),
-            # A new loader draws a seed; from the global generator that would change a resumed run.
+            # A new loader draws a seed; drawn from the global generator, it would change a resumed run.
             generator=torch.Generator().manual_seed(sampler.seed),
         )
     )
@@ -243,16 +243,16 @@ def check_shared_memory(
     rows: RowDataset, collate: Callable[[list[Any]], Batch], sampler: BucketBatchSampler, *, num_workers: int
 ) -> None:
     """
-    Refuse workers whose batches do not fit into shared memory, where they would end in a bus error.
+    Refuse workers whose batches do not fit into shared memory, which would end in a bus error.
 
-    Docker gives a container 64 MB of it unless told otherwise.
+    Docker gives a container 64 MB of it by default.
 
     Args:
         rows, collate, sampler, num_workers:
-            As for [`stream_batches`].
+            As in [`stream_batches`].
 
     Raises:
-        ValueError: If the batches that all workers of this machine have ready are larger than what is free.
+        ValueError: If the batches that all workers of this machine prepare are larger than the free shared memory.
     """
     if num_workers == 0 or not SHARED_MEMORY.is_dir():
         return
@@ -274,7 +274,7 @@ def check_shared_memory(
 
 
 def _longest_prompts(dataset: Dataset) -> Row:
-    """Columns of prompts of zeros, as long as the longest of the dataset, to which a batch may pad all others."""
+    """Columns of zero prompts, as long as the longest in the dataset, to which a batch may pad all others."""
     rows = read_columns(dataset, [f"{name}_shape" for name in PROMPTS])
     prompts: Row = {}
     for name in PROMPTS:

@@ -1,4 +1,4 @@
-"""Frames to latents, prompts to embeddings, images to conditions. The only caller of VAE, UMT5 and CLIP."""
+"""Encodes frames to latents, prompts to embeddings and images to conditions, for datasets and scores."""
 
 import hashlib
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from ..runtime.vae_tiling import VAETiling, set_tiling
 from .video import to_uint8
 
 
-# Values of each weight tensor that enter a fingerprint: enough to tell any two trainings apart, quick for UMT5-XXL.
+# Values of each weight tensor in a fingerprint: enough to distinguish any two trainings, quick for UMT5-XXL.
 FINGERPRINT_VALUES = 4096
 
 
@@ -27,16 +27,16 @@ class LatentEncoder:
 
     Args:
         pipeline (`WanPipeline` or `WanImageToVideoPipeline`):
-            The transformer may be None; it is not used.
+            Its transformer may be None; it is not used.
         max_sequence_length (`int`, defaults to 512):
             Tokens after which a prompt is cut.
         uses_last_frame (`bool`, defaults to `False`):
-            Whether the transformer that is left out needs a last image beside the first one (Wan2.1 FLF2V).
+            Whether the pipeline's transformer requires a last image besides the first one (Wan2.1 FLF2V).
         vae_tiling (`str`, defaults to `"auto"`):
             Whether the VAE works in tiles, see [`~hy_prfl.runtime.vae_tiling.set_tiling`].
 
     Raises:
-        ValueError: If the pipeline is no Wan pipeline.
+        ValueError: If the pipeline is not a Wan pipeline.
 
     Example:
         ```python
@@ -86,7 +86,7 @@ class LatentEncoder:
             dtype (`torch.dtype`, defaults to `torch.float32`):
                 Type of the text encoder. VAE and image encoder are always float32, as diffusers recommends for Wan.
         """
-        # Called on the class itself: `DiffusionPipeline.from_pretrained` does not know that transformers are optional.
+        # Called on the class itself, because `DiffusionPipeline.from_pretrained` requires transformers.
         info = PipelineInfo.read(pretrained_model_name_or_path, revision)
         pipeline = info.pipeline_class.from_pretrained(
             pretrained_model_name_or_path,
@@ -105,7 +105,7 @@ class LatentEncoder:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Everything about the encoders that the encoded values depend on."""
+        """Properties of the encoders that determine the encoded values."""
         return {
             "pipeline": type(self.pipeline).__name__,
             "vae": self.vae_fingerprint,
@@ -168,7 +168,7 @@ class LatentEncoder:
         self._set_tiling(frames.shape[-2:], num_frames=frames.shape[1], batch_size=frames.shape[0])
         videos = frames.transpose(1, 2).to(vae.device, vae.dtype)
         latents = vae.encode(videos).latent_dist.mode().float()
-        # As the pipelines do: in float32, and times the reciprocal.
+        # As in the pipelines: in float32, multiplied by the reciprocal.
         latents_mean = torch.tensor(vae.config.latents_mean, device=latents.device).view(1, -1, 1, 1, 1)
         latents_std = 1.0 / torch.tensor(vae.config.latents_std, device=latents.device).view(1, -1, 1, 1, 1)
         return ((latents - latents_mean) * latents_std).cpu()
@@ -180,7 +180,7 @@ class LatentEncoder:
 
         Returns:
             `torch.Tensor` of shape `(num_tokens, text_dim)`, float32 on the CPU. Padded with zeros to
-            `max_sequence_length` it is what the pipeline feeds its transformer.
+            `max_sequence_length`, it is the input of the pipeline's transformer.
         """
         prompt_embeds, _ = self.pipeline.encode_prompt(
             prompt, do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length
@@ -192,11 +192,11 @@ class LatentEncoder:
         self, frames: torch.Tensor, num_frames: int | None = None
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
         """
-        What an image-to-video pipeline gives its transformer besides latents and text.
+        Inputs of an image-to-video pipeline's transformer besides latents and text.
 
         Args:
             frames (`torch.Tensor` of shape `(num_frames, 3, height, width)`):
-                In [-1, 1]. Only the first one is used, and by pipelines that need a last image the last one.
+                In [-1, 1]. Only the first one is used, and the last one by pipelines that require a last image.
             num_frames (`int`, *optional*):
                 Frames of the video to generate, `len(frames)` if not given.
 
@@ -229,7 +229,7 @@ class LatentEncoder:
             image_embeds = self.pipeline.encode_image(pictures, device).float().cpu()
             image_embeds = image_embeds if self.uses_last_frame else image_embeds[0]
 
-        # Given latents, the pipeline draws no noise; they are of no other use here.
+        # Latents are passed so that the pipeline draws no noise; they are not used otherwise.
         latents = torch.zeros(1, *self.latents_shape(num_frames, height, width))
         _, condition, *_ = self.pipeline.prepare_latents(
             images[:1],
@@ -269,16 +269,16 @@ class LatentEncoder:
 
 
 def local_encoder_files(pretrained_model_name_or_path: str) -> list[Path]:
-    """Files of a local pipeline folder that encoded values may depend on; none for a Hub id, which has revisions."""
+    """Files of a local pipeline folder that determine encoded values; none for a Hub id, which has revisions."""
     files = sorted(Path(pretrained_model_name_or_path).glob("*/*"))
     return [path for path in files if not path.parent.name.startswith("transformer")]
 
 
 def strip_padding(prompt_embeds: torch.Tensor) -> torch.Tensor:
     """
-    Cut the rows of zeros that Wan pads text embeddings with from the end of `(num_tokens, text_dim)`.
+    Remove the rows of zeros with which Wan pads text embeddings `(num_tokens, text_dim)`.
 
-    A real token is never all zeros: the text encoder ends with a normalisation.
+    A real token is never all zeros, because the text encoder ends with a normalization.
     """
     filled = (prompt_embeds != 0).any(dim=1).nonzero()
     return prompt_embeds[: int(filled[-1]) + 1 if len(filled) else 1]
@@ -286,10 +286,10 @@ def strip_padding(prompt_embeds: torch.Tensor) -> torch.Tensor:
 
 def vae_fingerprint(vae: Any) -> str:
     """
-    Short name of the latent space of a VAE: equal for the same weights in any floating-point type or file format.
+    Short name of a VAE's latent space: equal for the same weights in any floating-point type or file format.
 
-    Made of the configuration that shapes the latents and of the signs of the weights. Rounding to half precision
-    moves every value but no sign.
+    Made from the configuration of the latents and the signs of the weights. Rounding to half precision changes values
+    but no signs.
     """
     return _fingerprint(vae, [(name, vae.config[name]) for name in VAE_CONFIG])
 
@@ -304,5 +304,5 @@ def _fingerprint(model: torch.nn.Module, config: list[tuple[str, Any]]) -> str:
     for parameter in model.parameters():
         signs = torch.signbit(parameter.detach().flatten()[:FINGERPRINT_VALUES]).cpu().numpy()
         digests.append(hashlib.sha256(repr(tuple(parameter.shape)).encode() + signs.tobytes()).hexdigest())
-    # Sorted, because names and order of the parameters are a matter of library versions.
+    # Sorted, because names and order of the parameters depend on library versions.
     return hashlib.sha256(repr((config, sorted(digests))).encode()).hexdigest()[:16]

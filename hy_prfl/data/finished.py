@@ -23,13 +23,13 @@ def request_digest(
     hashes: Mapping[Path, str] | None = None,
 ) -> str:
     """
-    Hash of all that was asked for: settings, rows, and the state of the rows' files and of `files`.
+    Hash of a request: settings, rows, and the state of the rows' files and of `files`.
 
     Args:
         hashes (`Mapping`, *optional*):
-            What `hash_files` gives for all of these files. Without it their sizes and time stamps count: no file is
-            read, so this is quick for any number of clips, but a file replaced by one of the same size and time goes
-            unseen.
+            Result of `hash_files` for all of these files. Without it their sizes and time stamps are used: no file is
+            read, so this is quick for any number of clips, but it does not notice a file that was replaced by one of
+            the same size and time.
     """
 
     def state_of(path: Path) -> str | tuple[int, int] | None:
@@ -62,22 +62,22 @@ def is_complete(
     overwrite: bool = False,
 ) -> bool:
     """
-    Whether `output_dir` already is the dataset asked for.
+    Whether `output_dir` already is the requested dataset.
 
     Args:
         digest (`str`):
-            `request_digest(...)` of the dataset asked for.
+            `request_digest(...)` of the requested dataset.
         settings (`Mapping`):
             Options that its rows depend on, as JSON values.
         rows (`Sequence[ManifestRow]`):
             Its rows.
         overwrite (`bool`, defaults to `False`):
-            Whether a dataset of other settings may be replaced, and rows that are no longer asked for dropped.
+            Whether a dataset of other settings may be replaced, and rows that are no longer requested dropped.
 
     Raises:
         ValueError: If the folder holds something that must not be replaced: files not written by `build_dataset`, a
-            dataset that labels were merged into and that would lose them, or, unless `overwrite` is set, one that was
-            made with other settings or has clips that are not among the rows.
+        dataset that would lose merged labels, or, unless `overwrite` is set, one that was made with other settings or
+        has clips that are not among the rows.
     """
     recover_folder(output_dir)
     if not output_dir.exists() or (output_dir.is_dir() and not any(output_dir.iterdir())):
@@ -89,7 +89,7 @@ def is_complete(
         return True
     if state.get("labelled"):
         raise ValueError(
-            f"`output_dir` '{output_dir}' holds other rows or settings than asked for, and labels merged by `label` "
+            f"`output_dir` '{output_dir}' holds other rows or settings than requested, and labels merged by `label` "
             "that would be lost. Choose another `output_dir` and merge the labels again."
         )
     if overwrite:
@@ -101,7 +101,7 @@ def is_complete(
             f"`output_dir` '{output_dir}' holds a finished dataset that was made with other options (different: "
             f"{', '.join(different)}). Choose another `output_dir`, or set `overwrite` to lose it."
         )
-    # A clip that has another id now is told by its file.
+    # A clip with a new id is recognised by its file.
     ids, files = {row.id for row in rows}, {str(path) for row in rows for path in row.files[:1]}
     table = Dataset.load_from_disk(str(output_dir)).data.table
     old = zip(table.column("id").to_pylist(), table.column("source").to_pylist(), strict=True)
@@ -110,7 +110,7 @@ def is_complete(
 
 
 def check_dropped(output_dir: Path, dropped: Sequence[tuple[str, str]]) -> None:
-    """Raise a `ValueError` if a dataset would lose clips, given as their ids and the reasons."""
+    """Raise a `ValueError` if a dataset would lose clips, given by their ids with reasons."""
     if dropped:
         name, reason = dropped[0]
         raise ValueError(
@@ -122,7 +122,7 @@ def check_dropped(output_dir: Path, dropped: Sequence[tuple[str, str]]) -> None:
 def dropped_clips(
     output_dir: Path, rows: Sequence[ManifestRow], progress: Sequence[Mapping[str, Any]]
 ) -> list[tuple[str, str]]:
-    """Clips of the dataset in `output_dir` that have no good row now, under no id, and why."""
+    """Clips of the dataset in `output_dir` that have no good row now, under any id, with reasons."""
     if not (output_dir / STATE_FILE).is_file():
         return []
     keys = {entry["key"] for entry in progress}

@@ -10,7 +10,7 @@ from ..runtime.distributed import process_state
 
 
 class FileHashes(dict[Path, str]):
-    """SHA-256 of files by path; each file is read once, when it is first asked for."""
+    """SHA-256 of files by path; each file is read once, at its first lookup."""
 
     def __missing__(self, path: Path) -> str:
         self[path] = hash_file(path)
@@ -18,7 +18,7 @@ class FileHashes(dict[Path, str]):
 
 
 def hash_files(paths: Iterable[Path]) -> FileHashes:
-    """Hashes of those files that are there. All processes must call it; each reads its share."""
+    """Hashes of the files that exist. All processes must call it; each reads a part of them."""
     state = process_state()
     present = sorted({path for path in paths if path.is_file()})
     share = [(path, hash_file(path)) for path in present[state.process_index :: state.num_processes]]

@@ -23,7 +23,7 @@ def read_annotations(path: str | Path) -> dict[str, dict[str, int]]:
     """
     Read labels by clip id from a JSON list, JSON Lines or CSV file.
 
-    Values are those of a manifest: 1/0, "good"/"poor"; a null or empty one says nothing and is left out.
+    Values are as in a manifest: 1/0, "good"/"poor"; null or empty values are ignored.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -55,7 +55,7 @@ def read_annotations(path: str | Path) -> dict[str, dict[str, int]]:
     known = {*FIELDS["id"], *LABELS}
     ignored = sorted(set(columns_of(records)) - known)
     if ignored:
-        logger.warning(f"{path}: these fields are no labels and are ignored: {', '.join(ignored)}.")
+        logger.warning(f"{path}: these fields are not labels and are ignored: {', '.join(ignored)}.")
     return annotations
 
 
@@ -69,7 +69,7 @@ def merge_labels(
     """
     New label columns of a dataset.
 
-    A row keeps what it has wherever the annotations say nothing; a label that neither knows stays None.
+    A row keeps its labels where there are no annotations; a label that is in neither stays None.
 
     Args:
         rows (`Mapping[str, Sequence]`): The dataset's columns `id` and those of the labels.
@@ -90,7 +90,7 @@ def merge_labels(
             if new is not None and old is not None and new != old and not overwrite:
                 raise ValueError(
                     f"clip {clip_id!r}: `{name}` is {old} in the dataset and {new} in the annotations; "
-                    "set `overwrite` to let annotations win."
+                    "set `overwrite` to use the annotations."
                 )
             columns[name].append(old if new is None else new)
     return columns
@@ -105,7 +105,7 @@ def label_dataset(
     overwrite: bool = False,
 ) -> dict[str, dict[str, int]]:
     """
-    Write a latent dataset with merged labels, to another folder or over itself.
+    Write a latent dataset with merged labels, to another folder or in place.
 
     Args:
         dataset (`str`): Folder or Hub id.
@@ -140,7 +140,7 @@ def count_labels(columns: Mapping[str, Sequence[int | None]]) -> dict[str, dict[
 
 
 def _side_files(source_dir: Path) -> dict[str, str]:
-    """Files that `preprocess` left beside the data, with a note that labels were merged since."""
+    """Files of `preprocess` in the dataset's folder, with a note that labels were merged since."""
     files = {}
     if (source_dir / STATE_FILE).is_file():
         state = json.loads((source_dir / STATE_FILE).read_text(encoding="utf-8"))

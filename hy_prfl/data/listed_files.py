@@ -1,4 +1,4 @@
-"""Files that the rows of a list name: looked up from the working directory, as upstream does, then beside the list."""
+"""Finds files that the rows of a list name: from the working directory, as upstream does, then beside the list."""
 
 import logging
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ class ListedFiles:
     """
 
     list_path: Path
-    # Names that are in both places, in the order in which they were looked up.
+    # Names that were found in both places, in the order of the lookups.
     in_both: dict[str, None] = field(default_factory=dict)
 
     def find(self, name: str | None) -> Path | None:
@@ -35,7 +35,7 @@ class ListedFiles:
         return here
 
     def missing(self, *names: str | None) -> dict[Path, str]:
-        """What to say of those of these files that are in neither place, by the path that `find` gives."""
+        """Error texts for files that are in neither place, by the path that `find` returns."""
         missing: dict[Path, str] = {}
         for name in names:
             path = self.find(name)
@@ -45,12 +45,12 @@ class ListedFiles:
         return missing
 
     def warn_of_names_in_both(self) -> None:
-        """Log which names stand for two files, and which of these is taken."""
+        """Log names that stand for two files, and which one is used."""
         if self.in_both:
             first, *others = self.in_both
             more = f" (and {len(others)} more)" if others else ""
             logger.warning(
-                f"{self.list_path}: {first!r}{more} is both in '{Path.cwd()}', which is taken, and in "
+                f"{self.list_path}: {first!r}{more} is both in '{Path.cwd()}', which is used, and in  "
                 f"'{Path.cwd() / self.list_path.parent}'."
             )
 

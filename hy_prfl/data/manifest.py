@@ -1,4 +1,4 @@
-"""Lists of clips and of annotations: JSON, JSON Lines or CSV. A broken list stops here, before anything is loaded."""
+"""Reads lists of clips: JSON, JSON Lines or CSV. A broken list is an error before anything is loaded."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,8 @@ from .schema import LABELS, parse_label
 
 logger = logging.getLogger(__name__)
 
-# Field of a row -> names it may have in a manifest: upstream's `temp_input_data.json`, and other trainers', have the last.
+# Field of a row -> its possible names in a manifest; the last ones are those of upstream's `temp_input_data.json` and
+# other trainers.
 FIELDS = {
     "id": ("id", "source_id"),
     "video": ("video", "video_path", "file_name", "file_path", "path"),
@@ -33,8 +34,8 @@ RowT = TypeVar("RowT", bound="ManifestRow")
 @dataclass(frozen=True, kw_only=True)
 class ManifestRow:
     """
-    One clip of a manifest. `where` says where it was written, for messages; `prompt` is empty if there is none; `missing`
-    has what to say of those of its files that were not there, by path.
+    One clip of a manifest. `where` is its place in the file, for messages; `prompt` is empty if there is none;
+    `missing` has error texts for its files that do not exist, by path.
     """
 
     where: str
@@ -51,12 +52,12 @@ class ManifestRow:
 
     @property
     def files(self) -> list[Path]:
-        """Files that the row is made from; they need not exist."""
+        """Files of the row; they need not exist."""
         return [path for path in (self.video, self.image, self.last_image) if path is not None]
 
     @property
     def content(self) -> dict[str, Any]:
-        """All that the row says, by field, however it is spelt. Rows of equal content are repeats."""
+        """Content of the row by field, independent of spelling. Rows with equal content are repeats."""
         paths = {name: getattr(self, name) for name in ("video", "image", "last_image")}
         texts = {name: getattr(self, name) for name in ("id", "prompt", "long_prompt", "pair_id", "rejected_id")}
         labels = {name: value for name, value in self.labels.items() if value is not None}
@@ -65,7 +66,7 @@ class ManifestRow:
 
 def read_manifest(path: str | Path, require_video: bool = True) -> list[ManifestRow]:
     """
-    Read a manifest: a JSON list, JSON Lines or CSV, told by the file's suffix; see `records.read_records`.
+    Read a manifest: a JSON list, JSON Lines or CSV, by the file's suffix; see `records.read_records`.
 
     | field | meaning |
     |---|---|
@@ -80,8 +81,8 @@ manifest's folder |
     | `image` (`first_image`, `image_path`) | first frame of an image-to-video prompt without a video, optional |
     | `last_image` (`last_image_path`) | its last frame, for pipelines that need one (FLF2V), optional |
 
-    A caption such as `nan`, `None` or `N/A` is none. A row that says the same as an earlier one is left out, and the log says
-    how many those were; so does it of files that are both in the working directory and in the manifest's folder.
+    A caption such as `nan`, `None` or `N/A` counts as missing. Rows that repeat an earlier one are left out and their
+    number is logged, and so are names of files that exist both in the working directory and in the manifest's folder.
 
     Args:
         require_video (`bool`, defaults to `True`):
@@ -90,8 +91,8 @@ manifest's folder |
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If the file or one of its rows is broken, or there is no column of captions or of videos; names
-            file, row and field. Whether videos exist and captions are filled in is not checked here: that concerns one
-            clip, not the manifest.
+            file, row and field. Whether videos exist and captions are filled in is not checked here, because that
+            concerns single clips.
     """
     path = Path(path)
     # `generate` writes the seed of each video into its manifest.
@@ -116,10 +117,10 @@ manifest's folder |
 
 def unique_rows(rows: Sequence[RowT]) -> list[RowT]:
     """
-    Rows without repeats: those that say the same as an earlier row.
+    Rows without those that repeat an earlier row.
 
     Raises:
-        ValueError: If rows that say different things share an id, or a `rejected_id` names no row, or the row itself.
+        ValueError: If different rows share an id, or a `rejected_id` names no row, or its own row.
     """
     first: dict[str, RowT] = {}
     for row in rows:
@@ -144,7 +145,7 @@ def warn_of_repeats(path: Path, num_rows: int, num_unique: int) -> None:
 
 
 def read_labels(record: Mapping[str, Any], where: str) -> dict[str, int | None]:
-    """Labels that a record has a field for, parsed; None where it says nothing."""
+    """Parsed labels of a record; None where a value is missing."""
     return {name: parse_label(record[name], source=where, name=name) for name in LABELS if name in record}
 
 
@@ -159,7 +160,7 @@ def _parse_row(
     return ManifestRow(
         where=where,
         id=text["id"] or (media.stem if media else f"prompt_{index:06d}"),
-        # A clip with nothing but a long caption is described by that.
+        # A clip with only a long caption uses that one.
         prompt=text["prompt"] or text["long_prompt"] or "",
         long_prompt=text["long_prompt"] if text["prompt"] else None,
         video=video,

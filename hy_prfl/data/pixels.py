@@ -1,4 +1,4 @@
-"""From decoded frames to upright RGB arrays with square pixels, through FFmpeg's own filters."""
+"""Converts decoded frames to upright RGB arrays with square pixels, with FFmpeg's own filters."""
 
 import math
 from fractions import Fraction
@@ -29,23 +29,23 @@ SDR_TRANSFERS: set[int] = {
     ColorTrc.BT2020_10,
     ColorTrc.BT2020_12,
 }
-# Those that look wrong there, and that swscale converts.
+# Transfer functions that look wrong there, and that swscale converts.
 OTHER_TRANSFERS: set[int] = {ColorTrc.LINEAR, ColorTrc.SMPTE428}
 P3_PRIMARIES = (ColorPrimaries.SMPTE431, ColorPrimaries.SMPTE432)
 
-# FFmpeg's numbers of the colour matrices, which PyAV has no names for.
+# FFmpeg's numbers of the colour matrices, for which PyAV has no names.
 RGB_MATRIX, UNSPECIFIED_MATRIX, BT2020_MATRIX = 0, 2, 9
 KNOWN_MATRICES = {RGB_MATRIX, 1, UNSPECIFIED_MATRIX, 3, 4, 5, 6, 7, BT2020_MATRIX}
 
-# Pixels that are further from square are taken for a broken header.
+# Pixels that are further from square mean a broken header.
 MAX_PIXEL_ASPECT = 16
 
-# Sine of the angle that may be missing to a quarter turn. FFmpeg's program, too, rounds by one degree.
+# Sine of the largest error of a quarter turn. FFmpeg's program also rounds by one degree.
 ONE_DEGREE = math.sin(math.radians(1))
 
 
 class VideoError(ValueError):
-    """One clip cannot be used; the message is the reason, fit for a report. Other clips are not concerned."""
+    """One clip cannot be used; the message is the reason, for the report. Other clips are not affected."""
 
 
 class FrameConverter:
@@ -78,8 +78,8 @@ class FrameConverter:
             `np.ndarray` of shape `(height, width, 3)` and type uint8.
 
         Raises:
-            VideoError: If the frame is turned by something else than quarter turns and mirrors, is HDR and that is
-                refused, or has colours that cannot be converted.
+            VideoError: If the frame's rotation is not made of quarter turns and mirrors, if it is HDR and that is
+            refused, or if its colours cannot be converted.
         """
         graph = _build_graph(
             (frame.width, frame.height),
@@ -95,7 +95,7 @@ class FrameConverter:
         return on_white(pixels) if pixels.shape[2] == 4 else pixels
 
 
-# Kept from clip to clip: swscale computes a table of colours when it starts, which takes seconds for HDR.
+# Cached between clips: swscale computes a table of colours when it starts, which takes seconds for HDR.
 @lru_cache(maxsize=4)
 def _build_graph(
     size: tuple[int, int],
@@ -110,7 +110,7 @@ def _build_graph(
     filters = [("scale", f"w={width}:h={size[1]}:flags=bicubic")]
     alpha = _has_alpha(av.VideoFormat(pixel_format))
     if colors:
-        # In one step swscale would convert as if the matrix were that of BT.601.
+        # In a single step swscale would assume the matrix of BT.601.
         filters += [("format", "rgba64le" if alpha else "rgb48le"), ("scale", f"flags=bicubic:{colors}")]
     filters.append(("format", "rgba" if alpha else "rgb24"))
     filters += [(name, arguments) for name, _, arguments in (turn.partition("=") for turn in turns)]
@@ -139,10 +139,10 @@ def _has_alpha(pixel_format: av.VideoFormat) -> bool:
 
 def orientation_filters(frame: av.VideoFrame) -> tuple[str, ...]:
     """
-    Filters that show a frame as its display matrix says, as FFmpeg's program applies them by itself.
+    Filters that apply a frame's display matrix, as FFmpeg's program does automatically.
 
     Raises:
-        VideoError: If the matrix is none of the eight made of quarter turns and mirrors.
+        VideoError: If the matrix is not one of the eight made of quarter turns and mirrors.
     """
     data = frame.side_data.get(SideDataType.DISPLAYMATRIX)
     if data is None:
@@ -160,15 +160,15 @@ def orientation_filters(frame: av.VideoFrame) -> tuple[str, ...]:
     else:
         angle = math.degrees(math.atan2(b, a))
         raise VideoError(
-            f"its display matrix ({a:g} {b:g}; {c:g} {d:g}) is no quarter turn, mirrored or not: the frames would be "
-            f"shown turned clockwise by {angle:.4g} degrees, or slanted"
+            f"its display matrix ({a:g} {b:g}; {c:g} {d:g}) is not a quarter turn, mirrored or not: the frames would be "
+            f"shown rotated clockwise by {angle:.4g} degrees, or sheared"
         )
     return (*turns, *(name for name, wanted in zip(("hflip", "vflip"), mirrored, strict=True) if wanted))
 
 
 def color_options(frame: av.VideoFrame, hdr: HDR) -> str:
     """
-    Options of the `scale` filter that bring the colours of a frame to BT.709, empty if they are shown there as is.
+    Options of the `scale` filter that convert the colours of a frame to BT.709, empty if no conversion is needed.
 
     Raises:
         VideoError: If the frame is HDR or BT.2020 and that is refused, or there is no conversion.
@@ -177,7 +177,7 @@ def color_options(frame: av.VideoFrame, hdr: HDR) -> str:
     types = {data.type for data in frame.side_data}
     dolby = bool(types & {SideDataType.DOVI_METADATA, SideDataType.DOVI_RPU_BUFFER})
     if dolby and transfer in UNKNOWN_TRANSFERS:
-        raise VideoError("its colours cannot be converted: Dolby Vision without a picture for other displays")
+        raise VideoError("its colours cannot be converted: Dolby Vision without a base layer for other displays")
     if matrix not in KNOWN_MATRICES:
         raise VideoError(f"its colours cannot be converted: FFmpeg's colour matrix {matrix}")
     if transfer not in {*HDR_TRANSFERS, *SDR_TRANSFERS, *OTHER_TRANSFERS, *UNKNOWN_TRANSFERS}:

@@ -1,4 +1,4 @@
-"""From the clips of a manifest to rows of a latent dataset."""
+"""Turns the clips of a manifest into rows of a latent dataset."""
 
 import dataclasses
 import json
@@ -41,8 +41,8 @@ class ClipSettings:
         fps (`float`): Frame rate that clips are resampled to.
         num_frames (`int`): Frames of a row, `4k + 1`.
         min_num_frames (`int`): Fewest frames of a clip, at `fps`; longer ones are cut to `4k + 1`.
-        buckets (`tuple[tuple[int, int], ...]`): Sizes `(height, width)`; the nearest aspect ratio wins. If there are
-            none, `resolution` and `max_aspect_ratio` give the size, see `short_side_bucket`.
+        buckets (`tuple[tuple[int, int], ...]`): Sizes `(height, width)`; a clip gets the one with the nearest aspect
+        ratio. If there are none, `resolution` and `max_aspect_ratio` decide, see `short_side_bucket`.
         tensor_dtype (`str`): Storage type, `"float16"` or `"float32"`.
         prompts_only (`bool`): Store prompts, and first frames for image-to-video, but no latents.
         hdr, max_frame_duration, clock_jumps: See `DecodingRules`.
@@ -65,7 +65,7 @@ class ClipSettings:
         return DecodingRules(hdr=self.hdr, max_frame_duration=self.max_frame_duration, clock_jumps=self.clock_jumps)
 
     def check_pipeline(self, is_image_to_video: bool) -> None:
-        """Raise a `ValueError` if these settings make no sense for the kind of pipeline."""
+        """Raise a `ValueError` if these settings do not fit the kind of pipeline."""
         if self.prompts_only and not is_image_to_video and len(self.buckets) != 1:
             raise ValueError(
                 "`buckets` must name exactly one size for the prompts of a text-to-video pipeline "
@@ -82,8 +82,8 @@ class ClipSettings:
 @dataclass(frozen=True)
 class _Clip:
     """
-    Frames `(num_frames, 3, height, width)` in [-1, 1], if they are to be encoded, what is encoded of a row, and
-    what is to be reported of it.
+    Frames `(num_frames, 3, height, width)` in [-1, 1] if they will be encoded, the encoded arrays of a row, and
+    remarks for the report.
     """
 
     frames: torch.Tensor | None
@@ -101,21 +101,23 @@ class ClipEncoder:
     Args:
         encoder (`LatentEncoder`): Encoders of the pipeline.
         settings (`ClipSettings`): Sizes, lengths, types.
-        hashes (`FileHashes`, *optional*): Hashes of clips that are known already.
+        hashes (`FileHashes`, *optional*): Hashes of clips, if they are known already.
     """
 
     def __init__(self, encoder: LatentEncoder, settings: ClipSettings, hashes: FileHashes | None = None) -> None:
         settings.check_pipeline(encoder.is_image_to_video)
         for size in settings.buckets:
             if size[0] % encoder.size_multiple or size[1] % encoder.size_multiple:
-                raise ValueError(f"`buckets`: {size[0]}x{size[1]} is no multiple of {encoder.size_multiple}.")
+                raise ValueError(
+                    f"`buckets`: the sides of {size[0]}x{size[1]} must be multiples of {encoder.size_multiple}."
+                )
         self.encoder = encoder
         self.settings = settings
         self.hashes = FileHashes() if hashes is None else hashes
         self.null_prompt_embeds = encoder.encode_prompt("").numpy()
 
     def row_key(self, row: ManifestRow) -> str:
-        """Hash of all that the encoded columns of a row depend on: files, texts, settings, encoders."""
+        """Hash of everything that determines the encoded columns of a row: files, texts, settings, encoders."""
         if not row.prompt:
             raise VideoError("no caption")
         files = [self.hashes[path] for path in self._sources(row)]
@@ -133,9 +135,9 @@ class ClipEncoder:
 
     def encode_rows(self, rows: Sequence[ManifestRow]) -> list[dict[str, Any] | VideoError]:
         """
-        Packed columns of each row with its `remarks`, or what is wrong with its clip.
+        Packed columns of each row with its `remarks`, or the error of its clip.
 
-        Clips of one size and length share a batch.
+        Clips of the same size and length share a batch.
         """
         results: dict[int, dict[str, Any] | VideoError] = {}
         clips: dict[int, _Clip] = {}
@@ -153,7 +155,7 @@ class ClipEncoder:
         return [results[index] for index in range(len(rows))]
 
     def _read_clip(self, row: ManifestRow) -> _Clip:
-        """Frames of a row, and all that is encoded of it but the latents."""
+        """Frames of a row, and its encoded arrays except the latents."""
         arrays: dict[str, np.ndarray | None] = {
             "prompt_embeds": self.encoder.encode_prompt(row.prompt).numpy(),
             "null_prompt_embeds": self.null_prompt_embeds,
@@ -208,7 +210,7 @@ class ClipEncoder:
         if row.image is not None:
             images = [read_image(path) for path in sources]
         else:
-            # The video may be shorter than what is to be generated; its last frame is the last one all the same.
+            # The video may be shorter than the one to generate; its last frame is used all the same.
             num_frames = settings.num_frames if self.encoder.uses_last_frame else 1
             video = decode_video(sources[0], settings.fps, num_frames, rules=settings.decoding_rules)
             images, remarks = [video.frames[0]], video.remarks
@@ -225,7 +227,7 @@ class ClipEncoder:
         arrays["condition"] = condition.numpy()
 
     def _sources(self, row: ManifestRow) -> list[Path]:
-        """Files whose content ends up in the row: the clip, or what gives the first and last frame of a prompt."""
+        """Files whose content is in the row: the clip, or the sources of a prompt's first and last frame."""
         needed: dict[str, Path | None] = {}
         if not self.settings.prompts_only:
             needed = {"no video": row.video}
@@ -256,7 +258,7 @@ def pack_row(
     source_hash: str | None,
 ) -> dict[str, Any]:
     """
-    Columns of one row, without id, source and labels. `source_hash` is that of the file it is made from, if there is one.
+    Columns of one row, without id, source and labels. `source_hash` is the hash of its source file, if there is one.
 
     Raises:
         VideoError: If a tensor does not fit `tensor_dtype` or holds a NaN or an infinity.
@@ -267,7 +269,7 @@ def pack_row(
             columns |= pack_tensor(name, arrays.get(name), tensor_dtype, source=f"clip {row.id!r}")
         except ValueError as error:
             raise VideoError(str(error)) from error
-    # A prompt says by this shape what its sample looks like.
+    # For a prompt this is the shape of the sample to generate.
     columns["latents_shape"] = encoder.latents_shape(num_frames, height, width)
     return columns | {
         "prompt": row.prompt,

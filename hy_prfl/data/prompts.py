@@ -1,4 +1,4 @@
-"""Lists of prompts to generate videos from: JSON, JSON Lines, CSV, or a text file with a prompt a line."""
+"""Reads lists of prompts to generate videos from: JSON, JSON Lines, CSV, or a text file with one prompt per line."""
 
 import dataclasses
 import re
@@ -13,7 +13,7 @@ from .records import describe_columns, read_records, read_text, read_whole_numbe
 from .video import VideoError, read_image
 
 
-# Field of a prompt -> names it may have; upstream's `temp_prfl_infer_data.json` has the last ones.
+# Field of a prompt -> its possible names; the last ones are those of upstream's `temp_prfl_infer_data.json`.
 FIELDS = {
     "caption": ("caption", "prompt", "short_caption", "text"),
     "id": ("id", "image_id"),
@@ -29,8 +29,8 @@ MAX_NAME, UNFINISHED = 255, ".{}.mp4.tmp"
 @dataclass(frozen=True, kw_only=True)
 class VideoPrompt:
     """
-    One video to generate. `id` and `seed` name it; `image` and `last_image` are for image-to-video pipelines; `missing`
-    has what to say of those of them that were not there, by path.
+    One video to generate, named by `id` and `seed`. `image` and `last_image` are for image-to-video pipelines;
+    `missing` has error texts for those that do not exist, by path.
     """
 
     id: str
@@ -48,31 +48,30 @@ class VideoPrompt:
 
 def read_prompts(path: str | Path, *, seed: int = 0, num_videos_per_prompt: int = 1) -> list[VideoPrompt]:
     """
-    Read a list of prompts: a JSON list, JSON Lines, CSV, or a text file (`.txt`) with one prompt a line.
+    Read a list of prompts: a JSON list, JSON Lines, CSV, or a text file (`.txt`) with one prompt per line.
 
     | field | meaning |
     |---|---|
-    | `caption` (`prompt`, `short_caption`, `text`) | what the video shall show |
+    | `caption` (`prompt`, `short_caption`, `text`) | what the video should show |
     | `id` (`image_id`) | name of the prompt, letters, digits, `.`, `_` and `-`; the number of the row if left out |
     | `seed` | seed of the video's noise, a whole number from 0 to 10^18 - 1, optional |
     | `image` (`first_image`, `image_path`) | first frame, optional; absolute, or relative to the working directory or else \
 the list's folder |
     | `last_image` (`last_image_path`) | last frame, likewise, optional |
 
-    A row with an id that says the same as an earlier one is left out, and the log says how many those were. Rows without
-    an id are numbered, and are videos of their own.
+    A row with an id that repeats an earlier row is left out, and the number of these is logged. Rows without an id are
+    numbered and never count as repeats.
 
     Args:
         seed (`int`, defaults to 0):
-            Seed of the rows that bring none.
+            Seed of rows without one.
         num_videos_per_prompt (`int`, defaults to 1):
             Videos for each row, with its seed, its seed + 1, and so on.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If the file or a row is broken, has an unknown field or no caption, or two different
-            rows ask for a video of one name; names file, row and field. Whether images exist is not checked here, but
-            in `check_prompts`.
+            rows ask for a video of one name; names file, row and field. `check_prompts` checks whether images exist.
     """
     path = Path(path)
     records = read_records(path, FIELDS, lines_of="caption")
@@ -95,7 +94,7 @@ the list's folder |
             if too_long > 0:
                 raise ValueError(
                     f"{where}: `id` {prompt.id!r} is too long for a file name, at most {len(prompt.id) - too_long} "
-                    "characters will do."
+                    "characters are allowed."
                 )
             if prompt.name in first:
                 raise ValueError(

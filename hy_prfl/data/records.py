@@ -1,4 +1,4 @@
-"""Rows of lists that people write: JSON, JSON Lines, CSV or text. One reader for manifests, annotations and prompts."""
+"""Reads rows of JSON, JSON Lines, CSV and text files, for manifests, annotations and prompts."""
 
 import csv
 import io
@@ -13,26 +13,26 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-# Field of a row -> names that it may have in a file.
+# Field of a row -> its possible names in a file.
 Fields = Mapping[str, Sequence[str]]
-# A row as a mapping, and where it was written, for messages.
+# A row as a mapping, and its place in the file, for messages.
 Record = tuple[str, dict[str, Any]]
 
 DELIMITERS = (",", ";", "\t", "|")
-# What pandas and spreadsheets write where there is nothing.
+# Texts that pandas and spreadsheets write for missing values.
 MISSING = {"nan", "none", "null", "n/a", "#n/a", "<na>"}
-# The same in tables of R and pandas, spelled just so. In JSON they write null.
+# The same in tables of R and pandas, in this spelling only. In JSON they write null.
 MISSING_IN_TABLES = {"NA", "#NA", "NaT", "-nan", "-NaN", "#N/A N/A"}
 WORKBOOKS = {b"PK\x03\x04": "an Excel workbook (or another zip file)", b"\xd0\xcf\x11\xe0": "an old Excel workbook"}
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")
-# Floats tell whole numbers apart below this.
+# Floats distinguish whole numbers below this.
 EXACT = 2**53
 DECIMAL = r"[+-]?[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]+)?"
 
 
 def read_records(path: Path, fields: Fields, *, lines_of: str | None = None) -> list[Record]:
     """
-    Rows of a JSON list, JSON Lines or CSV file as dictionaries, each with the place it comes from.
+    Rows of a JSON list, JSON Lines or CSV file as dictionaries, each with its place in the file.
 
     Names of columns are stripped, in lower case, with `_` for blanks and hyphens. CSV may be separated by `,`, `;`, tab
     or `|`, whichever makes columns of known names; lines without any value are passed over. A text such as `nan` or
@@ -42,7 +42,7 @@ def read_records(path: Path, fields: Fields, *, lines_of: str | None = None) -> 
         fields (`Mapping[str, Sequence[str]]`):
             Known fields, and the names that each may have.
         lines_of (`str`, *optional*):
-            Field that a line of a `.txt` file is; without it such files are refused.
+            Field for the lines of a `.txt` file; without it such files are refused.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -81,10 +81,10 @@ def read_records(path: Path, fields: Fields, *, lines_of: str | None = None) -> 
 
 def read_utf8(path: Path) -> str:
     """
-    Text of a file, with `\\n` at the end of lines.
+    Text of a file, with `\\n` as line endings.
 
     Raises:
-        ValueError: If it is a workbook, or not UTF-8; names the line and what is in it.
+        ValueError: If it is a workbook, or not UTF-8; names the line and its content.
     """
     data = path.read_bytes()
     for start, kind in WORKBOOKS.items():
@@ -95,7 +95,7 @@ def read_utf8(path: Path) -> str:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        # Positions are those behind a byte order mark, where there is one.
+        # Positions count from the end of a byte order mark, if there is one.
         data = error.object
         number = data.count(b"\n", 0, error.start) + 1
         begin = data.rfind(b"\n", 0, error.start) + 1
@@ -109,7 +109,7 @@ def read_utf8(path: Path) -> str:
 
 def parse_json(text: str, where: str, *, is_line: bool = False) -> Any:
     """
-    Parse JSON; a `ValueError` names `where` if it is none, or if an object has a key twice.
+    Parse JSON; a `ValueError` names `where` if it is not valid, or if an object has a key twice.
 
     Args:
         is_line (`bool`, defaults to `False`):
@@ -133,12 +133,12 @@ def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"`{next(name for name in names if names.count(name) > 1)}` comes twice in one object.")
+        raise ValueError(f"`{next(name for name in names if names.count(name) > 1)}` appears twice in one object.")
     return values
 
 
 def _mapping(value: Any, where: str) -> dict[str, Any]:
-    """A row of JSON by the plain names of its fields."""
+    """A row of JSON with the plain names of its fields."""
     if not isinstance(value, dict):
         raise ValueError(f"{where}: expected a mapping of field names to values, got {value!r}.")
     names = [plain_name(name) for name in value]
@@ -154,7 +154,7 @@ def plain_name(name: str) -> str:
 def _check_repeated(names: Sequence[str], where: str) -> None:
     repeated = sorted({name for name in names if name and names.count(name) > 1})
     if repeated:
-        raise ValueError(f"{where}: the column `{repeated[0]}` comes twice.")
+        raise ValueError(f"{where}: the column `{repeated[0]}` appears twice.")
 
 
 def _read_csv(path: Path, text: str, fields: Fields) -> list[Record]:
@@ -176,7 +176,7 @@ def _read_csv(path: Path, text: str, fields: Fields) -> list[Record]:
             )
         nameless = [value for name, value in zip(names, values, strict=True) if not name and value.strip()]
         if nameless:
-            raise ValueError(f"{where}: the column of {nameless[0]!r} has no name in the header.")
+            raise ValueError(f"{where}: the column with {nameless[0]!r} has no name in the header.")
         records.append((where, {name: value for name, value in zip(names, values, strict=True) if name}))
     if not records and names:
         _check_known(path, names, fields)
@@ -184,8 +184,8 @@ def _read_csv(path: Path, text: str, fields: Fields) -> list[Record]:
 
 
 def _delimiter(text: str, fields: Fields) -> str:
-    """The separator that makes most known columns of the header, or of none the most columns."""
-    # Excel may name it in a line of its own.
+    """The separator that gives the header the most known columns, or the most columns if none is known."""
+    # Excel may name it in a separate line.
     named = re.match(r"sep=([,;\t|])\n", text, re.IGNORECASE)
     if named is not None:
         return named.group(1)
@@ -196,14 +196,14 @@ def _delimiter(text: str, fields: Fields) -> str:
         try:
             header = next(csv.reader(lines, delimiter=delimiter, skipinitialspace=True), [])
         except csv.Error:
-            # Not with this one; reading the rows says what is wrong if it is with none.
+            # Not readable with this one. If none works, reading the rows reports what is wrong.
             header = []
         counts[delimiter] = (len({plain_name(name) for name in header} & known), len(header))
     return max(DELIMITERS, key=lambda delimiter: counts[delimiter])
 
 
 def _csv_rows(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """Rows with any value in them, each with the line that it begins on."""
+    """Rows that are not empty, each with its first line."""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
     line = 1
     try:
@@ -233,12 +233,12 @@ def _check_known(path: Path, found: Sequence[str], fields: Fields) -> None:
 
 
 def columns_of(records: Sequence[Record]) -> list[str]:
-    """Names of all columns, in the order in which they first come."""
+    """Names of all columns, in order of appearance."""
     return list(dict.fromkeys(name for _, record in records for name in record))
 
 
 def describe_columns(found: Sequence[str], fields: Fields) -> str:
-    """Sentences on the columns that a file has and on those that it may have."""
+    """Sentences on the columns of a file and on the possible ones."""
     wanted = [f"{names[0]} ({', '.join(names[1:])})" if len(names) > 1 else names[0] for names in fields.values()]
     return f"Columns found: {', '.join(found) or 'none'}. Columns wanted: {', '.join(wanted)}."
 
@@ -248,14 +248,14 @@ def _ticked(names: Sequence[str], separator: str) -> str:
 
 
 def is_missing(value: Any) -> bool:
-    """Whether a value says nothing: None, NaN, blanks, or a text such as `nan`, `None`, `null` or `N/A`."""
+    """Whether a value is missing: None, NaN, blanks, or a text such as `nan`, `None`, `null` or `N/A`."""
     if isinstance(value, str):
         return not value.strip() or value.strip().lower() in MISSING
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def _without_placeholders(path: Path, records: Sequence[Record], words: Collection[str]) -> list[Record]:
-    """Put None for whatever says nothing, and tell of texts that look as if they said something."""
+    """Replace missing values by None, and log texts that look like values."""
     placeholders: dict[tuple[str, str], int] = {}
     for _, record in records:
         for name, value in record.items():
@@ -265,17 +265,17 @@ def _without_placeholders(path: Path, records: Sequence[Record], words: Collecti
                     placeholders[key] = placeholders.get(key, 0) + 1
                 record[name] = None
     for (name, text), count in placeholders.items():
-        logger.warning(f"{path}: `{name}` is {text!r} in {count} row(s), which counts as left out.")
+        logger.warning(f"{path}: `{name}` is {text!r} in {count} row(s), which counts as missing.")
     return list(records)
 
 
 def read_text(record: Mapping[str, Any], names: Sequence[str], where: str) -> str | None:
     """
-    Text of the first of `names` that is filled in, None if none is.
+    Text of the first of `names` that has a value, None if none has one.
 
     Raises:
-        ValueError: If a value is neither text nor a whole number, has a character that no file takes (half of a
-            surrogate pair, NUL), or two names disagree.
+        ValueError: If a value is neither text nor a whole number, has a character that cannot be written (half of a
+        surrogate pair, NUL), or two names disagree.
     """
     found: dict[str, str] = {}
     for name in names:
@@ -310,7 +310,7 @@ def read_whole_number(record: Mapping[str, Any], name: str, where: str) -> int |
     elif isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]{1,30}", value.strip()):
         number = int(value)
     elif isinstance(value, float) or (isinstance(value, str) and re.fullmatch(DECIMAL, value.strip())):
-        # Beyond that a float stands for several whole numbers.
+        # Above that a float represents several whole numbers.
         number = int(float(value)) if float(value).is_integer() and abs(float(value)) < EXACT else None
     if number is None or not 0 <= number < 10**18:
         raise ValueError(f"{where}: `{name}` must be a whole number from 0 to 10^18 - 1, got {value!r}.")

@@ -1,4 +1,4 @@
-"""The order in which training sees its rows: a function of seed and epoch, and of nothing else."""
+"""The order of rows in training: a function of seed and epoch only."""
 
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Sequence
@@ -9,16 +9,16 @@ from torch.utils.data import Sampler
 
 class BucketBatchSampler(Sampler[list[int]]):
     """
-    Endless stream of batches, each of rows of one shape, that can start anywhere.
+    Endless stream of batches, each with rows of one shape, that can start anywhere.
 
-    In an epoch the rows of each bucket are shuffled and cut into global batches of `batch_size * num_replicas`, whose
-    last one is filled up from the bucket's start, then the global batches of all buckets are shuffled. So every row is
-    seen in every epoch, and all replicas see the same shape at the same time, which collectives inside the model need.
-    The order is made anew from `(seed, epoch)`, so a resumed run continues it by its position alone.
+    In an epoch the rows of each bucket are shuffled and cut into global batches of `batch_size * num_replicas`; the
+    last one is filled up from the bucket's start. Then the global batches of all buckets are shuffled. So every row is
+    seen in every epoch, and all replicas see the same shape at the same time, which collectives inside the model
+    require. The order depends on `(seed, epoch)` only, so a resumed run needs nothing but its position.
 
     Args:
         buckets (`Sequence[Hashable]`):
-            The shape of each row, or anything that tells which rows may share a batch.
+            The shape of each row, or any key of rows that may share a batch.
         batch_size (`int`):
             Rows in a batch of one replica.
         seed (`int`):
@@ -26,7 +26,7 @@ class BucketBatchSampler(Sampler[list[int]]):
         num_replicas, replica (`int`, defaults to 1 and 0):
             Number of data-parallel replicas and the one this sampler feeds.
         start (`int`, defaults to 0):
-            Number of batches of the stream to pass over.
+            Number of batches of the stream to skip.
 
     Raises:
         ValueError: If there are no rows.
@@ -80,10 +80,10 @@ class BucketBatchSampler(Sampler[list[int]]):
 
 def split_batches(buckets: Sequence[Hashable], *, batch_size: int, num_replicas: int, replica: int) -> list[list[int]]:
     """
-    One replica's share of all rows, once and in order, in batches of one bucket.
+    One replica's part of all rows, each once and in order, in batches of one bucket.
 
-    Every replica gets the same number of batches of the same sizes, as forwards under ZeRO-3 must be; what is lacking is
-    filled up with rows of the bucket, so a row may come more than once.
+    Every replica gets the same number of batches of the same sizes, which forward passes under ZeRO-3 require. Batches
+    are filled up with other rows of the bucket, so a row may appear more than once.
     """
     members: dict[Hashable, list[int]] = defaultdict(list)
     for index, bucket in enumerate(buckets):

@@ -1,4 +1,4 @@
-"""The rows of a latent dataset: columns, types, label rules. The only place where a column is named and typed."""
+"""The rows of a latent dataset: columns, types, label rules."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -25,7 +25,7 @@ def latent_features(dtype: str = "float16") -> Features:
     from row to row:
 
     - `latents` `(num_channels, num_frames, height, width)`: normalised VAE latents, null in a prompt-only dataset,
-      where `latents_shape` still says what a sample of the row would look like;
+    where `latents_shape` is the shape of a sample for the row;
     - `prompt_embeds`, `long_prompt_embeds`, `null_prompt_embeds` `(num_tokens, text_dim)`: real tokens only, of the
       caption, of the long caption if there is one, and of the empty prompt;
     - `image_embeds` `(num_image_tokens, image_dim)` and `condition` `(20, num_frames, height, width)`, 4 mask channels
@@ -63,7 +63,7 @@ def latent_features(dtype: str = "float16") -> Features:
 
 
 def validate_columns(columns: Iterable[str], source: str) -> None:
-    """Raise a `ValueError` that names `source` and the columns it lacks."""
+    """Raise a `ValueError` that names `source` and its missing columns."""
     missing = sorted(set(latent_features()) - set(columns))
     if missing:
         raise ValueError(
@@ -145,8 +145,8 @@ def table_to_rows(table: pa.Table) -> list[dict[str, Any]]:
     """
     Rows of an Arrow table as Python values, tensors as flat numpy arrays in their stored type.
 
-    This is what `Dataset.with_format("arrow")` is read with: two hundred times faster than Python lists, and unlike
-    the numpy format it keeps float16 and tells a missing label from NaN.
+    For tables from `Dataset.with_format("arrow")`: two hundred times faster than Python lists, and unlike the numpy
+    format it keeps float16 and distinguishes a missing label from NaN.
     """
     rows: list[dict[str, Any]] = [{} for _ in range(table.num_rows)]
     for name in table.column_names:
@@ -159,7 +159,7 @@ def table_to_rows(table: pa.Table) -> list[dict[str, Any]]:
 
 
 def _large_list_array(values: Sequence[np.ndarray | None], arrow_type: pa.DataType) -> pa.Array:
-    """Large-list array made from flat numpy arrays without a detour over Python lists."""
+    """Large-list array made directly from flat numpy arrays, without Python lists."""
     lengths = [0 if value is None else value.size for value in values]
     offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), type=pa.int64())
     present = [value for value in values if value is not None]

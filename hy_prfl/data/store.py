@@ -1,4 +1,4 @@
-"""Builds a latent dataset row by row so that it can be killed at any time: shards first, then one finished folder."""
+"""Builds a latent dataset row by row and may be killed at any time: writes shards first, then one finished folder."""
 
 import json
 import os
@@ -29,7 +29,7 @@ logger = get_logger(__name__)
 class DatasetSummary:
     """
     What `build_dataset` did: rows in the dataset, how many of them were encoded now, clips left out, and clips of the
-    dataset of before that were dropped.
+    previous dataset that were dropped.
     """
 
     num_rows: int
@@ -42,12 +42,12 @@ class RowEncoder(Protocol):
     """Makes rows of a latent dataset."""
 
     def row_key(self, row: ManifestRow) -> str:
-        """A name for all that the encoded columns of a row depend on. Raises a `VideoError` for a bad clip."""
+        """A key of everything that determines the encoded columns of a row. Raises a `VideoError` for a bad clip."""
 
     def encode_rows(self, rows: Sequence[ManifestRow]) -> list[dict[str, Any] | VideoError]:
         """
-        Columns of each row, tensors packed by `schema.pack_tensor`, without id, source and labels; for a bad clip the
-        error that says what is wrong with it. `remarks` beside the columns is a list of what to report of a good one.
+        Columns of each row, tensors packed by `schema.pack_tensor`, without id, source and labels; for a bad clip its
+        error. `remarks` besides the columns is a list of texts to report about a good one.
         """
 
 
@@ -67,11 +67,10 @@ def build_dataset(
     Encode rows, split over the processes of `accelerate`, into a folder that `datasets.load_from_disk` reads.
 
     All processes must see the same folder. Encoded rows are collected in `<output_dir>.partial`, in shards that are
-    complete as soon as they have their name.
-    Every row is stored under a key that tells all it depends on, so a run that was killed, or whose manifest,
-    settings or encoder changed, encodes only what is not there yet; a dataset already in `output_dir` is reused the
-    same way and stays in place until the new one is finished. Rows are in the order of `rows`, without the bad ones,
-    which are listed in `report.jsonl`, as are the remarks on good ones.
+    renamed when they are complete. Every row is stored under a key of everything that determines it, so a run that was
+    killed, or whose manifest, settings or encoder changed, encodes only missing rows. A dataset already in
+    `output_dir` is reused the same way and stays in place until the new one is finished. Rows are in the order of
+    `rows`, without bad ones, which are listed in `report.jsonl`, as are remarks on good ones.
 
     Args:
         row_encoder (`RowEncoder`):
@@ -79,20 +78,20 @@ def build_dataset(
         digest (`str`):
             `request_digest(...)`, stored to recognise a finished dataset.
         settings (`Mapping`, *optional*):
-            Options that the rows depend on, stored to say what is different in a dataset of other options.
+            Options that determine the rows, stored to report differences later.
         shard_size (`int`, defaults to 8):
-            Rows per shard: at most this many, or those of a batch, are lost when the process is killed.
+            Rows per shard: at most this many, or one batch, are lost if the process is killed.
         batch_size (`int`, defaults to 1):
             Rows that are encoded at once.
         overwrite (`bool`, defaults to `False`):
-            Drop clips of a dataset in `output_dir` that `rows` has no good row for.
+            Drop clips of a dataset in `output_dir` without a good row in `rows`.
 
     Returns:
         `DatasetSummary` on the main process, None on the others.
 
     Raises:
-        ValueError: If no row could be encoded, or clips would be dropped and `overwrite` is not set. What was encoded
-            is kept for the next run.
+        ValueError: If no row could be encoded, or clips would be dropped and `overwrite` is not set. Encoded rows are
+        kept for the next run.
     """
     state = process_state()
     partial_dir = output_dir.with_name(output_dir.name + ".partial")
@@ -125,11 +124,11 @@ def _encode_share(
     shard_size: int,
     batch_size: int,
 ) -> list[dict[str, Any]]:
-    """Encode this process's rows that are stored nowhere; say for each row its key, or why it has none."""
+    """Encode the rows of this process that are not stored yet; note for each row its key, or why it has none."""
     state = process_state()
     known = set(_open_sources(output_dir, partial_dir))
     if known:
-        logger.info(f"Found {len(known)} encoded rows of earlier runs; those that still fit are reused.")
+        logger.info(f"Found {len(known)} encoded rows of earlier runs; matching ones are reused.")
     shard: dict[str, dict[str, Any]] = {}
     remarks: dict[str, list[str]] = {}
     # Positions that wait to be encoded, by key: rows may be equal.
@@ -144,7 +143,7 @@ def _encode_share(
         results = row_encoder.encode_rows([rows[first] for first, *_ in waiting.values()])
         for (key, equal), result in zip(waiting.items(), results, strict=True):
             tried = 1
-            # Equal rows are read from different files: what is wrong with one need not be wrong with the next.
+            # Equal rows may come from different files, so an error in one need not be in the next.
             while isinstance(result, VideoError):
                 note(equal[tried - 1], None, reason=str(result))
                 if tried == len(equal):
@@ -181,7 +180,7 @@ def _encode_share(
         encode_waiting()
     finally:
         bar.close()
-        # Also when interrupted: what is encoded is kept.
+        # Also when interrupted, so that encoded rows are kept.
         if shard:
             _write_shard(partial_dir, shard, remarks, tensor_dtype)
     return progress
@@ -204,7 +203,7 @@ def _write_shard(
 
 @dataclass(frozen=True)
 class _Stored:
-    """Where an encoded row is, in a memory-mapped table, and what was noted when it was encoded."""
+    """Place of an encoded row in a memory-mapped table, and its remarks."""
 
     table: pa.Table
     index: int
@@ -239,7 +238,7 @@ def _assemble(
     tensor_dtype: str,
     overwrite: bool,
 ) -> DatasetSummary:
-    """Put the stored rows into the order of the manifest, with its ids and labels, and swap the finished folder in."""
+    """Sort the stored rows as in the manifest, add ids and labels, and replace the old folder by the finished one."""
     progress: list[dict[str, Any]] = []
     for path in partial_dir.glob("progress-*.jsonl"):
         progress += [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -1,4 +1,4 @@
-"""Rows of random latents, for what only needs clips of the right shape: dry runs, comparisons, benchmarks."""
+"""Rows of random latents, where only the shape of clips matters: dry runs, comparisons, benchmarks."""
 
 from collections.abc import Sequence
 
@@ -32,16 +32,16 @@ def synthetic_dataset(
         text_dim (`int`):
             Width of the text encoder.
         vae_fingerprint (`str`):
-            Identity of the VAE that the rows pretend to come from.
+            Fingerprint of the VAE to write into the rows.
         text_tokens (`int`):
             Tokens of each prompt.
         max_sequence_length (`int`, *optional*):
-            Length that batches pad prompts to, that of the prompts if left out.
+            Length to which batches pad prompts; that of the prompts if left out.
         num_rows (`int`, defaults to 2):
             Rows, good and poor in turn.
         condition_shape (`Sequence[int]`, *optional*):
-            `(num_channels, num_frames, height, width)` of the image condition, beside the latents or in place of their
-            first frame; none for text-to-video.
+            `(num_channels, num_frames, height, width)` of the image condition, in more channels or instead of the
+            first latent frame; none for text-to-video.
         image_embeds_shape (`Sequence[int]`, *optional*):
             `(num_image_tokens, image_dim)` of the image embeddings.
         dtype (`str`, defaults to `"float16"`):

@@ -1,4 +1,4 @@
-"""Import of what HY-Video-PRFL's preprocessing wrote: one `*_meta_v1.json` and up to five .npy files per clip."""
+"""Imports files of HY-Video-PRFL's preprocessing: one `*_meta_v1.json` and up to five .npy files per clip."""
 
 import json
 import logging
@@ -22,7 +22,7 @@ from .video import TEMPORAL_STRIDE, VideoError
 
 logger = logging.getLogger(__name__)
 
-# Column -> names that upstream's scripts give the path of its .npy file.
+# Column -> names of the path of its .npy file in upstream's scripts.
 ARRAYS = {
     "latents": ("vae_latent_path", "video_vae_latent_path", "latents_path"),
     "condition": ("f1_black_path", "latents_condition_path"),
@@ -34,7 +34,7 @@ ARRAYS = {
 
 @dataclass(frozen=True, kw_only=True)
 class UpstreamRow(ManifestRow):
-    """One clip of upstream. `arrays` has the paths of its .npy files as written, by column; `roots` where to look."""
+    """One clip of upstream. `arrays` has the paths of its .npy files as written, by column; `roots` the folders to search."""
 
     arrays: dict[str, str]
     roots: tuple[Path, ...]
@@ -45,11 +45,11 @@ class UpstreamRow(ManifestRow):
 
     @property
     def content(self) -> dict[str, Any]:
-        """As of any row, with the arrays that it finds."""
+        """Content of the row, with the paths of its arrays."""
         return super().content | {name: self.find(name).resolve() for name in self.arrays}
 
     def find(self, name: str) -> Path:
-        """Path of one array: the first of the roots that has it, the first of all if none has."""
+        """Path of one array in the first root that has it, or in the first root if none has it."""
         candidates = [root / self.arrays[name] for root in self.roots]
         return next((path for path in candidates if path.is_file()), candidates[0])
 
@@ -62,16 +62,16 @@ def read_upstream(path: str | Path, root: str | Path = ".") -> list[UpstreamRow]
         path (`str` or `Path`):
             A folder of `*_meta_v1.json` files, or a `.list` file with the path of one such file per line.
         root (`str` or `Path`, defaults to `"."`):
-            Folder that upstream ran in. Relative paths are looked up beside the file that names them, then here.
+            Folder in which upstream ran. Relative paths are looked up beside the file that names them, then here.
 
     Returns:
-        `list[UpstreamRow]`: Each clip once, in the order of the list. Upstream's lists repeat clips, for a run of its
-        trainers is one pass over the list; the log says how often.
+        `list[UpstreamRow]`: Each clip once, in the order of the list. Upstream's lists repeat clips, because its
+        trainers make one pass over the list; the number is logged.
 
     Raises:
-        FileNotFoundError: If `path` or a listed file does not exist.
-        ValueError: If a meta file is broken, naming file and field, or two that differ have one id. Whether arrays exist is not checked here: that
-            concerns one clip.
+        FileNotFoundError: If `path` or a listed file does not exist. ValueError: If a meta file is broken, with file
+        and field, or if two different ones share an id. Whether arrays exist is not checked here, because that
+        concerns single clips.
     """
     path, root = Path(path), Path(root)
     if path.is_dir():
@@ -88,7 +88,7 @@ def read_upstream(path: str | Path, root: str | Path = ".") -> list[UpstreamRow]
     counts = Counter(parsed[meta].id for meta in paths)
     if len(rows) < len(paths):
         least, most = min(counts.values()), max(counts.values())
-        uneven = f" They are named {least} to {most} times, and that weight is not kept." if least < most else ""
+        uneven = f" They are named {least} to {most} times; these weights are not kept." if least < most else ""
         logger.warning(
             f"{path}: {len(paths)} {'files' if path.is_dir() else 'lines'} name {len(rows)} clips. Each is imported once; "
             f"epochs take the place of repeats.{uneven}"
@@ -132,16 +132,16 @@ def _parse_meta(path: Path, root: Path) -> UpstreamRow:
 
 class UpstreamImporter:
     """
-    Makes dataset rows of upstream's arrays: a `store.RowEncoder`.
+    Makes dataset rows from upstream's arrays: a `store.RowEncoder`.
 
     Args:
         encoder (`LatentEncoder`):
-            Encoders of the pipeline that upstream's arrays were made with. It ties the dataset to a VAE and encodes
+            Encoders of the pipeline with which upstream's arrays were made. They identify the dataset's VAE and encode
             the empty prompt; image-to-video columns are imported for an image-to-video pipeline only.
         fps (`float`): Frame rate of upstream's clips.
         tensor_dtype (`str`): Storage type, `"float16"` or `"float32"`.
         null_prompt_path (`str`, *optional*): Upstream's null.npy, instead of encoding the empty prompt.
-        hashes (`FileHashes`, *optional*): Hashes of arrays that are known already.
+        hashes (`FileHashes`, *optional*): Hashes of arrays, if they are known already.
 
     Raises:
         ValueError: If the embedding in `null_prompt_path` does not fit.
@@ -166,14 +166,14 @@ class UpstreamImporter:
         self._null_prompt_hash = hash_text(str(self.null_prompt_embeds.tolist()))
 
     def row_key(self, row: ManifestRow) -> str:
-        """Hash of all that the columns of a row depend on: files, texts, type, encoders."""
+        """Hash of everything that determines the columns of a row: files, texts, type, encoders."""
         paths = self._paths(row)
         files = {name: self.hashes[path] for name, path in paths.items()}
         settings = [self.fps, self.tensor_dtype, self.encoder.identity, self._null_prompt_hash]
         return hash_text(json.dumps(["upstream", files, row.prompt, row.long_prompt, settings], sort_keys=True))
 
     def encode_rows(self, rows: Sequence[ManifestRow]) -> list[dict[str, Any] | VideoError]:
-        """Packed columns of each row, or what does not fit about its arrays."""
+        """Packed columns of each row, or the error of its arrays."""
         results: list[dict[str, Any] | VideoError] = []
         for row in rows:
             try:
@@ -254,8 +254,8 @@ class UpstreamImporter:
         """
         Condition with its mask, `(4 + num_channels, num_frames, height, width)`.
 
-        Upstream's preprocessing leaves the mask to its trainer, which always gives it the first frame alone. For a model of
-        first and last frame it is that of the pipeline here, which gives both.
+        Upstream's trainer adds the mask, which always marks the first frame alone. Here, for a model of first and last
+        frame, it is the pipeline's mask, which marks both.
         """
         condition = _load_array(path, num_dims=4)
         num_channels = latents_shape[0]
@@ -274,11 +274,11 @@ class UpstreamImporter:
         if condition.shape[0] == expected[0]:
             return np.concatenate([mask, condition])
         if self.encoder.uses_last_frame and not np.array_equal(condition[:TEMPORAL_STRIDE], mask):
-            raise VideoError(f"'{path}': its mask does not give exactly the first and the last frame")
+            raise VideoError(f"'{path}': its mask does not mark exactly the first and the last frame")
         return condition
 
     def _prepare_image_embeds(self, path: Path) -> np.ndarray:
-        """Embeddings `(num_tokens, image_dim)`, or `(2, num_tokens, image_dim)`, which upstream reads flat as well."""
+        """Embeddings `(num_tokens, image_dim)`, or `(2, num_tokens, image_dim)`, which upstream also stores flat."""
         config = self.encoder.pipeline.image_encoder.config
         num_tokens = (config.image_size // config.patch_size) ** 2 + 1
         num_images = 2 if self.encoder.uses_last_frame else 1
@@ -312,4 +312,4 @@ def _read_npy(path: Path) -> np.ndarray:
             raise ValueError("it is an archive of several arrays")
         return array.astype(np.float32)
     except (ValueError, EOFError) as error:
-        raise VideoError(f"'{path}' is no valid .npy file: {error}") from error
+        raise VideoError(f"'{path}' is not a valid .npy file: {error}") from error

@@ -1,4 +1,4 @@
-"""From a video file to frames of one size and frame rate. No models."""
+"""Reads video files as frames of one size and frame rate."""
 
 import logging
 import math
@@ -19,7 +19,7 @@ from .pixels import HDR, FrameConverter, VideoError, on_white
 
 logger = logging.getLogger(__name__)
 
-# A frame that fills more seconds of a clip is worth a word in the report.
+# A frame that stays for more seconds than this is reported.
 LONG_FRAME = 1.0
 
 TEMPORAL_STRIDE = 4
@@ -31,12 +31,12 @@ BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262
 @dataclass(frozen=True, kw_only=True)
 class DecodingRules:
     """
-    What is done about clips that cannot simply be played.
+    How to read clips in HDR or with a broken clock.
 
     Args:
         hdr (`str`, defaults to `"refuse"`): Colours of PQ, HLG and BT.2020: `"refuse"`, or `"tone_map"` to BT.709.
-        max_frame_duration (`float`, defaults to 10.0): Seconds that one frame may stay on the screen; after that the
-            clock counts as jumped.
+        max_frame_duration (`float`, defaults to 10.0): Seconds that one frame may stay on the screen; if it stays
+        longer, the clock has jumped.
         clock_jumps (`str`, defaults to `"refuse"`): A clock that jumps or runs back: `"refuse"`, or `"join"` the parts.
     """
 
@@ -47,7 +47,7 @@ class DecodingRules:
 
 @dataclass(frozen=True)
 class DecodedVideo:
-    """Frames `(num_frames, height, width, 3)` uint8, and what a report should say about a clip that is used."""
+    """Frames `(num_frames, height, width, 3)` uint8, and remarks for the report on a clip that is used."""
 
     frames: np.ndarray
     remarks: tuple[str, ...]
@@ -83,31 +83,29 @@ def decode_video(
     Decode the start of a video at a constant frame rate.
 
     Output frame `i` is the source frame that is on the screen `i / fps` seconds after the first one, by presentation
-    time, so variable frame rates come out right. [`Clock`] says what becomes of times that are missing, unsorted,
-    rounded or jump, [`FrameConverter`] what becomes of rotation, mirroring, pixels that are not square, transparency
-    and HDR. Of several video streams the default one is read, else the largest; cover pictures are none. Interlaced
-    frames are not deinterlaced.
+    time, so variable frame rates come out right. [`Clock`] handles times that are missing, unsorted, rounded or jump;
+    [`FrameConverter`] rotation, mirroring, pixels that are not square, transparency and HDR. Of several video streams
+    the default one is read, else the largest, never a cover picture. Interlaced frames are not deinterlaced.
 
     Args:
         path (`str` or `Path`):
-            A file of any kind that FFmpeg reads, told by its content. Its name means nothing.
+            A file of any kind that FFmpeg reads, recognised by its content and not by its name.
         fps (`float`):
             Frames per second of the output.
         num_frames (`int`):
             Frames wanted, `4k + 1`.
         min_num_frames (`int`, *optional*):
-            Fewest frames to accept, `num_frames` if not given. A clip in between is cut to `4k + 1` frames.
+            Minimum number of frames, `num_frames` if left out. A clip in between is cut to `4k + 1` frames.
         rules (`DecodingRules`, *optional*):
-            What is done about HDR and jumps of the clock.
+            How to handle HDR and jumps of the clock.
 
     Returns:
         `DecodedVideo`: its frames have the shape `(num_frames, height, width, 3)`, uint8, the width with square
         pixels.
 
     Raises:
-        VideoError: If the file is missing, is no video, is damaged or truncated, holds no frame, is too short, or
-            cannot be shown by the rules.
-        ValueError: If `fps` is not a finite number greater than 0.
+        VideoError: If the file is missing, is not a video, is damaged or truncated, holds no frame, is too short, or
+        is refused by the rules. ValueError: If `fps` is not a finite number greater than 0.
     """
     check(math.isfinite(fps) and fps > 0, "fps", fps, "a finite number greater than 0")
     rules = DecodingRules() if rules is None else rules
@@ -116,7 +114,7 @@ def decode_video(
         with open_video(path) as container:
             frames, remarks = _resample(container, fps, num_frames, rules)
     except av.error.FFmpegError as error:
-        # PyAV's own text names the file, and here it has no name.
+        # PyAV's own message would name the file, which has no name here.
         raise VideoError(f"cannot be decoded: {error.strerror or error}") from error
     if len({frame.shape for frame in frames}) > 1:
         raise VideoError("the size of the frames changes within the clip")
@@ -131,7 +129,7 @@ def _resample(
     """Up to `num_frames` RGB frames, one for each time `i / fps` that the stream covers, and remarks on them."""
     stream = choose_stream(container)
     stream.thread_type = "AUTO"
-    # FFmpeg's base rate is the rate that times were rounded from, the average rate that of the rounded times.
+    # FFmpeg's base rate is the rate before rounding, the average rate that of the rounded times.
     base_rate = float(stream.base_rate or fps)
     clock = Clock(
         tick=float(stream.time_base),
@@ -175,23 +173,23 @@ def read_image(path: str | Path) -> np.ndarray:
     """
     Read an image as `(height, width, 3)` uint8, turned upright by its EXIF tag.
 
-    12 and 16 bits per channel are scaled to 8, transparency is laid on white as in videos, of an image with several pictures
-    the first is taken. Whole numbers of 32 bits and floats are refused: nothing says which value is white.
+    12 and 16 bits per channel are scaled to 8, transparency is laid on white as in videos, and only the first picture
+    of an animated image is read. 32-bit integers and floats are refused, because it is unknown which value is white.
 
     Raises:
-        VideoError: If the file is missing, is no image, or is of a kind that is refused.
+        VideoError: If the file is missing, is not an image, or is of a kind that is refused.
     """
     try:
         with Image.open(path) as image:
-            # Pillow opens 16-bit grey of these formats in a type for 32 bits.
+            # Pillow opens 16-bit grey images of these formats in a 32-bit mode.
             deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
             if image.mode in ("I", "F") and not deep:
-                raise ValueError(f"mode {image.mode!r}, where nothing says which value is white")
+                raise ValueError(f"mode {image.mode!r}, in which it is unknown which value is white")
             transparent = image.info.get("transparency") if deep else None
             if image.format == "PNG" and "transparency" in image.info and "RGB;16" in str(image.tile):
-                # Pillow keeps 8 bits, in which that colour cannot be found again.
+                # Pillow keeps 8 bits, in which that colour cannot be identified.
                 raise ValueError("16 bits per channel and a transparent colour")
-            # TIFF says what is white; the other formats are scaled to 16 bits.
+            # TIFF says which value is white; the other formats are scaled to 16 bits.
             tags = getattr(image, "tag_v2", {})
             white = 2 ** tags.get(BITS_PER_SAMPLE, (16,))[0] - 1
             white_is_zero = tags.get(PHOTOMETRIC) == 0
@@ -205,7 +203,7 @@ def read_image(path: str | Path) -> np.ndarray:
             if upright.has_transparency_data or upright.mode in ("La", "RGBa"):
                 return on_white(np.asarray(upright.convert("RGBA")))
             return np.asarray(upright.convert("RGB"))
-    # Pillow's decoders raise the last ones for broken files.
+    # The last ones are what Pillow's decoders raise for broken files.
     except (OSError, Image.DecompressionBombError, ValueError, SyntaxError, EOFError) as error:
         raise VideoError(f"the image '{path}' cannot be read: {error}") from error
 
@@ -219,13 +217,13 @@ def parse_size(size: str) -> tuple[int, int]:
 
 
 def nearest_bucket(height: int, width: int, buckets: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """The `(height, width)` of `buckets` whose aspect ratio is nearest to that of the clip, by factor; first wins."""
+    """The `(height, width)` in `buckets` with the aspect ratio nearest to the clip's, by factor; the first of equals."""
     return min(buckets, key=lambda bucket: abs(np.log(bucket[1] / bucket[0]) - np.log(width / height)))
 
 
 def short_side_bucket(height: int, width: int, resolution: int, max_aspect_ratio: float) -> tuple[int, int]:
     """
-    Size that upstream's preprocessing gives a clip.
+    Size of a clip in upstream's preprocessing.
 
     The clip is scaled so that its short side equals `resolution`; both sides are rounded up to a multiple of 32 and
     capped at `resolution * max_aspect_ratio`, rounded up likewise.

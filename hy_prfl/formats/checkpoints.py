@@ -19,18 +19,18 @@ logger = logging.getLogger(__name__)
 STATE_FILE, FILES_FILE = "trainer_state.json", "files.json"
 SCHEDULE_FILE = "custom_checkpoint_0.pkl"
 BEST_FOLDER, MODEL_FOLDER, AVERAGE_FOLDER, VALIDATION_FOLDER = "best", "reward_model", "ema", "validation"
-# What each trainer writes besides checkpoints.
+# Results of each trainer besides checkpoints.
 REWARD_RESULTS = (BEST_FOLDER, MODEL_FOLDER)
 PRFL_RESULTS = (VALIDATION_FOLDER, *EXPERT_FOLDERS.values(), *LORA_FILES.values())
 CHECKPOINT_NAME = re.compile(r"checkpoint-([0-9]+)")
 VALIDATION_NAME = re.compile(r"step-([0-9]+)")
 ABANDONED_NAME = re.compile(r"abandoned-([0-9]+)")
-# Lists what is being moved into an `abandoned-<n>`, for the case that the process dies meanwhile.
+# Lists the files that are being moved into an `abandoned-<n>`, in case the process dies meanwhile.
 ABANDONING_FILE = ".abandoning.json"
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Checkpoints of a run, in the order of their steps. Folders still under their temporary name do not count."""
+    """Checkpoints of a run, in the order of their steps, without folders that still have their temporary name."""
     return _numbered_folders(output_dir, CHECKPOINT_NAME)
 
 
@@ -41,7 +41,7 @@ def _numbered_folders(parent: Path, name: re.Pattern[str]) -> list[Path]:
 
 
 def checkpoint_step(checkpoint: Path) -> int:
-    """Number of updates that a checkpoint folder's name tells."""
+    """Number of updates in a checkpoint folder's name."""
     match = CHECKPOINT_NAME.fullmatch(checkpoint.name)
     if match is None:
         raise ValueError(f"{checkpoint}: a checkpoint folder is called 'checkpoint-<step>'.")
@@ -50,18 +50,18 @@ def checkpoint_step(checkpoint: Path) -> int:
 
 def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | None) -> Path | None:
     """
-    The checkpoint to continue from, or None to start afresh.
+    The checkpoint to continue from, or None to start from the beginning.
 
     Args:
         resume_from_checkpoint (`str`, *optional*):
             `"latest"` for the newest complete checkpoint in `output_dir`, if there is one; or the path of a checkpoint.
 
     Raises:
-        FileNotFoundError: If the path is not a complete checkpoint.
-        ValueError: If nothing is to be resumed, or a checkpoint from elsewhere, but `output_dir` already holds
-            checkpoints; or if a checkpoint's name and its state tell different steps.
+        FileNotFoundError: If the path is not a complete checkpoint. ValueError: If `output_dir` already holds
+        checkpoints, and nothing or a checkpoint from another folder is resumed; or if a checkpoint's name and its
+        state have different steps.
     """
-    # Of a run that was killed while it gave a finished folder its name, or moved what it abandoned.
+    # Left by a run that was killed while it renamed a finished folder or moved abandoned results.
     for outdated in output_dir.glob(".*.old"):
         recover_folder(output_dir / outdated.name.removeprefix(".").removesuffix(".old"))
     _finish_abandoning(output_dir)
@@ -78,7 +78,7 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | None) -> Pat
             if (path / STATE_FILE).is_file():
                 _check_step(path)
                 return path
-            logger.warning("%s is not a complete checkpoint and is passed over: it has no %s.", path, STATE_FILE)
+            logger.warning("%s is not a complete checkpoint and is skipped: it has no %s.", path, STATE_FILE)
         logger.info("There is no complete checkpoint in %s: the run starts from the beginning.", output_dir)
         return None
     checkpoint = Path(resume_from_checkpoint)
@@ -92,7 +92,7 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | None) -> Pat
         _check_step(absolute)
     elif checkpoints:
         raise ValueError(
-            f"`resume_from_checkpoint`: {checkpoint} is none of `output_dir` {output_dir}, which already holds "
+            f"`resume_from_checkpoint`: {checkpoint} is not in `output_dir` {output_dir}, which already holds  "
             f"{checkpoints[-1].name}. Continue with `--resume_from_checkpoint latest` or choose another folder."
         )
     return checkpoint
@@ -101,22 +101,22 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | None) -> Pat
 def _check_step(checkpoint: Path) -> None:
     step = read_state(checkpoint)["global_step"]
     if step != checkpoint_step(checkpoint):
-        raise ValueError(f"{checkpoint} holds step {step}, says its {STATE_FILE}; its name says another.")
+        raise ValueError(f"{checkpoint}: its {STATE_FILE} has step {step}, its name another one.")
 
 
 def abandon(output_dir: Path, step: int, results: Sequence[str]) -> Path | None:
     """
-    Move what later steps have left out of the way of a run that goes on from an earlier step.
+    Move results of later steps away when a run continues from an earlier step.
 
     These are checkpoints, the best model, results and validation videos of more than `step` updates. Lines of
-    `metrics.jsonl` are copied along. Nothing is deleted, and nothing of the folder that they go to is looked at again,
-    except that its checkpoints count in the limit of `delete_old_checkpoints`.
+    `metrics.jsonl` are copied. Nothing is deleted, and the new folder is not used again, except that its checkpoints
+    count towards the limit of `delete_old_checkpoints`.
 
     Args:
         step (`int`):
-            Updates that the run goes on after, 0 if it starts from the beginning.
+            Updates after which the run continues, 0 if it starts from the beginning.
         results (`Sequence[str]`):
-            What the run's trainer writes besides checkpoints; the folder may hold results of the other one.
+            Results of the run's trainer besides checkpoints; the folder may hold results of the other trainer.
 
     Returns:
         `Path`, *optional*: The new folder `output_dir/abandoned-<n>`, None if there was nothing.
@@ -131,7 +131,7 @@ def abandon(output_dir: Path, step: int, results: Sequence[str]) -> Path | None:
     finished = [
         record["finished_step"] for record in read_run_records(output_dir / RUN_FILE) if "finished_step" in record
     ]
-    # Older versions did not note which step a result is of.
+    # Older versions did not record the step of a result.
     if finished[-1] > step if finished else bool(names) or step == 0:
         kept_by_step = (BEST_FOLDER, VALIDATION_FOLDER)
         names += [name for name in results if name not in kept_by_step and (output_dir / name).exists()]
@@ -149,7 +149,7 @@ def abandon(output_dir: Path, step: int, results: Sequence[str]) -> Path | None:
 
 
 def _finish_abandoning(output_dir: Path) -> None:
-    """Move what the list says, if there is one. Several processes may do so at once."""
+    """Move the files in the list, if there is one. Several processes may call it at once."""
     try:
         record = json.loads((output_dir / ABANDONING_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -163,7 +163,7 @@ def _finish_abandoning(output_dir: Path) -> None:
 
 
 def best_report(output_dir: Path) -> dict[str, Any] | None:
-    """Metrics and `global_step` of the best model that a run has kept so far, None if it has kept none."""
+    """Metrics and `global_step` of a run's best model so far, None if there is none."""
     try:
         return json.loads((output_dir / BEST_FOLDER / "metrics.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -171,7 +171,7 @@ def best_report(output_dir: Path) -> dict[str, Any] | None:
 
 
 def delete_old_checkpoints(output_dir: Path, newest: Path, total_limit: int) -> None:
-    """Keep `newest` and at most `total_limit - 1` others. Abandoned ones go first, then the oldest."""
+    """Keep `newest` and at most `total_limit - 1` others. Abandoned ones are deleted first, then the oldest."""
     abandoned = [path for each in _numbered_folders(output_dir, ABANDONED_NAME) for path in list_checkpoints(each)]
     others = [*abandoned, *(path for path in list_checkpoints(output_dir) if path != newest)]
     for old in others[: max(0, len(others) + 1 - total_limit)]:
@@ -183,7 +183,7 @@ def delete_old_checkpoints(output_dir: Path, newest: Path, total_limit: int) -> 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """
-    The `state` that `save_checkpoint` was given.
+    The `state` that was passed to `save_checkpoint`.
 
     Raises:
         ValueError: If the file is broken.
@@ -200,7 +200,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 def check_files(checkpoint: Path, *, with_optimizer: bool) -> None:
     """
-    Refuse a checkpoint that was copied or written by halves.
+    Refuse a checkpoint that was copied or written incompletely.
 
     Args:
         with_optimizer (`bool`):

@@ -1,4 +1,4 @@
-"""One of HY-Video-PRFL's YAML files in our terms: options, commands to run, and what was not carried over."""
+"""A converted YAML file of HY-Video-PRFL: options, commands to run, and what was not carried over."""
 
 import os
 import shlex
@@ -13,22 +13,22 @@ from ..runtime.atomic_writes import write_text
 
 PROJECT = Path(__file__).parents[2]
 LAUNCH_FOLDERS = ("accelerate_configs", "ds_configs")
-# The page that has every key and flag of upstream's.
+# The page with every key and flag of upstream's.
 TABLE = "docs/upstream.md"
 
 
 @dataclass
 class ConvertedRecipe:
     """
-    What became of one of upstream's files.
+    The result of converting one of upstream's files.
 
     Args:
         source (`Path`): That file.
         command (`str`): The command that takes the options: `preprocess`, `train_reward`, `train_prfl` or `score`.
         options (`dict[str, Any]`): Names and values of that command's configuration.
-        origins (`dict[str, str]`): For each option what it was made from, or why it has its value.
+        origins (`dict[str, str]`): For each option where its value comes from.
         notes (`list[str]`): What was not carried over, with the reason.
-        first (`list[str]`): Shell commands that make what the options name, to be run first, in this order.
+        first (`list[str]`): Shell commands that create the files in the options, to run first, in this order.
         launch_config (`str`, *optional*): Name of the file in `accelerate_configs/` that shards as the recipe did; if
             left out, the command runs in one process, without `accelerate launch`.
         launch_options (`str`): Options that the command needs besides the YAML file.
@@ -49,7 +49,7 @@ class ConvertedRecipe:
 
     def commands(self, name: str) -> list[str]:
         """
-        Shell commands that bring the recipe to its end, one after the other, in the current folder.
+        Shell commands that run the recipe, one after the other, in the current folder.
 
         Args:
             name (`str`): Path of the YAML file that `to_yaml` wrote.
@@ -65,7 +65,7 @@ class ConvertedRecipe:
         return [*self._links(), *self.first, f"{launch} --config {shlex.quote(name)}{self.launch_options}"]
 
     def plan(self, name: str) -> str | None:
-        """Shell command that says beforehand what the recipe needs of each GPU; None if it is no training."""
+        """Shell command that predicts what the recipe needs of each GPU; None if it is not for training."""
         if self.launch_config is None or not self.command.startswith("train"):
             return None
         degree = self.options["context_parallel_degree"]
@@ -86,7 +86,7 @@ class ConvertedRecipe:
             name (`str`, defaults to `"recipe.yaml"`):
                 Path of that file, for the commands in its head.
         """
-        lines = [f"# From HY-Video-PRFL's {self.source.name}. To be run in this folder, in this order:"]
+        lines = [f"# From HY-Video-PRFL's {self.source.name}. Run in this folder, in this order:"]
         lines += [f"#   {command}" for command in self.commands(name)]
         plan = self.plan(name)
         if plan is not None:
@@ -113,7 +113,7 @@ class ConvertedRecipe:
         write_text(path, self.to_yaml(str(path)))
 
     def _links(self) -> list[str]:
-        """Command that brings the launch files, which name each other, into the current folder if they are elsewhere."""
+        """Command that links the launch files, which refer to each other, into the current folder if they are elsewhere."""
         missing = [PROJECT / name for name in LAUNCH_FOLDERS if not Path(name).is_dir()]
         if self.launch_config is None or not all(folder.is_dir() for folder in missing):
             return []

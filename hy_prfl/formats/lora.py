@@ -1,9 +1,10 @@
 """
-LoRA files of diffusers, peft, ComfyUI, kohya, DiffSynth, VideoX-Fun and upstream, read into one form.
+Reads LoRA files of diffusers, peft, ComfyUI, kohya, DiffSynth, VideoX-Fun and upstream into one form.
 
-A layer adds `alpha / rank * up @ down` to a weight. Where the programs keep the alpha differs: diffusers in the header
-of the file (in peft's words), peft in a file beside it, ComfyUI and kohya as a tensor beside each layer, upstream
-nowhere. Without one, all of them take the rank. Whatever is no LoRA of a Wan transformer is an error that names it.
+A layer adds `alpha / rank * up @ down` to a weight. Programs store the alpha in different places: diffusers in the
+header of the file (as peft's configuration), peft in a separate file, ComfyUI and kohya as a tensor for each layer,
+upstream nowhere. Without an alpha, all of them use the rank. A file that is not a LoRA of a Wan transformer is an
+error that says what it is.
 """
 
 import logging
@@ -36,10 +37,10 @@ FILE_NAMES: dict[str, dict[ExpertName, str]] = {
     "kohya": {"high_noise": "lora_kohya.safetensors", "low_noise": "lora_kohya_2.safetensors"},
 }
 
-# Entry of kohya's headers, which none of its loaders reads: to them the alphas beside the layers count.
+# Entry of kohya's headers. Its loaders do not read it; they use the alphas of the layers.
 KOHYA_ALPHA = "ss_network_alpha"
 
-# Every Wan model has these patches; LoRAs of ComfyUI's trainer have the convolution over them as a matrix.
+# Patches of every Wan model; in LoRAs of ComfyUI's trainer the convolution over them is a matrix.
 PATCH_SIZE = (1, 2, 2)
 
 
@@ -85,10 +86,10 @@ class Adapter:
         layers (`dict[str, LoraLayer]`):
             By the names of the layers in `WanTransformer3DModel`.
         differences (`dict[str, torch.Tensor]`):
-            What is added to whole weights, such as those of norms, and to biases, by the names of the parameters in
-            `WanTransformer3DModel`.
+            Tensors that are added to whole weights, such as those of norms, and to biases, by the names of the
+            parameters in `WanTransformer3DModel`.
         metadata (`dict[str, str]`):
-            What else the header of the file says, without what depends on the format.
+            Other entries of the file's header that do not depend on the format.
         format (`str`):
             The format that it was read from.
         keys (`dict[str, list[str]]`):
@@ -103,18 +104,18 @@ class Adapter:
 
     @property
     def expert(self) -> ExpertName:
-        """The transformer that it is for, as its header tells; `high_noise` if the pipeline has only one."""
+        """The transformer that it is for, from its header; `high_noise` if the pipeline has only one."""
         return "low_noise" if self.metadata.get(f"{PREFIX}expert") == "low_noise" else "high_noise"
 
 
 def find_lora_files(path: str | Path) -> list[Path]:
     """
-    The files that LoRAs are read from: the path itself, or what diffusers, upstream or `save_adapters` wrote to a folder.
+    The files to read LoRAs from: the path itself, or the files of diffusers, upstream or `save_adapters` in a folder.
 
-    Two files, if there is one for each expert of a pipeline of two.
+    Two files, if there is one for each expert of a pipeline with two.
 
     Raises:
-        FileNotFoundError: If there is none, or it is unclear which file counts.
+        FileNotFoundError: If there is none, or if it is ambiguous which file to read.
     """
     path = Path(path)
     if not path.is_dir():
@@ -136,16 +137,16 @@ def find_lora_files(path: str | Path) -> list[Path]:
 
 def read_adapters(path: str | Path) -> list[Adapter]:
     """
-    Read the LoRA of a file or folder, or the two of a pipeline of two experts.
+    Read the LoRA of a file or folder, or the two LoRAs of a pipeline with two experts.
 
     Raises:
-        FileNotFoundError: If there is no such file, or a folder without a clear one.
+        FileNotFoundError: If there is no such file, or if it is ambiguous which file of the folder to read.
         ValueError: As [`read_adapter`], and if two files are for the same expert.
     """
     adapters = [read_adapter(file) for file in find_lora_files(path)]
     if len({adapter.expert for adapter in adapters}) < len(adapters):
         raise ValueError(
-            f"{path}: the headers of its two files must tell two experts, both tell `{PREFIX}expert` "
+            f"{path}: the headers of its two files must name different experts, both have `{PREFIX}expert`  "
             f"{adapters[0].metadata.get(f'{PREFIX}expert')!r}; convert them one by one."
         )
     return adapters
@@ -153,12 +154,11 @@ def read_adapters(path: str | Path) -> list[Adapter]:
 
 def read_adapter(path: str | Path) -> Adapter:
     """
-    Read a LoRA file in any of the formats, which its keys tell.
+    Read a LoRA file; its format is recognised by its keys.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is something else than a LoRA of a Wan transformer, or naming the key that is unknown, empty,
-            without its other half, of another shape or not finite.
+        FileNotFoundError: If there is no such file. ValueError: If it is not a LoRA of a Wan transformer, or if a key
+        is unknown, empty, without its other half, of another shape or not finite; names the key.
     """
     header = read_header(path) if Path(path).suffix == ".safetensors" else {}
     weights, config = read_weights(path), read_lora_config(path, header)
@@ -182,7 +182,7 @@ def _build_adapter(
     parts, differences, keys_of = _sort_tensors(weights, keys, source)
     if keys.format == "peft" and lora_config is None and not any("alpha" in found for found in parts.values()):
         logger.warning(
-            "%s: there is no alpha in the file and no %s beside it; the alpha is taken for the rank, as diffusers and "
+            "%s: there is no alpha in the file and no %s beside it; the rank is used as alpha, as diffusers and "
             "ComfyUI do.",
             source,
             PEFT_CONFIG,
@@ -217,7 +217,7 @@ def _build_adapter(
 def _check_switches(
     layers: Mapping[str, LoraLayer], lora_config: Mapping[str, Any], keys_of: Mapping[str, list[str]], source: str
 ) -> None:
-    """Refuse what peft's configuration says is off but the file has: peft would leave it out."""
+    """Refuse tensors that peft's configuration says are off: peft would ignore them."""
     for option, part in (("use_dora", "magnitude"), ("lora_bias", "bias")):
         names = [name for name, layer in layers.items() if getattr(layer, part) is not None]
         if names and not lora_config[option]:
@@ -232,8 +232,8 @@ def _warn_of_kohyas_alpha(parts: Mapping[str, Mapping[str, torch.Tensor]], told:
     ranks = {len(found["down"]) for found in parts.values() if "down" in found and "alpha" not in found}
     if any(told not in ("None", f"{rank}", f"{rank:.1f}") for rank in ranks):
         logger.warning(
-            "%s: the header has `%s` %s, but the file has no alpha for layers of rank %s; there the alpha is taken for the "
-            "rank, as kohya's own loaders and ComfyUI do. If %s was meant, choose the strength accordingly: alpha / rank.",
+            "%s: the header has `%s` %s, but the file has no alpha for layers of rank %s; there the rank is used as "
+            "alpha, as kohya's own loaders and ComfyUI do. If %s was meant, choose the strength accordingly: alpha / rank.",
             source,
             KOHYA_ALPHA,
             told,
@@ -245,7 +245,7 @@ def _warn_of_kohyas_alpha(parts: Mapping[str, Mapping[str, torch.Tensor]], told:
 def _sort_tensors(
     weights: StateDict, keys: LoraKeys, source: str
 ) -> tuple[dict[str, dict[str, torch.Tensor]], StateDict, dict[str, list[str]]]:
-    """Parts of each layer, differences by parameter, and the keys of each, without differences that are zero."""
+    """Parts of each layer, differences by parameter, and the keys of both; differences that are all zeros are left out."""
     parts: dict[str, dict[str, torch.Tensor]] = {}
     differences: StateDict = {}
     keys_of: dict[str, list[str]] = {}
@@ -253,7 +253,9 @@ def _sort_tensors(
     for key, (target, part) in keys.entries.items():
         tensor = weights[key]
         if tensor.numel() == 0:
-            raise ValueError(f"{source}: '{key}' is empty: it was saved while its weights were split over processes.")
+            raise ValueError(
+                f"{source}: '{key}' is empty: it was saved while its weights were sharded over processes."
+            )
         if not tensor.is_floating_point() and part != "alpha":
             raise ValueError(f"{source}: '{key}' must have floating-point numbers, got {tensor.dtype}.")
         # An alpha is checked as a number.
@@ -264,7 +266,7 @@ def _sort_tensors(
             continue
         found, name = (differences, target) if part in DIFFERENCES else (parts.setdefault(target, {}), part)
         if name in found:
-            raise ValueError(f"{source}: '{key}' is there twice, under two names.")
+            raise ValueError(f"{source}: '{key}' appears twice, under two names.")
         found[name] = tensor
         keys_of.setdefault(target, []).append(key)
     if num_zeros:
@@ -285,7 +287,7 @@ def _build_layer(
 
     Args:
         told (`tuple[int, float]`, *optional*):
-            Rank and alpha by peft's configuration.
+            Rank and alpha in peft's configuration.
     """
     for part, word in (("down", "lora_A (lora_down)"), ("up", "lora_B (lora_up)")):
         if part not in parts:

@@ -1,8 +1,8 @@
 """
-Names of the tensors in LoRA files, as the programs around Wan write them: which layer of the model, and which part.
+Names of the tensors in LoRA files of various programs: which layer of the model, and which part.
 
-A name is a prefix, the layer in Wan's own or in diffusers' words, with dots or underscores, and the part. All
-combinations are read. What is no LoRA of a Wan transformer is refused with a sentence that says what it is.
+A name is a prefix, the layer by Wan's or diffusers' name, with dots or underscores, and the part. All combinations are
+read. A file that is not a LoRA of a Wan transformer is refused with a sentence that says what it is.
 """
 
 import re
@@ -49,16 +49,16 @@ OTHER_METHODS = {
 }
 # Scales of weights in float8, as ComfyUI and others name them.
 SCALES = re.compile(r"(^|\.)(scaled_fp8|scale_weight|scale_input|(weight|input)_scale(_inv|_2)?|comfy_quant)$")
-# What a file is if its keys match.
+# Pattern in a key -> what such a file is.
 OTHER_MODELS = (
     (r"(^|[._])(down_blocks|up_blocks|mid_block|input_blocks|output_blocks|middle_block)[._]", "Stable Diffusion"),
     (r"(^|[._])(single_transformer_blocks|double_blocks|single_blocks)[._]", "Flux or HunyuanVideo"),
     (r"(^|[._])(joint_blocks|joint_transformer_blocks)[._]", "Stable Diffusion 3"),
     (r"(^|[._])transformer_blocks[._]", "another transformer, such as Flux, LTX-Video, CogVideoX or Qwen-Image"),
-    (r"(^|[._])vace_(blocks|patch_embedding)[._]", "Wan VACE, which has layers that a Wan pipeline has not"),
+    (r"(^|[._])vace_(blocks|patch_embedding)[._]", "Wan VACE, which has layers that a Wan pipeline does not have"),
     (
         r"(^|[._])(face_adapter|face_encoder|motion_encoder|pose_patch_embedding|control_adapter|ref_conv|audio_\w+)[._]",
-        "a model made from Wan, with layers that Wan has not",
+        "a model derived from Wan, with layers that Wan does not have",
     ),
 )
 TEXT_ENCODER = re.compile(
@@ -71,13 +71,13 @@ WHOLE_WEIGHT = re.compile(r"(\.(weight|bias|modulation|scale|scale_weight|scale_
 @dataclass(frozen=True)
 class LoraKeys:
     """
-    The keys of a file, understood.
+    The parsed keys of a file.
 
     Args:
         prefix (`str`):
-            What all keys start with.
+            Start of all keys.
         is_native (`bool`):
-            Whether layers have Wan's own names; otherwise they have diffusers'.
+            Whether layers have Wan's own names, not diffusers'.
         entries (`dict[str, tuple[str, str]]`):
             Key -> the layer or, for a difference, the parameter of `WanTransformer3DModel`, and the part, one of `PARTS`.
     """
@@ -153,7 +153,7 @@ def _plain(name: str) -> str:
 
 @dataclass(frozen=True)
 class _Names:
-    """Layers and parameters of `WanTransformer3DModel` by both of their names, with underscores for dots."""
+    """Layers and parameters of `WanTransformer3DModel` by both of their names, with underscores instead of dots."""
 
     layers: dict[str, str]
     parameters: dict[str, str]
@@ -163,7 +163,7 @@ class _Names:
         """The layer, or the parameter that a difference is added to."""
         if part not in DIFFERENCES:
             return self.layers.get(_plain(name))
-        # ComfyUI names a modulation, which belongs to no layer, itself; LightX2V names the block.
+        # A modulation belongs to no layer: ComfyUI uses its own name, LightX2V that of the block.
         ends = {"diff": ("_weight", ""), "diff_b": ("_bias",), "diff_m": ("_modulation", "_scale_shift_table")}[part]
         found = (self.parameters.get(f"{_plain(name)}{end}") for end in ends)
         return next((parameter for parameter in found if parameter is not None), None)
@@ -193,15 +193,15 @@ def _refuse_scaled_weights(keys: Sequence[str], source: str) -> None:
     scales = [key for key in keys if SCALES.search(key)]
     if scales and any(_split(key) is not None for key in set(keys) - set(scales)):
         raise ValueError(
-            f"{source}: {_list(scales)} belong{'s' * (len(scales) == 1)} to a LoRA in scaled float8, which is not read. Take "
-            "the same LoRA in bfloat16 or float16, or save it anew with each weight multiplied by its scale."
+            f"{source}: {_list(scales)} belong{'s' * (len(scales) == 1)} to a LoRA in scaled float8, which is not supported. Use "
+            "the same LoRA in bfloat16 or float16, or save it again with each weight multiplied by its scale."
         )
 
 
 def _describe_without_parts(keys: Sequence[str]) -> str:
     if all(WHOLE_WEIGHT.search(key) for key in keys):
         return (
-            f"these are whole weights ({_list(keys)}), not a LoRA. A transformer goes to `transformer_path`; `convert "
+            f"these are whole weights ({_list(keys)}), not a LoRA. Pass a transformer as `transformer_path`; `convert "
             "--transformer` makes the folder for it."
         )
     return f"none of its keys ends like one of a LoRA, such as `.lora_A.weight` or `.lora_up.weight`: {_list(keys)}."
@@ -217,12 +217,12 @@ def _describe_unknown(unknown: Sequence[str], keys: Sequence[str]) -> str:
             return f"this is a LoRA of {model}, not of a Wan transformer: {_list(matching)}."
     if text:
         return (
-            f"{_list(text)} belong{'s' * (len(text) == 1)} to a text encoder; only the transformer takes a LoRA. Remove "
+            f"{_list(text)} belong{'s' * (len(text) == 1)} to a text encoder; only LoRAs of the transformer are supported. Remove "
             "these tensors to use the rest."
         )
     second = [key for key in unknown if key.startswith("transformer_2.")]
     if second:
-        return f"{_list(second)} belong to the second transformer: save them to a file of their own for `lora_2_path`."
+        return f"{_list(second)} belong to the second transformer: save them in a separate file for `lora_2_path`."
     found = _split(unknown[0])
     if found is None:
         prefix = next((split[0] for key in keys if (split := _split(key)) is not None), "")

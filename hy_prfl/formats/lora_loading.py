@@ -1,8 +1,8 @@
 """
-Puts a LoRA into a transformer, all of it or not at all.
+Loads a LoRA into a transformer, completely or not at all.
 
-diffusers' own `load_lora_weights` leaves out what it has no rule for. Here the model's own names and shapes decide, before
-anything is changed, and what arrived is compared with the file afterwards.
+diffusers' `load_lora_weights` ignores tensors for which it has no rule. Here all names and shapes are compared with
+the model's before anything is changed, and the loaded weights are compared with the file afterwards.
 """
 
 import math
@@ -21,7 +21,7 @@ from .weight_files import is_finite
 
 def check_adapter_fits(adapter: Adapter, transformer: WanTransformer3DModel, *, source: str) -> None:
     """
-    Check that each tensor of a LoRA has its place in a model, which may be on the meta device.
+    Check that each tensor of a LoRA has a place in a model, which may be on the meta device.
 
     Raises:
         ValueError: Naming the keys of the file that have no place, or one of another shape.
@@ -84,20 +84,20 @@ def load_adapter(
     transformer: WanTransformer3DModel, adapter: Adapter, adapter_name: str, *, scale: float = 1.0, source: str
 ) -> bool:
     """
-    Put a LoRA into a transformer.
+    Load a LoRA into a transformer.
 
-    Its layers become an adapter of peft, whose strength is set with `set_adapters` as usual. What it adds to whole weights
-    and biases is added to them at once, `scale` times.
+    Its layers become an adapter of peft, whose strength is set with `set_adapters` as usual. Differences of whole
+    weights and biases are added immediately, multiplied by `scale`.
 
     Args:
         source (`str`):
             Where the LoRA comes from, for errors.
 
     Returns:
-        `bool`: Whether there is an adapter of peft now; a file may hold nothing but differences.
+        `bool`: Whether there is an adapter of peft now; a file may hold differences only.
 
     Raises:
-        ValueError: If a part of it has no place in the model or did not get there; in the first case nothing is changed.
+        ValueError: If a part of it has no place in the model, in which case nothing is changed, or was not loaded.
     """
     check_adapter_fits(adapter, transformer, source=source)
     parameters = dict(transformer.named_parameters())
@@ -117,7 +117,7 @@ def load_adapter(
         }
         for part, tensor in tensors.items():
             if tensor is not None:
-                # Nothing can be computed in float8.
+                # float8 cannot be used in computations.
                 weights[f"{name}.{part}"] = (tensor.to(dtype) if tensor.itemsize == 1 else tensor).contiguous()
     has_bias = any(layer.bias is not None for layer in adapter.layers.values())
     for name, layer in adapter.layers.items():
@@ -141,8 +141,8 @@ def _check_arrived(
     weights: dict[str, torch.Tensor],
     source: str,
 ) -> None:
-    """Compare what is in the model with what was to get there, and the scale of each layer."""
-    # Given its weights, peft does not take a bias for a weight that was saved in pieces.
+    """Compare the weights in the model with those of the file, and the scale of each layer."""
+    # With the model's weights peft does not mistake a bias for a weight that was saved in pieces.
     arrived = get_peft_model_state_dict(transformer, transformer.state_dict(), adapter_name=adapter_name)
     lost = [
         name
@@ -154,6 +154,6 @@ def _check_arrived(
     lost += sorted(set(arrived) - set(weights))
     if lost:
         raise ValueError(
-            f"{source}: {len(lost)} of {len(weights)} tensors of the LoRA did not arrive in the model, such as "
-            f"{', '.join(lost[:5])}. The installed peft or diffusers handles this LoRA in another way."
+            f"{source}: {len(lost)} of {len(weights)} tensors of the LoRA were not loaded into the model, such as  "
+            f"{', '.join(lost[:5])}. The installed peft or diffusers handles this LoRA differently."
         )

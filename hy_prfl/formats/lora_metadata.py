@@ -1,4 +1,4 @@
-"""What a LoRA file says about itself: our entries and peft's configuration in its header, or in a file beside it."""
+"""Metadata of a LoRA file: our entries and peft's configuration, in its header or in a file beside it."""
 
 import hashlib
 import json
@@ -20,18 +20,18 @@ LoraFormat = Literal["diffusers", "comfyui", "kohya", "upstream"]
 
 PREFIX = "hy_prfl."
 
-# Entries that are written anew for each format; a conversion keeps all others.
+# Entries that are written again for each format; a conversion keeps all others.
 DERIVED = ("format", LORA_ADAPTER_METADATA_KEY, *(f"{PREFIX}{name}" for name in ("format", "rank", "alpha")))
 
-# What `save_pretrained` of peft writes: the weights, and beside them the configuration, which alone tells the alpha.
+# Files of peft's `save_pretrained`: the weights, and the configuration, which is the only place of the alpha.
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-# Fields of peft's configuration that say nothing about what the saved weights mean, or that are read here.
+# Fields of peft's configuration that do not change the meaning of the saved weights, or that are read here.
 NEUTRAL_FIELDS = {
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode",
     "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_bias", "lora_dropout",
     "peft_version", "r", "rank_pattern", "revision", "target_modules", "task_type", "use_dora", "use_rslora",
 }  # fmt: skip
-# These start from other base weights than the model's own.
+# Initializations that change the base weights.
 CHANGED_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga", "eva")
 
 
@@ -56,11 +56,11 @@ def lora_metadata(
         base_on_hub (`bool`, *optional*):
             Whether `base_model` is a repository of the Hub; `data/wan` may be one or a path.
         reward_model (`str`, *optional*):
-            The reward model that it climbed.
+            The reward model that it was trained with.
         run (`str`, *optional*):
             Name of the run.
         config (`Mapping[str, Any]`, *optional*):
-            The run's resolved options, of which a hash is kept: equal hashes, equal recipe.
+            The run's resolved options. Their hash is kept: equal hashes mean equal recipes.
         expert (`str`, *optional*):
             `high_noise` or `low_noise`, for a pipeline of two experts.
     """
@@ -86,8 +86,7 @@ def read_lora_metadata(path: str | Path) -> dict[str, str]:
     Where layers differ, `rank` and `alpha` list all values, such as `"8,16"`. A file of another program gives `{}`.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is no safetensors file.
+        FileNotFoundError: If there is no such file. ValueError: If it is not a safetensors file.
     """
     header = read_header(path)
     return {name.removeprefix(PREFIX): value for name, value in header.items() if name.startswith(PREFIX)}
@@ -99,8 +98,8 @@ def lora_header(lora_config: Mapping[str, Any], metadata: Mapping[str, str]) -> 
 
     Args:
         lora_config (`Mapping[str, Any]`):
-            peft's configuration, `LoraConfig.to_dict()`. diffusers rebuilds the adapter from it; without it, alpha
-            would be taken for the rank.
+            peft's configuration, `LoraConfig.to_dict()`. diffusers rebuilds the adapter from it; without it, the rank
+            would be used as alpha.
         metadata (`Mapping[str, str]`):
             See [`lora_metadata`].
     """
@@ -121,7 +120,7 @@ def lora_header(lora_config: Mapping[str, Any], metadata: Mapping[str, str]) -> 
 
 def _with_image_layers(targets: Iterable[str]) -> list[str]:
     """
-    Targets with the image projections beside each key projection of the cross-attention.
+    Targets, with the image projections added for each key projection of the cross-attention.
 
     To a LoRA without them diffusers adds zeros for `add_k_proj` and `add_v_proj` when it loads it into an image-to-video
     model, and peft warns of a layer that its configuration does not name. Other models have no such layers.
@@ -172,7 +171,7 @@ def _check_lora_config(entries: Mapping[str, Any], *, source: str) -> dict[str, 
     config = dict(defaults)
     for key, value in entries.items():
         name = key.removeprefix("transformer.")
-        # What a newer peft added and is off, changes nothing.
+        # Options of a newer peft that are off change nothing.
         if name not in NEUTRAL_FIELDS and value and value != defaults.get(name):
             raise ValueError(
                 f"{source}: peft's metadata has `{key}` = {value!r}: not a plain LoRA of the transformer."
@@ -190,7 +189,7 @@ def _check_lora_config(entries: Mapping[str, Any], *, source: str) -> dict[str, 
     if str(config.get("init_lora_weights")).startswith(CHANGED_BASE):
         raise ValueError(
             f"{source}: `init_lora_weights` is {config['init_lora_weights']!r}: it belongs to a changed base model. "
-            "Convert it to a plain LoRA with peft, or merge it, where it was trained."
+            "Where it was trained, convert it to a plain LoRA with peft, or merge it."
         )
     return config
 
@@ -205,9 +204,9 @@ def _check_pattern(pattern: str, source: str) -> None:
 
 def rank_and_alpha(lora_config: Mapping[str, Any], layer: str) -> tuple[int, float]:
     """
-    Rank of a layer by peft's configuration, and the alpha that scales its update by `alpha / rank`.
+    Rank of a layer in peft's configuration, and the alpha that scales its update by `alpha / rank`.
 
-    rsLoRA scales by `alpha / sqrt(rank)`, which is a larger alpha.
+    rsLoRA scales by `alpha / sqrt(rank)`, which is returned as a larger alpha.
     """
     rank, alpha = (
         (lora_config[pattern] or {}).get(get_pattern_key(lora_config[pattern] or {}, layer), lora_config[name])

@@ -1,7 +1,8 @@
 """
-LoRAs written in the formats of diffusers, ComfyUI, kohya and upstream.
+Writes LoRAs in the formats of diffusers, ComfyUI, kohya and upstream.
 
-Weights are carried bit for bit, with the rank and the alpha of each layer. What a format cannot say is an error.
+Weights are copied bit for bit, with the rank and the alpha of each layer. Content that a format cannot hold is an
+error.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ from .wan_native import key_names, layer_names
 from .weight_files import StateDict, new_folder
 
 
-# Format -> what its keys start with, and whether the names of layers have underscores for dots.
+# Format -> prefix of its keys, and whether names of layers have underscores instead of dots.
 PREFIXES: dict[str, tuple[str, bool]] = {
     "diffusers": ("transformer.", False),
     "comfyui": ("diffusion_model.", False),
@@ -29,16 +30,16 @@ PREFIXES: dict[str, tuple[str, bool]] = {
 
 def save_adapters(adapters: Sequence[Adapter], output_dir: str | Path, lora_format: LoraFormat) -> list[str]:
     """
-    Write a LoRA, or one for each expert, to a new folder, each in one file, or for upstream in its three.
+    Write a LoRA, or one for each expert, to a new folder: one file each, or upstream's three.
 
-    Upstream's files hold no alpha: there `up` is multiplied by `alpha / rank`, and all is float32, as upstream
+    Upstream's files hold no alpha: there `up` is multiplied by `alpha / rank`, and everything is float32, as upstream
     writes it.
 
     Returns:
         Names of the files.
 
     Raises:
-        ValueError: If the format cannot say what the adapters say, or `output_dir` is not an empty folder.
+        ValueError: If the format cannot hold the adapters, or `output_dir` is not an empty folder.
     """
     files = {name: content for adapter in adapters for name, content in _files_of(adapter, lora_format).items()}
     with new_folder(output_dir) as folder:
@@ -60,13 +61,13 @@ def _files_of(adapter: Adapter, lora_format: LoraFormat) -> dict[str, tuple[Stat
         keys = [key for name in adapter.differences for key in adapter.keys.get(name, [name])]
         shown = ", ".join(f"'{key}'" for key in keys[:5]) + ", ..." * (len(keys) > 5)
         raise ValueError(
-            f"The format of {lora_format} has no place for what is added to whole weights and biases ({len(keys)}): {shown}. "
+            f"The format of {lora_format} has no place for differences of whole weights and biases ({len(keys)}): {shown}.  "
             "`generate --lora_path` applies such a file as it is, and `--output_format comfyui` keeps it."
         )
     if lora_format == "upstream":
         if adapter.expert == "low_noise":
             raise ValueError(
-                "upstream's files know one transformer, a LoRA of the low-noise expert has no name there."
+                "upstream's files are for one transformer; a LoRA of the low-noise expert has no name there."
             )
         adapter = _fold_alpha(adapter)
         files = {
@@ -106,14 +107,14 @@ def _state_dict(adapter: Adapter, lora_format: LoraFormat, prefix: str, *, under
         if layer.magnitude is not None:
             weights[f"{key}.lora_magnitude_vector"] = layer.magnitude
         if lora_format == "diffusers" and has_bias:
-            # peft gives a bias to all layers or to none.
+            # In peft all layers have a bias, or none.
             weights[f"{key}.lora_B.bias"] = layer.up.new_zeros(len(layer.up)) if layer.bias is None else layer.bias
         elif lora_format == "comfyui" and layer.bias is not None:
             weights[f"{key}.diff_b"] = _scale_exactly(layer.bias, layer.scale, name)
         elif layer.bias is not None:
             raise ValueError(f"'{name}' has a bias on its lora_B, which the format of {lora_format} cannot hold.")
     for name, difference in adapter.differences.items():
-        # A modulation is the parameter of no layer, and has no `.weight` at the end.
+        # A modulation is not the parameter of a layer and does not end in `.weight`.
         layer_name, _, parameter = names[name].rpartition(".")
         end = {"weight": f"{layer_name}.diff", "bias": f"{layer_name}.diff_b"}.get(parameter, f"{names[name]}.diff")
         if f"{prefix}{end}" in weights:
@@ -123,7 +124,7 @@ def _state_dict(adapter: Adapter, lora_format: LoraFormat, prefix: str, *, under
 
 
 def _with_biases(adapter: Adapter) -> Adapter:
-    """The same adapter with what it adds to the biases of its layers in the biases of `lora_B`, which peft has."""
+    """The same adapter with its differences of biases moved into the biases of `lora_B`, which peft supports."""
     layers, differences = dict(adapter.layers), dict(adapter.differences)
     for name, layer in adapter.layers.items():
         if f"{name}.bias" in differences and layer.bias is None:
@@ -141,7 +142,7 @@ def _scale_exactly(bias: torch.Tensor, factor: float, source: str) -> torch.Tens
 
 
 def _fold_alpha(adapter: Adapter) -> Adapter:
-    """The same adapter in float32 with an alpha that is the rank, which is what a file without alpha means."""
+    """The same adapter in float32 with alpha equal to the rank, as a file without alpha means."""
     layers = {
         name: LoraLayer(down=layer.down.float(), up=layer.up.float() * layer.scale, alpha=layer.rank, bias=layer.bias)
         for name, layer in adapter.layers.items()

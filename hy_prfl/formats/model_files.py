@@ -25,11 +25,11 @@ def save_pretrained(
     extra: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """
-    Write weights and the configuration of `model` as `ModelMixin.save_pretrained` does, but in one move.
+    Write weights and the configuration of `model` as `ModelMixin.save_pretrained` does, but atomically.
 
     Args:
         state_dict (`dict[str, torch.Tensor]`):
-            All weights, whole; those of `model` itself may be split over ranks.
+            All weights, gathered; those of `model` itself may be sharded.
         extra (`Mapping[str, str]`):
             Text files to put beside them, by name.
     """
@@ -52,7 +52,7 @@ def save_lora(
     """
     Write a transformer's adapter as diffusers reads it.
 
-    Rank, alpha and targets go into the file's metadata; without it diffusers takes alpha for the rank.
+    Rank, alpha and targets go into the file's metadata; without it diffusers assumes that alpha equals the rank.
 
     Args:
         state_dict (`dict[str, torch.Tensor]`):
@@ -60,7 +60,7 @@ def save_lora(
         file (`Path`):
             `<folder>/pytorch_lora_weights.safetensors`, or another of `LORA_FILES`.
         metadata (`Mapping[str, str]`):
-            Where it comes from, see [`~hy_prfl.models.lora_metadata.lora_metadata`].
+            Where it comes from, see [`~hy_prfl.formats.lora_metadata.lora_metadata`].
 
     Raises:
         ValueError: If a weight is empty or half of a pair is missing; nothing is written then.
@@ -91,18 +91,18 @@ def _parameter_name(key: str) -> str:
 
 def merge_adapter(model: ModelMixin, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """
-    Weights of a model with its LoRA adapter added to them, so that they load where there is no adapter.
+    Weights of a model with its LoRA adapter merged into them, so that they load without an adapter.
 
     Args:
         model (`ModelMixin`):
-            A model with an adapter. Only its configuration is looked at.
+            A model with an adapter. Only its configuration is used.
         state_dict (`Mapping[str, torch.Tensor]`):
             All its weights, whole. The result is float32.
     """
     with init_empty_weights(include_buffers=False):
         merged = type(model).from_config(model.config)
         merged.add_adapter(model.peft_config["default"])
-    # Copies: fusing writes into them.
+    # Copies, because fusing writes into them.
     weights = {name: tensor.to(torch.float32, copy=True) for name, tensor in state_dict.items()}
     merged.load_state_dict(weights, assign=True)
     merged.fuse_lora()

@@ -88,7 +88,7 @@ class PipelineInfo:
         `WanPipeline` or `WanImageToVideoPipeline`.
 
         Raises:
-            ValueError: If it is another one.
+            ValueError: If it is another class.
         """
         name = self.index["_class_name"]
         for pipeline_class in (WanPipeline, WanImageToVideoPipeline):

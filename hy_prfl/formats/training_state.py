@@ -26,20 +26,20 @@ def save_checkpoint(
     """
     Save everything that `Accelerator.save_state` covers as `output_dir/checkpoint-<step>`. A collective.
 
-    All ranks write into a temporary folder, which gets its name only when the last one is done, so a run killed at
-    any moment leaves a good `latest`. Checkpoints beyond `total_limit` are deleted after that, never this one; with
-    `delete_first` before anything is written, so that there are never more than `total_limit`.
+    All ranks write into a temporary folder, which is renamed when the last one is done, so `latest` is good whenever
+    the run is killed. Checkpoints beyond `total_limit` are deleted after that, never this one; with `delete_first`
+    they are deleted before anything is written, so that there are never more than `total_limit`.
     """
     target = output_dir / f"checkpoint-{step}"
     temporary = temporary_name(target)
     if accelerator.is_main_process:
-        # Also what a killed run has left under this name.
+        # A killed run may have left something under this name.
         temporary_folder(target)
         if delete_first and total_limit is not None:
             delete_old_checkpoints(output_dir, target, total_limit)
         temporary.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    # The base model under an adapter is not saved again by DeepSpeed; everywhere else `save_model` decides.
+    # DeepSpeed does not save the base model under an adapter again; otherwise `save_model` decides.
     is_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
     accelerator.save_state(str(temporary), **({"exclude_frozen_parameters": True} if is_deepspeed else {}))
     accelerator.wait_for_everyone()
@@ -58,8 +58,8 @@ def save_checkpoint(
 
 
 def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> None:
-    """Restore what `save_checkpoint` saved, but for its `state`. A collective."""
-    # Frozen weights, which the checkpoint leaves out, have come from the pipeline; the others must all be there.
+    """Restore everything that `save_checkpoint` saved except its `state`. A collective."""
+    # Frozen weights are not in the checkpoint and come from the pipeline; all others must be there.
     is_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
     accelerator.load_state(str(checkpoint), **({"load_module_strict": False} if is_deepspeed else {}))
 

@@ -1,4 +1,4 @@
-"""Shell commands that bring upstream's lists and checkpoints into our formats, for a recipe to name the results."""
+"""Shell commands that convert upstream's lists and checkpoints into the files that a converted recipe names."""
 
 import shlex
 from pathlib import Path, PurePosixPath
@@ -7,9 +7,9 @@ from typing import Any
 from .upstream_keys import RecipeKeys
 
 
-# Upstream's embedding of the empty prompt, below the folder that it ran in.
+# Upstream's embedding of the empty prompt, below the folder in which it ran.
 NULL_PROMPT = "temp_data/null/wanx/null.npy"
-# Upstream's `lrm.task` -> the labels that it is made of.
+# Upstream's `lrm.task` -> the labels that define it.
 LABELS = {
     "text_alignment": ["text_alignment"],
     "blur_quality": ["blur_quality"],
@@ -21,7 +21,7 @@ LABELS = {
 
 def mirrored(folder: str, path: str) -> str:
     """
-    A place below `folder` for what is made of a file or folder: another one for every other path.
+    A path below `folder` for what is made from a file or folder: different for every path.
 
     `("data", "lists/train/meta.list")` -> `"data/lists/train/meta"`
     """
@@ -30,7 +30,7 @@ def mirrored(folder: str, path: str) -> str:
 
 
 def convert_lists(keys: RecipeKeys, key: str, option: str) -> None:
-    """List files become the dataset that `preprocess` imports them into; the same lists, the same dataset."""
+    """Replace list files by the dataset that `preprocess` imports them into; the same lists give the same dataset."""
     lists = read_lists(keys, key)
     if lists not in keys.datasets:
         if len(lists) == 1:
@@ -76,13 +76,13 @@ def note_null_prompt(keys: RecipeKeys) -> None:
         keys.note(f"the empty prompt is upstream's own embedding, --null_prompt_path {null_prompt} of the import.")
     else:
         keys.note(
-            f"the import encodes the empty prompt anew; to have upstream's own embedding, which is not at {null_prompt}, "
+            f"the import encodes the empty prompt itself; to use upstream's own embedding, which is not at {null_prompt}, "
             "add --null_prompt_path PATH/null.npy to it."
         )
 
 
 def convert_pairs(keys: RecipeKeys) -> None:
-    """Upstream compares each clip of one list with a random clip of another; here labels tell the clips apart."""
+    """Upstream compares each clip of one list with a random clip of another; here labels distinguish the clips."""
     better, worse = (read_lists(keys, f"dataset.meta_file{part}_list") for part in ("", "_lose"))
     task = keys.recipe.options["task"]
     keys.option("allow_unpaired", True, "dataset.meta_file_lose_list: upstream compares with any clip of that list")
@@ -99,7 +99,7 @@ def convert_pairs(keys: RecipeKeys) -> None:
     target = f"{keys.data_folder}/{keys.path.stem}/train_dataset"
     import_lists(keys, (*better, *worse), target)
     columns = LABELS[task]
-    # Upstream names a meta file after its clip.
+    # Upstream's meta files have the name of their clip.
     rows = [
         'awk -F/ \'NF && !seen[$NF]++ {sub(/(_meta_v1)?\\.json$/, "", $NF); '
         f'print $NF "{f",{label}" * len(columns)}"}}\' {quoted(keys, lists)}'
@@ -118,7 +118,7 @@ def convert_pairs(keys: RecipeKeys) -> None:
 
 
 def convert_reward_parts(keys: RecipeKeys, prefix: str) -> bool:
-    """Whether the recipe names the three files of a reward model; the option is where their conversion goes."""
+    """Whether the recipe names the three files of a reward model; if so, set the option to their conversion."""
     parts = {"reward_transformer": "transformer", "mlp": "mlp", "query_attention": "query_attention"}
     names = {option: f"model.{prefix}_{part}_path" for option, part in parts.items()}
     paths = {option: keys.take(name) for option, name in names.items()}
@@ -147,7 +147,7 @@ def convert_reward_parts(keys: RecipeKeys, prefix: str) -> bool:
 
 
 def start_from(keys: RecipeKeys, key: str, path: Any) -> None:
-    """Commands that make a pipeline with a transformer in upstream's format, for training to start from."""
+    """Commands that make a pipeline from a transformer in upstream's format, as the start of training."""
     target = f"converted/{keys.path.stem}/pipeline"
     if Path(keys.pipeline).is_dir():
         keys.run_first(f"mkdir -p {shlex.quote(str(PurePosixPath(target).parent))}")

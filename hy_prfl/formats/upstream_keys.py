@@ -1,4 +1,4 @@
-"""The keys of HY-Video-PRFL's YAML files: which of them its code reads, and those of one file while it is translated."""
+"""The keys of HY-Video-PRFL's YAML files: which of them its code reads, and the state of converting one file."""
 
 import difflib
 import os
@@ -56,7 +56,7 @@ READ_KEYS: Mapping[str, frozenset[str]] = {
 }
 _UNREAD = "no line of upstream's code reads it"
 _REPLACED = "upstream's code puts a path of its own in its place"
-# In upstream's files, and read by none of its scripts. `task` is among those of the preprocessing as well.
+# In upstream's files, but read by none of its scripts; so is `task` in those of the preprocessing.
 DEAD_KEYS: Mapping[str, str] = {
     **dict.fromkeys(_names("", "base_dir batch_size end_idx fps sample_n_frames"), _UNREAD),
     "extra_model.vae.vae_stride": "a constant of the VAE; " + _UNREAD,
@@ -72,16 +72,16 @@ ALL_KEYS = frozenset().union(*READ_KEYS.values(), DEAD_KEYS)
 
 class RecipeKeys:
     """
-    The keys of one file by dotted name, and which of them are dealt with.
+    The keys of one file by dotted name, and which of them are converted.
 
     Args:
         path (`Path`): The file.
-        root (`str`): Folder that upstream ran in, which relative paths in the file start from.
-        ignore (sequence of `str`): Keys that count as if they were not in the file.
+        root (`str`): Folder in which upstream ran, where relative paths in the file start.
+        ignore (sequence of `str`): Keys to ignore.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is no YAML mapping, if a value is an interpolation, or if `ignore` names what is not there.
+        FileNotFoundError: If there is no such file. ValueError: If it is not a YAML mapping, if a value is an
+        interpolation, or if `ignore` names a key that is not there.
     """
 
     def __init__(self, path: Path, root: str = ".", ignore: Sequence[str] = ()) -> None:
@@ -92,23 +92,23 @@ class RecipeKeys:
         self.root = root
         self.values = flatten(values)
         self.recipe = ConvertedRecipe(path, "")
-        # The model in diffusers' format, and where datasets made with its encoders go.
+        # The model in diffusers' format, and the folder for datasets made with its encoders.
         self.pipeline = ""
         self.data_folder = "data"
-        # What is left out, by reason, and the dataset of each group of lists that is imported.
+        # Keys that are left out, by reason, and the dataset of each group of imported lists.
         self.dropped: dict[str, list[str]] = {}
         self.datasets: dict[tuple[str, ...], str] = {}
         for key in ignore:
             if key not in self.values:
                 raise ValueError(f"{path}: `ignore_keys` names '{key}', which is no key of the file.")
-            self.note(f"{key}: {self.values.pop(key)}: left out as asked for.")
+            self.note(f"{key}: {self.values.pop(key)}: left out because of ignore_keys.")
         self.left = set(self.values)
         for key, value in self.values.items():
             if "${" in str(value):
                 self.refuse(key, "a value; `${...}` is not filled in here")
 
     def drop_unread(self, command: str) -> None:
-        """Note the keys that upstream's script for a command does not read; what it ignores makes no difference."""
+        """Note the keys that upstream's script for a command does not read."""
         for key in sorted(self.left - READ_KEYS[command]):
             if key in DEAD_KEYS:
                 self.drop(key, DEAD_KEYS[key])
@@ -126,7 +126,7 @@ class RecipeKeys:
         return default if value is None or value == "" else value
 
     def require(self, key: str) -> Any:
-        """Value of a key that upstream's code cannot do without."""
+        """Value of a key that upstream's code requires."""
         value = self.take(key)
         if value is None:
             close = difflib.get_close_matches(key, sorted(set(self.values) - ALL_KEYS), n=1)
@@ -167,24 +167,24 @@ class RecipeKeys:
         return None if value is None else choices[value]
 
     def option(self, name: str, value: Any, origin: str) -> None:
-        """Set an option; `origin` says where its value is from."""
+        """Set an option; `origin` says where its value comes from."""
         if value is not None:
             self.recipe.options[name] = value
             self.recipe.origins[name] = origin
 
     def carry(self, key: str, name: str, read: Callable[[str], Any] | None = None) -> None:
-        """Carry one key over as the option `name`; upstream's code cannot do without it."""
+        """Convert one required key to the option `name`."""
         self.require(key)
         self.option(name, self.take(key) if read is None else read(key), key)
 
     def expect(self, key: str, value: Any, wanted: str, reason: str) -> None:
-        """Refuse any value of a key but one, and say why that one needs no option."""
+        """Refuse all values of a key except one, and note why that one needs no option."""
         if self.values.get(key) not in (None, value):
             self.refuse(key, wanted)
         self.drop(key, reason)
 
     def drop(self, key: str, reason: str) -> None:
-        """Note that a key, or all keys of a section, are not carried over; a null says nothing and needs no note."""
+        """Note that a key, or all keys of a section, are not carried over; a null needs no note."""
         for name in sorted(self.left):
             if name == key or name.startswith(f"{key}."):
                 self.left.discard(name)
@@ -192,7 +192,7 @@ class RecipeKeys:
                     self.dropped.setdefault(reason, []).append(f"{name}: {self.values[name]}")
 
     def finish(self) -> ConvertedRecipe:
-        """The recipe, with its notes: first what the user may have to act on, then what is left out for one reason each."""
+        """The recipe, with its notes: first those that the user may have to act on, then the keys that are left out, by reason."""
         assert not self.left, self.left
         for reason, dropped in self.dropped.items():
             self.note(f"{'; '.join(dropped)}: {reason}.")

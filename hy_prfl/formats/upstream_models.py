@@ -1,4 +1,4 @@
-"""Which pipeline in diffusers' format is the model of one of upstream's recipes, and which of its blocks a reward model has."""
+"""Finds the diffusers pipeline of one of upstream's recipes, and the blocks of its reward model."""
 
 import json
 import re
@@ -32,10 +32,10 @@ LAYERS = {
 
 def find_pipeline(keys: RecipeKeys, pipeline: str | None) -> None:
     """
-    Set the option for the pipeline: that of upstream's weights by their name, or else of its task.
+    Set the option for the pipeline: by the name of upstream's weights, or else by its task.
 
     Args:
-        pipeline (`str`, *optional*): Pipeline to take instead.
+        pipeline (`str`, *optional*): Pipeline to use instead.
     """
     task = keys.require("task")
     if task == "i2v-1.3b":
@@ -55,7 +55,7 @@ def find_pipeline(keys: RecipeKeys, pipeline: str | None) -> None:
     keys.option("pretrained_model_name_or_path", keys.pipeline, f"{origin} task {task}, model.base_path {base_path}")
     if named is None:
         keys.note(
-            f"model.base_path: {base_path}: taken for the published weights of {task}. If they are your own, name them as "
+            f"model.base_path: {base_path}: assumed to be the published weights of {task}. If they are your own, name them as "
             "`model.init_transformer_path`, which is converted."
         )
 
@@ -70,7 +70,7 @@ def named_task(path: str) -> str | None:
 
 
 def num_blocks(keys: RecipeKeys) -> int:
-    """Blocks of the generator: what its folder says, or the published number."""
+    """Number of blocks of the generator: from its folder, or the published number."""
     config = Path(keys.pipeline) / "transformer" / "config.json"
     if config.is_file():
         return int(json.loads(config.read_text(encoding="utf-8"))["num_layers"])
@@ -78,7 +78,7 @@ def num_blocks(keys: RecipeKeys) -> int:
 
 
 def read_reward_blocks(keys: RecipeKeys) -> int:
-    """Blocks of the reward model, which are the generator's first; upstream counts them from 1 in `feature_layer`."""
+    """Number of blocks of the reward model, the generator's first ones; `feature_layer` counts them from 1."""
     blocks = keys.require("lrm.trainable_blocks")
     if not isinstance(blocks, list) or not blocks or set(blocks) != set(range(len(set(blocks)))):
         keys.refuse("lrm.trainable_blocks", "the first blocks of the generator, [0, 1, ...]")
@@ -107,8 +107,8 @@ def read_layer(keys: RecipeKeys, name: str) -> str:
     return f"{ATTENTIONS[attention]}.{LAYERS[layer]}" if attention else LAYERS[layer]
 
 
-def recomputed_blocks(total: int, ratio: float) -> int:
-    """How many of `total` blocks upstream recomputes with `selective_checkpointing: ratio`."""
+def checkpointed_blocks(total: int, ratio: float) -> int:
+    """How many of `total` blocks upstream checkpoints with `selective_checkpointing: ratio`."""
     count = 0
     for block in range(1, total + 1):
         count += block * ratio >= count + 0.5

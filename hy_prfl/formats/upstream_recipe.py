@@ -1,8 +1,8 @@
 """
-Recipes of HY-Video-PRFL, its nested YAML files, as options of this package.
+Converts recipes of HY-Video-PRFL, nested YAML files, into options of this package.
 
-A key that upstream's code reads is carried over, with its unit and meaning; where nothing here corresponds to its value it
-is refused with what to do. A key that upstream's code does not read is named in a note. `docs/upstream.md` has them all.
+A key that upstream's code reads is converted with its unit and meaning. A value without a counterpart here is refused
+with advice. A key that upstream's code does not read is named in a note. `docs/upstream.md` lists all keys.
 """
 
 import os
@@ -46,24 +46,24 @@ def convert_recipe(
         path (`str` or `Path`):
             The file.
         command (`str`, *optional*):
-            What the file is for: `preprocess`, `train_reward`, `train_prfl` or `score`. If not given, its keys tell;
-            a reward model's training and evaluation have the same keys, there it is `score` if there are no clips to
+            Command for the file: `preprocess`, `train_reward`, `train_prfl` or `score`. If left out, inferred from its
+            keys. A reward model's training and evaluation have the same keys; it is `score` if there are no clips to
             train on or if the name of the file begins with `infer`.
         ignore (`Sequence[str]`):
-            Keys, as `section.key`, that count as if they were not in the file: for values that are refused.
+            Keys, as `section.key`, to ignore: for values that are refused.
         pipeline (`str`, *optional*):
             Pipeline in diffusers' format, a folder or a Hub id, instead of the published one of the recipe's model.
         upstream_root (`str` or `Path`, *optional*):
-            Folder that upstream ran in, where its relative paths start. If not given, the folder above `configs` if the
-            file is in a folder of that name, else the current one.
+            Folder in which upstream ran, where its relative paths start. If left out, the folder above `configs` if
+            the file is in a folder of that name, else the current one.
 
     Returns:
         Options, commands and notes. Commands are for the current folder.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is no YAML mapping, lacks a key that upstream's code needs, or has a value that upstream's
-            code reads and nothing here corresponds to. Names file, key and value, and says what to do.
+        FileNotFoundError: If there is no such file. ValueError: If it is not a YAML mapping, lacks a key that
+        upstream's code requires, or has a value without a counterpart here. Names file, key and value, and says what
+        to do.
     """
     path = Path(path)
     if upstream_root is None:
@@ -100,7 +100,7 @@ def _find_command(keys: RecipeKeys) -> str:
     if "lrm.loss" not in keys.values:
         raise ValueError(
             f"{keys.path}: neither `json_path` (preprocessing) nor `lrm.loss` (reward model) nor `model.lrm_*_path` "
-            "(PRFL) is in the file, so it is no recipe of HY-Video-PRFL. --recipe_command says what it is for."
+            "(PRFL) is in the file, so it is not a recipe of HY-Video-PRFL. Otherwise give --recipe_command."
         )
     has_clips = "dataset.meta_file_list" in keys.values
     return "score" if keys.path.name.startswith("infer") or not has_clips else "train_reward"
@@ -152,7 +152,7 @@ def _convert_preprocess(keys: RecipeKeys, pipeline: str | None) -> None:
 def _convert_score(keys: RecipeKeys, pipeline: str | None) -> None:
     """`infer_pavrm_*.yaml`."""
     find_pipeline(keys, pipeline)
-    # Scores come from a dataset: its encoders have done their work.
+    # Scores come from a dataset that is already encoded.
     del keys.recipe.options["pretrained_model_name_or_path"]
     origin = keys.recipe.origins.pop("pretrained_model_name_or_path")
     keys.note(f"pretrained_model_name_or_path: {keys.pipeline}, {origin}: for the import only.")
@@ -172,7 +172,7 @@ def _convert_score(keys: RecipeKeys, pipeline: str | None) -> None:
     keys.carry("eval.seed", "seed", keys.whole)
     keys.option("timesteps", [201, 400, 600, 800, 1000], "upstream draws a timestep in each fifth for every clip")
     drop_reward_model(keys)
-    keys.drop("dataset.sp_size", "processes share out the clips, each scores whole ones")
+    keys.drop("dataset.sp_size", "processes divide the clips among them, each scores whole clips")
     keys.drop("model.fsdp", "each process has the whole reward model")
     for section in ("model", "extra_model", "dataset", "train"):
         keys.drop(section, "scoring does not need it")

@@ -1,25 +1,25 @@
-"""Recipes of HY-Video-PRFL's two trainings as options of `train_reward` and `train_prfl`."""
+"""Converts recipes of HY-Video-PRFL's two trainings into options of `train_reward` and `train_prfl`."""
 
 from typing import get_args
 
 from ..configs.base import LRScheduler
 from .upstream_commands import LABELS, convert_lists, convert_pairs, convert_reward_parts, note_null_prompt, start_from
 from .upstream_keys import RecipeKeys
-from .upstream_models import find_pipeline, num_blocks, read_layer, read_ratio, read_reward_blocks, recomputed_blocks
+from .upstream_models import checkpointed_blocks, find_pipeline, num_blocks, read_layer, read_ratio, read_reward_blocks
 
 
 # Upstream's `fsdp_sharding_startegy` -> file in accelerate_configs/, and what to know about it.
 SHARDING = {
-    "full": ("zero3", "weights, gradients and optimizer states are shared out"),
-    "shard_grad_op": ("zero2", "gradients and optimizer states are shared out, weights are whole"),
+    "full": ("zero3", "weights, gradients and optimizer states are sharded"),
+    "shard_grad_op": ("zero2", "gradients and optimizer states are sharded, weights are whole"),
     "hybrid_full": (
         "multi_node_zero3_hpz",
-        "ZeRO-3 with zero_hpz_partition_size 8: weights are split over the GPUs of a machine, each machine having all of "
-        "them; gradients and optimizer states are split over all machines, which upstream keeps on each",
+        "ZeRO-3 with zero_hpz_partition_size 8: weights are sharded over the GPUs of a machine, each machine has all of "
+        "them; gradients and optimizer states are sharded over all machines, while upstream keeps them on each",
     ),
     "hybrid_zero2": (
         "multi_node_zero3_hpz",
-        "ZeRO-3 with zero_hpz_partition_size 8, which there is with ZeRO-3 only: each machine has all weights, split over "
+        "ZeRO-3 with zero_hpz_partition_size 8, which needs ZeRO-3: each machine has all weights, sharded over "
         "its GPUs; upstream keeps them whole between forward and backward pass",
     ),
     "none": ("ddp", "a whole copy on each GPU"),
@@ -45,7 +45,7 @@ def convert_reward(keys: RecipeKeys, pipeline: str | None) -> None:
     if keys.take("dataset.val_meta_file_list"):
         convert_lists(keys, "dataset.val_meta_file_list", "validation_dataset")
     keys.note(
-        "labels: upstream takes a label that a meta file does not have for 0; here it is missing, and such clips are left "
+        "labels: upstream reads a label that a meta file does not have as 0; here it is missing, and such clips are left "
         "out. `hy-prfl label` adds labels to a dataset."
     )
     keys.drop("dataset.uncond_prob", "upstream's reward training drops no prompt")
@@ -56,7 +56,7 @@ def convert_reward(keys: RecipeKeys, pipeline: str | None) -> None:
 
     blocks = read_reward_blocks(keys)
     keys.option("num_layers", blocks, "lrm.trainable_blocks, lrm.feature_layer")
-    _convert_recomputation(keys, {"gradient_checkpointing_blocks": blocks})
+    _convert_checkpointing(keys, {"gradient_checkpointing_blocks": blocks})
     pool = str(keys.require("lrm.pool"))
     keys.option("pooling", {"q_attn": "query", "max": "max"}.get(pool, "mean"), f"lrm.pool: {pool}")
     keys.option("num_query_heads", keys.whole("lrm.query_attention.num_heads", 8), "lrm.query_attention.num_heads")
@@ -68,19 +68,22 @@ def convert_reward(keys: RecipeKeys, pipeline: str | None) -> None:
         keys.note(f"model.resume_*_path: {RUNS_ON}.")
     if "lrm.timestep" in keys.values:
         keys.refuse(
-            "lrm.timestep", "left out: noise levels are drawn from a law here, flow_shift and weighting_scheme"
+            "lrm.timestep",
+            "left out: noise levels are drawn from a distribution here, flow_shift and weighting_scheme",
         )
     if "optimizer.learning_rate_mlp" in keys.values:
         keys.carry("optimizer.learning_rate_mlp", "head_learning_rate", keys.number)
     else:
         rate = keys.recipe.options["learning_rate"]
-        keys.option("head_learning_rate", rate, "optimizer.learning_rate, for want of learning_rate_mlp; paper: 1e-5")
+        keys.option(
+            "head_learning_rate", rate, "optimizer.learning_rate, because there is no learning_rate_mlp; paper: 1e-5"
+        )
     keys.option("validation_steps", keys.recipe.options.get("checkpointing_steps"), "train.save_interval")
     keys.carry("eval.seed", "validation_seed", keys.whole)
     levels = keys.take("eval.timestep", [201, 400, 600, 800, 1000])
     if not isinstance(levels, list) or not all(isinstance(level, int) for level in levels):
         keys.refuse("eval.timestep", "whole numbers in (0, 1000]")
-    keys.option("validation_timesteps", levels, "eval.timestep, or what upstream takes if there is none")
+    keys.option("validation_timesteps", levels, "eval.timestep, or upstream's default")
     keys.note("metric_for_best_model: upstream keeps no best model; here it is chosen by accuracy or pair_accuracy.")
     if keys.take("model.init_transformer_path") is not None:
         start_from(keys, "model.init_transformer_path", keys.values["model.init_transformer_path"])
@@ -103,14 +106,14 @@ def convert_prfl(keys: RecipeKeys, pipeline: str | None) -> None:
         "gradient_checkpointing_blocks": num_blocks(keys),
         "reward_gradient_checkpointing_blocks": read_reward_blocks(keys),
     }
-    _convert_recomputation(keys, blocks)
+    _convert_checkpointing(keys, blocks)
     convert_lists(keys, "dataset.meta_file_list", "train_dataset")
     probabilities = keys.require("dataset.uncond_prob")
     dropout = probabilities[0] if isinstance(probabilities, list) and probabilities else probabilities
     if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout <= 1:
         keys.refuse("dataset.uncond_prob", "shares of prompts and images, such as [0.1, 0.0]")
     keys.option(
-        "prompt_dropout", dropout, "dataset.uncond_prob, for the prompt; upstream makes no use of that for the image"
+        "prompt_dropout", dropout, "dataset.uncond_prob, for the prompt; upstream does not use the one for the image"
     )
     if dropout > 0:
         note_null_prompt(keys)
@@ -152,7 +155,7 @@ def convert_prfl(keys: RecipeKeys, pipeline: str | None) -> None:
 
 
 def note_reward_keys(keys: RecipeKeys) -> None:
-    """Keys of the reward model that make no difference to it."""
+    """Note keys of the reward model that do not change it."""
     keys.drop("lrm.mlp_dim", "the width of the transformer")
     keys.drop("lrm.query_attention.layer_norm", "upstream reads it and passes it to nothing")
     keys.drop("lrm.query_attention.product_text", "upstream's scores never get a text to multiply with")
@@ -160,29 +163,29 @@ def note_reward_keys(keys: RecipeKeys) -> None:
 
 
 def drop_reward_model(keys: RecipeKeys) -> None:
-    """Note the keys of a reward model that is finished; those that must have one value have been looked at."""
+    """Note the keys of a finished reward model; those that must have a certain value were checked before."""
     note_reward_keys(keys)
     keys.left |= {key for key in ("lrm.trainable_blocks", "lrm.feature_layer") if key in keys.values}
     keys.drop("lrm", "the reward model's own file has it")
 
 
 def suggest_reward_model(keys: RecipeKeys, run: str, prefix: str) -> None:
-    """Name the reward model that the converted training recipe would write, where upstream's file names none."""
+    """Use the reward model that the converted training recipe would write, if upstream's file names none."""
     keys.recipe.launch_options = f" --reward_model {run}/best"
     keys.note(
-        f"model.{prefix}_*_path: empty; upstream would go on with a head that was never trained. The command takes "
-        f"{run}/best, where the training of a reward model leaves it; --reward_model names another."
+        f"model.{prefix}_*_path: empty; upstream would continue with a head that was never trained. The command uses  "
+        f"{run}/best, which the training of a reward model writes; --reward_model names another."
     )
 
 
 def _convert_launch(keys: RecipeKeys) -> None:
-    """Sharding, precision and what else is decided when the command is started."""
+    """Sharding, precision and other settings of the launch."""
     strategy = keys.take("model.fsdp.fsdp_sharding_startegy", "full")
     if strategy not in SHARDING:
         keys.refuse("model.fsdp.fsdp_sharding_startegy", f"one of {', '.join(SHARDING)}")
     launch_config, meaning = SHARDING[strategy]
     if keys.flag("model.fsdp.use_cpu_offload"):
-        launch_config, meaning = "zero3_offload", "with use_cpu_offload: all is shared out, and kept in CPU memory"
+        launch_config, meaning = "zero3_offload", "with use_cpu_offload: everything is sharded, and kept in CPU memory"
     keys.recipe.launch_config = launch_config
     keys.note(
         f"model.fsdp.fsdp_sharding_startegy: {strategy}: chosen at launch, accelerate_configs/{launch_config}.yaml: {meaning}."
@@ -249,16 +252,16 @@ def _convert_run(keys: RecipeKeys, iterations_per_step: int, *, ticks_per_step: 
 
     keys.carry("extra_model.scheduler.flow_shift", "flow_shift", keys.number)
     scheme = keys.require("extra_model.scheduler.weighting_scheme")
-    law = "logit_normal" if scheme == "logit_normal" else "uniform"
-    keys.option("weighting_scheme", law, f"extra_model.scheduler.weighting_scheme: {scheme}")
+    distribution = "logit_normal" if scheme == "logit_normal" else "uniform"
+    keys.option("weighting_scheme", distribution, f"extra_model.scheduler.weighting_scheme: {scheme}")
     mean = keys.number("extra_model.scheduler.logit_mean", 0)
-    origin = "minus extra_model.scheduler.logit_mean: upstream's law is that of 1 - sigma"
+    origin = "minus extra_model.scheduler.logit_mean: upstream's distribution is that of 1 - sigma"
     keys.option("logit_mean", -mean if mean else 0, origin)
     keys.carry("extra_model.scheduler.logit_std", "logit_std", keys.number)
 
 
 def _convert_schedule(keys: RecipeKeys, iterations_per_step: int, ticks_per_step: int) -> None:
-    """Warm-up and decay of the learning rate, which upstream counts in updates and ends by iterations."""
+    """Warm-up and decay of the learning rate; upstream counts updates, but its end is a number of iterations."""
     names = {name: name for name in get_args(LRScheduler)}
     keys.require("optimizer.lr_scheduler")
     schedule = keys.choice("optimizer.lr_scheduler", names)
@@ -278,28 +281,28 @@ def _convert_schedule(keys: RecipeKeys, iterations_per_step: int, ticks_per_step
         )
 
 
-def _convert_recomputation(keys: RecipeKeys, blocks: dict[str, int]) -> None:
+def _convert_checkpointing(keys: RecipeKeys, blocks: dict[str, int]) -> None:
     """
-    Activation checkpointing, of as many blocks as upstream's.
+    Activation checkpointing, of as many blocks as in upstream's recipe.
 
     Args:
-        blocks (`dict[str, int]`): Option that says how many are recomputed -> number of blocks of that model.
+        blocks (`dict[str, int]`): Option for the number of checkpointed blocks -> number of blocks of that model.
     """
     ratio = read_ratio(keys, "model.selective_checkpointing")
-    counts = {name: recomputed_blocks(total, ratio) for name, total in blocks.items()}
+    counts = {name: checkpointed_blocks(total, ratio) for name, total in blocks.items()}
     active = keys.flag("model.gradient_checkpointing") and any(counts.values())
     keys.option("gradient_checkpointing", active, "model.gradient_checkpointing")
     share = f"model.selective_checkpointing: {keys.values.get('model.selective_checkpointing', 1.0)}"
     if not active:
-        keys.note(f"{share}: no block is recomputed.")
+        keys.note(f"{share}: no block uses activation checkpointing.")
         return
     if counts == blocks:
-        keys.note(f"{share}: all blocks are recomputed, as gradient_checkpointing does by itself.")
+        keys.note(f"{share}: all blocks use activation checkpointing, the default of gradient_checkpointing.")
         return
     for name, total in blocks.items():
         origin = f"{share} of {total} blocks; the first ones here, spread over the depth upstream"
         if counts[name] == 0:
-            origin = f"{share} of {total} blocks would be none; 1 is the least"
+            origin = f"{share} of {total} blocks would be none; 1 is the minimum"
         if counts[name] < total:
             keys.option(name, max(1, counts[name]), origin)
 

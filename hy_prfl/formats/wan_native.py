@@ -1,8 +1,8 @@
 """
-Wan's native layout, in which Wan's and upstream's own code and ComfyUI keep a transformer: names and configuration.
+Wan's native format, used by Wan's and upstream's code and by ComfyUI: names of weights, and configuration.
 
-Only the native names are written down here. What diffusers calls them is asked of diffusers' own converter, so that
-the two directions cannot drift apart.
+Only native names are listed here. diffusers' names come from diffusers' own converter, so that the two directions
+cannot drift apart.
 """
 
 import math
@@ -41,21 +41,21 @@ LINEARS = (
 )
 NORMS = ("img_emb.proj.0", "img_emb.proj.4")
 
-# The one name that diffusers' converter does not know; only first-last-frame models have it.
+# Missing in diffusers' converter; only first-last-frame models have it.
 POSITIONS = {"condition_embedder.image_embedder.pos_embed": "img_emb.emb_pos"}
 
-# Under which whole checkpoints keep the transformer.
+# Prefix of the transformer in whole checkpoints.
 CHECKPOINT_PREFIX = "model.diffusion_model."
 
 MODEL_TYPES = ("t2v", "i2v", "ti2v", "flf2v")
 
-# Entries of a native config.json that only say what every Wan model is; another value is another architecture.
+# Entries of a native config.json that are the same in every Wan model; another value is another architecture.
 FIXED_ENTRIES: dict[str, Any] = {"window_size": [-1, -1], "qk_norm": True, "cross_attn_norm": True}
 FIXED_CONFIG = {"qk_norm": "rms_norm_across_heads", "cross_attn_norm": True}
-# Bookkeeping of the library that wrote the file; upstream's trainer writes all of it.
+# Entries of the library that wrote the file; upstream's trainer writes all of them.
 IGNORED_ENTRIES = ("_class_name", "_diffusers_version", "_name_or_path", "_use_default_values", "text_len")
 
-# Native name of an entry -> name in `WanTransformer3DModel.config`; checked against the weights where they tell.
+# Native name of an entry -> name in `WanTransformer3DModel.config`; compared with the weights where possible.
 ENTRIES = {
     "in_dim": "in_channels",
     "out_dim": "out_channels",
@@ -65,7 +65,7 @@ ENTRIES = {
     "patch_size": "patch_size",
 }
 
-# Channels of the latents of Wan 2.2's 5B model, the only one of its type.
+# Latent channels of Wan 2.2's 5B model, the only one of its type.
 TI2V_CHANNELS = 48
 
 
@@ -73,7 +73,7 @@ def key_names(blocks: Iterable[int]) -> dict[str, str]:
     """
     Keys of `WanTransformer3DModel` -> native keys, for the weights outside of the blocks and in `blocks`.
 
-    It covers all kinds of models: not every model has every key.
+    It covers all kinds of models; no model has all of these keys.
     """
     return dict(_key_names(tuple(sorted(set(blocks)))))
 
@@ -83,7 +83,7 @@ def _key_names(blocks: tuple[int, ...]) -> dict[str, str]:
     layers = [*LINEARS, *NORMS, *(f"blocks.{i}.{name}" for i in blocks for name in (*BLOCK_LINEARS, *BLOCK_NORMS))]
     native = [f"{layer}.{part}" for layer in layers for part in ("weight", "bias")]
     native += ["head.modulation", *(f"blocks.{i}.modulation" for i in blocks)]
-    # The converter only renames; what it is given as tensors comes back under the new name.
+    # The converter only renames, so strings can stand in for tensors.
     return convert_wan_transformer_to_diffusers({key: key for key in native}) | POSITIONS
 
 
@@ -96,7 +96,7 @@ def layer_names(blocks: Iterable[int]) -> dict[str, str]:
 
 
 def strip_prefix(weights: Mapping[str, Any]) -> StateDict:
-    """Native weights without the prefix under which whole checkpoints keep them, if all have it."""
+    """Native weights without the prefix that they have in whole checkpoints, if all have it."""
     if all(key.startswith(CHECKPOINT_PREFIX) for key in weights):
         return {key.removeprefix(CHECKPOINT_PREFIX): tensor for key, tensor in weights.items()}
     return dict(weights)
@@ -135,13 +135,13 @@ def read_native_config(path: str | Path) -> dict[str, Any]:
 
 def transformer_config(native_config: Mapping[str, Any], weights: StateDict, *, source: str) -> dict[str, Any]:
     """
-    Configuration in diffusers' words, read from native weights, and from `native_config` what they cannot tell.
+    diffusers' configuration, inferred from native weights and, where these are not enough, from `native_config`.
 
-    `image_dim` and `added_kv_proj_dim`, for one, are in no config.json of Wan's. `num_layers` is the number of blocks
+    For example, `image_dim` and `added_kv_proj_dim` are not in Wan's config.json. `num_layers` is the number of blocks
     in the weights.
 
     Raises:
-        ValueError: If a weight that tells a size is missing, or weights and `native_config` disagree.
+        ValueError: If a weight that determines a size is missing, or weights and `native_config` disagree.
     """
     for key, ndim in (
         ("patch_embedding.weight", 5),
@@ -187,16 +187,16 @@ def transformer_config(native_config: Mapping[str, Any], weights: StateDict, *, 
 
 def native_config(config: Mapping[str, Any], *, text_len: int = 512, source: str) -> dict[str, Any]:
     """
-    The `config.json` that Wan's own code reads, from a configuration in diffusers' words.
+    The `config.json` that Wan's own code reads, from a diffusers configuration.
 
     Args:
         config (`Mapping`):
-            That of a `WanTransformer3DModel`, or of a reward model made from one.
+            Configuration of a `WanTransformer3DModel`, or of a reward model made from one.
         text_len (`int`, defaults to 512):
-            Tokens that native code pads a prompt to; no diffusers file holds it, every Wan model has 512.
+            Tokens that native code pads a prompt to; diffusers' files do not contain it, and every Wan model has 512.
 
     Raises:
-        ValueError: Naming an entry that native code has no word for.
+        ValueError: If an entry has no native counterpart; names it.
     """
     dim = config["num_attention_heads"] * config["attention_head_dim"]
     image_to_video = config["image_dim"] is not None

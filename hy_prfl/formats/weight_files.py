@@ -1,4 +1,4 @@
-"""Reads and writes files of weights, and names what is wrong with them. Knows nothing about any model."""
+"""Reads and writes files of weights, with errors that name what is wrong. Independent of any model."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ from ..runtime.atomic_writes import temporary_folder
 
 StateDict = dict[str, torch.Tensor]
 
-# What upstream's own loaders look for inside a pickled checkpoint.
+# Keys under which upstream's own loaders look for weights in a pickled checkpoint.
 CHECKPOINT_WRAPPERS = ("module", "state_dict")
 
 
@@ -58,8 +58,8 @@ def read_weights(path: str | Path) -> StateDict:
     Tensors are mapped from disk rather than copied.
 
     Raises:
-        FileNotFoundError: If the file, the folder, its weights or one shard is missing.
-        ValueError: If it is unclear which file counts, or a file does not hold what it should.
+        FileNotFoundError: If the file, the folder, its weights or one shard is missing. ValueError: If it is ambiguous
+        which file to read, or a file has the wrong content.
     """
     path = Path(path)
     if path.is_file():
@@ -100,8 +100,7 @@ def read_safetensors(path: str | Path) -> StateDict:
     All tensors of one safetensors file, mapped from disk rather than copied.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is no safetensors file, or cut short.
+        FileNotFoundError: If there is no such file. ValueError: If it is not a safetensors file, or truncated.
     """
     with _open_safetensors(path) as file:
         return {key: file.get_tensor(key) for key in file.keys()}

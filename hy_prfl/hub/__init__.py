@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: what of a run goes there, with which card, and how it comes back."""
+"""The Hugging Face Hub: pushing runs with a model card, and pulling repositories."""
 
 from .repositories import HubError, open_repo, pull, push_folder
 from .uploader import HubUploader

@@ -1,4 +1,4 @@
-"""What a model on the Hub was made from: which of its sources are on the Hub too, and what kind its pipeline is."""
+"""Sources of a model on the Hub: which of them are on the Hub too, and the kind of its pipeline."""
 
 import json
 import logging
@@ -27,24 +27,25 @@ SOURCE_OPTIONS = {
     "validation_dataset": "dataset",
 }
 SHAPE = ("in_channels", "out_channels", "image_dim", "pos_embed_seq_len")
-# Where the record of a run has them.
+# Keys of these sources in the record of a run.
 SOURCES = "sources"
 
 
 @dataclass(frozen=True)
 class BasePipeline:
     """
-    The kind of a Wan pipeline, as its `model_index.json` and the configuration of its transformer tell it.
+    The kind of a Wan pipeline, inferred from its `model_index.json` and the configuration of its transformer.
 
     Args:
         class_name (`str`):
             `WanPipeline` or `WanImageToVideoPipeline`.
         in_channels, out_channels (`int`):
-            Channels that the transformer takes and makes.
+            Input and output channels of the transformer.
         image_dim (`int`, *optional*):
-            Width of the image embeddings, if it takes any.
+            Width of the image embeddings, if the transformer takes any.
         pos_embed_seq_len (`int`, *optional*):
-            Image tokens with positions, those of two images together, if it takes a first and a last image (FLF2V).
+            Number of image tokens with positions, for two images together, if it takes a first and a last image
+            (FLF2V).
     """
 
     class_name: str
@@ -60,12 +61,12 @@ class BasePipeline:
 
     @property
     def needs_last_image(self) -> bool:
-        """Whether it cannot do without a last image."""
+        """Whether it requires a last image."""
         return self.image_dim is not None and self.pos_embed_seq_len is not None
 
     @classmethod
     def from_transformer(cls, config: Mapping[str, Any]) -> "BasePipeline":
-        """The pipeline of a transformer, by its configuration: channels beyond those it makes are a condition."""
+        """The pipeline of a transformer, from its configuration: more input than output channels mean a condition."""
         shape = {name: config[name] for name in SHAPE if config.get(name) is not None}
         pipeline = cls("WanPipeline", **shape)
         takes_condition = pipeline.in_channels > pipeline.out_channels
@@ -74,11 +75,11 @@ class BasePipeline:
 
 def run_sources(config: Mapping[str, Any]) -> dict[str, Any]:
     """
-    What a run should remember of its sources, because paths may mean nothing where it is pushed from.
+    Record of a run's sources, because paths may not exist on the machine that pushes it.
 
     Args:
         config (`Mapping[str, Any]`):
-            Options of the run, which starts now: a name that is no path here is one of the Hub.
+            Options of the run, which starts now: a name that is not a path here is a repository of the Hub.
 
     Returns:
         `{"on_hub": [...], "pipeline": {...}}`, JSON values: the names that are repositories, and a [`BasePipeline`],
@@ -91,7 +92,7 @@ def run_sources(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def recorded_sources(files: Mapping[str, Path]) -> dict[str, Any]:
-    """The last [`run_sources`] in the record of a run, empty if there is none."""
+    """The latest [`run_sources`] in the record of a run, empty if there is none."""
     records = json.loads(files[RUN_FILE].read_text(encoding="utf-8")) if RUN_FILE in files else []
     return records[-1].get(SOURCES, {}) if records else {}
 
@@ -100,8 +101,8 @@ def find_base_pipeline(
     name: str, revision: str | None, recorded: Mapping[str, Any], transformer_config: Mapping[str, Any] | None = None
 ) -> BasePipeline | None:
     """
-    The kind of the pipeline that a model belongs to, told by what the run recorded, by the pipeline's configuration,
-    or by that of the model itself, in this order; None if none of them is there. Never told by its name.
+    The kind of the pipeline that a model belongs to: from the run's record, from the pipeline's configuration, or from
+    the model's own, in this order; None if there is none of them. Never inferred from its name.
 
     Args:
         name (`str`):
@@ -136,10 +137,10 @@ def load_base_pipeline(name: str, revision: str | None = None) -> BasePipeline |
 
 def is_on_hub(name: str, repo_type: str, recorded: Mapping[str, Any], api: HfApi | None = None) -> bool:
     """
-    Whether a name in a configuration is a repository of the Hub, and no path.
+    Whether a name in a configuration is a repository of the Hub and not a path.
 
-    `data/train` looks like both. What the run recorded decides, or else what is at that path here; then the Hub is
-    asked, or without a client, the cache of what was downloaded from it. In doubt it is a path.
+    `data/train` looks like both. The run's record decides, or else whether that path exists here; then the Hub is
+    asked, or without a client, the cache of downloads. In doubt it is a path.
 
     Args:
         repo_type (`str`):

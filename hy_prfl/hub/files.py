@@ -1,4 +1,4 @@
-"""Which files of a run, or of a model folder, make up its repository on the Hub, and how they lie there."""
+"""Which files of a run, or of a model folder, go into its repository on the Hub, and where."""
 
 import logging
 import os
@@ -34,9 +34,7 @@ def model_files(folder: Path) -> dict[str, Path]:
             "`transformer` or LoRA alone; `hf upload` takes a pipeline as it is."
         )
     if has_class(files, "WanTransformer3DModel"):
-        raise ValueError(
-            f"`folder`: '{folder}' is a transformer itself. Push the folder above it, in which it is called `transformer`."
-        )
+        raise ValueError(f"`folder`: '{folder}' is the transformer itself. Push the folder above it.")
     if model_kind(files) is None:
         raise ValueError(f"`folder`: '{folder}' is neither a run nor a folder with a model in it.")
     return files
@@ -44,11 +42,11 @@ def model_files(folder: Path) -> dict[str, Path]:
 
 def run_files(run_dir: Path, weights_dir: Path | None = None) -> dict[str, Path]:
     """
-    What of a run goes to the Hub: path in the repository -> file. Never the state of an optimizer.
+    Files of a run for the Hub: path in the repository -> file. Never optimizer states.
 
-    The best reward model, or else the last one, becomes the root of the repository, so that an id alone names it; an
-    adapter lies there too, a transformer in its folder, as pipelines have it. Averaged weights go before others. With
-    them go configuration, metrics, the record of how the run was started, and its card.
+    The best reward model, or else the last one, is the root of the repository, so that its id is enough to load it. An
+    adapter is there too; a transformer has its own folder, as in pipelines. Averaged weights are preferred.
+    Configuration, metrics, the record of how the run was started, and its card are included.
 
     Args:
         weights_dir (`Path`, *optional*):
@@ -71,7 +69,7 @@ def _weight_files(place: Path, run_dir: Path) -> dict[str, Path] | None:
         if root.is_dir():
             return _visible_files(root)
     for folder in (place / AVERAGE_FOLDER, place):
-        # Of a pipeline of two experts one or both.
+        # For a pipeline with two experts, one or both.
         transformers = [folder / name for name in EXPERT_FOLDERS.values() if (folder / name).is_dir()]
         found = {f"{each.name}/{name}": path for each in transformers for name, path in _visible_files(each).items()}
         found = found or {name: folder / name for name in LORA_FILES.values() if (folder / name).is_file()}
@@ -81,7 +79,7 @@ def _weight_files(place: Path, run_dir: Path) -> dict[str, Path] | None:
 
 
 def _visible_files(folder: Path) -> dict[str, Path]:
-    """All files below a folder by their path in it, but for those that are hidden; the Hub's evaluation is not."""
+    """All files below a folder by their path in it, without hidden ones except the Hub's evaluation."""
     files = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
     hidden = {
         name for name in files if any(part.startswith(".") for part in name.parts if part != EVAL_RESULTS_FOLDER)
@@ -91,10 +89,10 @@ def _visible_files(folder: Path) -> dict[str, Path]:
 
 def stage(files: Mapping[str, Path], folder: Path) -> dict[str, Path]:
     """
-    Lay out files as their repository will have them, so that nothing that happens to the originals matters.
+    Copy or link files into the layout of their repository, so that later changes of the originals do not matter.
 
-    Weights, which are replaced but never changed in place, are linked and cost neither time nor space; where the file
-    system has no hard links, and for small files, which do change, they are copied.
+    Weights are replaced but never changed in place, so they are hard-linked, which costs neither time nor space. Small
+    files, which do change, are copied, and so are weights on file systems without hard links.
     """
     staged = {}
     for path_in_repo, source in files.items():
@@ -105,13 +103,13 @@ def stage(files: Mapping[str, Path], folder: Path) -> dict[str, Path]:
                 os.link(source, target)
                 continue
             except OSError:
-                logger.info("%s cannot be linked and is copied for its upload.", source)
+                logger.info("%s cannot be hard-linked and is copied for its upload.", source)
         shutil.copyfile(source, target)
     return staged
 
 
 def add_card(staged: Mapping[str, Path], folder: Path, repo_id: str, api: HfApi) -> list[str]:
-    """Put card, plot and evaluation into a staged repository, unless a person wrote a card; return their names."""
+    """Add card, plot and evaluation to a staged repository, unless a person wrote a card; return their names."""
     if model_kind(staged) is None or not may_replace_card(staged.get(CARD_FILE)):
         return []
     return write_model_card(staged, folder, repo_id=repo_id, api=api)

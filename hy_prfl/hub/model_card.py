@@ -1,4 +1,4 @@
-"""Model cards made from what a run leaves behind: what it is, how it was trained, how good it is, how to load it."""
+"""Model cards made from the files of a run: what the model is, how it was trained, how good it is, how to load it."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -33,7 +33,7 @@ CARD_FILE, PIPELINE_INDEX = "README.md", "model_index.json"
 PLOT_FILE = "training.png"
 TEMPLATE = Path(__file__).with_name("model_card.md")
 
-# A card without this line was written, or taken over, by a person, and is left alone.
+# A card without this line was written or edited by a person, and is not replaced.
 OWN_CARD = "<!-- Written by hy_prfl and written again with every push; delete this line to keep your own changes. -->"
 BASE, TRAINING_DATA = "pretrained_model_name_or_path", ("train_dataset", "prompt_dataset")
 WORDS: dict[ExpertName, str] = {"high_noise": "high-noise", "low_noise": "low-noise"}
@@ -41,7 +41,7 @@ PAPER = "https://arxiv.org/abs/2511.21541"
 
 
 def model_kind(files: Mapping[str, Path]) -> ModelKind | None:
-    """What a repository holds, by its files (path in it -> file); None if it is no model of this package."""
+    """Kind of model in a repository, from its files (path in it -> file); None if it is none of this package."""
     if PIPELINE_INDEX in files:
         return None
     if experts_of("lora", files):
@@ -60,14 +60,14 @@ def experts_of(kind: ModelKind, files: Mapping[str, Path]) -> dict[ExpertName, s
     """
     File of the adapter, or of the transformer's configuration, of each expert that a repository has.
 
-    A model of a pipeline of one transformer counts as its high-noise expert.
+    In a pipeline with one transformer, that one counts as the high-noise expert.
     """
     names = LORA_FILES if kind == "lora" else {name: f"{each}/config.json" for name, each in EXPERT_FOLDERS.items()}
     return {} if kind == "reward" else {expert: name for expert, name in names.items() if name in files}
 
 
 def may_replace_card(path: Path | None) -> bool:
-    """Whether there is no card yet, or one made by this package that nobody has taken over."""
+    """Whether there is no card yet, or one made by this package that nobody has edited."""
     return path is None or OWN_CARD in path.read_text(encoding="utf-8")
 
 
@@ -85,17 +85,17 @@ def write_model_card(
 
     Args:
         files (`Mapping[str, Path]`):
-            The repository that the card is for: path in it -> file; see [`~hy_prfl.hub.files.run_files`]. Read are
-            `config.yaml`, `run.json`, `metrics.jsonl`, `metrics.json` of the best model and the model's `config.json`,
-            as far as they are there.
+            The repository that the card is for: path in it -> file; see [`~hy_prfl.hub.files.run_files`]. If they
+            exist, `config.yaml`, `run.json`, `metrics.jsonl`, `metrics.json` of the best model and the model's
+            `config.json` are read.
         directory (`Path`):
             Folder to write into.
         repo_id (`str`):
-            What the card says to load: `user/name`, or a path.
+            Name that the card loads: `user/name`, or a path.
         license (`str`, defaults to `"apache-2.0"`):
             Licence of the weights. Wan's is the default; weights made from others may need another one.
         api (`HfApi`, *optional*):
-            Client to ask whether base model and datasets are on the Hub, for a run that has no record of it.
+            Client that asks whether base model and datasets are on the Hub, for a run without a record of it.
 
     Returns:
         `list[str]`: names of the files written.
@@ -143,7 +143,7 @@ def build_card(
         return is_on_hub(str(config.get(option) or ""), "model" if option == BASE else "dataset", recorded, api)
 
     base_model, metrics = str(config.get(BASE) or ""), best_metrics(files)
-    # A repository that only has the name of a path tells nothing.
+    # A repository that happens to have the name of a local path says nothing about the run.
     known = base_model if on_hub(BASE) or Path(base_model).is_dir() else ""
     pipeline = find_base_pipeline(known, config.get("revision"), recorded, model_config)
     relation = "adapter" if kind == "lora" else "finetune"
@@ -193,14 +193,15 @@ def build_card(
 
 def library_name(kind: ModelKind, base: BasePipeline | None, experts: Sequence[ExpertName]) -> str:
     """
-    The library whose code the Hub shows: diffusers for a LoRA that this code loads, otherwise ours, which has none.
+    The library whose code the Hub shows: diffusers if its code loads the LoRA, otherwise ours, for which the Hub shows
+    none.
 
-    The code loads the base model from the Hub, then the LoRA into its first transformer, and gives the pipeline a
-    prompt and at most one image. It takes any other repository for a whole pipeline.
+    diffusers' code loads the base model from the Hub, then the LoRA into its first transformer, and passes a prompt
+    and at most one image. It treats any other repository as a whole pipeline.
 
     Args:
         base (`BasePipeline`, *optional*):
-            The pipeline that it was trained on, if that is on the Hub.
+            The pipeline that the model was trained on, if it is on the Hub.
         experts (`Sequence[str]`):
             The experts that there are LoRAs for.
     """
@@ -222,10 +223,10 @@ def _uses_reward(config: Mapping[str, Any]) -> bool:
 def _description(
     kind: ModelKind, config: Mapping[str, Any], experts: Sequence[ExpertName], told_expert: str | None
 ) -> str:
-    """What a generator's weights are, as far as it is known: which transformer's, of which pipeline, how trained."""
+    """A sentence on a generator's weights: which transformer and pipeline they are for, how they were trained."""
     if len(experts) > 1:
         part = " and ".join(f"the {WORDS[expert]} expert (`{EXPERT_FOLDERS[expert]}`)" for expert in experts)
-    # A pipeline of one transformer has it where one of two has its high-noise expert.
+    # The only transformer of a pipeline has the name of the high-noise expert.
     elif experts == ["low_noise"] or config.get("expert") or told_expert:
         part = f"the {WORDS[experts[0]]} expert (`{EXPERT_FOLDERS[experts[0]]}`)"
     else:
@@ -240,15 +241,15 @@ def _description(
         return f"{weights} {part} of {base}, {training}`{config['reward_model']}`."
     if config.get("update_schedule") == "flow_matching":
         return f"{weights} {part} of {base}, fine-tuned with the flow-matching loss alone, without a reward."
-    return f"{weights} {part} of {base}. Nothing beside the weights tells how they were trained."
+    return f"{weights} {part} of {base}. How they were trained is not recorded."
 
 
 def _base_on_hub(header: Mapping[str, str]) -> list[str]:
     """
     The base model of an adapter without its run, if it is known to be a repository of the Hub.
 
-    The path of another machine may have the form of an id. A file of an older version does not tell; there the
-    published pipelines are known by their names.
+    A path on another machine may have the form of an id. Files of older versions do not say which it is; for them only
+    the published pipelines count, by name.
     """
     base = header.get("base_model", "")
     told = header.get("base_on_hub")
@@ -269,7 +270,7 @@ def _software(record: Mapping[str, Any]) -> str:
 
 
 def _known_of_adapter(header: Mapping[str, str]) -> dict[str, Any]:
-    """What the header of an adapter's file tells, by the names of the run's configuration."""
+    """Entries of an adapter's file header, under the names of the run's configuration."""
     names = {"base_model": "pretrained_model_name_or_path", "reward_model": "reward_model", "rank": "lora_rank"}
     return {name: header[key] for key, name in names.items() if key in header}
 

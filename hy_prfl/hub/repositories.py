@@ -1,4 +1,4 @@
-"""Models and datasets on the Hugging Face Hub: errors for people, pushes, downloads that are complete."""
+"""Models and datasets on the Hugging Face Hub: readable errors, pushes, complete downloads."""
 
 import importlib.util
 import json
@@ -37,36 +37,36 @@ RepoType = Literal["model", "dataset"]
 
 PENDING_FILE = "hub_pending.json"
 SNAPSHOT_PREFIX = ".hub-"
-NO_TOKEN = "There is no Hugging Face token: log in with `hf auth login`, or set HF_TOKEN to a token that may write."
+NO_TOKEN = "There is no Hugging Face token: log in with `hf auth login`, or set HF_TOKEN to a token with write access."
 
 
-# How hf_xet, which moves the content of large files, tries again what fails. By itself it does so for six minutes
-# without a word; now each request is given up after 30 seconds at most. Read when the process first uses it.
+# Retries of hf_xet, which transfers large files. By default it retries silently for six minutes; with these # settings
+# it gives up each request after 30 seconds at most. Read when the process first uses it.
 XET_RETRIES = {"HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "4", "HF_XET_CLIENT_RETRY_BASE_DELAY": "2s"}
 for _name, _value in XET_RETRIES.items():
     os.environ.setdefault(_name, _value)
-# It tells of an answer only so.
+# Form in which hf_xet reports an HTTP status.
 XET_STATUS = re.compile(r"HTTP status (?:client|server) error \((?P<status>\d{3})\s*(?P<phrase>[^)]*)\)")
 
-# Seconds after which an upload that still runs is spoken of, again and again.
+# Seconds between log messages while an upload runs.
 SECONDS_BETWEEN_WORDS = 60.0
 
 
 class HubError(RuntimeError):
-    """What was asked of the Hub could not be done, for a reason that may pass: no network, a quota, a fault there."""
+    """A request to the Hub failed for a reason that may pass: no network, a quota, a fault of the Hub."""
 
 
 def failure_reason(error: BaseException) -> str:
-    """One line on why a call to the Hub failed, for a person to act on."""
+    """One line on why a call to the Hub failed."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OfflineModeIsEnabled):
             return "HF_HUB_OFFLINE is set"
-        # The Hub answers a token that may not see a repository with 404, and one that it does not know with 401.
+        # The Hub answers 404 if the token has no access to a repository, and 401 if it does not know the token.
         if isinstance(cause, HfHubHTTPError) and cause.response.status_code == 401 and _had_token(cause):
             return "the token was refused"
         if isinstance(cause, RepositoryNotFoundError):
-            return "there is no such repository, or this token may not see it"
+            return "there is no such repository, or this token has no access to it"
         if isinstance(cause, RevisionNotFoundError):
             return "there is no such revision"
         if isinstance(cause, HfHubHTTPError):
@@ -84,7 +84,7 @@ def failure_reason(error: BaseException) -> str:
             return f"the storage of {constants.ENDPOINT} cannot be reached ({line})"
         cause = cause.__cause__
     line = next(iter(str(error).splitlines()), "").rstrip(".")
-    # Ours and the client's ValueErrors are written for people; anything else is better known by its kind.
+    # ValueErrors of this package and of the client have readable messages; for others the type is shown too.
     return line if isinstance(error, ValueError) else f"{type(error).__name__}: {line}"
 
 
@@ -94,16 +94,16 @@ def _had_token(error: HfHubHTTPError) -> bool:
 
 @contextmanager
 def hub_errors(what: str) -> Iterator[None]:
-    """Turn what the client raises into one [`HubError`] of one line. A `ValueError` passes: it is the user's."""
+    """Turn errors of the client into a [`HubError`] of one line. A `ValueError`, a mistake of the user, passes."""
     try:
         yield
-    # A part of an upload that fails comes out of the client as a RuntimeError with the reason as its cause.
+    # If a part of an upload fails, the client raises a RuntimeError with the reason as its cause.
     except (HTTPError, OSError, RuntimeError) as error:
         raise HubError(f"{what}: {failure_reason(error)}.") from error
 
 
 def hub_api(token: str | None = None) -> HfApi:
-    """The client, with the token given, or the stored one."""
+    """The client, with the given token or the stored one."""
     return HfApi(token=token, library_name="hy_prfl", library_version=__version__)
 
 
@@ -112,10 +112,11 @@ def uploading(
     repo_id: str, *, repo_type: RepoType = "model", revision: str | None = None, token: str | None = None
 ) -> Iterator[None]:
     """
-    Around an upload: ask for the right to write to the Hub's storage first, and say from time to time that it lasts.
+    Context for an upload: request write access to the Hub's storage first, and log from time to time that the upload
+    runs.
 
-    Where hf_xet moves large files, the client leaves that question to it, which loses what the Hub answers and repeats
-    it in silence. Asked here, the answer is an error as any other, and a repetition is logged.
+    Otherwise hf_xet would make that request; it hides the Hub's answer and retries silently. Made here, a refusal is
+    an ordinary error, and retries are logged.
 
     Raises:
         HfHubHTTPError: If the Hub refuses.
@@ -130,7 +131,7 @@ def uploading(
         seconds = 0.0
         while not ended.wait(SECONDS_BETWEEN_WORDS):
             seconds += SECONDS_BETWEEN_WORDS
-            logger.warning("The upload to '%s' is not done after %.0f seconds; it goes on.", repo_id, seconds)
+            logger.warning("The upload to '%s' is still running after %.0f seconds.", repo_id, seconds)
 
     speaker = threading.Thread(target=say_so, name="hub-upload", daemon=True)
     speaker.start()
@@ -142,18 +143,18 @@ def uploading(
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Raise a `ValueError` if no repository can be called that."""
+    """Raise a `ValueError` if this is not a valid name of a repository."""
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise ValueError(f"'{repo_id}' is no name of a repository, `user/name`: {error}") from error
+        raise ValueError(f"'{repo_id}' is not a valid name of a repository, `user/name`: {error}") from error
 
 
 def open_repo(
     repo_id: str, *, private: bool | None = None, repo_type: RepoType = "model", token: str | None = None
 ) -> str:
     """
-    Create a repository, or make sure that an existing one can be written to.
+    Create a repository, or check that an existing one can be written to.
 
     Args:
         repo_id (`str`):
@@ -165,9 +166,8 @@ def open_repo(
         `str`: the whole id.
 
     Raises:
-        ValueError: For what the user has to correct: no token or a bad one, a malformed id, no right to write, a
-            public repository where a private one was asked for.
-        HubError: If the Hub cannot be asked now.
+        ValueError: For mistakes of the user: no token or a bad one, a malformed id, no write access, a public
+        repository where a private one was requested. HubError: If the Hub cannot be reached now.
     """
     check_repo_id(repo_id)
     if (token or get_token()) is None:
@@ -184,7 +184,7 @@ def open_repo(
                 raise ValueError(f"'{repo_id}': {reason}. {NO_TOKEN}") from error
             if status not in (402, 403, 409):
                 raise
-        # It is there already (409), or may not be created by this token, which may still write to it.
+        # It exists already (409), or this token may not create it but may still write to it.
         try:
             api.auth_check(repo_id, repo_type=repo_type, write=True)
         except RepositoryNotFoundError as error:
@@ -194,7 +194,7 @@ def open_repo(
                 raise
             raise ValueError(f"'{repo_id}' exists, and this token may not write to it: {reason}.") from error
         if private and not api.repo_info(repo_id, repo_type=repo_type).private:
-            raise ValueError(f"'{repo_id}' exists and is public, but a private repository was asked for.")
+            raise ValueError(f"'{repo_id}' exists and is public, but a private repository was requested.")
     return repo_id
 
 
@@ -213,21 +213,20 @@ def push_folder(
 
     Args:
         folder (`str` or `Path`):
-            A run (what goes up is [`run_files`]), a folder with a model in it, or a dataset. A run whose uploads
-            failed has a `hub_pending.json`, which is removed once all is pushed.
+            A run (its [`run_files`] are pushed), a folder with a model in it, or a dataset. A run whose uploads failed
+            has a `hub_pending.json`, which is removed when everything is pushed.
         repo_id (`str`, *optional*):
-            `user/name`; the one of `hub_pending.json` if left out.
+            `user/name`; if left out, the one in `hub_pending.json`.
         private (`bool`, *optional*):
             Who may see a new repository.
         revision (`str`, *optional*):
-            Branch to commit to, made if there is none of that name; `main` if left out.
+            Branch to commit to, created if it does not exist; `main` if left out.
 
     Returns:
         `str`: address of the commit.
 
     Raises:
-        ValueError: If the folder holds nothing to push, or for what [`open_repo`] raises it.
-        HubError: If the upload failed.
+        ValueError: If the folder holds nothing to push, or as [`open_repo`]. HubError: If the upload failed.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -235,7 +234,7 @@ def push_folder(
     pending = _read_pending(folder)
     repo_id = repo_id or pending.get("repo_id")
     if repo_id is None:
-        raise ValueError(f"`repo_id` must be given: there is no {PENDING_FILE} in '{folder}' that tells it.")
+        raise ValueError(f"`repo_id` must be given: there is no {PENDING_FILE} in '{folder}' that names it.")
     is_dataset = any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
     if is_dataset != (repo_type == "dataset"):
         found = "a dataset" if is_dataset else "no dataset written by `preprocess`"
@@ -282,7 +281,7 @@ def pull(
     """
     Download a repository, or one folder of it, into a new folder that appears when it is complete.
 
-    A pull that was cut off leaves `.<name>.<commit>.partial` beside `output_dir`; the same pull goes on from there.
+    An interrupted pull leaves `.<name>.<commit>.partial` beside `output_dir`; the same pull continues from there.
 
     Raises:
         ValueError: If `output_dir` is not empty, or the repository has no such `subfolder`.
@@ -294,7 +293,7 @@ def pull(
     if subfolder is not None and not re.fullmatch(r"(?!\.)[\w.-]+(/(?!\.)[\w.-]+)*", subfolder):
         raise ValueError(f"`subfolder` must be the path of a folder, such as 'best', got '{subfolder}'.")
     with hub_errors(f"'{repo_id}' was not pulled"):
-        # Pinned, so that a pull that is taken up again cannot mix two commits.
+        # Pinned, so that a pull that continues cannot mix two commits.
         commit = hub_api(token).repo_info(repo_id, repo_type=repo_type, revision=revision).sha
         partial_dir = output_dir.with_name(f".{output_dir.name}.{str(commit)[:12]}.partial")
         snapshot_download(

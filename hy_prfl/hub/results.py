@@ -1,4 +1,4 @@
-"""The evaluation of a run as the Hub wants it: the metrics of what is published, by noise level, and their plot."""
+"""The evaluation of a run in the Hub's format: metrics of the published model by noise level, and their plot."""
 
 import json
 import math
@@ -20,14 +20,14 @@ from ..runtime.provenance import METRICS_FILE
 Metrics = dict[str, float]
 
 EVAL_RESULTS_FILE = f"{constants.EVAL_RESULTS_FOLDER}/hy_prfl.yaml"
-# The type of a dataset that is not on the Hub, which must not be taken for an id there.
+# Type of a dataset that is not on the Hub; it must not look like an id.
 LOCAL_DATASET = "local"
 AT_TIMESTEP = re.compile(r"(?P<metric>.+)/t(?P<timestep>\d+)")
 METRIC_NAMES = {"auc": "AUC", "f1": "F1"}
 
 
 def best_metrics(files: Mapping[str, Path]) -> Metrics:
-    """Metrics of the model that is published: the best one's own, or else those of the last validation."""
+    """Metrics of the published model: those of the best one, or else those of the last validation."""
     best = json.loads(files["metrics.json"].read_text(encoding="utf-8")) if "metrics.json" in files else {}
     if best:
         return {name: value for name, value in best.items() if isinstance(value, (int, float))}
@@ -44,7 +44,7 @@ def eval_results(
     task: str, config: Mapping[str, Any], metrics: Metrics, *, is_reward: bool, dataset_on_hub: bool
 ) -> list[EvalResult]:
     """
-    The metrics at each noise level, and their means, as the Hub's `model-index` wants them.
+    The metrics at each noise level, and their means, in the format of the Hub's `model-index`.
 
     Args:
         task (`str`):
@@ -54,7 +54,7 @@ def eval_results(
         is_reward (`bool`):
             Whether the model is a reward model.
         dataset_on_hub (`bool`):
-            Whether `validation_dataset` is a repository, and no folder.
+            Whether `validation_dataset` is a repository and not a folder.
     """
     if not metrics or not config.get("validation_dataset"):
         return []
@@ -87,9 +87,9 @@ def eval_results(
 
 def eval_result_entries(results: Sequence[EvalResult]) -> list[EvalResultEntry]:
     """
-    The same results for `.eval_results/*.yaml`, which knows datasets of the Hub only: none for a local dataset.
+    The same results for `.eval_results/*.yaml`, which supports datasets of the Hub only: none for a local dataset.
 
-    A metric at a noise level is a task of its own, `accuracy_t200`; the mean is `accuracy`.
+    Each metric at each noise level is a separate task, `accuracy_t200`; the mean is `accuracy`.
     """
     entries = []
     for result in results:
@@ -142,7 +142,7 @@ def draw_training(history: list[Metrics], metrics: Metrics, path: Path) -> bool:
         return False
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    # Not pyplot: it keeps every figure, and may be drawn from one thread only.
+    # Not pyplot, which keeps every figure and works in one thread only.
     figure = Figure(figsize=(4 * columns, 2.8 * rows), layout="constrained")
     FigureCanvasAgg(figure)
     for index, (name, axis, points) in enumerate(panels):

@@ -1,4 +1,4 @@
-"""Uploads of a run while it trains, which never stop it."""
+"""Uploads of a run while it trains; their failures never stop the run."""
 
 import json
 import logging
@@ -37,9 +37,9 @@ class HubUploader:
     """
     Pushes a run while it trains, one upload at a time and in the background. For the main process.
 
-    An upload works on a snapshot of hard links, so checkpoints may be deleted or replaced meanwhile. One that is asked
-    for while another runs waits; the next one takes its place. Whatever goes wrong is a warning, never an error: the
-    run's `hub_pending.json` says what is missing on the Hub until an upload, or `hy-prfl push`, gets through.
+    An upload works on a snapshot of hard links, so checkpoints may be deleted or replaced meanwhile. A new upload
+    waits while another one runs, and replaces one that waits already. Failures are warnings, never errors: the run's
+    `hub_pending.json` says what is missing on the Hub until an upload, or `hy-prfl push`, succeeds.
 
     Args:
         run_dir (`Path`):
@@ -50,8 +50,8 @@ class HubUploader:
             Who may see a new repository.
 
     Raises:
-        ValueError: Before anything is trained, for what the user has to correct; see [`open_repo`]. If only the
-            network fails, there is a warning, and every upload tries again.
+        ValueError: Before training starts, for mistakes of the user; see [`open_repo`]. If only the network fails,
+        there is a warning, and every upload tries again.
     """
 
     def __init__(self, run_dir: str | Path, repo_id: str, *, private: bool | None = None) -> None:
@@ -66,8 +66,8 @@ class HubUploader:
         try:
             self._open()
         except HubError as error:
-            logger.warning("%s Training goes on, and every upload will try again.", error)
-        # Of a run that was killed in the middle of an upload.
+            logger.warning("%s Training continues, and every upload will try again.", error)
+        # Left by a run that was killed during an upload.
         for leftover in self.run_dir.glob(f"{SNAPSHOT_PREFIX}*"):
             try:
                 shutil.rmtree(leftover)
@@ -88,7 +88,7 @@ class HubUploader:
         with self._lock:
             self._latest = upload
         try:
-            # Also if the process dies in the middle, the folder tells what is missing.
+            # Written first, so that the folder says what is missing even if the process dies.
             self._write_pending(upload, "the upload had not ended")
             upload.snapshot = Path(tempfile.mkdtemp(prefix=SNAPSHOT_PREFIX, dir=self.run_dir))
             upload.staged = stage(run_files(self.run_dir, weights_dir), upload.snapshot)
@@ -96,13 +96,13 @@ class HubUploader:
             self._end(upload, error)
             return
         if self._future is not None and self._future.cancel():
-            logger.info("An upload still waits; '%s' takes its place.", commit_message)
+            logger.info("An upload is still waiting; '%s' replaces it.", commit_message)
         self._future = self._api.run_as_future(self._push, upload)
         self._future.add_done_callback(partial(self._after, upload))
 
     def finish(self, *, commit_message: str) -> bool:
         """
-        Push the run's result and wait until it is there, or has failed.
+        Push the run's result and wait until the upload is complete or has failed.
 
         Returns:
             `bool`: whether all is on the Hub; if not, the log says how to finish it.
@@ -112,7 +112,7 @@ class HubUploader:
         self._latest.done.wait()
         if self._latest.reason is not None:
             logger.warning(
-                "The run is complete in %s, but not on the Hub. Once that is mended, this pushes it:\n    %s",
+                "The run is complete in %s, but not on the Hub. When the cause is fixed, this pushes it:\n    %s",
                 self.run_dir, shlex.join(["hy-prfl", "push", "--folder", str(self.run_dir)]),
             )  # fmt: skip
         return self._latest.reason is None
@@ -122,8 +122,8 @@ class HubUploader:
         self._is_open = True
 
     def _push(self, upload: _Upload) -> str:
-        """Runs in the background; what it raises is looked at by `_after`."""
-        # One bar per process group, and that is the trainer's.
+        """Runs in the background; `_after` handles its errors."""
+        # No progress bar: the trainer has one.
         disable_progress_bars()
         assert upload.snapshot is not None
         if not self._is_open:

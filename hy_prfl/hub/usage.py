@@ -1,4 +1,4 @@
-"""The code on a model card: how to load a model of each kind. It runs as it stands."""
+"""The code on a model card that loads each kind of model. It runs unchanged."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -9,9 +9,9 @@ from .base_pipeline import BasePipeline
 
 ModelKind = Literal["reward", "lora", "transformer"]
 
-# Image tokens of Wan's CLIP; a transformer with positions for those of two images says how many it has.
+# Image tokens of Wan's CLIP. A transformer for two images has its number of tokens in its configuration.
 NUM_IMAGE_TOKENS = 257
-# What the class takes for sizes that a configuration leaves out.
+# Defaults of the class for sizes that a configuration leaves out.
 DEFAULT_SIZES = {"in_channels": 16, "out_channels": 16, "text_dim": 4096}
 
 
@@ -24,19 +24,19 @@ def usage(
     experts: Sequence[ExpertName] = ("high_noise",),
 ) -> str:
     """
-    Python code that loads a model and shows how to call it. Where nothing tells the pipeline, it loads the model alone.
+    Python code that loads a model and shows how to call it. If the pipeline is unknown, it loads the model alone.
 
     Args:
         repo_id (`str`):
             Where the model is: `user/name`, or a path.
         config (`Mapping[str, Any]`):
-            Options of the run, of which the pipeline and its revision and variant are read.
+            Options of the run; its pipeline, revision and variant are used.
         model_config (`Mapping[str, Any]`):
             Configuration of the reward model or the transformer, empty for a LoRA.
         pipeline (`BasePipeline`, *optional*):
-            Kind of the pipeline; diffusers chooses the class itself if it is not known.
+            Kind of the pipeline; if it is not known, diffusers chooses the class.
         experts (`Sequence[str]`, defaults to `("high_noise",)`):
-            The experts that there are weights for, of a pipeline of two.
+            The experts of a pipeline with two that have weights here.
     """
     if kind == "reward":
         return _reward_usage(repo_id, model_config)
@@ -74,10 +74,12 @@ def _usage_without_pipeline(kind: ModelKind, repo_id: str, experts: Sequence[Exp
             lora, into = ("lora_2", ", load_into_transformer_2=True") if expert == "low_noise" else ("lora", "")
             source = f'{_quote(repo_id)}, weight_name="{LORA_FILES[expert]}"'
             loads.append(f"{lora} = WanPipeline.lora_state_dict({source})")
-            uses.append(f"# Then, into the pipeline that it was trained on: pipeline.load_lora_weights({lora}{into})")
+            uses.append(
+                f"# Then load it into the pipeline that it was trained on: pipeline.load_lora_weights({lora}{into})"
+            )
         else:
             loads.append(f'{name} = WanTransformer3DModel.from_pretrained({_quote(repo_id)}, subfolder="{name}")')
-            uses.append(f"# Then give {name}={name} to `from_pretrained` of the pipeline that it was made from.")
+            uses.append(f"# Then pass {name}={name} to `from_pretrained` of the pipeline that it was made from.")
     class_name = "WanPipeline" if kind == "lora" else "WanTransformer3DModel"
     return "\n".join([f"from diffusers import {class_name}\n", *loads, *uses])
 
@@ -90,7 +92,7 @@ def _reward_usage(repo_id: str, config: Mapping[str, Any]) -> str:
         "import torch",
         "from hy_prfl import WanRewardModel\n",
         f"reward_model = WanRewardModel.from_pretrained({_quote(repo_id)}).eval()\n",
-        "# Random numbers of the right shapes: put in a clip. Latents are (clips, channels, frames, height, width).",
+        "# Random numbers of the right shapes; replace them by a clip. Latents are (clips, channels, frames, height, width).",
         f"noisy_latents = torch.randn(1, {channels}, {size})",
         "timesteps = torch.tensor([500.0])  # 1000 * sigma of each clip, anywhere in [0, 1000]",
         f"prompt_embeds = torch.randn(1, 512, {config['text_dim']})  # of the text encoder, padded with zeros",
@@ -113,6 +115,6 @@ def _reward_usage(repo_id: str, config: Mapping[str, Any]) -> str:
 
 
 def _quote(text: str) -> str:
-    """As Python code, in double quotes; backslashes of Windows paths stay what they are."""
+    """As Python code, in double quotes; keeps the backslashes of Windows paths."""
     escaped = text.replace("\\", "\\\\").replace('"', '\\"')
     return f'"{escaped}"'

@@ -1,4 +1,4 @@
-"""Blocks that are recomputed in the backward pass, their inputs kept on the device or in host memory."""
+"""Activation checkpointing of transformer blocks, with their inputs on the device or in host memory."""
 
 import weakref
 from collections import defaultdict
@@ -15,27 +15,28 @@ def recompute_blocks(
     model: Any, *, num_blocks: int | None = None, offload: bool = False, buffers: "HostBuffers | None" = None
 ) -> None:
     """
-    Make the model keep only the inputs of its first blocks for the backward pass, and compute the rest again there.
+    Use activation checkpointing for the model's first blocks: only their inputs are kept for the backward pass, which
+    computes the rest again.
 
-    The first ones, because the last ones go first in the backward pass: what they have kept is gone when the others
-    are computed again.
+    The first blocks, because the backward pass starts with the last ones: the activations that those keep are freed
+    before the first blocks are computed again.
 
     Args:
         model (`ModelMixin`):
             A model with `blocks` that diffusers' `enable_gradient_checkpointing` knows.
         num_blocks (`int`, *optional*):
-            How many blocks; all if left out.
+            Number of blocks; all if left out.
         offload (`bool`, defaults to `False`):
-            Keep these inputs in host memory, see [`InputOffload`].
+            Whether to keep these inputs in host memory, see [`InputOffload`].
         buffers (`HostBuffers`, *optional*):
-            Where; buffers of the model's own if left out.
+            Host memory to use; new buffers for this model if left out.
 
     Raises:
         ValueError: If the model has fewer blocks.
     """
     if num_blocks is not None and not 0 <= num_blocks <= len(model.blocks):
         raise ValueError(
-            f"Blocks to recompute must be in [0, {len(model.blocks)}], the {type(model).__name__}'s, got {num_blocks}."
+            f"`num_blocks` must be in [0, {len(model.blocks)}] for this {type(model).__name__}, got {num_blocks}."
         )
     recomputed = frozenset(list(model.blocks)[:num_blocks])
     input_offload = InputOffload(buffers or HostBuffers()) if offload else None
@@ -52,18 +53,18 @@ def recompute_blocks(
 
 class InputOffload:
     """
-    Keeps the inputs of recomputed blocks in host memory between forward and backward pass.
+    Keeps the inputs of checkpointed blocks in host memory between forward and backward pass.
 
     At 75,600 tokens of width 5,120 an input has 0.77 GB in bfloat16, and a model of 40 blocks keeps 31 GB of them. Only
     the hidden states move; what all blocks share (text, time and rotary embeddings) stays.
 
-    With CUDA the host memory is pinned and a stream of its own copies while the blocks compute: an input leaves during
-    its block, and comes back during the backward pass of the block after it. That part has not been run yet: it was
-    written without a GPU at hand. Without CUDA plain copies are made.
+    With CUDA the host memory is pinned, and a separate stream copies while the blocks compute: an input is copied to
+    the host during its block's forward pass, and back during the backward pass of the following block. Without CUDA
+    plain copies are made.
 
-    All device memory belongs to the stream that computes, which waits for a copy before it goes on without the tensor.
-    Were it handed over with `record_stream`, it would be free only when the device gets there, and the host, which is
-    many blocks ahead of the device, would take new memory for every input.
+    All device memory belongs to the computing stream, which waits for a copy before it frees the tensor. With
+    `record_stream` memory would be free only when the device reaches that point, and the host, which is many blocks
+    ahead of the device, would allocate new memory for every input.
     """
 
     def __init__(self, buffers: "HostBuffers") -> None:
@@ -72,8 +73,8 @@ class InputOffload:
         self._buffers = buffers
 
     def of(self, hidden_states: torch.Tensor) -> saved_tensors_hooks:
-        """Context in which autograd, if it saves these hidden states, keeps them in host memory."""
-        # Autograd keeps the functions below, and they must not keep the tensor.
+        """Context in which autograd keeps these hidden states in host memory if it saves them."""
+        # Autograd keeps the functions below, so they must not hold a reference to the tensor.
         address, shape = hidden_states.data_ptr(), hidden_states.shape
 
         def pack(tensor: torch.Tensor) -> "torch.Tensor | _HostTensor":
@@ -92,14 +93,14 @@ class InputOffload:
         if before is not None:
             before.let_go()
         stored = _HostTensor(tensor.detach(), self._stream, self._last, self._buffers)
-        # Weak: what is kept belongs to its graph, and is gone with it.
+        # A weak reference: the stored tensor belongs to its graph and is freed with it.
         self._last = weakref.ref(stored)
         return stored
 
 
 class HostBuffers:
     """
-    Buffers in host memory that serve one update after the other, page-locked for tensors of a GPU.
+    Buffers in host memory that are reused by every update, page-locked for tensors of a GPU.
 
     They are registered with CUDA at their own size. torch's allocator of pinned memory would round each of them up to a
     power of two, 43 GB instead of 31 at 14B 720P.
@@ -115,7 +116,7 @@ class HostBuffers:
         return sum(buffer.nbytes for free in self.free.values() for buffer in free)
 
     def take(self, like: torch.Tensor) -> torch.Tensor:
-        """A buffer of the shape and type of a tensor, page-locked if that is on a GPU. Its content is anything."""
+        """A buffer of the shape and type of a tensor, page-locked if that is on a GPU. Its content is undefined."""
         free = self.free[like.shape, like.dtype]
         if free:
             return free.pop()
@@ -132,7 +133,7 @@ class HostBuffers:
 
 
 class _HostTensor:
-    """A tensor in host memory that knows which one will be wanted after it: the one that was stored before."""
+    """A tensor in host memory that knows which one will be needed after it: the one that was stored before."""
 
     def __init__(
         self,
@@ -154,13 +155,13 @@ class _HostTensor:
             self.host.copy_(tensor, non_blocking=True)
 
     def let_go(self) -> None:
-        """Give the device memory back, after the copy; once the block is computed that it has been made beside."""
+        """Free the device memory after the copy to the host, which ran while a block was computed."""
         if self.leaving is not None:
             self._wait()
             self.leaving = None
 
     def fetch(self) -> None:
-        """Start the copy back to the device, unless it has been started."""
+        """Start the copy back to the device, unless it has started already."""
         if self.stream is not None and self.fetched is None:
             self.fetched = torch.empty_like(self.host, device=self.device, pin_memory=False)
             self.stream.wait_stream(torch.cuda.current_stream(self.device))
@@ -168,7 +169,7 @@ class _HostTensor:
                 self.fetched.copy_(self.host, non_blocking=True)
 
     def take_back(self) -> torch.Tensor:
-        """The tensor on its device; starts fetching the one that will be wanted next."""
+        """The tensor on its device; starts fetching the one that will be needed next."""
         if self.stream is None:
             return self.host.clone()
         self.let_go()
@@ -182,13 +183,13 @@ class _HostTensor:
         return tensor
 
     def _wait(self) -> None:
-        """Let the stream that computes wait for the copies."""
+        """Let the computing stream wait for the copies."""
         assert self.stream is not None
         torch.cuda.current_stream(self.device).wait_stream(self.stream)
 
     def __del__(self) -> None:
-        # A copy that nobody took is still on its way into memory that somebody else may get now.
+        # A copy that nobody waited for may still be writing into memory that is about to be reused.
         if self.fetched is not None:
             self._wait()
-        # Whoever gets it next writes into it on the same stream, after the copies that are still under way.
+        # The next user writes into it on the same stream, after the copies that are still running.
         self.buffers.give_back(self.host)

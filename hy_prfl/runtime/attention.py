@@ -1,4 +1,4 @@
-"""Attention kernels by diffusers' names: which of them can do what is asked for, and putting one into a model."""
+"""Attention kernels by diffusers' names: checks that one works here, and sets it in a model."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,8 +15,8 @@ from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnP
 from torch import nn
 
 
-# Those whose call, as diffusers makes it, is known to autograd. `_flash_3` is an operator without a backward pass,
-# SageAttention has none, and of the others nothing is known.
+# Kernels with a backward pass when diffusers calls them. `_flash_3` is an operator without one, SageAttention has
+# none, and the others were not checked.
 TRAINABLE_BACKENDS = (
     "native",
     "_native_cudnn",
@@ -44,11 +44,11 @@ def check_attention_backend(
     autocast: AbstractContextManager[Any] | None = None,
 ) -> None:
     """
-    Refuse a kernel that is unknown, not installed, or cannot do what is asked of it; needs no model.
+    Refuse a kernel that is unknown, not installed, or does not work for this device and type; needs no model.
 
-    It is tried on a few tokens by one of Wan's attentions: under autocast, weights in float32 make queries and keys in
-    float32 beside values in half precision, which torch's kernels take and others do not. A kernel from the Hub is
-    fetched.
+    One of Wan's attention layers tries it on a few tokens: under autocast with float32 weights, queries and keys are
+    float32 and values half precision, which torch's kernels accept and others do not. A kernel from the Hub is
+    downloaded.
 
     Args:
         name (`str`):
@@ -63,19 +63,19 @@ def check_attention_backend(
             Context in which the model computes.
 
     Raises:
-        ValueError: If it is refused, with the reason and the names that would do.
+        ValueError: If it is refused, with the reason and the names that are possible.
     """
     known = sorted(backend.value for backend in _AttentionBackendRegistry.list_backends())
     if name not in known:
         raise ValueError(f"`{option}` must be one of {', '.join(known)}, got '{name}'.")
     if trains and name not in TRAINABLE_BACKENDS:
         raise ValueError(
-            f"`{option}` must have a backward pass, which '{name}' has not (it may serve the rollout); these have: "
+            f"`{option}` must have a backward pass, and '{name}' has none (the rollout can use it); these have one: "
             f"{', '.join(TRAINABLE_BACKENDS)}."
         )
     with torch.device("meta"):
         attention = WanAttention(dim=256, heads=2, dim_head=128, processor=WanAttnProcessor()).requires_grad_(trains)
-    # Nothing random: what the run draws later must not depend on this option.
+    # Without random numbers: those of the run must not depend on this option.
     attention.to_empty(device=device).to(dtype)
     for parameter in attention.parameters():
         nn.init.constant_(parameter, 0.01)
@@ -90,10 +90,10 @@ def check_attention_backend(
 
 def set_attention_backend(model: nn.Module, name: str) -> None:
     """
-    Let every attention of the model use a kernel that [`check_attention_backend`] has let through.
+    Let every attention layer of the model use a kernel that [`check_attention_backend`] has accepted.
 
-    Unlike `ModelMixin.set_attention_backend` it also takes a model in its engine's wrapping, and leaves alone what
-    other models of the process use.
+    Unlike `ModelMixin.set_attention_backend` it also takes a model that is wrapped by its engine, and does not change
+    the kernel of other models in the process.
     """
     for processor in _processors(model):
         processor._attention_backend = AttentionBackendName(name)
@@ -101,7 +101,7 @@ def set_attention_backend(model: nn.Module, name: str) -> None:
 
 @contextmanager
 def use_attention_backend(model: nn.Module, name: str | None) -> Iterator[None]:
-    """Let the model use another kernel for the time of the context; `None` leaves it what it has."""
+    """Let the model use another kernel inside the context; `None` changes nothing."""
     if name is None:
         yield
         return

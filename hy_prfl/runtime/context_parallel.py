@@ -46,18 +46,18 @@ class ContextParallelGroup:
         self.process_group = dist.new_group(
             list(range(first, first + degree)), timeout=timeout, use_local_synchronization=True
         )
-        # A run may be kept to the CPU where there are GPUs.
+        # A run may use the CPU on a machine with GPUs.
         device_type = "cpu" if dist.get_backend() == "gloo" else "cuda"
         self.config = ContextParallelConfig(ulysses_degree=degree)
-        # All that diffusers' hooks look at.
+        # The only attributes that diffusers' hooks read.
         self.config._flattened_mesh = DeviceMesh.from_group(self.process_group, device_type)
 
     def split(self, model: ModelMixin) -> None:
         """
         Make the model's forward split its tokens over the group and gather them at its end.
 
-        The place of `ModelMixin.enable_parallelism`, which refuses to work without an accelerator and brings an attention
-        that computes its forward pass again in the backward pass, beside what activation checkpointing does.
+        Replaces `ModelMixin.enable_parallelism`, which does not work without an accelerator, and whose attention
+        computes its forward pass again in the backward pass in addition to activation checkpointing.
         """
         for module in model.modules():
             if isinstance(module, WanAttention):
@@ -76,11 +76,12 @@ class ContextParallelGroup:
 
 class UlyssesAttnProcessor(WanAttnProcessor):
     """
-    Wan's attention for tokens that are split over a group: each rank attends over all tokens, in its share of the heads.
+    Wan's attention for tokens that are split over a group: each rank attends over all tokens for its share of the
+    heads.
 
-    The exchanges are operators of autograd around the kernel's ordinary call, so the kernel keeps output and log-sum-exp
-    for its backward pass, and every kernel that trains in one process trains here.
-    Cross-attention needs no exchange: every rank has the whole text, and attends from its own tokens.
+    The exchanges are autograd operators around the usual call of the kernel, so the kernel keeps output and
+    log-sum-exp for its backward pass, and every kernel that trains in one process trains here. Cross-attention needs
+    no exchange: every rank has the whole text, and its own tokens attend to it.
 
     Args:
         group (`ProcessGroup`):
@@ -126,7 +127,7 @@ def rotate(states: torch.Tensor, rotary_emb: tuple[torch.Tensor, torch.Tensor]) 
         states (`torch.Tensor` of shape `(batch_size, num_tokens, num_heads, head_dim)`):
             Queries or keys.
         rotary_emb (`tuple[torch.Tensor, torch.Tensor]`):
-            Cosines and sines `(1, num_tokens, 1, head_dim)`, each value twice, as `WanRotaryPosEmbed` gives them.
+            Cosines and sines `(1, num_tokens, 1, head_dim)`, each value twice, as `WanRotaryPosEmbed` returns them.
     """
     cos, sin = rotary_emb[0][..., 0::2], rotary_emb[1][..., 1::2]
     real, imaginary = states.unflatten(-1, (-1, 2)).unbind(-1)
@@ -137,7 +138,7 @@ def rotate(states: torch.Tensor, rotary_emb: tuple[torch.Tensor, torch.Tensor]) 
 def tokens_to_heads(states: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """From own tokens of all heads, `(batch_size, tokens / n, heads, head_dim)`, to all tokens of own heads."""
     degree = dist.get_world_size(group)
-    # The ranks, which are exchanged, come first.
+    # The dimension of the ranks, which is exchanged, comes first.
     by_rank = states.unflatten(2, (degree, -1)).permute(2, 0, 1, 3, 4)
     return _exchange(by_rank, group).transpose(0, 1).flatten(1, 2)
 
@@ -157,10 +158,10 @@ def _exchange(by_rank: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
 
 class TokenGather(nn.Module):
     """
-    The place of a model where all tokens are on every rank again; the identity in a single process.
+    Marks the place in a model where all tokens are on every rank again; the identity in a single process.
 
-    Everything after it computes the same on all ranks of a group, everything before it only its own tokens' share, so the
-    gradient is multiplied by the size of the group on its way down.
+    Layers after it compute the same on all ranks of a group, layers before it only their own tokens' part, so the
+    gradient is multiplied by the size of the group in the backward pass.
     """
 
     def __init__(self) -> None:

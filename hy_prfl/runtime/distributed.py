@@ -1,4 +1,4 @@
-"""Processes: how they are set up, and what they have to agree on."""
+"""Sets up processes, and collectives by which they agree."""
 
 import gc
 import logging
@@ -24,12 +24,12 @@ from accelerate.utils import (
 # How long a rank waits for the others before the run ends with an error. NCCL and DeepSpeed would give up after ten
 # minutes, while one rank still downloads a model, writes 57 GB of weights or deletes an old checkpoint.
 TRAINING_TIMEOUT = timedelta(hours=6)
-# Ranks that only share out work meet at its end, and one of them may have the longer clips.
+# Ranks that only divide work among them meet at its end, and one of them may have the longer clips.
 SHARED_WORK_TIMEOUT = timedelta(days=2)
 
 
 def set_up_logging() -> None:
-    """Messages and progress bars of the main process only. Reads `RANK`, so that it sets up no processes itself."""
+    """Show messages and progress bars of the main process only. Reads `RANK` and sets up no processes itself."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     is_main = os.environ.get("RANK", "0") == "0"
     logging.getLogger("hy_prfl").setLevel(logging.INFO if is_main else logging.ERROR)
@@ -41,27 +41,27 @@ def set_up_logging() -> None:
 
 
 def on_cpu() -> bool:
-    """Whether this run is on the CPU: for want of an accelerator, or because the launch configuration says so."""
+    """Whether this run is on the CPU, because there is no accelerator or because the launch configuration says so."""
     return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
 
 
 def process_state() -> PartialState:
     """
-    The processes of a run that shares out work without training.
+    The processes of a run that divides work among them without training.
 
-    Call it before anything else sets them up. On the CPU Accelerate has to be told to look for others.
+    Call it before anything else sets them up. On the CPU Accelerate must be asked to look for other processes.
     """
     return PartialState(cpu=on_cpu(), timeout=SHARED_WORK_TIMEOUT)
 
 
 def leave_processes() -> None:
     """
-    End what joins the processes of a run. The last call of a script, when nothing else holds models or groups any more.
+    Destroy the process group. The last call of a script, when nothing else holds models or groups any more.
 
-    A thread of gloo may hold the tensors of a collective a moment longer than those who wait for it. If the interpreter
-    ends in that moment, the process aborts, after all its work is done (pytorch issue 190489). The threads go with the
-    process group, and that with the last of the objects, in circles of references, that know it. What DeepSpeed makes on a
-    CPU is not reached by this.
+    A thread of gloo may hold the tensors of a collective a moment longer than the code that waits for it. If the
+    interpreter exits in that moment, the process aborts after all its work is done (pytorch issue 190489). The threads
+    end with the process group, which ends with the last object that refers to it; some of these are in reference
+    cycles. Process groups that DeepSpeed creates on a CPU are not covered.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -83,13 +83,14 @@ def build_accelerator(
         gradient_accumulation_steps (`int`):
             Backward passes that add up to one update.
         train_batch_size (`int`):
-            Samples per process and micro-batch. DeepSpeed wants to know; its JSON says "auto" for both.
+            Samples per process and micro-batch. DeepSpeed needs both numbers; its JSON says "auto" for them.
         log_with (`list[str]`):
             Names of trackers.
         find_unused_parameters (`bool`, defaults to `False`):
-            Let DDP look, in every forward, for parameters that take no part in it.
+            Let DDP search in every forward pass for parameters that were not used.
     """
-    # On the CPU Accelerate must be told that it is not alone: DeepSpeed by a backend, all else by `cpu`.
+    # On the CPU Accelerate must be told that there are several processes: with DeepSpeed by a backend, otherwise by
+    # `cpu`.
     is_deepspeed = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
     needs_backend = is_deepspeed and on_cpu()
     accelerator = Accelerator(
@@ -98,7 +99,7 @@ def build_accelerator(
         log_with=log_with or None,
         project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
         kwargs_handlers=[
-            # Gradients live in the buckets that they are averaged in: a copy of all of them less.
+            # Gradients are views of the buckets in which they are averaged, which saves a copy of all of them.
             DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters, gradient_as_bucket_view=True),
             # None lets Accelerate choose; its own default would be NCCL everywhere.
             InitProcessGroupKwargs(backend="gloo" if needs_backend else None, timeout=TRAINING_TIMEOUT),

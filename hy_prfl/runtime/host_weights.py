@@ -9,12 +9,11 @@ from torch import nn
 
 class HostWeights:
     """
-    Keeps the weights of a frozen model in host memory, and copies them to the device for the time of a context.
+    Keeps the weights of a frozen model in host memory, and copies them to the device inside a context.
 
-    A reward model of 8 of Wan 14B's 40 blocks has 6.4 GB in bfloat16. It is wanted for less than a second of an update
-    that takes minutes, and not while the generator's backward pass and the optimizer's step need the most memory. Nothing
-    is copied back, for nothing has changed. With CUDA the host memory is pinned; that part has not been run yet: it was
-    written without a GPU at hand.
+    A reward model of 8 of Wan 14B's 40 blocks has 6.4 GB in bfloat16. It is needed for less than a second of an update
+    that takes minutes, and not while the generator's backward pass and the optimizer's step need the most memory.
+    Nothing is copied back, because nothing has changed. With CUDA the host memory is pinned.
 
     Args:
         model (`nn.Module`):
@@ -38,7 +37,7 @@ class HostWeights:
 
     @contextmanager
     def on_device(self) -> Iterator[None]:
-        """Have the weights on the device. Backward passes through the model belong into the context too."""
+        """Context with the weights on the device. Backward passes through the model must be inside it too."""
         kept = [tensor.data for tensor in self._tensors]
         for tensor, host in zip(self._tensors, kept, strict=True):
             tensor.data = host.to(self.device, non_blocking=True, copy=True)

@@ -1,4 +1,4 @@
-"""Where a result comes from: whether files are still those it was made from, and with what a run was started."""
+"""Where a result comes from: identities of its files, and a record of how a run was started."""
 
 import hashlib
 import importlib.metadata
@@ -22,7 +22,7 @@ from .atomic_writes import write_text
 
 logger = logging.getLogger(__name__)
 
-# What a run leaves in its folder, besides weights.
+# Files of a run besides weights.
 CONFIG_FILE, METRICS_FILE = "config.yaml", "metrics.jsonl"
 RUN_FILE = "run.json"
 
@@ -45,8 +45,8 @@ def path_identity(path: str, revision: str | None = None) -> str:
     """
     Short text that changes when the files behind a path do, without reading them.
 
-    For a local file or folder it is a hash of the names, sizes and times of its files, so it survives that the folder
-    is moved or named in another way. A Hub id stands for itself, with its revision.
+    For a local file or folder it is a hash of the names, sizes and times of its files, so it stays the same if the
+    folder is moved or renamed. For a Hub id it is the id with its revision.
     """
     root = Path(path)
     if not root.exists():
@@ -92,7 +92,7 @@ def run_record(*, seed: int, num_processes: int = 1) -> dict[str, Any]:
 
 def write_run_record(path: str | Path, record: Mapping[str, Any]) -> None:
     """
-    Add a record to a JSON list, which has one for each time that the run was started or continued.
+    Add a record to a JSON list, which has one for each start or continuation of the run.
 
     Raises:
         ValueError: If there is a file that is no such list.
@@ -131,7 +131,7 @@ def read_run_records(path: str | Path) -> list[dict[str, Any]]:
 
 def read_metric_lines(path: str | Path) -> list[tuple[int, str]]:
     """
-    Lines of a run's `metrics.jsonl`, each with the number of updates that it tells of; empty if there is no file.
+    Lines of a run's `metrics.jsonl`, each with its number of updates; empty if there is no file.
 
     A last line that was cut off, by a full disk or a killed process, is left out with a warning.
 
@@ -158,7 +158,7 @@ def git_state(directory: str | Path = ".") -> dict[str, Any] | None:
     Commit of the repository that a folder is in, and whether tracked files differ from it.
 
     Returns:
-        `{"commit": ..., "dirty": ...}`, or None: there is no repository, it has no commit, git is not installed, does
+        `{"commit": ..., "dirty": ...}`, or None if there is no repository or commit, or if git is not installed, does
         not answer or does not trust the owner of the folder.
     """
     commit = _git(directory, "rev-parse", "--verify", "HEAD")
@@ -169,7 +169,7 @@ def git_state(directory: str | Path = ".") -> dict[str, Any] | None:
 
 
 def _git(directory: str | Path, *arguments: str) -> str | None:
-    # Without optional locks: looking at a repository must not get in the way of who works in it.
+    # Without optional locks: reading a repository must not disturb somebody who works in it.
     command = ["git", "--no-optional-locks", *arguments]
     try:
         finished = subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=30, check=False)

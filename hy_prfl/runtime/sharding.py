@@ -1,4 +1,4 @@
-"""Weights that are split over ranks: filled piece by piece, made whole one at a time, written back."""
+"""Weights that are sharded over ranks: loaded block by block, gathered one at a time, written back."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,10 +13,10 @@ from torch.distributed.device_mesh import init_device_mesh
 
 def forget_deepspeed_in_transformers() -> None:
     """
-    Let transformers and diffusers treat tensors as the whole tensors that they are.
+    Let transformers and diffusers load and treat tensors as whole tensors although ZeRO-3 is on.
 
-    Accelerate tells transformers that ZeRO-3 is on. Models loaded after that would come out split, and diffusers'
-    `EMAModel` would want to gather the shares that it is given.
+    Accelerate tells transformers that ZeRO-3 is on. Models loaded after that would be sharded, and diffusers'
+    `EMAModel` would try to gather the shards that it gets.
     """
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -32,20 +32,20 @@ def fill_weights(
     split: Callable[[nn.Module], None] | None = None,
 ) -> None:
     """
-    Give a model that was made on the meta device its weights, a block at a time.
+    Load weights into a model on the meta device, one block at a time.
 
     Args:
         model (`nn.Module`):
             The model. Parameters that are not on the meta device are left as they are.
         weights (`Mapping[str, torch.Tensor]`):
-            Weights by name; each is asked for once, so they may be read from disk when they are.
+            Weights by name; each is accessed once, so they may be read from disk on access.
         dtype (`torch.dtype`):
             Type to convert to.
         keep_in_fp32 (`Sequence[str]`):
             Names of modules and parameters whose weights become float32 instead.
         split (`Callable[[nn.Module], None]`, *optional*):
-            Called with every block as soon as it is filled, and with the model at the end: `split_for_zero3` or
-            `split_frozen`. No rank ever holds more than one whole block then.
+            Called with every block as soon as it is loaded, and with the model at the end: `split_for_zero3` or
+            `split_frozen`. Then no rank ever holds more than one whole block.
 
     Raises:
         ValueError: If a weight is missing, left over, or of another shape.
@@ -67,7 +67,7 @@ def fill_weights(
                     f"'{full_name}' must have the shape {tuple(expected[full_name])}, got {tuple(tensor.shape)}."
                 )
             parent, _, leaf = name.rpartition(".")
-            # A copy: weights read from a file are mapped from it, and the file may be replaced.
+            # A copy: weights from a file are memory-mapped, and the file may be replaced.
             own_dtype = torch.float32 if set(keep_in_fp32) & set(full_name.split(".")) else dtype
             value = nn.Parameter(tensor.to(own_dtype, copy=True), requires_grad=parameter.requires_grad)
             module.get_submodule(parent).register_parameter(leaf, value)
@@ -76,20 +76,20 @@ def fill_weights(
 
 
 def split_for_zero3(module: nn.Module, deepspeed_config: Mapping[str, Any]) -> None:
-    """Split the weights of a module as the ZeRO-3 engine of this configuration will want them. A collective."""
+    """Shard the weights of a module as the ZeRO-3 engine of this configuration expects them. A collective."""
     import deepspeed
     from deepspeed.utils import groups
 
-    # With `zero_hpz_partition_size` the first call makes groups of ranks, and DeepSpeed refuses to make them again.
+    # With `zero_hpz_partition_size` the first call creates groups of ranks, which DeepSpeed refuses to create again.
     group = groups._get_zero_param_intra_parallel_group()
     deepspeed.zero.Init(module=module, config_dict_or_path=dict(deepspeed_config), zero_param_parallel_group=group)
 
 
 def split_frozen(module: nn.Module, device: torch.device) -> None:
     """
-    Split the weights of a frozen module over all ranks; it is whole only while it computes. A collective.
+    Shard the weights of a frozen module over all ranks; they are gathered only while it computes. A collective.
 
-    It needs no engine (torch's `fully_shard`), so it is the same beside DDP, ZeRO-2 and ZeRO-3, stays out of their
+    It uses torch's `fully_shard` and no engine, so it works the same with DDP, ZeRO-2 and ZeRO-3, is not part of their
     checkpoints, and the module is called as before. All ranks must call it the same number of times.
     """
     from torch.distributed.fsdp import fully_shard
@@ -100,7 +100,7 @@ def split_frozen(module: nn.Module, device: torch.device) -> None:
 
 @contextmanager
 def gathered(parameter: torch.Tensor) -> Iterator[None]:
-    """Make a parameter that ZeRO-3 has split over the ranks whole for the time of the context. A collective."""
+    """Gather a parameter that ZeRO-3 has sharded, inside the context. A collective."""
     if not hasattr(parameter, "ds_id"):
         yield
         return
@@ -116,8 +116,8 @@ def full_state_dict(
     """
     Weights by name, on the CPU of the main process; empty on the other ranks. A collective.
 
-    Under DeepSpeed one parameter after the other is made whole, so no rank ever holds more than one besides its own
-    share, and what trains comes as the float32 master that the optimizer keeps.
+    Under DeepSpeed parameters are gathered one after the other, so no rank ever holds more than one besides its own
+    shard. Parameters in training are the float32 masters of the optimizer.
     """
     state_dict = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -143,10 +143,10 @@ def full_master(parameter: torch.Tensor) -> torch.Tensor | None:
 
 def forget_gradients(optimizer: Any) -> None:
     """
-    Set this rank's share of the gradients to zero, where ZeRO-3 keeps it from one update to the next.
+    Set this rank's shard of the gradients to zero, which ZeRO-3 keeps from one update to the next.
 
-    ZeRO-3 overwrites a share when its parameter's gradient comes, and uses it at the end of the update whether one has
-    come or not: without this a parameter that took no part would be moved by the gradient of an earlier update.
+    ZeRO-3 overwrites a shard when its parameter gets a gradient, and uses it at the end of the update in any case:
+    without this call a parameter without a gradient would be moved by the gradient of an earlier update.
 
     Args:
         optimizer (`AcceleratedOptimizer`):
@@ -158,7 +158,7 @@ def forget_gradients(optimizer: Any) -> None:
 
 
 def fill_gradients(parameters: Iterable[torch.Tensor]) -> None:
-    """Give parameters that have none a gradient of zero. Not under DeepSpeed, which holds gradients itself."""
+    """Give parameters without a gradient a gradient of zero. Not under DeepSpeed, which holds gradients itself."""
     for parameter in parameters:
         is_split = hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
         if parameter.grad is None and not is_split:
@@ -167,7 +167,8 @@ def fill_gradients(parameters: Iterable[torch.Tensor]) -> None:
 
 class Masters:
     """
-    What this rank keeps, in float32, of the parameters in training: all of them without DeepSpeed, else its share.
+    The float32 values of the parameters in training that this rank keeps: all of them without DeepSpeed, else its
+    shard.
 
     Args:
         named_parameters (`Mapping[str, nn.Parameter]`):
@@ -181,7 +182,7 @@ class Masters:
         self.is_zero3 = any(hasattr(parameter, "ds_id") for parameter in named_parameters.values())
         self.is_zero2 = any(hasattr(parameter, "_hp_mapping") for parameter in named_parameters.values())
         self.shapes = {name: getattr(tensor, "ds_shape", tensor.shape) for name, tensor in named_parameters.items()}
-        # ZeRO-2 cuts one long buffer: a rank has no part of most parameters.
+        # ZeRO-2 cuts one long buffer, so a rank has no part of most parameters.
         self.parameters = {
             name: parameter
             for name, parameter in named_parameters.items()
@@ -189,7 +190,7 @@ class Masters:
         }
 
     def values(self) -> list[nn.Parameter]:
-        """This rank's share of each parameter that it has a share of."""
+        """This rank's shard of each parameter of which it has one."""
         if self.is_zero3:
             from deepspeed.utils import safe_get_local_fp32_param
 
@@ -200,7 +201,7 @@ class Masters:
 
     def share_of(self, weights: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         """
-        Cut whole weights, one for each parameter in training, as `values` are cut.
+        Cut whole weights, one for each parameter in training, into shards as in `values`.
 
         Raises:
             ValueError: If one of them is missing, or has another shape than its parameter.
@@ -219,7 +220,7 @@ class Masters:
         return shares
 
     def write(self, values: Sequence[torch.Tensor]) -> None:
-        """Put values of the shapes of `values` into the parameters, masters and working copies alike. A collective."""
+        """Write values, shaped as `values`, into the parameters: masters and working copies. A collective."""
         for parameter, value in zip(self.parameters.values(), values, strict=True):
             if self.is_zero3:
                 from deepspeed.utils import safe_set_local_fp32_param
@@ -235,7 +236,7 @@ class Masters:
 
     def _cut(self, parameter: Any, tensor: torch.Tensor) -> torch.Tensor:
         if self.is_zero3:
-            # Shares are of equal size; what is beyond the end of the last one is padding.
+            # Shards have equal sizes; the last one is padded.
             size = parameter.ds_tensor.numel()
             start = dist.get_rank(parameter.ds_process_group) * size
             share = torch.zeros(size, device=parameter.ds_tensor.device)

@@ -1,4 +1,4 @@
-"""Whether a pass of Wan's VAE is made in tiles, and what it needs otherwise."""
+"""Decides whether a pass of Wan's VAE is made in tiles, from the memory that it needs otherwise."""
 
 import logging
 from collections.abc import Mapping
@@ -33,7 +33,7 @@ def pass_memory(
 
     Args:
         config (`Mapping`):
-            Configuration of an `AutoencoderKLWan`. Its width is taken to be that of a published Wan.
+            Configuration of an `AutoencoderKLWan`, assumed to have the width of a published Wan VAE.
         height, width, num_frames (`int`):
             Size of the video in pixels and frames.
     """
@@ -42,12 +42,12 @@ def pass_memory(
 
 
 def tiled_decoding_memory(*, height: int, width: int, num_frames: int, batch_size: int = 1) -> float:
-    """Bytes of decoding in tiles: those of one tile, or of all frames while they are put together."""
+    """Bytes of decoding in tiles: of one tile, or of all frames while they are joined."""
     return batch_size * max(1.4e9, 56.0 * height * width * num_frames)
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device, also those that torch has set aside; on the CPU those of the machine."""
+    """Bytes that are free on a device, with those that torch has reserved; on the CPU those of the machine."""
     if device.type != "cuda":
         return psutil.virtual_memory().available
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -67,11 +67,12 @@ def set_tiling(
     """
     Let the VAE make its next pass in tiles, or not; call it just before that pass.
 
-    diffusers' tiles are 256 pixels wide and overlap by a quarter, where they are blended: the result is a little different.
+    diffusers' tiles are 256 pixels wide and overlap by a quarter, where they are blended, so the result differs
+    slightly.
 
     Args:
         tiling (`str`):
-            `"auto"` makes tiles if the pass does not fit into the memory that is free on the VAE's device.
+            `"auto"` uses tiles if the pass does not fit into the free memory of the VAE's device.
 
     Returns:
         `bool`: Whether there will be tiles.

@@ -136,19 +136,3 @@ def test_shapes_recipes_agree() -> None:
     assert values["generate"]["num_inference_steps"] == values["train_prfl"]["num_inference_steps"]
     for name in ("fps", "num_frames", "buckets"):
         assert values["preprocess"][name] == values["score"][name]
-
-
-def test_commands_of_the_readme_parse() -> None:
-    """Every command that the README shows names files that are there, and options that its script has."""
-    commands = re.findall(
-        r"^accelerate launch .*$", (ROOT / "README.md").read_text().replace("\\\n", " "), re.MULTILINE
-    )
-    # What is abridged by "..." shows an option, not a command.
-    commands = [command for command in commands if "..." not in command]
-    assert len(commands) >= len(CONFIGS)
-    for words in map(str.split, commands):
-        options = words[words.index("-m") + 2 :]
-        for word in words:
-            assert not word.startswith(("examples/", "accelerate_configs/")) or (ROOT / word).is_file(), word
-        script = words[words.index("-m") + 1].removeprefix("hy_prfl.scripts.")
-        parse_config(CONFIGS[script], [str(ROOT / word) if word.startswith("examples/") else word for word in options])

@@ -43,7 +43,7 @@ def test_other_feature_layers_are_refused(name: str, layer: Any, convert: Conver
         ("train_pavrm_t2v_480", 1, None, None),
     ],
 )
-def test_share_of_recomputed_blocks(
+def test_share_of_checkpointed_blocks(
     name: str, ratio: Any, count: int | None, reward_count: int | None, convert: Convert
 ) -> None:
     converted, config = convert(name, {"model.selective_checkpointing": ratio})

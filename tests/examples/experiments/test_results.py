@@ -1,9 +1,10 @@
-"""Committed results are of whole runs, and what the README says of them is what is in them."""
+"""Committed results are of whole runs, and what the pages say of them is what is in them."""
 
 import json
 import re
 import statistics
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from examples.shapes.experiments import generators, pixel_rewards, reward_models
 from examples.shapes.experiments.runs import RESULTS_DIR
 
 
-README = RESULTS_DIR.parents[1] / "README.md"
+SHAPES = RESULTS_DIR.parents[1]
+PAGES = {SHAPES / "README.md": 20, SHAPES.parents[1] / "docs" / "status.md": 6}
 RESULTS = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS_DIR.glob("*.json"))}
 SCRIPTS = (reward_models, generators, pixel_rewards, second_round)
 ARMS = {module.__name__.rpartition(".")[2]: module.ARMS for module in SCRIPTS}
@@ -46,10 +48,11 @@ def test_arms_are_those_of_the_script(name: str) -> None:
     assert {*RESULTS[name]["arms"]} <= {*ARMS[name]}
 
 
-def test_the_readme_quotes_the_results() -> None:
-    """Rows of its tables that begin with an arm in code type: each `mean ± spread` is one of that arm's."""
+@pytest.mark.parametrize(("page", "fewest"), PAGES.items(), ids=lambda value: getattr(value, "name", ""))
+def test_pages_quote_the_results(page: Path, fewest: int) -> None:
+    """Rows of their tables that begin with an arm in code type: each `mean ± spread` is one of that arm's."""
     quoted = 0
-    for line in README.read_text(encoding="utf-8").splitlines():
+    for line in page.read_text(encoding="utf-8").splitlines():
         row = re.match(r"\| `(\w+)/(\w+)` \|", line)
         if row is None:
             continue
@@ -58,4 +61,4 @@ def test_the_readme_quotes_the_results() -> None:
         for mean, std in re.findall(r"(\d\.\d\d) ± (\d\.\d\d)", line):
             assert (mean, std) in known, (line, mean, std)
             quoted += 1
-    assert quoted >= 20
+    assert quoted >= fewest
