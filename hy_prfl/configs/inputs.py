@@ -27,7 +27,8 @@ def check_paths(config: Any, *names: str) -> None:
 
 def check_sources(config: Any, *names: str, or_file: bool = False) -> None:
     """
-    Raise a `FileNotFoundError` if one of these options is given and is no folder, nor could be a Hub id.
+    Raise a `FileNotFoundError` if one of these options is given and is no folder, nor could be a Hub id; or, of an option
+    that takes several, if one of them is not.
 
     Whether the Hub has it is not asked here.
 
@@ -35,8 +36,10 @@ def check_sources(config: Any, *names: str, or_file: bool = False) -> None:
         or_file (`bool`, defaults to `False`):
             Whether a file will do as well.
     """
-    for name in names:
-        source = getattr(config, name)
+    given = {name: getattr(config, name) for name in names}
+    for name, source in [
+        (name, source) for name, value in given.items() for source in (value if isinstance(value, list) else [value])
+    ]:
         if source is None or Path(source).is_dir():
             continue
         if Path(source).exists() and not or_file:

@@ -41,7 +41,10 @@ class ContextParallelGroup:
                 f"`context_parallel_degree` {degree} does not divide the number of processes, {world_size}."
             )
         self.degree = degree
-        first = dist.get_rank() // degree * degree
+        # Which of the groups of a run this is, and how many there are.
+        self.index, self.num_groups = dist.get_rank() // degree, world_size // degree
+        self.is_first_rank = dist.get_rank() % degree == 0
+        first = self.index * degree
         # One group for each rank. A mesh over the world would make the groups of all its dimensions, hundreds of them.
         self.process_group = dist.new_group(
             list(range(first, first + degree)), timeout=timeout, use_local_synchronization=True
@@ -50,7 +53,7 @@ class ContextParallelGroup:
         device_type = "cpu" if dist.get_backend() == "gloo" else "cuda"
         self.config = ContextParallelConfig(ulysses_degree=degree)
         # All that diffusers' hooks look at.
-        self.config._flattened_mesh = DeviceMesh.from_group(self.process_group, device_type)
+        self.mesh = self.config._flattened_mesh = DeviceMesh.from_group(self.process_group, device_type)
 
     def split(self, model: ModelMixin) -> None:
         """
@@ -67,6 +70,12 @@ class ContextParallelGroup:
             if isinstance(module, TokenGather):
                 module.grad_scale = float(self.degree)
         apply_context_parallel(model, self.config, model._cp_plan)
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is set on at least one rank of the group. A collective."""
+        found = torch.tensor(float(flag), device=self.mesh.device_type)
+        dist.all_reduce(found, group=self.process_group)
+        return bool(found > 0)
 
     def mean(self, tensor: torch.Tensor) -> torch.Tensor:
         """Mean over the group, in place. A collective."""
