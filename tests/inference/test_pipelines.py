@@ -183,6 +183,65 @@ class TestLayouts:
         pipeline.unload_lora_weights()
         torch.testing.assert_close(run(pipeline.transformer), run(load_transformer(pipeline_dir)))
 
+    def test_several(self, pipeline_dir: Path, tmp_path: Path) -> None:
+        """`W + sum_i weight_i * alpha_i / rank_i * up_i @ down_i`, in layers that they share and in those of one alone."""
+        first, second = factors(pipeline_dir, LINEARS), factors(pipeline_dir, [*LINEARS[2:], *OUTSIDE], rank=3)
+        second = {name: (down.flip(0, 1), up) for name, (down, up) in second.items()}
+        scales = write(tmp_path / "a.safetensors", "musubi-tuner", first)
+        write(tmp_path / "b.safetensors", "diffusers", second)
+        paths = [str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors")]
+        weights = [0.5, -1.5]
+        transformer = load_transformer(pipeline_dir)
+        names = {native_name(name): tensor for name, tensor in transformer.state_dict().items()}
+        for weight, lora, own in zip(weights, (first, second), (scales, dict.fromkeys(second, 1.0)), strict=True):
+            for name, (down, up) in lora.items():
+                update = weight * own[name] * (up.double() @ down.double())
+                names[f"{name}.weight"] += update.reshape(names[f"{name}.weight"].shape)
+        pipeline = load_pipeline(str(pipeline_dir), lora_path=paths, lora_weights=weights, dtype=torch.float32)
+        check(run(pipeline.transformer), run(transformer), run(load(pipeline_dir, tmp_path / "a.safetensors")))
+        one_strength = load_pipeline(str(pipeline_dir), lora_path=paths, lora_scale=0.5, dtype=torch.float32)
+        same = load_pipeline(str(pipeline_dir), lora_path=paths, lora_weights=[0.5, 0.5], dtype=torch.float32)
+        assert torch.equal(run(one_strength.transformer), run(same.transformer))
+        with pytest.raises(ValueError, match=r"`lora_path`: 2 LoRAs and 1 weights"):
+            load_pipeline(str(pipeline_dir), lora_path=paths, lora_weights=[1.0])
+
+    def test_several_with_differences(self, pipeline_dir: Path, tmp_path: Path) -> None:
+        lora = factors(pipeline_dir, LINEARS)
+        write(tmp_path / "a.safetensors", "diffusion-pipe", lora)
+        shapes = {name: weight.shape for name, weight in native_weights(load_transformer(pipeline_dir)).items()}
+        name = f"{LINEARS[4]}.bias"
+        difference = noise(*shapes[name])
+        save_file({f"diffusion_model.{LINEARS[4]}.diff_b": difference}, tmp_path / "b.safetensors")
+        paths = [str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors")]
+        expected = expected_output(pipeline_dir, lora, 2.0, {name: 0.5 * difference})
+        pipeline = load_pipeline(str(pipeline_dir), lora_path=paths, lora_weights=[2.0, 0.5], dtype=torch.float32)
+        check(run(pipeline.transformer), expected, expected_output(pipeline_dir, lora, 2.0))
+
+    def test_several_in_both_experts(self, expert_pipeline_dir: Path, tmp_path: Path) -> None:
+        loras = [factors(expert_pipeline_dir, layers) for layers in (LINEARS[:3], LINEARS[1:])]
+        paths = [str(tmp_path / f"{name}.safetensors") for name in "ab"]
+        for path, lora in zip(paths, loras, strict=True):
+            write(Path(path), "diffusers", lora)
+        pipeline = load_pipeline(
+            str(expert_pipeline_dir),
+            lora_path=paths[0],
+            lora_weights=[0.5],
+            lora_2_path=paths,
+            lora_2_weights=[1.0, 0.25],
+            dtype=torch.float32,
+        )
+        check(
+            run(pipeline.transformer),
+            expected_output(expert_pipeline_dir, loras[0], 0.5),
+            run(load_transformer(expert_pipeline_dir)),
+        )
+        low = load_transformer(expert_pipeline_dir, "transformer_2")
+        names = {native_name(name): tensor for name, tensor in low.state_dict().items()}
+        for weight, lora in zip((1.0, 0.25), loras, strict=True):
+            for name, (down, up) in lora.items():
+                names[f"{name}.weight"] += weight * up @ down
+        check(run(pipeline.transformer_2), run(low), run(load_transformer(expert_pipeline_dir, "transformer_2")))
+
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2])
     def test_narrow_types(self, pipeline_dir: Path, tmp_path: Path, dtype: torch.dtype) -> None:
         lora = {name: (down.to(dtype), up.to(dtype)) for name, (down, up) in factors(pipeline_dir, LINEARS).items()}
