@@ -13,6 +13,20 @@ NEGATIVE_PROMPTS = {
 }
 
 
+# Attention kernels that give diffusers' ring attention the log-sum-exp of their part, which torch's own choice does not.
+RING_BACKENDS = (
+    "_native_cudnn",
+    "_native_flash",
+    "flash",
+    "flash_hub",
+    "flash_varlen_hub",
+    "_flash_3_hub",
+    "_flash_3_varlen_hub",
+    "sage",
+    "sage_hub",
+)
+
+
 @dataclass(kw_only=True)
 class GenerateConfig(Config):
     """
@@ -130,8 +144,15 @@ class GenerateConfig(Config):
     context_parallel_degree: int = field(
         default=1,
         metadata={
-            "help": "Processes that make one video together (Ulysses): each has a share of its tokens. Divides the number "
-            "of processes, the attention heads and the tokens."
+            "help": "Processes that make one video together: each has a share of its tokens. Divides the number of "
+            "processes and of tokens, and, divided by ring_degree, that of attention heads (Ulysses)."
+        },
+    )
+    ring_degree: int = field(
+        default=1,
+        metadata={
+            "help": "The part of context_parallel_degree that does ring attention, which heads need not divide over. "
+            "Needs an attention_backend that can."
         },
     )
     shard_weights: list[Literal["transformer", "text_encoder"]] | None = field(
@@ -144,6 +165,13 @@ class GenerateConfig(Config):
     text_encoder_on_cpu: bool = field(
         default=False,
         metadata={"help": "Encode prompts on the CPU: slow, and no GPU memory for it (11 GB in bfloat16)."},
+    )
+    attention_backend: str | None = field(
+        default=None,
+        metadata={
+            "help": "Attention kernel of the transformers, by diffusers' name: native, _native_cudnn, flash, _flash_3_hub, "
+            "sage, ...; torch's own choice if left out."
+        },
     )
     vae_tiling: Literal["auto", "on", "off"] = field(
         default="auto",
@@ -236,6 +264,11 @@ class GenerateConfig(Config):
         """What the options about several processes and about where weights are allow together."""
         degree, sharded = self.context_parallel_degree, self.shard_weights
         check(degree >= 1, "context_parallel_degree", degree, "at least 1")
+        ring, kernel = self.ring_degree, self.attention_backend
+        fits = ring >= 1 and degree % ring == 0
+        check(fits, "ring_degree", ring, f"a divisor of `context_parallel_degree`, {degree}")
+        fits = ring == 1 or kernel in RING_BACKENDS
+        check(fits, "attention_backend", kernel, f"with `ring_degree` one of {', '.join(RING_BACKENDS)}")
         # What a cache skips depends on a process's own tokens, and the others would wait for it.
         fits = degree == 1 or self.step_cache == "none"
         check(fits, "step_cache", self.step_cache, "none with `context_parallel_degree` above 1")

@@ -34,6 +34,7 @@ from ..formats.lora_loading import check_adapter_fits, load_adapter
 from ..formats.lora_metadata import read_lora_metadata
 from ..formats.weight_files import check_finite
 from ..models.experts import has_two_experts
+from ..runtime.attention import set_attention_backend
 from ..runtime.context_parallel import ContextParallelGroup, check_divisible
 from ..runtime.sharding import split_frozen_model
 
@@ -76,6 +77,7 @@ def load_pipeline(
     text_encoder_on_cpu: bool = False,
     context_parallel: ContextParallelGroup | None = None,
     shard_weights: Sequence[ShardedModel] = (),
+    attention_backend: str | None = None,
     step_cache: StepCache = "none",
     step_cache_threshold: float | None = None,
     step_cache_interval: int | None = None,
@@ -111,6 +113,8 @@ def load_pipeline(
         shard_weights (sequence of `str`, defaults to none):
             `"transformer"` (both, if there are two), `"text_encoder"`: models whose weights are split over the processes
             of `context_parallel`. Each process reads all of them into CPU memory first.
+        attention_backend (`str`, *optional*):
+            Attention kernel of the transformers that [`~hy_prfl.runtime.attention.check_attention_backend`] lets through.
         step_cache (`str`, defaults to `"none"`):
             diffusers' caching of denoising steps, with `step_cache_threshold` or `step_cache_interval`.
 
@@ -184,6 +188,10 @@ def load_pipeline(
         _add_loras(getattr(pipeline, EXPERT_FOLDERS[expert]), found, strengths[expert], expert)
     if step_cache != "none":
         _enable_step_cache(pipeline, step_cache, step_cache_threshold, step_cache_interval)
+    transformers = [model for model in (pipeline.transformer, pipeline.transformer_2) if model is not None]
+    if attention_backend is not None:
+        for transformer in transformers:
+            set_attention_backend(transformer, attention_backend)
     if context_parallel is not None:
         _split_over_processes(pipeline, context_parallel, shard_weights, device)
     _place(pipeline, device, cpu_offload, text_encoder_on_cpu)
@@ -231,6 +239,7 @@ def check_split_fits(
     degree: int,
     shapes: Iterable[tuple[int, int, int]],
     *,
+    ring_degree: int = 1,
     revision: str | None = None,
     transformer_path: str | None = None,
     transformer_2_path: str | None = None,
@@ -241,6 +250,8 @@ def check_split_fits(
     Args:
         degree (`int`):
             Processes that make a video together.
+        ring_degree (`int`, defaults to 1):
+            The part of them that heads need not divide over.
         shapes (`Iterable[tuple[int, int, int]]`):
             Frames, height and width of the videos in pixels.
 
@@ -261,7 +272,14 @@ def check_split_fits(
         model = (path, EXPERT_FOLDERS[expert], revision) if replacement is None else (replacement, None, None)
         config = WanTransformer3DModel.load_config(model[0], subfolder=model[1], revision=model[2])
         heads, patch_size = config["num_attention_heads"], config["patch_size"]
-        check_divisible(degree, num_heads=heads, patch_size=patch_size, shapes=latents, source=f"'{model[0]}'")
+        check_divisible(
+            degree,
+            num_heads=heads,
+            patch_size=patch_size,
+            shapes=latents,
+            source=f"'{model[0]}'",
+            ring_degree=ring_degree,
+        )
 
 
 def size_multiple(pretrained_model_name_or_path: str, revision: str | None = None) -> int:

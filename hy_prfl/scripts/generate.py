@@ -25,7 +25,7 @@ MODEL_OPTIONS = ("lora_scale", "dtype", "flow_shift", "step_cache", "step_cache_
 MODEL_PATHS = ("pretrained_model_name_or_path", "transformer_path", "lora_path")
 # In the record of a video only where they are given, so that older videos count as what they are.
 EXPERT_PATHS = ("transformer_2_path", "lora_2_path")
-NEWER_OPTIONS = ("sample_solver", "lora_weights", "lora_2_weights")
+NEWER_OPTIONS = ("sample_solver", "lora_weights", "lora_2_weights", "attention_backend")
 # Where a run leaves its options.
 CONFIG_FILE = "generate.yaml"
 # Of the seeds that are drawn.
@@ -56,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         load_pipeline,
         size_multiple,
     )
+    from ..runtime.attention import check_attention_backend
     from ..runtime.context_parallel import ContextParallelGroup
     from ..runtime.distributed import SHARED_WORK_TIMEOUT, from_main_process, process_state, set_up_logging
     from ..runtime.provenance import path_identity
@@ -104,11 +105,19 @@ def main(argv: Sequence[str] | None = None) -> None:
                 location[0],
                 degree,
                 shapes,
+                ring_degree=config.ring_degree,
                 revision=config.revision,
                 transformer_path=config.transformer_path,
                 transformer_2_path=config.transformer_2_path,
             )
-        context_parallel = ContextParallelGroup(degree, SHARED_WORK_TIMEOUT) if degree > 1 else None
+        if config.attention_backend is not None:
+            dtype = getattr(torch, config.dtype)
+            check_attention_backend(
+                config.attention_backend, option="attention_backend", trains=False, device=state.device, dtype=dtype
+            )
+        context_parallel = (
+            ContextParallelGroup(degree, SHARED_WORK_TIMEOUT, config.ring_degree) if degree > 1 else None
+        )
         pipeline = load_pipeline(
             config.pretrained_model_name_or_path,
             revision=config.revision,
@@ -128,6 +137,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             text_encoder_on_cpu=config.text_encoder_on_cpu,
             context_parallel=context_parallel,
             shard_weights=config.shard_weights or (),
+            attention_backend=config.attention_backend,
             step_cache=config.step_cache,
             step_cache_threshold=config.step_cache_threshold,
             step_cache_interval=config.step_cache_interval,

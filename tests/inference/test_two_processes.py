@@ -70,6 +70,8 @@ class TestTwoProcesses:
         "i2v": (16, 0.5, 1.0),
         "a14b": (16, 0.5, 0.5),
         "5b": (4, 0.5, 0.5),
+        "t2v, ring": (16, 1.0, 1.0),
+        "i2v, ring": (16, 0.5, 0.5),
     }
 
     @pytest.mark.parametrize("case", CASES)

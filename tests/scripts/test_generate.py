@@ -253,6 +253,15 @@ class TestBadInput:
             ),
             ({"lora_path": "a", "lora_2_weights": 1}, "`lora_2_weights` must be a number for each of the 0 LoRAs"),
             ({"context_parallel_degree": 2, "step_cache": "sea"}, "`step_cache` must be none"),
+            ({"context_parallel_degree": 4, "ring_degree": 3}, "`ring_degree` must be a divisor of .* 4, got 3"),
+            (
+                {"context_parallel_degree": 2, "ring_degree": 2},
+                "`attention_backend` must be with `ring_degree` one of",
+            ),
+            (
+                {"context_parallel_degree": 2, "ring_degree": 2, "attention_backend": "native"},
+                "`attention_backend` must be with `ring_degree` one of .*, got 'native'",
+            ),
             (
                 {"context_parallel_degree": 2, "shard_weights": "transformer", "cpu_offload": "model"},
                 "`cpu_offload` must be none with `shard_weights`",
