@@ -48,8 +48,10 @@ class Config:
 
 
 def save_config(config: Any, path: Path) -> None:
-    """Write a config dataclass as a YAML file that `--config` reads back to an equal config."""
-    path.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), encoding="utf-8")
+    """Write a config dataclass, all at once, as a YAML file that `--config` reads back to an equal config."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), encoding="utf-8")
+    os.replace(temporary, path)
 
 
 @dataclass(kw_only=True)

@@ -6,6 +6,27 @@ from typing import Literal
 from .base import Config, check
 
 
+# Names of negative prompts. `wan` is `sample_neg_prompt` of Wan's `wan/configs/shared_config.py`.
+NEGATIVE_PROMPTS = {
+    "wan": "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，"
+    "画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+}
+
+
+# Attention kernels that give diffusers' ring attention the log-sum-exp of their part, which torch's own choice does not.
+RING_BACKENDS = (
+    "_native_cudnn",
+    "_native_flash",
+    "flash",
+    "flash_hub",
+    "flash_varlen_hub",
+    "_flash_3_hub",
+    "_flash_3_varlen_hub",
+    "sage",
+    "sage_hub",
+)
+
+
 @dataclass(kw_only=True)
 class GenerateConfig(Config):
     """
@@ -26,7 +47,14 @@ class GenerateConfig(Config):
         }
     )
     output_dir: str = field(metadata={"help": "Folder for <id>_seed_<seed>.mp4 and manifest.json."})
-    seed: int = field(default=0, metadata={"help": "Seed of rows without one."})
+    seed: int | None = field(default=None, metadata={"help": "Seed of rows without one; 0 if left out."})
+    random_seed: bool = field(
+        default=False,
+        metadata={
+            "help": "Draw that seed at random, once for an output_dir: it is recorded in generate.yaml, and the same command "
+            "uses it again."
+        },
+    )
     num_videos_per_prompt: int = field(
         default=1, metadata={"help": "Videos per row, with the seeds seed, seed + 1, ..."}
     )
@@ -44,23 +72,42 @@ class GenerateConfig(Config):
     transformer_path: str | None = field(
         default=None, metadata={"help": "Fully fine-tuned transformer that replaces the pipeline's: folder or Hub id."}
     )
-    lora_path: str | None = field(
-        default=None, metadata={"help": "LoRA, in any format that `convert` reads: a file, a folder or a Hub id."}
+    lora_path: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "One LoRA or several, in any format that `convert` reads: files, folders or Hub ids. Their updates "
+            "are added up."
+        },
+    )
+    lora_weights: list[float] | None = field(
+        default=None, metadata={"help": "Strength of each LoRA of lora_path, in their order."}
     )
     transformer_2_path: str | None = field(
         default=None,
         metadata={"help": "The same for the low-noise expert of a pipeline with two experts (Wan2.2 A14B)."},
     )
-    lora_2_path: str | None = field(
-        default=None, metadata={"help": "LoRA of the low-noise expert of a pipeline with two experts."}
+    lora_2_path: list[str] | None = field(
+        default=None, metadata={"help": "LoRAs of the low-noise expert of a pipeline with two experts."}
     )
-    lora_scale: float | None = field(default=None, metadata={"help": "Strength of the LoRAs; 1 if left out."})
+    lora_2_weights: list[float] | None = field(
+        default=None, metadata={"help": "Strength of each LoRA of lora_2_path, in the same order."}
+    )
+    lora_scale: float | None = field(
+        default=None, metadata={"help": "One strength for all LoRAs; 1 if this and the weights are left out."}
+    )
     dtype: Literal["bfloat16", "float16", "float32"] = field(
         default="bfloat16",
         metadata={"help": "Type of transformer and text encoder. VAE and image encoder always run in float32."},
     )
 
     # Parameters of the sampling
+    sample_solver: Literal["unipc", "dpm++", "euler"] | None = field(
+        default=None,
+        metadata={
+            "help": "UniPC, DPM-Solver++ (multistep) or Euler, with the same shift. The pipeline's scheduler if left out, "
+            "which is UniPC in Wan's."
+        },
+    )
     num_inference_steps: int = field(default=50, metadata={"help": "Denoising steps."})
     guidance_scale: float = field(default=5.0, metadata={"help": "Classifier-free guidance; 1 turns it off."})
     flow_shift: float | None = field(
@@ -70,15 +117,24 @@ class GenerateConfig(Config):
         },
     )
     negative_prompt: str | None = field(
-        default=None, metadata={"help": "Text of what the videos should not show.", "may_be_empty": True}
+        default=None,
+        metadata={
+            "help": "Text of what the videos should not show. `wan` stands for the Chinese text of Wan's own code.",
+            "may_be_empty": True,
+        },
     )
     max_sequence_length: int = field(default=512, metadata={"help": "Text tokens the prompt is padded or cut to."})
 
     # Parameters of the video
-    height: int = field(
-        default=480, metadata={"help": "Height, a multiple of 16. Images are resized and centre-cropped."}
-    )
+    height: int = field(default=480, metadata={"help": "Height, a multiple of 16."})
     width: int = field(default=832, metadata={"help": "Width, a multiple of 16."})
+    image_fit: Literal["crop", "area"] = field(
+        default="crop",
+        metadata={
+            "help": "crop: images are resized and centre-cropped to height x width. area: each video has the aspect ratio "
+            "of its image, and at most height * width pixels, as in Wan's own code."
+        },
+    )
     num_frames: int = field(default=81, metadata={"help": "Frames, 4k + 1."})
     fps: int = field(default=16, metadata={"help": "Frames per second written into the file; Wan's videos have 16."})
     crf: int = field(
@@ -86,6 +142,38 @@ class GenerateConfig(Config):
     )
 
     # Parameters of memory and speed
+    context_parallel_degree: int = field(
+        default=1,
+        metadata={
+            "help": "Processes that make one video together: each has a share of its tokens. Divides the number of "
+            "processes and of tokens, and, divided by ring_degree, that of attention heads (Ulysses)."
+        },
+    )
+    ring_degree: int = field(
+        default=1,
+        metadata={
+            "help": "The part of context_parallel_degree that does ring attention, which heads need not divide over. "
+            "Needs an attention_backend that can."
+        },
+    )
+    shard_weights: list[Literal["transformer", "text_encoder"]] | None = field(
+        default=None,
+        metadata={
+            "help": "Models whose weights are split over the processes of a video, block by block (FSDP2). Needs a "
+            "context_parallel_degree above 1."
+        },
+    )
+    text_encoder_on_cpu: bool = field(
+        default=False,
+        metadata={"help": "Encode prompts on the CPU: slow, and no GPU memory for it (11 GB in bfloat16)."},
+    )
+    attention_backend: str | None = field(
+        default=None,
+        metadata={
+            "help": "Attention kernel of the transformers, by diffusers' name: native, _native_cudnn, flash, _flash_3_hub, "
+            "sage, ...; torch's own choice if left out."
+        },
+    )
     vae_tiling: Literal["auto", "on", "off"] = field(
         default="auto",
         metadata={
@@ -124,9 +212,10 @@ class GenerateConfig(Config):
             value = getattr(self, name)
             check(value >= 16 and value % 16 == 0, name, value, "a positive multiple of 16")
         check(self.num_frames >= 1 and self.num_frames % 4 == 1, "num_frames", self.num_frames, "4k + 1")
-        last = self.seed + self.num_videos_per_prompt - 1
-        fits = 0 <= self.seed and last < 10**18
+        seed = 0 if self.seed is None else self.seed
+        fits = 0 <= seed and seed + self.num_videos_per_prompt - 1 < 10**18
         check(fits, "seed", self.seed, "at least 0, and less than 10^18 for the last video of a row")
+        check(not (self.random_seed and self.seed is not None), "seed", self.seed, "left out with `random_seed`")
         check(self.guidance_scale >= 0, "guidance_scale", self.guidance_scale, "at least 0")
         check(self.flow_shift is None or self.flow_shift > 0, "flow_shift", self.flow_shift, "greater than 0")
         check(
@@ -135,6 +224,18 @@ class GenerateConfig(Config):
             self.lora_scale,
             "left out when there is no `lora_path` and no `lora_2_path`",
         )
+        for paths_name, weights_name in (("lora_path", "lora_weights"), ("lora_2_path", "lora_2_weights")):
+            paths, weights = getattr(self, paths_name), getattr(self, weights_name)
+            check(
+                weights is None or self.lora_scale is None,
+                "lora_scale",
+                self.lora_scale,
+                f"left out with `{weights_name}`",
+            )
+            num_paths = 0 if paths is None else len(paths)
+            fits = weights is None or len(weights) == num_paths
+            check(fits, weights_name, weights, f"a number for each of the {num_paths} LoRAs of `{paths_name}`")
+        self._check_parallelism()
         check(
             self.step_cache_threshold is None or self.step_cache in ("first_block", "sea"),
             "step_cache_threshold",
@@ -158,4 +259,30 @@ class GenerateConfig(Config):
             "step_cache_interval",
             self.step_cache_interval,
             "at least 2",
+        )
+
+    def _check_parallelism(self) -> None:
+        """What the options about several processes and about where weights are allow together."""
+        degree, sharded = self.context_parallel_degree, self.shard_weights
+        check(degree >= 1, "context_parallel_degree", degree, "at least 1")
+        ring, kernel = self.ring_degree, self.attention_backend
+        fits = ring >= 1 and degree % ring == 0
+        check(fits, "ring_degree", ring, f"a divisor of `context_parallel_degree`, {degree}")
+        fits = ring == 1 or kernel in RING_BACKENDS
+        check(fits, "attention_backend", kernel, f"with `ring_degree` one of {', '.join(RING_BACKENDS)}")
+        # What a cache skips depends on a process's own tokens, and the others would wait for it.
+        fits = degree == 1 or self.step_cache == "none"
+        check(fits, "step_cache", self.step_cache, "none with `context_parallel_degree` above 1")
+        check(sharded is None or degree > 1, "shard_weights", sharded, "left out with `context_parallel_degree` 1")
+        fits = sharded is None or self.cpu_offload == "none"
+        check(fits, "cpu_offload", self.cpu_offload, "none with `shard_weights`")
+        on_cpu = self.text_encoder_on_cpu
+        fits = not (on_cpu and sharded is not None and "text_encoder" in sharded)
+        check(fits, "shard_weights", sharded, "without text_encoder if there is `text_encoder_on_cpu`")
+        fits = not on_cpu or self.cpu_offload == "none"
+        check(
+            fits,
+            "text_encoder_on_cpu",
+            on_cpu,
+            f"left out with `cpu_offload` {self.cpu_offload}, which moves the encoder",
         )

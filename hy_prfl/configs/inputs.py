@@ -27,7 +27,8 @@ def check_paths(config: Any, *names: str) -> None:
 
 def check_sources(config: Any, *names: str, or_file: bool = False) -> None:
     """
-    Raise a `FileNotFoundError` if one of these options is given and is neither a folder nor a possible Hub id.
+    Raise a `FileNotFoundError` if one of these options is given and is neither a folder nor a possible Hub id; an option
+    with several values is checked value by value.
 
     This does not ask whether the Hub has it.
 
@@ -35,8 +36,10 @@ def check_sources(config: Any, *names: str, or_file: bool = False) -> None:
         or_file (`bool`, defaults to `False`):
             Whether a file is accepted too.
     """
-    for name in names:
-        source = getattr(config, name)
+    given = {name: getattr(config, name) for name in names}
+    for name, source in [
+        (name, source) for name, value in given.items() for source in (value if isinstance(value, list) else [value])
+    ]:
         if source is None or Path(source).is_dir():
             continue
         if Path(source).exists() and not or_file:

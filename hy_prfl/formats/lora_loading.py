@@ -26,7 +26,7 @@ def check_adapter_fits(adapter: Adapter, transformer: WanTransformer3DModel, *, 
     Raises:
         ValueError: Naming the keys of the file that have no place, or one of another shape.
     """
-    shapes = {name: tuple(tensor.shape) for name, tensor in transformer.state_dict().items()}
+    shapes = {_without_adapters(name): tuple(tensor.shape) for name, tensor in transformer.state_dict().items()}
     wanted = {f"{name}.weight": name for name in adapter.layers} | {name: name for name in adapter.differences}
     missing = [name for parameter, name in wanted.items() if parameter not in shapes]
     if missing:
@@ -48,6 +48,11 @@ def check_adapter_fits(adapter: Adapter, transformer: WanTransformer3DModel, *, 
                 _check_tensor(adapter, name, tensor, shape, part, source)
     for name, difference in adapter.differences.items():
         _check_tensor(adapter, name, difference, shapes[name], "difference", source)
+
+
+def _without_adapters(name: str) -> str:
+    """Name of a parameter in the model itself: a layer that has an adapter of peft keeps its own in `base_layer`."""
+    return name.replace(".base_layer.", ".")
 
 
 def _why_missing(names: Sequence[str], transformer: WanTransformer3DModel) -> str:
@@ -86,8 +91,8 @@ def load_adapter(
     """
     Load a LoRA into a transformer.
 
-    Its layers become an adapter of peft, whose strength is set with `set_adapters` as usual. Differences of whole
-    weights and biases are added immediately, multiplied by `scale`.
+    Its layers become an adapter of peft, beside those that the model already has, whose strength is set with
+    `set_adapters` as usual. Differences of whole weights and biases are added immediately, multiplied by `scale`.
 
     Args:
         source (`str`):
@@ -100,7 +105,7 @@ def load_adapter(
         ValueError: If a part of it has no place in the model, in which case nothing is changed, or was not loaded.
     """
     check_adapter_fits(adapter, transformer, source=source)
-    parameters = dict(transformer.named_parameters())
+    parameters = {_without_adapters(name): parameter for name, parameter in transformer.named_parameters()}
     for name, difference in adapter.differences.items():
         weight = parameters[name]
         weight.copy_(weight.float() + scale * difference.to(weight.device).float())

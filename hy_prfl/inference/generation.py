@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import av
 import numpy as np
@@ -22,9 +22,12 @@ from ..data.hashes import hash_file
 from ..data.prompts import VideoPrompt
 from ..data.video import VideoError, read_image, resize_and_crop, to_uint8
 from ..runtime.atomic_writes import replacing, write_text
-from ..runtime.distributed import process_state
+from ..runtime.context_parallel import ContextParallelGroup
+from ..runtime.distributed import from_main_process, process_state
 from ..runtime.vae_tiling import VAETiling, set_tiling
 
+
+ImageFit = Literal["crop", "area"]
 
 MANIFEST = "manifest.json"
 # What arithmetic in half precision may add to 1.
@@ -37,8 +40,9 @@ class VideoSettings:
     How videos are sampled and written.
 
     Args:
-        height, width (`int`): Size in pixels, multiples of 16, for Wan2.2 TI2V 5B of 32. Images are resized and
-            centre-cropped to it.
+        height, width (`int`): Size in pixels, multiples of 16, for Wan2.2 TI2V 5B of 32.
+        image_fit (`str`): `"crop"`: images are resized and centre-cropped to this size. `"area"`: each video has the aspect
+            ratio of its first image, and this size is the number of its pixels at most, see [`video_size`].
         num_frames (`int`): Frames, `4k + 1`.
         num_inference_steps (`int`): Denoising steps.
         guidance_scale (`float`): Classifier-free guidance; 1 turns it off.
@@ -57,6 +61,36 @@ class VideoSettings:
     max_sequence_length: int = 512
     fps: int = 16
     crf: int = 12
+    image_fit: ImageFit = "crop"
+
+
+def video_size(prompt: VideoPrompt, settings: VideoSettings, multiple: int = 16) -> tuple[int, int]:
+    """
+    Height and width of a video in pixels.
+
+    With `image_fit` `"area"`, a side is `sqrt(area * its share of the aspect ratio)`, rounded down to a multiple, as in
+    Wan's `image2video.py`: an image of 1000 x 1000 pixels gives 624 x 624 for 480 x 832.
+
+    Args:
+        multiple (`int`, defaults to 16):
+            What sides are a multiple of: a patch of the pipeline's latents, in pixels.
+
+    Raises:
+        ValueError: If the image is so long that a side would be shorter than that.
+    """
+    if settings.image_fit == "crop" or prompt.image is None:
+        return settings.height, settings.width
+    image_height, image_width = read_image(prompt.image).shape[:2]
+    # Whole numbers: rounding would take a patch off a side that is a multiple already.
+    area = settings.height * settings.width // multiple**2
+    height = multiple * math.isqrt(area * image_height // image_width)
+    width = multiple * math.isqrt(area * image_width // image_height)
+    if not height or not width:
+        raise ValueError(
+            f"prompt '{prompt.id}': '{prompt.image}' has {image_width} x {image_height} pixels: with `image_fit` area, a "
+            f"side of a video of {settings.width} * {settings.height} pixels would be shorter than {multiple}."
+        )
+    return height, width
 
 
 def generate_video(
@@ -68,16 +102,17 @@ def generate_video(
     Returns:
         `np.ndarray` of shape `(num_frames, height, width, 3)`: float32 in [0, 1].
     """
+    height, width = video_size(prompt, settings, patch_in_pixels(pipeline))
     images = {
-        name: Image.fromarray(resize_and_crop(read_image(path)[None], settings.height, settings.width)[0])
+        name: Image.fromarray(resize_and_crop(read_image(path)[None], height, width)[0])
         for name, path in (("image", prompt.image), ("last_image", prompt.last_image))
         if path is not None
     }
     return pipeline(
         prompt=prompt.caption,
         negative_prompt=settings.negative_prompt,
-        height=settings.height,
-        width=settings.width,
+        height=height,
+        width=width,
         num_frames=settings.num_frames,
         num_inference_steps=settings.num_inference_steps,
         guidance_scale=settings.guidance_scale,
@@ -86,6 +121,11 @@ def generate_video(
         output_type="np",
         **images,
     ).frames[0]
+
+
+def patch_in_pixels(pipeline: WanPipeline | WanImageToVideoPipeline) -> int:
+    """Side of what a patch of the pipeline's latents shows: sides of videos are multiples of it."""
+    return 2 * pipeline.vae_scale_factor_spatial
 
 
 def generate_videos(
@@ -97,11 +137,12 @@ def generate_videos(
     model_identity: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     vae_tiling: VAETiling = "auto",
+    context_parallel: ContextParallelGroup | None = None,
 ) -> list[Path]:
     """
     Write `<id>_seed_<seed>.mp4` for each prompt, and `manifest.json`, a list that `preprocess` and `score` read.
 
-    Prompts are split over the processes of `accelerate`. Videos that are there are skipped, so a run that was killed
+    Prompts are split over the processes of `accelerate`, or over its groups of `context_parallel`. Videos that are there are skipped, so a run that was killed
     goes on where it was. Each file's metadata tells what it was made from; a file made from something else is an error.
 
     Args:
@@ -113,6 +154,8 @@ def generate_videos(
             Replace files that were made from something else.
         vae_tiling (`str`, defaults to `"auto"`):
             Whether the VAE decodes in tiles, see [`~hy_prfl.runtime.vae_tiling.set_tiling`].
+        context_parallel (`ContextParallelGroup`, *optional*):
+            The group of processes that the pipeline was loaded with. The first of them writes.
 
     Returns:
         `list[Path]`: the videos, in the order of the prompts.
@@ -123,26 +166,35 @@ def generate_videos(
     state = process_state()
     output_dir = Path(output_dir)
     settings = VideoSettings() if settings is None else settings
-    multiple = 2 * pipeline.vae_scale_factor_spatial
+    multiple = patch_in_pixels(pipeline)
     for name, side in (("height", settings.height), ("width", settings.width)):
         # The pipeline itself would only warn, and make a smaller video.
         check(
             side % multiple == 0, name, side, f"a multiple of {multiple}, what a patch of the pipeline's latents shows"
         )
     pending = pending_videos(prompts, output_dir, settings, model_identity=model_identity, overwrite=overwrite)
-    # Nobody writes before everybody has looked, so that all split the same list.
+    # Nobody writes before everybody has looked, and all split one list.
     state.wait_for_everyone()
+    pending = from_main_process(pending)
     output_dir.mkdir(parents=True, exist_ok=True)
     pipeline.set_progress_bar_config(leave=False, disable=not state.is_main_process)
-    share = pending[state.process_index :: state.num_processes]
-    for prompt in tqdm(share, desc="Generating", unit="video", disable=not state.is_main_process):
-        size = {"height": settings.height, "width": settings.width, "num_frames": settings.num_frames}
-        set_tiling(pipeline.vae, vae_tiling, "decode", **size)
+    index, num_shares = state.process_index, state.num_processes
+    if context_parallel is not None:
+        index, num_shares = context_parallel.index, context_parallel.num_groups
+    writes = context_parallel is None or context_parallel.is_first_rank
+    for prompt in tqdm(pending[index::num_shares], desc="Generating", unit="video", disable=not state.is_main_process):
+        height, width = video_size(prompt, settings, multiple)
+        size = {"height": height, "width": width, "num_frames": settings.num_frames}
+        is_tiled = set_tiling(pipeline.vae, vae_tiling, "decode", **size)
+        if context_parallel is not None and context_parallel.any(is_tiled):
+            # All processes of a video must see the same image, also if one of them has less free memory.
+            set_tiling(pipeline.vae, "on", "decode", **size)
         frames = generate_video(pipeline, prompt, settings)
-        record = video_record(prompt, settings, model_identity)
-        write_video(
-            output_dir / f"{prompt.name}.mp4", frames, settings.fps, crf=settings.crf, comment=json.dumps(record)
-        )
+        if writes:
+            record = video_record(prompt, settings, model_identity)
+            write_video(
+                output_dir / f"{prompt.name}.mp4", frames, settings.fps, crf=settings.crf, comment=json.dumps(record)
+            )
     state.wait_for_everyone()
     if state.is_main_process:
         write_manifest(prompts, output_dir)
@@ -193,12 +245,19 @@ def write_manifest(prompts: Sequence[VideoPrompt], output_dir: str | Path) -> No
 def video_record(
     prompt: VideoPrompt, settings: VideoSettings, model_identity: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Everything that a video depends on, as it is kept in the metadata of its file."""
+    """
+    Everything that a video depends on, as it is kept in the metadata of its file.
+
+    `image_fit` is in it where it is not `"crop"`: older videos have no such entry.
+    """
     images = {
         name: None if path is None else hash_file(path)
         for name, path in (("image", prompt.image), ("last_image", prompt.last_image))
     }
-    return {"caption": prompt.caption, "seed": prompt.seed, **images, **asdict(settings), **(model_identity or {})}
+    values = asdict(settings)
+    if settings.image_fit == "crop":
+        del values["image_fit"]
+    return {"caption": prompt.caption, "seed": prompt.seed, **images, **values, **(model_identity or {})}
 
 
 def read_record(path: str | Path) -> dict[str, Any]:

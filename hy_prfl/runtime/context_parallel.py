@@ -1,4 +1,4 @@
-"""Splits the tokens of one clip over several ranks (Ulysses), in the generator and in the reward model."""
+"""Splits the tokens of one clip over several ranks (Ulysses, ring), in the generator and in the reward model."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from diffusers import ContextParallelConfig, ModelMixin
+from diffusers import ContextParallelConfig, ModelMixin, ParallelConfig
 from diffusers.hooks import apply_context_parallel
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
@@ -29,28 +29,53 @@ class ContextParallelGroup:
             Ranks in a group. Must divide the world size.
         timeout (`timedelta`, *optional*):
             How long a rank waits for the others of its group; torch's default (10 minutes under NCCL) if left out.
+        ring_degree (`int`, defaults to 1):
+            Parts that keys and values are exchanged in, all of them to every rank, by diffusers' ring attention; the other
+            `degree / ring_degree` divide the heads. Needs a kernel that returns the log-sum-exp. Only for inference:
+            diffusers' backward pass of it is not looked after here.
 
     Raises:
-        ValueError: If `degree` does not divide the world size.
+        ValueError: If `degree` does not divide the world size, or `ring_degree` does not divide `degree`.
     """
 
-    def __init__(self, degree: int, timeout: timedelta | None = None) -> None:
+    def __init__(self, degree: int, timeout: timedelta | None = None, ring_degree: int = 1) -> None:
         world_size = dist.get_world_size() if dist.is_initialized() else 1
         if world_size % degree:
             raise ValueError(
                 f"`context_parallel_degree` {degree} does not divide the number of processes, {world_size}."
             )
+        if degree % ring_degree:
+            raise ValueError(f"`ring_degree` {ring_degree} does not divide `context_parallel_degree` {degree}.")
         self.degree = degree
-        first = dist.get_rank() // degree * degree
+        # Which of the groups of a run this is, and how many there are.
+        self.index, self.num_groups = dist.get_rank() // degree, world_size // degree
+        self.is_first_rank = dist.get_rank() % degree == 0
+        first = self.index * degree
         # One group for each rank. A mesh over the world would make the groups of all its dimensions, hundreds of them.
         self.process_group = dist.new_group(
             list(range(first, first + degree)), timeout=timeout, use_local_synchronization=True
         )
         # A run may use the CPU on a machine with GPUs.
         device_type = "cpu" if dist.get_backend() == "gloo" else "cuda"
-        self.config = ContextParallelConfig(ulysses_degree=degree)
-        # The only attributes that diffusers' hooks read.
-        self.config._flattened_mesh = DeviceMesh.from_group(self.process_group, device_type)
+        ulysses_degree = degree // ring_degree
+        self.config = ContextParallelConfig(ulysses_degree=ulysses_degree, ring_degree=ring_degree)
+        # All that diffusers' hooks look at.
+        self.mesh = self.config._flattened_mesh = DeviceMesh.from_group(self.process_group, device_type)
+        if ring_degree > 1:
+            # And its attention at this: neighbours share their heads, as in the mesh that it would make.
+            ring, ulysses = divmod(dist.get_rank() - first, ulysses_degree)
+            parts = {
+                "ring": [first + other * ulysses_degree + ulysses for other in range(ring_degree)],
+                "ulysses": [first + ring * ulysses_degree + other for other in range(ulysses_degree)],
+            }
+            meshes = {
+                name: DeviceMesh.from_group(
+                    dist.new_group(ranks, timeout=timeout, use_local_synchronization=True), device_type
+                )
+                for name, ranks in parts.items()
+            }
+            self.config._ring_mesh, self.config._ulysses_mesh = meshes["ring"], meshes["ulysses"]
+            self.config._ring_local_rank, self.config._ulysses_local_rank = ring, ulysses
 
     def split(self, model: ModelMixin) -> None:
         """
@@ -60,13 +85,21 @@ class ContextParallelGroup:
         computes its forward pass again in the backward pass in addition to activation checkpointing.
         """
         for module in model.modules():
-            if isinstance(module, WanAttention):
+            if isinstance(module, WanAttention) and self.config.ring_degree > 1:
+                module.processor._parallel_config = ParallelConfig(context_parallel_config=self.config)
+            elif isinstance(module, WanAttention):
                 processor = UlyssesAttnProcessor(self.process_group)
                 processor._attention_backend = module.processor._attention_backend
                 module.set_processor(processor)
             if isinstance(module, TokenGather):
                 module.grad_scale = float(self.degree)
         apply_context_parallel(model, self.config, model._cp_plan)
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is set on at least one rank of the group. A collective."""
+        found = torch.tensor(float(flag), device=self.mesh.device_type)
+        dist.all_reduce(found, group=self.process_group)
+        return bool(found > 0)
 
     def mean(self, tensor: torch.Tensor) -> torch.Tensor:
         """Mean over the group, in place. A collective."""
@@ -185,12 +218,20 @@ class _ScaleGradient(torch.autograd.Function):
 
 
 def check_divisible(
-    degree: int, *, num_heads: int, patch_size: Sequence[int], shapes: Iterable[Sequence[int]], source: str
+    degree: int,
+    *,
+    num_heads: int,
+    patch_size: Sequence[int],
+    shapes: Iterable[Sequence[int]],
+    source: str,
+    ring_degree: int = 1,
 ) -> None:
     """
     Refuse clips that do not divide over the group, before anything large is loaded.
 
     Args:
+        ring_degree (`int`, defaults to 1):
+            The part of the degree that heads need not divide over.
         shapes (`Iterable[Sequence[int]]`):
             Latent shapes `(num_channels, num_frames, height, width)`.
 
@@ -199,8 +240,9 @@ def check_divisible(
     """
     for shape in sorted({tuple(shape) for shape in shapes}):
         num_tokens = math.prod(size // patch for size, patch in zip(shape[1:], patch_size, strict=True))
-        if num_tokens % degree or num_heads % degree:
-            fitting = [n for n in range(1, num_heads + 1) if num_heads % n == 0 and num_tokens % n == 0]
+        if num_tokens % degree or num_heads % (degree // ring_degree):
+            degrees = range(ring_degree, num_heads * ring_degree + 1, ring_degree)
+            fitting = [n for n in degrees if num_heads % (n // ring_degree) == 0 and num_tokens % n == 0]
             raise ValueError(
                 f"`context_parallel_degree` {degree} does not divide the {num_heads} heads and the {num_tokens} tokens "
                 f"of latents {list(shape)} in {source}; these do: {fitting}."

@@ -16,6 +16,7 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     InitProcessGroupKwargs,
     ProjectConfiguration,
+    broadcast_object_list,
     gather_object,
     parse_flag_from_env,
 )
@@ -52,6 +53,13 @@ def process_state() -> PartialState:
     Call it before anything else sets them up. On the CPU Accelerate must be asked to look for other processes.
     """
     return PartialState(cpu=on_cpu(), timeout=SHARED_WORK_TIMEOUT)
+
+
+def from_main_process(value: Any) -> Any:
+    """The value that the main process has, on all processes; it is pickled. A collective."""
+    values = [value]
+    broadcast_object_list(values)
+    return values[0]
 
 
 def leave_processes() -> None:

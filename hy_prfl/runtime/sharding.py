@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 
 def forget_deepspeed_in_transformers() -> None:
@@ -85,17 +85,43 @@ def split_for_zero3(module: nn.Module, deepspeed_config: Mapping[str, Any]) -> N
     deepspeed.zero.Init(module=module, config_dict_or_path=dict(deepspeed_config), zero_param_parallel_group=group)
 
 
-def split_frozen(module: nn.Module, device: torch.device) -> None:
+def split_frozen(module: nn.Module, device: torch.device, mesh: DeviceMesh | None = None) -> None:
     """
-    Shard the weights of a frozen module over all ranks; they are gathered only while it computes. A collective.
+    Shard the weights of a frozen module over ranks; they are gathered only while it computes. A collective of these ranks.
 
     It uses torch's `fully_shard` and no engine, so it works the same with DDP, ZeRO-2 and ZeRO-3, is not part of their
-    checkpoints, and the module is called as before. All ranks must call it the same number of times.
+    checkpoints, and the module is called as before. All of these ranks must call it the same number of times.
+
+    Args:
+        mesh (`DeviceMesh`, *optional*):
+            The ranks, in one dimension; all of them if left out.
     """
     from torch.distributed.fsdp import fully_shard
 
     module.requires_grad_(False)
-    fully_shard(module, mesh=init_device_mesh(device.type, (dist.get_world_size(),)), reshard_after_forward=True)
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),)) if mesh is None else mesh
+    fully_shard(module, mesh=mesh, reshard_after_forward=True)
+
+
+def split_frozen_model(
+    model: nn.Module, block_classes: Sequence[str], device: torch.device, mesh: DeviceMesh | None = None
+) -> None:
+    """
+    Split the weights of a whole frozen model, see [`split_frozen`]; only one of its blocks is whole at a time.
+
+    Args:
+        block_classes (`Sequence[str]`):
+            Names of the classes of its blocks: `_no_split_modules` in diffusers and transformers.
+
+    Raises:
+        ValueError: If it has no such blocks.
+    """
+    blocks = [module for module in model.modules() if type(module).__name__ in block_classes]
+    if not blocks:
+        raise ValueError(f"{type(model).__name__} has no blocks of the classes {list(block_classes)}.")
+    for block in blocks:
+        split_frozen(block, device, mesh)
+    split_frozen(model, device, mesh)
 
 
 @contextmanager

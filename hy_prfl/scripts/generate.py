@@ -4,14 +4,16 @@ Generates videos from a list of prompts.
     accelerate launch -m hy_prfl.scripts.generate --prompts prompts.json --output_dir outputs/videos \
         --pretrained_model_name_or_path Wan-AI/Wan2.1-T2V-1.3B-Diffusers --lora_path outputs/prfl/lora
 
-The same command again goes on where it was stopped.
+The same command again goes on where it was stopped. With `--context_parallel_degree N`, N processes make a video together.
 """
 
+import dataclasses
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..configs.base import save_config
-from ..configs.generate import GenerateConfig
+from ..configs.base import check, save_config
+from ..configs.generate import NEGATIVE_PROMPTS, GenerateConfig
 from ..configs.inputs import check_files, check_sources
 from ..configs.outputs import check_output_folders
 from ..configs.parser import parse_config
@@ -23,6 +25,11 @@ MODEL_OPTIONS = ("lora_scale", "dtype", "flow_shift", "step_cache", "step_cache_
 MODEL_PATHS = ("pretrained_model_name_or_path", "transformer_path", "lora_path")
 # In the record of a video only where they are given, so that older videos count as what they are.
 EXPERT_PATHS = ("transformer_2_path", "lora_2_path")
+NEWER_OPTIONS = ("sample_solver", "lora_weights", "lora_2_weights", "attention_backend")
+# Where a run leaves its options.
+CONFIG_FILE = "generate.yaml"
+# Of the seeds that are drawn.
+NUM_SEEDS = 2**32
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -38,31 +45,77 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from ..data.prompts import check_prompts, read_prompts
     from ..formats.pipeline_info import PipelineInfo
-    from ..inference.generation import VideoSettings, generate_videos, pending_videos, write_manifest
-    from ..inference.pipelines import LORA_OPTIONS, check_options_fit, find_lora_weights, load_pipeline
-    from ..runtime.distributed import process_state, set_up_logging
+    from ..inference.generation import VideoSettings, generate_videos, pending_videos, video_size, write_manifest
+    from ..inference.pipelines import (
+        LORA_OPTIONS,
+        as_list,
+        check_options_fit,
+        check_split_fits,
+        find_lora_weights,
+        load_pipeline,
+        size_multiple,
+    )
+    from ..runtime.attention import check_attention_backend
+    from ..runtime.context_parallel import ContextParallelGroup
+    from ..runtime.distributed import SHARED_WORK_TIMEOUT, from_main_process, process_state, set_up_logging
     from ..runtime.provenance import path_identity
 
     set_up_logging()
     state = process_state()
-    output_dir = Path(config.output_dir)
-    prompts = read_prompts(config.prompts, seed=config.seed, num_videos_per_prompt=config.num_videos_per_prompt)
+    output_dir, degree = Path(config.output_dir), config.context_parallel_degree
+    fits = state.num_processes % degree == 0
+    check(fits, "context_parallel_degree", degree, f"a divisor of the number of processes, {state.num_processes}")
+    if config.random_seed:
+        seed = from_main_process(find_seed(output_dir))
+        config = dataclasses.replace(config, seed=seed, random_seed=False)
+    prompts = read_prompts(config.prompts, seed=config.seed or 0, num_videos_per_prompt=config.num_videos_per_prompt)
     location = (config.pretrained_model_name_or_path, config.revision)
     info = PipelineInfo.read(*location)
     check_prompts(prompts, image_to_video=info.is_image_to_video, last_image=info.last_image)
+    fits = info.is_image_to_video or config.image_fit == "crop"
+    check(fits, "image_fit", config.image_fit, "crop for a text-to-video pipeline, which takes no images")
 
     settings = VideoSettings(**{name: getattr(config, name) for name in VideoSettings.__dataclass_fields__})
+    negative = NEGATIVE_PROMPTS.get(config.negative_prompt or "", config.negative_prompt)
+    settings = dataclasses.replace(settings, negative_prompt=negative)
     identity = {name: getattr(config, name) for name in (*MODEL_OPTIONS, "revision", "variant")}
+    identity |= {name: getattr(config, name) for name in NEWER_OPTIONS if getattr(config, name) is not None}
     paths = {name: getattr(config, name) for name in MODEL_PATHS}
     paths |= {name: getattr(config, name) for name in EXPERT_PATHS if getattr(config, name) is not None}
     check_options_fit(location[0], paths, revision=config.revision)
     for expert, option in LORA_OPTIONS.items():
         if paths.get(option) is not None:
             # The folder of a training run holds more than the weights, and goes on changing.
-            paths[option] = find_lora_weights(paths[option], expert)
-    identity |= {name: None if path is None else path_identity(path) for name, path in paths.items()}
-    pending = pending_videos(prompts, output_dir, settings, model_identity=identity, overwrite=config.overwrite)
+            found = [find_lora_weights(path, expert) for path in as_list(paths[option])]
+            paths[option] = found[0] if len(found) == 1 else found
+    identity |= {
+        name: [path_identity(each) for each in path] if isinstance(path, list) else path and path_identity(path)
+        for name, path in paths.items()
+    }
+    pending = from_main_process(
+        pending_videos(prompts, output_dir, settings, model_identity=identity, overwrite=config.overwrite)
+    )
     if pending:
+        multiple = size_multiple(*location)
+        shapes = {(config.num_frames, *video_size(prompt, settings, multiple)) for prompt in pending}
+        if degree > 1:
+            check_split_fits(
+                location[0],
+                degree,
+                shapes,
+                ring_degree=config.ring_degree,
+                revision=config.revision,
+                transformer_path=config.transformer_path,
+                transformer_2_path=config.transformer_2_path,
+            )
+        if config.attention_backend is not None:
+            dtype = getattr(torch, config.dtype)
+            check_attention_backend(
+                config.attention_backend, option="attention_backend", trains=False, device=state.device, dtype=dtype
+            )
+        context_parallel = (
+            ContextParallelGroup(degree, SHARED_WORK_TIMEOUT, config.ring_degree) if degree > 1 else None
+        )
         pipeline = load_pipeline(
             config.pretrained_model_name_or_path,
             revision=config.revision,
@@ -71,15 +124,26 @@ def main(argv: Sequence[str] | None = None) -> None:
             transformer_2_path=config.transformer_2_path,
             lora_path=config.lora_path,
             lora_2_path=config.lora_2_path,
+            lora_weights=config.lora_weights,
+            lora_2_weights=config.lora_2_weights,
             lora_scale=1.0 if config.lora_scale is None else config.lora_scale,
+            sample_solver=config.sample_solver,
             flow_shift=config.flow_shift,
             dtype=getattr(torch, config.dtype),
             device=state.device,
             cpu_offload=config.cpu_offload,
+            text_encoder_on_cpu=config.text_encoder_on_cpu,
+            context_parallel=context_parallel,
+            shard_weights=config.shard_weights or (),
+            attention_backend=config.attention_backend,
             step_cache=config.step_cache,
             step_cache_threshold=config.step_cache_threshold,
             step_cache_interval=config.step_cache_interval,
         )
+        if state.is_main_process:
+            # Before the first video, so that a run that is killed finds its seed again.
+            output_dir.mkdir(parents=True, exist_ok=True)
+            save_config(config, output_dir / CONFIG_FILE)
         generate_videos(
             pipeline,
             prompts,
@@ -88,11 +152,30 @@ def main(argv: Sequence[str] | None = None) -> None:
             model_identity=identity,
             overwrite=config.overwrite,
             vae_tiling=config.vae_tiling,
+            context_parallel=context_parallel,
         )
     if state.is_main_process:
         write_manifest(prompts, output_dir)
-        save_config(config, output_dir / "generate.yaml")
+        save_config(config, output_dir / CONFIG_FILE)
         print(f"{len(pending)} videos generated, {len(prompts) - len(pending)} were there: {output_dir}")
+
+
+def find_seed(output_dir: Path) -> int:
+    """
+    A random base seed: the one that a folder's videos have already, else a new one.
+
+    Raises:
+        ValueError: If the folder's `generate.yaml` is of a run that was given no seed and drew none.
+    """
+    path = output_dir / CONFIG_FILE
+    if not path.exists():
+        return secrets.randbelow(NUM_SEEDS)
+    seed = parse_config(GenerateConfig, ["--config", str(path)]).seed
+    if seed is None:
+        raise ValueError(
+            f"`random_seed`: {path} is of a run with the seed 0 of the default. Choose another `output_dir`."
+        )
+    return seed
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ TRAINING = {"output_dir": "o", "pretrained_model_name_or_path": "p", "train_data
 REQUIRED: dict[type[Config], dict[str, Any]] = {
     PreprocessConfig: {"output_dir": "o", "pretrained_model_name_or_path": "p", "manifest": "m.json"},
     ScoreConfig: {"output": "o.csv", "reward_model": "r", "dataset": "d"},
-    GenerateConfig: {"output_dir": "o", "pretrained_model_name_or_path": "p", "prompts": "p.txt", "lora_path": "l"},
+    GenerateConfig: {"output_dir": "o", "pretrained_model_name_or_path": "p", "prompts": "p.txt", "lora_path": ["l"]},
     RewardTrainingConfig: TRAINING,
     PRFLTrainingConfig: TRAINING | {"reward_model": "r"},
     PlanConfig: {"recipe": "r.yaml"},

@@ -25,6 +25,8 @@ from hy_prfl.inference.generation import (
     load_pipeline,
     pending_videos,
     read_record,
+    video_record,
+    video_size,
     write_video,
 )
 from hy_prfl.inference.pipelines import check_options_fit
@@ -360,6 +362,52 @@ class TestGenerateVideo:
         videos = [generate_video(pipeline, prompt, SETTINGS) for prompt in prompts]
         assert videos[0].shape == (5, 32, 48, 3)
         assert not np.allclose(videos[0], videos[1])
+
+
+class TestVideoSize:
+    """Sizes by the formula of Wan's `image2video.py`, in floats, as it is there."""
+
+    def by_wan(self, height: int, width: int, max_area: int, multiple: int) -> tuple[int, int]:
+        ratio = height / width
+        sides = (np.sqrt(max_area * ratio), np.sqrt(max_area / ratio))
+        return tuple(int(round(side // (multiple // 2) // 2 * 2)) * (multiple // 2) for side in sides)  # type: ignore[return-value]
+
+    @pytest.mark.parametrize("multiple", [16, 32])
+    def test_is_wans(self, tmp_path: Path, multiple: int) -> None:
+        rng = np.random.default_rng(0)
+        settings = VideoSettings(image_fit="area")
+        for height, width in rng.integers(100, 1500, size=(40, 2)).tolist():
+            Image.new("L", (width, height)).save(tmp_path / "a.png")
+            found = video_size(VideoPrompt(id="a", caption="a", image=tmp_path / "a.png"), settings, multiple)
+            assert found == self.by_wan(height, width, 480 * 832, multiple)
+            assert found[0] * found[1] <= 480 * 832
+
+    @pytest.mark.parametrize("size", [(480, 832), (832, 480), (720, 1280), (1280, 720)])
+    def test_an_image_of_that_size_keeps_it(self, tmp_path: Path, size: tuple[int, int]) -> None:
+        Image.new("L", size[::-1]).save(tmp_path / "a.png")
+        prompt = VideoPrompt(id="a", caption="a", image=tmp_path / "a.png")
+        settings = VideoSettings(height=size[1], width=size[0], image_fit="area")
+        assert video_size(prompt, settings) == size
+        assert video_size(prompt, VideoSettings()) == (480, 832)
+
+    def test_videos(self, i2v_pipeline_dir: Path, images: tuple[Path, Path], tmp_path: Path) -> None:
+        pipeline = load_pipeline(str(i2v_pipeline_dir), dtype=torch.float32)
+        settings = VideoSettings(**{**SETTINGS.__dict__, "height": 64, "image_fit": "area"})
+        prompt = VideoPrompt(id="a", caption="a red circle", image=images[0])
+        # An image of 40 x 90: the square roots of 64 * 48 * 40 / 90 and of 64 * 48 * 90 / 40 are 36.9 and 83.1.
+        (path,) = generate_videos(pipeline, [prompt], tmp_path / "out", settings)
+        assert read_video(path, fps=16, num_frames=5).shape == (5, 32, 80, 3)
+        assert not pending_videos([prompt], tmp_path / "out", settings)
+        with pytest.raises(ValueError, match=r"\(image_fit\)"):
+            pending_videos([prompt], tmp_path / "out", VideoSettings(**{**settings.__dict__, "image_fit": "crop"}))
+
+    def test_too_long_an_image(self, tmp_path: Path) -> None:
+        Image.new("L", (4000, 2)).save(tmp_path / "a.png")
+        with pytest.raises(ValueError, match=r"prompt 'a': .*4000 x 2 pixels.*shorter than 16"):
+            video_size(VideoPrompt(id="a", caption="a", image=tmp_path / "a.png"), VideoSettings(image_fit="area"))
+
+    def test_records_of_older_videos_count(self) -> None:
+        assert "image_fit" not in video_record(VideoPrompt(id="a", caption="a"), VideoSettings())
 
 
 class TestGenerateVideos:

@@ -16,14 +16,20 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+    WanTransformer3DModel,
+)
 from huggingface_hub import HfApi
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from hy_prfl.formats.layout import LORA_FILES
 from hy_prfl.formats.lora_metadata import lora_header
-from hy_prfl.inference.pipelines import load_pipeline
+from hy_prfl.inference.pipelines import build_scheduler, check_split_fits, load_pipeline, size_multiple
 from tests.formats.native_layout import native_name, native_weights, run
 from tests.hub.hub_server import HubServer, running_hub, use_in_this_process
 
@@ -182,6 +188,65 @@ class TestLayouts:
         check(run(pipeline.transformer), expected_output(pipeline_dir, lora, scales), half)
         pipeline.unload_lora_weights()
         torch.testing.assert_close(run(pipeline.transformer), run(load_transformer(pipeline_dir)))
+
+    def test_several(self, pipeline_dir: Path, tmp_path: Path) -> None:
+        """`W + sum_i weight_i * alpha_i / rank_i * up_i @ down_i`, in layers that they share and in those of one alone."""
+        first, second = factors(pipeline_dir, LINEARS), factors(pipeline_dir, [*LINEARS[2:], *OUTSIDE], rank=3)
+        second = {name: (down.flip(0, 1), up) for name, (down, up) in second.items()}
+        scales = write(tmp_path / "a.safetensors", "musubi-tuner", first)
+        write(tmp_path / "b.safetensors", "diffusers", second)
+        paths = [str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors")]
+        weights = [0.5, -1.5]
+        transformer = load_transformer(pipeline_dir)
+        names = {native_name(name): tensor for name, tensor in transformer.state_dict().items()}
+        for weight, lora, own in zip(weights, (first, second), (scales, dict.fromkeys(second, 1.0)), strict=True):
+            for name, (down, up) in lora.items():
+                update = weight * own[name] * (up.double() @ down.double())
+                names[f"{name}.weight"] += update.reshape(names[f"{name}.weight"].shape)
+        pipeline = load_pipeline(str(pipeline_dir), lora_path=paths, lora_weights=weights, dtype=torch.float32)
+        check(run(pipeline.transformer), run(transformer), run(load(pipeline_dir, tmp_path / "a.safetensors")))
+        one_strength = load_pipeline(str(pipeline_dir), lora_path=paths, lora_scale=0.5, dtype=torch.float32)
+        same = load_pipeline(str(pipeline_dir), lora_path=paths, lora_weights=[0.5, 0.5], dtype=torch.float32)
+        assert torch.equal(run(one_strength.transformer), run(same.transformer))
+        with pytest.raises(ValueError, match=r"`lora_path`: 2 LoRAs and 1 weights"):
+            load_pipeline(str(pipeline_dir), lora_path=paths, lora_weights=[1.0])
+
+    def test_several_with_differences(self, pipeline_dir: Path, tmp_path: Path) -> None:
+        lora = factors(pipeline_dir, LINEARS)
+        write(tmp_path / "a.safetensors", "diffusion-pipe", lora)
+        shapes = {name: weight.shape for name, weight in native_weights(load_transformer(pipeline_dir)).items()}
+        name = f"{LINEARS[4]}.bias"
+        difference = noise(*shapes[name])
+        save_file({f"diffusion_model.{LINEARS[4]}.diff_b": difference}, tmp_path / "b.safetensors")
+        paths = [str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors")]
+        expected = expected_output(pipeline_dir, lora, 2.0, {name: 0.5 * difference})
+        pipeline = load_pipeline(str(pipeline_dir), lora_path=paths, lora_weights=[2.0, 0.5], dtype=torch.float32)
+        check(run(pipeline.transformer), expected, expected_output(pipeline_dir, lora, 2.0))
+
+    def test_several_in_both_experts(self, expert_pipeline_dir: Path, tmp_path: Path) -> None:
+        loras = [factors(expert_pipeline_dir, layers) for layers in (LINEARS[:3], LINEARS[1:])]
+        paths = [str(tmp_path / f"{name}.safetensors") for name in "ab"]
+        for path, lora in zip(paths, loras, strict=True):
+            write(Path(path), "diffusers", lora)
+        pipeline = load_pipeline(
+            str(expert_pipeline_dir),
+            lora_path=paths[0],
+            lora_weights=[0.5],
+            lora_2_path=paths,
+            lora_2_weights=[1.0, 0.25],
+            dtype=torch.float32,
+        )
+        check(
+            run(pipeline.transformer),
+            expected_output(expert_pipeline_dir, loras[0], 0.5),
+            run(load_transformer(expert_pipeline_dir)),
+        )
+        low = load_transformer(expert_pipeline_dir, "transformer_2")
+        names = {native_name(name): tensor for name, tensor in low.state_dict().items()}
+        for weight, lora in zip((1.0, 0.25), loras, strict=True):
+            for name, (down, up) in lora.items():
+                names[f"{name}.weight"] += weight * up @ down
+        check(run(pipeline.transformer_2), run(low), run(load_transformer(expert_pipeline_dir, "transformer_2")))
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2])
     def test_narrow_types(self, pipeline_dir: Path, tmp_path: Path, dtype: torch.dtype) -> None:
@@ -533,3 +598,98 @@ class TestHub:
             load(pipeline_dir, Path("user/lora"))
         with pytest.raises(FileNotFoundError, match="`lora_path` 'user/typo': neither a file or folder here nor"):
             load(pipeline_dir, Path("user/typo"))
+
+
+class TestSolvers:
+    """Against diffusers' schedulers, built by hand as its documentation builds them for Wan."""
+
+    def by_hand(self, solver: str, shift: float) -> Any:
+        flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "num_train_timesteps": 1000}
+        if solver == "unipc":
+            return UniPCMultistepScheduler(**flow, flow_shift=shift)
+        if solver == "dpm++":
+            return DPMSolverMultistepScheduler(**flow, flow_shift=shift, algorithm_type="dpmsolver++", solver_order=2)
+        return FlowMatchEulerDiscreteScheduler(shift=shift)
+
+    def solve(self, scheduler: Any) -> torch.Tensor:
+        """Six steps with a model whose velocity depends on sample and time."""
+        scheduler.set_timesteps(6)
+        sample = noise(1, 4, 2, 2, 2, scale=1.0)
+        for timestep in scheduler.timesteps:
+            sample = scheduler.step(torch.sin(2 * sample) - timestep / 1000, timestep, sample, return_dict=False)[0]
+        return sample
+
+    @pytest.mark.parametrize("flow_shift", [None, 7.0])
+    @pytest.mark.parametrize("solver", ["unipc", "dpm++", "euler"])
+    def test_is_that_of_diffusers(self, pipeline_dir: Path, solver: Any, flow_shift: float | None) -> None:
+        # The pipeline has UniPC with a shift of 3.
+        own = UniPCMultistepScheduler.from_pretrained(pipeline_dir, subfolder="scheduler")
+        found, expected = build_scheduler(own, solver, flow_shift), self.by_hand(solver, flow_shift or 3.0)
+        assert type(found) is type(expected)
+        assert torch.equal(self.solve(found), self.solve(expected))
+        assert torch.equal(found.timesteps, expected.timesteps)
+        others = [self.solve(self.by_hand(other, flow_shift or 3.0)) for other in ("unipc", "dpm++", "euler")]
+        assert sum(torch.allclose(self.solve(found), other, atol=1e-4) for other in others) == 1
+        assert not torch.allclose(self.solve(found), self.solve(self.by_hand(solver, 1.0)), atol=1e-3)
+
+    @pytest.mark.parametrize("flow_shift", [None, 7.0])
+    def test_from_a_pipeline_of_euler(self, flow_shift: float | None) -> None:
+        own = FlowMatchEulerDiscreteScheduler(shift=5.0)
+        for solver in ("unipc", "dpm++"):
+            expected = self.by_hand(solver, flow_shift or 5.0)
+            assert torch.equal(self.solve(build_scheduler(own, solver, flow_shift)), self.solve(expected))
+        assert build_scheduler(own, None, flow_shift).config.shift == (flow_shift or 5.0)
+
+    def test_without_options_it_is_the_pipelines_own(self) -> None:
+        own = UniPCMultistepScheduler(solver_order=3, flow_shift=2.0, use_flow_sigmas=True)
+        assert build_scheduler(own) is own
+        assert build_scheduler(own, "unipc").config.solver_order == 3
+
+    @pytest.mark.parametrize("options", [{"flow_shift": 3.0}, {"sample_solver": "euler"}])
+    def test_no_flow_matching(self, options: dict[str, Any]) -> None:
+        with pytest.raises(ValueError, match=rf"`{next(iter(options))}`: the pipeline's DDIMScheduler has no shift"):
+            build_scheduler(DDIMScheduler(), **options)
+
+
+class TestPlacement:
+    def test_text_encoder_on_the_cpu(self, pipeline_dir: Path) -> None:
+        # The meta device stands for a GPU: nothing but the place of weights is looked at.
+        pipeline = load_pipeline(str(pipeline_dir), device="meta", text_encoder_on_cpu=True)
+        assert {pipeline.transformer.device.type, pipeline.vae.device.type} == {"meta"}
+        assert pipeline.text_encoder.device.type == "cpu"
+        embeds, _ = pipeline.encode_prompt("a red circle", do_classifier_free_guidance=False, device="cpu")
+        assert embeds.isfinite().all()
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"shard_weights": ["transformer"]}, r"`shard_weights` \['transformer'\] needs a group"),
+            (
+                {"text_encoder_on_cpu": True, "cpu_offload": "model", "device": "meta"},
+                "`text_encoder_on_cpu` goes without",
+            ),
+        ],
+    )
+    def test_what_does_not_go_together(self, pipeline_dir: Path, options: dict[str, Any], message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            load_pipeline(str(pipeline_dir), **options)
+
+
+class TestSplit:
+    def test_what_divides(self, pipeline_dir: Path, expert_pipeline_dir: Path) -> None:
+        for folder in (pipeline_dir, expert_pipeline_dir):
+            check_split_fits(str(folder), 2, [(5, 32, 64), (9, 32, 32)])
+
+    @pytest.mark.parametrize(
+        ("degree", "shape", "message"),
+        [
+            (3, (9, 48, 48), r"2 heads and the 27 tokens of latents \[16, 3, 6, 6\]"),
+            (2, (9, 48, 48), r"these do: \[1\]"),
+        ],
+    )
+    def test_what_does_not(self, pipeline_dir: Path, degree: int, shape: tuple[int, int, int], message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            check_split_fits(str(pipeline_dir), degree, [shape])
+
+    def test_multiple_of_sides(self, pipeline_dir: Path) -> None:
+        assert size_multiple(str(pipeline_dir)) == 16

@@ -1,3 +1,4 @@
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from hy_prfl.configs.generate import GenerateConfig
 from hy_prfl.configs.parser import parse_config
 from hy_prfl.data.prompts import VideoPrompt
 from hy_prfl.data.video import read_video
-from hy_prfl.inference.generation import VideoSettings, generate_videos
+from hy_prfl.inference.generation import VideoSettings, generate_videos, read_record
 from hy_prfl.inference.pipelines import load_pipeline
 from hy_prfl.scripts.generate import main
 
@@ -109,6 +110,65 @@ def test_image_to_video(tmp_path: Path, i2v_pipeline_dir: Path) -> None:
         main(options(tmp_path, i2v_pipeline_dir))
 
 
+def test_options_of_the_sampling(tmp_path: Path, pipeline_dir: Path) -> None:
+    """They are in the record of a video, and a video depends on them."""
+    write_prompts(tmp_path, PROMPTS[:1])
+    main(options(tmp_path, pipeline_dir))
+    main(options(tmp_path, pipeline_dir, output_dir=tmp_path / "b", sample_solver="euler", negative_prompt="wan"))
+    plain, other = (read_record(tmp_path / folder / "red_seed_0.mp4") for folder in ("out", "b"))
+    # By the sha256 of what Wan's repository has at 9737cba.
+    text = other["negative_prompt"]
+    assert (
+        hashlib.sha256(text.encode()).hexdigest() == "ce96e0324e4b54ce4b6e867f669ca520952e1a34cc116543516b1897f0d3c47e"
+    )
+    assert other == {**plain, "sample_solver": "euler", "negative_prompt": text}
+    with pytest.raises(ValueError, match=r"made with other settings \(sample_solver\)"):
+        main(options(tmp_path, pipeline_dir, output_dir=tmp_path / "b", negative_prompt=text))
+    main(options(tmp_path, pipeline_dir, output_dir=tmp_path / "b", negative_prompt=text, sample_solver="euler"))
+
+
+def test_random_seed(tmp_path: Path, pipeline_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_prompts(tmp_path)
+    main([*options(tmp_path, pipeline_dir), "--random_seed"])
+    rows = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    seed = rows[0]["seed"]
+    assert [row["seed"] for row in rows] == [seed, 9, seed]
+    main([*options(tmp_path, pipeline_dir, output_dir=tmp_path / "other"), "--random_seed"])
+    assert json.loads((tmp_path / "other" / "manifest.json").read_text())[0]["seed"] != seed
+
+    # The same command goes on, and the options that it left behind make the same videos somewhere else.
+    (tmp_path / "out" / f"red_seed_{seed}.mp4").unlink()
+    capsys.readouterr()
+    main([*options(tmp_path, pipeline_dir), "--random_seed"])
+    assert "1 videos generated, 2 were there" in capsys.readouterr().out
+    main(["--config", str(tmp_path / "out" / "generate.yaml"), f"--output_dir={tmp_path / 'again'}"])
+    for path in (tmp_path / "out").glob("*.mp4"):
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
+
+    main(options(tmp_path, pipeline_dir, output_dir=tmp_path / "zero"))
+    with pytest.raises(ValueError, match=r"`random_seed`: .*zero/generate\.yaml is of a run with the seed 0"):
+        main([*options(tmp_path, pipeline_dir, output_dir=tmp_path / "zero"), "--random_seed"])
+
+
+def test_several_loras(tmp_path: Path, pipeline_dir: Path) -> None:
+    write_prompts(tmp_path, PROMPTS[:1])
+    for seed, name in enumerate("ab"):
+        transformer = build_pipeline(num_layers=3).transformer
+        torch.manual_seed(seed)
+        transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights="gaussian"))
+        WanPipeline.save_lora_weights(tmp_path / name, transformer_lora_layers=get_peft_model_state_dict(transformer))
+    loras = ["--lora_path", str(tmp_path / "a"), str(tmp_path / "b")]
+    weights = ["--lora_weights", "1.0", "0.5"]
+    main([*options(tmp_path, pipeline_dir), *loras, *weights])
+    main([*options(tmp_path, pipeline_dir), *loras, *weights])
+    record = read_record(tmp_path / "out" / "red_seed_0.mp4")
+    assert (len(record["lora_path"]), record["lora_weights"]) == (2, [1.0, 0.5])
+    with pytest.raises(ValueError, match=r"\(lora_path\)"):
+        main([*options(tmp_path, pipeline_dir), "--lora_path", *loras[:0:-1], *weights])
+    with pytest.raises(FileNotFoundError, match="`lora_path`: there is no file or folder './no/such'"):
+        main([*options(tmp_path, pipeline_dir), *loras, "./no/such", *weights, "1"])
+
+
 class TestBadInput:
     """Everything here must be refused before a model is loaded: the folder has no weights."""
 
@@ -167,6 +227,15 @@ class TestBadInput:
             ("step_cache_threshold", 0.1),
             ("step_cache_interval", 3),
             ("cpu_offload", "disk"),
+            ("context_parallel_degree", 0),
+            ("context_parallel_degree", 2),
+            ("shard_weights", "transformer"),
+            ("shard_weights", "vae"),
+            ("lora_weights", 0.5),
+            ("lora_2_weights", 0.5),
+            ("sample_solver", "ddim"),
+            ("image_fit", "area"),
+            ("image_fit", "pad"),
             ("heigth", 32),
         ],
     )
@@ -174,6 +243,44 @@ class TestBadInput:
         write_prompts(tmp_path)
         with pytest.raises(ValueError, match=name):
             main(options(tmp_path, empty_pipeline_dir, **{name: value}))
+
+    @pytest.mark.parametrize(
+        ("values", "message"),
+        [
+            ({"seed": 1, "random_seed": "true"}, "`seed` must be left out with `random_seed`"),
+            (
+                {"lora_path": "a", "lora_weights": 1, "lora_scale": 1},
+                "`lora_scale` must be left out with `lora_weights`",
+            ),
+            ({"lora_path": "a", "lora_2_weights": 1}, "`lora_2_weights` must be a number for each of the 0 LoRAs"),
+            ({"context_parallel_degree": 2, "step_cache": "sea"}, "`step_cache` must be none"),
+            ({"context_parallel_degree": 4, "ring_degree": 3}, "`ring_degree` must be a divisor of .* 4, got 3"),
+            (
+                {"context_parallel_degree": 2, "ring_degree": 2},
+                "`attention_backend` must be with `ring_degree` one of",
+            ),
+            (
+                {"context_parallel_degree": 2, "ring_degree": 2, "attention_backend": "native"},
+                "`attention_backend` must be with `ring_degree` one of .*, got 'native'",
+            ),
+            (
+                {"context_parallel_degree": 2, "shard_weights": "transformer", "cpu_offload": "model"},
+                "`cpu_offload` must be none with `shard_weights`",
+            ),
+            (
+                {"context_parallel_degree": 2, "shard_weights": "text_encoder", "text_encoder_on_cpu": "true"},
+                "`shard_weights` must be without text_encoder",
+            ),
+            ({"text_encoder_on_cpu": "true", "cpu_offload": "model"}, "`text_encoder_on_cpu` must be left out"),
+        ],
+    )
+    def test_options_that_do_not_go_together(
+        self, tmp_path: Path, empty_pipeline_dir: Path, values: dict[str, Any], message: str
+    ) -> None:
+        write_prompts(tmp_path)
+        with pytest.raises(ValueError, match=message):
+            main(options(tmp_path, empty_pipeline_dir, **values))
+        assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.launch
