@@ -4,9 +4,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+from .native import check_not_native
+
 
 # A name that the Hub might know: `name` or `user/name`.
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+PIPELINE = "pretrained_model_name_or_path"
 
 
 def check_files(config: Any, *names: str) -> None:
@@ -29,7 +32,7 @@ def check_sources(config: Any, *names: str, or_file: bool = False) -> None:
     """
     Raise a `FileNotFoundError` if one of these options is given and is no folder, nor could be a Hub id.
 
-    Whether the Hub has it is not asked here.
+    Whether the Hub has it is not asked here. A pipeline in Wan's native format is a `ValueError`.
 
     Args:
         or_file (`bool`, defaults to `False`):
@@ -37,6 +40,8 @@ def check_sources(config: Any, *names: str, or_file: bool = False) -> None:
     """
     for name in names:
         source = getattr(config, name)
+        if name == PIPELINE and source is not None:
+            check_not_native(name, source)
         if source is None or Path(source).is_dir():
             continue
         if Path(source).exists() and not or_file:
