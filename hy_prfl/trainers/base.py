@@ -3,6 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,14 @@ from ..data.collators import LatentBatch
 from ..data.dataset import check_rows_fit, latent_shapes, rows_digest
 from ..data.encoding import takes_first_frame, vae_fingerprint
 from ..flow_matching import make_generator, sample_noise, sample_sigmas
-from ..formats.checkpoints import abandon, find_checkpoint, save_checkpoint
+from ..formats.checkpoints import AVERAGE_FOLDER, abandon, find_checkpoint, save_checkpoint
 from ..runtime.activation_checkpointing import recompute_blocks
 from ..runtime.attention import check_attention_backend, set_attention_backend
 from ..runtime.context_parallel import ContextParallelGroup, check_divisible
 from ..runtime.distributed import TRAINING_TIMEOUT, any_rank, build_accelerator, mean_over_ranks
 from ..runtime.provenance import CONFIG_FILE
 from ..runtime.sharding import Masters, forget_deepspeed_in_transformers, split_for_zero3
+from .averaging import WeightAverage
 from .reports import Reports, known_trackers
 from .resuming import check_checkpoint, model_identities, resume
 from .signals import signals_caught
@@ -71,8 +73,12 @@ class Trainer(ABC):
         precision = self.accelerator.mixed_precision
         # An update that is not finite is left out before a loss scale could learn from it, and Wan overflows in float16.
         check(precision in ("no", "bf16"), "mixed_precision", precision, "no or bf16")
+        # Before anything is loaded: files that are replaced later are not those of this run.
+        self.model_identities = model_identities(config)
         if self.checkpoint is not None:
             check_checkpoint(self, self.checkpoint)
+        if config.allow_tf32 is not None:
+            torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
         self.reports = Reports(self.accelerator, config)
         set_seed(config.seed)
         # Ranks that share a clip are one replica: they get the same rows and draw the same noise.
@@ -84,8 +90,6 @@ class Trainer(ABC):
         )
         self.global_step = 0
         self.dataset_digests: dict[str, str] = {}
-        # Before anything is loaded: files that are replaced later are not those of this run.
-        self.model_identities = model_identities(config)
         self.interrupted = False
         is_whole = self.engine == "whole"
         check(is_whole or not config.compile, "compile", config.compile, f"false under {self.engine}")
@@ -107,8 +111,9 @@ class Trainer(ABC):
         """Write the trained weights into `directory`, in the format users load. A collective."""
 
     def save_result(self, directory: Path) -> None:
-        """Write what the run is for, once it is finished; `save_model` unless a subclass knows better."""
-        self.save_model(directory)
+        """Write what the run is for, once it is finished: `save_model`, averaged if an average is kept."""
+        with self.averaged_weights():
+            self.save_model(directory)
 
     @abstractmethod
     def read_model(self, directory: Path) -> Mapping[str, torch.Tensor]:
@@ -146,11 +151,25 @@ class Trainer(ABC):
             source=source,
         )
 
-    def save_average(self, directory: Path) -> None:  # noqa: B027
-        """Write averaged weights as `save_model` writes the others; nothing unless a subclass keeps an average."""
+    def averaged_weights(self) -> AbstractContextManager[None]:
+        """Put the averaged weights into the model for the time of the context, if an average is kept."""
+        return nullcontext() if self.average is None else self.average.in_model()
 
-    def load_average(self, directory: Path) -> None:  # noqa: B027
-        """Load what `save_average` wrote."""
+    def save_average(self, directory: Path) -> None:
+        """Write the averaged weights to `directory/ema`, if an average is kept. A collective."""
+        if self.average is None:
+            return
+        if self.accelerator.is_main_process:
+            (directory / AVERAGE_FOLDER).mkdir()
+        with self.averaged_weights():
+            self.save_model(directory / AVERAGE_FOLDER)
+
+    def load_average(self, directory: Path) -> None:
+        """Load what `save_average` wrote, each rank its share; without it the average begins with the weights."""
+        if self.average is not None and (directory / AVERAGE_FOLDER).is_dir():
+            self.average.load(self.read_model(directory / AVERAGE_FOLDER))
+        elif self.average is not None:
+            self.average.restart()
 
     def forget_outdated(self, changed: Collection[str]) -> None:  # noqa: B027
         """
@@ -293,6 +312,7 @@ class Trainer(ABC):
             max_skipped_updates=config.max_skipped_updates,
         )
         self.masters = Masters(trainable, prepared_optimizer)
+        self.average = WeightAverage(self.masters, decay=config.ema_decay) if config.use_ema else None
         if self.accelerator.state.deepspeed_plugin is not None:
             forget_deepspeed_in_transformers()
         # New weights start equal on all ranks; from here on dropout may differ.
@@ -387,12 +407,16 @@ class Trainer(ABC):
             "mixed_precision": self.accelerator.mixed_precision,
             "datasets": self.dataset_digests,
             "models": self.model_identities,
+            "num_averaged": self.average.num_averaged if self.average else 0,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore what `state` returned."""
         self.global_step = state["global_step"]
         self.updates.num_skipped = state["num_skipped_updates"]
+        if self.average is not None:
+            # Reward models of older versions had none.
+            self.average.num_averaged = state.get("num_averaged", 0)
 
     @property
     def engine(self) -> str:

@@ -18,7 +18,6 @@ from ..data.dataset import check_vae
 from ..evaluation.sample_evaluator import SampleEvaluator
 from ..flow_matching import add_noise, sample_noise, sigmas_to_timesteps, timestep_probability, velocity_target
 from ..formats.checkpoints import (
-    AVERAGE_FOLDER,
     PRFL_RESULTS,
     VALIDATION_FOLDER,
     read_lora,
@@ -30,13 +29,13 @@ from ..formats.lora_metadata import lora_metadata
 from ..losses import flow_matching_loss, reward_feedback_loss
 from ..models.conditioning import add_condition, num_clean_frames
 from ..models.experts import PairWeights, read_experts
-from ..models.loading import WeightFiles, load_reward_model, load_scheduler, load_transformer
+from ..models.loading import WeightFiles, empty_transformer, load_reward_model, load_scheduler, load_transformer
 from ..models.reward_model import WanRewardModel, check_fits_generator, check_latents_fit
+from ..models.starting_points import StartingPoint, check_starts_adapter, read_starting_point, start_adapter
 from ..models.trainable import select_trainable
 from ..rollout import GradientStep, predict_velocity, walk_with_gradient
 from ..runtime.host_weights import HostWeights
 from ..runtime.sharding import full_state_dict, split_frozen
-from .averaging import WeightAverage
 from .base import Trainer
 from .prfl_datasets import PRFLDatasets
 
@@ -89,7 +88,6 @@ class PRFLTrainer(Trainer):
         self.generator = self.transformer
         if self.frozen:
             self.generator = self.experts.join({self.experts.trained[0]: self.transformer, **self.frozen})
-        self.average = WeightAverage(self.masters, decay=config.ema_decay) if config.use_ema else None
 
     def train_step(self) -> dict[str, torch.Tensor]:
         """One flow-matching update, then one reward update, or both losses in one update."""
@@ -269,36 +267,6 @@ class PRFLTrainer(Trainer):
         self.unwrapped.train()
         return metrics
 
-    def averaged_weights(self) -> AbstractContextManager[None]:
-        """Put the averaged weights into the model for the time of the context, if an average is kept."""
-        return nullcontext() if self.average is None else self.average.in_model()
-
-    def save_average(self, directory: Path) -> None:
-        """Write the averaged weights to `directory/ema`, if an average is kept. A collective."""
-        if self.average is None:
-            return
-        if self.accelerator.is_main_process:
-            (directory / AVERAGE_FOLDER).mkdir()
-        with self.averaged_weights():
-            self.save_model(directory / AVERAGE_FOLDER)
-
-    def load_average(self, directory: Path) -> None:
-        """Load what `save_average` wrote, each rank its share; without it the average begins with the weights."""
-        if self.average is not None and (directory / AVERAGE_FOLDER).is_dir():
-            self.average.load(self.read_model(directory / AVERAGE_FOLDER))
-        elif self.average is not None:
-            self.average.restart()
-
-    def state(self) -> dict[str, Any]:
-        """Adds the number of updates in the average."""
-        return {**super().state(), "num_averaged": self.average.num_averaged if self.average else 0}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Restore what `state` returned."""
-        super().load_state(state)
-        if self.average is not None:
-            self.average.num_averaged = state["num_averaged"]
-
     def save_model(self, directory: Path) -> None:
         """Write the weights in training: `directory/transformer`, or the adapter's file, by expert. A collective."""
         is_lora = self.config.lora_rank is not None
@@ -308,6 +276,15 @@ class PRFLTrainer(Trainer):
                 save_lora(transformer, state_dict, directory / LORA_FILES[expert], self._lora_metadata(expert))
             elif self.accelerator.is_main_process:
                 save_pretrained(transformer, state_dict, directory / EXPERT_FOLDERS[expert])
+
+    def warn_of_other_base(self, start: StartingPoint) -> None:
+        """A LoRA is of the weights that it was trained on, which its file cannot name if they are not the pipeline's."""
+        if self.config.lora_rank is not None and not start.is_pipelines_own:
+            logger.warning(
+                "The LoRA that trains is one of the transformer that the run starts from, not of %s: generate with that, "
+                "which `hy-prfl convert --transformer ... --merge_lora ...` makes where a LoRA was merged.",
+                self.config.pretrained_model_name_or_path,
+            )
 
     def _lora_metadata(self, expert: ExpertName) -> dict[str, str]:
         return lora_metadata(
@@ -319,11 +296,6 @@ class PRFLTrainer(Trainer):
             config=dataclasses.asdict(self.config),
             expert=expert if self.experts.are_two else None,
         )
-
-    def save_result(self, directory: Path) -> None:
-        """Write the trained weights, averaged if an average is kept."""
-        with self.averaged_weights():
-            self.save_model(directory)
 
     def read_model(self, directory: Path) -> Mapping[str, torch.Tensor]:
         """What `save_model` wrote, by the names of the parameters in training."""
@@ -343,6 +315,7 @@ class PRFLTrainer(Trainer):
             subfolder = EXPERT_FOLDERS[expert]
             transformer_config = WanTransformer3DModel.load_config(path, subfolder=subfolder, revision=revision)
             check_fits_generator(reward_config, transformer_config, allow_other_base=config.allow_other_base)
+        starts = {expert: self._read_start(expert) for expert in EXPERT_FOLDERS}
         fingerprint = self.pipeline_vae_fingerprint()
         check_latents_fit(reward_config, vae_fingerprint=fingerprint, source=path)
         for source, dataset in self.datasets.by_source().items():
@@ -360,9 +333,9 @@ class PRFLTrainer(Trainer):
             self.reward_model_in_use = HostWeights(self.reward_model, self.accelerator.device).on_device
         else:
             self.reward_model.to(self.accelerator.device)
-        self.trained = {expert: self._load_transformer(expert) for expert in self.experts.trained}
+        self.trained = {expert: self._load_transformer(expert, starts[expert]) for expert in self.experts.trained}
         self.unwrapped = self.experts.join(self.trained)
-        self.frozen = self._load_frozen_expert()
+        self.frozen = self._load_frozen_expert(starts)
         self.set_up_blocks(self.reward_model, num_recomputed=config.reward_gradient_checkpointing_blocks)
         self.evaluator = self._build_evaluator()
 
@@ -394,10 +367,39 @@ class PRFLTrainer(Trainer):
         """Type to load the generator in: as what trains if all of it does, else, with an adapter, as what does not."""
         return self.trained_dtype if self.config.lora_rank is None else self.weight_dtype
 
-    def _load_transformer(self, expert: ExpertName) -> WanTransformer3DModel:
+    @property
+    def frozen_expert(self) -> ExpertName | None:
+        """The expert that chains need beside the one in training, if they need one."""
+        return self.experts.frozen(rolls_out=self.uses_reward, samples=self.datasets.validation is not None)
+
+    def _read_start(self, expert: ExpertName) -> StartingPoint:
+        """What the options put in the place of one of the pipeline's transformers; refuses what does not fit."""
+        config, trains = self.config, expert in self.experts.trained
+        suffix = "" if expert == "high_noise" else "_2"
+        paths = [getattr(config, f"{kind}{suffix}_path") for kind in ("transformer", "lora")]
+        if not any(paths):
+            return StartingPoint()
+        reason = f"left out, the run has no use for a {expert} expert"
+        for kind, path in zip(("transformer", "lora"), paths, strict=True):
+            is_there = trains or expert == self.frozen_expert
+            check(is_there or path is None, f"{kind}{suffix}_path", path, reason)
+        base = empty_transformer(
+            config.pretrained_model_name_or_path, revision=config.revision, subfolder=EXPERT_FOLDERS[expert]
+        )
+        lora_start = config.lora_start if trains else "merge"
+        start = read_starting_point(*paths, lora_start, base=base, expert=expert, suffix=suffix)
+        if trains:
+            with torch.device("meta"):
+                select_trainable(base, config, dtype=self.trained_dtype)
+            check_starts_adapter(base, start)
+            self.warn_of_other_base(start)
+        return start
+
+    def _load_transformer(self, expert: ExpertName, start: StartingPoint) -> WanTransformer3DModel:
         config = self.config
-        transformer = self._read_expert(expert, dtype=self.generator_dtype, split=self.split)
+        transformer = self._read_expert(expert, dtype=self.generator_dtype, split=self.split, start=start)
         select_trainable(transformer, config, dtype=self.trained_dtype)
+        start_adapter(transformer, start)
         self.set_up_blocks(transformer, num_recomputed=config.gradient_checkpointing_blocks)
         return transformer
 
@@ -411,14 +413,17 @@ class PRFLTrainer(Trainer):
             **how,
         )
 
-    def _load_frozen_expert(self) -> dict[ExpertName, WanTransformer3DModel]:
+    def _load_frozen_expert(
+        self, starts: Mapping[ExpertName, StartingPoint]
+    ) -> dict[ExpertName, WanTransformer3DModel]:
         """The expert that chains need beside the one in training, by its name; empty if they need none."""
         config = self.config
-        name = self.experts.frozen(rolls_out=self.uses_reward, samples=self.datasets.validation is not None)
+        name = self.frozen_expert
         if name is None:
             return {}
         split = partial(split_frozen, device=self.accelerator.device) if config.shard_frozen_expert else None
-        transformer = self._read_expert(name, dtype=self.weight_dtype, split=split, keep_in_fp32=True)
+        how: dict[str, Any] = {"split": split, "keep_in_fp32": True, "start": starts[name]}
+        transformer = self._read_expert(name, dtype=self.weight_dtype, **how)
         transformer.requires_grad_(False).eval().to(self.accelerator.device)
         self.set_up_blocks(transformer, num_recomputed=0)
         return {name: transformer}

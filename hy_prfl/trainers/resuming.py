@@ -12,13 +12,16 @@ from ..configs.base import TrainingConfig
 from ..formats.checkpoints import check_files, load_checkpoint, read_schedule, read_state
 from ..formats.layout import EXPERT_FOLDERS
 from ..runtime.provenance import CONFIG_FILE, path_identity
-from .resumed_options import RULES, Change, find_changes
+from .resumed_options import OTHER_START, RULES, Change, find_changes
 
 
 if TYPE_CHECKING:
     from .base import Trainer
 
 logger = get_logger(__name__)
+
+# Options that name what a run starts from.
+START_OPTIONS = ("transformer_path", "transformer_2_path", "lora_path", "lora_2_path")
 
 
 def check_checkpoint(trainer: "Trainer", checkpoint: Path) -> None:
@@ -35,6 +38,7 @@ def check_checkpoint(trainer: "Trainer", checkpoint: Path) -> None:
         raise ValueError(f"`resume_from_checkpoint`: {checkpoint} was written by {state['trainer']}, this is {kind}.")
     check_files(checkpoint, with_optimizer=_keeps_optimizer(trainer, state))
     _find_changes(trainer, checkpoint)
+    _check_start(trainer, state, checkpoint)
     if trainer.config.max_train_steps is not None:
         check_steps(checkpoint, state["global_step"], trainer.config.max_train_steps)
 
@@ -98,10 +102,23 @@ def model_identities(config: TrainingConfig) -> dict[str, dict[str, str]]:
     pipeline = config.pretrained_model_name_or_path
     folders = [f"{pipeline}/{name}" for name in (*EXPERT_FOLDERS.values(), "vae", "scheduler")]
     sources = {"pretrained_model_name_or_path": [folder for folder in folders if Path(folder).is_dir()] or [pipeline]}
-    reward_model = getattr(config, "reward_model", None)
-    if reward_model is not None:
-        sources["reward_model"] = [reward_model]
+    for option in ("reward_model", *START_OPTIONS):
+        path = getattr(config, option, None)
+        if path is not None:
+            sources[option] = [path]
     return {option: {source: path_identity(source) for source in found} for option, found in sources.items()}
+
+
+def _check_start(trainer: "Trainer", state: Mapping[str, Any], checkpoint: Path) -> None:
+    """Refuse other files at the place of what the run started from: no checkpoint has all of its weights."""
+    for option in START_OPTIONS:
+        before = state.get("models", {}).get(option, {})
+        for source, identity in trainer.model_identities.get(option, {}).items():
+            if before.get(source, identity) != identity:
+                raise ValueError(
+                    f"`{option}`: the files of '{source}' are not those that the run of {checkpoint} started from (other "
+                    f"names, sizes or times): {OTHER_START.note}."
+                )
 
 
 def _keeps_optimizer(trainer: "Trainer", state: Mapping[str, Any]) -> bool:

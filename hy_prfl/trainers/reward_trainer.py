@@ -38,9 +38,11 @@ from ..formats.checkpoints import (
 from ..formats.layout import EXPERT_FOLDERS
 from ..losses import binary_reward_loss, bradley_terry_loss
 from ..models.experts import read_experts
-from ..models.loading import TRANSFORMER_FOLDER, WeightFiles, load_reward_model, make_reward_model
+from ..models.loading import TRANSFORMER_FOLDER, WeightFiles, empty_transformer, load_reward_model, make_reward_model
 from ..models.reward_model import WanRewardModel, check_latents_fit, score_noised
+from ..models.starting_points import StartingPoint, check_starts_adapter, read_starting_point, start_adapter
 from ..models.trainable import select_trainable
+from ..planning.models import build_reward_model, reward_model_config
 from ..runtime.sharding import full_state_dict
 from .base import Trainer
 from .resumed_options import OTHER_BEST, REWARD_RULES
@@ -102,6 +104,8 @@ class RewardTrainer(Trainer):
                 self.updates.step(self.global_step)
             losses.append(loss.detach())
             margins.append(margin)
+        if self.average is not None:
+            self.average.step()
         return {
             "loss": torch.stack(losses).mean(),
             "accuracy": (torch.cat(margins) > 0).float().mean(),
@@ -138,11 +142,16 @@ class RewardTrainer(Trainer):
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Evaluate at the fixed timesteps and keep the model if it is the best so far."""
+        """Evaluate, with the averaged weights if there are any, and keep the model if it is the best so far."""
         assert self.evaluator is not None
         self.unwrapped.eval()
-        metrics = self.evaluator(self.reward_model, self.accelerator)
+        with self.averaged_weights():
+            metrics = self.evaluator(self.reward_model, self.accelerator)
+            self._keep_if_best(metrics)
         self.unwrapped.train()
+        return metrics
+
+    def _keep_if_best(self, metrics: dict[str, float]) -> None:
         name = self.config.metric_for_best_model
         assert name is not None
         sign = 1 if GREATER_IS_BETTER[name] else -1
@@ -150,7 +159,6 @@ class RewardTrainer(Trainer):
         if self.best_metric is None or sign * value > sign * self.best_metric:
             self.best_metric, self.best_metric_name = value, name
             self._save_best(metrics)
-        return metrics
 
     def start_streams(self) -> None:
         """Open the training batches at the position of `global_step`."""
@@ -172,8 +180,9 @@ class RewardTrainer(Trainer):
             save_file(state_dict, directory / TRAINED_FILE)
 
     def save_result(self, directory: Path) -> None:
-        """Write `directory/reward_model`, whole, also after LoRA."""
-        self._write_reward_model(directory / MODEL_FOLDER)
+        """Write `directory/reward_model`, whole, also after LoRA, and averaged if an average is kept."""
+        with self.averaged_weights():
+            self._write_reward_model(directory / MODEL_FOLDER)
 
     def read_model(self, directory: Path) -> Mapping[str, torch.Tensor]:
         """What `save_model` wrote, by the names of the parameters in training."""
@@ -240,6 +249,7 @@ class RewardTrainer(Trainer):
             items,
             labels,
             timesteps=config.validation_timesteps,
+            num_random_timesteps=config.validation_random_timesteps,
             seed=config.validation_seed,
             batch_size=config.train_batch_size,
             num_replicas=self.num_replicas,
@@ -256,8 +266,24 @@ class RewardTrainer(Trainer):
         (trained,) = read_experts(config.pretrained_model_name_or_path, expert, revision=config.revision).trained
         return EXPERT_FOLDERS[trained]
 
+    def _read_start(self) -> StartingPoint:
+        """What the options put in the place of the pipeline's transformer; refuses what does not fit."""
+        config = self.config
+        if config.transformer_path is None and config.lora_path is None:
+            return StartingPoint()
+        base = empty_transformer(
+            config.pretrained_model_name_or_path, revision=config.revision, subfolder=self.subfolder
+        )
+        expert = next(name for name, folder in EXPERT_FOLDERS.items() if folder == self.subfolder)
+        start = read_starting_point(
+            config.transformer_path, config.lora_path, config.lora_start, base=base, expert=expert
+        )
+        check_starts_adapter(build_reward_model(reward_model_config(base.config, config), config), start)
+        return start
+
     def _load_reward_model(self) -> WanRewardModel:
         config = self.config
+        start = self._read_start()
         if config.reward_model is not None:
             reward_config = WanRewardModel.load_own_config(config.reward_model)
             check_latents_fit(reward_config, vae_fingerprint=self.vae_fingerprint, source=config.train_dataset)
@@ -279,8 +305,10 @@ class RewardTrainer(Trainer):
                 query_residual=config.query_residual,
                 task=config.task,
                 vae_fingerprint=self.vae_fingerprint,
+                start=start,
             )
         select_trainable(model, config, dtype=self.trained_dtype)
+        start_adapter(model, start)
         self.set_up_blocks(model, num_recomputed=config.gradient_checkpointing_blocks)
         return model
 
