@@ -88,10 +88,13 @@ def read_starting_point(
     if transformer_path is not None:
         option = f"transformer{suffix}_path"
         transformer = read_transformer(transformer_path)
+        # The longest positions are a limit of the model, not of its weights, and native files do not tell it.
         different = [
             f"`{name}` {transformer.config[name]} against {value}"
             for name, value in base.config.items()
-            if not name.startswith("_") and _plain(transformer.config[name]) != _plain(value)
+            if not name.startswith("_")
+            and name != "rope_max_seq_len"
+            and _plain(transformer.config[name]) != _plain(value)
         ]
         if different:
             raise ValueError(

@@ -59,6 +59,24 @@ def test_the_average_is_that_of_one_process(inputs: Path, engine: str, script: s
 
 
 @pytest.mark.launch
+@pytest.mark.parametrize(("tuning", "start"), [("full", "merge"), ("lora", "continue")])
+def test_a_start_from_a_transformer_and_a_lora_is_that_of_one_process(inputs: Path, tuning: str, start: str) -> None:
+    """ZeRO-3 reads the transformer and merges the LoRA block by block."""
+    file, size = WEIGHTS["prfl", tuning], GLOBAL_BATCH_SIZE
+    first = train(inputs, "one-prfl-lora", ENGINES["one process"], "prfl", "lora", 1, size)
+    options = [
+        f"--transformer_path={inputs / 'pipeline' / 'transformer'}",
+        f"--lora_path={first / WEIGHTS['prfl', 'lora']}",
+        f"--lora_start={start}",
+    ]
+    one = train(inputs, f"one-{start}", ENGINES["one process"], "prfl", tuning, 1, size, options)
+    two = train(inputs, f"zero3-{start}", ENGINES["ZeRO-3"], "prfl", tuning, 1, size // 2, options)
+    assert relative_difference(two / file, one / file) < 1e-5
+    if start == "continue":
+        assert 1e-4 < relative_difference(one / file, first / file) < 1
+
+
+@pytest.mark.launch
 def test_float16_is_refused(inputs: Path, tmp_path: Path) -> None:
     settings = json.loads(Path("ds_configs/zero2_cpu.json").read_text())
     (tmp_path / "float16.json").write_text(

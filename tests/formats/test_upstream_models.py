@@ -93,5 +93,7 @@ def test_adapters_are_not_dropped(convert: Convert) -> None:
         assert (config.lora_path, config.lora_start, config.lora_rank) == ("run/checkpoint-1", "continue", 64)
         assert any("steps in the name of that file" in note for note in converted.notes)
     parts = {f"model.resume_{part}_path": f"run/{part}" for part in ("transformer", "mlp", "query_attention")}
-    with pytest.raises(ValueError, match=r"resume_lora_path` must be empty beside model\.resume_\*_path: .*--merge_lora"):
+    with pytest.raises(
+        ValueError, match=r"resume_lora_path` must be empty beside model\.resume_\*_path: .*--merge_lora"
+    ):
         convert("train_pavrm_t2v_480", resumed | parts)

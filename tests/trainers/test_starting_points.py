@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from hy_prfl.configs.reward import RewardTrainingConfig
@@ -25,7 +26,7 @@ TARGETS = ["attn1.to_q", "ffn.net.2"]
 LORA = {"lora_rank": 2, "lora_alpha": 6.0, "lora_target_modules": TARGETS}
 
 
-def write_lora(file: Path, *, blocks: int = 3, seed: int = 0, expert: str | None = None, **config: Any) -> Path:
+def write_lora(file: Path, *, blocks: int = 3, seed: int = 0, expert: str | None = None) -> Path:
     """A LoRA of rank 2 and alpha 6 for some layers of each block, as training writes it."""
     generator = torch.Generator().manual_seed(seed)
     weights = {}
@@ -34,7 +35,7 @@ def write_lora(file: Path, *, blocks: int = 3, seed: int = 0, expert: str | None
             key = f"transformer.blocks.{block}.{target}"
             weights[f"{key}.lora_A.weight"] = 0.3 * torch.randn(2, inputs, generator=generator)
             weights[f"{key}.lora_B.weight"] = 0.3 * torch.randn(outputs, 2, generator=generator)
-    config = {"r": 2, "lora_alpha": 6, "target_modules": TARGETS, **config}
+    config = LoraConfig(r=2, lora_alpha=6, target_modules=TARGETS).to_dict()
     metadata = lora_metadata(base_model="Wan-AI/tiny", step=1, expert=expert)  # type: ignore[arg-type]
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file(weights, file, metadata=lora_header(config, metadata))
