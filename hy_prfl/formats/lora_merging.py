@@ -6,6 +6,7 @@ No more than one layer is ever there in float32, so a model may be read piece by
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import inject_adapter_in_model
@@ -90,7 +91,7 @@ def _merge(each: ScaledAdapter, name: str, part: str, weight: torch.Tensor, valu
     with torch.device("meta"):
         base: nn.Module = nn.Linear(weight.shape[1], weight.shape[0])
         if weight.ndim > 2:
-            kernel = tuple(weight.shape[2:])
+            kernel = weight.shape[2], weight.shape[3], weight.shape[4]
             base = nn.Conv3d(weight.shape[1], weight.shape[0], kernel, stride=kernel)
     shapes = {"weight": weight, "bias": weight.flatten(1)[:, 0]}
     # A copy: peft adds in place, and the weight may be mapped from a file.
@@ -100,7 +101,7 @@ def _merge(each: ScaledAdapter, name: str, part: str, weight: torch.Tensor, valu
     holder = nn.ModuleDict({"layer": base})
     config = lora_config(Adapter({"layer": layer}))
     inject_adapter_in_model(config, holder, adapter_name="merged")
-    module = holder["layer"]
+    module: Any = holder["layer"]
     module.lora_A["merged"].weight.data = layer.down.float()
     module.lora_B["merged"].weight.data = layer.up.float()
     if layer.bias is not None:

@@ -255,10 +255,12 @@ def _start(kind: ModelKind, config: Mapping[str, Any]) -> str:
     parts += [f"the LoRA `{path}`{', merged into them' if merges else ''}" for path in dict.fromkeys(loras)]
     if not parts:
         return ""
-    needs = kind == "lora" and (merges or transformers)
-    return f" The run started from {' and '.join(parts)}." + needs * (
-        " **The adapter belongs to these weights**, not to the pipeline's own: put it into a pipeline with them."
-    )
+    text = f" The run started from {' and '.join(parts)}."
+    if kind == "lora" and (merges or transformers):
+        text += (
+            " **The adapter belongs to these weights**, not to the pipeline's own: put it into a pipeline with them."
+        )
+    return text
 
 
 def _base_on_hub(header: Mapping[str, str]) -> list[str]:

@@ -376,18 +376,22 @@ class PRFLTrainer(Trainer):
         """What the options put in the place of one of the pipeline's transformers; refuses what does not fit."""
         config, trains = self.config, expert in self.experts.trained
         suffix = "" if expert == "high_noise" else "_2"
-        paths = [getattr(config, f"{kind}{suffix}_path") for kind in ("transformer", "lora")]
-        if not any(paths):
+        paths: dict[str, str | None] = {
+            kind: getattr(config, f"{kind}{suffix}_path") for kind in ("transformer", "lora")
+        }
+        if not any(paths.values()):
             return StartingPoint()
-        reason = f"left out, the run has no use for a {expert} expert"
-        for kind, path in zip(("transformer", "lora"), paths, strict=True):
-            is_there = trains or expert == self.frozen_expert
+        is_there = trains or expert == self.frozen_expert
+        for kind, path in paths.items():
+            reason = f"left out, the run has no use for a {expert} expert"
             check(is_there or path is None, f"{kind}{suffix}_path", path, reason)
         base = empty_transformer(
             config.pretrained_model_name_or_path, revision=config.revision, subfolder=EXPERT_FOLDERS[expert]
         )
         lora_start = config.lora_start if trains else "merge"
-        start = read_starting_point(*paths, lora_start, base=base, expert=expert, suffix=suffix)
+        start = read_starting_point(
+            paths["transformer"], paths["lora"], lora_start, base=base, expert=expert, suffix=suffix
+        )
         if trains:
             with torch.device("meta"):
                 select_trainable(base, config, dtype=self.trained_dtype)
