@@ -11,6 +11,7 @@ from accelerate.utils import set_seed
 from ..configs.base import TrainingConfig
 from ..formats.checkpoints import check_files, load_checkpoint, read_schedule, read_state
 from ..formats.layout import EXPERT_FOLDERS
+from ..formats.lora import lora_sources
 from ..runtime.provenance import CONFIG_FILE, path_identity
 from .resumed_options import OTHER_START, RULES, Change, find_changes
 
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 # Options that name what a run starts from.
-START_OPTIONS = ("transformer_path", "transformer_2_path", "lora_path", "lora_2_path")
+LORA_OPTIONS = ("lora_path", "lora_2_path")
+START_OPTIONS = ("transformer_path", "transformer_2_path", *LORA_OPTIONS)
 
 
 def check_checkpoint(trainer: "Trainer", checkpoint: Path) -> None:
@@ -105,7 +107,8 @@ def model_identities(config: TrainingConfig) -> dict[str, dict[str, str]]:
     for option in ("reward_model", *START_OPTIONS):
         path = getattr(config, option, None)
         if path is not None:
-            sources[option] = [path]
+            # The folder of a run holds more than its LoRA, and goes on changing.
+            sources[option] = [path] if option not in LORA_OPTIONS else lora_sources(path)
     return {option: {source: path_identity(source) for source in found} for option, found in sources.items()}
 
 

@@ -126,11 +126,13 @@ class TestPRFL:
     def test_resuming_equals_never_having_stopped(
         self, build: Callable[..., PRFLTrainer], tmp_path: Path, other: Path, options: dict[str, Any]
     ) -> None:
-        lora = write_lora(tmp_path / "lora.safetensors")
-        options = options | {"transformer_path": str(other), "lora_path": str(lora)}
+        lora = write_lora(tmp_path / "run" / LORA_FILES["high_noise"])
+        options = options | {"transformer_path": str(other), "lora_path": str(lora.parent)}
         whole = build(max_train_steps=3, output_dir=str(tmp_path / "whole"), **options)
         whole.train()
         build(max_train_steps=1, **options).train()
+        # The run that the LoRA is of goes on.
+        (lora.parent / "metrics.jsonl").touch()
         second = build(max_train_steps=3, resume_from_checkpoint="latest", **options)
         second.train()
         expected = dict(whole.unwrapped.named_parameters())
@@ -138,7 +140,7 @@ class TestPRFL:
 
         # Other files at the same place, and another place.
         os.utime(lora, (1, 1))
-        with pytest.raises(ValueError, match=r"`lora_path`: the files of '.*lora\.safetensors' are not those"):
+        with pytest.raises(ValueError, match=r"`lora_path`: the files of '.*weights\.safetensors' are not those"):
             build(max_train_steps=4, resume_from_checkpoint="latest", **options)
         moved = shutil.copy(lora, tmp_path / "moved.safetensors")
         with pytest.raises(ValueError, match="`lora_path` must be .*, as before the checkpoint, got .*moved"):
