@@ -44,6 +44,23 @@ def row_noise(row_id: str, shape: Sequence[int], *, seed: int, draw: int = 0) ->
     return torch.randn(tuple(shape), generator=make_generator(int.from_bytes(digest[:8], "big"), seed, draw))
 
 
+def row_timesteps(row_id: str, num_ranges: int, *, seed: int) -> torch.Tensor:
+    """
+    One timestep out of each range `(1000 k / n, 1000 (k + 1) / n]`, `k = 0 .. n - 1`, for one row of a dataset.
+
+    Uniform within its range, and, as [`row_noise`], a function of `(row_id, seed)` and the range only. The paper evaluates
+    its reward models at one random timestep in each of five ranges.
+
+    Returns:
+        `torch.Tensor` of shape `(num_ranges,)`: timesteps in (0, 1000], float32 on the CPU.
+    """
+    digest = hashlib.sha256(b"timesteps " + row_id.encode()).digest()
+    generator = make_generator(int.from_bytes(digest[:8], "big"), seed)
+    # 1 - U[0, 1) is in (0, 1].
+    offsets = 1 - torch.rand(num_ranges, generator=generator)
+    return NUM_TRAIN_TIMESTEPS * (torch.arange(num_ranges) + offsets) / max(1, num_ranges)
+
+
 def shift_sigmas(sigmas: torch.Tensor, flow_shift: float) -> torch.Tensor:
     """Shifted noise levels `shift * u / (1 + (shift - 1) * u)`; a shift above 1 favours high noise (Wan uses 3 or 5)."""
     return flow_shift * sigmas / (1 + (flow_shift - 1) * sigmas)

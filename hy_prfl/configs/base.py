@@ -65,7 +65,7 @@ class TrainingConfig(Config):
     > Parameters of the run
     > Parameters of the tuning
     > Parameters of the optimization
-
+    > Parameters of the average
     > Parameters of the noise levels that clean clips are trained at
     > Parameters of checkpoints, logging and evaluation
     > Parameters of the Hub
@@ -78,6 +78,24 @@ class TrainingConfig(Config):
     )
     revision: str | None = field(default=None, metadata={"help": "Hub revision of the pipeline."})
     variant: str | None = field(default=None, metadata={"help": "Variant of the pipeline's weight files, e.g. fp16."})
+    transformer_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Transformer to start from in place of the pipeline's, of its kind and size: a folder in diffusers' or "
+            "Wan's native format, or a file with its config.json beside it."
+        },
+    )
+    lora_path: str | None = field(
+        default=None,
+        metadata={"help": "LoRA to start from, in any format that `convert` reads: a file or a folder."},
+    )
+    lora_start: Literal["continue", "merge"] | None = field(
+        default=None,
+        metadata={
+            "help": "What becomes of `lora_path`. continue: its weights train on; rank, alpha and layers of the options must "
+            "be its own. merge: it is added to the transformer, and what the options say trains, a new LoRA or all weights."
+        },
+    )
     train_dataset: str = field(metadata={"help": "Latent dataset written by `preprocess`: a folder or a Hub id."})
     validation_dataset: str | None = field(
         default=None, metadata={"help": "Latent dataset for validation; without it there is none."}
@@ -157,6 +175,13 @@ class TrainingConfig(Config):
             "_flash_3_hub, ...; torch's own choice if left out."
         },
     )
+    allow_tf32: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Let matrix products in float32 round to TF32 on GPUs that have it: torch.backends.cuda.matmul.allow_tf32, "
+            "which is left as it is, off, if left out. It makes little difference to runs in bf16."
+        },
+    )
     compile: bool = field(
         default=False,
         metadata={"help": "Compile the transformer blocks with torch.compile; for one process or DDP."},
@@ -165,6 +190,10 @@ class TrainingConfig(Config):
         default=1, metadata={"help": "Neighbouring processes that share one clip, each with a part of its tokens."}
     )
     dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that read the dataset."})
+
+    # Parameters of the average
+    use_ema: bool = field(default=False, metadata={"help": "Keep, validate and save an average of the weights."})
+    ema_decay: float = field(default=0.999, metadata={"help": "Decay of that average."})
 
     # Parameters of the noise levels that clean clips are trained at
     weighting_scheme: Literal["uniform", "logit_normal"] = field(
@@ -241,7 +270,14 @@ class TrainingConfig(Config):
         for name in ("lora_rank", "lora_alpha"):
             value = getattr(self, name)
             check(value is None or value > 0, name, value, "greater than 0, or left out")
-        check(0 <= self.lora_dropout <= 1, "lora_dropout", self.lora_dropout, "in [0, 1]")
+        loras = [name for name in ("lora_path", "lora_2_path") if getattr(self, name, None) is not None]
+        start = self.lora_start
+        check(not loras or start is not None, "lora_start", start, f"continue or merge with `{''.join(loras[:1])}`")
+        check(bool(loras) or start is None, "lora_start", start, "left out without `lora_path`")
+        continues = start == "continue"
+        check(not continues or self.lora_rank is not None, "lora_rank", self.lora_rank, "given to continue a LoRA")
+        for name in ("lora_dropout", "ema_decay"):
+            check(0 <= getattr(self, name) <= 1, name, getattr(self, name), "in [0, 1]")
         check(len(self.lora_target_modules) > 0, "lora_target_modules", self.lora_target_modules, "not empty")
         for name in ("learning_rate", "max_grad_norm", "adam_epsilon", "lr_power", "flow_shift", "logit_std"):
             check(getattr(self, name) > 0, name, getattr(self, name), "greater than 0")

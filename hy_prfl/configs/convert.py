@@ -44,8 +44,19 @@ class ConvertConfig(Config):
         default=None,
         metadata={
             "help": "Generator in Wan's native or diffusers' format: a folder with config.json and safetensors (one "
-            "file or shards), or a file (safetensors, pt, pth, ckpt, bin)."
+            "file or shards), or a file (safetensors, pt, pth, ckpt, bin). With `merge_lora` also the folder of a whole "
+            "pipeline, of which the transformers are read."
         },
+    )
+    merge_lora: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "LoRAs to merge into `transformer`, one or several, in any format that `lora` takes. In a pipeline of "
+            "two experts each goes into the one that its header names."
+        },
+    )
+    merge_lora_scale: list[float] | None = field(
+        default=None, metadata={"help": "Strength of each of them, or one for all; 1 if left out."}
     )
     transformer_config: str | None = field(
         default=None, metadata={"help": "config.json for a single file, if it is not in the same folder."}
@@ -98,7 +109,7 @@ class ConvertConfig(Config):
         check(
             self.output_format in formats, "output_format", self.output_format, f"{' or '.join(formats)} with `{kind}`"
         )
-        for name in ("transformer_config", "max_shard_size", "text_len"):
+        for name in ("transformer_config", "max_shard_size", "text_len", "merge_lora", "merge_lora_scale"):
             value = getattr(self, name)
             check(value is None or kind == "transformer", name, value, "left out without `transformer`")
         check(
@@ -113,6 +124,11 @@ class ConvertConfig(Config):
             self.max_shard_size,
             "a number with KB, MB, GB or TB, such as 5GB",
         )
+        scales, num_loras = self.merge_lora_scale, len(self.merge_lora or [])
+        check(self.merge_lora is None or num_loras > 0, "merge_lora", self.merge_lora, "not empty, or left out")
+        check(num_loras > 0 or scales is None, "merge_lora_scale", scales, "left out without `merge_lora`")
+        fits = scales is None or len(scales) in (1, num_loras)
+        check(fits, "merge_lora_scale", scales, f"one number, or {num_loras}, one for each of `merge_lora`")
         check(self.num_query_heads >= 1, "num_query_heads", self.num_query_heads, "at least 1")
 
     def _kind(self) -> str:

@@ -4,9 +4,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+from .native import check_not_native
+
 
 # A name that the Hub might know: `name` or `user/name`.
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+PIPELINE = "pretrained_model_name_or_path"
 
 
 def check_files(config: Any, *names: str) -> None:
@@ -30,7 +33,7 @@ def check_sources(config: Any, *names: str, or_file: bool = False) -> None:
     Raise a `FileNotFoundError` if one of these options is given and is neither a folder nor a possible Hub id; an option
     with several values is checked value by value.
 
-    This does not ask whether the Hub has it.
+    This does not ask whether the Hub has it. A pipeline in Wan's native format is a `ValueError`.
 
     Args:
         or_file (`bool`, defaults to `False`):
@@ -40,6 +43,8 @@ def check_sources(config: Any, *names: str, or_file: bool = False) -> None:
     for name, source in [
         (name, source) for name, value in given.items() for source in (value if isinstance(value, list) else [value])
     ]:
+        if name == PIPELINE and source is not None:
+            check_not_native(name, source)
         if source is None or Path(source).is_dir():
             continue
         if Path(source).exists() and not or_file:

@@ -11,16 +11,11 @@ class PRFLTrainingConfig(TrainingConfig):
     """
     Options of process reward feedback learning. A step is one update of each kind in the schedule.
 
-    > Parameters of the average
     > Parameters of the experts
     > Parameters of the reward update
     > Parameters of the prompts
     > Parameters of the validation
     """
-
-    # Parameters of the average
-    use_ema: bool = field(default=False, metadata={"help": "Keep, validate and save an average of the weights."})
-    ema_decay: float = field(default=0.999, metadata={"help": "Decay of that average."})
 
     # Parameters of the experts
     expert: Literal["high_noise", "low_noise", "both"] | None = field(
@@ -28,6 +23,16 @@ class PRFLTrainingConfig(TrainingConfig):
         metadata={
             "help": "Which transformer of a pipeline with two (Wan2.2 A14B) trains: high_noise is its `transformer`, "
             "low_noise its `transformer_2`. Leave it out for pipelines with one."
+        },
+    )
+    transformer_2_path: str | None = field(
+        default=None, metadata={"help": "As transformer_path, for the low-noise expert of a pipeline of two."}
+    )
+    lora_2_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "As lora_path, for the low-noise expert of a pipeline of two; a folder with a LoRA for each is given as "
+            "both. The LoRA of an expert that does not train is merged."
         },
     )
     shard_frozen_expert: bool = field(
@@ -146,7 +151,7 @@ class PRFLTrainingConfig(TrainingConfig):
         shift = self.sampler_flow_shift
         check(shift is None or shift > 0, "sampler_flow_shift", shift, "greater than 0, or left out")
         check(self.reward_scale > 0, "reward_scale", self.reward_scale, "greater than 0")
-        for name in ("ema_decay", "prompt_dropout", "long_prompt_probability"):
+        for name in ("prompt_dropout", "long_prompt_probability"):
             check(0 <= getattr(self, name) <= 1, name, getattr(self, name), "in [0, 1]")
         for name in ("num_validation_samples", "validation_fps"):
             check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")

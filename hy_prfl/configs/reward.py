@@ -59,7 +59,16 @@ class RewardTrainingConfig(TrainingConfig):
         default_factory=lambda: [100, 300, 500, 700, 900],
         metadata={"help": "Noise levels, 1000 * sigma, at which the model is evaluated."},
     )
-    validation_seed: int = field(default=0, metadata={"help": "Seed of the evaluation's noise."})
+    validation_random_timesteps: int = field(
+        default=0,
+        metadata={
+            "help": "Evaluate also at one random timestep in each of so many ranges of equal width, drawn once for each "
+            "clip; 5 is the paper's protocol. Reported as <metric>/random, and <metric>/random_t<low>_<high>."
+        },
+    )
+    validation_seed: int = field(
+        default=0, metadata={"help": "Seed of the evaluation's noise, and of its random timesteps."}
+    )
     metric_for_best_model: BestMetric | None = field(
         default=None,
         metadata={
@@ -75,12 +84,17 @@ class RewardTrainingConfig(TrainingConfig):
             check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         made_new = self.reward_model is None
         check(made_new or self.expert is None, "expert", self.expert, "left out with `reward_model`")
+        for name in ("transformer_path", "lora_path"):
+            value = getattr(self, name)
+            check(made_new or value is None, name, value, "left out with `reward_model`, which has blocks of its own")
         is_probe = self.freeze_blocks
         check(self.lora_rank is None or not is_probe, "lora_rank", self.lora_rank, "left out with `freeze_blocks`")
         check(self.head_learning_rate > 0, "head_learning_rate", self.head_learning_rate, "greater than 0")
         check(len(self.validation_timesteps) > 0, "validation_timesteps", self.validation_timesteps, "not empty")
         for timestep in self.validation_timesteps:
             check(0 < timestep <= 1000, "validation_timesteps", timestep, "in (0, 1000]")
+        num_ranges = self.validation_random_timesteps
+        check(0 <= num_ranges <= 1000, "validation_random_timesteps", num_ranges, "in [0, 1000]")
         if self.metric_for_best_model is None:
             self.metric_for_best_model = "accuracy" if self.loss == "bce" else "pair_accuracy"
         known = BCE_METRICS if self.loss == "bce" else BT_METRICS

@@ -1,7 +1,8 @@
-"""How well a reward model tells good clips from poor ones at fixed noise levels."""
+"""How well a reward model tells good clips from poor ones at fixed noise levels, and at random ones as the paper does."""
 
 import logging
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from ..data.collators import LatentBatch, collate_latents
 from ..data.dataset import latent_shapes
 from ..data.sampler import split_batches
 from ..data.schema import table_to_rows
-from ..flow_matching import NUM_TRAIN_TIMESTEPS, row_noise
+from ..flow_matching import NUM_TRAIN_TIMESTEPS, row_noise, row_timesteps
 from ..models.conditioning import Conditioning
 from ..models.reward_model import score_noised
 from ..runtime.distributed import gather_records
@@ -39,9 +40,12 @@ class RewardEvaluator:
     """
     Scores the rows of a dataset at fixed timesteps with fixed noise and returns a dictionary of metrics.
 
-    For each metric there is `<metric>/t<timestep>` and the mean over the timesteps, `<metric>`. With labels: accuracy,
+    For each metric there is `<metric>/t<timestep>` and the mean over the timesteps, `<metric>`. With random timesteps there
+    is `<metric>/random_t<low>_<high>` too, at one timestep of (low, high] that is drawn for each clip, and their mean,
+    `<metric>/random`: the paper's protocol has five such ranges. With labels: accuracy,
     precision, recall and F1 at logit 0, AUC and the binary cross-entropy as `loss`. With pairs: `pair_accuracy` (ties
-    count half), AUC of chosen against rejected and the Bradley-Terry `loss`. Both clips of a pair get the same noise.
+    count half), AUC of chosen against rejected and the Bradley-Terry `loss`. Both clips of a pair get the same noise, and
+    the same timesteps.
 
     Args:
         dataset (`Dataset`):
@@ -52,8 +56,11 @@ class RewardEvaluator:
             Label of each item, if items are rows.
         timesteps (`Sequence[int]`):
             Noise levels, `1000 * sigma`, in (0, 1000].
+        num_random_timesteps (`int`, defaults to 0):
+            Number of ranges of equal width that a timestep is drawn from besides, see
+            [`~hy_prfl.flow_matching.row_timesteps`]: the same at every evaluation.
         seed (`int`):
-            Seed of the noise, see [`~hy_prfl.flow_matching.row_noise`].
+            Seed of the noise and of these draws, see [`~hy_prfl.flow_matching.row_noise`].
         dtype (`torch.dtype`, defaults to `torch.float32`):
             Type of the embeddings that the reward model is given.
         num_replicas, replica (`int`, defaults to 1 and 0):
@@ -67,6 +74,7 @@ class RewardEvaluator:
         labels: Sequence[int] | None,
         *,
         timesteps: Sequence[int],
+        num_random_timesteps: int = 0,
         seed: int,
         batch_size: int,
         dtype: torch.dtype = torch.float32,
@@ -79,6 +87,7 @@ class RewardEvaluator:
         self.replica = replica
         self.labels = labels
         self.timesteps = list(timesteps)
+        self.num_random_timesteps = num_random_timesteps
         self.seed = seed
         self.batch_size = batch_size
         pairs = [item for item in items if isinstance(item, tuple)]
@@ -104,37 +113,44 @@ class RewardEvaluator:
             records.extend(zip(positions, logits, strict=True))
         logits_by_position = dict(gather_records(records))
         logits_array = np.array([logits_by_position[position] for position in range(len(self.rows))])
-        metrics: dict[str, float] = {}
-        for column, timestep in enumerate(self.timesteps):
-            of_timestep = self._metrics(logits_array[:, column])
-            metrics.update({f"{name}/t{timestep}": value for name, value in of_timestep.items()})
-        for name in GREATER_IS_BETTER:
-            values = [
-                metrics[f"{name}/t{timestep}"] for timestep in self.timesteps if f"{name}/t{timestep}" in metrics
-            ]
-            if values:
-                metrics[name] = float(np.mean(values))
+        fixed = [f"t{timestep}" for timestep in self.timesteps]
+        bounds = [
+            NUM_TRAIN_TIMESTEPS * index // self.num_random_timesteps for index in range(self.num_random_timesteps)
+        ]
+        random = [f"random_t{low}_{high}" for low, high in pairwise([*bounds, NUM_TRAIN_TIMESTEPS])]
+        levels = [self._metrics(column) for column in logits_array.T]
+        metrics = {
+            f"{name}/{level}": value
+            for level, found in zip([*fixed, *random], levels, strict=True)
+            for name, value in found.items()
+        }
+        for mean_of, ending in ((levels[: len(fixed)], ""), (levels[len(fixed) :], "/random")):
+            for name in GREATER_IS_BETTER:
+                values = [found[name] for found in mean_of if name in found]
+                if values:
+                    metrics[f"{name}{ending}"] = float(np.mean(values))
         return metrics
 
     def _score(self, reward_model: nn.Module, positions: list[int], accelerator: Accelerator) -> list[list[float]]:
         rows = [table_to_rows(self.dataset[self.rows[position]])[0] for position in positions]
         noise_ids = self.dataset.select_columns(["id"]).with_format(None)
+        ids = [noise_ids[self.noise_rows[position]]["id"] for position in positions]
         noise = torch.stack(
-            [
-                row_noise(noise_ids[self.noise_rows[position]]["id"], row["latents_shape"], seed=self.seed)
-                for position, row in zip(positions, rows, strict=True)
-            ]
+            [row_noise(each, row["latents_shape"], seed=self.seed) for each, row in zip(ids, rows, strict=True)]
         ).to(accelerator.device)
+        drawn = [row_timesteps(each, self.num_random_timesteps, seed=self.seed) for each in ids]
+        fixed = torch.tensor(self.timesteps, dtype=torch.float32).expand(len(rows), -1)
+        timesteps = torch.cat([fixed, torch.stack(drawn)], dim=1).to(accelerator.device)
         clips: LatentBatch = collate_latents(rows).to(accelerator.device, self.dtype)
         assert clips.latents is not None
         columns = []
-        for timestep in self.timesteps:
+        for column in timesteps.T:
             with accelerator.autocast():
                 logits = score_noised(
                     reward_model,
                     latents=clips.latents,
                     noise=noise,
-                    sigmas=torch.full((len(rows),), timestep / NUM_TRAIN_TIMESTEPS, device=accelerator.device),
+                    sigmas=column / NUM_TRAIN_TIMESTEPS,
                     conditioning=Conditioning.of(clips),
                 )
             columns.append(logits.float().cpu())

@@ -32,7 +32,6 @@ class ConvertedRecipe:
         launch_config (`str`, *optional*): Name of the file in `accelerate_configs/` that shards as the recipe did; if
             left out, the command runs in one process, without `accelerate launch`.
         launch_options (`str`): Options that the command needs besides the YAML file.
-        plan_options (`str`): Options that `plan` needs besides it, before the other commands have run.
         folder (`str`): Folder that the command runs in.
     """
 
@@ -44,7 +43,6 @@ class ConvertedRecipe:
     first: list[str] = field(default_factory=list)
     launch_config: str | None = None
     launch_options: str = ""
-    plan_options: str = ""
     folder: str = "."
 
     def commands(self, name: str) -> list[str]:
@@ -76,7 +74,7 @@ class ConvertedRecipe:
             words.append("--offload true")
         named = " ".join(str(self.options[name]) for name in ("pretrained_model_name_or_path", "train_dataset"))
         words.append("--height 704 --width 1280" if "720" in named else "--height 480 --width 832")
-        return " ".join(words) + self.plan_options
+        return " ".join(words)
 
     def to_yaml(self, name: str = "recipe.yaml") -> str:
         """

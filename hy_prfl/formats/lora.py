@@ -135,6 +135,13 @@ def find_lora_files(path: str | Path) -> list[Path]:
     return files
 
 
+def lora_sources(path: str | Path) -> list[str]:
+    """All files that LoRAs at a path are read from, with peft's configuration beside them if there is one."""
+    files = find_lora_files(path)
+    configs = {file.parent / PEFT_CONFIG for file in files if (file.parent / PEFT_CONFIG).is_file()}
+    return [str(file) for file in (*files, *sorted(configs))]
+
+
 def read_adapters(path: str | Path) -> list[Adapter]:
     """
     Read the LoRA of a file or folder, or the two LoRAs of a pipeline with two experts.

@@ -6,6 +6,7 @@ error.
 """
 
 import dataclasses
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,9 @@ PREFIXES: dict[str, tuple[str, bool]] = {
     "comfyui": ("diffusion_model.", False),
     "kohya": ("lora_unet_", True),
 }
+
+# Layers, by diffusers' names, that upstream's loader does not get through.
+NOT_IN_UPSTREAM = re.compile(r"\.add_[kv]_proj$|^patch_embedding$")
 
 
 def save_adapters(adapters: Sequence[Adapter], output_dir: str | Path, lora_format: LoraFormat) -> list[str]:
@@ -69,6 +73,7 @@ def _files_of(adapter: Adapter, lora_format: LoraFormat) -> dict[str, tuple[Stat
             raise ValueError(
                 "upstream's files are for one transformer; a LoRA of the low-noise expert has no name there."
             )
+        _check_upstream_applies(adapter)
         adapter = _fold_alpha(adapter)
         files = {
             name: _state_dict(adapter, lora_format, prefix, underscores=prefix == "lora_")
@@ -85,6 +90,36 @@ def _files_of(adapter: Adapter, lora_format: LoraFormat) -> dict[str, tuple[Stat
         described = describe_lora(lora_format, [layer.rank for layer in layers], [layer.alpha for layer in layers])
         header = {"format": "pt", **adapter.metadata, **described}
     return {name: (weights, header) for name, weights in files.items()}
+
+
+def _check_upstream_applies(adapter: Adapter) -> None:
+    """Refuse layers that upstream's `load_lora_for_model` ends with an error of Python at."""
+    found = [name for name in adapter.layers if NOT_IN_UPSTREAM.search(name)]
+    if found:
+        raise ValueError(
+            f"upstream's loader cannot apply a LoRA of {', '.join(found[:5])}{', ...' * (len(found) > 5)}: it looks for "
+            "`k_img` and `v_img` within `k` and `v`, and multiplies matrices only, so not `patch_embedding`. Merge the LoRA "
+            "instead: `hy-prfl convert --transformer ... --merge_lora ... --output_format native`, for its "
+            "`--transformer_path`."
+        )
+
+
+def upstream_use(adapter: Adapter) -> str:
+    """Which of upstream's three files goes to which of its flags, and what must be told to it."""
+    trained, kohya, other = UPSTREAM_FILES
+    ranks = sorted({layer.rank for layer in adapter.layers.values()})
+    layers = layer_names({int(name.split(".")[1]) for name in adapter.layers if name.startswith("blocks.")})
+    targets = sorted({re.sub(r"^blocks\.\d+\.", "", layers[name]) for name in adapter.layers})
+    resumed = (
+        f"of a folder whose name ends in a step, such as checkpoint-0, with `lora_rank: {ranks[0]}` and `target_modules: "
+        f"[{', '.join(targets)}]`"
+    )
+    if len(ranks) > 1:
+        resumed = f"nothing: it has layers of rank {', '.join(map(str, ranks))}, upstream trains one rank"
+    return (
+        f"{kohya} is for `--lora_path` of upstream's inference (`--distill_lora_path` reads the same); {trained} for "
+        f"`model.lora.resume_lora_path` of its trainings: {resumed}; {other} is read by no code of upstream, but by ComfyUI."
+    )
 
 
 def _state_dict(adapter: Adapter, lora_format: LoraFormat, prefix: str, *, underscores: bool) -> StateDict:

@@ -147,19 +147,11 @@ def convert_reward_parts(keys: RecipeKeys, prefix: str) -> bool:
 
 
 def start_from(keys: RecipeKeys, key: str, path: Any) -> None:
-    """Commands that make a pipeline from a transformer in upstream's format, as the start of training."""
-    target = f"converted/{keys.path.stem}/pipeline"
-    if Path(keys.pipeline).is_dir():
-        keys.run_first(f"mkdir -p {shlex.quote(str(PurePosixPath(target).parent))}")
-        keys.run_first(f"cp -rL {shlex.quote(keys.pipeline)} {target}")
+    """Let training start from a transformer in upstream's format, which is the native one."""
+    if "reward_model" in keys.recipe.options and keys.recipe.command == "train_reward":
+        keys.note(f"{key}: {path}: all of its weights would be replaced by those of model.resume_transformer_path.")
     else:
-        keys.run_first(f"hy-prfl pull --repo_id {shlex.quote(keys.pipeline)} --output_dir {target}")
-    keys.run_first(f"rm -r {target}/transformer")
-    keys.run_first(f"hy-prfl convert --transformer {shlex.quote(keys.locate(path))} --output_dir {target}/transformer")
-    keys.recipe.plan_options = f" --pretrained_model_name_or_path {shlex.quote(keys.pipeline)}"
-    keys.option(
-        "pretrained_model_name_or_path", target, f"{key}, converted and put into a copy of {keys.pipeline}: see above"
-    )
+        keys.option("transformer_path", keys.locate(path), key)
 
 
 def quoted(keys: RecipeKeys, lists: tuple[str, ...]) -> str:

@@ -56,7 +56,7 @@ def find_pipeline(keys: RecipeKeys, pipeline: str | None) -> None:
     if named is None:
         keys.note(
             f"model.base_path: {base_path}: assumed to be the published weights of {task}. If they are your own, name them as "
-            "`model.init_transformer_path`, which is converted."
+            "`model.init_transformer_path`, which training starts from."
         )
 
 

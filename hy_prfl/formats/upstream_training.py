@@ -50,9 +50,7 @@ def convert_reward(keys: RecipeKeys, pipeline: str | None) -> None:
     )
     keys.drop("dataset.uncond_prob", "upstream's reward training drops no prompt")
     _convert_lora(keys)
-    if keys.flag("model.ema.use_ema"):
-        keys.refuse("model.ema.use_ema", "false: no average of a reward model's weights is kept here")
-    keys.drop("model.ema", "`use_ema` is false")
+    _convert_average(keys)
 
     blocks = read_reward_blocks(keys)
     keys.option("num_layers", blocks, "lrm.trainable_blocks, lrm.feature_layer")
@@ -66,6 +64,13 @@ def convert_reward(keys: RecipeKeys, pipeline: str | None) -> None:
     note_reward_keys(keys)
     if convert_reward_parts(keys, "resume"):
         keys.note(f"model.resume_*_path: {RUNS_ON}.")
+        if "lora_path" in keys.recipe.options:
+            keys.refuse(
+                "model.lora.resume_lora_path",
+                "empty beside model.resume_*_path: a LoRA that trains on has the published transformer under it here. Merge it "
+                "with `hy-prfl convert --transformer ... --merge_lora ... --output_format native` into the file of "
+                "model.resume_transformer_path",
+            )
     if "lrm.timestep" in keys.values:
         keys.refuse(
             "lrm.timestep",
@@ -118,10 +123,7 @@ def convert_prfl(keys: RecipeKeys, pipeline: str | None) -> None:
     if dropout > 0:
         note_null_prompt(keys)
     _convert_lora(keys)
-    if keys.flag("model.ema.use_ema"):
-        keys.carry("model.ema.use_ema", "use_ema")
-        keys.carry("model.ema.ema_decay", "ema_decay", keys.number)
-    keys.drop("model.ema", "`use_ema` is false")
+    _convert_average(keys)
 
     if not convert_reward_parts(keys, "lrm"):
         folder, _, run = keys.recipe.options["output_dir"].rpartition("/")
@@ -146,7 +148,7 @@ def convert_prfl(keys: RecipeKeys, pipeline: str | None) -> None:
         path = keys.take(key)
         if path is None:
             continue
-        if keys.recipe.options["pretrained_model_name_or_path"] == keys.pipeline:
+        if "transformer_path" not in keys.recipe.options:
             start_from(keys, key, path)
         else:
             keys.note(f"{key}: {path}: upstream does not read it beside model.resume_transformer_path.")
@@ -203,10 +205,7 @@ def _convert_launch(keys: RecipeKeys) -> None:
         )
     keys.drop("train.precision", "chosen at launch, accelerate_configs/ and ds_configs/ have it")
     if keys.flag("train.allow_tf32"):
-        keys.note(
-            "train.allow_tf32: True: set TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 in the environment of the command; with bf16 it "
-            "speeds up little."
-        )
+        keys.carry("train.allow_tf32", "allow_tf32")
     keys.drop("train.sanity_check_interval", "decodes training clips to look at; --validation_videos shows samples")
     keys.drop("extra_model.vae.name", "the pipeline brings its VAE")
     keys.expect("extra_model.scheduler.num_train_timesteps", 1000, "1000", "a constant here")
@@ -315,14 +314,19 @@ def _convert_lora(keys: RecipeKeys) -> None:
         keys.option("lora_alpha", float(rank), "model.lora.lora_rank: upstream's alpha is the rank")
         layers = [read_layer(keys, str(name)) for name in keys.require("model.lora.target_modules")]
         keys.option("lora_target_modules", layers, "model.lora.target_modules, in diffusers' names")
-        if keys.take("model.lora.resume_lora_path") is not None:
-            keys.refuse(
-                "model.lora.resume_lora_path",
-                "empty: training starts with a new adapter here. Merge the old one into the transformer first (diffusers' "
-                "load_lora_weights, fuse_lora, save_pretrained), and convert with --pretrained_model_name_or_path, the "
-                "folder of the result, and --ignore_keys model.lora.resume_lora_path",
-            )
+        path = keys.take("model.lora.resume_lora_path")
+        if path is not None:
+            keys.option("lora_path", keys.locate(path), "model.lora.resume_lora_path")
+            keys.option("lora_start", "continue", "as upstream goes on training that LoRA")
+            keys.note(f"model.lora.resume_lora_path: {RUNS_ON}.")
     keys.drop("model.lora", "`use_lora` is false")
+
+
+def _convert_average(keys: RecipeKeys) -> None:
+    if keys.flag("model.ema.use_ema"):
+        keys.carry("model.ema.use_ema", "use_ema")
+        keys.carry("model.ema.ema_decay", "ema_decay", keys.number)
+    keys.drop("model.ema", "`use_ema` is false")
 
 
 def output_dir(keys: RecipeKeys) -> str:

@@ -236,12 +236,34 @@ def _description(
         rank = f" of rank {config['lora_rank']}" if config.get("lora_rank") else ""
         weights = f"{'LoRA adapters' if len(experts) > 1 else 'A LoRA adapter'}{rank} for"
     base = config.get(BASE) or "a Wan pipeline"
+    training = "Nothing beside the weights tells how they were trained."
     if _uses_reward(config):
-        training = f"fine-tuned with process reward feedback (PRFL, [paper]({PAPER})) on the reward model "
-        return f"{weights} {part} of {base}, {training}`{config['reward_model']}`."
+        training = (
+            f"fine-tuned with process reward feedback (PRFL, [paper]({PAPER})) on the reward model "
+            f"`{config['reward_model']}`."
+        )
+        return f"{weights} {part} of {base}, {training}{_start(kind, config)}"
     if config.get("update_schedule") == "flow_matching":
-        return f"{weights} {part} of {base}, fine-tuned with the flow-matching loss alone, without a reward."
+        training = "fine-tuned with the flow-matching loss alone, without a reward."
+        return f"{weights} {part} of {base}, {training}{_start(kind, config)}"
     return f"{weights} {part} of {base}. How they were trained is not recorded."
+
+
+def _start(kind: ModelKind, config: Mapping[str, Any]) -> str:
+    """What the run started from, if it was not the pipeline's transformer; an adapter is useless without it."""
+    transformers = [config[name] for name in ("transformer_path", "transformer_2_path") if config.get(name)]
+    loras = [config[name] for name in ("lora_path", "lora_2_path") if config.get(name)]
+    merges = config.get("lora_start") == "merge"
+    parts = [f"the weights `{path}`" for path in transformers]
+    parts += [f"the LoRA `{path}`{', merged into them' if merges else ''}" for path in dict.fromkeys(loras)]
+    if not parts:
+        return ""
+    text = f" The run started from {' and '.join(parts)}."
+    if kind == "lora" and (merges or transformers):
+        text += (
+            " **The adapter belongs to these weights**, not to the pipeline's own: load it into a pipeline with them."
+        )
+    return text
 
 
 def _base_on_hub(header: Mapping[str, str]) -> list[str]:

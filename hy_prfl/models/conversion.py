@@ -11,7 +11,7 @@ that names it.
 import inspect
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +20,10 @@ from accelerate import init_empty_weights
 from diffusers import ModelMixin, WanTransformer3DModel
 from huggingface_hub import save_torch_state_dict
 
+from ..formats.layout import EXPERT_FOLDERS, NATIVE_EXPERT_FOLDERS, ExpertName
+from ..formats.lora import read_adapters
+from ..formats.lora_loading import check_adapter_fits
+from ..formats.lora_merging import MergedWeights, ScaledAdapter
 from ..formats.wan_native import key_names, native_config, read_native_config, strip_prefix, transformer_config
 from ..formats.weight_files import (
     StateDict,
@@ -36,6 +40,9 @@ from .reward_model import WanRewardModel
 ModelT = TypeVar("ModelT", bound=ModelMixin)
 
 MLP_NAMES = {"fc1": "head.linear_1", "fc2": "head.linear_2", "fc3": "head.linear_3"}
+
+# Hidden widths of upstream's `MLP`, constants of its code.
+UPSTREAM_HEAD_DIMS = (1024, 512)
 
 WEIGHTS_PATTERN = "diffusion_pytorch_model{suffix}.safetensors"
 
@@ -211,11 +218,25 @@ def save_reward_parts(model: WanRewardModel, output_dir: str | Path) -> None:
     for name, value in (("pooling", "query"), ("query_residual", True)):
         if config[name] != value:
             raise ValueError(f"{output_dir}: `{name}` must be {value!r} in upstream's format, got {config[name]!r}.")
+    if tuple(config.head_dims) != UPSTREAM_HEAD_DIMS:
+        raise ValueError(
+            f"{output_dir}: `head_dims` must be {UPSTREAM_HEAD_DIMS}, the widths that are written into upstream's `MLP`, got "
+            f"{tuple(config.head_dims)}."
+        )
+    entries = native_config(config, source=str(output_dir))
+    if entries["model_type"] == "ti2v":
+        raise ValueError(
+            f"{output_dir}: upstream's code has no model of type 'ti2v' (Wan2.2 TI2V 5B), only t2v, i2v and flf2v of Wan2.1."
+        )
+    if entries["model_type"] == "i2v" and config.image_dim is None:
+        raise ValueError(
+            f"{output_dir}: upstream's code takes every image-to-video model for one of Wan2.1, with layers for image "
+            "embeddings (`img_emb`, `k_img`, `v_img`); this one has none (`image_dim`), as Wan2.2 I2V."
+        )
     state_dict = model.state_dict()
     names = key_names(range(config.num_layers))
     backbone = {key: value for key, value in state_dict.items() if not key.startswith(("pooler.", "head."))}
     check_keys(backbone, set(names) & set(backbone), source=str(output_dir))
-    entries = native_config(config, source=str(output_dir))
     entries["num_layers"] = config.base_num_layers or config.num_layers
 
     query_attention = {"queries": state_dict["pooler.query"]}
@@ -298,3 +319,65 @@ def build_model(
     check_finite(weights.items(), source=str(source))
     model.load_state_dict({expected[key][0]: tensor for key, tensor in weights.items()}, strict=True, assign=True)
     return model.eval()
+
+
+@torch.no_grad()
+def merge_loras(transformer: WanTransformer3DModel, adapters: Sequence[ScaledAdapter], *, source: str) -> None:
+    """
+    Add LoRAs to the weights of a generator, which keep their types: the sum is rounded once.
+
+    Args:
+        source (`str`):
+            Where the LoRAs come from, for errors.
+
+    Raises:
+        ValueError: Naming the keys of a LoRA that have no place in the model; nothing is changed then.
+    """
+    for each in adapters:
+        check_adapter_fits(each.adapter, transformer, source=source)
+    weights = transformer.state_dict()
+    merged = MergedWeights(weights, adapters)
+    for name in sorted(merged.changed()):
+        parent, _, leaf = name.rpartition(".")
+        value = merged[name].to(weights[name].dtype)
+        check_finite([(name, value)], source=source)
+        transformer.get_submodule(parent).register_parameter(leaf, torch.nn.Parameter(value))
+
+
+def find_transformers(path: str | Path) -> dict[ExpertName, Path]:
+    """
+    Folders or files of the transformers at a path: those of a pipeline in diffusers' or in Wan's format, or the path itself.
+
+    Of a pipeline of two experts, both; a transformer by itself counts as that of a pipeline of one.
+    """
+    path = Path(path)
+    for names in (EXPERT_FOLDERS, NATIVE_EXPERT_FOLDERS):
+        if (path / names["high_noise"]).is_dir():
+            return {expert: path / name for expert, name in names.items() if (path / name).is_dir()}
+    return {"high_noise": path}
+
+
+def assign_loras(
+    paths: Sequence[str], scales: Sequence[float], transformers: Mapping[ExpertName, Path]
+) -> dict[ExpertName, list[ScaledAdapter]]:
+    """
+    Read LoRAs, and say which of them go into which transformer.
+
+    Of a pipeline of two experts the header of a LoRA tells its own; into a single transformer goes any LoRA of one.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If a file is no LoRA, or one for an expert that is not there.
+    """
+    assigned: dict[ExpertName, list[ScaledAdapter]] = {}
+    for path, scale in zip(paths, scales, strict=True):
+        adapters = read_adapters(path)
+        if len(adapters) > len(transformers):
+            raise ValueError(
+                f"`merge_lora`: '{path}' has a LoRA for each of two experts. Give the folder of the pipeline as "
+                "`transformer`, or the file of one of them."
+            )
+        for adapter in adapters:
+            expert = adapter.expert if len(transformers) > 1 else next(iter(transformers))
+            assigned.setdefault(expert, []).append(ScaledAdapter(adapter, scale))
+    return assigned

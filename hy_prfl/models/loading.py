@@ -18,6 +18,7 @@ from ..formats.layout import EXPERT_FOLDERS
 from ..formats.weight_files import check_finite, read_header
 from ..runtime.sharding import fill_weights
 from .reward_model import BACKBONE_CONFIG, WanRewardModel
+from .starting_points import StartingPoint
 
 
 Split = Callable[[nn.Module], None]
@@ -37,15 +38,23 @@ class Deferred(Generic[ModelT]):
             Its configuration.
         load (`Callable[[], nn.Module]`):
             Reads it.
+        start (`StartingPoint`, *optional*):
+            What it is made of, if that is not a pipeline's transformer alone.
     """
 
     config: Mapping[str, Any]
     load: Callable[[], ModelT]
+    start: StartingPoint = StartingPoint()
 
 
 def loaded(model: ModelT | Deferred[ModelT]) -> ModelT:
     """The model, which is read now if it was deferred."""
     return model.load() if isinstance(model, Deferred) else model
+
+
+def start_of(model: nn.Module | Deferred[Any]) -> StartingPoint:
+    """What a model is made of, as far as it is deferred."""
+    return model.start if isinstance(model, Deferred) else StartingPoint()
 
 
 class WeightFiles(Mapping[str, torch.Tensor]):
@@ -134,6 +143,7 @@ def load_transformer(
     subfolder: str = TRANSFORMER_FOLDER,
     split: Split | None = None,
     keep_in_fp32: bool = False,
+    start: StartingPoint | None = None,
 ) -> WanTransformer3DModel:
     """
     Load the generator of a Wan pipeline.
@@ -145,12 +155,15 @@ def load_transformer(
         keep_in_fp32 (`bool`, defaults to `False`):
             Leave the parts that are sensitive to rounding in float32 although `split` is given; without it diffusers
             always does.
+        start (`StartingPoint`, *optional*):
+            Weights in place of the pipeline's, and a LoRA to merge. The sum is rounded once, to `dtype`.
 
     Raises:
         ValueError: If a weight is not finite; the message names it.
     """
     files: dict[str, Any] = {"subfolder": subfolder, "revision": revision}
-    if split is None:
+    start = start or StartingPoint()
+    if split is None and start.is_pipelines_own:
         transformer = WanTransformer3DModel.from_pretrained(
             pretrained_model_name_or_path, variant=variant, dtype=dtype, **files
         )
@@ -160,19 +173,22 @@ def load_transformer(
         transformer = WanTransformer3DModel.from_config(
             WanTransformer3DModel.load_config(pretrained_model_name_or_path, **files)
         )
-    weights = WeightFiles(pretrained_model_name_or_path, variant=variant, **files)
-    kept = WanTransformer3DModel._keep_in_fp32_modules if keep_in_fp32 else ()
-    fill_weights(transformer, weights, dtype=dtype, keep_in_fp32=kept, split=split)
+    weights = start.weights or WeightFiles(pretrained_model_name_or_path, variant=variant, **files)
+    kept = WanTransformer3DModel._keep_in_fp32_modules if keep_in_fp32 or split is None else ()
+    fill_weights(transformer, start.merge_into(weights), dtype=dtype, keep_in_fp32=kept, split=split)
+    if split is None:
+        check_finite(transformer.named_parameters(), source=f"{pretrained_model_name_or_path}/{subfolder}")
     return transformer.eval()
 
 
-def read_transformer_config(
-    pretrained_model_name_or_path: str, *, subfolder: str = TRANSFORMER_FOLDER, revision: str | None = None
-) -> Any:
-    """Configuration of a transformer on disk, with the defaults of what its file leaves out."""
-    config = WanTransformer3DModel.load_config(pretrained_model_name_or_path, subfolder=subfolder, revision=revision)
+def empty_transformer(
+    pretrained_model_name_or_path: str, *, revision: str | None = None, subfolder: str = TRANSFORMER_FOLDER
+) -> WanTransformer3DModel:
+    """The generator of a Wan pipeline on the meta device, for its names, shapes and configuration."""
     with init_empty_weights():
-        return WanTransformer3DModel.from_config(config).config
+        return WanTransformer3DModel.from_config(
+            WanTransformer3DModel.load_config(pretrained_model_name_or_path, subfolder=subfolder, revision=revision)
+        )
 
 
 def make_reward_model(
@@ -184,6 +200,7 @@ def make_reward_model(
     dtype: torch.dtype = torch.float32,
     subfolder: str = TRANSFORMER_FOLDER,
     split: Split | None = None,
+    start: StartingPoint | None = None,
     **kwargs: Any,
 ) -> WanRewardModel:
     """
@@ -199,7 +216,8 @@ def make_reward_model(
         ValueError: If the transformer has fewer than `num_layers` blocks.
     """
     files: dict[str, Any] = {"subfolder": subfolder, "revision": revision}
-    base = read_transformer_config(pretrained_model_name_or_path, **files)
+    start = start or StartingPoint()
+    base = empty_transformer(pretrained_model_name_or_path, **files).config
     if num_layers > base.num_layers:
         raise ValueError(f"`num_layers` is {num_layers}, but the transformer has only {base.num_layers} blocks.")
     backbone = {name: base[name] for name in BACKBONE_CONFIG}
@@ -208,9 +226,13 @@ def make_reward_model(
     model.reset_head()
     model.pooler.to(dtype)
     model.head.to(dtype)
-    weights = WeightFiles(pretrained_model_name_or_path, variant=variant, **files)
     kept = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    fill_weights(model, weights.select(kept), dtype=dtype, split=split)
+    weights: Mapping[str, torch.Tensor]
+    if start.weights is None:
+        weights = WeightFiles(pretrained_model_name_or_path, variant=variant, **files).select(kept)
+    else:
+        weights = {name: start.weights[name] for name in kept}
+    fill_weights(model, start.merge_into(weights), dtype=dtype, split=split)
     return model.eval()
 
 

@@ -212,7 +212,8 @@ def _estimate_reward(request: Request, training: RewardTrainingConfig, reserved:
     sizes = _sizes(build_reward_model(config, training), whole, whole.trained, engine)
     part = request.shape.part(training.context_parallel_degree, config["patch_size"])
     phases = reward_training_phases(config, training, whole, part)
-    held = engine.held(sizes) | _held_by_batch(request)
+    held = engine.held(sizes) | {"averaged weights": engine.average(sizes) if training.use_ema else 0.0}
+    held |= _held_by_batch(request)
     peaks = {
         "optimizer step": engine.step_memory(sizes),
         "forward and backward": max(phases["forward"].peak, phases["backward"].peak) + _whole_tokens(request, 5),
@@ -226,7 +227,7 @@ def _estimate_reward(request: Request, training: RewardTrainingConfig, reserved:
         "weights and optimizer states": engine.host_memory(sizes),
         "block inputs": phases["forward"].offloaded,
     }
-    checkpoint = engine.checkpoint_size(sizes, is_lora=training.lora_rank is not None, has_average=False)
+    checkpoint = engine.checkpoint_size(sizes, is_lora=training.lora_rank is not None, has_average=training.use_ema)
     return Estimate(held, peaks, flops, host_memory, checkpoint, sizes.total, sizes.trained, reserved)
 
 

@@ -3,6 +3,7 @@ Converts checkpoints between the formats of diffusers, Wan, ComfyUI, kohya and u
 
     hy-prfl convert --transformer weights/Wan2.1-T2V-14B --output_dir outputs/transformer
     hy-prfl convert --transformer outputs/prfl/transformer --output_format native --output_dir outputs/native
+    hy-prfl convert --transformer weights/Wan2.2-T2V-A14B-Diffusers --merge_lora outputs/prfl --output_dir outputs/merged
     hy-prfl convert --lora outputs/prfl --output_format comfyui --output_dir outputs/comfyui
     hy-prfl convert --reward_transformer checkpoint-100 --mlp mlp_step_100.ckpt \
         --query_attention query_attention_step_100.ckpt --output_dir outputs/reward_model
@@ -12,12 +13,18 @@ Converts checkpoints between the formats of diffusers, Wan, ComfyUI, kohya and u
 """
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..configs.convert import ConvertConfig
 from ..configs.inputs import check_files, check_paths
 from ..configs.outputs import check_output_folders
 from ..configs.parser import parse_config
 from .running import run
+
+
+if TYPE_CHECKING:
+    from diffusers import WanTransformer3DModel
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -29,6 +36,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise
         raise ValueError(f"{error} YAML files of HY-Video-PRFL are converted by `hy-prfl convert_recipe`.") from error
     check_paths(config, "transformer", "lora", "reward_model", "reward_transformer")
+    for path in config.merge_lora or []:
+        if not Path(path).exists():
+            raise FileNotFoundError(f"`merge_lora`: there is no file or folder '{path}'.")
     check_files(config, "transformer_config", "mlp", "query_attention")
     check_output_folders(config, "output_dir")
 
@@ -36,7 +46,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     from ..formats.weight_files import check_output_dir
 
     check_output_dir(config.output_dir)
-    if config.transformer is not None:
+    if config.transformer is not None and config.merge_lora is not None:
+        print(merge_into_generator(config, config.transformer, config.merge_lora))
+    elif config.transformer is not None:
         print(convert_generator(config, config.transformer))
     elif config.lora is not None:
         print(convert_lora(config, config.lora))
@@ -46,21 +58,55 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def convert_generator(config: ConvertConfig, path: str) -> str:
     """Read a generator in any format and write it in another."""
-    from ..models.conversion import read_transformer, save_converted, save_native
+    from ..models.conversion import read_transformer
 
     transformer = read_transformer(path, config.transformer_config)
+    write_generator(config, transformer, config.output_dir)
+    return f"Generator with {transformer.config.num_layers} blocks, {config.output_format}: {config.output_dir}"
+
+
+def write_generator(config: ConvertConfig, transformer: "WanTransformer3DModel", output_dir: str) -> None:
+    """Write a generator in the format that the options ask for."""
+    from ..models.conversion import save_converted, save_native
+
     if config.output_format == "native":
         shard_size = config.max_shard_size
-        save_native(transformer, config.output_dir, max_shard_size=shard_size, text_len=config.text_len or 512)
+        save_native(transformer, output_dir, max_shard_size=shard_size, text_len=config.text_len or 512)
     else:
-        save_converted(transformer, config.output_dir, max_shard_size=config.max_shard_size)
-    return f"Generator with {transformer.config.num_layers} blocks, {config.output_format}: {config.output_dir}"
+        save_converted(transformer, output_dir, max_shard_size=config.max_shard_size)
+
+
+def merge_into_generator(config: ConvertConfig, path: str, loras: Sequence[str]) -> str:
+    """Read a generator, or those of a pipeline, merge LoRAs into it and write what has changed."""
+    from ..formats.layout import EXPERT_FOLDERS, NATIVE_EXPERT_FOLDERS
+    from ..formats.weight_files import new_folder
+    from ..models.conversion import assign_loras, find_transformers, merge_loras, read_transformer
+
+    scales = config.merge_lora_scale or [1.0]
+    transformers = find_transformers(path)
+    assigned = assign_loras(loras, scales if len(scales) == len(loras) else scales * len(loras), transformers)
+    folders = NATIVE_EXPERT_FOLDERS if config.output_format == "native" else EXPERT_FOLDERS
+    # A single transformer in Wan's format lies in the root of its repository.
+    is_part = len(transformers) > 1 or (folders is EXPERT_FOLDERS and transformers["high_noise"] != Path(path))
+    merged = []
+    # One appears only with the other.
+    with new_folder(config.output_dir) as folder:
+        if not is_part:
+            folder.rmdir()
+        for expert, adapters in assigned.items():
+            transformer = read_transformer(transformers[expert], config.transformer_config)
+            merge_loras(transformer, adapters, source=", ".join(loras))
+            write_generator(config, transformer, str(folder / folders[expert] if is_part else folder))
+            merged.append(f"{len(adapters)} into {transformers[expert]}")
+    left = [str(each) for expert, each in transformers.items() if expert not in assigned]
+    untouched = f" No LoRA is for {', '.join(left)}, which is not written." if left else ""
+    return f"LoRAs merged: {', '.join(merged)}; {config.output_format}: {config.output_dir}.{untouched}"
 
 
 def convert_lora(config: ConvertConfig, path: str) -> str:
     """Read a LoRA, or one for each expert, in any format and write it in another."""
     from ..formats.lora import read_adapters
-    from ..formats.lora_writing import save_adapters
+    from ..formats.lora_writing import save_adapters, upstream_use
 
     assert config.output_format != "native"
     adapters = read_adapters(path)
@@ -68,9 +114,10 @@ def convert_lora(config: ConvertConfig, path: str) -> str:
     num_layers = " and of ".join(str(len(adapter.layers)) for adapter in adapters)
     num_differences = sum(len(adapter.differences) for adapter in adapters)
     differences = f" and {num_differences} differences of weights" if num_differences else ""
+    use = f"\n{upstream_use(adapters[0])}" if config.output_format == "upstream" else ""
     return (
         f"LoRA of {num_layers} layers{differences}, {adapters[0].format} to {config.output_format}: "
-        f"{', '.join(f'{config.output_dir}/{name}' for name in files)}"
+        f"{', '.join(f'{config.output_dir}/{name}' for name in files)}{use}"
     )
 
 

@@ -18,6 +18,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train a reward model."""
     config = parse_config(RewardTrainingConfig, argv, description=__doc__)
     check_sources(config, "pretrained_model_name_or_path", "reward_model")
+    check_paths(config, "transformer_path", "lora_path")
     # A dry run reads a dataset for the size of its clips only.
     if not config.dry_run:
         check_output_folders(config, "output_dir")

@@ -3,6 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,14 @@ from ..configs.base import TrainingConfig, check, save_config
 from ..data.collators import LatentBatch
 from ..data.dataset import latent_shapes, rows_digest
 from ..flow_matching import make_generator, noise_levels, sample_noise
-from ..formats.checkpoints import abandon
+from ..formats.checkpoints import AVERAGE_FOLDER, abandon
 from ..formats.pipeline_info import PipelineInfo
 from ..formats.training_state import save_checkpoint
 from ..runtime.context_parallel import check_divisible
 from ..runtime.distributed import any_rank, mean_over_ranks
 from ..runtime.provenance import CONFIG_FILE
 from ..runtime.sharding import Masters, forget_deepspeed_in_transformers
+from .averaging import WeightAverage
 from .resuming import resume
 from .run import Run
 from .signals import signals_caught
@@ -146,6 +148,7 @@ class Trainer(ABC):
             max_skipped_updates=config.max_skipped_updates,
         )
         self.masters = Masters(trainable, prepared_optimizer)
+        self.average = WeightAverage(self.masters, decay=config.ema_decay) if config.use_ema else None
         if self.accelerator.state.deepspeed_plugin is not None:
             forget_deepspeed_in_transformers()
         # New weights start equal on all ranks; from here on dropout may differ.
@@ -176,18 +179,33 @@ class Trainer(ABC):
         """Write the trained weights into `directory`, in the format users load. A collective."""
 
     def save_result(self, directory: Path) -> None:
-        """Write what the run is for, once it is finished; `save_model` unless a subclass knows better."""
-        self.save_model(directory)
+        """Write what the run is for, once it is finished: `save_model`, averaged if an average is kept."""
+        with self.averaged_weights():
+            self.save_model(directory)
 
     @abstractmethod
     def read_model(self, directory: Path) -> Mapping[str, torch.Tensor]:
         """What `save_model` wrote, by the names of the parameters in training."""
 
-    def save_average(self, directory: Path) -> None:  # noqa: B027
-        """Write averaged weights as `save_model` writes the others; nothing unless a subclass keeps an average."""
+    def averaged_weights(self) -> AbstractContextManager[None]:
+        """Put the averaged weights into the model for the time of the context, if an average is kept."""
+        return nullcontext() if self.average is None else self.average.in_model()
 
-    def load_average(self, directory: Path) -> None:  # noqa: B027
-        """Load what `save_average` wrote."""
+    def save_average(self, directory: Path) -> None:
+        """Write the averaged weights to `directory/ema`, if an average is kept. A collective."""
+        if self.average is None:
+            return
+        if self.accelerator.is_main_process:
+            (directory / AVERAGE_FOLDER).mkdir()
+        with self.averaged_weights():
+            self.save_model(directory / AVERAGE_FOLDER)
+
+    def load_average(self, directory: Path) -> None:
+        """Load what `save_average` wrote, each rank its share; without it the average begins with the weights."""
+        if self.average is not None and (directory / AVERAGE_FOLDER).is_dir():
+            self.average.load(self.read_model(directory / AVERAGE_FOLDER))
+        elif self.average is not None:
+            self.average.restart()
 
     def forget_outdated(self, changed: Collection[str]) -> None:  # noqa: B027
         """
@@ -290,12 +308,16 @@ class Trainer(ABC):
             "mixed_precision": self.accelerator.mixed_precision,
             "datasets": self.dataset_digests,
             "models": self.run.model_identities,
+            "num_averaged": self.average.num_averaged if self.average else 0,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore what `state` returned."""
         self.global_step = state["global_step"]
         self.updates.num_skipped = state["num_skipped_updates"]
+        if self.average is not None:
+            # Reward models of older versions had none.
+            self.average.num_averaged = state.get("num_averaged", 0)
 
     def _start_run(self) -> None:
         if self.run.checkpoint is not None:

@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any, TypeAlias
 
 import torch
+from accelerate.logging import get_logger
 from datasets import Dataset
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
 
@@ -16,11 +17,15 @@ from ..data.encoding import vae_fingerprint
 from ..flow_matching import noise_levels
 from ..formats.layout import EXPERT_FOLDERS, ExpertName
 from ..models.experts import Experts, read_experts
-from ..models.loading import Deferred, load_reward_model, load_transformer
+from ..models.loading import Deferred, empty_transformer, load_reward_model, load_transformer
 from ..models.reward_model import WanRewardModel
+from ..models.starting_points import StartingPoint, check_starts_adapter, read_starting_point
+from ..models.trainable import select_trainable
 from ..runtime.sharding import split_frozen
 from .run import Run
 
+
+logger = get_logger(__name__)
 
 AnyTransformer: TypeAlias = WanTransformer3DModel | Deferred[WanTransformer3DModel]
 
@@ -68,12 +73,15 @@ def open_models(config: PRFLTrainingConfig, run: Run) -> dict[str, Any]:
         ),
     )
 
+    frozen = experts.frozen(
+        rolls_out=config.update_schedule != "flow_matching", samples=config.validation_dataset is not None
+    )
+    starts = {expert: _read_start(config, run, expert, experts, frozen) for expert in EXPERT_FOLDERS}
+
     def transformer(expert: ExpertName, **how: Any) -> Deferred[WanTransformer3DModel]:
-        subfolder = EXPERT_FOLDERS[expert]
-        return Deferred(
-            WanTransformer3DModel.load_config(path, subfolder=subfolder, revision=revision),
-            partial(load_transformer, path, revision=revision, variant=config.variant, subfolder=subfolder, **how),
-        )
+        where: dict[str, Any] = {"subfolder": EXPERT_FOLDERS[expert], "revision": revision}
+        load = partial(load_transformer, path, variant=config.variant, start=starts[expert], **where, **how)
+        return Deferred(WanTransformer3DModel.load_config(path, **where), load, starts[expert])
 
     dtype = generator_dtype(config, run)
     models: dict[str, Any] = {
@@ -81,13 +89,41 @@ def open_models(config: PRFLTrainingConfig, run: Run) -> dict[str, Any]:
         "reward_model": reward_model,
         "vae": vae if config.validation_videos else None,
     }
-    frozen = experts.frozen(
-        rolls_out=config.update_schedule != "flow_matching", samples=config.validation_dataset is not None
-    )
     if frozen is not None:
         split = partial(split_frozen, device=device) if config.shard_frozen_expert else None
         models["frozen_expert"] = transformer(frozen, dtype=run.weight_dtype, split=split, keep_in_fp32=True)
     return models
+
+
+def _read_start(
+    config: PRFLTrainingConfig, run: Run, expert: ExpertName, experts: Experts, frozen: ExpertName | None
+) -> StartingPoint:
+    """What the options put in the place of one of the pipeline's transformers; refuses what does not fit."""
+    trains = expert in experts.trained
+    suffix = "" if expert == "high_noise" else "_2"
+    paths: dict[str, str | None] = {kind: getattr(config, f"{kind}{suffix}_path") for kind in ("transformer", "lora")}
+    if not any(paths.values()):
+        return StartingPoint()
+    for kind, path in paths.items():
+        reason = f"left out, the run has no use for a {expert} expert"
+        check(trains or expert == frozen or path is None, f"{kind}{suffix}_path", path, reason)
+    pipeline = config.pretrained_model_name_or_path
+    base = empty_transformer(pipeline, revision=config.revision, subfolder=EXPERT_FOLDERS[expert])
+    lora_start = config.lora_start if trains else "merge"
+    start = read_starting_point(
+        paths["transformer"], paths["lora"], lora_start, base=base, expert=expert, suffix=suffix
+    )
+    if trains:
+        with torch.device("meta"):
+            select_trainable(base, config, dtype=run.trained_dtype)
+        check_starts_adapter(base, start)
+        if config.lora_rank is not None and not start.is_pipelines_own:
+            logger.warning(
+                "The LoRA that trains belongs to the transformer that the run starts from, not to that of %s: generate with "
+                "the former, which `hy-prfl convert --transformer ... --merge_lora ...` makes where a LoRA was merged.",
+                pipeline,
+            )
+    return start
 
 
 def by_expert(

@@ -16,20 +16,20 @@ from ..data.collators import LatentBatch
 from ..data.dataset import single_value
 from ..evaluation.sample_evaluator import SampleEvaluator
 from ..flow_matching import add_noise, sample_noise, sigmas_to_timesteps, velocity_target
-from ..formats.checkpoints import AVERAGE_FOLDER, PRFL_RESULTS, VALIDATION_FOLDER
+from ..formats.checkpoints import PRFL_RESULTS, VALIDATION_FOLDER
 from ..formats.layout import EXPERT_FOLDERS, LORA_FILES, ExpertName
 from ..formats.lora_metadata import lora_metadata
 from ..formats.model_files import read_lora, save_lora, save_pretrained
 from ..losses import flow_matching_loss, reward_feedback_loss
 from ..models.conditioning import Conditioning, num_clean_frames
 from ..models.experts import PairWeights, read_experts
-from ..models.loading import Deferred, WeightFiles, load_scheduler, loaded
+from ..models.loading import Deferred, WeightFiles, load_scheduler, loaded, start_of
 from ..models.reward_model import WanRewardModel
+from ..models.starting_points import start_adapter
 from ..models.trainable import select_trainable
 from ..rollout import GradientStep, predict_velocity, walk_with_gradient
 from ..runtime.host_weights import HostWeights
 from ..runtime.sharding import full_state_dict
-from .averaging import WeightAverage
 from .base import Trainer, check_dataset, check_named
 from .prfl_datasets import PRFLDatasets
 from .prfl_inputs import (
@@ -157,6 +157,7 @@ class PRFLTrainer(Trainer):
         for expert in self.experts.trained:
             trained[expert] = loaded(given[expert])
             select_trainable(trained[expert], config, dtype=run.trained_dtype)
+            start_adapter(trained[expert], start_of(given[expert]))
             run.set_up_blocks(trained[expert], num_recomputed=config.gradient_checkpointing_blocks)
         model = self.experts.join(trained)
         self.frozen: dict[ExpertName, WanTransformer3DModel] = {}
@@ -175,7 +176,6 @@ class PRFLTrainer(Trainer):
         self.generator = self.wrapped
         if self.frozen:
             self.generator = self.experts.join({self.experts.trained[0]: self.wrapped, **self.frozen})
-        self.average = WeightAverage(self.masters, decay=config.ema_decay) if config.use_ema else None
         self.evaluator = self._build_evaluator(vae)
         self.flow_batches: Iterator[LatentBatch] = iter(())
         self.reward_batches: Iterator[LatentBatch] = iter(())
@@ -365,36 +365,6 @@ class PRFLTrainer(Trainer):
         self.unwrapped.train()
         return metrics
 
-    def averaged_weights(self) -> AbstractContextManager[None]:
-        """Put the averaged weights into the model for the time of the context, if an average is kept."""
-        return nullcontext() if self.average is None else self.average.in_model()
-
-    def save_average(self, directory: Path) -> None:
-        """Write the averaged weights to `directory/ema`, if an average is kept. A collective."""
-        if self.average is None:
-            return
-        if self.accelerator.is_main_process:
-            (directory / AVERAGE_FOLDER).mkdir()
-        with self.averaged_weights():
-            self.save_model(directory / AVERAGE_FOLDER)
-
-    def load_average(self, directory: Path) -> None:
-        """Load what `save_average` wrote, each rank its share; without it the average begins with the weights."""
-        if self.average is not None and (directory / AVERAGE_FOLDER).is_dir():
-            self.average.load(self.read_model(directory / AVERAGE_FOLDER))
-        elif self.average is not None:
-            self.average.restart()
-
-    def state(self) -> dict[str, Any]:
-        """Adds the number of updates in the average."""
-        return {**super().state(), "num_averaged": self.average.num_averaged if self.average else 0}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Restore what `state` returned."""
-        super().load_state(state)
-        if self.average is not None:
-            self.average.num_averaged = state["num_averaged"]
-
     def save_model(self, directory: Path) -> None:
         """Write the weights in training: `directory/transformer`, or the adapter's file, by expert. A collective."""
         is_lora = self.config.lora_rank is not None
@@ -415,11 +385,6 @@ class PRFLTrainer(Trainer):
             config=dataclasses.asdict(self.config),
             expert=expert if self.experts.are_two else None,
         )
-
-    def save_result(self, directory: Path) -> None:
-        """Write the trained weights, averaged if an average is kept."""
-        with self.averaged_weights():
-            self.save_model(directory)
 
     def read_model(self, directory: Path) -> Mapping[str, torch.Tensor]:
         """What `save_model` wrote, by the names of the parameters in training."""

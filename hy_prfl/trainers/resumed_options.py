@@ -31,6 +31,7 @@ class Rule(NamedTuple):
 APPLIED = Rule("applied")
 OTHER_WEIGHTS = Rule("refused", "the weights in training would be others")
 OTHER_MEANING = Rule("refused", "the saved weights would mean something else")
+OTHER_START = Rule("refused", "the run goes on from what it started from, which a checkpoint does not hold")
 OTHER_CLIPS = Rule("applied", "the epoch goes on with other clips, some of them seen already")
 OTHER_DATA = Rule("applied", "the epoch goes on at the same position, in the order of the new dataset")
 FROZEN = Rule("applied", "what does not train is read from there; what trains comes from the checkpoint")
@@ -41,6 +42,9 @@ BASE_RULES: dict[str, Rule] = {
     "pretrained_model_name_or_path": FROZEN,
     "revision": FROZEN,
     "variant": FROZEN,
+    "transformer_path": OTHER_START,
+    "lora_path": OTHER_START,
+    "lora_start": OTHER_START,
     "train_dataset": OTHER_DATA,
     "validation_dataset": APPLIED,
     "seed": Rule("applied", "data, noise and dropout are drawn from it"),
@@ -64,11 +68,14 @@ BASE_RULES: dict[str, Rule] = {
     "adam_weight_decay": APPLIED,
     "adam_epsilon": APPLIED,
     "max_grad_norm": APPLIED,
+    "use_ema": Rule("applied", "the average begins with the checkpoint's weights", "no average is kept from here on"),
+    "ema_decay": APPLIED,
     "max_skipped_updates": Rule("applied", "updates left out before the checkpoint count"),
     "gradient_checkpointing": APPLIED,
     "gradient_checkpointing_blocks": APPLIED,
     "offload_activations": APPLIED,
     "attention_backend": APPLIED,
+    "allow_tf32": APPLIED,
     "compile": APPLIED,
     "context_parallel_degree": APPLIED,
     "dataloader_num_workers": APPLIED,
@@ -105,15 +112,16 @@ REWARD_RULES: dict[str, Rule] = {
     "allow_unpaired": OTHER_BEST,
     "head_learning_rate": APPLIED,
     "validation_timesteps": OTHER_BEST,
+    "validation_random_timesteps": APPLIED,
     "validation_seed": OTHER_BEST,
     "metric_for_best_model": OTHER_BEST,
 }
 
 PRFL_RULES: dict[str, Rule] = {
     **BASE_RULES,
-    "use_ema": Rule("applied", "the average begins with the checkpoint's weights", "no average is kept from here on"),
-    "ema_decay": APPLIED,
     "expert": OTHER_WEIGHTS,
+    "transformer_2_path": OTHER_START,
+    "lora_2_path": OTHER_START,
     "shard_frozen_expert": APPLIED,
     "reward_model": APPLIED,
     "allow_other_base": APPLIED,
@@ -224,6 +232,7 @@ def without_effect(config: TrainingConfig, engine: str) -> dict[str, str]:
         (config.lr_scheduler != "polynomial", f"`lr_scheduler` is {config.lr_scheduler}", ("lr_power",)),
         (config.weighting_scheme == "uniform", "`weighting_scheme` is uniform", ("logit_mean", "logit_std")),
         (config.lora_rank is None, "there is no adapter", ("lora_alpha", "lora_dropout", "lora_target_modules")),
+        (not config.use_ema, "no average is kept", ("ema_decay",)),
         (config.validation_dataset is None, "there is no `validation_dataset`", ("validation_steps",)),
     ]
     if isinstance(config, RewardTrainingConfig):
@@ -237,7 +246,7 @@ def without_effect(config: TrainingConfig, engine: str) -> dict[str, str]:
             (
                 config.validation_dataset is None,
                 "there is no `validation_dataset`",
-                ("validation_timesteps", "validation_seed", "metric_for_best_model"),
+                ("validation_timesteps", "validation_random_timesteps", "validation_seed", "metric_for_best_model"),
             ),
         ]
     elif isinstance(config, PRFLTrainingConfig):
@@ -245,7 +254,6 @@ def without_effect(config: TrainingConfig, engine: str) -> dict[str, str]:
         reward_options = ("prompt_dataset", "reward_loss", "reward_scale", "reward_target", "divide_by_step_width")
         validation_options = ("num_validation_samples", "validation_timesteps", "validation_guidance_scale")
         cases += [
-            (not config.use_ema, "no average is kept", ("ema_decay",)),
             (config.reward_loss != "sigmoid", f"`reward_loss` is {config.reward_loss}", ("reward_target",)),
             (no_reward, "`update_schedule` is flow_matching", (*reward_options, "step_range")),
             (

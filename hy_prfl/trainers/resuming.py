@@ -13,14 +13,19 @@ from accelerate.utils import set_seed
 from ..configs.base import TrainingConfig
 from ..formats.checkpoints import check_files, read_state
 from ..formats.layout import EXPERT_FOLDERS
+from ..formats.lora import lora_sources
 from ..formats.training_state import load_checkpoint, read_schedule
 from ..runtime.provenance import CONFIG_FILE, path_identity
 from ..runtime.sharding import Masters
-from .resumed_options import RULES, Change, find_changes
+from .resumed_options import OTHER_START, RULES, Change, find_changes
 from .updates import Updates
 
 
 logger = get_logger(__name__)
+
+# Options that name what a run starts from.
+LORA_OPTIONS = ("lora_path", "lora_2_path")
+START_OPTIONS = ("transformer_path", "transformer_2_path", *LORA_OPTIONS)
 
 
 class Launch(Protocol):
@@ -56,7 +61,13 @@ class Resumable(Protocol):
 
 
 def check_checkpoint(
-    checkpoint: Path, config: TrainingConfig, *, trainer: str, engine: str, num_processes: int
+    checkpoint: Path,
+    config: TrainingConfig,
+    *,
+    trainer: str,
+    engine: str,
+    num_processes: int,
+    identities: Mapping[str, Mapping[str, str]],
 ) -> None:
     """
     Refuse a checkpoint that a run cannot go on from, before anything large is loaded.
@@ -68,6 +79,8 @@ def check_checkpoint(
             What runs the optimizer, see [`~hy_prfl.trainers.run.Run`].
         num_processes (`int`):
             Processes of the run.
+        identities (`Mapping`):
+            Result of [`model_identities`].
 
     Raises:
         ValueError: If it is incomplete, of another trainer or beyond `max_train_steps`, or an option has changed that
@@ -80,6 +93,7 @@ def check_checkpoint(
         )
     check_files(checkpoint, with_optimizer=_keeps_optimizer(state, engine=engine, num_processes=num_processes))
     _find_changes(checkpoint, config, engine)
+    _check_start(state, checkpoint, identities)
     if config.max_train_steps is not None:
         check_steps(checkpoint, state["global_step"], config.max_train_steps)
 
@@ -143,10 +157,24 @@ def model_identities(config: TrainingConfig) -> dict[str, dict[str, str]]:
     pipeline = config.pretrained_model_name_or_path
     folders = [f"{pipeline}/{name}" for name in (*EXPERT_FOLDERS.values(), "vae", "scheduler")]
     sources = {"pretrained_model_name_or_path": [folder for folder in folders if Path(folder).is_dir()] or [pipeline]}
-    reward_model = getattr(config, "reward_model", None)
-    if reward_model is not None:
-        sources["reward_model"] = [reward_model]
+    for option in ("reward_model", *START_OPTIONS):
+        path = getattr(config, option, None)
+        if path is not None:
+            # The folder of a run holds more than its LoRA, and goes on changing.
+            sources[option] = [path] if option not in LORA_OPTIONS else lora_sources(path)
     return {option: {source: path_identity(source) for source in found} for option, found in sources.items()}
+
+
+def _check_start(state: Mapping[str, Any], checkpoint: Path, identities: Mapping[str, Mapping[str, str]]) -> None:
+    """Refuse other files at the path of what the run started from: no checkpoint has all of its weights."""
+    for option in START_OPTIONS:
+        before = state.get("models", {}).get(option, {})
+        for source, identity in identities.get(option, {}).items():
+            if before.get(source, identity) != identity:
+                raise ValueError(
+                    f"`{option}`: the files of '{source}' are not those that the run of {checkpoint} started from (other "
+                    f"names, sizes or times): {OTHER_START.note}."
+                )
 
 
 def _keeps_optimizer(state: Mapping[str, Any], *, engine: str, num_processes: int) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from accelerate.logging import get_logger
 from datasets import Dataset
+from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
 from ..compatibility import REWARD_LATENTS, check_same_vae, check_vae
@@ -18,7 +19,7 @@ from ..data.collators import LabeledBatch, LatentBatch, PreferenceBatch
 from ..data.dataset import load_latent_dataset, single_value
 from ..evaluation.reward_evaluator import GREATER_IS_BETTER, RewardEvaluator
 from ..formats.checkpoints import BEST_FOLDER, MODEL_FOLDER, REWARD_RESULTS, best_report
-from ..formats.layout import EXPERT_FOLDERS
+from ..formats.layout import EXPERT_FOLDERS, ExpertName
 from ..formats.model_files import merge_adapter, save_pretrained
 from ..losses import binary_reward_loss, bradley_terry_loss
 from ..models.conditioning import Conditioning
@@ -26,13 +27,16 @@ from ..models.experts import read_experts
 from ..models.loading import (
     Deferred,
     WeightFiles,
+    empty_transformer,
     load_reward_model,
     loaded,
     make_reward_model,
-    read_transformer_config,
+    start_of,
 )
 from ..models.reward_model import WanRewardModel, score_noised
+from ..models.starting_points import StartingPoint, check_starts_adapter, read_starting_point, start_adapter
 from ..models.trainable import select_trainable
+from ..planning.models import build_reward_model, reward_model_config
 from ..runtime.sharding import full_state_dict
 from .base import Trainer, check_dataset, check_named
 from .resumed_options import OTHER_BEST, REWARD_RULES
@@ -106,6 +110,7 @@ class RewardTrainer(Trainer):
         model = loaded(reward_model)
         model.register_to_config(task=config.task, vae_fingerprint=fingerprint)
         select_trainable(model, config, dtype=run.trained_dtype)
+        start_adapter(model, start_of(reward_model))
         run.set_up_blocks(model, num_recomputed=config.gradient_checkpointing_blocks)
         super().__init__(
             config,
@@ -150,6 +155,8 @@ class RewardTrainer(Trainer):
                 self.updates.step(self.global_step)
             losses.append(loss.detach())
             margins.append(margin)
+        if self.average is not None:
+            self.average.step()
         return {
             "loss": torch.stack(losses).mean(),
             "accuracy": (torch.cat(margins) > 0).float().mean(),
@@ -184,11 +191,16 @@ class RewardTrainer(Trainer):
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Evaluate at the fixed timesteps and keep the model if it is the best so far."""
+        """Evaluate, with the averaged weights if there are any, and keep the model if it is the best so far."""
         assert self.evaluator is not None
         self.unwrapped.eval()
-        metrics = self.evaluator(self.wrapped, self.accelerator)
+        with self.averaged_weights():
+            metrics = self.evaluator(self.wrapped, self.accelerator)
+            self._keep_if_best(metrics)
         self.unwrapped.train()
+        return metrics
+
+    def _keep_if_best(self, metrics: dict[str, float]) -> None:
         name = self.config.metric_for_best_model
         assert name is not None
         sign = 1 if GREATER_IS_BETTER[name] else -1
@@ -196,7 +208,6 @@ class RewardTrainer(Trainer):
         if self.best_metric is None or sign * value > sign * self.best_metric:
             self.best_metric, self.best_metric_name = value, name
             self._save_best(metrics)
-        return metrics
 
     def start_streams(self) -> None:
         """Open the training batches at the position of `global_step`."""
@@ -213,8 +224,9 @@ class RewardTrainer(Trainer):
             save_file(state_dict, directory / TRAINED_FILE)
 
     def save_result(self, directory: Path) -> None:
-        """Write `directory/reward_model`, whole, also after LoRA."""
-        self._write_reward_model(directory / MODEL_FOLDER)
+        """Write `directory/reward_model`, whole, also after LoRA, and averaged if an average is kept."""
+        with self.averaged_weights():
+            self._write_reward_model(directory / MODEL_FOLDER)
 
     def read_model(self, directory: Path) -> Mapping[str, torch.Tensor]:
         """What `save_model` wrote, by the names of the parameters in training."""
@@ -259,6 +271,7 @@ class RewardTrainer(Trainer):
         return RewardEvaluator(
             *validation,
             timesteps=config.validation_timesteps,
+            num_random_timesteps=config.validation_random_timesteps,
             seed=config.validation_seed,
             batch_size=config.train_batch_size,
             num_replicas=self.run.num_replicas,
@@ -293,6 +306,8 @@ def _deferred_model(config: RewardTrainingConfig, run: Run, vae_fingerprint: str
     path, revision = config.pretrained_model_name_or_path, config.revision
     (trained,) = read_experts(path, config.expert, revision=revision).trained
     subfolder = EXPERT_FOLDERS[trained]
+    base = empty_transformer(path, subfolder=subfolder, revision=revision)
+    start = _read_start(config, base, trained)
     make = partial(
         make_reward_model,
         path,
@@ -307,9 +322,18 @@ def _deferred_model(config: RewardTrainingConfig, run: Run, vae_fingerprint: str
         query_residual=config.query_residual,
         task=config.task,
         vae_fingerprint=vae_fingerprint,
+        start=start,
     )
-    transformer_config = read_transformer_config(path, subfolder=subfolder, revision=revision)
-    return Deferred({**transformer_config, "vae_fingerprint": vae_fingerprint}, make)
+    return Deferred({**base.config, "vae_fingerprint": vae_fingerprint}, make, start)
+
+
+def _read_start(config: RewardTrainingConfig, base: WanTransformer3DModel, expert: ExpertName) -> StartingPoint:
+    """What the options put in the place of the pipeline's transformer; refuses what does not fit."""
+    if config.transformer_path is None and config.lora_path is None:
+        return StartingPoint()
+    start = read_starting_point(config.transformer_path, config.lora_path, config.lora_start, base=base, expert=expert)
+    check_starts_adapter(build_reward_model(reward_model_config(base.config, config), config), start)
+    return start
 
 
 def _parameter_groups(config: RewardTrainingConfig, model: WanRewardModel) -> list[dict[str, Any]]:

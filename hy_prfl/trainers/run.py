@@ -59,6 +59,8 @@ class Run:
         precision = self.accelerator.mixed_precision
         # An update that is not finite is left out before a loss scale could learn from it, and Wan overflows in float16.
         check(precision in ("no", "bf16"), "mixed_precision", precision, "no or bf16")
+        # Before anything is loaded: files that are replaced later are not those of this run.
+        self.model_identities: Mapping[str, Mapping[str, str]] = model_identities(config)
         if self.checkpoint is not None:
             check_checkpoint(
                 self.checkpoint,
@@ -66,7 +68,10 @@ class Run:
                 trainer=trainer,
                 engine=self.engine,
                 num_processes=self.accelerator.num_processes,
+                identities=self.model_identities,
             )
+        if config.allow_tf32 is not None:
+            torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
         self.reports = Reports(self.accelerator, config)
         set_seed(config.seed)
         # Ranks that share a clip are one replica: they get the same rows and draw the same noise.
@@ -74,8 +79,6 @@ class Run:
         self.context_parallel = ContextParallelGroup(degree, TRAINING_TIMEOUT) if degree > 1 else None
         self.num_replicas = self.accelerator.num_processes // degree
         self.replica = self.accelerator.process_index // degree
-        # Before anything is loaded: files that are replaced later are not those of this run.
-        self.model_identities: Mapping[str, Mapping[str, str]] = model_identities(config)
         is_whole = self.engine == "whole"
         check(is_whole or not config.compile, "compile", config.compile, f"false under {self.engine}")
 

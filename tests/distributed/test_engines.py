@@ -45,16 +45,35 @@ def test_a_split_reward_model_beside_ddp(inputs: Path) -> None:
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("engine", ["ZeRO-2", "ZeRO-3"])
-def test_the_average_is_that_of_one_process(inputs: Path, engine: str) -> None:
-    file, options = WEIGHTS["prfl", "full"], ["--use_ema=true", "--ema_decay=0.5", "--learning_rate=1e-3"]
-    one = train(inputs, "one-average", ENGINES["one process"], "prfl", "full", 1, GLOBAL_BATCH_SIZE, options)
-    two = train(inputs, f"{engine}-average", ENGINES[engine], "prfl", "full", 1, GLOBAL_BATCH_SIZE // 2, options)
+@pytest.mark.parametrize(("engine", "script"), [("ZeRO-2", "prfl"), ("ZeRO-3", "prfl"), ("ZeRO-3", "reward")])
+def test_the_average_is_that_of_one_process(inputs: Path, engine: str, script: str) -> None:
+    file, options = WEIGHTS[script, "full"], ["--use_ema=true", "--ema_decay=0.5", "--learning_rate=1e-3"]
+    name, size = f"{engine}-{script}-average", GLOBAL_BATCH_SIZE
+    one = train(inputs, f"one-{script}-average", ENGINES["one process"], script, "full", 1, size, options)
+    two = train(inputs, name, ENGINES[engine], script, "full", 1, size // 2, options)
     assert relative_difference(two / file, one / file) < 1e-5
     # The last checkpoint keeps both: the weights in training, and the average that is the result.
     assert relative_difference(one / file, one / "checkpoint-4" / file) > 1e-4
     for run in (one, two):
         assert relative_difference(run / file, run / "checkpoint-4" / "ema" / file) == 0
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize(("tuning", "start"), [("full", "merge"), ("lora", "continue")])
+def test_a_start_from_a_transformer_and_a_lora_is_that_of_one_process(inputs: Path, tuning: str, start: str) -> None:
+    """ZeRO-3 reads the transformer and merges the LoRA block by block."""
+    file, size = WEIGHTS["prfl", tuning], GLOBAL_BATCH_SIZE
+    first = train(inputs, "one-prfl-lora", ENGINES["one process"], "prfl", "lora", 1, size)
+    options = [
+        f"--transformer_path={inputs / 'pipeline' / 'transformer'}",
+        f"--lora_path={first / WEIGHTS['prfl', 'lora']}",
+        f"--lora_start={start}",
+    ]
+    one = train(inputs, f"one-{start}", ENGINES["one process"], "prfl", tuning, 1, size, options)
+    two = train(inputs, f"zero3-{start}", ENGINES["ZeRO-3"], "prfl", tuning, 1, size // 2, options)
+    assert relative_difference(two / file, one / file) < 1e-5
+    if start == "continue":
+        assert 1e-4 < relative_difference(one / file, first / file) < 1
 
 
 @pytest.mark.launch

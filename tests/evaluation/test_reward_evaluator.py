@@ -1,6 +1,7 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,8 +9,11 @@ import torch
 from accelerate import Accelerator
 from diffusers import WanTransformer3DModel
 
+from hy_prfl.data.collators import collate_latents
 from hy_prfl.data.dataset import load_latent_dataset
+from hy_prfl.data.schema import table_to_rows
 from hy_prfl.evaluation.reward_evaluator import RewardEvaluator, classification_metrics, pair_metrics
+from hy_prfl.flow_matching import row_noise
 from hy_prfl.models.reward_model import WanRewardModel
 
 
@@ -89,3 +93,65 @@ def test_gradients_are_not_tracked(tmp_path: Path, write_latents: Callable[..., 
     RewardEvaluator(dataset, [0, 1], [0, 1], timesteps=[500], seed=0, batch_size=2)(model, Accelerator(cpu=True))
     assert tracked == [False]
     assert torch.is_grad_enabled()
+
+
+def test_random_timesteps_one_in_each_fifth(
+    tmp_path: Path, write_latents: Callable[..., Path], model: WanRewardModel
+) -> None:
+    """The paper's protocol, written out for each clip by itself."""
+    dataset = load_latent_dataset(str(write_latents(tmp_path / "d", 6)))
+    rows, labels = list(range(6)), [0, 1, 0, 1, 0, 1]
+    seen: list[torch.Tensor] = []
+    model.register_forward_hook(lambda module, args, kwargs, output: seen.append(kwargs["timestep"]), with_kwargs=True)
+
+    def evaluate(batch_size: int, seed: int = 5) -> dict[str, float]:
+        seen.clear()
+        options: dict[str, Any] = {"timesteps": [300, 700], "num_random_timesteps": 5, "seed": seed}
+        return RewardEvaluator(dataset, rows, labels, batch_size=batch_size, **options)(model, Accelerator(cpu=True))
+
+    metrics = evaluate(1)
+    drawn = torch.stack([torch.cat(seen[start + 2 : start + 7]) for start in range(0, 42, 7)])
+    assert ((drawn > torch.arange(5) * 200) & (drawn <= torch.arange(1, 6) * 200)).all()
+    assert len(set(drawn.flatten().tolist())) == 30
+    again = evaluate(3)
+    assert again == pytest.approx(metrics, rel=1e-4)
+    assert torch.equal(torch.cat(seen[2:7]).view(5, 3).T, drawn[:3])
+    evaluate(1, seed=6)
+    assert not torch.isclose(torch.cat(seen[2:7]), drawn[0]).any()
+
+    # The logits of one range, and their metrics, by hand.
+    losses = []
+    for index, label in enumerate(labels):
+        clip = collate_latents(table_to_rows(dataset[index])).to(torch.device("cpu"))
+        assert clip.latents is not None
+        noise, sigma = row_noise(f"clip-{index}", clip.latents.shape[1:], seed=5), drawn[index, 3] / 1000
+        logit = model(
+            hidden_states=(1 - sigma) * clip.latents + sigma * noise,
+            timestep=drawn[index, 3][None],
+            encoder_hidden_states=clip.prompt_embeds,
+        ).logits.detach()
+        losses.append(torch.nn.functional.binary_cross_entropy_with_logits(logit, torch.tensor([float(label)])).item())
+    assert metrics["loss/random_t600_800"] == pytest.approx(np.mean(losses), rel=1e-4)
+    ranges = [f"random_t{low}_{low + 200}" for low in range(0, 1000, 200)]
+    assert metrics["loss/random"] == pytest.approx(np.mean([metrics[f"loss/{each}"] for each in ranges]))
+    # The fixed ones keep their names and their mean.
+    fixed = RewardEvaluator(dataset, rows, labels, timesteps=[300, 700], seed=5, batch_size=1)
+    assert metrics.items() >= fixed(model, Accelerator(cpu=True)).items()
+    assert not any("random" in name for name in fixed(model, Accelerator(cpu=True)))
+
+
+def test_both_clips_of_a_pair_get_the_same_random_timesteps(
+    tmp_path: Path, write_latents: Callable[..., Path], model: WanRewardModel
+) -> None:
+    dataset = load_latent_dataset(str(write_latents(tmp_path / "d", 4)))
+    seen: list[torch.Tensor] = []
+    model.register_forward_hook(lambda module, args, kwargs, output: seen.append(kwargs["timestep"]), with_kwargs=True)
+    evaluator = RewardEvaluator(
+        dataset, [(1, 0), (3, 2)], None, timesteps=[500], num_random_timesteps=2, seed=0, batch_size=4
+    )
+    metrics = evaluator(model, Accelerator(cpu=True))
+    assert {"pair_accuracy/random", "auc/random", "loss/random_t0_500", "loss/random_t500_1000"} <= set(metrics)
+    # Chosen clips first, then rejected ones.
+    for timesteps in seen[1:]:
+        assert torch.equal(timesteps[:2], timesteps[2:])
+        assert timesteps[0] != timesteps[1]

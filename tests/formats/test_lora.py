@@ -117,6 +117,11 @@ def example(kind: str, folder: Path, tmp_path: Path) -> Example:
     return Example(folder, tmp_path, TARGETS[kind], **PATTERNS)
 
 
+def upstream_example(folder: Path, tmp_path: Path) -> Example:
+    """The same without the layers for an image, which upstream's loader dies of."""
+    return Example(folder, tmp_path / "upstream", TARGETS["t2v"], **PATTERNS)
+
+
 def apply_native(
     base: WanTransformer3DModel, file: Path, tmp_path: Path, name_of: Callable[[str], str]
 ) -> WanTransformer3DModel:
@@ -232,8 +237,10 @@ class TestInDiffusers:
 class TestFormats:
     @pytest.mark.parametrize(("lora_format", "name"), RULES)
     def test_applied_by_the_rule_of_the_program(
-        self, example: Example, tmp_path: Path, lora_format: Any, name: str
+        self, folder: Path, example: Example, tmp_path: Path, lora_format: Any, name: str
     ) -> None:
+        if lora_format == "upstream":
+            example = upstream_example(folder, tmp_path)
         files = save_adapters([read_adapter(example.file)], tmp_path / "out", lora_format)
         assert files == [file for written, file in RULES if written == lora_format]
         example.check(run(apply_native(example.base, tmp_path / "out" / name, tmp_path, RULES[lora_format, name])))
@@ -242,6 +249,8 @@ class TestFormats:
     def test_read_back_and_loaded_by_diffusers(
         self, kind: str, folder: Path, example: Example, tmp_path: Path, lora_format: Any, name: str
     ) -> None:
+        if lora_format == "upstream":
+            example = upstream_example(folder, tmp_path)
         save_adapters([read_adapter(example.file)], tmp_path / "out", lora_format)
         assert save_adapters([read_adapter(tmp_path / "out" / name)], tmp_path / "back", "diffusers") == [LORA_FILE]
         pipeline = PIPELINES[kind].from_pretrained(folder)
@@ -277,7 +286,8 @@ class TestFormats:
         assert_equal_weights(load_file(tmp_path / "again" / name), load_file(tmp_path / "first" / name))
         assert read_header(tmp_path / "again" / name) == read_header(tmp_path / "first" / name)
 
-    def test_upstream_round_trip(self, example: Example, tmp_path: Path) -> None:
+    def test_upstream_round_trip(self, folder: Path, tmp_path: Path) -> None:
+        example = upstream_example(folder, tmp_path)
         save_adapters([read_adapter(example.file)], tmp_path / "first", "upstream")
         save_adapters(read_adapters(tmp_path / "first"), tmp_path / "diffusers", "diffusers")
         save_adapters(read_adapters(tmp_path / "diffusers"), tmp_path / "again", "upstream")
@@ -296,8 +306,9 @@ class TestFormats:
             if isinstance(module, torch.nn.Linear | torch.nn.Conv3d) and not name.startswith("blocks.")
         ]
         assert len(linear) == 9
-        example = Example(i2v_pipeline_dir, tmp_path, linear)
         for (lora_format, name), rule in RULES.items():
+            kept = [target for target in linear if lora_format != "upstream" or target != "patch_embedding"]
+            example = Example(i2v_pipeline_dir, tmp_path / f"to_{lora_format}", kept)
             output_dir = tmp_path / lora_format
             if not output_dir.exists():
                 save_adapters([read_adapter(example.file)], output_dir, lora_format)  # type: ignore[arg-type]
@@ -669,12 +680,15 @@ class TestMetadata:
         for lora_format in ("comfyui", "kohya"):
             (name,) = save_adapters([read_adapter(example.file)], tmp_path / lora_format, lora_format)  # type: ignore[arg-type]
             assert read_lora_metadata(tmp_path / lora_format / name) == found | {"format": lora_format}
+        if any("add_k_proj" in name for name in read_adapter(example.file).layers):
+            return  # upstream's loader could not apply it
         save_adapters([read_adapter(example.file)], tmp_path / "upstream", "upstream")
         for file in (tmp_path / "upstream").iterdir():
             # There the rank stands for the alpha.
             assert read_lora_metadata(file) == found | {"format": "upstream", "alpha": "2,3"}
 
-    def test_only_diffusers_files_have_pefts_configuration(self, example: Example, tmp_path: Path) -> None:
+    def test_only_diffusers_files_have_pefts_configuration(self, folder: Path, tmp_path: Path) -> None:
+        example = upstream_example(folder, tmp_path / "trained")
         # In another format diffusers would apply it on top of the alpha that is in the weights.
         assert json.loads(read_header(example.file)["lora_adapter_metadata"])["transformer.lora_alpha"] == 6
         for lora_format in ("comfyui", "kohya", "upstream"):

@@ -151,23 +151,24 @@ def test_folder_that_upstream_ran_in(convert: Convert, tmp_path: Path) -> None:
     assert "--upstream_root up " in convert_recipe("up/configs/a.yaml").first[0]
 
 
-def test_weights_to_start_from(convert: Convert, tmp_path: Path) -> None:
+def test_weights_to_start_from(convert: Convert) -> None:
     for key in ("init_transformer_path", "resume_transformer_path"):
-        converted, config = convert("train_prfl_t2v_480", {f"model.{key}": "run/checkpoint-7"})
-        pulled, removed, converting = converted.first[-3:]
-        folder = config.pretrained_model_name_or_path
-        assert pulled == f"hy-prfl pull --repo_id Wan-AI/Wan2.1-T2V-14B-Diffusers --output_dir {folder}"
-        assert removed == f"rm -r {folder}/transformer"
-        assert converting == f"hy-prfl convert --transformer run/checkpoint-7 --output_dir {folder}/transformer"
-    (tmp_path / "wan").mkdir()
-    converted, _ = convert("train_pavrm_t2v_480", {"model.init_transformer_path": "x"}, pipeline="wan")
-    assert "cp -rL wan converted/train_pavrm_t2v_480/pipeline" in converted.first
+        converted, config = convert("train_prfl_t2v_480", {f"model.{key}": "run/checkpoint-7"}, upstream_root="../up")
+        assert config.transformer_path == "../up/run/checkpoint-7"
+        assert config.pretrained_model_name_or_path == "Wan-AI/Wan2.1-T2V-14B-Diffusers"
+        assert commands(converted, "hy-prfl convert --transformer") == []
+    assert convert("train_pavrm_t2v_480", {"model.init_transformer_path": "x"})[1].transformer_path == "x"
     both = {"model.init_transformer_path": "a", "model.resume_transformer_path": "b-1"}
-    converted, _ = convert("train_prfl_t2v_480", both)
-    assert len(commands(converted, "hy-prfl convert --transformer b-1")) == 1
+    converted, config = convert("train_prfl_t2v_480", both)
+    assert config.transformer_path == "b-1"
     assert any(
         note.startswith("model.init_transformer_path: a: upstream does not read it") for note in converted.notes
     )
+    # A reward model that goes on has all of its weights from its own file.
+    parts = {f"model.resume_{part}_path": f"run/{part}" for part in ("transformer", "mlp", "query_attention")}
+    converted, config = convert("train_pavrm_t2v_480", {"model.init_transformer_path": "a", **parts})
+    assert config.transformer_path is None
+    assert any(note.startswith("model.init_transformer_path: a: all of its weights") for note in converted.notes)
 
 
 def test_preprocessing_runs_where_upstream_ran(convert: Convert, tmp_path: Path) -> None:

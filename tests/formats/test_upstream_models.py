@@ -87,5 +87,13 @@ def test_adapters_are_not_dropped(convert: Convert) -> None:
     lora = {"model.lora.use_lora": True}
     with pytest.raises(ValueError, match=r"`model\.lora\.target_modules` must be layers .*'head\.q' is none"):
         convert("train_prfl_t2v_480", lora | {"model.lora.target_modules": ["head.q"]})
-    with pytest.raises(ValueError, match=r"`model\.lora\.resume_lora_path` must be empty: .*--ignore_keys"):
-        convert("train_prfl_t2v_480", lora | {"model.lora.resume_lora_path": "run/checkpoint-1"})
+    resumed = lora | {"model.lora.resume_lora_path": "run/checkpoint-1"}
+    for name in ("train_prfl_t2v_480", "train_pavrm_t2v_480"):
+        converted, config = convert(name, resumed)
+        assert (config.lora_path, config.lora_start, config.lora_rank) == ("run/checkpoint-1", "continue", 64)
+        assert any("steps in the name of that file" in note for note in converted.notes)
+    parts = {f"model.resume_{part}_path": f"run/{part}" for part in ("transformer", "mlp", "query_attention")}
+    with pytest.raises(
+        ValueError, match=r"resume_lora_path` must be empty beside model\.resume_\*_path: .*--merge_lora"
+    ):
+        convert("train_pavrm_t2v_480", resumed | parts)

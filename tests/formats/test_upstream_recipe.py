@@ -151,9 +151,16 @@ def test_lora_and_average(convert: Convert) -> None:
     expected = ["to_q", "attn1.to_k", "attn2.add_v_proj", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
     assert config.lora_target_modules == expected
     assert (config.use_ema, config.ema_decay) == (True, 0.995)
-    assert convert("train_pavrm_t2v_480", lora)[1].lora_rank == 64
+    _, config = convert("train_pavrm_t2v_480", lora | {"model.ema.use_ema": True})
+    assert (config.lora_rank, config.use_ema, config.ema_decay) == (64, True, 0.995)
     # Without `use_lora` upstream does not look at the path.
     convert("train_prfl_t2v_480", {"model.lora.resume_lora_path": "run/checkpoint-1"})
+
+
+def test_tf32(convert: Convert) -> None:
+    for name in ("train_prfl_t2v_480", "train_pavrm_t2v_480"):
+        assert convert(name)[1].allow_tf32 is None
+        assert convert(name, {"train.allow_tf32": True})[1].allow_tf32 is True
 
 
 def test_scoring(convert: Convert) -> None:
@@ -249,7 +256,7 @@ def test_keys_that_upstream_needs_are_asked_for(name: str, convert: Convert) -> 
         ("train_pavrm_t2v_480", "lrm.timestep", [400], "`lrm.timestep` must be left out"),
         ("train_pavrm_t2v_480", "lrm.loss", "mse", "`lrm.loss` must be one of ce, bt, got 'mse'"),
         ("train_pavrm_t2v_480", "lrm.task", "beauty", "`lrm.task` must be one of text_alignment, .*got 'beauty'"),
-        ("train_pavrm_t2v_480", "model.ema.use_ema", True, "`model.ema.use_ema` must be false"),
+        ("train_pavrm_t2v_480", "model.ema.use_ema", 1, "`model.ema.use_ema` must be true or false"),
         ("train_pavrm_t2v_480", "model.lora.use_lora", "yes please", "`model.lora.use_lora` must be true or false"),
         ("infer_pavrm_i2v_720", "model.lora.use_lora", True, "`model.lora.use_lora` must be false: merge"),
         ("train_pavrm_t2v_480", "model.patch_size", [1, 1, 1], r"`model.patch_size` must be \[1, 2, 2\]"),
@@ -289,7 +296,7 @@ def test_crops_are_refused_where_upstream_crops(convert: Convert) -> None:
 
 
 def test_refused_values_may_be_ignored(convert: Convert) -> None:
-    for key, value in {"lrm.timestep": [400], "train.precision": "fp32", "model.ema.use_ema": True}.items():
+    for key, value in {"lrm.timestep": [400], "train.precision": "fp32"}.items():
         converted, _ = convert("train_pavrm_t2v_480", {key: value}, ignore=[key])
         assert converted.notes[0] == f"{key}: {value}: left out as asked for."
     with pytest.raises(ValueError, match="`ignore_keys` names 'train.sped', which is no key"):

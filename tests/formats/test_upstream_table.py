@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from hy_prfl.configs.convert import ConvertConfig
 from hy_prfl.configs.generate import GenerateConfig
 from hy_prfl.configs.label import LabelConfig
 from hy_prfl.configs.recipe import RecipeConfig
@@ -58,6 +59,7 @@ def test_options_are_there() -> None:
     classes = [*CONFIGS.values(), GenerateConfig, LabelConfig, RecipeConfig]
     fields = {field.name for each in classes for field in dataclasses.fields(each)}
     launcher = {"num_machines", "num_processes", "main_process_port", "config", "transformer"}
+    launcher |= {field.name for field in dataclasses.fields(ConvertConfig)}
     named = {name for row in ROWS for name in re.findall(r"--(\w+)", row[1])}
     named |= set(re.findall(r"--(\w+)", PAGE.partition("| upstream's program")[0] + PAGE.rpartition("|\n")[2]))
     assert named - fields - launcher == set()

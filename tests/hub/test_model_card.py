@@ -291,6 +291,26 @@ def test_published_pipelines_are_known_offline(name: str, tmp_path: Path) -> Non
     assert card.data.base_model == name
 
 
+@pytest.mark.parametrize(
+    ("start", "belongs"),
+    [
+        ({"transformer_path": "mine"}, True),
+        ({"lora_path": "old.safetensors", "lora_start": "merge"}, True),
+        ({"lora_path": "old.safetensors", "lora_start": "continue"}, False),
+    ],
+)
+def test_an_adapter_of_other_weights_than_the_pipelines(tmp_path: Path, start: dict[str, str], belongs: bool) -> None:
+    WanPipeline.save_lora_weights(
+        tmp_path, transformer_lora_layers={"blocks.0.attn1.to_q.lora_A.weight": torch.ones(2, 4)}
+    )
+    config = {"pretrained_model_name_or_path": "someone/wan", "reward_model": "r", "lora_rank": 2}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config | start))
+    text = build_card("lora", visible(tmp_path), repo_id="user/name").text
+    assert "The run started from the " in text
+    assert next(iter(start.values())) in text
+    assert ("**The adapter belongs to these weights**" in text) == belongs
+
+
 def test_a_pipeline_that_nothing_tells_of(tmp_path: Path) -> None:
     """Then diffusers chooses the class when it loads, and the card has no task."""
     WanPipeline.save_lora_weights(

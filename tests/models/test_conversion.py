@@ -243,14 +243,20 @@ class RewardParts:
     """Upstream's three files, and the model that they must become."""
 
     def __init__(
-        self, folder: Path, transformer: WanTransformer3DModel, num_layers: int = 2, kind: str = "t2v"
+        self,
+        folder: Path,
+        transformer: WanTransformer3DModel,
+        num_layers: int = 2,
+        kind: str = "t2v",
+        widths: tuple[int, int] = (20, 10),
     ) -> None:
         torch.manual_seed(1)
         self.attention = torch.nn.MultiheadAttention(DIM, 8, batch_first=True)
         torch.nn.init.normal_(self.attention.in_proj_bias)
         torch.nn.init.normal_(self.attention.out_proj.bias)
         self.query = torch.randn(1, DIM)
-        layers = {"fc1": torch.nn.Linear(DIM, 20), "fc2": torch.nn.Linear(20, 10), "fc3": torch.nn.Linear(10, 1)}
+        sizes = (DIM, *widths, 1)
+        layers = {f"fc{index + 1}": torch.nn.Linear(*sizes[index : index + 2]) for index in range(3)}
         self.mlp = torch.nn.ModuleDict(layers)
 
         kept = re.compile(rf"^(head\.|blocks\.([{num_layers}-9]|\d\d)\.)")
@@ -315,7 +321,7 @@ class TestRewardModel:
 
     @pytest.mark.parametrize("kind", ["t2v", "i2v"])
     def test_back_to_upstreams_parts(self, tmp_path: Path, kind: str) -> None:
-        parts = RewardParts(tmp_path / "parts", make_transformer(kind), kind=kind)
+        parts = RewardParts(tmp_path / "parts", make_transformer(kind), kind=kind, widths=(1024, 512))
         save_converted(parts.convert(), tmp_path / "model")
         save_reward_parts(read_diffusers(WanRewardModel, tmp_path / "model"), tmp_path / "back")
         files = (f"checkpoint-0/{WEIGHTS_FILE}", "mlp_step_0.ckpt", "query_attention_step_0.ckpt")
@@ -343,12 +349,18 @@ class TestRewardModel:
         [
             ({"query_residual": False}, "out: `query_residual` must be True in upstream's format, got False"),
             ({"pooling": "mean"}, "out: `pooling` must be 'query' in upstream's format, got 'mean'"),
+            (
+                {"head_dims": (1024, 256)},
+                r"out: `head_dims` must be \(1024, 512\), the widths .* `MLP`, got \(1024, 256\)",
+            ),
+            ({"kind": "wan2.2-ti2v"}, "out: upstream's code has no model of type 'ti2v'"),
+            ({"kind": "wan2.2-i2v"}, "out: .* layers for image embeddings .* this one has none .*, as Wan2.2 I2V"),
         ],
     )
-    def test_what_upstream_could_not_compute(
-        self, tmp_path: Path, transformer: WanTransformer3DModel, options: dict[str, Any], message: str
-    ) -> None:
-        reward_model = WanRewardModel.from_transformer(transformer, num_layers=2, head_dims=(20, 10), **options)
+    def test_what_upstream_could_not_compute(self, tmp_path: Path, options: dict[str, Any], message: str) -> None:
+        transformer = make_transformer(options.get("kind", "t2v"))
+        kept = {name: value for name, value in options.items() if name != "kind"}
+        reward_model = WanRewardModel.from_transformer(transformer, num_layers=2, **kept)
         with pytest.raises(ValueError, match=message):
             save_reward_parts(reward_model, tmp_path / "out")
         assert list(tmp_path.iterdir()) == []

@@ -9,11 +9,12 @@ import torch
 from diffusers import WanPipeline, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
-from hy_prfl.formats.layout import LORA_FILES
+from hy_prfl.formats.layout import EXPERT_FOLDERS, LORA_FILES
 from hy_prfl.formats.lora import read_adapter
 from hy_prfl.formats.lora_metadata import lora_metadata
 from hy_prfl.models.loading import load_reward_model
 from hy_prfl.scripts.convert import main
+from tests.formats.native_layout import run
 
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "t2v"
@@ -107,6 +108,8 @@ def test_lora_there_and_back(tmp_path: Path, pipeline_dir: Path, capsys: pytest.
         path = tmp_path / lora_format
     out = capsys.readouterr().out
     assert f"LoRA of 1 layers, diffusers to comfyui: {tmp_path}/comfyui/lora_comfyui.safetensors" in out
+    assert "pytorch_lora_kohya_weights.safetensors is for `--lora_path` of upstream's inference" in out
+    assert "such as checkpoint-0, with `lora_rank: 4` and `target_modules: [cross_attn.o]`" in out
     assert f"LoRA of 1 layers, upstream to diffusers: {tmp_path}/diffusers/pytorch_lora_weights.safetensors" in out
     assert_equal_files(path / "pytorch_lora_weights.safetensors", tmp_path / "pytorch_lora_weights.safetensors")
     assert read_adapter(path / "pytorch_lora_weights.safetensors").layers[name].alpha == 4
@@ -132,6 +135,95 @@ def test_loras_of_two_experts(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     with pytest.raises(ValueError, match="a LoRA of the low-noise expert has no name there"):
         main(options(lora=tmp_path / "run", output_dir=tmp_path / "upstream", output_format="upstream"))
     assert not (tmp_path / "upstream").exists()
+
+
+def write_lora(file: Path, seed: int, **metadata: str) -> Path:
+    generator = torch.Generator().manual_seed(seed)
+    file.parent.mkdir(exist_ok=True)
+    weights = {}
+    for name in ("blocks.0.attn1.to_q", "blocks.2.attn2.to_out.0"):
+        weights[f"transformer.{name}.lora_A.weight"] = torch.randn(2, 24, generator=generator)
+        weights[f"transformer.{name}.lora_B.weight"] = torch.randn(24, 2, generator=generator)
+    save_file(weights, file, metadata=lora_metadata(base_model="Wan-AI/two", step=1, **metadata))  # type: ignore[arg-type]
+    return file
+
+
+def add_lora(weights: dict[str, torch.Tensor], file: Path, scale: float) -> dict[str, torch.Tensor]:
+    lora = load_file(file)
+    for key in lora:
+        if key.endswith(".lora_A.weight"):
+            stem = key.removesuffix(".lora_A.weight")
+            name = f"{stem.removeprefix('transformer.')}.weight"
+            weights[name] = weights[name] + scale * (lora[f"{stem}.lora_B.weight"] @ lora[key])
+    return weights
+
+
+class TestMergeLora:
+    FILE = "diffusion_pytorch_model.safetensors"
+
+    def check(self, found: Path, base: Path, loras: list[tuple[Path, float]]) -> None:
+        expected = load_file(base / self.FILE)
+        for file, scale in loras:
+            add_lora(expected, file, scale)
+        weights = load_file(found / self.FILE)
+        assert set(weights) == set(expected)
+        for name, tensor in expected.items():
+            assert weights[name].dtype == tensor.dtype
+            torch.testing.assert_close(weights[name], tensor, rtol=1e-5, atol=1e-6)
+
+    def test_several_into_one_transformer(self, tmp_path: Path, pipeline_dir: Path) -> None:
+        loras = [write_lora(tmp_path / f"{seed}.safetensors", seed) for seed in (1, 2)]
+        base = pipeline_dir / "transformer"
+        words = ["--merge_lora", *map(str, loras), "--merge_lora_scale", "0.5", "2"]
+        main([*options(transformer=base, output_dir=tmp_path / "out"), *words])
+        self.check(tmp_path / "out", base, list(zip(loras, (0.5, 2.0), strict=True)))
+        # A model that diffusers loads, and computes with as with the LoRAs.
+        merged = WanTransformer3DModel.from_pretrained(tmp_path / "out")
+        pipeline = WanPipeline.from_pretrained(pipeline_dir)
+        for index, file in enumerate(loras):
+            pipeline.load_lora_weights(tmp_path, weight_name=file.name, adapter_name=f"lora{index}")
+        pipeline.set_adapters(["lora0", "lora1"], [0.5, 2.0])
+        torch.testing.assert_close(run(merged), run(pipeline.transformer), rtol=1e-4, atol=1e-4)
+
+    def test_both_experts_of_a_pipeline(
+        self, tmp_path: Path, expert_pipeline_dir: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        for expert, name in LORA_FILES.items():
+            write_lora(tmp_path / "run" / name, len(expert), expert=expert)
+        main(options(transformer=expert_pipeline_dir, merge_lora=tmp_path / "run", output_dir=tmp_path / "out"))
+        for expert, folder in EXPERT_FOLDERS.items():
+            lora = tmp_path / "run" / LORA_FILES[expert]
+            self.check(tmp_path / "out" / folder, expert_pipeline_dir / folder, [(lora, 1.0)])
+        # As Wan's repositories have them, and one of them only if there is a LoRA for one only.
+        low = tmp_path / "run" / LORA_FILES["low_noise"]
+        native = {"output_format": "native", "output_dir": tmp_path / "native"}
+        main(options(transformer=expert_pipeline_dir, merge_lora=low, **native))
+        assert [path.name for path in (tmp_path / "native").iterdir()] == ["low_noise_model"]
+        assert f"No LoRA is for {expert_pipeline_dir}/transformer, which is not written." in capsys.readouterr().out
+        main(options(transformer=tmp_path / "native" / "low_noise_model", output_dir=tmp_path / "back"))
+        self.check(tmp_path / "back", expert_pipeline_dir / "transformer_2", [(low, 1.0)])
+
+    def test_what_does_not_fit(self, tmp_path: Path, pipeline_dir: Path) -> None:
+        base, lora = pipeline_dir / "transformer", tmp_path / "lora.safetensors"
+        write_lora(lora, 0)
+        out = {"transformer": base, "output_dir": tmp_path / "out"}
+        with pytest.raises(FileNotFoundError, match="`merge_lora`: there is no file or folder '.*missing'"):
+            main(options(**out, merge_lora=tmp_path / "missing"))
+        with pytest.raises(ValueError, match="`merge_lora_scale` must be one number, or 1, one for each"):
+            main([*options(**out, merge_lora=lora), "--merge_lora_scale", "1", "2"])
+        with pytest.raises(ValueError, match="`merge_lora_scale` must be left out without `merge_lora`"):
+            main(options(**out, merge_lora_scale=1))
+        with pytest.raises(ValueError, match="`merge_lora` must be left out without `transformer`"):
+            main(options(lora=lora, merge_lora=lora, output_dir=tmp_path / "out"))
+        for expert, name in LORA_FILES.items():
+            write_lora(tmp_path / "run" / name, 0, expert=expert)
+        with pytest.raises(ValueError, match="has a LoRA for each of two experts. Give the folder of the pipeline"):
+            main(options(**out, merge_lora=tmp_path / "run"))
+        weights = {key.replace("blocks.2", "blocks.7"): tensor for key, tensor in load_file(lora).items()}
+        save_file(weights, lora)
+        with pytest.raises(ValueError, match="tensors have no place in the model: .*blocks.7"):
+            main(options(**out, merge_lora=lora))
+        assert not (tmp_path / "out").exists()
 
 
 def test_as_a_module(tmp_path: Path) -> None:

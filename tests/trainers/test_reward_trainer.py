@@ -285,6 +285,80 @@ def test_resuming_an_adapter_equals_never_having_stopped(
     assert all(torch.equal(value, expected[name]) for name, value in second.unwrapped.named_parameters())
 
 
+@pytest.mark.parametrize("options", [{}, {"lora_rank": 2}])
+def test_averaged_weights_are_validated_and_saved(
+    build: Callable[..., RewardTrainer], tmp_path: Path, options: dict[str, Any]
+) -> None:
+    trainer = build(
+        use_ema=True, ema_decay=0.5, max_train_steps=3, validation_dataset=str(tmp_path / "validation"), **options
+    )
+    averages = snapshot(trainer.unwrapped)
+    original, evaluator = trainer.train_step, trainer.evaluator
+    assert evaluator is not None
+    validated: list[dict[str, torch.Tensor]] = []
+
+    def step_and_average() -> dict[str, torch.Tensor]:
+        metrics = original()
+        assert trainer.average is not None
+        decay = trainer.average.ema.get_decay(trainer.average.ema.optimization_step)
+        for name, value in trainer.unwrapped.named_parameters():
+            averages[name] = decay * averages[name] + (1 - decay) * value.detach()
+        return metrics
+
+    def evaluate(model: torch.nn.Module, accelerator: Any) -> dict[str, float]:
+        validated.append(snapshot(trainer.unwrapped))
+        return evaluator(model, accelerator)
+
+    trainer.train_step = step_and_average  # type: ignore[method-assign]
+    trainer.evaluator = evaluate  # type: ignore[assignment]
+    trainer.train()
+    for name, value in averages.items():
+        torch.testing.assert_close(validated[-1][name], value, rtol=1e-5, atol=1e-6)
+        trains = trainer.unwrapped.get_parameter(name).requires_grad
+        assert torch.equal(trainer.unwrapped.get_parameter(name), validated[-1][name]) != trains, name
+    # The result and the best model are the average, with the adapter merged in.
+    with torch.no_grad():
+        for name, value in averages.items():
+            trainer.unwrapped.get_parameter(name).copy_(value)
+        inputs = torch.randn(2, 16, 2, 4, 4), torch.tensor([300.0, 900.0]), torch.randn(2, 3, 32)
+        expected = trainer.unwrapped.eval()(*inputs).logits
+        for folder in ("reward_model", "best"):
+            saved = WanRewardModel.from_pretrained(str(tmp_path / "out" / folder))
+            torch.testing.assert_close(saved(*inputs).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"lora_rank": 2}, {"freeze_blocks": True}])
+def test_resuming_with_an_average_equals_never_having_stopped(
+    build: Callable[..., RewardTrainer], tmp_path: Path, options: dict[str, Any]
+) -> None:
+    options = options | {"use_ema": True, "ema_decay": 0.9}
+    whole = build(max_train_steps=4, output_dir=str(tmp_path / "whole"), **options)
+    whole.train()
+    build(max_train_steps=2, **options).train()
+    second = build(max_train_steps=4, resume_from_checkpoint="latest", **options)
+    second.train()
+    assert whole.average is not None
+    assert second.average is not None
+    assert second.average.num_averaged == whole.average.num_averaged == 4
+    assert all(map(torch.equal, whole.average.ema.shadow_params, second.average.ema.shadow_params))
+    expected = snapshot(whole.unwrapped)
+    assert all(torch.equal(value, expected[name]) for name, value in second.unwrapped.named_parameters())
+    results = [WanRewardModel.from_pretrained(str(tmp_path / run / "reward_model")) for run in ("whole", "out")]
+    for one, other in zip(*(result.parameters() for result in results), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("allow", [True, False, None])
+def test_tf32_is_torchs_own_switch(build: Callable[..., RewardTrainer], allow: bool | None) -> None:
+    before = torch.backends.cuda.matmul.allow_tf32
+    assert not before
+    try:
+        build(allow_tf32=allow)
+        assert torch.backends.cuda.matmul.allow_tf32 == bool(allow)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
