@@ -22,12 +22,11 @@ from hy_prfl.inference.generation import (
     decode_latents,
     generate_video,
     generate_videos,
-    load_pipeline,
     pending_videos,
     read_record,
     write_video,
 )
-from hy_prfl.inference.pipelines import check_options_fit
+from hy_prfl.inference.pipelines import check_options_fit, load_pipeline
 
 
 SETTINGS = VideoSettings(
