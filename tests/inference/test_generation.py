@@ -22,14 +22,13 @@ from hy_prfl.inference.generation import (
     decode_latents,
     generate_video,
     generate_videos,
-    load_pipeline,
     pending_videos,
     read_record,
     video_record,
     video_size,
     write_video,
 )
-from hy_prfl.inference.pipelines import check_options_fit
+from hy_prfl.inference.pipelines import check_options_fit, load_pipeline
 
 
 SETTINGS = VideoSettings(
