@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
@@ -102,30 +102,37 @@ def generate_video(
     Returns:
         `np.ndarray` of shape `(num_frames, height, width, 3)`: float32 in [0, 1].
     """
-    height, width = video_size(prompt, settings, patch_in_pixels(pipeline))
+    inputs = pipeline_inputs(prompt, fitted_settings(pipeline, prompt, settings))
+    generator = torch.Generator().manual_seed(prompt.seed)
+    return pipeline(**inputs, generator=generator, output_type="np").frames[0]
+
+
+def pipeline_inputs(prompt: VideoPrompt, settings: VideoSettings) -> dict[str, Any]:
+    """What a pipeline is called with for a video, besides its noise and the type of its output."""
     images = {
-        name: Image.fromarray(resize_and_crop(read_image(path)[None], height, width)[0])
+        name: Image.fromarray(resize_and_crop(read_image(path)[None], settings.height, settings.width)[0])
         for name, path in (("image", prompt.image), ("last_image", prompt.last_image))
         if path is not None
     }
-    return pipeline(
-        prompt=prompt.caption,
-        negative_prompt=settings.negative_prompt,
-        height=height,
-        width=width,
-        num_frames=settings.num_frames,
-        num_inference_steps=settings.num_inference_steps,
-        guidance_scale=settings.guidance_scale,
-        max_sequence_length=settings.max_sequence_length,
-        generator=torch.Generator().manual_seed(prompt.seed),
-        output_type="np",
+    return {
+        "prompt": prompt.caption,
+        "negative_prompt": settings.negative_prompt,
+        "height": settings.height,
+        "width": settings.width,
+        "num_frames": settings.num_frames,
+        "num_inference_steps": settings.num_inference_steps,
+        "guidance_scale": settings.guidance_scale,
+        "max_sequence_length": settings.max_sequence_length,
         **images,
-    ).frames[0]
+    }
 
 
-def patch_in_pixels(pipeline: WanPipeline | WanImageToVideoPipeline) -> int:
-    """Side of what a patch of the pipeline's latents shows: sides of videos are multiples of it."""
-    return 2 * pipeline.vae_scale_factor_spatial
+def fitted_settings(
+    pipeline: WanPipeline | WanImageToVideoPipeline, prompt: VideoPrompt, settings: VideoSettings
+) -> VideoSettings:
+    """Settings of one video: with the size that it will have, to which its images are cropped."""
+    height, width = video_size(prompt, settings, 2 * pipeline.vae_scale_factor_spatial)
+    return replace(settings, height=height, width=width, image_fit="crop")
 
 
 def generate_videos(
@@ -166,7 +173,7 @@ def generate_videos(
     state = process_state()
     output_dir = Path(output_dir)
     settings = VideoSettings() if settings is None else settings
-    multiple = patch_in_pixels(pipeline)
+    multiple = 2 * pipeline.vae_scale_factor_spatial
     for name, side in (("height", settings.height), ("width", settings.width)):
         # The pipeline itself would only warn, and make a smaller video.
         check(
@@ -183,13 +190,13 @@ def generate_videos(
         index, num_shares = context_parallel.index, context_parallel.num_groups
     writes = context_parallel is None or context_parallel.is_first_rank
     for prompt in tqdm(pending[index::num_shares], desc="Generating", unit="video", disable=not state.is_main_process):
-        height, width = video_size(prompt, settings, multiple)
-        size = {"height": height, "width": width, "num_frames": settings.num_frames}
+        fitted = fitted_settings(pipeline, prompt, settings)
+        size = {"height": fitted.height, "width": fitted.width, "num_frames": fitted.num_frames}
         is_tiled = set_tiling(pipeline.vae, vae_tiling, "decode", **size)
         if context_parallel is not None and context_parallel.any(is_tiled):
             # All processes of a video must see the same image, also if one of them has less free memory.
             set_tiling(pipeline.vae, "on", "decode", **size)
-        frames = generate_video(pipeline, prompt, settings)
+        frames = generate_video(pipeline, prompt, fitted)
         if writes:
             record = video_record(prompt, settings, model_identity)
             write_video(

@@ -11,6 +11,7 @@ import dataclasses
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ..configs.base import check, save_config
 from ..configs.generate import NEGATIVE_PROMPTS, GenerateConfig
@@ -46,19 +47,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     from ..data.prompts import check_prompts, read_prompts
     from ..formats.pipeline_info import PipelineInfo
     from ..inference.generation import VideoSettings, generate_videos, pending_videos, video_size, write_manifest
-    from ..inference.pipelines import (
-        LORA_OPTIONS,
-        as_list,
-        check_options_fit,
-        check_split_fits,
-        find_lora_weights,
-        load_pipeline,
-        size_multiple,
-    )
-    from ..runtime.attention import check_attention_backend
+    from ..inference.pipelines import load_pipeline, size_multiple
     from ..runtime.context_parallel import ContextParallelGroup
     from ..runtime.distributed import SHARED_WORK_TIMEOUT, from_main_process, process_state, set_up_logging
-    from ..runtime.provenance import path_identity
 
     set_up_logging()
     state = process_state()
@@ -78,41 +69,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = VideoSettings(**{name: getattr(config, name) for name in VideoSettings.__dataclass_fields__})
     negative = NEGATIVE_PROMPTS.get(config.negative_prompt or "", config.negative_prompt)
     settings = dataclasses.replace(settings, negative_prompt=negative)
-    identity = {name: getattr(config, name) for name in (*MODEL_OPTIONS, "revision", "variant")}
-    identity |= {name: getattr(config, name) for name in NEWER_OPTIONS if getattr(config, name) is not None}
-    paths = {name: getattr(config, name) for name in MODEL_PATHS}
-    paths |= {name: getattr(config, name) for name in EXPERT_PATHS if getattr(config, name) is not None}
-    check_options_fit(location[0], paths, revision=config.revision)
-    for expert, option in LORA_OPTIONS.items():
-        if paths.get(option) is not None:
-            # The folder of a training run holds more than the weights, and goes on changing.
-            found = [find_lora_weights(path, expert) for path in as_list(paths[option])]
-            paths[option] = found[0] if len(found) == 1 else found
-    identity |= {
-        name: [path_identity(each) for each in path] if isinstance(path, list) else path and path_identity(path)
-        for name, path in paths.items()
-    }
+    identity = model_identity(config)
     pending = from_main_process(
         pending_videos(prompts, output_dir, settings, model_identity=identity, overwrite=config.overwrite)
     )
     if pending:
         multiple = size_multiple(*location)
-        shapes = {(config.num_frames, *video_size(prompt, settings, multiple)) for prompt in pending}
-        if degree > 1:
-            check_split_fits(
-                location[0],
-                degree,
-                shapes,
-                ring_degree=config.ring_degree,
-                revision=config.revision,
-                transformer_path=config.transformer_path,
-                transformer_2_path=config.transformer_2_path,
-            )
-        if config.attention_backend is not None:
-            dtype = getattr(torch, config.dtype)
-            check_attention_backend(
-                config.attention_backend, option="attention_backend", trains=False, device=state.device, dtype=dtype
-            )
+        check_processes(config, {video_size(prompt, settings, multiple) for prompt in pending})
         context_parallel = (
             ContextParallelGroup(degree, SHARED_WORK_TIMEOUT, config.ring_degree) if degree > 1 else None
         )
@@ -158,6 +121,64 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_manifest(prompts, output_dir)
         save_config(config, output_dir / CONFIG_FILE)
         print(f"{len(pending)} videos generated, {len(prompts) - len(pending)} were there: {output_dir}")
+
+
+def model_identity(config: GenerateConfig) -> dict[str, Any]:
+    """
+    What a video depends on besides its prompt and its settings, as it is kept in its record.
+
+    Raises:
+        ValueError, FileNotFoundError: If a LoRA is not there, or something is given for an expert that is not there.
+    """
+    from ..inference.pipelines import LORA_OPTIONS, as_list, check_options_fit, find_lora_weights
+    from ..runtime.provenance import path_identity
+
+    identity = {name: getattr(config, name) for name in (*MODEL_OPTIONS, "revision", "variant")}
+    identity |= {name: getattr(config, name) for name in NEWER_OPTIONS if getattr(config, name) is not None}
+    paths = {name: getattr(config, name) for name in MODEL_PATHS}
+    paths |= {name: getattr(config, name) for name in EXPERT_PATHS if getattr(config, name) is not None}
+    check_options_fit(config.pretrained_model_name_or_path, paths, revision=config.revision)
+    for expert, option in LORA_OPTIONS.items():
+        # The folder of a training run holds more than the weights, and goes on changing.
+        found = [find_lora_weights(path, expert) for path in as_list(paths.get(option))]
+        if found:
+            # One has no list around it, as in the records of older videos.
+            paths[option] = found[0] if len(found) == 1 else found
+    return identity | {
+        name: [path_identity(each) for each in path] if isinstance(path, list) else path and path_identity(path)
+        for name, path in paths.items()
+    }
+
+
+def check_processes(config: GenerateConfig, sizes: set[tuple[int, int]]) -> None:
+    """
+    Refuse an attention kernel that does not work here, and videos that do not divide over the processes that make them.
+
+    Args:
+        sizes (`set[tuple[int, int]]`):
+            Height and width of the videos in pixels.
+    """
+    import torch
+
+    from ..inference.pipelines import check_split_fits
+    from ..runtime.attention import check_attention_backend
+    from ..runtime.distributed import process_state
+
+    if config.context_parallel_degree > 1:
+        check_split_fits(
+            config.pretrained_model_name_or_path,
+            config.context_parallel_degree,
+            {(config.num_frames, *size) for size in sizes},
+            ring_degree=config.ring_degree,
+            revision=config.revision,
+            transformer_path=config.transformer_path,
+            transformer_2_path=config.transformer_2_path,
+        )
+    if config.attention_backend is not None:
+        device, dtype = process_state().device, getattr(torch, config.dtype)
+        check_attention_backend(
+            config.attention_backend, option="attention_backend", trains=False, device=device, dtype=dtype
+        )
 
 
 def find_seed(output_dir: Path) -> int:
