@@ -56,7 +56,7 @@ def test_noise_path_and_its_velocity() -> None:
 
 
 @pytest.mark.parametrize("flow_shift", [1.0, 3.0, 5.0])
-def test_uniform_law_is_the_shifted_schedule_of_1000_levels(flow_shift: float) -> None:
+def test_uniform_distribution_is_the_shifted_schedule_of_1000_levels(flow_shift: float) -> None:
     sigmas = sample_sigmas([make_generator(0)] * 100_000, flow_shift=flow_shift)
     schedule = torch.tensor([flow_shift * u / (1 + (flow_shift - 1) * u) for u in (1 - i / 1000 for i in range(1000))])
     levels = schedule.sort().values
@@ -74,7 +74,7 @@ def test_shift_5_has_the_mass_that_upstream_trains_on() -> None:
     assert (sigmas < 0.2).float().mean().item() == pytest.approx(0.048, abs=0.005)
 
 
-def test_logit_normal_law() -> None:
+def test_logit_normal_distribution() -> None:
     sigmas = sample_sigmas(
         [make_generator(2)] * 50_000, weighting_scheme="logit_normal", flow_shift=1.0, logit_mean=0.5, logit_std=0.7
     )
@@ -83,7 +83,7 @@ def test_logit_normal_law() -> None:
     assert logits.std().item() == pytest.approx(0.7, abs=0.015)
 
 
-def test_sigmas_stay_in_range_and_unknown_laws_are_refused() -> None:
+def test_sigmas_stay_in_range_and_unknown_distributions_are_refused() -> None:
     for scheme in ("uniform", "logit_normal"):
         sigmas = sample_sigmas([make_generator(3)] * 20_000, weighting_scheme=scheme, logit_std=8.0)  # type: ignore[arg-type]
         assert 0 < sigmas.min()
@@ -99,11 +99,12 @@ def test_time_runs_from_0_to_1000() -> None:
 
 @pytest.mark.parametrize("flow_shift", [1.0, 5.0])
 @pytest.mark.parametrize(
-    "law", [{"weighting_scheme": "uniform"}, {"weighting_scheme": "logit_normal", "logit_mean": 0.4, "logit_std": 1.3}]
+    "distribution",
+    [{"weighting_scheme": "uniform"}, {"weighting_scheme": "logit_normal", "logit_mean": 0.4, "logit_std": 1.3}],
 )
-def test_conditional_noise_levels(law: dict[str, Any], flow_shift: float) -> None:
-    """Against draws from the whole law, of which those on the other side are thrown away."""
-    options = {**law, "flow_shift": flow_shift}
+def test_conditional_noise_levels(distribution: dict[str, Any], flow_shift: float) -> None:
+    """Against draws from the whole distribution, of which those on the other side are thrown away."""
+    options = {**distribution, "flow_shift": flow_shift}
     every = sample_sigmas([make_generator(0, index) for index in range(20_000)], **options)
     share = timestep_probability(875.0, **options)
     assert share == pytest.approx((1000 * every >= 875).double().mean().item(), abs=0.015)

@@ -104,7 +104,7 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | None) -> Pat
         _check_step(absolute)
     elif checkpoints:
         raise ValueError(
-            f"`resume_from_checkpoint`: {checkpoint} is not in `output_dir` {output_dir}, which already holds  "
+            f"`resume_from_checkpoint`: {checkpoint} is not in `output_dir` {output_dir}, which already holds "
             f"{checkpoints[-1].name}. Continue with `--resume_from_checkpoint latest` or choose another folder."
         )
     return checkpoint

@@ -146,7 +146,7 @@ def read_adapters(path: str | Path) -> list[Adapter]:
     adapters = [read_adapter(file) for file in find_lora_files(path)]
     if len({adapter.expert for adapter in adapters}) < len(adapters):
         raise ValueError(
-            f"{path}: the headers of its two files must name different experts, both have `{PREFIX}expert`  "
+            f"{path}: the headers of its two files must name different experts, both have `{PREFIX}expert` "
             f"{adapters[0].metadata.get(f'{PREFIX}expert')!r}; convert them one by one."
         )
     return adapters

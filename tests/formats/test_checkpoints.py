@@ -95,7 +95,7 @@ def test_latest_passes_over_a_folder_that_was_half_copied_and_says_so(
     (tmp_path / "checkpoint-8" / "optimizer.bin").write_bytes(b"half")
     (tmp_path / "checkpoint-9").write_text("a file")
     assert find_checkpoint(tmp_path, "latest") == tmp_path / "checkpoint-4"
-    assert "checkpoint-8 is not a complete checkpoint and is passed over" in caplog.text
+    assert "checkpoint-8 is not a complete checkpoint and is skipped" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_latest_passes_over_a_folder_that_was_half_copied_and_says_so(
     [
         ("{", r"checkpoint-4/trainer_state\.json: not valid JSON"),
         ("[]", r"checkpoint-4/trainer_state\.json: expected a mapping with `global_step`"),
-        ('{"global_step": 6}', r"checkpoint-4 holds step 6"),
+        ('{"global_step": 6}', r"checkpoint-4: its .* has step 6"),
     ],
 )
 @pytest.mark.parametrize("way", ["latest", "path"])

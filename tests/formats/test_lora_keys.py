@@ -98,7 +98,7 @@ def test_parts(end: str, part: str) -> None:
         (["lora_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight"], "this is a LoRA of a text encoder"),
         (["text_encoder.encoder.block.0.q.lora_A.weight"], "this is a LoRA of a text encoder"),
         (["diffusion_model.blocks.0.self_attn.q.lora_A.weight", "diffusion_model.blocks.0.self_attn.q.lora_A.scale_weight"],
-         r"key '.*scale_weight' belongs to a LoRA in scaled float8, which is not read\. Take"),
+         r"key '.*scale_weight' belongs to a LoRA in scaled float8, which is not supported\. Use"),
         (["lora_unet_blocks_0_ffn_0.lora_up.weight", "lora_unet_blocks_0_ffn_0.lora_up.weight_scale"], "in scaled float8"),
         (["diffusion_model.head.head.lora_up.weight", "scaled_fp8"], "in scaled float8"),
         (["diffusion_model.head.head.lora_up.weight", "diffusion_model.head.head.scale_input"], "in scaled float8"),
