@@ -140,8 +140,8 @@ def is_complete(
 
     Raises:
         ValueError: If the folder holds something that must not be replaced: files not written by `build_dataset`, a
-        dataset that would lose merged labels, or, unless `overwrite` is set, one that was made with other settings or
-        has clips that are not among the rows.
+            dataset that would lose merged labels, or, unless `overwrite` is set, one that was made with other settings
+            or has clips that are not among the rows.
     """
     recover_folder(output_dir)
     if not output_dir.exists() or (output_dir.is_dir() and not any(output_dir.iterdir())):
@@ -225,7 +225,7 @@ def build_dataset(
 
     Raises:
         ValueError: If no row could be encoded, or clips would be dropped and `overwrite` is not set. Encoded rows are
-        kept for the next run.
+            kept for the next run.
     """
     state = process_state()
     partial_dir = output_dir.with_name(output_dir.name + ".partial")

@@ -157,8 +157,9 @@ def read_adapter(path: str | Path) -> Adapter:
     Read a LoRA file; its format is recognised by its keys.
 
     Raises:
-        FileNotFoundError: If there is no such file. ValueError: If it is not a LoRA of a Wan transformer, or if a key
-        is unknown, empty, without its other half, of another shape or not finite; names the key.
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not a LoRA of a Wan transformer, or if a key is unknown, empty, without its other half, of
+            another shape or not finite; names the key.
     """
     header = read_header(path) if Path(path).suffix == ".safetensors" else {}
     weights, config = read_weights(path), read_lora_config(path, header)

@@ -53,7 +53,7 @@ class HubUploader:
 
     Raises:
         ValueError: Before training starts, for mistakes of the user; see [`open_repo`]. If only the network fails,
-        there is a warning, and every upload tries again.
+            there is a warning, and every upload tries again.
     """
 
     def __init__(

@@ -133,7 +133,7 @@ def test_the_checkpoint_of_another_run(tmp_path: Path) -> None:
     other = save(accelerator, tmp_path / "other", 2)
     own = save(accelerator, tmp_path / "run", 6)
     assert find_checkpoint(tmp_path / "new", str(other)) == other
-    with pytest.raises(ValueError, match=r"other/checkpoint-2 is none of .*run.* which already holds checkpoint-6"):
+    with pytest.raises(ValueError, match=r"other/checkpoint-2 is not in .*run.* which already holds checkpoint-6"):
         find_checkpoint(tmp_path / "run", str(other))
     # The same folder by another name is the run's own.
     assert find_checkpoint(tmp_path / "run", str(tmp_path / "other" / ".." / "run" / "checkpoint-6" / ".")).samefile(

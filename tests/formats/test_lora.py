@@ -653,7 +653,7 @@ class TestTwoExperts:
             save_adapters(read_adapters(run_dir), tmp_path / "out", "upstream")
         assert not (tmp_path / "out").exists()
         save_file(load_file(run_dir / LORA_FILES["low_noise"]), run_dir / LORA_FILES["low_noise"])
-        with pytest.raises(ValueError, match=r"must tell two experts, both tell `hy_prfl.expert` 'high_noise'"):
+        with pytest.raises(ValueError, match=r"must name different experts, both have `hy_prfl.expert` 'high_noise'"):
             read_adapters(run_dir)
 
 

@@ -94,7 +94,7 @@ def test_parts(end: str, part: str) -> None:
         (["lora_unet_joint_blocks_0_x_block_attn_proj.alpha"], "LoRA of Stable Diffusion 3"),
         (["diffusion_model.transformer_blocks.0.attn1.to_q.lora_A.weight"], "another transformer, such as"),
         (["diffusion_model.vace_blocks.0.self_attn.q.lora_A.weight"], "LoRA of Wan VACE"),
-        (["diffusion_model.face_adapter.fuser_blocks.0.linear1_q.lora_A.weight"], "LoRA of a model made from Wan"),
+        (["diffusion_model.face_adapter.fuser_blocks.0.linear1_q.lora_A.weight"], "LoRA of a model derived from Wan"),
         (["lora_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight"], "this is a LoRA of a text encoder"),
         (["text_encoder.encoder.block.0.q.lora_A.weight"], "this is a LoRA of a text encoder"),
         (["diffusion_model.blocks.0.self_attn.q.lora_A.weight", "diffusion_model.blocks.0.self_attn.q.lora_A.scale_weight"],
