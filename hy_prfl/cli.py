@@ -25,7 +25,7 @@ COMMANDS = {
     "label": "join annotations to a latent dataset",
     "train_reward": "train a reward model on noisy latents (PAVRM)",
     "train_prfl": "fine-tune a generator on that reward (PRFL)",
-    "plan": "memory, operations and time that a recipe will need",
+    "plan": "memory, FLOPs and time that a recipe will need",
     "score": "score videos or latents",
     "generate": "prompts -> videos",
     "convert": "read checkpoints in Wan's or upstream's own format",

@@ -114,7 +114,7 @@ def check_rows_fit(
         if image_dim is not None:
             _check_number_of_images(image_shape, model_config["pos_embed_seq_len"], where)
         if any(size % patch for size, patch in zip(shape[1:], patch_size, strict=True)):
-            raise ValueError(f"{where}: latents of size {shape[1:]} do not divide into patches {patch_size}.")
+            raise ValueError(f"{where}: latents of size {shape[1:]} cannot be divided into patches of {patch_size}.")
 
 
 def check_dataset_fits(reward_model: WanRewardModel, dataset: Dataset, source: str = "the dataset") -> None:
@@ -155,7 +155,7 @@ def check_encoder_fits(reward_model: WanRewardModel, encoder: LatentEncoder) -> 
 
 
 def _check_number_of_images(image_shape: list[int], pos_embed_seq_len: int | None, where: str) -> None:
-    """Refuse image embeddings of one image for a model of two, and the other way round."""
+    """Refuse image embeddings of one image for a model of two, and vice versa."""
     expected = "1 image" if pos_embed_seq_len is None else f"2 images of {pos_embed_seq_len // 2} tokens"
     found = "1 image" if len(image_shape) == 2 else f"{image_shape[0]} images of {image_shape[1]} tokens"
     if expected != found:

@@ -47,7 +47,7 @@ def test_rows_that_do_not_fit_a_model_are_named(tmp_path: Path, write_latents: W
         ({"text_dim": 64}, r"`prompt_embeds_shape`: the model takes 64, got 32"),
         ({"image_dim": 32}, r"`image_embeds_shape`: the model takes 32, got None"),
         ({"in_channels": 36}, r"`condition_shape`: the model takes 20, got 0"),
-        ({"patch_size": (1, 3, 2)}, r"do not divide into patches"),
+        ({"patch_size": (1, 3, 2)}, r"cannot be divided into patches"),
     ]:
         with pytest.raises(ValueError, match=message):
             check_rows_fit(dataset, "d", TEXT_TO_VIDEO | change)

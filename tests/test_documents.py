@@ -252,8 +252,6 @@ def test_demo_in_the_readme() -> None:
 
 def test_demo_in_the_page_of_costs() -> None:
     rows = table_rows(ROOT / "docs" / "costs.md")
-    seconds = {row[0]: row[1] for row in rows if row[0] in DEMO["seconds"]}
-    assert seconds == {name: f"{value:.0f}" for name, value in DEMO["seconds"].items()}
     metrics = DEMO["reward_model"]["metrics"]
     for title, name in {"accuracy": "accuracy", "AUC": "auc"}.items():
         (row,) = [row for row in rows if row[0] == f"reward model, {title}"]

@@ -60,7 +60,7 @@ def test_noise_path_and_its_velocity() -> None:
 
 
 @pytest.mark.parametrize("flow_shift", [1.0, 3.0, 5.0])
-def test_uniform_law_is_the_shifted_schedule_of_1000_levels(flow_shift: float) -> None:
+def test_uniform_distribution_is_the_shifted_schedule_of_1000_levels(flow_shift: float) -> None:
     sigmas = UniformLevels(flow_shift).sample([make_generator(0)] * 100_000)
     schedule = torch.tensor([flow_shift * u / (1 + (flow_shift - 1) * u) for u in (1 - i / 1000 for i in range(1000))])
     levels = schedule.sort().values
@@ -78,7 +78,7 @@ def test_shift_5_has_the_mass_that_upstream_trains_on() -> None:
     assert (sigmas < 0.2).float().mean().item() == pytest.approx(0.048, abs=0.005)
 
 
-def test_logit_normal_law() -> None:
+def test_logit_normal_distribution() -> None:
     sigmas = LogitNormalLevels(1.0, mean=0.5, std=0.7).sample([make_generator(2)] * 50_000)
     logits = torch.logit(sigmas)
     assert logits.mean().item() == pytest.approx(0.5, abs=0.015)

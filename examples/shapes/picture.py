@@ -4,7 +4,7 @@ The picture and the figures of the demo that README and docs/costs.md show, from
     python -m examples.shapes.picture --demo_dir outputs/demo
 
 The first held-out captions, whatever the judge says of them: a row before PRFL, a row after it, the same noise in each
-column. `summary.json` of the same run is copied beside it.
+column. `summary.json` of the same run is copied beside it, without the seconds, which depend on the machine.
 """
 
 import json
@@ -30,6 +30,7 @@ ROWS = {"base": "before", "prfl": "after PRFL"}
 SIDE, GAP, LINE, NAMES = 96, 6, 18, 84
 GOOD, BAD = "#2c8a57", "#b3402f"
 HOLD = 5  # frames that the last picture stays
+NUM_COLORS = 64
 
 
 @dataclass(kw_only=True)
@@ -79,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     config = parse_config(PictureConfig, sys.argv[1:] if argv is None else argv, description=__doc__)
     demo, output_dir = Path(config.demo_dir), Path(config.output_dir)
     summary = json.loads((demo / "summary.json").read_text(encoding="utf-8"))
+    del summary["seconds"]
     videos, verdicts = [], []
     for arm in ROWS:
         rows = json.loads((demo / "videos" / arm / "manifest.json").read_text(encoding="utf-8"))[: config.num_videos]
@@ -87,7 +89,10 @@ def main(argv: Sequence[str] | None = None) -> Path:
         files = [demo / "videos" / arm / row["video"] for row in rows]
         videos.append([read_video(path, fps=FPS, num_frames=NUM_FRAMES) for path in files])
         verdicts.append([kinds[row["id"]] for row in rows])
-    first, *others = draw(videos, verdicts)
+    frames = draw(videos, verdicts)
+    # One palette without dithering: a third of the bytes.
+    palette = frames[-1].quantize(NUM_COLORS, dither=Image.Dither.NONE)
+    first, *others = (frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames)
     duration = 1000 // FPS
     durations = [duration] * len(others) + [HOLD * duration]
     output_dir.mkdir(parents=True, exist_ok=True)

@@ -32,8 +32,8 @@ def open_video(path: str | Path) -> Iterator[av.container.InputContainer]:
     the name. It may not open other files, which a list of files would ask for.
 
     Raises:
-        VideoError: If there is no such file, or it is a list of other files. av.error.FFmpegError: If FFmpeg cannot
-        read it.
+        VideoError: If there is no such file, or it is a list of other files.
+        av.error.FFmpegError: If FFmpeg cannot read it.
     """
     if not Path(path).is_file():
         raise VideoError(f"there is no file '{path}'")

@@ -76,8 +76,8 @@ def is_complete(
 
     Raises:
         ValueError: If the folder holds something that must not be replaced: files not written by `build_dataset`, a
-        dataset that would lose merged labels, or, unless `overwrite` is set, one that was made with other settings or
-        has clips that are not among the rows.
+            dataset that would lose merged labels, or, unless `overwrite` is set, one that was made with other settings
+            or has clips that are not among the rows.
     """
     recover_folder(output_dir)
     if not output_dir.exists() or (output_dir.is_dir() and not any(output_dir.iterdir())):

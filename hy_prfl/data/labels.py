@@ -27,8 +27,8 @@ def read_annotations(path: str | Path) -> dict[str, dict[str, int]]:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file or a row is broken, an id is missing or has two rows that differ, or no row has a label;
-            names file, row and field.
+        ValueError: If the file or a row is broken, an id is missing or has two rows that differ, or no row has a
+            label; names file, row and field.
     """
     path = Path(path)
     fields = {"id": FIELDS["id"], **LABEL_FIELDS, "motion_quality": ("motion_quality",)}

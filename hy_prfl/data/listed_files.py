@@ -50,7 +50,7 @@ class ListedFiles:
             first, *others = self.in_both
             more = f" (and {len(others)} more)" if others else ""
             logger.warning(
-                f"{self.list_path}: {first!r}{more} is both in '{Path.cwd()}', which is used, and in  "
+                f"{self.list_path}: {first!r}{more} is both in '{Path.cwd()}', which is used, and in "
                 f"'{Path.cwd() / self.list_path.parent}'."
             )
 

@@ -79,7 +79,7 @@ class FrameConverter:
 
         Raises:
             VideoError: If the frame's rotation is not made of quarter turns and mirrors, if it is HDR and that is
-            refused, or if its colours cannot be converted.
+                refused, or if its colours cannot be converted.
         """
         graph = _build_graph(
             (frame.width, frame.height),

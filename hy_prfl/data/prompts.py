@@ -70,8 +70,8 @@ the list's folder |
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file or a row is broken, has an unknown field or no caption, or two different
-            rows ask for a video of one name; names file, row and field. `check_prompts` checks whether images exist.
+        ValueError: If the file or a row is broken, has an unknown field or no caption, or two different rows ask for a
+            video of one name; names file, row and field. `check_prompts` checks whether images exist.
     """
     path = Path(path)
     records = read_records(path, FIELDS, lines_of="caption")

@@ -275,7 +275,7 @@ def read_text(record: Mapping[str, Any], names: Sequence[str], where: str) -> st
 
     Raises:
         ValueError: If a value is neither text nor a whole number, has a character that cannot be written (half of a
-        surrogate pair, NUL), or two names disagree.
+            surrogate pair, NUL), or two names disagree.
     """
     found: dict[str, str] = {}
     for name in names:

@@ -91,7 +91,7 @@ def build_dataset(
 
     Raises:
         ValueError: If no row could be encoded, or clips would be dropped and `overwrite` is not set. Encoded rows are
-        kept for the next run.
+                kept for the next run.
     """
     state = process_state()
     partial_dir = output_dir.with_name(output_dir.name + ".partial")

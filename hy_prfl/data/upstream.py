@@ -69,9 +69,9 @@ def read_upstream(path: str | Path, root: str | Path = ".") -> list[UpstreamRow]
         trainers make one pass over the list; the number is logged.
 
     Raises:
-        FileNotFoundError: If `path` or a listed file does not exist. ValueError: If a meta file is broken, with file
-        and field, or if two different ones share an id. Whether arrays exist is not checked here, because that
-        concerns single clips.
+        FileNotFoundError: If `path` or a listed file does not exist.
+        ValueError: If a meta file is broken, with file and field, or if two different ones share an id. Whether arrays
+            exist is not checked here, because that concerns single clips.
     """
     path, root = Path(path), Path(root)
     if path.is_dir():

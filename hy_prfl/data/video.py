@@ -105,7 +105,8 @@ def decode_video(
 
     Raises:
         VideoError: If the file is missing, is not a video, is damaged or truncated, holds no frame, is too short, or
-        is refused by the rules. ValueError: If `fps` is not a finite number greater than 0.
+            is refused by the rules.
+        ValueError: If `fps` is not a finite number greater than 0.
     """
     check(math.isfinite(fps) and fps > 0, "fps", fps, "a finite number greater than 0")
     rules = DecodingRules() if rules is None else rules

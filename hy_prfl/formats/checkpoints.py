@@ -57,9 +57,9 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | None) -> Pat
             `"latest"` for the newest complete checkpoint in `output_dir`, if there is one; or the path of a checkpoint.
 
     Raises:
-        FileNotFoundError: If the path is not a complete checkpoint. ValueError: If `output_dir` already holds
-        checkpoints, and nothing or a checkpoint from another folder is resumed; or if a checkpoint's name and its
-        state have different steps.
+        FileNotFoundError: If the path is not a complete checkpoint.
+        ValueError: If `output_dir` already holds checkpoints, and nothing or a checkpoint from another folder is
+            resumed; or if a checkpoint's name and its state have different steps.
     """
     # Left by a run that was killed while it renamed a finished folder or moved abandoned results.
     for outdated in output_dir.glob(".*.old"):
@@ -92,7 +92,7 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | None) -> Pat
         _check_step(absolute)
     elif checkpoints:
         raise ValueError(
-            f"`resume_from_checkpoint`: {checkpoint} is not in `output_dir` {output_dir}, which already holds  "
+            f"`resume_from_checkpoint`: {checkpoint} is not in `output_dir` {output_dir}, which already holds "
             f"{checkpoints[-1].name}. Continue with `--resume_from_checkpoint latest` or choose another folder."
         )
     return checkpoint

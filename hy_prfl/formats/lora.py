@@ -153,7 +153,7 @@ def read_adapters(path: str | Path) -> list[Adapter]:
     adapters = [read_adapter(file) for file in find_lora_files(path)]
     if len({adapter.expert for adapter in adapters}) < len(adapters):
         raise ValueError(
-            f"{path}: the headers of its two files must name different experts, both have `{PREFIX}expert`  "
+            f"{path}: the headers of its two files must name different experts, both have `{PREFIX}expert` "
             f"{adapters[0].metadata.get(f'{PREFIX}expert')!r}; convert them one by one."
         )
     return adapters
@@ -164,8 +164,9 @@ def read_adapter(path: str | Path) -> Adapter:
     Read a LoRA file; its format is recognised by its keys.
 
     Raises:
-        FileNotFoundError: If there is no such file. ValueError: If it is not a LoRA of a Wan transformer, or if a key
-        is unknown, empty, without its other half, of another shape or not finite; names the key.
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not a LoRA of a Wan transformer, or if a key is unknown, empty, without its other half, of
+            another shape or not finite; names the key.
     """
     header = read_header(path) if Path(path).suffix == ".safetensors" else {}
     weights, config = read_weights(path), read_lora_config(path, header)

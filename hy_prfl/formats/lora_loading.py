@@ -159,6 +159,6 @@ def _check_arrived(
     lost += sorted(set(arrived) - set(weights))
     if lost:
         raise ValueError(
-            f"{source}: {len(lost)} of {len(weights)} tensors of the LoRA were not loaded into the model, such as  "
+            f"{source}: {len(lost)} of {len(weights)} tensors of the LoRA were not loaded into the model, such as "
             f"{', '.join(lost[:5])}. The installed peft or diffusers handles this LoRA differently."
         )

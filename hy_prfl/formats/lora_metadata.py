@@ -86,7 +86,8 @@ def read_lora_metadata(path: str | Path) -> dict[str, str]:
     Where layers differ, `rank` and `alpha` list all values, such as `"8,16"`. A file of another program gives `{}`.
 
     Raises:
-        FileNotFoundError: If there is no such file. ValueError: If it is not a safetensors file.
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not a safetensors file.
     """
     header = read_header(path)
     return {name.removeprefix(PREFIX): value for name, value in header.items() if name.startswith(PREFIX)}

@@ -65,7 +65,7 @@ def _files_of(adapter: Adapter, lora_format: LoraFormat) -> dict[str, tuple[Stat
         keys = [key for name in adapter.differences for key in adapter.keys.get(name, [name])]
         shown = ", ".join(f"'{key}'" for key in keys[:5]) + ", ..." * (len(keys) > 5)
         raise ValueError(
-            f"The format of {lora_format} has no place for differences of whole weights and biases ({len(keys)}): {shown}.  "
+            f"The format of {lora_format} has no place for differences of whole weights and biases ({len(keys)}): {shown}. "
             "`generate --lora_path` applies such a file as it is, and `--output_format comfyui` keeps it."
         )
     if lora_format == "upstream":

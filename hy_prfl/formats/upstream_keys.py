@@ -80,8 +80,9 @@ class RecipeKeys:
         ignore (sequence of `str`): Keys to ignore.
 
     Raises:
-        FileNotFoundError: If there is no such file. ValueError: If it is not a YAML mapping, if a value is an
-        interpolation, or if `ignore` names a key that is not there.
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not a YAML mapping, if a value is an interpolation, or if `ignore` names a key that is not
+            there.
     """
 
     def __init__(self, path: Path, root: str = ".", ignore: Sequence[str] = ()) -> None:

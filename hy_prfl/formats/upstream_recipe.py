@@ -61,9 +61,9 @@ def convert_recipe(
         Options, commands and notes. Commands are for the current folder.
 
     Raises:
-        FileNotFoundError: If there is no such file. ValueError: If it is not a YAML mapping, lacks a key that
-        upstream's code requires, or has a value without a counterpart here. Names file, key and value, and says what
-        to do.
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not a YAML mapping, lacks a key that upstream's code requires, or has a value without a
+            counterpart here. Names file, key and value, and says what to do.
     """
     path = Path(path)
     if upstream_root is None:

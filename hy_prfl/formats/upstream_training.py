@@ -175,7 +175,7 @@ def suggest_reward_model(keys: RecipeKeys, run: str, prefix: str) -> None:
     """Use the reward model that the converted training recipe would write, if upstream's file names none."""
     keys.recipe.launch_options = f" --reward_model {run}/best"
     keys.note(
-        f"model.{prefix}_*_path: empty; upstream would continue with a head that was never trained. The command uses  "
+        f"model.{prefix}_*_path: empty; upstream would continue with a head that was never trained. The command uses "
         f"{run}/best, which the training of a reward model writes; --reward_model names another."
     )
 

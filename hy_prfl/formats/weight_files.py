@@ -58,8 +58,8 @@ def read_weights(path: str | Path) -> StateDict:
     Tensors are mapped from disk rather than copied.
 
     Raises:
-        FileNotFoundError: If the file, the folder, its weights or one shard is missing. ValueError: If it is ambiguous
-        which file to read, or a file has the wrong content.
+        FileNotFoundError: If the file, the folder, its weights or one shard is missing.
+        ValueError: If it is ambiguous which file to read, or a file has the wrong content.
     """
     path = Path(path)
     if path.is_file():
@@ -100,7 +100,8 @@ def read_safetensors(path: str | Path) -> StateDict:
     All tensors of one safetensors file, mapped from disk rather than copied.
 
     Raises:
-        FileNotFoundError: If there is no such file. ValueError: If it is not a safetensors file, or truncated.
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not a safetensors file, or truncated.
     """
     with _open_safetensors(path) as file:
         return {key: file.get_tensor(key) for key in file.keys()}

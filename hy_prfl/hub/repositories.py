@@ -167,7 +167,8 @@ def open_repo(
 
     Raises:
         ValueError: For mistakes of the user: no token or a bad one, a malformed id, no write access, a public
-        repository where a private one was requested. HubError: If the Hub cannot be reached now.
+            repository where a private one was requested.
+        HubError: If the Hub cannot be reached now.
     """
     check_repo_id(repo_id)
     if (token or get_token()) is None:
@@ -226,7 +227,8 @@ def push_folder(
         `str`: address of the commit.
 
     Raises:
-        ValueError: If the folder holds nothing to push, or as [`open_repo`]. HubError: If the upload failed.
+        ValueError: If the folder holds nothing to push, or as [`open_repo`].
+        HubError: If the upload failed.
     """
     folder = Path(folder)
     if not folder.is_dir():

@@ -51,7 +51,7 @@ class HubUploader:
 
     Raises:
         ValueError: Before training starts, for mistakes of the user; see [`open_repo`]. If only the network fails,
-        there is a warning, and every upload tries again.
+            there is a warning, and every upload tries again.
     """
 
     def __init__(self, run_dir: str | Path, repo_id: str, *, private: bool | None = None) -> None:

@@ -1,5 +1,5 @@
 r"""
-Says what a recipe will need: memory of a GPU, operations and time of a step, and what to change if it does not fit.
+Predicts what a recipe will need: memory of a GPU, FLOPs and time of a step, and what to change if it does not fit.
 
     hy-prfl plan --config examples/prfl/wan2.1_t2v_14b_480p_full.yaml --num_gpus 8 --zero_stage 3 --gpu_memory 80
 

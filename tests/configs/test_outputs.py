@@ -72,7 +72,7 @@ COMMANDS = {
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_checks_its_output(command: str) -> None:
     main = importlib.import_module(f"hy_prfl.scripts.{command}").main
-    with pytest.raises(ValueError, match=r"`(output|output_dir)`: .*'.*file' is a file, so there can be no '.*x"):
+    with pytest.raises(ValueError, match=r"`(output|output_dir)`: .*'.*file' is a file, so '.*x.*' cannot be created"):
         main(COMMANDS[command])
 
 

@@ -106,7 +106,7 @@ def test_what_is_saved_reads_back_equal(tmp_path: Path) -> None:
         ("output_dir: o\nenabled: maybe", "`enabled` must be true or false, got 'maybe'"),
         (
             "output_dir: o\nsteps: 1\nsteps: 2",
-            "bad.yaml, line 3, column 1: not valid YAML: the key 'steps' comes twice",
+            "bad.yaml, line 3, column 1: not valid YAML: the key 'steps' appears twice",
         ),
         ("output_dir: o\nsteps: !!python/name:os.system", "bad.yaml, line 2, column 8: not valid YAML"),
         ("output_dir: o\n1: 2", "'1' is not a field"),

@@ -154,7 +154,7 @@ def test_playlists_are_no_videos(
     monkeypatch.chdir(tmp_path)
     write_video(tmp_path / "a.mp4")
     (tmp_path / name).write_text(content, encoding="utf-8")
-    with pytest.raises(VideoError, match=r"a list of other files \((ffconcat|HLS or M3U|DASH|SDP)\), no video"):
+    with pytest.raises(VideoError, match=r"a list of other files \((ffconcat|HLS or M3U|DASH|SDP)\), not a video"):
         read_video(tmp_path / name, fps=16, num_frames=5)
 
 

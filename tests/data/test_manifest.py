@@ -180,10 +180,10 @@ def test_files_are_looked_up_from_the_working_directory_and_then_beside_the_list
     places = f"'{here}/videos/c.mp4' nor '{beside}/videos/c.mp4'"
     assert c.missing == {c.video: f"there is neither {places}"}
     assert d.video == Path("videos/d.mp4")
-    assert f"'videos/d.mp4' is both in '{here}', which is taken, and in '{beside}'" in caplog.text
+    assert f"'videos/d.mp4' is both in '{here}', which is used, and in '{beside}'" in caplog.text
     assert e.missing == {Path("/videos/e.mp4"): "there is no file '/videos/e.mp4'"}
     # One place, and one name for it.
     monkeypatch.chdir(beside)
     c = read_manifest("temp_input_data.json")[2]
     assert list(c.missing.values()) == [f"there is no file '{beside}/videos/c.mp4'"]
-    assert caplog.text.count("which is taken") == 1
+    assert caplog.text.count("which is used") == 1

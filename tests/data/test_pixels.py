@@ -90,13 +90,13 @@ class TestOrientation:
         [
             (
                 (46341, 46341, -46341, 46341),
-                r"\(0\.707\d+ 0\.707\d+; -0\.707\d+ 0\.707\d+\).*turned clockwise by 45 degrees",
+                r"\(0\.707\d+ 0\.707\d+; -0\.707\d+ 0\.707\d+\).*rotated clockwise by 45 degrees",
             ),
-            ((64540, 11380, -11380, 64540), "turned clockwise by 10 degrees"),
-            ((ONE, ONE, 0, ONE), "no quarter turn"),
-            ((ONE, 0, ONE, ONE), "no quarter turn"),
-            ((0, 0, 0, 0), "no quarter turn"),
-            ((ONE, 0, 0, 0), "no quarter turn"),
+            ((64540, 11380, -11380, 64540), "rotated clockwise by 10 degrees"),
+            ((ONE, ONE, 0, ONE), "not a quarter turn"),
+            ((ONE, 0, ONE, ONE), "not a quarter turn"),
+            ((0, 0, 0, 0), "not a quarter turn"),
+            ((ONE, 0, 0, 0), "not a quarter turn"),
         ],
     )
     def test_any_other_matrix_is_refused(

@@ -400,7 +400,7 @@ def test_prompts_of_a_text_to_video_pipeline_need_one_size(
 
 
 def test_sizes_must_fit_the_vae(encoder: LatentEncoder) -> None:
-    with pytest.raises(ValueError, match="40x48 is no multiple of 16"):
+    with pytest.raises(ValueError, match="40x48 must be multiples of 16"):
         ClipEncoder(encoder, ClipSettings(buckets=((40, 48),)))
 
 

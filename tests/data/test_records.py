@@ -84,12 +84,12 @@ def test_names_of_other_trainers(tmp_path: Path, name: str, caption: str, suffix
         ("video,description\na.mp4,x\n", r"there is no column `caption`\. Columns found: video, description\."),
         ("clip,caption\na.mp4,x\n", r"line 2: `video` is missing\. Columns found: clip, caption\. .*video \(video_path, f"),
         ("video,file_name,caption\na.mp4,a.mp4,x\n", "line 1: `video` and `file_name` mean the same; keep one"),
-        ("video,caption,Caption \na.mp4,x,y\n", "line 1: the column `caption` comes twice"),
+        ("video,caption,Caption \na.mp4,x,y\n", "line 1: the column `caption` appears twice"),
         ("video,caption\na.mp4,x\nb.mp4,x, y\n", r"line 3: expected 2 values, .* got 3: \['b.mp4', 'x', 'y'\]"),
         ("video;caption\na.mp4\n", r"line 2: expected 2 values, as the header has, got 1: \['a.mp4'\]"),
         ('video,caption\na.mp4,"x\ny"\nb.mp4\n', "line 4: expected 2 values"),
         ('video,caption\na.mp4,x\nb.mp4,"x\ny\n', "line 3: not valid CSV"),
-        ("video,caption,\na.mp4,x,\nb.mp4,x,z\n", "line 3: the column of 'z' has no name in the header"),
+        ("video,caption,\na.mp4,x,\nb.mp4,x,z\n", "line 3: the column with 'z' has no name in the header"),
         ("", "has no rows"),
         ("video,caption\n,\n", "has no rows"),
         ('"video,caption\na.mp4,x\n', "line 1: not valid CSV"),
@@ -106,8 +106,8 @@ def test_broken_csv(tmp_path: Path, text: str, message: str) -> None:
     [
         ("m.json", '{"data": [{"video": "a.mp4"}], "version": 1}', "expected a JSON list of rows, got a dict with `data`, `v"),
         ("m.json", '{"video": "a.mp4"}\n{"video": "b.mp4"}\n', r"not valid JSON: Extra data.*Is it JSON Lines\?"),
-        ("m.json", '[{"video": "a.mp4", "caption": "x", "caption": "y"}]', "`caption` comes twice in one object"),
-        ("m.json", '[{"video": "a.mp4", "caption": "x", "Caption": "y"}]', "row 1: the column `caption` comes twice"),
+        ("m.json", '[{"video": "a.mp4", "caption": "x", "caption": "y"}]', "`caption` appears twice in one object"),
+        ("m.json", '[{"video": "a.mp4", "caption": "x", "Caption": "y"}]', "row 1: the column `caption` appears twice"),
         ("m.json", '[{"video": "a", "path": "a", "text": "x"}]', "row 1: `video` and `path` mean the same; keep one"),
         ("m.jsonl", '{"video": "a.mp4", "caption": "x"}\n\n["b.mp4"]', "line 3: expected a mapping"),
         ("m.jsonl", '{"clip": "a.mp4"}', "none of its columns is known. Columns found: clip"),
@@ -159,7 +159,7 @@ def test_placeholders_are_no_captions(tmp_path: Path, placeholder: str, caplog: 
         first, second = read_manifest(path)
     assert (first.prompt, first.long_prompt, first.pair_id) == ("", None, None)
     assert (second.prompt, second.long_prompt, second.pair_id) == ("x", "y", "p")
-    assert f"`caption` is '{placeholder}' in 1 row(s), which counts as left out" in caplog.text
+    assert f"`caption` is '{placeholder}' in 1 row(s), which counts as missing" in caplog.text
     for name, text, where in (
         ("p.csv", f"caption\nx\n{placeholder}\n", "line 3"), ("p.txt", f"x\n{placeholder}\n", "line 2"),
         ("p.json", json.dumps([{"caption": "x"}, {"caption": placeholder}]), "row 2"),
@@ -194,7 +194,7 @@ def test_missing_values_of_tables(
     with caplog.at_level(logging.WARNING):
         first, second = read_manifest(path)
     assert (first.prompt, first.pair_id, second.prompt, second.pair_id) == ("", None, "y", "p")
-    assert f"`caption` is '{placeholder.strip()}' in 1 row(s), which counts as left out" in caplog.text
+    assert f"`caption` is '{placeholder.strip()}' in 1 row(s), which counts as missing" in caplog.text
     path.write_text(f"id{separator}blur_quality\na{separator}{placeholder}\nb{separator}1\n")
     assert read_annotations(path) == {"a": {}, "b": {"blur_quality": 1}}
     path.write_text(f"caption{separator}seed\nx{separator}{placeholder}\n{placeholder}{separator}1\n")

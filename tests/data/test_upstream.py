@@ -209,8 +209,8 @@ def test_missing_and_damaged_arrays_are_bad_clips(i2v_encoder: LatentEncoder, tm
     reasons = {line["id"]: line["reason"] for line in lines}
     both = ("480/meta_v1/480/vae_latent_path/missing.npy", "480/vae_latent_path/missing.npy")
     assert all(str(tmp_path / path) in reasons["missing"] for path in both)
-    assert "no valid .npy file" in reasons["damaged"]
-    assert "no valid .npy file" in reasons["archive"]
+    assert "not a valid .npy file" in reasons["damaged"]
+    assert "not a valid .npy file" in reasons["archive"]
     assert reasons["silent"] == "no caption"
     assert "`imgclip_path` is missing in" in reasons["incomplete"]
 
@@ -269,7 +269,7 @@ def test_repeats_of_uneven_number_are_told(tmp_path: Path, caplog: pytest.LogCap
     lines += ["./480/meta_v1/a_meta_v1.json", "480/meta_v1/b_meta_v1.json"]
     (tmp_path / "data.list").write_text("\r\n".join(lines), encoding="utf-8-sig")
     assert [row.id for row in read_upstream(tmp_path / "data.list", tmp_path)] == ["a", "b"]
-    assert "named 1 to 3 times, and that weight is not kept" in caplog.text
+    assert "named 1 to 3 times; these weights are not kept" in caplog.text
 
 
 def test_a_copy_of_a_meta_file_is_the_same_clip(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -92,7 +92,7 @@ def test_latest_passes_over_a_folder_that_was_half_copied_and_says_so(
     (tmp_path / "checkpoint-8" / "optimizer.bin").write_bytes(b"half")
     (tmp_path / "checkpoint-9").write_text("a file")
     assert find_checkpoint(tmp_path, "latest") == tmp_path / "checkpoint-4"
-    assert "checkpoint-8 is not a complete checkpoint and is passed over" in caplog.text
+    assert "checkpoint-8 is not a complete checkpoint and is skipped" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_latest_passes_over_a_folder_that_was_half_copied_and_says_so(
     [
         ("{", r"checkpoint-4/trainer_state\.json: not valid JSON"),
         ("[]", r"checkpoint-4/trainer_state\.json: expected a mapping with `global_step`"),
-        ('{"global_step": 6}', r"checkpoint-4 holds step 6"),
+        ('{"global_step": 6}', r"checkpoint-4: its .* has step 6"),
     ],
 )
 @pytest.mark.parametrize("way", ["latest", "path"])
@@ -130,7 +130,7 @@ def test_the_checkpoint_of_another_run(tmp_path: Path) -> None:
     other = save(accelerator, tmp_path / "other", 2)
     own = save(accelerator, tmp_path / "run", 6)
     assert find_checkpoint(tmp_path / "new", str(other)) == other
-    with pytest.raises(ValueError, match=r"other/checkpoint-2 is none of .*run.* which already holds checkpoint-6"):
+    with pytest.raises(ValueError, match=r"other/checkpoint-2 is not in .*run.* which already holds checkpoint-6"):
         find_checkpoint(tmp_path / "run", str(other))
     # The same folder by another name is the run's own.
     assert find_checkpoint(tmp_path / "run", str(tmp_path / "other" / ".." / "run" / "checkpoint-6" / ".")).samefile(

@@ -448,7 +448,7 @@ class TestRefusals:
             ("blocks.0.self_attn.q.lora_up.weight", torch.ones(0), r"q\.lora_up\.weight' is empty"),
             ("blocks.0.self_attn.q.lora_up.weight", torch.ones(24, 3), r"ranks of \(2, 24\) \(down\) and \(24, 3\) \(up\)"),
             ("blocks.0.self_attn.q.lora_down.weight", torch.ones(2), r"ranks of \(2,\) \(down\)"),
-            ("blocks.0.self_attn.q.lora_B.weight", torch.ones(24, 2), r"q\.lora_(up|B)\.weight' is there twice"),
+            ("blocks.0.self_attn.q.lora_B.weight", torch.ones(24, 2), r"q\.lora_(up|B)\.weight' appears twice"),
             ("blocks.0.self_attn.q.alpha", torch.ones(2), r"alpha must be one number, got \(2,\)"),
             ("blocks.0.self_attn.q.alpha", torch.tensor(0.0), r"alpha must be a number other than 0, got 0\.0"),
             ("blocks.0.self_attn.q.alpha", torch.tensor(float("nan")), r"other than 0, got nan"),
@@ -660,11 +660,11 @@ class TestTwoExperts:
         assert save_adapters([adapter], tmp_path / "back", "diffusers") == [LORA_FILES["low_noise"]]
 
     def test_unclear(self, run_dir: Path, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match="upstream's files know one transformer"):
+        with pytest.raises(ValueError, match="upstream's files are for one transformer"):
             save_adapters(read_adapters(run_dir), tmp_path / "out", "upstream")
         assert not (tmp_path / "out").exists()
         save_file(load_file(run_dir / LORA_FILES["low_noise"]), run_dir / LORA_FILES["low_noise"])
-        with pytest.raises(ValueError, match=r"must tell two experts, both tell `hy_prfl.expert` 'high_noise'"):
+        with pytest.raises(ValueError, match=r"must name different experts, both have `hy_prfl.expert` 'high_noise'"):
             read_adapters(run_dir)
 
 

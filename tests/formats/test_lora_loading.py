@@ -149,7 +149,7 @@ class TestArrived:
 
     def test_missing_and_additional_weights(self) -> None:
         model, adapter, weights = self.loaded()
-        with pytest.raises(ValueError, match=r"did not arrive .* such as blocks\.9\.x\.lora_A\.weight"):
+        with pytest.raises(ValueError, match=r"were not loaded .* such as blocks\.9\.x\.lora_A\.weight"):
             self.check(model, adapter, {**weights, "blocks.9.x.lora_A.weight": torch.zeros(1)})
         name = next(iter(weights))
         with pytest.raises(ValueError, match=f"such as {name}"):
@@ -158,7 +158,7 @@ class TestArrived:
     def test_scale(self) -> None:
         model, adapter, weights = self.loaded()
         model.get_submodule("blocks.2.ffn.net.2").scaling["mine"] = 1.0
-        with pytest.raises(ValueError, match=r"did not arrive in the model, such as blocks\.2\.ffn\.net\.2\."):
+        with pytest.raises(ValueError, match=r"were not loaded into the model, such as blocks\.2\.ffn\.net\.2\."):
             self.check(model, adapter, weights)
 
     def test_a_second_adapter_beside_it(self) -> None:

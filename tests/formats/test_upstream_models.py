@@ -79,7 +79,9 @@ def test_model_is_that_of_the_weights(convert: Convert) -> None:
         convert("train_pavrm_i2v_720", {"model.base_path": "weights/Wan2.1-T2V-14B"})
     converted, config = convert("train_pavrm_i2v_720", {"model.base_path": "weights/mine"})
     assert config.pretrained_model_name_or_path == "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers"
-    assert any(note.startswith("model.base_path: weights/mine: taken for the published") for note in converted.notes)
+    assert any(
+        note.startswith("model.base_path: weights/mine: assumed to be the published") for note in converted.notes
+    )
     assert convert("train_pavrm_i2v_720", pipeline="me/mine")[1].pretrained_model_name_or_path == "me/mine"
 
 

@@ -188,8 +188,8 @@ def test_preprocessing(name: str, side: int, convert: Convert) -> None:
     assert converted.commands("new.yaml") == ["hy-prfl preprocess --config new.yaml"]
 
 
-def test_logit_normal_law_is_upstreams(convert: Convert) -> None:
-    """Upstream draws an index into sigmas that fall from 1 to 0; the law here is that of sigma itself."""
+def test_logit_normal_distribution_is_upstreams(convert: Convert) -> None:
+    """Upstream draws an index into sigmas that fall from 1 to 0; here it is the distribution of sigma itself."""
     scheduler = "extra_model.scheduler"
     _, config = convert(
         "train_prfl_t2v_720", {f"{scheduler}.weighting_scheme": "logit_normal", f"{scheduler}.logit_mean": 1.5}
@@ -239,7 +239,7 @@ def test_keys_that_upstream_needs_are_asked_for(name: str, convert: Convert) -> 
         try:
             convert(name, {key: ...})
         except ValueError as error:
-            named = key in str(error) or (key, "is no recipe of HY-Video-PRFL" in str(error)) == ("lrm.loss", True)
+            named = key in str(error) or (key, "is not a recipe of HY-Video-PRFL" in str(error)) == ("lrm.loss", True)
             assert named or key == "json_path", key
 
 
@@ -298,7 +298,7 @@ def test_crops_are_refused_where_upstream_crops(convert: Convert) -> None:
 def test_refused_values_may_be_ignored(convert: Convert) -> None:
     for key, value in {"lrm.timestep": [400], "train.precision": "fp32"}.items():
         converted, _ = convert("train_pavrm_t2v_480", {key: value}, ignore=[key])
-        assert converted.notes[0] == f"{key}: {value}: left out as asked for."
+        assert converted.notes[0] == f"{key}: {value}: left out because of ignore_keys."
     with pytest.raises(ValueError, match="`ignore_keys` names 'train.sped', which is no key"):
         convert("train_prfl_t2v_480", ignore=["train.sped"])
 
@@ -328,7 +328,7 @@ def test_files_that_are_no_recipe(tmp_path: Path) -> None:
     for text, message in {
         "- 1": "expected a mapping of sections, got list",
         "a: [": "not valid YAML",
-        "learning_rate: 1": "is no recipe of HY-Video-PRFL",
+        "learning_rate: 1": "is not a recipe of HY-Video-PRFL",
     }.items():
         path.write_text(text)
         with pytest.raises(ValueError, match=message):

@@ -242,7 +242,7 @@ def test_what_could_not_be_pushed_is_finished_later(
 def test_no_network_at_the_start_is_a_warning(hub: HubServer, run_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
     hub.drop("POST", "/api/repos/create", times=1)
     uploader = HubUploader(run_dir, "user/run", private=True)
-    assert "Training goes on" in caplog.text
+    assert "Training continues" in caplog.text
     assert uploader.finish(commit_message="End of training")
     assert hub.repos["models", "user/run"].private
 
@@ -266,7 +266,7 @@ def test_what_the_user_must_correct_is_said_before_training(
     hub.create("other/theirs")
     hub.create("user/public")
     for repo_id, token, message in [
-        ("user//run", None, "no name of a repository"),
+        ("user//run", None, "not a valid name of a repository"),
         ("user/run", "hf_expired", "the token was refused"),
         ("user/run", READER, "could not be created: .* rights to create"),
         ("user/public", READER, "exists, and this token may not write"),
@@ -278,7 +278,7 @@ def test_what_the_user_must_correct_is_said_before_training(
                 patch.setenv("HF_TOKEN", token)
             with pytest.raises(ValueError, match=message):
                 HubUploader(run_dir, repo_id)
-    with pytest.raises(ValueError, match="public, but a private repository was asked for"):
+    with pytest.raises(ValueError, match="public, but a private repository was requested"):
         HubUploader(run_dir, "user/public", private=True)
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(ValueError, match="no Hugging Face token.*hf auth login"):
@@ -331,7 +331,7 @@ def test_push_of_a_model_folder_to_a_branch(hub: HubServer, run_dir: Path) -> No
         ("run", {}, "`repo_id` must be given"),
         ("run/logs", {"repo_id": "user/x"}, "neither a run nor a folder with a model"),
         ("run", {"repo_id": "user/x", "repo_type": "dataset"}, "no dataset written by `preprocess`"),
-        ("run", {"repo_id": "x/y/z"}, "no name of a repository"),
+        ("run", {"repo_id": "x/y/z"}, "not a valid name of a repository"),
     ],
 )
 def test_push_refuses(hub: HubServer, run_dir: Path, folder: str, options: dict[str, str], message: str) -> None:
@@ -343,7 +343,7 @@ def test_push_refuses(hub: HubServer, run_dir: Path, folder: str, options: dict[
 def test_a_whole_pipeline_is_not_pushed_as_a_result(hub: HubServer, pipeline_dir: Path) -> None:
     with pytest.raises(ValueError, match=r"is a whole pipeline \(model_index\.json\)\. Push the run"):
         push_folder(pipeline_dir, "user/x")
-    with pytest.raises(ValueError, match="is a transformer itself. Push the folder above it"):
+    with pytest.raises(ValueError, match="is the transformer itself. Push the folder above it"):
         push_folder(pipeline_dir / "transformer", "user/x")
     assert not hub.requests
 
@@ -411,7 +411,7 @@ def test_pull_of_a_revision_and_of_a_folder(hub: HubServer, tmp_path: Path) -> N
 
     for options, error, message in [
         ({"revision": "no-such"}, HubError, "there is no such revision"),
-        ({"token": STRANGER}, HubError, "there is no such repository, or this token may not see it"),
+        ({"token": STRANGER}, HubError, "there is no such repository, or this token has no access to it"),
         ({"token": "hf_expired"}, HubError, "the token was refused"),
         ({"subfolder": "late"}, ValueError, "there is no folder 'late'"),
     ]:

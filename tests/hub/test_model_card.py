@@ -527,7 +527,7 @@ def test_without_a_run_the_code_runs_and_nothing_is_claimed(model: str, tmp_path
     card = build_card(kind, visible(folder), repo_id=str(folder))
     assert "PRFL" not in card.text.split("## Licence")[0]
     assert "prfl" not in card.data.tags
-    assert "Nothing beside the weights tells how they were trained." in card.text
+    assert "How they were trained is not recorded." in card.text
     assert "None" not in card.text
     names = run_usage(card)
     for expert in experts:

@@ -204,7 +204,7 @@ def test_a_long_upload_says_that_it_lasts(
     hub.gate.clear()
     uploader.upload(commit_message="Step 1")
     deadline = time.monotonic() + 30
-    while caplog.text.count("The upload to 'user/run' is not done") < 2:
+    while caplog.text.count("The upload to 'user/run' is still running") < 2:
         assert time.monotonic() < deadline
         time.sleep(0.02)
     hub.gate.set()

@@ -48,7 +48,7 @@ MISTAKES: dict[str, list[tuple[list[str], str]]] = {
         (["--num_frames=8"], "`num_frames` must be of the form 4k + 1, got 8."),
         (["--upstream_meta=meta"], "`manifest` must be given, or else `upstream_meta`, and not both, got 'clips.json'."),
         (["--manifest=none.json"], "`manifest`: there is no file 'none.json'."),
-        (["--pretrained_model_name_or_path=./none"], "`pretrained_model_name_or_path`: there is no folder './none', and no Hub id"),
+        (["--pretrained_model_name_or_path=./none"], "`pretrained_model_name_or_path`: there is no folder './none', and it does not have the form of a Hub id"),
     ],
     "label": [
         (["--overwrite=perhaps"], "command line: `overwrite` must be true or false, got 'perhaps'."),
@@ -185,7 +185,7 @@ def test_a_mistake_in_the_file_is_one_line(
     path.write_text("- output_dir\n")
     assert error_line(start(module, *options)).startswith("bad.yaml: expected a mapping of ")
     path.write_text("seed: 1\nseed: 2\n")
-    assert "line 2, column 1: not valid YAML: the key 'seed' comes twice" in error_line(start(module, *options))
+    assert "line 2, column 1: not valid YAML: the key 'seed' appears twice" in error_line(start(module, *options))
     for name in ("none.yaml", "data"):
         assert error_line(start(module, *options, f"--config={name}")) == f"there is no file '{name}'."
     # What a recipe of upstream may hold is known to `convert_recipe` only, which reads all of it.

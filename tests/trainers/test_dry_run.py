@@ -95,7 +95,7 @@ def test_a_size_that_the_vae_cannot_encode(tmp_path: Path, pipeline_dir: Path, s
 
 
 def test_a_size_that_makes_no_patches(tmp_path: Path, pipeline_dir: Path) -> None:
-    with pytest.raises(ValueError, match="do not divide into patches"):
+    with pytest.raises(ValueError, match="cannot be divided into patches"):
         dry_run(RewardTrainer.from_config, reward_config(tmp_path, pipeline_dir, dry_run_size=[9, 40, 48]))
 
 

@@ -424,7 +424,7 @@ def test_going_on_from_another_runs_checkpoint(build: Callable[..., RewardTraine
     assert [path.name for path in sorted(second.glob("checkpoint-*"))] == ["checkpoint-4"]
     # The best model of the other run is not here, so the first one here is the best.
     assert json.loads((second / "best" / "metrics.json").read_text())["global_step"] == 4
-    with pytest.raises(ValueError, match=r"out/checkpoint-2 is none of `output_dir` .*second, which already holds"):
+    with pytest.raises(ValueError, match=r"out/checkpoint-2 is not in `output_dir` .*second, which already holds"):
         build(output_dir=str(second), resume_from_checkpoint=str(checkpoint))
 
 
