@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -36,6 +36,7 @@ __all__ = [
     "generate_videos",
     "load_pipeline",
     "pending_videos",
+    "pipeline_inputs",
     "write_manifest",
     "write_video",
 ]
@@ -82,24 +83,31 @@ def generate_video(
     Returns:
         `np.ndarray` of shape `(num_frames, height, width, 3)`: float32 in [0, 1].
     """
+    generator = torch.Generator().manual_seed(prompt.seed)
+    return pipeline(**pipeline_inputs(prompt, settings), generator=generator, output_type="np").frames[0]
+
+
+def pipeline_inputs(prompt: VideoPrompt, settings: VideoSettings) -> dict[str, Any]:
+    """What a pipeline is called with for a video, besides its noise and the type of its output."""
     images = {
         name: Image.fromarray(resize_and_crop(read_image(path)[None], settings.height, settings.width)[0])
         for name, path in (("image", prompt.image), ("last_image", prompt.last_image))
         if path is not None
     }
-    return pipeline(
-        prompt=prompt.caption,
-        negative_prompt=settings.negative_prompt,
-        height=settings.height,
-        width=settings.width,
-        num_frames=settings.num_frames,
-        num_inference_steps=settings.num_inference_steps,
-        guidance_scale=settings.guidance_scale,
-        max_sequence_length=settings.max_sequence_length,
-        generator=torch.Generator().manual_seed(prompt.seed),
-        output_type="np",
+    return {
+        "prompt": prompt.caption,
+        "negative_prompt": settings.negative_prompt,
+        "height": settings.height,
+        "width": settings.width,
+        "num_frames": settings.num_frames,
+        "num_inference_steps": settings.num_inference_steps,
+        "guidance_scale": settings.guidance_scale,
+        "max_sequence_length": settings.max_sequence_length,
         **images,
-    ).frames[0]
+    }
+
+
+VideoSampler = Callable[[WanPipeline | WanImageToVideoPipeline, VideoPrompt, VideoSettings], np.ndarray]
 
 
 def generate_videos(
@@ -111,6 +119,7 @@ def generate_videos(
     model_identity: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     vae_tiling: VAETiling = "auto",
+    sample: VideoSampler = generate_video,
 ) -> list[Path]:
     """
     Write `<id>_seed_<seed>.mp4` for each prompt, and `manifest.json`, a list that `preprocess` and `score` read.
@@ -127,6 +136,8 @@ def generate_videos(
             Replace files that were made from something else.
         vae_tiling (`str`, defaults to `"auto"`):
             Whether the VAE decodes in tiles, see [`~hy_prfl.runtime.vae_tiling.set_tiling`].
+        sample (`Callable`, defaults to `generate_video`):
+            Makes the frames of one video, of the pipeline, its prompt and the settings.
 
     Returns:
         `list[Path]`: the videos, in the order of the prompts.
@@ -152,7 +163,7 @@ def generate_videos(
     for prompt in tqdm(share, desc="Generating", unit="video", disable=not state.is_main_process):
         size = {"height": settings.height, "width": settings.width, "num_frames": settings.num_frames}
         set_tiling(pipeline.vae, vae_tiling, "decode", **size)
-        frames = generate_video(pipeline, prompt, settings)
+        frames = sample(pipeline, prompt, settings)
         record = video_record(prompt, settings, model_identity)
         write_video(
             output_dir / f"{prompt.name}.mp4", frames, settings.fps, crf=settings.crf, comment=json.dumps(record)

@@ -23,6 +23,19 @@ MODEL_OPTIONS = ("lora_scale", "dtype", "flow_shift", "step_cache", "step_cache_
 MODEL_PATHS = ("pretrained_model_name_or_path", "transformer_path", "lora_path")
 # In the record of a video only where they are given, so that older videos count as what they are.
 EXPERT_PATHS = ("transformer_2_path", "lora_2_path")
+CANDIDATE_OPTIONS = (
+    "num_candidates",
+    "keep",
+    "candidate_batch_size",
+    "final_timesteps",
+    "resample",
+    "renoise",
+    "reward_guidance",
+    "reward_guidance_steps",
+    "reward_model_revision",
+    "reward_dtype",
+    "calibrate",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -30,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse_config(GenerateConfig, argv, description=__doc__)
     check_files(config, "prompts")
     check_sources(config, "pretrained_model_name_or_path", "transformer_path", "transformer_2_path")
+    check_sources(config, "reward_model")
     check_sources(config, "lora_path", "lora_2_path", or_file=True)
     check_output_folders(config, "output_dir")
 
@@ -39,8 +53,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from ..data.encoding import find_pipeline_class, last_image_support
     from ..data.prompts import check_prompts, read_prompts
-    from ..inference.generation import VideoSettings, generate_videos, pending_videos, write_manifest
+    from ..inference import candidate_files
+    from ..inference.generation import VideoSettings, generate_video, generate_videos, pending_videos, write_manifest
     from ..inference.pipelines import LORA_OPTIONS, check_options_fit, find_lora_weights, load_pipeline
+    from ..models.loading import load_reward_model
     from ..runtime.distributed import process_state, set_up_logging
     from ..runtime.provenance import path_identity
 
@@ -63,6 +79,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             # The folder of a training run holds more than the weights, and goes on changing.
             paths[option] = find_lora_weights(paths[option], expert)
     identity |= {name: None if path is None else path_identity(path) for name, path in paths.items()}
+    if config.reward_model is not None:
+        candidate_files.check_seeds(prompts, config.num_candidates)
+        candidate_files.check_reward_model(config)
+        identity |= {name: getattr(config, name) for name in CANDIDATE_OPTIONS}
+        identity["reward_model"] = path_identity(config.reward_model)
     pending = pending_videos(prompts, output_dir, settings, model_identity=identity, overwrite=config.overwrite)
     if pending:
         pipeline = load_pipeline(
@@ -82,6 +103,19 @@ def main(argv: Sequence[str] | None = None) -> None:
             step_cache_threshold=config.step_cache_threshold,
             step_cache_interval=config.step_cache_interval,
         )
+        sample = generate_video
+        if config.reward_model is not None:
+            reward_model = load_reward_model(
+                config.reward_model,
+                revision=config.reward_model_revision,
+                dtype=getattr(torch, config.reward_dtype or config.dtype),
+            )
+            if config.cpu_offload == "none":
+                reward_model.to(state.device)
+            settings_of_candidates = candidate_files.candidate_settings(config)
+            sample = candidate_files.CandidateSampler(
+                reward_model, config.num_candidates, settings_of_candidates, output_dir
+            )
         generate_videos(
             pipeline,
             prompts,
@@ -90,10 +124,19 @@ def main(argv: Sequence[str] | None = None) -> None:
             model_identity=identity,
             overwrite=config.overwrite,
             vae_tiling=config.vae_tiling,
+            sample=sample,
         )
     if state.is_main_process:
         write_manifest(prompts, output_dir)
         save_config(config, output_dir / "generate.yaml")
+        if config.reward_model is not None:
+            candidate_files.write_table(output_dir, prompts)
+        if config.calibrate:
+            found = candidate_files.write_calibration(output_dir, prompts, config)
+            print(
+                f"--keep {found['keep']} keeps {found['share']:.0%} of the gain of best of {config.num_candidates}, for "
+                f"{found['cost']:.2f} times the cost of a plain sample ({output_dir / candidate_files.CALIBRATION})"
+            )
         print(f"{len(pending)} videos generated, {len(prompts) - len(pending)} were there: {output_dir}")
 
 
