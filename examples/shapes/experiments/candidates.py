@@ -3,72 +3,86 @@ The reward at inference: what do more seeds, judged while they are still noise, 
 
     python -m examples.shapes.experiments.candidates --demo outputs/demo
 
-Starts from a finished demo (`make demo`): its pretrained and its tuned generator, its labels and its reward model. Two
-more reward models are trained, a weak one and one that has also seen labelled videos of both generators. Every chain of
-held-out captions is walked to its end, scored after each step, and judged by its pixels; a candidate that goes on does
+Starts from a demo (`make demo`): its pretrained and its tuned generator, its labels and its reward model. Two more reward
+models are trained, a weak one, and one that goes on from the demo's with labelled videos of the generator. Every chain
+of held-out captions is walked to its end, scored after each step, and judged by its pixels; a candidate that goes on does
 not depend on those that are dropped, so every schedule is computed from the same chains. Resampling and guidance change
-the chains and are run for themselves. Writes `results/candidates.json`, a plot, and a page with candidates side by side.
+the chains, and are run for themselves. Writes `results/candidates.json`, a plot, and a page with candidates side by side.
 """
 
+import multiprocessing
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from datasets import Dataset, concatenate_datasets, load_from_disk
 from diffusers import WanPipeline
-from tqdm import tqdm
 
+from examples.shapes.annotate import labels_of
 from examples.shapes.clips import split_captions
-from examples.shapes.demo import write_prompts
-from examples.shapes.experiments.inputs import merge_manifests
+from examples.shapes.experiments.candidates_results import summarize_chains, write_results
 from examples.shapes.experiments.runs import RESULTS_DIR, run_all
 from examples.shapes.judge import judge_videos
 from examples.shapes.pretrain import MAX_SEQUENCE_LENGTH, PRETRAINED_DIR
-from examples.shapes.stages import Stage, launch, python
+from examples.shapes.stages import Stage, launch
+from hy_prfl.configs.keep import parse_keep
 from hy_prfl.configs.parser import parse_config
+from hy_prfl.data.schema import pack_tensor, rows_to_table, table_to_rows
 from hy_prfl.flow_matching import row_noise
+from hy_prfl.inference.candidates import CandidateSettings, RewardGuidance, sample_candidates
 from hy_prfl.inference.generation import decode_latents
 from hy_prfl.inference.pipelines import load_pipeline
 from hy_prfl.models.reward_model import WanRewardModel, score_noised
 
 
 NUM_STEPS, BATCH_SIZE = 20, 96
-# Videos of both generators, of training captions, that the third reward model learns from.
-NUM_SAMPLES = {"base": 768, "prfl": 384}
-GENERATORS = ("base", "prfl")
+# Generator -> candidates of each caption.
+GENERATORS = {"base": 16, "prfl": 8}
 REWARD_MODELS = ("weak", "demo", "taught")
-# Noise levels at which finished videos, and those that are foreseen, are scored.
+# The generator's own videos, of training captions, that the third reward model learns from.
+NUM_OWN = 512
+# Noise levels at which finished videos are scored.
 TIMESTEPS = (200, 400, 600, 800)
-FORESEEN_TIMESTEP = 600
+FINAL_TIMESTEPS = (400, 600, 800)
+# What changes the chains: name -> candidates, and how they are sampled.
+CHANGED: dict[str, tuple[int, CandidateSettings]] = {
+    "resampled, 4 particles": (
+        4,
+        CandidateSettings(keep=parse_keep("6:2,10:2"), resample=True, batch_size=8, final_timesteps=FINAL_TIMESTEPS),
+    ),
+    "guided, .1": (1, CandidateSettings(guidance=RewardGuidance(scale=0.1, first_step=5, last_step=14))),
+    "guided, .3": (1, CandidateSettings(guidance=RewardGuidance(scale=0.3, first_step=5, last_step=14))),
+}
 
 
 @dataclass(kw_only=True)
 class CandidatesConfig:
     """What to run."""
 
-    demo: str = field(default="outputs/demo", metadata={"help": "Folder of a finished demo."})
+    demo: str = field(default="outputs/demo", metadata={"help": "Folder of a demo."})
     output_dir: str = field(
         default="outputs/experiments/candidates", metadata={"help": "Folder for models and chains."}
     )
     results_dir: str = field(default=str(RESULTS_DIR), metadata={"help": "Folder for the JSON file and the plot."})
+    generators: list[str] = field(default_factory=lambda: list(GENERATORS), metadata={"help": "base, prfl or both."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of the noise."})
     num_captions: int = field(default=24, metadata={"help": "Held-out captions."})
-    num_candidates: int = field(default=16, metadata={"help": "Seeds of each caption."})
-    num_parallel: int = field(default=2, metadata={"help": "Runs at a time, each with one thread."})
+    num_parallel: int = field(default=2, metadata={"help": "Processes, each with one thread."})
 
 
-def lora_options(demo: Path, generator: str) -> list[str]:
-    return [] if generator == "base" else ["--lora_path", str(demo / generator)]
+def reward_model_dir(root: Path, demo: Path, name: str) -> Path:
+    return demo / "reward" / "best" if name == "demo" else root / "reward_models" / name / "best"
 
 
-def samples_stage(root: Path, demo: Path, generator: str) -> Stage:
-    """Videos of a generator with the judge's labels."""
-    prompts, samples = root / f"prompts_{generator}.json", root / "samples" / generator
-    name = f"samples_{generator}"
-    options = ["--prompts", str(prompts), "--output_dir", str(samples), *lora_options(demo, generator)]
-    labels = ["--manifest", str(samples / "manifest.json"), "--output_dir", str(root / "labels" / generator)]
-    return Stage(name, name, [launch("generate", options), python("annotate", labels)], [f"samples/{generator}"])
+def load_generator(demo: Path, generator: str) -> WanPipeline:
+    lora = None if generator == "base" else str(demo / generator)
+    pipeline = load_pipeline(str(PRETRAINED_DIR), lora_path=lora, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def weak_stage(root: Path, demo: Path) -> Stage:
@@ -80,34 +94,53 @@ def weak_stage(root: Path, demo: Path) -> Stage:
 
 
 def taught_stage(root: Path, demo: Path) -> Stage:
-    """The demo's labels and those of the generators' videos, for as many epochs and a half."""
-    latents = {name: str(root / "latents" / name) for name in ("all", "validation")}
-    encode = [
-        launch("preprocess", ["--manifest", str(root / f"{name}.json"), "--output_dir", folder])
-        for name, folder in latents.items()
-    ]
-    options = ["--train_dataset", latents["all"], "--validation_dataset", latents["validation"]]
-    options += ["--output_dir", str(root / "reward_models/taught"), "--max_train_steps", "700"]
-    options += ["--validation_steps", "350", "--checkpointing_steps", "700"]
-    return Stage("taught", "taught", [*encode, launch("train_reward", options)], ["reward_models/taught", "latents"])
+    """The demo's reward model, trained on with the generator's own videos beside the demo's labels."""
+    options = ["--reward_model", str(reward_model_dir(root, demo, "demo"))]
+    options += ["--train_dataset", str(root / "own_and_real"), "--validation_dataset", str(root / "own_validation")]
+    options += ["--output_dir", str(root / "reward_models/taught"), "--learning_rate", "5e-4"]
+    options += ["--head_learning_rate", "5e-4", "--max_train_steps", "200"]
+    options += ["--validation_steps", "200", "--checkpointing_steps", "200"]
+    return Stage("taught", "taught", [launch("train_reward", options)], ["reward_models/taught"])
 
 
-def reward_model_dir(root: Path, demo: Path, name: str) -> Path:
-    return demo / "reward" / "best" if name == "demo" else root / "reward_models" / name / "best"
+@torch.no_grad()
+def make_own_videos(root: Path, demo: Path) -> None:
+    """Latent datasets of the generator's own videos, with the judge's labels: a fifth of them for validation."""
+    if (root / "own_validation").is_dir():
+        return
+    pipeline = load_generator(demo, "base")
+    captions = [str(caption) for caption in split_captions("train")]
+    labelled = load_from_disk(str(demo / "latents" / "labelled"))
+    (template,) = table_to_rows(labelled.with_format("arrow")[0])
+    rows = []
+    for start in range(0, NUM_OWN, BATCH_SIZE):
+        numbers = range(start, min(NUM_OWN, start + BATCH_SIZE))
+        texts = [captions[number % len(captions)] for number in numbers]
+        arrays, latents, text = walk_chains(pipeline, {}, texts, [500_000 + number for number in numbers])
+        for number, caption, kind, clip, embeds in zip(numbers, texts, arrays["kind"], latents, text, strict=True):
+            real_tokens = embeds[embeds.abs().sum(dim=-1) > 0]
+            packed = pack_tensor("latents", clip.numpy(), "float16", source=caption)
+            packed |= pack_tensor("prompt_embeds", real_tokens.numpy(), "float16", source=caption)
+            row_id = f"own-{number:04d}"
+            rows.append({**template, "id": row_id, "prompt": caption, "source": row_id, **labels_of(kind), **packed})
+    num_train = NUM_OWN * 4 // 5
+    own = [Dataset(rows_to_table(part)) for part in (rows[:num_train], rows[num_train:])]
+    concatenate_datasets([labelled, own[0].cast(labelled.features)]).save_to_disk(str(root / "own_and_real"))
+    own[1].save_to_disk(str(root / "own_validation"))
 
 
 @torch.no_grad()
 def walk_chains(
     pipeline: WanPipeline, reward_models: Mapping[str, WanRewardModel], captions: Sequence[str], seeds: Sequence[int]
-) -> dict[str, np.ndarray]:
+) -> tuple[dict[str, np.ndarray], torch.Tensor, torch.Tensor]:
     """
     Walk the chains of a batch to the end, and score them after every step.
 
     Returns:
-        `kind` `(batch_size,)`, the judge's verdicts, `frames` `(batch_size, 5, height, width, 3)`, some frames of each,
-        and for each reward model `<name>/noisy` and `<name>/foreseen` `(batch_size, NUM_STEPS - 1)`, logits of the
-        noisy latents after a step and of the clean ones that the step foresees, and `<name>/clean` `(batch_size, 4)`,
-        those of the finished latents at `TIMESTEPS`.
+        `kind` `(batch_size,)`, the judge's verdicts, `frames` `(batch_size, 5, height, width, 3)`, every fourth frame,
+        and for each reward model `<name>/noisy` `(batch_size, NUM_STEPS - 1)`, logits of the noisy latents after each
+        step, and `<name>/clean` `(batch_size, 4)`, those of the finished latents at `TIMESTEPS`; then the finished
+        latents, and the embeddings of the captions.
     """
     scheduler, transformer = pipeline.scheduler, pipeline.transformer
     text, _ = pipeline.encode_prompt(
@@ -117,29 +150,34 @@ def walk_chains(
     shape = (pipeline.vae.config.z_dim, 5, 6, 6)
     latents = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
     noise = row_noise("candidates", shape, seed=0).expand_as(latents)
-    logits: dict[str, list[torch.Tensor]] = {
-        f"{name}/{what}": [] for name in reward_models for what in ("noisy", "foreseen", "clean")
-    }
-
-    def score_clean(name: str, clean: torch.Tensor, timestep: float) -> torch.Tensor:
-        sigmas = torch.full((len(clean),), timestep / 1000)
-        return score_noised(reward_models[name], latents=clean, noise=noise, sigmas=sigmas, encoder_hidden_states=text)
-
+    logits: dict[str, list[torch.Tensor]] = {f"{name}/noisy": [] for name in reward_models}
     for index, timestep in enumerate(scheduler.timesteps):
         velocity = transformer(latents, timestep.expand(len(latents)), text).sample
-        clean = latents - scheduler.sigmas[index] * velocity
         latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
         if index + 1 < NUM_STEPS:
             following = scheduler.timesteps[index + 1].expand(len(latents))
             for name, model in reward_models.items():
                 logits[f"{name}/noisy"].append(model(latents, following, text).logits)
-                logits[f"{name}/foreseen"].append(score_clean(name, clean, FORESEEN_TIMESTEP))
-    for name in reward_models:
-        logits[f"{name}/clean"] = [score_clean(name, latents, timestep) for timestep in TIMESTEPS]
+    for name, model in reward_models.items():
+        logits[f"{name}/clean"] = [
+            score_noised(
+                model,
+                latents=latents,
+                noise=noise,
+                sigmas=torch.full((len(latents),), timestep / 1000),
+                encoder_hidden_states=text,
+            )
+            for timestep in TIMESTEPS
+        ]
     videos = decode_latents(pipeline.vae, latents)
     kinds = [verdict.kind for verdict in judge_videos(videos, captions)]
     found = {name: torch.stack(values, dim=1).numpy() for name, values in logits.items()}
-    return {**found, "kind": np.array(kinds), "frames": videos[:, ::4]}
+    return {**found, "kind": np.array(kinds), "frames": videos[:, ::4]}, latents, text
+
+
+def noise_seed(seed: int, caption: int, candidate: int) -> int:
+    """Each caption and seed of the experiment has noise of its own."""
+    return 100_000 * (seed + 1) + 100 * caption + candidate
 
 
 def chains_file(root: Path, generator: str, seed: int) -> Path:
@@ -148,58 +186,98 @@ def chains_file(root: Path, generator: str, seed: int) -> Path:
 
 def make_chains(config: CandidatesConfig, generator: str, seed: int) -> None:
     """All chains of one generator and seed, `(num_captions, num_candidates, ...)` each array."""
+    torch.set_num_threads(1)
     root, demo = Path(config.output_dir), Path(config.demo)
     path = chains_file(root, generator, seed)
     if path.is_file():
         return
-    lora = None if generator == "base" else str(demo / generator)
-    pipeline = load_pipeline(str(PRETRAINED_DIR), lora_path=lora, dtype=torch.float32)
+    pipeline, num_candidates = load_generator(demo, generator), GENERATORS[generator]
     models = {
         name: WanRewardModel.from_pretrained(reward_model_dir(root, demo, name)).eval() for name in REWARD_MODELS
     }
     captions = [str(caption) for caption in split_captions("held_out")][: config.num_captions]
-    # Each caption and seed of the experiment has noise of its own.
-    jobs = [
-        (caption, 10_000 * (seed + 1) + 100 * number + candidate)
-        for number, caption in enumerate(captions)
-        for candidate in range(config.num_candidates)
-    ]
+    jobs = [(number, candidate) for number in range(len(captions)) for candidate in range(num_candidates)]
     parts = []
-    for start in tqdm(range(0, len(jobs), BATCH_SIZE), desc=path.stem, mininterval=20):
+    for start in range(0, len(jobs), BATCH_SIZE):
         batch = jobs[start : start + BATCH_SIZE]
-        parts.append(walk_chains(pipeline, models, [each[0] for each in batch], [each[1] for each in batch]))
+        seeds = [noise_seed(seed, number, candidate) for number, candidate in batch]
+        parts.append(walk_chains(pipeline, models, [captions[number] for number, _ in batch], seeds)[0])
     arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    folded = {
-        name: each.reshape(len(captions), config.num_candidates, *each.shape[1:]) for name, each in arrays.items()
-    }
+    save(path, {name: each.reshape(len(captions), num_candidates, *each.shape[1:]) for name, each in arrays.items()})
+
+
+def make_changed(config: CandidatesConfig, generator: str, name: str, seed: int) -> None:
+    """Videos of one way of sampling that changes the chains, one for each caption, with the demo's reward model."""
+    torch.set_num_threads(1)
+    root, demo = Path(config.output_dir), Path(config.demo)
+    path = changed_file(root, generator, name, seed)
+    if path.is_file():
+        return
+    num_candidates, settings = CHANGED[name]
+    pipeline = load_generator(demo, generator)
+    reward_model = WanRewardModel.from_pretrained(reward_model_dir(root, demo, "demo")).eval()
+    captions = [str(caption) for caption in split_captions("held_out")][: config.num_captions]
+    kinds, counts = [], []
+    for number, caption in enumerate(captions):
+        result = sample_candidates(
+            pipeline,
+            reward_model,
+            [noise_seed(seed, number, candidate) for candidate in range(num_candidates)],
+            settings,
+            output_type="latent",
+            prompt=caption,
+            height=48,
+            width=48,
+            num_frames=17,
+            num_inference_steps=NUM_STEPS,
+            guidance_scale=1.0,
+            max_sequence_length=MAX_SEQUENCE_LENGTH,
+        )
+        videos = decode_latents(pipeline.vae, result.frames[None])
+        kinds.append(judge_videos(videos, [caption])[0].kind)
+        counts.append([result.num_forwards, result.num_reward_forwards, result.num_reward_backwards])
+    save(path, {"kind": np.array(kinds), "counts": np.array(counts)})
+
+
+def changed_file(root: Path, generator: str, name: str, seed: int) -> Path:
+    return root / "changed" / f"{generator}_{name.replace(', ', '_').replace(' ', '_')}_{seed}.npz"
+
+
+def save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp.npz")
-    np.savez_compressed(temporary, **folded)
+    np.savez_compressed(temporary, **arrays)  # type: ignore[arg-type]
     temporary.replace(path)
-
-
-def make_inputs(config: CandidatesConfig) -> None:
-    """Labelled videos and reward models."""
-    root, demo = Path(config.output_dir), Path(config.demo)
-    for number, generator in enumerate(GENERATORS):
-        first = 300_000 + 100_000 * number
-        write_prompts(root / f"prompts_{generator}.json", "train", NUM_SAMPLES[generator], first, prefix=generator)
-    stages = [samples_stage(root, demo, generator) for generator in GENERATORS]
-    run_all([*stages, weak_stage(root, demo)], root, config.num_parallel)
-    labels = {
-        part: [root / "labels" / name / f"{part}.json" for name in GENERATORS] for part in ("train", "validation")
-    }
-    merge_manifests([demo / "clips" / "labelled" / "manifest.json", *labels["train"]], root / "all.json")
-    merge_manifests(labels["validation"], root / "validation.json")
-    run_all([taught_stage(root, demo)], root, config.num_parallel)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     config = parse_config(CandidatesConfig, argv, description=__doc__)
-    make_inputs(config)
-    for seed in config.seeds:
-        for generator in GENERATORS:
-            make_chains(config, generator, seed)
+    root, demo = Path(config.output_dir), Path(config.demo)
+    make_own_videos(root, demo)
+    run_all([weak_stage(root, demo), taught_stage(root, demo)], root, config.num_parallel)
+    jobs = [partial(make_chains, config, generator, seed) for generator in config.generators for seed in config.seeds]
+    jobs += [
+        partial(make_changed, config, generator, name, seed)
+        for generator in config.generators
+        for name in CHANGED
+        for seed in config.seeds
+    ]
+    with ProcessPoolExecutor(config.num_parallel, multiprocessing.get_context("spawn")) as pool:
+        for future in [pool.submit(job) for job in jobs]:
+            future.result()
+    results = {
+        generator: summarize_chains(
+            [dict(np.load(chains_file(root, generator, seed))) for seed in config.seeds],
+            {
+                name: [dict(np.load(changed_file(root, generator, name, seed))) for seed in config.seeds]
+                for name in CHANGED
+            },
+        )
+        for generator in config.generators
+    }
+    captions = [str(caption) for caption in split_captions("held_out")][: config.num_captions]
+    shown = dict(np.load(chains_file(root, "base", config.seeds[0])))
+    write_results(Path(config.results_dir), results, config.seeds, shown, captions)
 
 
 if __name__ == "__main__":
