@@ -11,9 +11,9 @@ class PlanConfig(Config):
     """Options of `plan --config recipe.yaml`. Any option of the recipe may be given too, and wins."""
 
     recipe: str = field(
-        metadata={"help": "Recipe of train_prfl or train_reward; on the command line `--config` will do."}
+        metadata={"help": "Recipe of train_prfl, train_reward or generate; on the command line `--config` will do."}
     )
-    recipe_command: Literal["train_prfl", "train_reward"] | None = field(
+    recipe_command: Literal["train_prfl", "train_reward", "generate"] | None = field(
         default=None, metadata={"help": "What the recipe is for; told by its keys if left out."}
     )
     output: str | None = field(default=None, metadata={"help": "JSON file to write the plan to."})

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate import init_empty_weights
 from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
 
-from ..configs.base import check
 from ..configs.generate import GenerateConfig
 from ..configs.keep import format_keep, parse_keep
 from ..data.encoding import vae_fingerprint
@@ -54,8 +54,7 @@ def check_reward_model(config: GenerateConfig) -> None:
     assert config.reward_model is not None
     path, revision = config.pretrained_model_name_or_path, config.revision
     reward_config = WanRewardModel.load_own_config(config.reward_model, revision=config.reward_model_revision)
-    transformer_config = WanTransformer3DModel.load_config(path, subfolder="transformer", revision=revision)
-    check_fits_generator(reward_config, _with_defaults(transformer_config), allow_other_base=True)
+    check_fits_generator(reward_config, _transformer_config(path, revision), allow_other_base=True)
     vae = AutoencoderKLWan.from_pretrained(path, subfolder="vae", revision=revision, variant=config.variant)
     check_latents_fit(reward_config, vae_fingerprint=vae_fingerprint(vae), source=f"`reward_model`: {path}")
 
@@ -200,10 +199,7 @@ def reward_cost(config: GenerateConfig) -> float:
     """A forward of the reward model in steps of the generator, by their blocks and widths."""
     assert config.reward_model is not None
     reward_config = WanRewardModel.load_own_config(config.reward_model, revision=config.reward_model_revision)
-    path = config.pretrained_model_name_or_path
-    transformer_config = _with_defaults(
-        WanTransformer3DModel.load_config(path, subfolder="transformer", revision=config.revision)
-    )
+    transformer_config = _transformer_config(config.pretrained_model_name_or_path, config.revision)
     forwards = 2 if config.guidance_scale > 1 else 1
     return _block_cost(reward_config) / _block_cost(transformer_config) / forwards
 
@@ -214,8 +210,8 @@ def _block_cost(config: Mapping[str, Any]) -> float:
     return float(config["num_layers"] * width * (8 * width + 2 * config["ffn_dim"]))
 
 
-def _with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A transformer's configuration with what its file leaves to the class."""
-    check("num_layers" in config, "num_layers", None, "in the transformer's config.json")
-    defaults = {"image_dim": None, "pos_embed_seq_len": None, "added_kv_proj_dim": None}
-    return {**defaults, **config}
+def _transformer_config(path: str, revision: str | None) -> dict[str, Any]:
+    """Configuration of a pipeline's transformer, with what its file leaves to the class."""
+    config = WanTransformer3DModel.load_config(path, subfolder="transformer", revision=revision)
+    with init_empty_weights():
+        return dict(WanTransformer3DModel.from_config(config).config)

@@ -11,11 +11,12 @@ the chains, and are run for themselves. Writes `results/candidates.json`, a plot
 """
 
 import multiprocessing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,10 +37,11 @@ from hy_prfl.flow_matching import row_noise
 from hy_prfl.inference.candidates import CandidateSettings, RewardGuidance, sample_candidates
 from hy_prfl.inference.generation import decode_latents
 from hy_prfl.inference.pipelines import load_pipeline
+from hy_prfl.models.loading import load_scheduler
 from hy_prfl.models.reward_model import WanRewardModel, score_noised
 
 
-NUM_STEPS, BATCH_SIZE = 20, 96
+NUM_STEPS, BATCH_SIZE, SHAPE = 20, 96, (16, 5, 6, 6)
 # Generator -> candidates of each caption.
 GENERATORS = {"base": 16, "prfl": 8}
 REWARD_MODELS = ("weak", "demo", "taught")
@@ -116,11 +118,12 @@ def make_own_videos(root: Path, demo: Path) -> None:
     for start in range(0, NUM_OWN, BATCH_SIZE):
         numbers = range(start, min(NUM_OWN, start + BATCH_SIZE))
         texts = [captions[number % len(captions)] for number in numbers]
-        arrays, latents, text = walk_chains(pipeline, {}, texts, [500_000 + number for number in numbers])
-        for number, caption, kind, clip, embeds in zip(numbers, texts, arrays["kind"], latents, text, strict=True):
-            real_tokens = embeds[embeds.abs().sum(dim=-1) > 0]
-            packed = pack_tensor("latents", clip.numpy(), "float16", source=caption)
-            packed |= pack_tensor("prompt_embeds", real_tokens.numpy(), "float16", source=caption)
+        found = walk_chains(pipeline, texts, [500_000 + number for number in numbers])
+        parts = (found[name] for name in ("kind", "latents", "text"))
+        for number, caption, kind, chain, embeds in zip(numbers, texts, *parts, strict=True):
+            real_tokens = embeds[np.abs(embeds).sum(axis=-1) > 0]
+            packed = pack_tensor("latents", chain[-1], "float16", source=caption)
+            packed |= pack_tensor("prompt_embeds", real_tokens, "float16", source=caption)
             row_id = f"own-{number:04d}"
             rows.append({**template, "id": row_id, "prompt": caption, "source": row_id, **labels_of(kind), **packed})
     num_train = NUM_OWN * 4 // 5
@@ -130,49 +133,62 @@ def make_own_videos(root: Path, demo: Path) -> None:
 
 
 @torch.no_grad()
-def walk_chains(
-    pipeline: WanPipeline, reward_models: Mapping[str, WanRewardModel], captions: Sequence[str], seeds: Sequence[int]
-) -> tuple[dict[str, np.ndarray], torch.Tensor, torch.Tensor]:
+def walk_chains(pipeline: WanPipeline, captions: Sequence[str], seeds: Sequence[int]) -> dict[str, np.ndarray]:
     """
-    Walk the chains of a batch to the end, and score them after every step.
+    Walk the chains of a batch to the end.
 
     Returns:
-        `kind` `(batch_size,)`, the judge's verdicts, `frames` `(batch_size, 5, height, width, 3)`, every fourth frame,
-        and for each reward model `<name>/noisy` `(batch_size, NUM_STEPS - 1)`, logits of the noisy latents after each
-        step, and `<name>/clean` `(batch_size, 4)`, those of the finished latents at `TIMESTEPS`; then the finished
-        latents, and the embeddings of the captions.
+        `latents` `(batch_size, NUM_STEPS, 16, 5, 6, 6)`, those after each step, `text`, the embeddings of the captions,
+        `kind` `(batch_size,)`, the judge's verdicts, and `frames` `(batch_size, 5, height, width, 3)`, every fourth frame.
     """
     scheduler, transformer = pipeline.scheduler, pipeline.transformer
     text, _ = pipeline.encode_prompt(
         list(captions), do_classifier_free_guidance=False, max_sequence_length=MAX_SEQUENCE_LENGTH
     )
     scheduler.set_timesteps(NUM_STEPS)
-    shape = (pipeline.vae.config.z_dim, 5, 6, 6)
-    latents = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-    noise = row_noise("candidates", shape, seed=0).expand_as(latents)
-    logits: dict[str, list[torch.Tensor]] = {f"{name}/noisy": [] for name in reward_models}
-    for index, timestep in enumerate(scheduler.timesteps):
+    latents = torch.stack([torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    chain = []
+    for timestep in scheduler.timesteps:
         velocity = transformer(latents, timestep.expand(len(latents)), text).sample
         latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
-        if index + 1 < NUM_STEPS:
-            following = scheduler.timesteps[index + 1].expand(len(latents))
-            for name, model in reward_models.items():
-                logits[f"{name}/noisy"].append(model(latents, following, text).logits)
-    for name, model in reward_models.items():
-        logits[f"{name}/clean"] = [
-            score_noised(
-                model,
-                latents=latents,
-                noise=noise,
-                sigmas=torch.full((len(latents),), timestep / 1000),
-                encoder_hidden_states=text,
-            )
-            for timestep in TIMESTEPS
-        ]
+        chain.append(latents)
     videos = decode_latents(pipeline.vae, latents)
     kinds = [verdict.kind for verdict in judge_videos(videos, captions)]
-    found = {name: torch.stack(values, dim=1).numpy() for name, values in logits.items()}
-    return {**found, "kind": np.array(kinds), "frames": videos[:, ::4]}, latents, text
+    arrays = {"latents": torch.stack(chain, dim=1).numpy(), "text": text.numpy()}
+    return {**arrays, "kind": np.array(kinds), "frames": videos[:, ::4]}
+
+
+@torch.no_grad()
+def score_chains(
+    model: WanRewardModel, latents: torch.Tensor, text: torch.Tensor, timesteps: torch.Tensor
+) -> dict[str, np.ndarray]:
+    """
+    Score the chains of a batch.
+
+    Args:
+        latents (`torch.Tensor` of shape `(batch_size, NUM_STEPS, 16, 5, 6, 6)`):
+            After each step.
+        timesteps (`torch.Tensor` of shape `(NUM_STEPS,)`):
+            The sampler's grid.
+
+    Returns:
+        `noisy` `(batch_size, NUM_STEPS - 1)`, logits of the noisy latents after each step but the last, and `clean`
+        `(batch_size, 4)`, those of the finished latents at `TIMESTEPS`.
+    """
+    count = len(latents)
+    noise = row_noise("candidates", SHAPE, seed=0).expand(count, *SHAPE)
+    noisy = [model(latents[:, step - 1], timesteps[step].expand(count), text).logits for step in range(1, NUM_STEPS)]
+    clean = [
+        score_noised(
+            model,
+            latents=latents[:, -1],
+            noise=noise,
+            sigmas=torch.full((count,), timestep / 1000),
+            encoder_hidden_states=text,
+        )
+        for timestep in TIMESTEPS
+    ]
+    return {name: torch.stack(values, dim=1).numpy() for name, values in (("noisy", noisy), ("clean", clean))}
 
 
 def noise_seed(seed: int, caption: int, candidate: int) -> int:
@@ -187,36 +203,64 @@ def chains_file(root: Path, generator: str, seed: int) -> Path:
 def make_chains(config: CandidatesConfig, generator: str, seed: int) -> None:
     """All chains of one generator and seed, `(num_captions, num_candidates, ...)` each array."""
     torch.set_num_threads(1)
-    root, demo = Path(config.output_dir), Path(config.demo)
-    path = chains_file(root, generator, seed)
+    path = chains_file(Path(config.output_dir), generator, seed)
     if path.is_file():
         return
-    pipeline, num_candidates = load_generator(demo, generator), GENERATORS[generator]
-    models = {
-        name: WanRewardModel.from_pretrained(reward_model_dir(root, demo, name)).eval() for name in REWARD_MODELS
-    }
-    captions = [str(caption) for caption in split_captions("held_out")][: config.num_captions]
+    pipeline, num_candidates = load_generator(Path(config.demo), generator), GENERATORS[generator]
+    captions = held_out_captions(config)
     jobs = [(number, candidate) for number in range(len(captions)) for candidate in range(num_candidates)]
     parts = []
     for start in range(0, len(jobs), BATCH_SIZE):
         batch = jobs[start : start + BATCH_SIZE]
         seeds = [noise_seed(seed, number, candidate) for number, candidate in batch]
-        parts.append(walk_chains(pipeline, models, [captions[number] for number, _ in batch], seeds)[0])
+        parts.append(walk_chains(pipeline, [captions[number] for number, _ in batch], seeds))
     arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     save(path, {name: each.reshape(len(captions), num_candidates, *each.shape[1:]) for name, each in arrays.items()})
 
 
-def make_changed(config: CandidatesConfig, generator: str, name: str, seed: int) -> None:
+def make_scores(config: CandidatesConfig, generator: str, seed: int, name: str) -> None:
+    """Scores of these chains by one reward model."""
+    torch.set_num_threads(1)
+    root, demo = Path(config.output_dir), Path(config.demo)
+    path = scores_file(root, generator, seed, name)
+    if path.is_file():
+        return
+    model = WanRewardModel.from_pretrained(reward_model_dir(root, demo, name)).eval()
+    scheduler = load_scheduler(str(PRETRAINED_DIR))
+    scheduler.set_timesteps(NUM_STEPS)
+    with np.load(chains_file(root, generator, seed)) as chains:
+        latents, text = (torch.from_numpy(chains[each]) for each in ("latents", "text"))
+    shape = latents.shape[:2]
+    batches = zip(latents.flatten(0, 1).split(BATCH_SIZE), text.flatten(0, 1).split(BATCH_SIZE), strict=True)
+    parts = [score_chains(model, *batch, scheduler.timesteps) for batch in batches]
+    save(path, {each: np.concatenate([part[each] for part in parts]).reshape(*shape, -1) for each in parts[0]})
+
+
+def load_chains(root: Path, generator: str, seed: int) -> dict[str, np.ndarray]:
+    """Verdicts and frames, and `<model>/noisy` and `<model>/clean` of each reward model."""
+    with np.load(chains_file(root, generator, seed)) as chains:
+        found = {name: chains[name] for name in ("kind", "frames")}
+    for model in REWARD_MODELS:
+        with np.load(scores_file(root, generator, seed, model)) as scores:
+            found |= {f"{model}/{name}": scores[name] for name in ("noisy", "clean")}
+    return found
+
+
+def held_out_captions(config: CandidatesConfig) -> list[str]:
+    return [str(caption) for caption in split_captions("held_out")][: config.num_captions]
+
+
+def make_changed(config: CandidatesConfig, generator: str, seed: int, name: str) -> None:
     """Videos of one way of sampling that changes the chains, one for each caption, with the demo's reward model."""
     torch.set_num_threads(1)
     root, demo = Path(config.output_dir), Path(config.demo)
-    path = changed_file(root, generator, name, seed)
+    path = changed_file(root, generator, seed, name)
     if path.is_file():
         return
     num_candidates, settings = CHANGED[name]
     pipeline = load_generator(demo, generator)
     reward_model = WanRewardModel.from_pretrained(reward_model_dir(root, demo, "demo")).eval()
-    captions = [str(caption) for caption in split_captions("held_out")][: config.num_captions]
+    captions = held_out_captions(config)
     kinds, counts = [], []
     for number, caption in enumerate(captions):
         result = sample_candidates(
@@ -239,14 +283,18 @@ def make_changed(config: CandidatesConfig, generator: str, name: str, seed: int)
     save(path, {"kind": np.array(kinds), "counts": np.array(counts)})
 
 
-def changed_file(root: Path, generator: str, name: str, seed: int) -> Path:
+def changed_file(root: Path, generator: str, seed: int, name: str) -> Path:
     return root / "changed" / f"{generator}_{name.replace(', ', '_').replace(' ', '_')}_{seed}.npz"
+
+
+def scores_file(root: Path, generator: str, seed: int, model: str) -> Path:
+    return root / "scores" / f"{generator}_{seed}_{model}.npz"
 
 
 def save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp.npz")
-    np.savez_compressed(temporary, **arrays)  # type: ignore[arg-type]
+    np.savez(temporary, **arrays)  # type: ignore[arg-type]
     temporary.replace(path)
 
 
@@ -255,29 +303,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     root, demo = Path(config.output_dir), Path(config.demo)
     make_own_videos(root, demo)
     run_all([weak_stage(root, demo), taught_stage(root, demo)], root, config.num_parallel)
-    jobs = [partial(make_chains, config, generator, seed) for generator in config.generators for seed in config.seeds]
-    jobs += [
-        partial(make_changed, config, generator, name, seed)
-        for generator in config.generators
-        for name in CHANGED
-        for seed in config.seeds
-    ]
+    pairs = [(generator, seed) for generator in config.generators for seed in config.seeds]
     with ProcessPoolExecutor(config.num_parallel, multiprocessing.get_context("spawn")) as pool:
-        for future in [pool.submit(job) for job in jobs]:
-            future.result()
+        changed = [(*pair, name) for pair in pairs for name in CHANGED]
+        scored = [(*pair, name) for pair in pairs for name in REWARD_MODELS]
+        for function, jobs in ((make_chains, pairs), (make_scores, scored), (make_changed, changed)):
+            list(pool.map(partial(call, function, config), jobs))
     results = {
         generator: summarize_chains(
-            [dict(np.load(chains_file(root, generator, seed))) for seed in config.seeds],
-            {
-                name: [dict(np.load(changed_file(root, generator, name, seed))) for seed in config.seeds]
-                for name in CHANGED
-            },
+            [load_chains(root, generator, seed) for seed in config.seeds],
+            {name: [load(changed_file(root, generator, seed, name)) for seed in config.seeds] for name in CHANGED},
         )
         for generator in config.generators
     }
-    captions = [str(caption) for caption in split_captions("held_out")][: config.num_captions]
-    shown = dict(np.load(chains_file(root, "base", config.seeds[0])))
-    write_results(Path(config.results_dir), results, config.seeds, shown, captions)
+    shown = load_chains(root, "base", config.seeds[0])
+    write_results(Path(config.results_dir), results, config.seeds, shown, held_out_captions(config))
+
+
+def call(function: Callable[..., None], config: CandidatesConfig, job: tuple[Any, ...]) -> None:
+    function(config, *job)
+
+
+def load(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path) as arrays:
+        return dict(arrays)
 
 
 if __name__ == "__main__":
