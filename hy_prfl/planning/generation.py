@@ -8,14 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import UMT5Config, UMT5EncoderModel
 
 from ..configs.base import check
 from ..configs.generate import GenerateConfig
 from ..configs.keep import num_forwards, num_scores, parse_keep
 from ..configs.prfl import PRFLTrainingConfig
-from ..models.conditioning import add_condition
 from ..runtime.vae_tiling import pass_memory, tiled_decoding_memory
 from .estimate import RESIDUAL_VAE_CHANNELS, VAE_BYTES
 from .models import (
@@ -25,12 +23,10 @@ from .models import (
     load_experts,
     load_transformer_config,
     load_vae_stride,
-    materialize,
     reward_model_config,
     set_dtypes,
 )
-from .simulation import MemoryMeter, Phase, extrapolated, use_gpu_kernels
-from .workloads import UNUSED, Frozen, Inputs, Numerics, Shape, _freeze, _thaw, generator_phases, reward_phases
+from .workloads import UNUSED, Numerics, Shape, generator_phases, reward_phases, scoring_phase
 
 
 GIGA, TERA = 1e9, 1e12
@@ -224,8 +220,8 @@ def _cost(
     flops = forwards * step.flops
     phases = {"generator": generator_phases(generator, _TRAINING, numerics, several)["rollout"].peak}
     if config.uses_reward:
-        flops += (scores + guided) * _scoring(reward, numerics, one).flops
-        phases["reward"] = _scoring(reward, numerics, several).peak
+        flops += (scores + guided) * scoring_phase(reward, numerics, one).flops
+        phases["reward"] = scoring_phase(reward, numerics, several).peak
     if guided:
         guide = reward_phases(reward, _TRAINING, numerics, several)
         flops += guided * reward_phases(reward, _TRAINING, numerics, one)["backward"].flops
@@ -277,32 +273,3 @@ def _text_encoder_bytes(dtype: torch.dtype) -> float:
     with torch.device("meta"):
         encoder = UMT5EncoderModel(UMT5Config(**UMT5_XXL))
     return float(sum(parameter.numel() for parameter in encoder.parameters()) * dtype.itemsize)
-
-
-def _scoring(config: Mapping[str, Any], numerics: Numerics, shape: Shape) -> Phase:
-    """A forward of the reward model without gradient."""
-    values = _freeze({name: value for name, value in config.items() if name != "num_layers"})
-    return extrapolated(
-        lambda count: {"forward": _simulate_scoring(values, numerics, shape, count)}, config["num_layers"]
-    )["forward"]
-
-
-@functools.cache
-def _simulate_scoring(config: Frozen, numerics: Numerics, shape: Shape, num_layers: int) -> Phase:
-    values = {**_thaw(config), "num_layers": num_layers}
-    reward_model = build_reward_model(values)
-    set_dtypes(reward_model, frozen=numerics.compute, trained=numerics.compute, keep_in_fp32=True)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        materialize(reward_model)
-        use_gpu_kernels(reward_model)
-        inputs = Inputs(values, shape, numerics.compute)
-        state = [*reward_model.parameters(), *reward_model.buffers(), *inputs.tensors()]
-        with MemoryMeter(state, on_gpu=True) as meter, meter.phase("forward"), torch.no_grad():
-            hidden_states, timestep = add_condition(inputs.noise, inputs.timestep, inputs.condition)
-            reward_model(
-                hidden_states=hidden_states.to(inputs.text.dtype),
-                timestep=timestep,
-                encoder_hidden_states=inputs.text,
-                encoder_hidden_states_image=inputs.image,
-            )
-    return meter.phases["forward"]
