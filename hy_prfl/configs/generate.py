@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from .base import Config, check
+from .keep import check_keep, parse_keep
 
 
 # Names of negative prompts. `wan` is `sample_neg_prompt` of Wan's `wan/configs/shared_config.py`.
@@ -35,6 +36,7 @@ class GenerateConfig(Config):
     > Parameters of the input and output
     > Parameters of the model
     > Parameters of the sampling
+    > Parameters of candidates, which a reward model chooses from
     > Parameters of the video
     > Parameters of memory and speed
     """
@@ -124,6 +126,61 @@ class GenerateConfig(Config):
         },
     )
     max_sequence_length: int = field(default=512, metadata={"help": "Text tokens the prompt is padded or cut to."})
+
+    # Parameters of candidates, which a reward model chooses from
+    reward_model: str | None = field(
+        default=None,
+        metadata={
+            "help": "Reward model that chooses among candidates or guides: a folder of train_reward, or a Hub id."
+        },
+    )
+    reward_model_revision: str | None = field(default=None, metadata={"help": "Hub revision of the reward model."})
+    reward_dtype: Literal["bfloat16", "float16", "float32"] | None = field(
+        default=None, metadata={"help": "Type of the reward model, that of dtype if left out."}
+    )
+    num_candidates: int = field(
+        default=1,
+        metadata={"help": "Samples of each video, with the seeds seed, seed + 1, ...; the reward model keeps one."},
+    )
+    keep: str | None = field(
+        default=None,
+        metadata={
+            "help": "How many candidates go on after which step, such as 6:4,12:2,20:1. All of them go to the end if left "
+            "out."
+        },
+    )
+    candidate_batch_size: int = field(
+        default=1,
+        metadata={"help": "Candidates that a model takes at once. With 1, each is bit for bit the plain sample."},
+    )
+    final_timesteps: list[int] = field(
+        default_factory=lambda: [400, 600, 800],
+        metadata={"help": "Noise levels, 1000 * sigma, at which candidates are scored that have reached the end."},
+    )
+    resample: bool = field(
+        default=False,
+        metadata={"help": "Candidates that are kept go on twice, as they are and with part of their noise drawn new."},
+    )
+    renoise: float = field(
+        default=0.5, metadata={"help": "That part, as standard deviation of the new noise, in (0, 1]."}
+    )
+    reward_guidance: float | None = field(
+        default=None,
+        metadata={"help": "Follow the reward's gradient: its length as a share of the velocity's; none if left out."},
+    )
+    reward_guidance_steps: list[int] | None = field(
+        default=None, metadata={"help": "First and last step that is guided, from 1. Needed with reward_guidance."}
+    )
+    calibrate: bool = field(
+        default=False,
+        metadata={
+            "help": "Take all candidates to the end, score them after every step, and write the cheapest keep to "
+            "calibration.json."
+        },
+    )
+    calibrate_share: float = field(
+        default=0.95, metadata={"help": "Share of best-of-N's gain in reward that this keep has to reach, in (0, 1]."}
+    )
 
     # Parameters of the video
     height: int = field(default=480, metadata={"help": "Height, a multiple of 16."})
@@ -218,6 +275,7 @@ class GenerateConfig(Config):
         check(not (self.random_seed and self.seed is not None), "seed", self.seed, "left out with `random_seed`")
         check(self.guidance_scale >= 0, "guidance_scale", self.guidance_scale, "at least 0")
         check(self.flow_shift is None or self.flow_shift > 0, "flow_shift", self.flow_shift, "greater than 0")
+        self._check_candidates()
         check(
             self.lora_scale is None or self.lora_path is not None or self.lora_2_path is not None,
             "lora_scale",
@@ -286,3 +344,67 @@ class GenerateConfig(Config):
             on_cpu,
             f"left out with `cpu_offload` {self.cpu_offload}, which moves the encoder",
         )
+
+    @property
+    def uses_reward(self) -> bool:
+        """Whether there is something for a reward model to do."""
+        return self.num_candidates > 1 or self.reward_guidance is not None
+
+    def _check_candidates(self) -> None:
+        for name in ("num_candidates", "candidate_batch_size"):
+            check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        given = self.reward_model is not None
+        check(given or not self.uses_reward, "reward_model", None, "given with `num_candidates` or `reward_guidance`")
+        check(
+            self.uses_reward or not given,
+            "reward_model",
+            self.reward_model,
+            "left out with nothing to choose or guide",
+        )
+        for name in ("reward_model_revision", "reward_dtype"):
+            check(given or getattr(self, name) is None, name, getattr(self, name), "left out without `reward_model`")
+        several = self.num_candidates > 1
+        for name in ("keep", "resample", "calibrate"):
+            value = getattr(self, name)
+            check(several or not value, name, value, "left out with one candidate, see `num_candidates`")
+        number = self.num_videos_per_prompt
+        check(not several or number == 1, "num_videos_per_prompt", number, "1 with several candidates of each video")
+        check(not self.uses_reward or self.step_cache == "none", "step_cache", self.step_cache, "none with candidates")
+        degree = self.context_parallel_degree
+        check(
+            degree == 1 or not given,
+            "context_parallel_degree",
+            degree,
+            "1 with a `reward_model`, which needs all tokens",
+        )
+        check(
+            not (self.resample and self.keep is None),
+            "resample",
+            self.resample,
+            "false without `keep`, which says when",
+        )
+        for name in ("keep", "resample", "reward_guidance"):
+            value = getattr(self, name)
+            check(not (self.calibrate and value), name, value, "left out with `calibrate`")
+        check_keep(
+            parse_keep(self.keep),
+            num_candidates=self.num_candidates,
+            num_inference_steps=self.num_inference_steps,
+            resample=self.resample,
+        )
+        check(0 < self.renoise <= 1, "renoise", self.renoise, "in (0, 1]")
+        check(0 < self.calibrate_share <= 1, "calibrate_share", self.calibrate_share, "in (0, 1]")
+        check(len(self.final_timesteps) > 0, "final_timesteps", self.final_timesteps, "not empty")
+        for timestep in self.final_timesteps:
+            check(0 < timestep <= 1000, "final_timesteps", timestep, "in (0, 1000]")
+        scale, steps = self.reward_guidance, self.reward_guidance_steps
+        check(scale is None or scale > 0, "reward_guidance", scale, "greater than 0, or left out")
+        check(
+            (scale is None) == (steps is None),
+            "reward_guidance_steps",
+            steps,
+            "given with `reward_guidance`, and only then",
+        )
+        last = self.num_inference_steps
+        is_range = steps is None or (len(steps) == 2 and 1 <= steps[0] <= steps[1] <= last)
+        check(is_range, "reward_guidance_steps", steps, f"a first and a last step in [1, {last}]")

@@ -11,9 +11,9 @@ class PlanConfig(Config):
     """Options of `plan --config recipe.yaml`. Options of the recipe may be given too, and replace its values."""
 
     recipe: str = field(
-        metadata={"help": "Recipe of train_prfl or train_reward; on the command line also `--config`."}
+        metadata={"help": "Recipe of train_prfl, train_reward or generate; on the command line also `--config`."}
     )
-    recipe_command: Literal["train_prfl", "train_reward"] | None = field(
+    recipe_command: Literal["train_prfl", "train_reward", "generate"] | None = field(
         default=None, metadata={"help": "Command that the recipe is for; inferred from its keys if left out."}
     )
     output: str | None = field(default=None, metadata={"help": "JSON file to write the plan to."})

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -135,6 +135,9 @@ def fitted_settings(
     return replace(settings, height=height, width=width, image_fit="crop")
 
 
+VideoSampler = Callable[[WanPipeline | WanImageToVideoPipeline, VideoPrompt, VideoSettings], np.ndarray]
+
+
 def generate_videos(
     pipeline: WanPipeline | WanImageToVideoPipeline,
     prompts: Sequence[VideoPrompt],
@@ -145,6 +148,7 @@ def generate_videos(
     overwrite: bool = False,
     vae_tiling: VAETiling = "auto",
     context_parallel: ContextParallelGroup | None = None,
+    sample: VideoSampler = generate_video,
 ) -> list[Path]:
     """
     Write `<id>_seed_<seed>.mp4` for each prompt, and `manifest.json`, a list that `preprocess` and `score` read.
@@ -163,6 +167,8 @@ def generate_videos(
             Whether the VAE decodes in tiles, see [`~hy_prfl.runtime.vae_tiling.set_tiling`].
         context_parallel (`ContextParallelGroup`, *optional*):
             The group of processes that the pipeline was loaded with. The first of them writes.
+        sample (`Callable`, defaults to `generate_video`):
+            Makes the frames of one video, of the pipeline, its prompt and the settings.
 
     Returns:
         `list[Path]`: the videos, in the order of the prompts.
@@ -196,7 +202,7 @@ def generate_videos(
         if context_parallel is not None and context_parallel.any(is_tiled):
             # All processes of a video must see the same image, also if one of them has less free memory.
             set_tiling(pipeline.vae, "on", "decode", **size)
-        frames = generate_video(pipeline, prompt, fitted)
+        frames = sample(pipeline, prompt, fitted)
         if writes:
             record = video_record(prompt, settings, model_identity)
             write_video(

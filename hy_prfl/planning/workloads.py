@@ -153,6 +153,15 @@ def reward_training_phases(
     return _with_recomputation(run, config, training, training.gradient_checkpointing_blocks)
 
 
+def scoring_phase(config: Mapping[str, Any], numerics: Numerics, shape: Shape) -> Phase:
+    """What a forward of the reward model without gradient needs."""
+    values = _freeze({name: value for name, value in config.items() if name != "num_layers"})
+    phases = extrapolated(
+        lambda count: {"forward": _simulate_scoring(values, numerics, shape, count)}, config["num_layers"]
+    )
+    return phases["forward"]
+
+
 Frozen = tuple[tuple[str, Any], ...]
 Run = Callable[[int, bool], dict[str, Phase]]
 
@@ -336,3 +345,18 @@ def _run_reward_training(
         with meter.phase("backward"):
             loss.backward()
     return meter.phases
+
+
+@functools.cache
+def _simulate_scoring(config: Frozen, numerics: Numerics, shape: Shape, num_layers: int) -> Phase:
+    values = {**_thaw(config), "num_layers": num_layers}
+    reward_model = build_reward_model(values)
+    set_dtypes(reward_model, frozen=numerics.compute, trained=numerics.compute, keep_in_fp32=True)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        materialize(reward_model)
+        use_gpu_kernels(reward_model)
+        inputs = Inputs(values, shape, numerics.compute)
+        state = [*reward_model.parameters(), *reward_model.buffers(), *inputs.tensors()]
+        with MemoryMeter(state, on_gpu=True) as meter, meter.phase("forward"), torch.no_grad():
+            reward_model(**inputs.conditioning.model_inputs(inputs.noise, inputs.timestep))
+    return meter.phases["forward"]

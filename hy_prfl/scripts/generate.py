@@ -31,6 +31,19 @@ NEWER_OPTIONS = ("sample_solver", "lora_weights", "lora_2_weights", "attention_b
 CONFIG_FILE = "generate.yaml"
 # Of the seeds that are drawn.
 NUM_SEEDS = 2**32
+CANDIDATE_OPTIONS = (
+    "num_candidates",
+    "keep",
+    "candidate_batch_size",
+    "final_timesteps",
+    "resample",
+    "renoise",
+    "reward_guidance",
+    "reward_guidance_steps",
+    "reward_model_revision",
+    "reward_dtype",
+    "calibrate",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -38,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse_config(GenerateConfig, argv, description=__doc__)
     check_files(config, "prompts")
     check_sources(config, "pretrained_model_name_or_path", "transformer_path", "transformer_2_path")
+    check_sources(config, "reward_model")
     check_sources(config, "lora_path", "lora_2_path", or_file=True)
     check_output_folders(config, "output_dir")
 
@@ -46,10 +60,20 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from ..data.prompts import check_prompts, read_prompts
     from ..formats.pipeline_info import PipelineInfo
-    from ..inference.generation import VideoSettings, generate_videos, pending_videos, video_size, write_manifest
+    from ..inference import candidate_files
+    from ..inference.generation import (
+        VideoSettings,
+        generate_video,
+        generate_videos,
+        pending_videos,
+        video_size,
+        write_manifest,
+    )
     from ..inference.pipelines import load_pipeline, size_multiple
+    from ..models.loading import load_reward_model
     from ..runtime.context_parallel import ContextParallelGroup
     from ..runtime.distributed import SHARED_WORK_TIMEOUT, from_main_process, process_state, set_up_logging
+    from ..runtime.provenance import path_identity
 
     set_up_logging()
     state = process_state()
@@ -70,6 +94,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     negative = NEGATIVE_PROMPTS.get(config.negative_prompt or "", config.negative_prompt)
     settings = dataclasses.replace(settings, negative_prompt=negative)
     identity = model_identity(config)
+    if config.reward_model is not None:
+        candidate_files.check_seeds(prompts, config.num_candidates)
+        candidate_files.check_reward_model(config)
+        identity |= {name: getattr(config, name) for name in CANDIDATE_OPTIONS}
+        identity["reward_model"] = path_identity(config.reward_model)
     pending = from_main_process(
         pending_videos(prompts, output_dir, settings, model_identity=identity, overwrite=config.overwrite)
     )
@@ -107,6 +136,19 @@ def main(argv: Sequence[str] | None = None) -> None:
             # Before the first video, so that a run that is killed finds its seed again.
             output_dir.mkdir(parents=True, exist_ok=True)
             save_config(config, output_dir / CONFIG_FILE)
+        sample = generate_video
+        if config.reward_model is not None:
+            reward_model = load_reward_model(
+                config.reward_model,
+                revision=config.reward_model_revision,
+                dtype=getattr(torch, config.reward_dtype or config.dtype),
+            )
+            if config.cpu_offload == "none":
+                reward_model.to(state.device)
+            settings_of_candidates = candidate_files.candidate_settings(config)
+            sample = candidate_files.CandidateSampler(
+                reward_model, config.num_candidates, settings_of_candidates, output_dir
+            )
         generate_videos(
             pipeline,
             prompts,
@@ -116,10 +158,19 @@ def main(argv: Sequence[str] | None = None) -> None:
             overwrite=config.overwrite,
             vae_tiling=config.vae_tiling,
             context_parallel=context_parallel,
+            sample=sample,
         )
     if state.is_main_process:
         write_manifest(prompts, output_dir)
         save_config(config, output_dir / CONFIG_FILE)
+        if config.reward_model is not None:
+            candidate_files.write_table(output_dir, prompts)
+        if config.calibrate:
+            found = candidate_files.write_calibration(output_dir, prompts, config)
+            print(
+                f"--keep {found['keep']} keeps {found['share']:.0%} of the gain of best of {config.num_candidates}, for "
+                f"{found['cost']:.2f} times the cost of a plain sample ({output_dir / candidate_files.CALIBRATION})"
+            )
         print(f"{len(pending)} videos generated, {len(prompts) - len(pending)} were there: {output_dir}")
 
 

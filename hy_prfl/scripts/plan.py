@@ -7,14 +7,20 @@ Needs no GPU, no weights and no data. Options of the recipe can be tried on the 
 
     hy-prfl plan --config examples/prfl/wan2.1_t2v_14b_480p_full.yaml --height 720 --width 1280 --num_gpus 8 \
         --zero_stage 3 --context_parallel_degree 8 --offload_activations true
+
+What candidates cost beside plain sampling, with the size of the videos from the recipe:
+
+    hy-prfl plan --config examples/generate/wan2.1_t2v_14b_480p.yaml --num_candidates 8 --keep 10:4,20:1
 """
 
 import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from ..configs.base import TrainingConfig, check
+from ..configs.base import Config, TrainingConfig, check
+from ..configs.generate import GenerateConfig
 from ..configs.inputs import check_sources
 from ..configs.outputs import check_output_files
 from ..configs.parser import parse_config
@@ -25,18 +31,32 @@ from ..configs.yaml_file import read_yaml
 from .running import run
 
 
-CONFIGS: dict[str, type[TrainingConfig]] = {"train_prfl": PRFLTrainingConfig, "train_reward": RewardTrainingConfig}
+CONFIGS: dict[str, type[Config]] = {
+    "train_prfl": PRFLTrainingConfig,
+    "train_reward": RewardTrainingConfig,
+    "generate": GenerateConfig,
+}
 # What a run needs and a plan does not.
-PLACEHOLDERS = ("output_dir", "train_dataset", "reward_model")
+PLACEHOLDERS = {
+    "train_prfl": ("output_dir", "train_dataset", "reward_model"),
+    "train_reward": ("output_dir", "train_dataset"),
+    "generate": ("output_dir", "prompts"),
+}
+# Options of both `plan` and `generate`.
+SIZE = ("height", "width", "num_frames")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Plan one recipe."""
     own, others = split_options(sys.argv[1:] if argv is None else argv)
     config = parse_config(PlanConfig, own, description=__doc__)
-    training = read_recipe(config, others)
+    training = read_recipe(config, others, argv=own)
     check_sources(training, "pretrained_model_name_or_path")
     check_output_files(config, "output")
+    if isinstance(training, GenerateConfig):
+        plan_generate(config, training)
+        return
+    assert isinstance(training, TrainingConfig)
     degree, num_gpus = training.context_parallel_degree, config.num_gpus
     check(num_gpus % degree == 0, "context_parallel_degree", degree, f"a divisor of `num_gpus`, {num_gpus}")
     print(f"Planning {Path(config.recipe)} ...", file=sys.stderr, flush=True)
@@ -72,6 +92,35 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_text(Path(config.output), result.to_json())
 
 
+def plan_generate(config: PlanConfig, generation: GenerateConfig) -> None:
+    """Plan one recipe of `generate`."""
+    for name in ("num_gpus", "zero_stage", "offload", "num_rows"):
+        value, default = getattr(config, name), PlanConfig.__dataclass_fields__[name].default
+        check(value == default, name, value, "left out for `generate`, whose processes each make videos of their own")
+    print(f"Planning {Path(config.recipe)} ...", file=sys.stderr, flush=True)
+
+    from ..models.reward_model import WanRewardModel
+    from ..planning.generation import plan_generation
+    from ..runtime.atomic_writes import write_text
+    from ..runtime.distributed import set_up_logging
+
+    set_up_logging()
+    reward_config = None
+    if generation.reward_model is not None and Path(generation.reward_model).is_dir():
+        reward_config = WanRewardModel.load_own_config(generation.reward_model)
+    result = plan_generation(
+        generation,
+        gpu_memory=config.gpu_memory,
+        tflops=config.tflops,
+        utilization=config.utilization,
+        reserved=config.reserved_memory,
+        reward_config=reward_config,
+    )
+    print(result)
+    if config.output is not None:
+        write_text(Path(config.output), result.to_json())
+
+
 def split_options(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """The options of `plan`, with the recipe's file under its own name, and those of the recipe."""
     names = {field.name for field in dataclasses.fields(PlanConfig)}
@@ -88,12 +137,16 @@ def split_options(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return own, others
 
 
-def read_recipe(config: PlanConfig, options: Sequence[str]) -> TrainingConfig:
+def read_recipe(config: PlanConfig, options: Sequence[str], *, argv: Sequence[str] = ()) -> Any:
     """
     The recipe, with the options that win over it; what only a run needs may be missing.
 
+    Args:
+        argv (`Sequence[str]`):
+            Options of `plan` as they were given: a size among them is one of `generate` as well.
+
     Raises:
-        ValueError: If its keys fit both commands.
+        ValueError: If its keys fit several commands.
     """
     path = Path(config.recipe)
     given = read_yaml(path) or {}
@@ -102,16 +155,20 @@ def read_recipe(config: PlanConfig, options: Sequence[str]) -> TrainingConfig:
     fields = {name: {field.name for field in dataclasses.fields(each)} for name, each in CONFIGS.items()}
     command: str | None = config.recipe_command
     if command is None:
-        # `reward_model` is a field of both.
+        # `reward_model` is a field of all.
         fitting = [name for name in CONFIGS if set(given) <= fields[name]]
         if len(fitting) != 1:
             raise ValueError(f"{path}: its keys do not tell one of {', '.join(CONFIGS)}; give `--recipe_command`.")
         command = fitting[0]
-    present = {*given, *(word.removeprefix("--").split("=")[0] for word in options)}
-    missing = [name for name in PLACEHOLDERS if name not in present]
-    if command == "train_reward":
-        missing = [name for name in missing if name != "reward_model"]
-    placeholders = [f"--{name}=planned" for name in missing]
+    names = {
+        word.removeprefix("--").split("=")[0].replace("-", "_") for word in (*options, *argv) if word.startswith("--")
+    }
+    present = {*given, *names}
+    placeholders = [f"--{name}=planned" for name in PLACEHOLDERS[command] if name not in present]
+    if command == "generate":
+        placeholders += [f"--{name}={getattr(config, name)}" for name in SIZE if name in names]
+        if {"num_candidates", "reward_guidance"} & present and "reward_model" not in present:
+            placeholders.append("--reward_model=planned")
     return parse_config(CONFIGS[command], ["--config", str(path), *placeholders, *options])
 
 
