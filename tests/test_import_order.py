@@ -16,6 +16,7 @@ ORDER = [
     {"rollout", "inference"},
     {"evaluation", "hub"},
     {"planning"},
+    {"pages"},
     {"trainers"},
     {"scripts"},
     {"cli"},
