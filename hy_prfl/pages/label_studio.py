@@ -93,7 +93,7 @@ def _answers(study: Study, annotation: Mapping[str, Any], where: str) -> dict[st
     results: Sequence[Mapping[str, Any]] = annotation.get("result", [])
     for result in results:
         value = result.get("value", {})
-        answer = value.get("selected") or next(iter(value.get("choices", [])), None)
+        answer: Any = value.get("selected") or next(iter(value.get("choices", [])), None)
         answer = PAIR_SIDES.get(answer, answer) if study.kind == "pairs" else answer
         choices = CLIP_CHOICES if study.kind == "clips" else (*PAIR_SIDES.values(), "tie")
         # One question needs no name: projects call their tags as they like.

@@ -26,7 +26,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from ..data.container import open_video
 from ..data.pixels import VideoError
 from .rendering import TEMPLATES, render
-from .study import Conflict, Item, Study, StudyError
+from .study import ConflictError, Item, Study, StudyError
 
 
 logger = logging.getLogger(__name__)
@@ -186,7 +186,7 @@ class _App:
                 values = json.loads(body)
                 annotator, window = self.names(values)
                 result = handler(values, annotator, window)
-            except Conflict as error:
+            except ConflictError as error:
                 # The page goes on from what is true now.
                 return JSONResponse({"error": str(error), **self.state(annotator, window)}, status_code=409)
             except (StudyError, UnicodeDecodeError, json.JSONDecodeError) as error:

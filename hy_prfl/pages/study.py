@@ -18,8 +18,8 @@ from .journal import FORMAT, Journal
 
 Kind = Literal["clips", "pairs"]
 
-# Seconds after which a clip that was shown and never answered goes to somebody else.
-LEASE_SECONDS = 900.0
+# Seconds after which a clip that a window shows goes to somebody else, unless the window reports, as it does every minute.
+LEASE_SECONDS = 200.0
 # A longer time between two answers was a break, and says nothing about the pace.
 BREAK_SECONDS = 300.0
 CLIP_CHOICES, PAIR_CHOICES = ("good", "poor", "unsure"), ("left", "right", "tie")
@@ -31,7 +31,7 @@ class StudyError(ValueError):
     """A request that does not fit the study: an unknown item, a missing answer."""
 
 
-class Conflict(StudyError):
+class ConflictError(StudyError):
     """A request that another one has overtaken, such as a second label for the same clip by the same person."""
 
 
@@ -203,7 +203,7 @@ class Study:
 
         Raises:
             StudyError: If there is no such item, or an answer is missing or unknown.
-            Conflict: If this person has judged the item already.
+            ConflictError: If this person has judged the item already.
             OSError: If the disk did not take it; nothing has changed then.
         """
         item_id = self._item_id(public_id)
@@ -226,7 +226,7 @@ class Study:
         Take back this person's last label or skip, and show that item again in this window.
 
         Raises:
-            Conflict: If `public_id` is not the last one (any more).
+            ConflictError: If `public_id` is not the last one (any more).
         """
         item_id = self._item_id(public_id)
         last = self.last_item(annotator)
@@ -234,7 +234,7 @@ class Study:
             undone = [event for event in self.journal.events if event.get("key") == key and event["type"] == "undo"]
             if undone:
                 return
-            raise Conflict("this is not your last answer; another window may have changed it.")
+            raise ConflictError("this is not your last answer; another window may have changed it.")
         event = {"type": "undo", "item": item_id, "annotator": annotator, "key": key, "time": _now()}
         self.journal.append(event)
         self._apply(event)
@@ -277,7 +277,7 @@ class Study:
         """Take over a label from elsewhere, in the journal's own words; False if this person's is there already."""
         if (annotator, item_id) in self.given:
             return False
-        event = {"type": "label", "item": item_id, "annotator": annotator, "answers": dict(answers)}
+        event: dict[str, Any] = {"type": "label", "item": item_id, "annotator": annotator, "answers": dict(answers)}
         event |= {"seconds": None, "key": f"import-{secrets.token_hex(8)}", "time": time or _now()}
         self.journal.append(event)
         self._apply(event)
@@ -286,7 +286,8 @@ class Study:
     def _check_head(self, head: Mapping[str, Any]) -> None:
         if head["type"] != "study" or head.get("format") != FORMAT:
             raise ValueError(f"{self.journal.path}, line 1: this is no journal of labels.")
-        for name, value in (("kind", self.kind), ("questions", self.questions)):
+        expected: dict[str, Any] = {"kind": self.kind, "questions": self.questions}
+        for name, value in expected.items():
             if head[name] != value:
                 raise ValueError(
                     f"{self.journal.path}: its `{name}` is {head[name]!r}, not {value!r}. Choose another `output`."
@@ -297,7 +298,7 @@ class Study:
         if found is not None and found["key"] == event["key"]:
             return
         if found is not None:
-            raise Conflict("you have judged this one already, perhaps in another window.")
+            raise ConflictError("you have judged this one already, perhaps in another window.")
         self.journal.append(event)
         self._apply(event)
 

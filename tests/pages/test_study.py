@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import hy_prfl.pages.study as study_module
-from hy_prfl.pages.study import Conflict, Study, StudyError
+from hy_prfl.pages.study import ConflictError, Study, StudyError
 
 
 def answer(
@@ -83,7 +83,7 @@ def test_a_request_that_comes_twice_counts_once(open_study: Callable[..., Study]
     for _ in range(2):
         study.label("ann", item, {"physics_quality": "good"}, key="k")
     assert len(study.journal.events) == 2
-    with pytest.raises(Conflict, match="judged this one already"):
+    with pytest.raises(ConflictError, match="judged this one already"):
         study.label("ann", item, {"physics_quality": "poor"}, key="other")
     for _ in range(2):
         study.undo("ann", "w", item, key="u")
@@ -95,7 +95,7 @@ def test_a_request_that_comes_twice_counts_once(open_study: Callable[..., Study]
 def test_undo_takes_back_the_last_answer_only(open_study: Callable[..., Study]) -> None:
     study = open_study(3)
     first, second = (answer(study, "ann") for _ in range(2))
-    with pytest.raises(Conflict, match="not your last answer"):
+    with pytest.raises(ConflictError, match="not your last answer"):
         study.undo("ann", "w", study.public_id(str(first)), key="u")
     study.undo("ann", "w", study.public_id(str(second)), key="v")
     study.undo("ann", "w", study.public_id(str(first)), key="w")

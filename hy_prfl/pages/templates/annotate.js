@@ -60,12 +60,7 @@ async function request(path, values) {
 function update(result) {
   items = result.items;
   last = result.last;
-  const { labelled, left, done, total, per_hour: perHour, seconds_left: secondsLeft } = result.progress;
-  element("who").textContent = name;
-  element("count").textContent = `${labelled} by you, ${left} left · ${done} of ${total} complete`;
-  element("pace").textContent = perHour === null ? "" : `${Math.round(perHour)} an hour`;
-  element("rest").textContent = secondsLeft === null ? "" : `about ${duration(secondsLeft)} left`;
-  element("bar").value = labelled + left > 0 ? labelled / (labelled + left) : 1;
+  drawProgress(result);
   for (const button of document.querySelectorAll("[data-do=undo]")) button.disabled = last === null;
   element("work").hidden = items.length === 0;
   element("finished").hidden = items.length > 0;
@@ -75,9 +70,35 @@ function update(result) {
   } else {
     shown = null;
     element("clips").replaceChildren();
+    element("thanks").textContent =
+      result.progress.left === 0
+        ? "There is nothing left for you. Thank you!"
+        : "Others are at work on what is left. This page looks every minute whether something comes back.";
     element("finished").focus();
   }
 }
+
+function drawProgress(result) {
+  const { labelled, left, done, total, per_hour: perHour, seconds_left: secondsLeft } = result.progress;
+  element("who").textContent = name;
+  element("count").textContent = `${labelled} by you, ${left} left · ${done} of ${total} complete`;
+  element("pace").textContent = perHour === null ? "" : `${Math.round(perHour)} an hour`;
+  element("rest").textContent = secondsLeft === null ? "" : `about ${duration(secondsLeft)} left`;
+  element("bar").value = labelled + left > 0 ? labelled / (labelled + left) : 1;
+}
+
+// Keeps what this window has reserved, and looks whether there is something again for who was done. What is shown never
+// changes under the eyes of the one who looks at it.
+async function stay() {
+  if (name === null || pending !== null) return;
+  try {
+    const result = await send("/api/next", {});
+    if (pending === null) (shown === null ? update : drawProgress)(result);
+  } catch (error) {
+    say(`The server does not answer: ${error.message}`, true);
+  }
+}
+setInterval(stay, 60000);
 
 function duration(seconds) {
   const minutes = Math.max(1, Math.round(seconds / 60));
