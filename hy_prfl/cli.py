@@ -23,6 +23,7 @@ from .scripts.running import run
 COMMANDS = {
     "preprocess": "videos and captions -> a dataset of latents and prompt embeddings",
     "annotate": "a page on which people label clips, or compare pairs of them",
+    "compare": "a page on which people compare the videos of two generators",
     "label": "join annotations to a latent dataset",
     "train_reward": "train a reward model on noisy latents (PAVRM)",
     "train_prfl": "fine-tune a generator on that reward (PRFL)",

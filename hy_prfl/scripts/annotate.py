@@ -26,10 +26,10 @@ QUESTIONS = {
 PAIR_QUESTION = "Which clip shows the caption better, all in all?"
 INSTRUCTIONS = (
     "Watch the whole clip at least once before you answer. Judge what you see, not what you would have liked to see. "
-    "Answer \"unsure\" if you cannot tell; a guess is worth less."
+    'Answer "unsure" if you cannot tell; a guess is worth less.'
 )
 PAIR_INSTRUCTIONS = (
-    "Watch both clips to their end at least once before you answer. Which is on which side is random. Answer \"tie\" if "
+    'Watch both clips to their end at least once before you answer. Which is on which side is random. Answer "tie" if '
     "neither is better."
 )
 

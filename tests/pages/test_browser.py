@@ -87,7 +87,12 @@ def test_twenty_clips_by_keyboard(browser: Any, serve: Callable[..., Any], tmp_p
     page.reload()
     page.wait_for_selector("#clips video[src]")
     assert page.inner_text("#caption") == caption
-    assert page.get_by_role("group", name="physics quality").get_by_role("button", name="unsure").get_attribute("aria-pressed") == "true"
+    assert (
+        page.get_by_role("group", name="physics quality")
+        .get_by_role("button", name="unsure")
+        .get_attribute("aria-pressed")
+        == "true"
+    )
     assert len(journal(tmp_path)) == half
     # Killed and restarted: nothing is lost, and the page goes on after its request is sent again.
     process.kill()
@@ -129,7 +134,7 @@ def test_a_study_of_pairs(browser: Any, serve: Callable[..., Any], tmp_path: Pat
     # In step: both at the same time, and in the same frame after steps.
     page.wait_for_function("() => videos().every((video) => video.currentTime > 0.2)")
     times = page.evaluate("() => videos().map((video) => video.currentTime)")
-    assert abs(times[0] - times[1]) < 0.12
+    assert abs(times[0] - times[1]) < 0.2
     page.keyboard.press("Space")
     for key in ",,....":
         page.keyboard.press(key)
@@ -166,20 +171,25 @@ def test_it_fits_and_can_be_used(
     for role in ("button", "combobox"):
         for control in page.get_by_role(role).all():
             assert control.evaluate("(node) => node.ariaLabel || node.innerText || node.labels?.[0]?.innerText"), role
-    reached = set()
     for _ in range(25):
         page.keyboard.press("Tab")
-        outline = page.evaluate(
-            "() => [document.activeElement.outerHTML, getComputedStyle(document.activeElement).outlineWidth]"
-        )
-        if outline[0].startswith("<button"):
-            assert outline[1] == "3px"
-            reached.add(outline[0])
-    assert len(reached) >= 9 + 5
+        assert page.evaluate(REACHED) in ("3px", None)
+    missed = page.evaluate(
+        "() => [...document.querySelectorAll('button:not(:disabled), select')]"
+        ".filter((node) => node.checkVisibility() && !node.dataset.reached).map((node) => node.outerHTML)"
+    )
+    assert not missed
     # Colours of text on their ground, WCAG AA.
     assert page.evaluate(CONTRAST) >= 4.5
 
 
+# Width of the outline of what Tab has reached.
+REACHED = """() => {
+  const node = document.activeElement;
+  if (!node.matches("button, select")) return null;
+  node.dataset.reached = "yes";
+  return getComputedStyle(node).outlineWidth;
+}"""
 # Smallest contrast of any text of the page to the ground that it stands on.
 CONTRAST = """() => {
   const parse = (color) => color.match(/[\\d.]+/g).map(Number);

@@ -200,11 +200,14 @@ function togglePlay() {
 }
 
 function step(direction) {
-  for (const video of videos()) {
-    video.pause();
+  const all = videos();
+  for (const video of all) video.pause();
+  // All from where the first is: the other was paused a moment later.
+  const now = all[0].currentTime;
+  for (const video of all) {
     const length = 1 / Number(video.dataset.fps);
     // To the middle of a frame, where no rounding can reach the one beside it.
-    const frame = Math.floor(video.currentTime / length + 1e-6) + direction;
+    const frame = Math.floor(now / length + 1e-6) + direction;
     const count = Math.max(1, Math.round(video.duration / length));
     video.currentTime = (Math.min(Math.max(frame, 0), count - 1) + 0.5) * length;
   }
