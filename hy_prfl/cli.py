@@ -32,6 +32,7 @@ COMMANDS = {
     "generate": "prompts -> videos",
     "convert": "read checkpoints in Wan's or upstream's own format",
     "convert_recipe": "a YAML file of upstream's -> one of ours, and what to run",
+    "report": "a run -> one HTML page that shows it",
     "push": "a run, a model or a dataset -> the Hugging Face Hub",
     "pull": "a repository of the Hub -> a folder",
 }

@@ -9,29 +9,37 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from .figures import figure_uri
+
 
 TEMPLATES = Path(__file__).with_name("templates")
 MEDIA_TYPES = {".mp4": "video/mp4", ".png": "image/png", ".svg": "image/svg+xml"}
 
 
 @functools.cache
-def environment() -> jinja2.Environment:
-    """The environment of the templates: undefined names are errors, all values are escaped."""
+def environment(folder: Path | None = None) -> jinja2.Environment:
+    """
+    The environment of the templates: undefined names are errors, all values are escaped.
+
+    Args:
+        folder (`Path`, *optional*): Folder of more templates, which may extend those of this package.
+    """
     templates = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
+        loader=jinja2.FileSystemLoader([TEMPLATES] if folder is None else [folder, TEMPLATES]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    templates.filters |= {"data_uri": data_uri, "number": number, "percent": percent, "as_json": as_json}
+    filters = (data_uri, figure_uri, number, percent, as_json)
+    templates.filters |= {each.__name__: each for each in filters}
     templates.globals["style"] = style
     return templates
 
 
-def render(name: str, **values: Any) -> str:
-    """Text of a template."""
-    return environment().get_template(name).render(**values)
+def render(name: str, *, folder: Path | None = None, **values: Any) -> str:
+    """Text of a template, see `environment`."""
+    return environment(folder).get_template(name).render(**values)
 
 
 def style(*names: str) -> Markup:
