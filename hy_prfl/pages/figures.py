@@ -5,6 +5,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -19,7 +20,9 @@ Points = Sequence[tuple[float, float]]
 
 def new_figure(title: str, label: str) -> tuple[Figure, Any]:
     """An empty plot with a title and a label of its x axis."""
-    figure = Figure(figsize=(5.2, 3.1), layout="constrained")
+    # Margins by hand: matplotlib's layouts cost more time than all the rest of a plot.
+    figure = Figure(figsize=(5.2, 3.1))
+    figure.subplots_adjust(left=0.13, right=0.97, bottom=0.16, top=0.9)
     axes = figure.add_subplot()
     axes.set_title(title, color=INK, fontsize=11, loc="left")
     axes.set_xlabel(label, color=INK)
@@ -71,7 +74,8 @@ def add_legend(axes: Any) -> None:
 
 
 def figure_uri(figure: Figure) -> str:
-    """The figure as SVG in an address that holds it. The same figure gives the same text but for ids of clip paths."""
+    """The figure as SVG in an address that holds it, with its texts as text."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    with rc_context({"svg.fonttype": "none"}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return f"data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}"
