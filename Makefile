@@ -74,5 +74,5 @@ clean:
 # deepspeed is built from source, and in isolation its build would fetch a torch of its own. Its kernels are not
 # built here: they compile on first use, and the tests use none.
 .venv/.dev: .venv/.package
-	DS_BUILD_OPS=0 $(BIN)/pip install --no-build-isolation --editable ".[dev,deepspeed,trackers]"
+	DS_BUILD_OPS=0 $(BIN)/pip install --no-build-isolation --editable ".[dev,deepspeed,pages,trackers]"
 	touch $@

@@ -22,6 +22,8 @@ from .scripts.running import run
 
 COMMANDS = {
     "preprocess": "videos and captions -> a dataset of latents and prompt embeddings",
+    "annotate": "a page on which people label clips, or compare pairs of them",
+    "compare": "a page on which people compare the videos of two generators",
     "label": "join annotations to a latent dataset",
     "train_reward": "train a reward model on noisy latents (PAVRM)",
     "train_prfl": "fine-tune a generator on that reward (PRFL)",
@@ -30,6 +32,7 @@ COMMANDS = {
     "generate": "prompts -> videos",
     "convert": "read checkpoints in Wan's or upstream's own format",
     "convert_recipe": "a YAML file of upstream's -> one of ours, and what to run",
+    "report": "a run -> one HTML page that shows it",
     "push": "a run, a model or a dataset -> the Hugging Face Hub",
     "pull": "a repository of the Hub -> a folder",
 }

@@ -16,6 +16,7 @@ ORDER = [
     {"rollout", "inference", "compatibility"},
     {"evaluation", "hub"},
     {"planning"},
+    {"pages"},
     {"trainers"},
     {"scripts"},
     {"cli"},

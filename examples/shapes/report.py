@@ -1,31 +1,26 @@
 """
 Writes what the demo found as one HTML page that needs nothing else: plots and videos are inside it.
 
-The page is made from files that the runs leave behind, and computes nothing but averages.
+The page is made of the parts that pages of runs are made of (`hy_prfl.pages`), from files that the runs leave behind, and
+computes nothing but averages.
 """
 
-import base64
-import html
-import io
 import json
-import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
+from hy_prfl.pages.figures import INK, add_legend, draw_curves
+from hy_prfl.pages.rendering import as_json, percent, render
+from hy_prfl.runtime.atomic_writes import write_text
 
-STYLE = Path(__file__).with_name("report.css")
 
 ARMS = {"base": "Before", "flow_matching": "Flow matching only", "prfl": "PRFL"}
 ARM_COLORS = {"base": "#8a93a0", "flow_matching": "#3b82c4", "prfl": "#e0762f"}
-OTHER_COLORS = ("#4ba37a", "#a06cc9", "#c2557a", "#b59a2c")
-# Legible on light and on dark pages; the plots have no background of their own.
-INK = "#858d98"
 
 # Timesteps of the chain by thirds: it starts at 1000, pure noise.
 THIRDS = {"early": (2000 / 3, 1000), "middle": (1000 / 3, 2000 / 3), "late": (0, 1000 / 3)}
@@ -41,6 +36,13 @@ CURVES = {
 
 # Metrics that lie between 0 and 1, and are drawn on that scale.
 SHARES = {"train/reward", "judge/good"}
+
+RESULTS_NOTE = (
+    "The same held-out captions and seeds for all. Good is the share of clips that pass the independent judge, "
+    "which tracks the shape in the decoded pixels and never sees the reward model; how many of the others fail in which "
+    "way stands behind it. The mean reward is the reward model's own view, with much noise (early), some, and little "
+    "(late): that it rises does not prove the videos better."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,27 +98,29 @@ def write_report(
     """
     if isinstance(summary, (str, Path)):
         summary = json.loads(Path(summary).read_text(encoding="utf-8"))
-    arms = [arm for arm in ARMS if arm in summary]
+    arms = {arm: name for arm, name in ARMS.items() if arm in summary}
     if not arms:
         raise ValueError(f"`summary` must have one of {', '.join(ARMS)}, got {', '.join(summary) or 'nothing'}.")
     records = {name: read_metrics(Path(path)) for name, path in runs.items()}
-    sections = [
-        headline(summary, arms),
-        section("Results", results_tables(summary, arms), RESULTS_NOTE),
-        section("Before and after", video_grid(videos), VIDEOS_NOTE),
-        section("Training", plots(curve_figures(records))),
-        section("Reward model", plots(sigma_figures(records, summary)), SIGMA_NOTE),
-        section("Cost", seconds_table(summary.get("seconds", {}))),
-        section("Configuration", config_tables(config)),
-    ]
-    page = PAGE.format(
-        title=escape(title), style=STYLE.read_text(encoding="utf-8"), body="\n".join(filter(None, sections))
+    page = render(
+        "demo.html.j2",
+        folder=Path(__file__).parent,
+        title=title,
+        summary=summary,
+        arms=arms,
+        colors=ARM_COLORS,
+        results_note=RESULTS_NOTE,
+        judged=judged_rows(summary, arms),
+        rewards=reward_rows(summary, arms),
+        videos=videos,
+        curves=curve_figures(records),
+        by_sigma=sigma_figures(records, summary),
+        seconds=[[name.replace("_", " "), f"{value:.0f}"] for name, value in summary.get("seconds", {}).items()],
+        config={name: [[key, as_json(value)] for key, value in options.items()] for name, options in config.items()},
     )
     output = Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}.tmp")
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, output)
+    write_text(output, page)
     return output
 
 
@@ -125,38 +129,26 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
-def section(title: str, content: str, note: str = "") -> str:
-    """A titled part of the page, nothing if there is no content."""
-    note = f'<p class="note">{note}</p>' if note else ""
-    return f"<section><h2>{escape(title)}</h2>{note}{content}</section>" if content else ""
-
-
-def headline(summary: Mapping[str, Any], arms: Sequence[str]) -> str:
-    """The share of good clips of each arm, large."""
-    cards = [
-        f'<div class="card"><span class="dot" style="background:{ARM_COLORS[arm]}"></span>{ARMS[arm]}'
-        f"<b>{percent(summary[arm]['good'])}</b>good clips</div>"
-        for arm in arms
-    ]
-    return f'<div class="cards">{"".join(cards)}</div>'
-
-
-def results_tables(summary: Mapping[str, Any], arms: Sequence[str]) -> str:
-    """The judge's view of each arm, and below it the reward model's."""
+def judged_rows(summary: Mapping[str, Any], arms: Mapping[str, str]) -> list[list[str]]:
+    """The judge's view of each arm, under a head."""
     kinds = list(dict.fromkeys(kind for arm in arms for kind in summary[arm].get("failures", {})))
     shares = ["good", *(name for name in ("right_shape", "right_color") if any(name in summary[arm] for arm in arms))]
-    judged = [
-        [ARMS[arm], *(percent(summary[arm].get(name)) for name in shares)]
+    rows = [
+        [name, *(percent(summary[arm].get(share)) for share in shares)]
         + [str(summary[arm].get("failures", {}).get(kind, 0)) for kind in kinds]
-        for arm in arms
+        for arm, name in arms.items()
     ]
-    rewards = [
-        [ARMS[arm], decimal(summary[arm].get("reward"))] + [decimal(thirds.get(third)) for third in THIRDS]
-        for arm in arms
+    return [[word.replace("_", " ") for word in ["", *shares, *kinds]], *rows]
+
+
+def reward_rows(summary: Mapping[str, Any], arms: Mapping[str, str]) -> list[list[str]]:
+    """The reward model's view of each arm, under a head."""
+    rows = [
+        [name, decimal(summary[arm].get("reward"))] + [decimal(thirds.get(third)) for third in THIRDS]
+        for arm, name in arms.items()
         for thirds in [rewards_by_third(summary[arm].get("rewards_by_timestep", {}))]
     ]
-    head = [word.replace("_", " ") for word in ["", *shares, *kinds]]
-    return table(head, judged) + table(["", "mean reward", *(f"{third} timesteps" for third in THIRDS)], rewards)
+    return [["", "mean reward", *(f"{third} timesteps" for third in THIRDS)], *rows]
 
 
 def rewards_by_third(rewards: Mapping[str, float]) -> dict[str, float]:
@@ -174,61 +166,30 @@ def rewards_by_third(rewards: Mapping[str, float]) -> dict[str, float]:
     return {third: sum(values) / len(values) for third, values in found.items()}
 
 
-def video_grid(videos: Sequence[Comparison]) -> str:
-    """Every comparison as a card with its videos side by side."""
-    cards = []
-    for comparison in videos:
-        figures = [
-            f"<figure>{video_tag(Path(comparison.videos[arm]), f'{comparison.caption}, {ARMS[arm]}')}"
-            f"<figcaption>{ARMS[arm]}{verdict_tag(comparison.verdicts.get(arm))}</figcaption></figure>"
-            for arm in ARMS
-            if arm in comparison.videos
-        ]
-        cards.append(
-            f"<article><h3>{escape(comparison.caption)} <small>seed {comparison.seed}</small></h3>"
-            f'<div class="row">{"".join(figures)}</div></article>'
-        )
-    return f'<div class="grid">{"".join(cards)}</div>' if cards else ""
-
-
-def video_tag(path: Path, label: str) -> str:
-    """A looping video with the file inside it; a tap stops it and starts it again."""
-    data = base64.b64encode(path.read_bytes()).decode()
-    return (
-        f'<video autoplay loop muted playsinline preload="auto" aria-label="{escape(label)}" '
-        f'onclick="this.paused?this.play():this.pause()" src="data:video/mp4;base64,{data}"></video>'
-    )
-
-
-def verdict_tag(kind: str | None) -> str:
-    if kind is None:
-        return ""
-    return f'<span class="chip {"good" if kind == "good" else "bad"}">{escape(kind.replace("_", " "))}</span>'
-
-
 def curve_figures(records: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, Figure]:
     """Metrics against updates, all runs that have one in one plot."""
     figures = {}
     for title, names in CURVES.items():
-        curves = {
+        found = {
             (run, name): [(line["step"], line[name]) for line in lines if name in line]
             for name in names
             for run, lines in records.items()
         }
-        curves = {key: points for key, points in curves.items() if points}
-        if curves:
-            figure, axes = new_figure(title, "step (PRFL: of two updates)")
-            for index, ((run, name), points) in enumerate(curves.items()):
-                label = ARMS.get(run, run.replace("_", " "))
-                if len({key[1] for key in curves}) > 1:
-                    label += f", {name.split('/')[0]}"
-                color = ARM_COLORS.get(run, OTHER_COLORS[index % len(OTHER_COLORS)])
-                axes.plot(*zip(*points, strict=True), label=label, color=color, marker="o" if len(points) < 20 else "")
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-            if set(names) <= SHARES:
-                axes.set_ylim(-0.03, 1.03)
-            add_legend(axes)
-            figures[title] = figure
+        found = {key: points for key, points in found.items() if points}
+        several = len({name for _, name in found}) > 1
+        labels = {
+            (run, name): ARMS.get(run, run.replace("_", " ")) + (f", {name.split('/')[0]}" if several else "")
+            for run, name in found
+        }
+        if found:
+            figures[title] = draw_curves(
+                title,
+                "step (PRFL: of two updates)",
+                {labels[key]: points for key, points in found.items()},
+                colors={labels[key]: ARM_COLORS[key[0]] for key in found if key[0] in ARM_COLORS},
+                is_share=set(names) <= SHARES,
+                whole=True,
+            )
     return figures
 
 
@@ -239,17 +200,15 @@ def sigma_figures(
     figures = {}
     for name, title in (("accuracy", "Accuracy"), ("auc", "AUC")):
         curves = {run: last_by_sigma(lines, f"validation/{name}/t") for run, lines in records.items()}
-        curves = {run: points for run, points in curves.items() if points}
+        curves = {run.replace("_", " "): points for run, points in curves.items() if points}
         if not curves:
             continue
-        figure, axes = new_figure(f"{title} on held-out clips", "sigma (1 is pure noise)")
-        for index, (run, points) in enumerate(curves.items()):
-            color = ARM_COLORS.get(run, OTHER_COLORS[index % len(OTHER_COLORS)])
-            axes.plot(*zip(*points, strict=True), marker="o", color=color, label=run.replace("_", " "))
+        label = "sigma (1 is pure noise)"
+        figure = draw_curves(f"{title} on held-out clips", label, curves, colors=ARM_COLORS, always_marked=True)
         guess = summary.get("reward_model", {}).get("majority_accuracy") if name == "accuracy" else 0.5
         if guess is not None:
-            axes.axhline(guess, color=INK, linestyle=":", label="guessing")
-        add_legend(axes)
+            figure.axes[0].axhline(guess, color=INK, linestyle=":", label="guessing")
+        add_legend(figure.axes[0])
         figures[title] = figure
     return figures
 
@@ -263,95 +222,5 @@ def last_by_sigma(lines: Sequence[Mapping[str, float]], prefix: str) -> list[tup
     return sorted((float(name.removeprefix(prefix)) / 1000, lines[last][name]) for name in found[last])
 
 
-def new_figure(title: str, label: str) -> tuple[Figure, Any]:
-    """An empty plot that suits light and dark pages."""
-    figure = Figure(figsize=(5.2, 3.1), layout="constrained")
-    axes = figure.add_subplot()
-    axes.set_title(title, color=INK, fontsize=11, loc="left")
-    axes.set_xlabel(label, color=INK)
-    axes.tick_params(colors=INK)
-    axes.grid(color=INK, alpha=0.25, linewidth=0.6)
-    axes.set_facecolor("none")
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(INK)
-    return figure, axes
-
-
-def add_legend(axes: Any) -> None:
-    axes.legend(frameon=False, labelcolor=INK, fontsize=9)
-
-
-def plots(figures: Mapping[str, Figure]) -> str:
-    """Pictures of the figures, as SVG inside the page."""
-    images = []
-    for title, figure in figures.items():
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-        data = base64.b64encode(buffer.getvalue()).decode()
-        images.append(f'<img alt="{escape(title)}" src="data:image/svg+xml;base64,{data}">')
-    return f'<div class="plots">{"".join(images)}</div>' if images else ""
-
-
-def seconds_table(seconds: Mapping[str, float]) -> str:
-    rows = [[name.replace("_", " "), f"{value:.0f}"] for name, value in seconds.items()]
-    return table(["stage", "seconds"], rows) if rows else ""
-
-
-def config_tables(config: Mapping[str, Mapping[str, Any]]) -> str:
-    """One table of options for each stage, folded."""
-    return "".join(
-        f"<details><summary>{escape(name.replace('_', ' '))}</summary>"
-        f"{table(['option', 'value'], [[key, json.dumps(value, default=str)] for key, value in options.items()])}</details>"
-        for name, options in config.items()
-    )
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """HTML table that scrolls sideways where it is too wide; the first column names the rows."""
-    cells = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
-    body = "".join(
-        f'<tr><th scope="row">{escape(row[0])}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in row[1:])}</tr>'
-        for row in rows
-    )
-    return f'<div class="scroll"><table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def escape(text: str) -> str:
-    return html.escape(str(text), quote=True)
-
-
-def percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.0f} %"
-
-
 def decimal(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
-
-
-RESULTS_NOTE = (
-    "The same held-out captions and seeds for all. <b>Good</b> is the share of clips that pass the independent judge, "
-    "which tracks the shape in the decoded pixels and never sees the reward model; how many of the others fail in which "
-    "way stands behind it. The mean reward is the reward model's own view, with much noise (early), some, and little "
-    "(late): that it rises does not prove the videos better."
-)
-VIDEOS_NOTE = "The same prompt and seed in each row. Tap a video to stop it."
-SIGMA_NOTE = "How well the reward model tells good clips from bad ones through the noise."
-
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<main>
-<h1>{title}</h1>
-{body}
-</main>
-</body>
-</html>
-"""

@@ -230,6 +230,9 @@ class TrainingConfig(Config):
     )
     tracker_project_name: str = field(default="hy_prfl", metadata={"help": "Project name given to the trackers."})
     logging_steps: int = field(default=1, metadata={"help": "Updates between two log entries."})
+    write_report: bool = field(
+        default=True, metadata={"help": "Write the run's page, report.html, at the end; see `hy-prfl report`."}
+    )
 
     # Parameters of the Hub
     push_to_hub: bool = field(

@@ -52,7 +52,8 @@ def read_annotations(path: str | Path) -> dict[str, dict[str, int]]:
     if not any(annotations.values()):
         columns = describe_columns(columns_of(records), {"id": FIELDS["id"], **LABEL_FIELDS})
         raise ValueError(f"{path}: no row has a value for any of the labels. {columns}")
-    known = {*FIELDS["id"], *LABELS}
+    # What else a manifest has may be there: a labelled one is a file of annotations as well.
+    known = {*LABELS, *(name for names in FIELDS.values() for name in names)}
     ignored = sorted(set(columns_of(records)) - known)
     if ignored:
         logger.warning(f"{path}: these fields are not labels and are ignored: {', '.join(ignored)}.")

@@ -104,10 +104,11 @@ def write_run_record(path: str | Path, record: Mapping[str, Any]) -> None:
 
 
 def finish_run_record(path: str | Path, global_step: int) -> None:
-    """Note in the last record that the run has ended, and written its result, after this many updates."""
+    """Note in the last record that the run has ended, and written its result, after this many updates, and when."""
     path = Path(path)
     *earlier, last = read_run_records(path)
-    write_text(path, json.dumps([*earlier, last | {"finished_step": global_step}], indent=2) + "\n")
+    end = {"finished_step": global_step, "finished": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+    write_text(path, json.dumps([*earlier, last | end], indent=2) + "\n")
 
 
 def read_run_records(path: str | Path) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from ..configs.base import TrainingConfig, check, save_config
 from ..evaluation.tracking import announce_trackers, log_timestep_curves
 from ..hub import HubUploader
 from ..hub.base_pipeline import SOURCES, run_sources
+from ..pages.report import write_run_page
 from ..runtime.atomic_writes import write_text
 from ..runtime.provenance import (
     CONFIG_FILE,
@@ -120,9 +121,11 @@ class Reports:
             self.uploader.upload(commit_message=f"Step {global_step}", weights_dir=checkpoint)
 
     def note_result(self, *, global_step: int) -> None:
-        """Note in the run's record that its result is that of this step."""
+        """Note in the run's record that its result is that of this step, and write its page."""
         if self.accelerator.is_main_process:
             finish_run_record(self.output_dir / RUN_FILE, global_step)
+            if self.config.write_report:
+                write_run_page(self.output_dir)
 
     def finish(self, *, global_step: int) -> None:
         """Push the result. The other ranks are let go: an upload may take long."""

@@ -91,6 +91,7 @@ BASE_RULES: dict[str, Rule] = {
     "report_to": APPLIED,
     "tracker_project_name": APPLIED,
     "logging_steps": APPLIED,
+    "write_report": APPLIED,
     "push_to_hub": APPLIED,
     "hub_model_id": APPLIED,
     "hub_private_repo": APPLIED,

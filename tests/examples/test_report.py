@@ -4,7 +4,6 @@ import base64
 import json
 import re
 from collections.abc import Callable
-from html.parser import HTMLParser
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -15,37 +14,10 @@ import numpy as np
 import pytest
 
 from examples.shapes.report import Comparison, rewards_by_third, write_report
+from tests.pages.html import Page
 
 
-VOID = {"meta", "img", "br", "link", "input"}
 MP4, SVG = "data:video/mp4;base64,", "data:image/svg+xml;base64,"
-
-
-class Page(HTMLParser):
-    """Elements of a page; every tag that is opened must be closed, in order."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.texts: list[str] = []
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if data.strip():
-            self.texts.append(data.strip())
-
-    def all(self, tag: str) -> list[dict[str, Any]]:
-        return [attributes for name, attributes in self.elements if name == tag]
 
 
 def arm(good: float, frozen: int, rewards: tuple[float, float, float]) -> dict[str, Any]:

@@ -124,7 +124,10 @@ class TestRunRecord:
         write_run_record(path, {"seed": 1})
         write_run_record(path, {"seed": 2})
         finish_run_record(path, 8)
-        assert read_run_records(path) == [{"seed": 1}, {"seed": 2, "finished_step": 8}]
+        first, last = read_run_records(path)
+        finished = datetime.fromisoformat(last.pop("finished"))
+        assert abs(datetime.now(timezone.utc) - finished) < timedelta(minutes=1)
+        assert [first, last] == [{"seed": 1}, {"seed": 2, "finished_step": 8}]
 
     @pytest.mark.parametrize(("text", "message"), [("{", "not valid JSON"), ("{}", "expected a JSON list")])
     def test_another_file_is_not_overwritten(self, text: str, message: str, tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ def prfl_builder(
                 "num_inference_steps": 4,
                 "learning_rate": 1e-3,
                 "report_to": ["none"],
+                "write_report": False,
             }
             return PRFLTrainer.from_config(PRFLTrainingConfig(**(defaults | options)))
 

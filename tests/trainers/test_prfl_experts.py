@@ -278,6 +278,7 @@ def test_a_reward_model_of_either_expert_fits_the_pipeline(
             "num_layers": 2,
             "max_train_steps": 1,
             "report_to": ["none"],
+            "write_report": False,
         }
         with pytest.raises(ValueError, match="`expert` must be high_noise, low_noise or both"):
             RewardTrainer.from_config(RewardTrainingConfig(**options))

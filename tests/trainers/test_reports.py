@@ -19,6 +19,7 @@ from hy_prfl.trainers.base import Trainer
 from hy_prfl.trainers.prfl_trainer import PRFLTrainer
 from hy_prfl.trainers.reward_trainer import RewardTrainer
 from tests.hub.hub_server import HubServer, client_environment, running_hub, use_in_this_process
+from tests.pages.html import Page
 
 
 FILES = {
@@ -61,6 +62,7 @@ def build(
             "max_train_steps": 4,
             "learning_rate": 1e-3,
             "report_to": ["none"],
+            "write_report": False,
         }
         if kind in ("last reward model", "reward adapter"):
             values["validation_dataset"] = None
@@ -145,6 +147,7 @@ def test_two_processes_push_once_and_stop_together(
 
 def test_videos_curves_and_the_record_of_each_start(build: Callable[..., Trainer], tmp_path: Path) -> None:
     options = {"report_to": ["tensorboard"], "validation_videos": True, "num_validation_samples": 2}
+    options["write_report"] = True
     build("adapter", max_train_steps=2, **options).train()
     build("adapter", max_train_steps=4, resume_from_checkpoint="latest", seed=0, **options).train()
     run = tmp_path / "out"
@@ -168,6 +171,15 @@ def test_videos_curves_and_the_record_of_each_start(build: Callable[..., Trainer
     assert first["seed"] == 0
     assert first["hy_prfl"] == hy_prfl.__version__
     assert first["started"] <= second["started"]
+
+    page = Page((run / "report.html").read_text(encoding="utf-8"))
+    assert not page.open
+    # Two samples at two validations, the metrics of both kinds, and both starts.
+    assert len(page.all("video")) == 4
+    assert {"flow loss", "reward loss", "reward", "reward by noise level"} <= {
+        image["alt"] for image in page.all("img")
+    }
+    assert any(text.startswith("start 2 of 2, ") for text in page.texts)
 
 
 def test_the_adapter_tells_where_it_comes_from(

@@ -41,6 +41,7 @@ def build(tmp_path: Path, pipeline_dir: Path, write_latents: Callable[..., Path]
             "learning_rate": 1e-3,
             "head_learning_rate": 2e-3,
             "report_to": ["none"],
+            "write_report": False,
         }
         return RewardTrainer.from_config(RewardTrainingConfig(**(defaults | options)))
 

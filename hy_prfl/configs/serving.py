@@ -1,0 +1,52 @@
+"""Options of commands that serve a page."""
+
+from dataclasses import dataclass, field
+
+from .base import Config, check
+
+
+@dataclass(kw_only=True)
+class ServingConfig(Config):
+    """Where a page is served, to whom, and who may take part."""
+
+    title: str | None = field(default=None, metadata={"help": "Headline of the page."})
+    instructions: str | None = field(
+        default=None, metadata={"help": "Text file with instructions, shown beside the clips."}
+    )
+    annotators: list[str] | None = field(
+        default=None, metadata={"help": "Names of the people who may take part; anybody if left out."}
+    )
+    host: str = field(default="127.0.0.1", metadata={"help": "Address to listen on."})
+    port: int = field(default=8765, metadata={"help": "Port to listen on; 0 is any that is free."})
+    allowed_hosts: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Names and addresses, without a port, that browsers may call the server by, besides this machine's "
+            "own loopback names and `host`. Needed if `host` is 0.0.0.0 or ::."
+        },
+    )
+    token: str | None = field(
+        default=None,
+        metadata={
+            "help": "Secret that the address must end in. If `host` is not of the loopback, one is made up and printed "
+            "if none is given."
+        },
+    )
+    serve: bool = field(
+        default=True, metadata={"help": "Serve the page. Without it, write the result from the journal and end."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(0 <= self.port < 2**16, "port", self.port, "from 0 to 65535")
+        check(
+            self.host not in ("0.0.0.0", "::") or bool(self.allowed_hosts),
+            "allowed_hosts",
+            self.allowed_hosts,
+            f"given if `host` is {self.host}: the names that browsers call this machine by",
+        )
+        check(self.token is None or len(self.token) >= 8, "token", "...", "at least 8 characters long")
+        names = self.annotators or []
+        check(len(set(names)) == len(names), "annotators", names, "different names")
+        for name in names:
+            check(0 < len(name.strip()) <= 64 and name == name.strip(), "annotators", name, "1 to 64 characters long")

@@ -1,0 +1,1 @@
+"""Pages for people: one to label clips, one to compare two generators, and one that shows a run."""

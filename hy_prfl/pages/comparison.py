@@ -1,0 +1,165 @@
+"""Two folders of `generate` as pairs to compare, and what people said of them as numbers."""
+
+import logging
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import binomtest, bootstrap
+from statsmodels.stats.proportion import proportion_confint
+
+from ..data.manifest import ManifestRow, read_manifest
+from ..inference.generation import MANIFEST, VideoSettings, read_record
+from .annotation import check_videos
+from .study import Clip, Item, Study
+from .votes import agreement, answers_to, vote
+
+
+logger = logging.getLogger(__name__)
+
+CONFIDENCE = 0.95
+# Names of the outcomes by what the journal says; the first clip of an item is from the left folder.
+OUTCOMES = {"first": "left", "tie": "tie", "second": "right"}
+SCORES = {"left": 0.0, "tie": 0.5, "right": 1.0}
+
+
+def read_pairs(left: str | Path, right: str | Path) -> list[Item]:
+    """
+    One item for each video that both folders have; the first clip is the left one.
+
+    Raises:
+        FileNotFoundError: If a folder has no `manifest.json`.
+        ValueError: If the folders are one, a video is in one of them only, or its caption differs.
+    """
+    folders = [Path(left), Path(right)]
+    if folders[0].resolve() == folders[1].resolve():
+        raise ValueError(f"`left` and `right` are the same folder, '{left}'.")
+    manifests = []
+    for folder in folders:
+        rows = read_manifest(folder / MANIFEST)
+        check_videos(rows)
+        manifests.append({row.id: row for row in rows})
+    for ours, theirs, one, other in ((*manifests, *folders), (*manifests[::-1], *folders[::-1])):
+        single = [row_id for row_id in ours if row_id not in theirs]
+        if single:
+            raise ValueError(
+                f"{len(single)} videos of '{one}' are not in '{other}', the first is {single[0]!r}. Both must be made "
+                "from the same prompts and seeds."
+            )
+    items = []
+    for row_id, row in manifests[0].items():
+        other_row = manifests[1][row_id]
+        if row.prompt != other_row.prompt:
+            raise ValueError(
+                f"{other_row.where}: the caption of {row_id!r} is {other_row.prompt!r}, but {row.prompt!r} in {row.where}."
+            )
+        items.append(Item(id=row_id, clips=(_clip(row), _clip(other_row))))
+    _warn_of_settings(items)
+    return items
+
+
+def compare(study: Study, left: str, right: str) -> dict[str, Any]:
+    """
+    Wins, ties and losses, for each question and in it for each prompt and person.
+
+    `votes` has for `left`, `tie` and `right` the number of votes, their share and its 95 % Wilson interval, which takes
+    votes as independent. They are not: people see the same prompts. `score` is the mean over prompts of 1 for a vote for
+    the right folder, 0.5 for a tie and 0 for the left one; its interval is from a bootstrap over prompts, None where all
+    prompts have the same mean or there are fewer than two. `prompts` counts prompts by their majority, and `p_value` is that
+    of the sign test over those that have a winner.
+
+    Args:
+        left, right (`str`): Names of the folders, for the result.
+    """
+    people = sorted({label["annotator"] for label in study.labels})
+    return {
+        "left": left,
+        "right": right,
+        "num_prompts": len(study.items),
+        "num_annotators": len(people),
+        "confidence": CONFIDENCE,
+        "questions": {question: _one_question(study, question, people) for question in study.questions},
+    }
+
+
+def _one_question(study: Study, question: str, people: Sequence[str]) -> dict[str, Any]:
+    answers = answers_to(study.labels, question, people)
+    by_item = {item: [OUTCOMES[answer] for answer in given.values()] for item, given in answers.items()}
+    by_person: dict[str, list[str]] = defaultdict(list)
+    seconds: dict[str, list[float]] = defaultdict(list)
+    for label in study.labels:
+        by_person[label["annotator"]].append(OUTCOMES[label["answers"][question]])
+        if label["seconds"] is not None:
+            seconds[label["annotator"]].append(label["seconds"])
+    everything = [outcome for outcomes in by_item.values() for outcome in outcomes]
+    majority = {item: vote(outcomes) for item, outcomes in by_item.items()}
+    winners = Counter(majority.values())
+    decided = winners["left"] + winners["right"]
+    return {
+        "votes": _shares(everything),
+        "score": _score([statistics.mean(SCORES[outcome] for outcome in outcomes) for outcomes in by_item.values()]),
+        "prompts": {"left": winners["left"], "tie": winners["tie"] + winners[None], "right": winners["right"]},
+        "p_value": float(binomtest(winners["right"], decided).pvalue) if decided else None,
+        "agreement": agreement(answers),
+        "per_prompt": [
+            {
+                "id": item,
+                "caption": study.items[item].clips[0].caption,
+                **_counts(outcomes),
+                "majority": majority[item],
+            }
+            for item, outcomes in by_item.items()
+        ],
+        "per_annotator": {
+            name: {
+                **_counts(outcomes),
+                "score": statistics.mean(SCORES[outcome] for outcome in outcomes),
+                "median_seconds": statistics.median(seconds[name]) if seconds[name] else None,
+            }
+            for name, outcomes in by_person.items()
+        },
+    }
+
+
+def _counts(outcomes: Sequence[str]) -> dict[str, int]:
+    return {name: outcomes.count(name) for name in SCORES}
+
+
+def _shares(outcomes: Sequence[str]) -> dict[str, dict[str, Any]]:
+    shares: dict[str, dict[str, Any]] = {}
+    for name, count in _counts(outcomes).items():
+        low, high = proportion_confint(count, len(outcomes), 1 - CONFIDENCE, "wilson") if outcomes else (None, None)
+        share = count / len(outcomes) if outcomes else None
+        shares[name] = {"count": count, "share": share, "interval": None if low is None else [float(low), float(high)]}
+    return shares
+
+
+def _score(means: Sequence[float]) -> dict[str, Any]:
+    if not means:
+        return {"mean": None, "interval": None}
+    interval = None
+    if len(set(means)) > 1:
+        found = bootstrap((np.array(means),), np.mean, confidence_level=CONFIDENCE, rng=np.random.default_rng(0))
+        interval = [float(found.confidence_interval.low), float(found.confidence_interval.high)]
+    return {"mean": statistics.mean(means), "interval": interval}
+
+
+def _clip(row: ManifestRow) -> Clip:
+    assert row.video is not None
+    return Clip(id=row.id, video=row.video, caption=row.prompt)
+
+
+def _warn_of_settings(items: Sequence[Item]) -> None:
+    """Log which settings, other than the model, the two videos of a pair differ in."""
+    different: Counter[str] = Counter()
+    names = [each.name for each in fields(VideoSettings)]
+    for item in items:
+        records: list[Mapping[str, Any]] = [read_record(clip.video) for clip in item.clips]
+        different.update(name for name in (*names, "seed") if records[0].get(name) != records[1].get(name))
+    if different:
+        listed = ", ".join(f"`{name}` ({count})" for name, count in different.items())
+        logger.warning(f"videos of the same name were made with other settings (in so many pairs): {listed}.")

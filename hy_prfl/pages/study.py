@@ -1,0 +1,372 @@
+"""What is to be judged, by whom, and what has been said so far. The journal is the only state that outlives a process."""
+
+import hashlib
+import hmac
+import secrets
+import statistics
+import time
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+from .journal import FORMAT, Journal
+
+
+Kind = Literal["clips", "pairs"]
+
+# Seconds after which a clip that a window shows goes to somebody else, unless the window reports, as it does every minute.
+LEASE_SECONDS = 200.0
+# A longer time between two answers was a break, and says nothing about the pace.
+BREAK_SECONDS = 300.0
+CLIP_CHOICES, PAIR_CHOICES = ("good", "poor", "unsure"), ("left", "right", "tie")
+# What a journal says of a pair. Sides are random, so it speaks of the first and the second clip of the item.
+PAIR_ANSWERS = ("first", "second", "tie")
+
+
+class StudyError(ValueError):
+    """A request that does not fit the study: an unknown item, a missing answer."""
+
+
+class ConflictError(StudyError):
+    """A request that another one has overtaken, such as a second label for the same clip by the same person."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clip:
+    """A video to show. `caption` may be empty."""
+
+    id: str
+    video: Path
+    caption: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """
+    One thing to judge: a clip, or two of them.
+
+    Args:
+        id (`str`): Unique in the study.
+        clips (`tuple[Clip, ...]`): One, or two for a pair.
+        gold (`Mapping[str, str]`): Answers that are known to be right, by question. Empty if none are.
+    """
+
+    id: str
+    clips: tuple[Clip, ...]
+    gold: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Lease:
+    """Items that a window shows (the first) and has loaded ahead (the others), until `expires`."""
+
+    items: list[str]
+    expires: float
+
+
+class Study:
+    """
+    Hands out items and takes answers.
+
+    Each item goes to `labels_per_item` people. What a window shows, or has loaded ahead, is reserved for it, so two
+    people who work at the same time do not answer one item more often than asked. An answer that comes late is kept all
+    the same. Gold items are mixed in at random and are shown to everybody once.
+
+    Args:
+        journal (`Journal`):
+            Open. An empty one is given a head that says what is asked.
+        items (`Sequence[Item]`):
+            In the order in which they shall be judged.
+        kind (`str`):
+            `clips` or `pairs`.
+        questions (`Sequence[str]`):
+            What is asked about each item.
+        labels_per_item (`int`, *optional*):
+            People who judge each item; None is everybody.
+        gold_share (`float`, defaults to 0):
+            Share of the items shown that are gold, as long as there are any that the person has not seen.
+
+    Raises:
+        ValueError: If the journal is of another study: another kind, other questions, or items that are not there.
+    """
+
+    def __init__(
+        self,
+        journal: Journal,
+        items: Sequence[Item],
+        *,
+        kind: Kind,
+        questions: Sequence[str],
+        labels_per_item: int | None,
+        gold_share: float = 0.0,
+    ) -> None:
+        self.journal = journal
+        self.kind: Kind = kind
+        self.questions = list(questions)
+        self.labels_per_item = labels_per_item
+        self.gold_share = gold_share
+        self.items = {item.id: item for item in items}
+        if not journal.events:
+            head = {"type": "study", "format": FORMAT, "kind": kind, "questions": self.questions}
+            journal.append({**head, "secret": secrets.token_hex(16), "time": _now()})
+        self._check_head(journal.events[0])
+        self._secret = bytes.fromhex(journal.events[0]["secret"])
+        # By annotator and item: the label or skip that counts.
+        self.given: dict[tuple[str, str], dict[str, Any]] = {}
+        self._history: dict[str, list[str]] = defaultdict(list)
+        self._num_labels: Counter[str] = Counter()
+        self._leases: dict[tuple[str, str], Lease] = {}
+        for number, event in enumerate(journal.events[1:], 2):
+            if event.get("item") not in self.items:
+                raise ValueError(
+                    f"{journal.path}, line {number}: there is no clip or pair {event.get('item')!r} in the input. "
+                    "The journal is of another study; choose another `output`."
+                )
+            self._apply(event)
+        self._public = {self.public_id(item.id): item.id for item in items}
+        self._media = {self.media_id(clip): clip for item in items for clip in item.clips}
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """What may be answered to a question, as the page shows it."""
+        return CLIP_CHOICES if self.kind == "clips" else PAIR_CHOICES
+
+    @property
+    def labels(self) -> list[dict[str, Any]]:
+        """The labels that count, oldest first: `item`, `annotator`, `answers`, `seconds`, `time`."""
+        return [event for event in self.given.values() if event["type"] == "label"]
+
+    def public_id(self, item_id: str) -> str:
+        """Name of an item that a browser may see: it tells nothing about the model."""
+        return self._digest("item", item_id)[:24]
+
+    def media_id(self, clip: Clip) -> str:
+        """The same of a clip's file."""
+        return self._digest("clip", clip.id, str(clip.video))[:24]
+
+    def video(self, media_id: str) -> Path:
+        """
+        File behind a name from `media_id`. No other file can be named.
+
+        Raises:
+            StudyError: If it is the name of no clip.
+        """
+        if media_id not in self._media:
+            raise StudyError("there is no such clip.")
+        return self._media[media_id].video
+
+    def is_swapped(self, annotator: str, item_id: str) -> bool:
+        """Whether this person sees the second clip of a pair on the left. Always the same, and random over pairs."""
+        return self.kind == "pairs" and self._draw("side", annotator, item_id) < 0.5
+
+    def shown_clips(self, annotator: str, item: Item) -> list[Clip]:
+        """Clips of an item from left to right."""
+        return list(reversed(item.clips)) if self.is_swapped(annotator, item.id) else list(item.clips)
+
+    def next_items(self, annotator: str, window: str, count: int = 3) -> list[Item]:
+        """
+        Reserve what a window shows now and what it loads ahead; empty if this person is done.
+
+        Args:
+            annotator (`str`): Name of the person.
+            window (`str`): Name of the browser window. It gets the same items again until they are answered.
+            count (`int`, defaults to 3): Items to reserve.
+        """
+        now = time.monotonic()
+        self._leases = {key: lease for key, lease in self._leases.items() if lease.expires > now}
+        lease = self._leases.setdefault((annotator, window), Lease([], 0.0))
+        lease.expires = now + LEASE_SECONDS
+        lease.items = [item for item in lease.items if (annotator, item) not in self.given]
+        while len(lease.items) < count:
+            item_id = self._find_item(annotator, len(lease.items))
+            if item_id is None:
+                break
+            lease.items.append(item_id)
+        if not lease.items:
+            self._take_over(annotator, lease)
+        return [self.items[item_id] for item_id in lease.items]
+
+    def label(
+        self, annotator: str, public_id: str, answers: Mapping[str, str], *, key: str, seconds: float | None = None
+    ) -> None:
+        """
+        Put a label on the disk. The same request again, known by its key, changes nothing.
+
+        Args:
+            answers (`Mapping[str, str]`): A choice for each question.
+            key (`str`): Name of the request. A browser that got no reply sends it again.
+            seconds (`float`, *optional*): How long the item was looked at.
+
+        Raises:
+            StudyError: If there is no such item, or an answer is missing or unknown.
+            ConflictError: If this person has judged the item already.
+            OSError: If the disk did not take it; nothing has changed then.
+        """
+        item_id = self._item_id(public_id)
+        if set(answers) != set(self.questions):
+            raise StudyError(f"expected an answer to each of {', '.join(self.questions)}, got {sorted(answers)}.")
+        for question, answer in answers.items():
+            if answer not in self.choices:
+                raise StudyError(f"`{question}` must be one of {', '.join(self.choices)}, got {answer!r}.")
+        meant = {question: self._meaning(annotator, item_id, answers[question]) for question in self.questions}
+        event = {"type": "label", "item": item_id, "annotator": annotator, "answers": meant}
+        self._record({**event, "seconds": seconds, "key": key, "time": _now()})
+
+    def skip(self, annotator: str, public_id: str, *, key: str) -> None:
+        """Note that this person does not want to judge an item; it goes to others. Raises as `label`."""
+        item_id = self._item_id(public_id)
+        self._record({"type": "skip", "item": item_id, "annotator": annotator, "key": key, "time": _now()})
+
+    def undo(self, annotator: str, window: str, public_id: str, *, key: str) -> None:
+        """
+        Take back this person's last label or skip, and show that item again in this window.
+
+        Raises:
+            ConflictError: If `public_id` is not the last one (any more).
+        """
+        item_id = self._item_id(public_id)
+        last = self.last_item(annotator)
+        if last != public_id:
+            undone = [event for event in self.journal.events if event.get("key") == key and event["type"] == "undo"]
+            if undone:
+                return
+            raise ConflictError("this is not your last answer; another window may have changed it.")
+        event = {"type": "undo", "item": item_id, "annotator": annotator, "key": key, "time": _now()}
+        self.journal.append(event)
+        self._apply(event)
+        for lease in self._leases.values():
+            lease.items = [item for item in lease.items if item != item_id]
+        lease = self._leases.setdefault((annotator, window), Lease([], time.monotonic() + LEASE_SECONDS))
+        lease.items.insert(0, item_id)
+
+    def last_item(self, annotator: str) -> str | None:
+        """What `undo` would take back."""
+        history = self._history[annotator]
+        return self.public_id(history[-1]) if history else None
+
+    def progress(self, annotator: str) -> dict[str, Any]:
+        """
+        How far this person, and all together, have come.
+
+        `labelled`, `skipped` and `left` count items of this person, `done` and `total` those of all, without gold;
+        `per_hour` is the pace of the last answers without breaks, `seconds_left` what is left at that pace, or None.
+        """
+        mine = [event for (name, _), event in self.given.items() if name == annotator]
+        regular = [item.id for item in self.items.values() if not item.gold]
+        left = sum((annotator, item_id) not in self.given and not self._is_full(item_id) for item_id in regular)
+        wanted = self.labels_per_item or 1
+        times = [datetime.fromisoformat(event["time"]).timestamp() for event in mine if event["type"] == "label"]
+        gaps = [late - early for early, late in pairwise(times[-51:])]
+        gaps = [gap for gap in gaps if 0 <= gap < BREAK_SECONDS]
+        seconds = statistics.median(gaps) if len(gaps) >= 3 else None
+        return {
+            "labelled": sum(event["type"] == "label" for event in mine),
+            "skipped": sum(event["type"] == "skip" for event in mine),
+            "left": left,
+            "done": sum(self._num_labels[item_id] >= wanted for item_id in regular),
+            "total": len(regular),
+            "per_hour": None if not seconds else 3600 / seconds,
+            "seconds_left": None if seconds is None else left * seconds,
+        }
+
+    def import_label(self, annotator: str, item_id: str, answers: Mapping[str, str], *, time: str | None) -> bool:
+        """Take over a label from elsewhere, in the journal's own words; False if this person's is there already."""
+        if (annotator, item_id) in self.given:
+            return False
+        event: dict[str, Any] = {"type": "label", "item": item_id, "annotator": annotator, "answers": dict(answers)}
+        event |= {"seconds": None, "key": f"import-{secrets.token_hex(8)}", "time": time or _now()}
+        self.journal.append(event)
+        self._apply(event)
+        return True
+
+    def _check_head(self, head: Mapping[str, Any]) -> None:
+        if head["type"] != "study" or head.get("format") != FORMAT:
+            raise ValueError(f"{self.journal.path}, line 1: this is no journal of labels.")
+        expected: dict[str, Any] = {"kind": self.kind, "questions": self.questions}
+        for name, value in expected.items():
+            if head[name] != value:
+                raise ValueError(
+                    f"{self.journal.path}: its `{name}` is {head[name]!r}, not {value!r}. Choose another `output`."
+                )
+
+    def _record(self, event: dict[str, Any]) -> None:
+        found = self.given.get((event["annotator"], event["item"]))
+        if found is not None and found["key"] == event["key"]:
+            return
+        if found is not None:
+            raise ConflictError("you have judged this one already, perhaps in another window.")
+        self.journal.append(event)
+        self._apply(event)
+
+    def _apply(self, event: Mapping[str, Any]) -> None:
+        """Bring the counts up to date with an event that is on the disk."""
+        key = (event["annotator"], event["item"])
+        if event["type"] == "undo":
+            self._num_labels[key[1]] -= self.given.pop(key)["type"] == "label"
+            self._history[key[0]].remove(key[1])
+        else:
+            self.given[key] = dict(event)
+            self._num_labels[key[1]] += event["type"] == "label"
+            self._history[key[0]].append(key[1])
+
+    def _find_item(self, annotator: str, ahead: int) -> str | None:
+        """The next item that is free for this person, `ahead` items after the one that is shown."""
+        own = {item for (name, _), lease in self._leases.items() if name == annotator for item in lease.items}
+        number = sum(name == annotator for name, _ in self.given) + ahead
+        regular = [item for item in self.items.values() if not item.gold]
+        free = (
+            item.id
+            for item in regular
+            if (annotator, item.id) not in self.given
+            and item.id not in own
+            and not self._is_full(item.id, self._num_reserved(annotator, item.id))
+        )
+        found = next(free, None)
+        if found is not None and self._draw("gold", annotator, str(number)) < self.gold_share:
+            gold = [item for item in self.items.values() if item.gold and item.id not in own]
+            unseen = [item.id for item in gold if (annotator, item.id) not in self.given]
+            if unseen:
+                return min(unseen, key=lambda item_id: self._draw("order", annotator, item_id))
+        return found
+
+    def _take_over(self, annotator: str, lease: Lease) -> None:
+        """Nothing is free, so take an item that somebody has loaded ahead and does not look at yet."""
+        for (name, _), other in self._leases.items():
+            for item_id in other.items[1:]:
+                is_mine = (annotator, item_id) in self.given or self.items[item_id].gold
+                if other is not lease and not is_mine and (name == annotator or not self._is_full(item_id)):
+                    other.items.remove(item_id)
+                    lease.items.append(item_id)
+                    return
+
+    def _num_reserved(self, annotator: str, item_id: str) -> int:
+        return sum(item_id in lease.items for (name, _), lease in self._leases.items() if name != annotator)
+
+    def _is_full(self, item_id: str, num_reserved: int = 0) -> bool:
+        limit = self.labels_per_item
+        return limit is not None and self._num_labels[item_id] + num_reserved >= limit
+
+    def _item_id(self, public_id: str) -> str:
+        if public_id not in self._public:
+            raise StudyError("there is no such clip or pair in this study.")
+        return self._public[public_id]
+
+    def _meaning(self, annotator: str, item_id: str, answer: str) -> str:
+        if self.kind == "clips" or answer == "tie":
+            return answer
+        return "second" if (answer == "left") == self.is_swapped(annotator, item_id) else "first"
+
+    def _digest(self, *words: str) -> str:
+        return hmac.new(self._secret, "\0".join(words).encode(), hashlib.sha256).hexdigest()
+
+    def _draw(self, *words: str) -> float:
+        """A number in [0, 1) that depends on nothing but the study and these words."""
+        return int(self._digest(*words)[:13], 16) / 16**13
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")

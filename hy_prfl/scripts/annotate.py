@@ -1,0 +1,109 @@
+r"""
+Serves a page on which people label clips, or compare pairs of them.
+
+    hy-prfl annotate --manifest outputs/videos/manifest.json --output labels.json
+
+Every answer is on the disk before the next clip shows. The same command again goes on where it was stopped.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..configs.annotate import AnnotateConfig
+from ..configs.inputs import check_files
+from ..configs.outputs import check_output_files
+from ..configs.parser import parse_config
+from .running import run
+
+
+# What is asked about the tasks that this package knows.
+QUESTIONS = {
+    "text_alignment": "Does the clip show what the caption says?",
+    "blur_quality": "Is the picture sharp and free of flicker? Good is sharp.",
+    "physics_quality": "Do things and people move as they do in the world?",
+    "human_quality": "Are bodies, faces and hands whole and of the right shape, in every frame?",
+}
+PAIR_QUESTION = "Which clip shows the caption better, all in all?"
+INSTRUCTIONS = (
+    "Watch the whole clip at least once before you answer. Judge what you see, not what you would have liked to see. "
+    'Answer "unsure" if you cannot tell; a guess is worth less.'
+)
+PAIR_INSTRUCTIONS = (
+    'Watch both clips to their end at least once before you answer. Which is on which side is random. Answer "tie" if '
+    "neither is better."
+)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Serve the page until it is stopped, then write the result."""
+    config = parse_config(AnnotateConfig, argv, description=__doc__)
+    check_files(config, "manifest", "gold", "instructions", "import_label_studio")
+    check_output_files(config, "output", "export_label_studio")
+
+    # Only now, so that nobody waits for libraries to hear of a misspelt option.
+    from ..data.manifest import read_manifest
+    from ..pages.annotation import (
+        PREFERENCE,
+        check_videos,
+        clip_items,
+        clip_rows,
+        order_items,
+        pair_items,
+        pair_rows,
+        read_gold,
+        read_scores,
+        summarize,
+        trusted_annotators,
+        write_json,
+    )
+    from ..pages.journal import Journal
+    from ..pages.label_studio import export_tasks, import_tasks
+    from ..pages.study import Study
+    from ..runtime.distributed import set_up_logging
+    from .serving import serve_study
+
+    set_up_logging()
+    rows = read_manifest(config.manifest)
+    check_videos(rows)
+    is_pairs = config.mode == "pairs"
+    gold = {} if config.gold is None else read_gold(config.gold, rows, config.tasks)
+    items = pair_items(rows) if is_pairs else clip_items(rows, gold)
+    items = order_items(items, config.order, seed=config.seed, tables=read_scores(config.scores or []))
+    questions = [PREFERENCE] if is_pairs else config.tasks
+    output = Path(config.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+
+    with Journal(Path(f"{output}.journal.jsonl")) as journal:
+        study = Study(
+            journal,
+            items,
+            kind=config.mode,
+            questions=questions,
+            labels_per_item=config.labels_per_clip,
+            gold_share=config.gold_share if gold else 0.0,
+        )
+        if config.import_label_studio is not None:
+            added, known = import_tasks(study, config.import_label_studio)
+            print(f"{added} annotations added, {known} were there: {config.import_label_studio}")
+
+        def save() -> None:
+            people = trusted_annotators(study, config.min_gold_accuracy)
+            rule, min_votes = config.vote, config.min_votes
+            to_rows = pair_rows if is_pairs else clip_rows
+            write_json(output, to_rows(study, rows, output.parent, rule=rule, min_votes=min_votes, annotators=people))
+            summary = summarize(study, rule=rule, min_votes=min_votes, annotators=people)
+            write_json(Path(f"{output}.summary.json"), summary)
+            if config.export_label_studio is not None:
+                write_json(Path(config.export_label_studio), export_tasks(study))
+
+        default = PAIR_INSTRUCTIONS if is_pairs else INSTRUCTIONS
+        texts = {PREFERENCE: PAIR_QUESTION} | QUESTIONS
+        asked = {name: texts.get(name, "Is the clip good or poor in this?") for name in questions}
+        serve_study(
+            study, config, save, title="Compare clips" if is_pairs else "Label clips", default=default, asked=asked
+        )
+        print(f"{len(study.labels)} labels of {len({label['annotator'] for label in study.labels})} people: {output}")
+
+
+if __name__ == "__main__":
+    run(main)

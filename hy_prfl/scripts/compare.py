@@ -1,0 +1,66 @@
+r"""
+Serves a page on which people compare the videos of two generators, and says which is better.
+
+    hy-prfl generate --prompts prompts.json --output_dir outputs/base ...
+    hy-prfl generate --prompts prompts.json --output_dir outputs/prfl --lora_path outputs/run ...
+    hy-prfl compare --left outputs/base --right outputs/prfl
+
+Every answer is on the disk before the next pair shows. The same command again goes on where it was stopped.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..configs.compare import CompareConfig
+from ..configs.inputs import check_files
+from ..configs.outputs import check_output_files
+from ..configs.parser import parse_config
+from .running import run
+
+
+QUESTIONS = {
+    "preference": "Which clip shows the caption better, all in all?",
+    "text_alignment": "Which clip is nearer to the caption?",
+    "motion_quality": "In which clip do things and people move more as they do in the world?",
+    "visual_quality": "Which clip has the better picture?",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Serve the page until it is stopped, then write the result."""
+    config = parse_config(CompareConfig, argv, description=__doc__)
+    check_files(config, "instructions")
+    check_output_files(config, "output")
+
+    # Only now, so that nobody waits for libraries to hear of a misspelt option.
+    from ..pages.annotation import order_items, write_json
+    from ..pages.comparison import compare, read_pairs
+    from ..pages.journal import Journal
+    from ..pages.study import Study
+    from ..runtime.distributed import set_up_logging
+    from .annotate import PAIR_INSTRUCTIONS
+    from .serving import serve_study
+
+    set_up_logging()
+    items = order_items(read_pairs(config.left, config.right), "random", seed=config.seed)
+    output = Path(str(config.output))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with Journal(Path(f"{output}.journal.jsonl")) as journal:
+        study = Study(journal, items, kind="pairs", questions=config.criteria, labels_per_item=config.labels_per_pair)
+
+        def save() -> None:
+            write_json(output, compare(study, config.left, config.right))
+
+        asked = {name: QUESTIONS.get(name, "Which clip is better in this?") for name in config.criteria}
+        serve_study(study, config, save, title="Compare clips", default=PAIR_INSTRUCTIONS, asked=asked)
+        result = compare(study, config.left, config.right)
+    print(f"left: {config.left}, right: {config.right}; {len(study.labels)} answers: {output}")
+    for name, question in result["questions"].items():
+        shares = [
+            f"{side} {vote['share']:.1%}" for side, vote in question["votes"].items() if vote["share"] is not None
+        ]
+        print(f"  {name}: {', '.join(shares) or 'no answers yet'}")
+
+
+if __name__ == "__main__":
+    run(main)

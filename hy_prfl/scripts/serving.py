@@ -1,0 +1,63 @@
+"""What commands that serve a page have in common."""
+
+import secrets
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..configs.serving import ServingConfig
+
+
+if TYPE_CHECKING:
+    from ..pages.study import Study
+
+
+def serve_study(
+    study: "Study",
+    config: ServingConfig,
+    save: Callable[[], None],
+    *,
+    title: str,
+    default: str,
+    asked: Mapping[str, str],
+) -> None:
+    """
+    Print the address of a study's page, serve it until the process is interrupted, and write the result.
+
+    Args:
+        save (`Callable`): Writes the result.
+        title, default (`str`): Headline and instructions, if the options give none.
+        asked (`Mapping[str, str]`): What is asked, by the name of the question.
+
+    Raises:
+        ValueError: If the address cannot be listened on.
+    """
+    from ..pages.server import LOOPBACK, PageSettings, build_app, is_loopback, listen, serve
+
+    save()
+    if not config.serve:
+        return
+    token = config.token
+    if token is None and not is_loopback(config.host):
+        token = secrets.token_urlsafe(24)
+    instructions = default
+    if config.instructions is not None:
+        instructions = Path(config.instructions).read_text(encoding="utf-8")
+    settings = PageSettings(
+        title=config.title or title,
+        instructions=instructions.strip(),
+        questions=asked,
+        annotators=config.annotators or (),
+        token=token,
+        hosts=tuple(name.lower() for name in (*LOOPBACK, config.host, *(config.allowed_hosts or ()))),
+    )
+    listener = listen(config.host, config.port)
+    name = (config.allowed_hosts or [config.host])[0]
+    address = f"http://{f'[{name}]' if ':' in name else name}:{listener.getsockname()[1]}/"
+    print(f"{address}{f'?token={token}' if token else ''}  (stop with Ctrl-C)", flush=True)
+    try:
+        serve(build_app(study, settings, save), listener)
+    except KeyboardInterrupt:
+        # That is how it is stopped.
+        print()
+    save()

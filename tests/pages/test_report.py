@@ -1,0 +1,174 @@
+"""The page of a run: whole, true to the run's files, and without anything from elsewhere."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from hy_prfl.pages.report import calibration, cost_rows, samples_to_show, sigma_figures, training_figures
+from hy_prfl.scripts.report import main
+from tests.pages.html import Page
+
+
+PLAN = {"peak": 61.5, "hours": 2.0, "seconds_per_step": 9.0, "num_gpus": 8}
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path, write_video: Callable[..., Path]) -> Path:
+    """Files of a PRFL run of 800 steps that took an hour, validated four times."""
+    folder = tmp_path / "run <1>"
+    folder.mkdir()
+    lines: list[dict[str, Any]] = []
+    for step in (200, 400, 600, 800):
+        lines.append({"step": step, "train/flow_loss": 1 / step, "train/reward": 0.3 + step / 2000})
+        reward = {f"validation/reward/t{timestep}": step / 1000 for timestep in (200, 600, 1000)}
+        lines.append({"step": step, "validation/reward": step / 1000, **reward})
+        for sample in range(3):
+            write_video(folder / "validation" / f"step-{step}" / f"{sample:04d}.mp4", seed=sample)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = {"pretrained_model_name_or_path": "Wan-AI/<b>", "reward_model": "outputs/reward", "lora_rank": 16}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    record = {"started": "2026-01-01T10:00:00+00:00", "command": ["train_prfl.py", "--a", "b"], "num_processes": 8}
+    record |= {"git": {"commit": "abc", "dirty": False}, "libraries": {"torch": "2.6"}}
+    record |= {"finished": "2026-01-01T11:00:00+00:00", "finished_step": 800}
+    (folder / "run.json").write_text(json.dumps([record]))
+    return folder
+
+
+def page_of(run_dir: Path, *options: str) -> tuple[Page, str]:
+    main([str(run_dir), *options])
+    text = (run_dir / "report.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert not page.open
+    return page, text
+
+
+def rows_of(text: str) -> list[list[str]]:
+    rows = re.findall(r"<tr>(.*?)</tr>", text)
+    return [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in rows]
+
+
+def test_the_page_is_whole_and_needs_nothing_else(run_dir: Path) -> None:
+    page, text = page_of(run_dir)
+    without_data = re.sub(r"base64,[\w+/=]+", "", text)
+    assert not re.search(r"https?:|//[a-z]|@import|url\(", without_data)
+    assert not page.all("link")
+    assert not page.all("script")
+    assert all(element["src"].startswith("data:") for tag in ("video", "img") for element in page.all(tag))
+    # What the run's files say is text, not markup.
+    assert "run <1>" in page.texts
+    assert "<b>" not in re.findall(r'<p class="note">.*?</p>', text)[0]
+    assert [text for text in page.texts if text.startswith("Fine-tuning")] == [
+        "Fine-tuning of a generator (PRFL), from Wan-AI/<b>; finished after 800 steps."
+    ]
+    titles = ["Training", "Against noise", "Samples through training", "Cost", "Configuration", "Provenance"]
+    assert [text for text in page.texts if text in (*titles, "Calibration", "Before and after")] == titles
+    assert {image["alt"] for image in page.all("img")} == {"flow loss", "reward", "reward by noise level"}
+    # 3 samples at 4 validations.
+    assert len(page.all("video")) == 12
+    assert all(video["aria-label"] for video in page.all("video"))
+    table = rows_of(text)
+    assert ["git.commit", "&#34;abc&#34;"] in table
+    assert ["command", "train_prfl.py --a b"] in table
+    assert ["lora_rank", "16"] in table
+    assert ["hours", "-", "1"] in table
+    assert ["seconds per step", "-", "4.5"] in table
+
+
+def test_cost_against_plan(run_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text(json.dumps(PLAN))
+    _, text = page_of(run_dir, "--plan", str(tmp_path / "plan.json"))
+    table = rows_of(text)
+    assert ["hours", "2", "1"] in table
+    assert ["seconds per step", "9", "4.5"] in table
+    assert ["GB of GPU memory", "61.5", "-"] in table
+    (tmp_path / "plan.json").write_text("{}")
+    with pytest.raises(ValueError, match="not a plan, these keys are missing: hours, peak, seconds_per_step"):
+        page_of(run_dir, "--plan", str(tmp_path / "plan.json"))
+
+
+def test_a_resumed_run_costs_what_its_last_start_did() -> None:
+    record = {"started": "2026-01-01T10:00:00+00:00", "finished": "2026-01-01T10:10:00+00:00", "num_processes": 1}
+    rows, _ = cost_rows([], [{}, {**record, "resumed_step": 40, "finished_step": 100}], None)
+    assert ["seconds per step", "-", "10"] in rows
+    # One that goes on, or an old record.
+    assert cost_rows([], [{"started": record["started"]}], None) == ([], "")
+
+
+def test_the_curves_are_those_of_the_run(run_dir: Path) -> None:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    figures = training_figures(lines)
+    assert list(figures) == ["flow loss", "reward"]
+    train, validation = figures["reward"].axes[0].lines
+    np.testing.assert_allclose(train.get_xydata(), [[step, 0.3 + step / 2000] for step in (200, 400, 600, 800)])
+    np.testing.assert_allclose(validation.get_ydata(), [0.2, 0.4, 0.6, 0.8])
+    first, last = sigma_figures(lines)["reward by noise level"].axes[0].lines
+    np.testing.assert_allclose(first.get_xydata(), [[0.2, 0.2], [0.6, 0.2], [1.0, 0.2]])
+    assert (first.get_label(), last.get_label()) == ("step 200", "step 800")
+
+
+def test_calibration(run_dir: Path, tmp_path: Path) -> None:
+    table = tmp_path / "scores.csv"
+    # Of rewards in [0.2, 0.3) one of four is good, of those in [0.8, 0.9) three of four.
+    rows = [(0.25, 1), (0.25, 0), (0.25, 0), (0.25, 0), (0.85, 1), (0.85, 1), (0.85, 1), (0.85, 0)]
+    lines = ["id,label,reward,reward_t200", *(f"{index},{good},{r},{r}" for index, (r, good) in enumerate(rows))]
+    table.write_text("\n".join([*lines, "x,,0.5,0.5"]))
+    figures, cells, note = calibration(table)
+    curve = next(iter(figures.values())).axes[0].lines[0]
+    np.testing.assert_allclose(curve.get_xydata(), [[0.25, 0.25], [0.85, 0.75]])
+    brier = np.mean([(reward - good) ** 2 for reward, good in rows])
+    assert cells == [["sigma 0.2", "8", "0.55", "0.5", f"{brier:.3g}"]]
+    assert "8 labelled clips" in note
+    page, _ = page_of(run_dir, "--scores", str(table))
+    assert "Share of good clips by reward" in {image["alt"] for image in page.all("img")}
+    table.write_text("id,reward,reward_t200\nx,0.5,0.5\n")
+    with pytest.raises(ValueError, match="no clips with a label"):
+        calibration(table)
+
+
+def test_before_and_after_and_what_people_say(run_dir: Path, tmp_path: Path, write_video: Callable[..., Path]) -> None:
+    for side in ("base", "tuned"):
+        rows = [{"id": f"{index}", "video": f"{index}.mp4", "caption": f"<i>{index}"} for index in range(2)]
+        for row in rows:
+            write_video(tmp_path / side / row["video"], seed=len(side))
+        (tmp_path / side / "manifest.json").write_text(json.dumps(rows))
+    votes = {
+        side: {"count": count, "share": count / 4, "interval": [0.1, 0.9]}
+        for side, count in (("left", 1), ("tie", 0), ("right", 3))
+    }
+    counts = {"left": 1, "tie": 0, "right": 3}
+    question = {
+        "votes": votes, "score": {"mean": 0.75, "interval": None}, "prompts": counts,
+        "agreement": {"fleiss_kappa": 0.5}, "per_prompt": [{"id": "0", "caption": "<i>0", **counts}],
+        "per_annotator": {"<ann>": counts},
+    }  # fmt: skip
+    result = {"left": "base", "right": "tuned", "num_prompts": 2, "num_annotators": 2, "questions": {"q": question}}
+    (run_dir / "comparison.json").write_text(json.dumps(result))
+    page, text = page_of(run_dir, "--before", str(tmp_path / "base"), "--after", str(tmp_path / "tuned"))
+    assert len(page.all("video")) == 12 + 4
+    assert ["tuned", "3", "75.0 %", "10.0 % to 90.0 %"] in rows_of(text)
+    assert ["&lt;ann&gt;", "1 left, 0 tie, 3 right"] in rows_of(text)
+    assert {"role": "img", "aria-label": "base 25 %, tie 0 %, tuned 75 %", "class": "bar"} in page.all("div")
+    assert "<i>0" in page.texts
+
+
+def test_too_many_videos_are_left_out_and_told(run_dir: Path) -> None:
+    size = sum(path.stat().st_size for path in (run_dir / "validation").glob("*/0000.mp4"))
+    shown, note = samples_to_show(run_dir / "validation", 6, budget=size)
+    assert [name for name, _ in shown] == ["0000"]
+    assert note.startswith("1 of 3 samples at 4 of 4 validations")
+    shown, note = samples_to_show(run_dir / "validation", 2, budget=1e9, num_steps=2)
+    assert [[step for step, _ in videos] for _, videos in shown] == [[200, 800]] * 2
+    assert note.startswith("2 of 3 samples at 2 of 4 validations")
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"is not the folder of a run: there is no metrics.jsonl"):
+        main([str(tmp_path)])
+    with pytest.raises(FileNotFoundError, match="`run`: there is no file or folder"):
+        main([str(tmp_path / "none")])

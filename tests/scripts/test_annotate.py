@@ -1,0 +1,298 @@
+"""The command itself: what it writes is what `label` and `preprocess` read, and nothing is lost when it is killed."""
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from hy_prfl.data.labels import read_annotations
+from hy_prfl.data.manifest import read_manifest
+from hy_prfl.scripts.annotate import main
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory, write_video: Callable[..., Path]) -> Path:
+    """Manifest of 8 videos in 4 pairs; one has a label, one a long caption."""
+    folder = tmp_path_factory.mktemp("videos")
+    rows: list[dict[str, Any]] = []
+    for index in range(8):
+        write_video(folder / f"{index}.mp4", seed=index)
+        rows.append({"id": f"c{index}", "video": f"{index}.mp4", "caption": f"{index}", "pair_id": f"p{index // 2}"})
+    rows[0] |= {"blur_quality": "good", "physics_quality": 0}
+    rows[1] |= {"long_caption": "one, at length"}
+    (folder / "manifest.json").write_text(json.dumps(rows))
+    return folder / "manifest.json"
+
+
+def write_journal(
+    output: Path, labels: list[tuple[str, str, dict[str, str]]], kind: str, questions: list[str]
+) -> None:
+    """A journal of these labels (annotator, item, answers), as if the page had written it."""
+    head = {"type": "study", "format": 1, "kind": kind, "questions": questions, "secret": "00" * 16, "time": ""}
+    lines = [head]
+    for number, (annotator, item, answers) in enumerate(labels):
+        event = {"type": "label", "item": item, "annotator": annotator, "answers": answers, "seconds": 4.0}
+        lines.append({**event, "key": str(number), "time": "2026-01-01T10:00:00.000+00:00"})
+    output.parent.mkdir(parents=True, exist_ok=True)
+    Path(f"{output}.journal.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+TASKS = ["physics_quality", "human_quality"]
+
+
+def both(physics: str, human: str) -> dict[str, str]:
+    return {"physics_quality": physics, "human_quality": human}
+
+
+def test_what_is_written_is_what_others_read(manifest: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out" / "labels.json"
+    labels = [
+        ("ann", "c0", both("good", "poor")), ("bob", "c0", both("poor", "poor")), ("cem", "c0", both("good", "unsure")),
+        ("ann", "c1", both("good", "good")), ("bob", "c1", both("poor", "unsure")),
+        ("ann", "c2", both("unsure", "good")),
+        ("ann", "c3", both("poor", "poor")), ("bob", "c3", both("poor", "poor")),
+    ]  # fmt: skip
+    write_journal(output, labels, "clips", TASKS)
+    options = ["--manifest", str(manifest), "--output", str(output), "--labels_per_clip", "3", "--serve", "false"]
+    main(options)
+    annotations = read_annotations(output)
+    assert annotations["c0"] == {"physics_quality": 1, "human_quality": 0, "blur_quality": 1}
+    assert annotations["c1"] == {"human_quality": 1}
+    assert annotations["c2"] == {"human_quality": 1}
+    assert annotations["c3"] == {"physics_quality": 0, "human_quality": 0}
+    assert annotations["c4"] == {}
+    rows = read_manifest(output)
+    original = read_manifest(manifest)
+    assert [row.id for row in rows] == [row.id for row in original]
+    for row, other in zip(rows, original, strict=True):
+        assert row.video.resolve() == other.video.resolve()
+        assert (row.prompt, row.long_prompt, row.pair_id) == (other.prompt, other.long_prompt, other.pair_id)
+    summary = json.loads(Path(f"{output}.summary.json").read_text())
+    physics = summary["questions"]["physics_quality"]
+    assert physics["votes"] == {"good": 1, "poor": 1}
+    assert physics["undecided"] == 1
+    # Pairs of answers that agree: 1 of 3, 0 of 1, 1 of 1.
+    assert physics["agreement"]["percent"] == pytest.approx((1 / 3 + 0 + 1) / 3)
+    assert summary["annotators"]["ann"] == {
+        "labels": 4, "skipped": 0, "median_seconds": 4.0, "gold": None, "counts": True
+    }  # fmt: skip
+    # Unanimity, and two votes at least.
+    main([*options, "--vote", "unanimous", "--min_votes", "2"])
+    annotations = read_annotations(output)
+    assert annotations["c0"] == {"physics_quality": 0, "human_quality": 0, "blur_quality": 1}
+    assert annotations["c1"] == annotations["c2"] == {}
+
+
+def test_gold_measures_people(manifest: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    output, gold = tmp_path / "labels.json", tmp_path / "gold.json"
+    gold.write_text(json.dumps([{"id": "c0", "physics_quality": 1}, {"id": "c1", "physics_quality": 0}]))
+    labels = [("ann", "c0", {"physics_quality": "good"}), ("ann", "c1", {"physics_quality": "poor"})]
+    labels += [("bob", "c0", {"physics_quality": "poor"}), ("bob", "c1", {"physics_quality": "unsure"})]
+    labels += [("ann", "c5", {"physics_quality": "good"}), ("bob", "c6", {"physics_quality": "good"})]
+    write_journal(output, labels, "clips", ["physics_quality"])
+    main(
+        ["--manifest", str(manifest), "--output", str(output), "--tasks", "physics_quality", "--gold", str(gold),
+         "--min_gold_accuracy", "0.7", "--serve", "false"]
+    )  # fmt: skip
+    annotations = read_annotations(output)
+    assert [annotations[f"c{index}"].get("physics_quality") for index in (0, 1, 5, 6)] == [1, 0, 1, None]
+    people = json.loads(Path(f"{output}.summary.json").read_text())["annotators"]
+    assert people["ann"]["gold"] == {"num_answers": 2, "accuracy": 1.0}
+    assert people["bob"]["gold"] == {"num_answers": 2, "accuracy": 0.0}
+    assert (people["ann"]["counts"], people["bob"]["counts"]) == (True, False)
+    assert "bob: right about 0% of the gold answers, so the labels are not used." in caplog.text
+
+
+def test_pairs_become_rejected_ids(manifest: Path, tmp_path: Path) -> None:
+    output = tmp_path / "pairs.json"
+    votes = {"p0": ["first"], "p1": ["second", "second", "first"], "p2": ["tie", "tie"]}
+    labels = [
+        (f"person {index}", item, {"preference": answer})
+        for item, answers in votes.items()
+        for index, answer in enumerate(answers)
+    ]
+    write_journal(output, labels, "pairs", ["preference"])
+    main(
+        ["--manifest", str(manifest), "--output", str(output), "--mode", "pairs", "--labels_per_clip", "3",
+         "--serve", "false"]
+    )  # fmt: skip
+    rejected = {row.id: row.rejected_id for row in read_manifest(output) if row.rejected_id is not None}
+    assert rejected == {"c0": "c1", "c3": "c2"}
+
+
+@pytest.mark.parametrize("kind", ["clips", "pairs"])
+def test_label_studio_both_ways(manifest: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    output, exported = tmp_path / "labels.json", tmp_path / "studio.json"
+    if kind == "clips":
+        labels = [("ann", "c0", both("good", "poor")), ("bob", "c0", both("poor", "unsure"))]
+        write_journal(output, labels, kind, TASKS)
+    else:
+        labels = [("ann", "p0", {"preference": "first"}), ("bob", "p1", {"preference": "tie"})]
+        write_journal(output, labels, kind, ["preference"])
+    options = ["--manifest", str(manifest), "--mode", kind, "--labels_per_clip", "2", "--serve", "false"]
+    main([*options, "--output", str(output), "--export_label_studio", str(exported)])
+    tasks = json.loads(exported.read_text())
+    assert len(tasks) == (8 if kind == "clips" else 4)
+    assert sum(len(task["annotations"]) for task in tasks) == 2
+    # What comes back from Label Studio has more in it, people by number, and cancelled annotations.
+    first = next(task for task in tasks if task["annotations"])
+    first["annotations"].append({**first["annotations"][0], "completed_by": 7, "was_cancelled": True})
+    exported.write_text(json.dumps(tasks))
+    again = tmp_path / "again.json"
+    for added in (2, 0):
+        main([*options, "--output", str(again), "--import_label_studio", str(exported)])
+        assert f"{added} annotations added, {2 - added} were there" in capsys.readouterr().out
+    assert again.read_bytes() == output.read_bytes()
+    events = [json.loads(line) for line in Path(f"{again}.journal.jsonl").read_text().splitlines()[1:]]
+    found = {(event["annotator"], event["item"]): event["answers"] for event in events}
+    assert found == {(annotator, item): answers for annotator, item, answers in labels}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"data": {"id": "zz"}}, "task 1: `data.id` 'zz' is no clip or pair of the input"),
+        ({"data": None}, "task 1: there is no `data`"),
+        ({"annotations": [{"completed_by": 1, "result": []}]}, "annotation 1: there is no answer to physics_quality"),
+        (
+            {"annotations": [{"result": [{"from_name": "physics_quality", "value": {"choices": ["great"]}}]}]},
+            "`physics_quality` is 'great', expected one of good, poor, unsure",
+        ),
+    ],
+)
+def test_bad_exports_of_label_studio(manifest: Path, tmp_path: Path, change: dict[str, Any], words: str) -> None:
+    export = tmp_path / "studio.json"
+    export.write_text(json.dumps([{"data": {"id": "c0"}, "annotations": []} | change]))
+    with pytest.raises(ValueError, match=words):
+        main(
+            ["--manifest", str(manifest), "--output", str(tmp_path / "x.json"), "--serve", "false",
+             "--import_label_studio", str(export)]
+        )  # fmt: skip
+
+
+def test_the_least_known_come_first(manifest: Path, tmp_path: Path) -> None:
+    from hy_prfl.pages.annotation import clip_items, order_items, pair_items, read_scores
+
+    rows = read_manifest(manifest)
+    rewards = [0.9, 0.5, 0.1, 0.55, 0.2, 0.8, 0.45, None]
+    other = [0.9, 0.5, 0.1, 0.55, 0.2, 0.1, 0.45, 0.5]
+    paths = []
+    for name, values in (("one.csv", rewards), ("two.jsonl", other)):
+        paths.append(tmp_path / name)
+        if name.endswith("csv"):
+            lines = [f"{row.id},{'' if value is None else value}" for row, value in zip(rows, values, strict=True)]
+            paths[-1].write_text("id,reward\n" + "\n".join(lines) + "\n")
+        else:
+            lines = [json.dumps({"id": row.id, "reward": value}) for row, value in zip(rows, values, strict=True)]
+            paths[-1].write_text("\n".join(lines))
+    items = clip_items(rows, {})
+    one = [item.id for item in order_items(items, "uncertain", seed=0, tables=read_scores(paths[:1]))]
+    assert one[0] == "c1"
+    assert set(one[1:3]) == {"c3", "c6"}
+    assert one[-1] == "c7"
+    # The ensemble disagrees about one clip.
+    assert order_items(items, "uncertain", seed=0, tables=read_scores(paths))[0].id == "c5"
+    # In pairs, those first whose two rewards are nearest.
+    pairs = order_items(pair_items(rows), "uncertain", seed=0, tables=read_scores(paths[1:]))
+    assert [item.id for item in pairs] == ["p3", "p2", "p0", "p1"]
+    with pytest.raises(ValueError, match="table 1 lacks 7 clips, the first is"):
+        order_items(items, "uncertain", seed=0, tables=[{"c0": 0.5}])
+    assert sorted(item.id for item in order_items(items, "random", seed=1)) == sorted(item.id for item in items)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--tasks", "motion_quality"], "`tasks` must be physics_quality and human_quality"),
+        (["--tasks", "Not a name"], "`tasks` must be lower case"),
+        (["--host", "0.0.0.0"], "`allowed_hosts` must be given if `host` is 0.0.0.0"),
+        (["--order", "uncertain"], "`scores` must be given for order uncertain"),
+        (["--mode", "pairs", "--gold", "{manifest}"], "`gold` must be left out for mode pairs"),
+        (["--gold", "{manifest}", "--tasks", "text_alignment"], "no clip has a label of text_alignment"),
+        (["--min_votes", "2"], "`min_votes` must be at most `labels_per_clip`"),
+        (["--token", "short"], "`token` must be at least 8 characters long"),
+        (["--host", "203.0.113.9"], "`host` '203.0.113.9', `port` 8765: cannot be listened on"),
+        (["--output", "labels.csv"], "`output` must be a .json file"),
+    ],
+)
+def test_bad_options(manifest: Path, tmp_path: Path, options: list[str], words: str) -> None:
+    options = [option.format(manifest=manifest) for option in options]
+    with pytest.raises(ValueError, match=words):
+        main(["--manifest", str(manifest), "--output", str(tmp_path / "labels.json"), *options])
+
+
+def test_videos_must_be_there(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(json.dumps([{"video": "gone.mp4", "caption": "x"}]))
+    with pytest.raises(ValueError, match=r"row 1: 1 clips cannot be shown, this is the first: there is neither"):
+        main(["--manifest", str(tmp_path / "manifest.json"), "--output", str(tmp_path / "labels.json")])
+    assert not (tmp_path / "labels.json").exists()
+
+
+@pytest.fixture
+def start(manifest: Path, tmp_path: Path) -> Iterator[Callable[..., tuple[str, subprocess.Popen[str]]]]:
+    processes = []
+
+    def run(*options: str) -> tuple[str, subprocess.Popen[str]]:
+        words = [sys.executable, "-m", "hy_prfl.cli", "annotate", "--manifest", str(manifest), "--port", "0"]
+        words += ["--output", str(tmp_path / "labels.json"), "--tasks", "physics_quality", *options]
+        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        processes.append(process)
+        assert process.stdout is not None
+        return (process.stdout.readline().split() or [""])[0], process
+
+    yield run
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.launch
+def test_killed_and_restarted_with_many_at_work(start: Callable[..., Any], tmp_path: Path) -> None:
+    """Every label that was acknowledged is there after SIGKILL, once, whoever else was at work."""
+    address, process = start("--labels_per_clip", "4")
+    acknowledged: set[tuple[str, str]] = set()
+    barrier = threading.Barrier(5)
+
+    def work(name: str) -> None:
+        with httpx.Client(base_url=address, timeout=30) as client:
+            barrier.wait()
+            try:
+                state = client.post("/api/next", json={"annotator": name, "window": name}).json()
+                while state["items"]:
+                    item = state["items"][0]["item"]
+                    request = {"annotator": name, "window": name, "item": item, "key": item}
+                    request |= {"answers": {"physics_quality": "good"}, "seconds": 1}
+                    response = client.post("/api/label", json=request)
+                    assert response.status_code == 200
+                    acknowledged.add((name, item))
+                    state = response.json()
+                    if len(acknowledged) >= 14:
+                        process.kill()
+            except httpx.TransportError:
+                pass
+
+    threads = [threading.Thread(target=work, args=(f"person {index}",)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    barrier.wait()
+    for thread in threads:
+        thread.join()
+    assert process.wait() == -signal.SIGKILL
+    assert len(acknowledged) >= 14
+    _, process = start("--labels_per_clip", "4")
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    events = [json.loads(line) for line in (tmp_path / "labels.json.journal.jsonl").read_text().splitlines()[1:]]
+    found = [(event["annotator"], event["key"]) for event in events]
+    assert len(found) == len(set(found))
+    assert set(found) >= acknowledged
+    summary = json.loads((tmp_path / "labels.json.summary.json").read_text())
+    assert sum(person["labels"] for person in summary["annotators"].values()) == len(found)
