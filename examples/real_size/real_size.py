@@ -204,7 +204,7 @@ def measure_recipes(paths: Sequence[Path], library: Path) -> Iterator[dict[str, 
 
 def read_results(path: Path) -> dict[str, Any]:
     """What was measured before; nothing, if that was with other libraries."""
-    libraries = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    libraries = {name: importlib.metadata.version(name).split("+")[0] for name in LIBRARIES}
     known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if known.get("libraries") != libraries:
         return {"libraries": libraries, "recipes": {}}

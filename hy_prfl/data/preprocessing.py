@@ -199,9 +199,7 @@ class ClipEncoder:
             latents |= {index: values.numpy() for index, values in zip(batch, encoded, strict=True)}
         return [latents[index] for index in range(len(videos))]
 
-    def _pack(
-        self, row: ManifestRow, content: ClipContent, arrays: Mapping[str, np.ndarray | None]
-    ) -> dict[str, Any]:
+    def _pack(self, row: ManifestRow, content: ClipContent, arrays: Mapping[str, np.ndarray | None]) -> dict[str, Any]:
         sources = self._sources(row)
         columns = pack_row(
             self.encoder,
