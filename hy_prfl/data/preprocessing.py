@@ -161,7 +161,7 @@ class ClipEncoder:
                 What `read_row` gave for each row.
         """
         arrays = [self._encode_texts(row) for row in rows]
-        # float32 and not uint8 as read, which takes a quarter of the memory while it waits.
+        # Only here in float32: while clips wait, uint8 takes a quarter of the memory.
         videos = [None if content.frames is None else to_float(content.frames) for content in contents]
         for frames, content, encoded in zip(videos, contents, arrays, strict=True):
             if frames is not None and self.encoder.is_image_to_video:
@@ -169,7 +169,8 @@ class ClipEncoder:
                 encoded["image_embeds"] = None if image_embeds is None else image_embeds.numpy()
                 encoded["condition"] = condition.numpy()
         if not self.settings.prompts_only:
-            for encoded, latents in zip(arrays, self._encode_latents(videos), strict=True):
+            frames_of_all = [frames for frames in videos if frames is not None]
+            for encoded, latents in zip(arrays, self._encode_latents(frames_of_all), strict=True):
                 encoded["latents"] = latents
         results: list[dict[str, Any] | VideoError] = []
         for row, content, encoded in zip(rows, contents, arrays, strict=True):

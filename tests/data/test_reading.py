@@ -35,10 +35,9 @@ def num_threads() -> int:
 
 @pytest.mark.parametrize("num_workers", [0, 1, 3])
 def test_order_and_errors_are_those_of_map(num_workers: int) -> None:
-    found = []
+    found: list[int] = []
     with pytest.raises(OSError, match="seven"):
-        for value in map_ahead(Counter(), range(20), num_workers=num_workers, num_ahead=4):
-            found.append(value)
+        found.extend(map_ahead(Counter(), range(20), num_workers=num_workers, num_ahead=4))
     assert found == [number**2 for number in range(7)]
     assert num_threads() == 0
 
