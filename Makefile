@@ -6,7 +6,9 @@
 #   make parity    training on two processes against one, every engine, about 12 minutes; outputs/parity.json
 #   make memory    memory of a process with each engine, about 10 minutes; outputs/memory.json
 #   make benchmark what an update costs, against RGB ReFL and with each switch, about 18 minutes; outputs/benchmark
-#   make real-size one step of every recipe at its real size on a pretended GPU, about 40 minutes; needs g++
+#   make real-size one step of every recipe at its real size on a pretended GPU, about 25 minutes; docs/real_size.md;
+#                  needs g++
+#   make recipes   what every recipe needs, as the planner says, about two minutes; docs/recipes.md
 #   make quality   lint, format, types, spelling; changes nothing
 #   make style     format and fix what can be fixed by itself
 #   make clean     removes what the targets above wrote, except .venv
@@ -23,7 +25,7 @@ REAL_SIZE_ARGS ?=
 
 BIN := .venv/bin
 
-.PHONY: demo test test-quick parity memory benchmark real-size quality style clean
+.PHONY: demo test test-quick parity memory benchmark real-size recipes quality style clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.package
@@ -46,6 +48,9 @@ benchmark: .venv/.package
 
 real-size: .venv/.package
 	$(BIN)/python -m examples.real_size.real_size $(REAL_SIZE_ARGS)
+
+recipes: .venv/.package
+	$(BIN)/python -m examples.real_size.recipes
 
 quality: .venv/.dev
 	$(BIN)/ruff check .

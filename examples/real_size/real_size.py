@@ -4,30 +4,31 @@ Does every recipe run at its real size, and does it need what the planner says? 
     python -m examples.real_size.real_size
 
 Runs one step of the trainers' own code for each recipe under `examples/prfl` and `examples/reward`, at the size and on the
-engine that its head names, on a pretended CUDA device (see `pretended_cuda.py`): no GPU, no weights, about a minute and
-2 GB for each. A step that CUDA would refuse is refused here. It writes `outputs/real_size/results.json` and a table beside
-it, and ends with an error if a recipe fails, or differs from the plan by more than the bounds below. Needs `g++`.
+engine that it is for, on a pretended CUDA device (see `pretended_cuda.py`): no GPU, no weights, 10 to 90 seconds and 2 GB
+for each. A step that CUDA would refuse is refused here. What was measured is kept in `results.json`, and `docs/real_size.md`
+has it beside what the planner says. Ends with an error if a recipe fails, or differs from the plan by more than the bounds
+below. A recipe that was measured with the same options is not measured again; `--fresh` does. Needs `g++`.
 """
 
 import dataclasses
+import importlib.metadata
 import json
-import re
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from examples.real_size.library import compile_library
+from examples.real_size.recipes import ROOT, Recipe, load_recipe, plan_recipe, recipe_paths
 from hy_prfl.configs.parser import parse_config
-from hy_prfl.configs.plan import PlanConfig
-from hy_prfl.scripts.plan import read_recipe, split_options
+from hy_prfl.runtime.atomic_writes import write_text
 
 
-ROOT = Path(__file__).parents[2]
-RECIPE_FOLDERS = ("examples/prfl", "examples/reward")
+RESULTS = Path(__file__).with_name("results.json")
 # Largest relative difference from the plan.
-MEMORY_BOUND, SHARED_MEMORY_BOUND = 0.03, 0.25
+MEMORY_BOUND, PART_BOUND = 0.03, 0.15
 # Ranks that share a clip all embed the whole text and all patches, which the planner divides among them.
 FLOPS_BOUND, SHARED_FLOPS_BOUND = 0.01, 0.02
 # Waits of the host for the device in a step: finiteness of each loss and of each gradient norm. In a pipeline of two
@@ -36,8 +37,33 @@ MOST_SYNCS = 8
 # What an engine holds of its own, which is not there on the pretended device.
 ENGINE_PARTS = ("weights", "gradients", "optimizer states", "gradient buckets", "gathered weights")
 FROZEN_PARTS = ("reward model", "reward model, gathered", "frozen expert")
-# Starts one recipe's run in a process of its own.
-ADDRESS_SPACE = 12 << 30
+# Options that no step depends on.
+PATHS = {"output_dir", "train_dataset", "reward_model"}
+LIBRARIES = ("torch", "diffusers", "accelerate", "peft")
+
+PAGE = f"""# One step of every recipe at its real size
+
+Written by `make real-size` from [`results.json`](../examples/real_size/results.json), which the same command measures; a test
+computes the planner's columns again. **No GPU was there**: the trainers' own code ran a step of each recipe at its real size on a
+[pretended CUDA device](../examples/real_size/README.md), whose tensors have shapes, types and a device and hold nothing. What
+CUDA refuses is refused there; what is allocated and computed is counted, independently of `hy-prfl plan`.
+
+- **Step**: GB at the peak of the step, measured and planned, and the ratio. In one process and under DDP it is all memory of the
+  GPU but the 3 GB that the planner assumes for CUDA. Under ZeRO, and where frozen models are sharded, it is what comes beside
+  weights, gradients and optimizer states, which are not sharded here. Bounds: {MEMORY_BOUND:.0%}, and {PART_BOUND:.0%} for such a part.
+- **TFLOP**: operations of a GPU in the step, measured and planned. Bounds: {FLOPS_BOUND:.0%}, with context parallelism
+  {SHARED_FLOPS_BOUND:.0%}.
+- **Page-locked**: GB of host memory for offloaded block inputs, measured and planned.
+- **Syncs**: how often the host waited for the device: for the finiteness of losses and gradient norms, at most {MOST_SYNCS} times. With
+  two experts also at each rollout step, whose timestep chooses the expert.
+- **GPU**, **host** and **disk** are the planner's for the whole run: GB of each GPU, of host memory of each process, of a checkpoint.
+
+Not there: NCCL, cuDNN's workspaces, fragmentation, and the numbers themselves.
+"""
+HEADER = (
+    "| recipe | engine | step, measured | planned | ratio | TFLOP, measured | planned | page-locked, measured | planned "
+    "| syncs | GPU | host | disk |\n|---|---|---|---|---|---|---|---|---|---|---|---|---|"
+)
 
 
 @dataclass(kw_only=True)
@@ -45,92 +71,50 @@ class RealSizeConfig:
     """Options of the check."""
 
     recipes: list[str] = field(default_factory=list, metadata={"help": "Recipes to run; all if left out."})
-    output_dir: str = field(default="outputs/real_size", metadata={"help": "Folder of the results."})
+    results: str = field(default=str(RESULTS), metadata={"help": "JSON file of what was measured."})
+    page: str = field(default=str(ROOT / "docs" / "real_size.md"), metadata={"help": "File to write the page to."})
+    build_dir: str = field(default="outputs/real_size", metadata={"help": "Folder for the compiled device."})
+    fresh: bool = field(default=False, metadata={"help": "Measure again what has been measured."})
 
 
-def plan_command(recipe: Path) -> list[str]:
-    """The options of `hy-prfl plan` in a recipe's head."""
-    lines = [line for line in recipe.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
-    head = " ".join(line.removeprefix("#").strip().removesuffix("\\").strip() for line in lines)
-    (command,) = re.findall(r"hy-prfl plan (.*?--num_rows \d+)", head)
-    return command.split()
+def options_of(recipe: Recipe) -> dict[str, Any]:
+    """What a recipe sets, and what it runs on: a measurement is that of a recipe as long as these are the same."""
+    options = {
+        option.name: getattr(recipe.training, option.name)
+        for option in dataclasses.fields(recipe.training)
+        if option.name not in PATHS and getattr(recipe.training, option.name) != _default(option)
+    }
+    names = ("num_gpus", "zero_stage", "height", "width", "num_frames")
+    return {**{name: getattr(recipe, name) for name in names}, **options}
 
 
-def read_head(recipe: Path) -> tuple[PlanConfig, Any]:
-    """What a recipe's head plans for: the clips and the machine, and the recipe itself."""
-    own, others = split_options(plan_command(recipe))
-    config = parse_config(PlanConfig, own)
-    return config, read_recipe(config, others)
+def _default(option: dataclasses.Field) -> Any:
+    factory = option.default_factory
+    return option.default if factory is dataclasses.MISSING else factory()
 
 
-def make_setting(config: PlanConfig, training: Any) -> Any:
-    """What `measure` is told."""
-    from examples.real_size.steps import Setting
-    from hy_prfl.formats.pipeline_info import PipelineInfo
-    from hy_prfl.models.experts import choose_experts
-
-    path = training.pretrained_model_name_or_path
-    info = PipelineInfo.known(path)
-    transformer_config, (frames, rows, columns) = info.transformer, info.vae_stride
-    return Setting(
-        training=training,
-        transformer_config=transformer_config,
-        experts=choose_experts(info, training.expert),
-        latents_shape=(
-            transformer_config["out_channels"],
-            (config.num_frames - 1) // frames + 1,
-            config.height // rows,
-            config.width // columns,
-        ),
-        zero_stage=config.zero_stage,
-        num_gpus=config.num_gpus,
-        first_frame=config.first_frame,
-    )
-
-
-def measure_recipe(recipe: Path) -> dict[str, Any]:
-    """Run a step of a recipe, in a process that pretends to have a CUDA device."""
-    from examples.real_size.steps import measure
-
-    return dataclasses.asdict(measure(make_setting(*read_head(recipe))))
-
-
-def compare(recipe: Path, measured: dict[str, Any]) -> dict[str, Any]:
+def compare(path: Path, measured: Mapping[str, Any]) -> dict[str, Any]:
     """What was measured beside what the planner says. Not in a process that pretends: the plan is made on the CPU."""
-    from hy_prfl.formats.pipeline_info import PipelineInfo
-    from hy_prfl.models.experts import choose_experts as find_experts
-    from hy_prfl.planning import plan
-
-    config, training = read_head(recipe)
-    planned = plan(
-        training,
-        height=config.height,
-        width=config.width,
-        num_frames=config.num_frames,
-        num_gpus=config.num_gpus,
-        zero_stage=config.zero_stage,
-        first_frame=config.first_frame,
-    )
+    recipe, planned = load_recipe(path), plan_recipe(path)
+    training = recipe.training
     # No average of the weights is kept here.
     average = planned.memory.get("averaged weights", 0.0)
     expected, found = planned.peak - planned.reserved - average, measured["peak"] / 1e9
     is_split = getattr(training, "shard_reward_model", False) or getattr(training, "shard_frozen_expert", False)
-    if config.zero_stage or is_split:
+    is_part = recipe.zero_stage > 0 or is_split
+    if is_part:
         # Weights are whole on the pretended device, and an engine holds nothing there: the rest is compared.
-        parts = ENGINE_PARTS if config.zero_stage else ("weights",)
+        parts = ENGINE_PARTS if recipe.zero_stage else ("weights",)
         found -= measured["weights"] / 1e9
         expected -= sum(planned.memory.get(name, 0.0) for name in (*parts, *FROZEN_PARTS))
-    experts = find_experts(PipelineInfo.known(training.pretrained_model_name_or_path), training.expert)
-    choose_experts = measured["step_range"] is not None and experts.are_two
+    from hy_prfl.formats.pipeline_info import PipelineInfo
+
+    info = PipelineInfo.known(training.pretrained_model_name_or_path)
+    chooses = measured["step_range"] is not None and info.has_two_experts
     return {
-        "recipe": str(recipe.relative_to(ROOT)),
-        "zero_stage": config.zero_stage,
-        "is_split": bool(is_split),
-        "most_syncs": MOST_SYNCS + (measured["step_range"][0] + 2 if choose_experts else 0),
-        "context_parallel_degree": training.context_parallel_degree,
-        "planned_peak": planned.peak,
-        "host_memory": planned.host_peak,
-        "checkpoint": planned.checkpoint,
+        "is_part": bool(is_part),
+        "is_shared": training.context_parallel_degree > 1,
+        "most_syncs": MOST_SYNCS + (measured["step_range"][0] + 2 if chooses else 0),
         "measured": found,
         "planned": expected,
         "measured_teraflops": measured["flops"] / 1e12,
@@ -142,7 +126,7 @@ def compare(recipe: Path, measured: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def expected_teraflops(training: Any, planned: dict[str, float], step_range: list[int] | None) -> float:
+def expected_teraflops(training: Any, planned: Mapping[str, float], step_range: Sequence[int] | None) -> float:
     """Operations of one GPU in the step that was run, made of those of a whole planned step."""
     share = training.gradient_accumulation_steps * training.context_parallel_degree
     rest = sum(value for name, value in planned.items() if name != "rollout")
@@ -152,15 +136,11 @@ def expected_teraflops(training: Any, planned: dict[str, float], step_range: lis
     return (rest + planned["rollout"] * (first + 1) / ((first + last) / 2)) / share
 
 
-def faults(result: dict[str, Any]) -> list[str]:
-    """What is wrong with a recipe's result."""
-    if "error" in result:
-        return [result["error"].splitlines()[-1]]
-    is_shared = result["context_parallel_degree"] > 1
-    is_part = is_shared or result["zero_stage"] > 0 or result["is_split"]
+def faults(result: Mapping[str, Any]) -> list[str]:
+    """What is wrong with a recipe's comparison."""
     bounds = {
-        ("measured", "planned"): SHARED_MEMORY_BOUND if is_part else MEMORY_BOUND,
-        ("measured_teraflops", "planned_teraflops"): SHARED_FLOPS_BOUND if is_shared else FLOPS_BOUND,
+        ("measured", "planned"): PART_BOUND if result["is_part"] else MEMORY_BOUND,
+        ("measured_teraflops", "planned_teraflops"): SHARED_FLOPS_BOUND if result["is_shared"] else FLOPS_BOUND,
         ("host_buffers", "planned_host_buffers"): MEMORY_BOUND,
     }
     found = []
@@ -173,66 +153,98 @@ def faults(result: dict[str, Any]) -> list[str]:
     return found
 
 
-def table(results: list[dict[str, Any]]) -> str:
-    """The results as a Markdown table."""
-    lines = [
-        "| recipe | engine | GB of a GPU, planned | step at real size, GB | planned | TFLOP | planned | host GB | checkpoint GB |",
-        "|---|---|---|---|---|---|---|---|---|",
+def table_row(path: Path, measured: Mapping[str, Any]) -> str:
+    """A recipe's row of the page."""
+    recipe, planned, result = load_recipe(path), plan_recipe(path), compare(path, measured)
+    cells = [
+        recipe.link,
+        recipe.engine_name,
+        f"{result['measured']:.1f}",
+        f"{result['planned']:.1f}",
+        f"{result['measured'] / result['planned']:.2f}",
+        f"{result['measured_teraflops']:,.0f}",
+        f"{result['planned_teraflops']:,.0f}",
+        f"{result['host_buffers']:.1f}",
+        f"{result['planned_host_buffers']:.1f}",
+        str(result["num_syncs"]),
+        f"{planned.peak:.1f}",
+        f"{planned.host_peak:.1f}",
+        f"{planned.checkpoint:,.1f}",
     ]
-    for result in results:
-        name = f"`{result['recipe'].removeprefix('examples/').removesuffix('.yaml')}`"
-        if "error" in result:
-            lines.append(f"| {name} | | | {result['error'].splitlines()[-1]} | | | | | |")
-            continue
-        engine = f"ZeRO-{result['zero_stage']}" if result["zero_stage"] else "one process or DDP"
-        degree = result["context_parallel_degree"]
-        engine += f", context parallel {degree}" if degree > 1 else ""
-        lines.append(
-            f"| {name} | {engine} | {result['planned_peak']:.1f} | {result['measured']:.1f} | {result['planned']:.1f} "
-            f"| {result['measured_teraflops']:.0f} | {result['planned_teraflops']:.0f} | {result['host_memory']:.0f} "
-            f"| {result['checkpoint']:.0f} |"
-        )
-    return "\n".join(lines) + "\n"
+    return f"| {' | '.join(cells)} |"
 
 
-def run_in_process(recipe: Path, library: Path) -> dict[str, Any]:
-    """Run one recipe in a process of its own, so that a tensor that is not fake ends that process only."""
-    program = (
-        "import json, pathlib, resource, sys\n"
-        f"resource.setrlimit(resource.RLIMIT_AS, ({ADDRESS_SPACE}, {ADDRESS_SPACE}))\n"
-        "from examples.real_size.library import load_library\n"
-        "load_library(pathlib.Path(sys.argv[1]))\n"
-        "from examples.real_size.pretended_cuda import start\n"
-        "start()\n"
-        "from examples.real_size.real_size import measure_recipe\n"
-        "print(json.dumps(measure_recipe(pathlib.Path(sys.argv[2]))))\n"
-    )
-    command = [sys.executable, "-c", program, str(library.resolve()), str(recipe)]
-    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if finished.returncode:
-        return {"recipe": str(recipe.relative_to(ROOT)), "error": finished.stderr.strip()}
-    return compare(recipe, json.loads(finished.stdout.splitlines()[-1]))
+def page(results: Mapping[str, Any]) -> str:
+    """The page: a row for each recipe that has been measured."""
+    rows = [
+        table_row(path, results["recipes"][load_recipe(path).name])
+        for path in recipe_paths()
+        if load_recipe(path).name in results["recipes"]
+    ]
+    versions = ", ".join(f"{name} {version}" for name, version in results["libraries"].items())
+    return "\n".join([PAGE, f"Measured with {versions}.", "", HEADER, *rows, ""])
+
+
+def measure_recipes(paths: Sequence[Path], library: Path) -> Iterator[dict[str, Any]]:
+    """
+    Run a step of each recipe, each in a process of its own.
+
+    Yields:
+        What was measured, see `steps.Measurement`, or the traceback under `error`; in the order of `paths`.
+    """
+    module = "examples.real_size.pretending"
+    command = [sys.executable, "-m", module, str(library.resolve()), *(str(path) for path in paths)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for path in paths:
+        line = process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{module} ended with {process.wait()} before {path}.")
+        yield json.loads(line)
+    process.wait()
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """What was measured before; nothing, if that was with other libraries."""
+    libraries = {name: importlib.metadata.version(name).split("+")[0] for name in LIBRARIES}
+    known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if known.get("libraries") != libraries:
+        return {"libraries": libraries, "recipes": {}}
+    return known
 
 
 def main() -> None:
-    """Run the recipes, write the results and say what is wrong."""
+    """Run the recipes, write results and page, and say what is wrong."""
     config = parse_config(RealSizeConfig, description=__doc__)
-    output_dir = Path(config.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    recipes = [Path(name).resolve() for name in config.recipes]
-    recipes = recipes or sorted(path for folder in RECIPE_FOLDERS for path in (ROOT / folder).glob("*.yaml"))
-    library = compile_library(output_dir / "build")
-    results, wrong = [], 0
-    for recipe in recipes:
-        result = run_in_process(recipe, library)
-        results.append(result)
-        (output_dir / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
-        found = faults(result)
-        wrong += bool(found)
-        print(f"{result['recipe']}: {'; '.join(found) or 'as planned'}", flush=True)
-    (output_dir / "results.md").write_text(table(results), encoding="utf-8")
-    print(f"{output_dir / 'results.md'}: {len(results) - wrong} of {len(results)} recipes run as planned.")
-    if wrong:
+    results_file = Path(config.results)
+    paths = [Path(name).resolve() for name in config.recipes] or recipe_paths()
+    results = read_results(results_file)
+    recipes: dict[str, Any] = results["recipes"]
+    names = {path: load_recipe(path).name for path in paths}
+    stale = [
+        path
+        for path in paths
+        if config.fresh or recipes.get(names[path], {}).get("options") != options_of(load_recipe(path))
+    ]
+    failed: dict[str, str] = {}
+    if stale:
+        library = compile_library(Path(config.build_dir))
+        for path, measured in zip(stale, measure_recipes(stale, library), strict=True):
+            recipes.pop(names[path], None)
+            if "error" in measured:
+                failed[names[path]] = measured["error"]
+                print(f"{names[path]}:\n{measured['error']}", flush=True)
+                continue
+            recipes[names[path]] = {"options": options_of(load_recipe(path)), **measured}
+            write_text(results_file, json.dumps(results, indent=1, sort_keys=True) + "\n")
+            print(f"{names[path]}: measured", flush=True)
+    write_text(Path(config.page), page(results))
+    differing = {name: faults(compare(path, recipes[name])) for path, name in names.items() if name not in failed}
+    for name, found in differing.items():
+        print(f"{name}: {'; '.join(found) or 'as planned'}")
+    num_wrong = len(failed) + sum(map(bool, differing.values()))
+    print(f"{config.page}: {len(paths) - num_wrong} of {len(paths)} recipes run as planned.")
+    if num_wrong:
         sys.exit(1)
 
 

@@ -1,6 +1,7 @@
 """Converts decoded frames to upright RGB arrays with square pixels, with FFmpeg's own filters."""
 
 import math
+import threading
 from fractions import Fraction
 from functools import lru_cache
 from typing import Literal
@@ -81,7 +82,7 @@ class FrameConverter:
             VideoError: If the frame's rotation is not made of quarter turns and mirrors, if it is HDR and that is
                 refused, or if its colours cannot be converted.
         """
-        graph = _build_graph(
+        graph = _graphs.build(
             (frame.width, frame.height),
             max(round(frame.width * self.aspect), 1),
             frame.format.name,
@@ -95,8 +96,6 @@ class FrameConverter:
         return on_white(pixels) if pixels.shape[2] == 4 else pixels
 
 
-# Cached between clips: swscale computes a table of colours when it starts, which takes seconds for HDR.
-@lru_cache(maxsize=4)
 def _build_graph(
     size: tuple[int, int],
     width: int,
@@ -125,6 +124,20 @@ def _build_graph(
     nodes = [graph.add(name, arguments or None) for name, arguments in filters]
     graph.link_nodes(source, *nodes, graph.add("buffersink")).configure()
     return graph
+
+
+class _Graphs(threading.local):
+    """
+    Filters are kept from clip to clip: swscale computes a table of colours when it starts, which takes seconds for HDR.
+
+    Each thread has its own: a graph in which two threads put frames gives each of them the other's, or none.
+    """
+
+    def __init__(self) -> None:
+        self.build = lru_cache(maxsize=4)(_build_graph)
+
+
+_graphs = _Graphs()
 
 
 def on_white(pixels: np.ndarray) -> np.ndarray:

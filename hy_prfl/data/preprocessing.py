@@ -80,14 +80,20 @@ class ClipSettings:
 
 
 @dataclass(frozen=True)
-class _Clip:
+class ClipContent:
     """
-    Frames `(num_frames, 3, height, width)` in [-1, 1] if they will be encoded, the encoded arrays of a row, and
-    remarks for the report.
+    What was read of a row, before any model has seen it.
+
+    Args:
+        frames (`np.ndarray`, *optional*):
+            `(num_frames, height, width, 3)` uint8 of the row's size; the images of a prompt-only row, or None without.
+        num_frames, height, width (`int`):
+            Size of the row.
+        remarks (`Sequence[str]`):
+            What is to be reported of it.
     """
 
-    frames: torch.Tensor | None
-    arrays: dict[str, np.ndarray | None]
+    frames: np.ndarray | None
     num_frames: int
     height: int
     width: int
@@ -124,87 +130,99 @@ class ClipEncoder:
         settings = dataclasses.asdict(self.settings)
         return hash_text(json.dumps([files, row.prompt, row.long_prompt, settings, self.encoder.identity]))
 
+    def read_row(self, row: ManifestRow) -> ClipContent:
+        """Frames of a row. Needs no model, so it may run in another thread. Raises a `VideoError` for a bad clip."""
+        if self.settings.prompts_only:
+            return self._read_prompt(row)
+        settings = self.settings
+        (path,) = self._sources(row)
+        video = decode_video(path, settings.fps, settings.num_frames, settings.min_num_frames, settings.decoding_rules)
+        height, width = settings.choose_size(*video.frames.shape[1:3])
+        frames = resize_and_crop(video.frames, height, width)
+        return ClipContent(frames, len(frames), height, width, video.remarks)
+
     def encode_row(self, row: ManifestRow) -> dict[str, Any]:
         """Packed columns of one row; remarks are logged. Raises a `VideoError` if the clip is bad."""
-        (result,) = self.encode_rows([row])
+        (result,) = self.encode_rows([row], [self.read_row(row)])
         if isinstance(result, VideoError):
             raise result
         for remark in result.pop("remarks"):
             logger.warning(f"clip {row.id!r}: {remark}.")
         return result
 
-    def encode_rows(self, rows: Sequence[ManifestRow]) -> list[dict[str, Any] | VideoError]:
+    def encode_rows(
+        self, rows: Sequence[ManifestRow], contents: Sequence[ClipContent]
+    ) -> list[dict[str, Any] | VideoError]:
         """
         Packed columns of each row with its `remarks`, or the error of its clip.
 
-        Clips of the same size and length share a batch.
-        """
-        results: dict[int, dict[str, Any] | VideoError] = {}
-        clips: dict[int, _Clip] = {}
-        for index, row in enumerate(rows):
-            try:
-                clips[index] = self._read_clip(row)
-            except VideoError as error:
-                results[index] = error
-        self._encode_latents(list(clips.values()))
-        for index, clip in clips.items():
-            try:
-                results[index] = self._pack(rows[index], clip)
-            except VideoError as error:
-                results[index] = error
-        return [results[index] for index in range(len(rows))]
+        Clips of one size and length share a batch.
 
-    def _read_clip(self, row: ManifestRow) -> _Clip:
-        """Frames of a row, and its encoded arrays except the latents."""
+        Args:
+            contents (`Sequence[ClipContent]`):
+                What `read_row` gave for each row.
+        """
+        arrays = [self._encode_texts(row) for row in rows]
+        # Only here in float32: while clips wait, uint8 takes a quarter of the memory.
+        videos = [None if content.frames is None else to_float(content.frames) for content in contents]
+        for frames, content, encoded in zip(videos, contents, arrays, strict=True):
+            if frames is not None and self.encoder.is_image_to_video:
+                image_embeds, condition = self.encoder.encode_condition(frames, num_frames=content.num_frames)
+                encoded["image_embeds"] = None if image_embeds is None else image_embeds.numpy()
+                encoded["condition"] = condition.numpy()
+        if not self.settings.prompts_only:
+            frames_of_all = [frames for frames in videos if frames is not None]
+            for encoded, latents in zip(arrays, self._encode_latents(frames_of_all), strict=True):
+                encoded["latents"] = latents
+        results: list[dict[str, Any] | VideoError] = []
+        for row, content, encoded in zip(rows, contents, arrays, strict=True):
+            try:
+                results.append(self._pack(row, content, encoded))
+            except VideoError as error:
+                results.append(error)
+        return results
+
+    def _encode_texts(self, row: ManifestRow) -> dict[str, np.ndarray | None]:
         arrays: dict[str, np.ndarray | None] = {
             "prompt_embeds": self.encoder.encode_prompt(row.prompt).numpy(),
             "null_prompt_embeds": self.null_prompt_embeds,
         }
         if row.long_prompt is not None:
             arrays["long_prompt_embeds"] = self.encoder.encode_prompt(row.long_prompt).numpy()
-        if self.settings.prompts_only:
-            return self._read_prompt(row, arrays)
-        settings = self.settings
-        (path,) = self._sources(row)
-        video = decode_video(path, settings.fps, settings.num_frames, settings.min_num_frames, settings.decoding_rules)
-        height, width = settings.choose_size(*video.frames.shape[1:3])
-        frames = to_float(resize_and_crop(video.frames, height, width))
-        if self.encoder.is_image_to_video:
-            self._encode_condition(frames, len(frames), arrays)
-        return _Clip(frames, arrays, len(frames), height, width, video.remarks)
+        return arrays
 
-    def _encode_latents(self, clips: Sequence[_Clip]) -> None:
-        """Add the latents of the clips that have frames to their arrays."""
-        batches: dict[torch.Size, list[tuple[_Clip, torch.Tensor]]] = {}
-        for clip in clips:
-            if clip.frames is not None:
-                batches.setdefault(clip.frames.shape, []).append((clip, clip.frames))
+    def _encode_latents(self, videos: Sequence[torch.Tensor]) -> list[np.ndarray]:
+        """Latents of each video, those of one shape encoded together."""
+        latents: dict[int, np.ndarray] = {}
+        batches: dict[torch.Size, list[int]] = {}
+        for index, frames in enumerate(videos):
+            batches.setdefault(frames.shape, []).append(index)
         for batch in batches.values():
-            latents = self.encoder.encode_videos(torch.stack([frames for _, frames in batch]))
-            for (clip, _), values in zip(batch, latents, strict=True):
-                clip.arrays["latents"] = values.numpy()
+            encoded = self.encoder.encode_videos(torch.stack([videos[index] for index in batch]))
+            latents |= {index: values.numpy() for index, values in zip(batch, encoded, strict=True)}
+        return [latents[index] for index in range(len(videos))]
 
-    def _pack(self, row: ManifestRow, clip: _Clip) -> dict[str, Any]:
+    def _pack(self, row: ManifestRow, content: ClipContent, arrays: Mapping[str, np.ndarray | None]) -> dict[str, Any]:
         sources = self._sources(row)
         columns = pack_row(
             self.encoder,
             row,
-            clip.arrays,
-            num_frames=clip.num_frames,
-            height=clip.height,
-            width=clip.width,
+            arrays,
+            num_frames=content.num_frames,
+            height=content.height,
+            width=content.width,
             fps=self.settings.fps,
             tensor_dtype=self.settings.tensor_dtype,
             source_hash=self.hashes[sources[0]] if sources else None,
         )
-        return columns | {"remarks": list(clip.remarks)}
+        return columns | {"remarks": list(content.remarks)}
 
-    def _read_prompt(self, row: ManifestRow, arrays: dict[str, np.ndarray | None]) -> _Clip:
-        """A row of a prompt-only dataset, its condition added to the arrays."""
+    def _read_prompt(self, row: ManifestRow) -> ClipContent:
+        """Size of a row of a prompt-only dataset, and the images that it shows the model."""
         settings = self.settings
         if not self.encoder.is_image_to_video:
             ((height, width),) = settings.buckets
-            return _Clip(None, arrays, settings.num_frames, height, width)
+            return ClipContent(None, settings.num_frames, height, width)
         sources = self._sources(row)
         remarks: Sequence[str] = ()
         if row.image is not None:
@@ -217,14 +235,8 @@ class ClipEncoder:
             if self.encoder.uses_last_frame:
                 images.append(video.frames[-1])
         height, width = settings.choose_size(*images[0].shape[:2])
-        frames = to_float(np.concatenate([resize_and_crop(image[None], height, width) for image in images]))
-        self._encode_condition(frames, settings.num_frames, arrays)
-        return _Clip(None, arrays, settings.num_frames, height, width, remarks)
-
-    def _encode_condition(self, frames: torch.Tensor, num_frames: int, arrays: dict[str, np.ndarray | None]) -> None:
-        image_embeds, condition = self.encoder.encode_condition(frames, num_frames=num_frames)
-        arrays["image_embeds"] = None if image_embeds is None else image_embeds.numpy()
-        arrays["condition"] = condition.numpy()
+        frames = np.concatenate([resize_and_crop(image[None], height, width) for image in images])
+        return ClipContent(frames, settings.num_frames, height, width, remarks)
 
     def _sources(self, row: ManifestRow) -> list[Path]:
         """Files whose content is in the row: the clip, or the sources of a prompt's first and last frame."""

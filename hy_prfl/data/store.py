@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ from ..runtime.distributed import process_state
 from .finished import REPORT_FILE, STATE_FILE, check_dropped, dropped_clips
 from .hashes import hash_text
 from .manifest import ManifestRow
+from .reading import ReadRow, RowReader, map_ahead
 from .schema import LABELS, latent_features, rows_to_table
 from .video import VideoError
 
@@ -44,10 +46,18 @@ class RowEncoder(Protocol):
     def row_key(self, row: ManifestRow) -> str:
         """A key of everything that determines the encoded columns of a row. Raises a `VideoError` for a bad clip."""
 
-    def encode_rows(self, rows: Sequence[ManifestRow]) -> list[dict[str, Any] | VideoError]:
+    def read_row(self, row: ManifestRow) -> Any:
+        """
+        What a row's files hold, for `encode_rows`. Raises a `VideoError` for a bad clip.
+
+        Like `row_key` it uses no model and may be called from several threads at a time.
+        """
+
+    def encode_rows(self, rows: Sequence[ManifestRow], contents: Sequence[Any]) -> list[dict[str, Any] | VideoError]:
         """
         Columns of each row, tensors packed by `schema.pack_tensor`, without id, source and labels; for a bad clip its
-        error. `remarks` besides the columns is a list of texts to report about a good one.
+        error. `remarks` besides the columns is a list of texts to report about a good one. `contents` is what
+        `read_row` returned for each row.
         """
 
 
@@ -61,6 +71,7 @@ def build_dataset(
     tensor_dtype: str = "float16",
     shard_size: int = 8,
     batch_size: int = 1,
+    num_workers: int = 0,
     overwrite: bool = False,
 ) -> DatasetSummary | None:
     """
@@ -83,6 +94,9 @@ def build_dataset(
             Rows per shard: at most this many, or one batch, are lost if the process is killed.
         batch_size (`int`, defaults to 1):
             Rows that are encoded at once.
+        num_workers (`int`, defaults to 0):
+            Threads of each process that read the next rows while others are encoded; with 0 rows are read in turn. The
+            result is the same. Up to `max(num_workers, batch_size)` rows that have been read wait.
         overwrite (`bool`, defaults to `False`):
             Drop clips of a dataset in `output_dir` without a good row in `rows`.
 
@@ -103,7 +117,11 @@ def build_dataset(
                 leftover.unlink()
     state.wait_for_everyone()
 
-    progress = _encode_share(rows, row_encoder, output_dir, partial_dir, tensor_dtype, shard_size, batch_size)
+    known = set(_open_sources(output_dir, partial_dir))
+    if known:
+        logger.info(f"Found {len(known)} encoded rows of earlier runs; those that still fit are reused.")
+    share = _Share(rows, row_encoder, known, partial_dir, tensor_dtype, shard_size)
+    progress = share.encode_all(range(state.process_index, len(rows), state.num_processes), batch_size, num_workers)
     lines = "".join(json.dumps(entry) + "\n" for entry in progress)
     write_text(partial_dir / f"progress-{state.process_index}.jsonl", lines)
     state.wait_for_everyone()
@@ -115,75 +133,92 @@ def build_dataset(
     return summary
 
 
-def _encode_share(
-    rows: Sequence[ManifestRow],
-    row_encoder: RowEncoder,
-    output_dir: Path,
-    partial_dir: Path,
-    tensor_dtype: str,
-    shard_size: int,
-    batch_size: int,
-) -> list[dict[str, Any]]:
-    """Encode the rows of this process that are not stored yet; note for each row its key, or why it has none."""
-    state = process_state()
-    known = set(_open_sources(output_dir, partial_dir))
-    if known:
-        logger.info(f"Found {len(known)} encoded rows of earlier runs; matching ones are reused.")
-    shard: dict[str, dict[str, Any]] = {}
-    remarks: dict[str, list[str]] = {}
-    # Positions that wait to be encoded, by key: rows may be equal.
-    waiting: dict[str, list[int]] = {}
-    progress: list[dict[str, Any]] = []
+class _Share:
+    """The rows of one process: encodes those that are stored nowhere, and writes them in shards."""
 
-    def note(position: int, key: str | None, *, encoded: bool = False, reason: str | None = None) -> None:
-        progress.append({"position": position, "key": key, "encoded": encoded, "reason": reason})
-        bar.update()
+    def __init__(
+        self,
+        rows: Sequence[ManifestRow],
+        row_encoder: RowEncoder,
+        known: set[str],
+        partial_dir: Path,
+        tensor_dtype: str,
+        shard_size: int,
+    ) -> None:
+        self.rows = rows
+        self.row_encoder = row_encoder
+        # Keys of the rows that are stored or encoded.
+        self.known = known
+        self.partial_dir = partial_dir
+        self.tensor_dtype = tensor_dtype
+        self.shard_size = shard_size
+        self.shard: dict[str, dict[str, Any]] = {}
+        self.remarks: dict[str, list[str]] = {}
+        # Rows that wait to be encoded, by key: some may be equal.
+        self.waiting: dict[str, list[ReadRow]] = {}
+        self.progress: list[dict[str, Any]] = []
 
-    def encode_waiting() -> None:
-        results = row_encoder.encode_rows([rows[first] for first, *_ in waiting.values()])
-        for (key, equal), result in zip(waiting.items(), results, strict=True):
+    def encode_all(self, positions: Sequence[int], batch_size: int, num_workers: int) -> list[dict[str, Any]]:
+        """Encode the rows at these positions; say for each its key, or why it has none."""
+        reader = RowReader(self.row_encoder, self.rows, self.known)
+        num_ahead = max(num_workers, batch_size)
+        hide_bar = not process_state().is_main_process
+        with closing(map_ahead(reader, positions, num_workers=num_workers, num_ahead=num_ahead)) as read_rows:
+            try:
+                for row in tqdm(read_rows, total=len(positions), desc="Encoding", unit="clip", disable=hide_bar):
+                    self._add(row)
+                    if len(self.waiting) == batch_size:
+                        self._encode_waiting()
+                self._encode_waiting()
+            finally:
+                # Also when interrupted: what is encoded is kept.
+                self._write_shard()
+        return self.progress
+
+    def _add(self, row: ReadRow) -> None:
+        if isinstance(row.key, VideoError):
+            self._note(row, None, reason=str(row.key))
+        elif row.key in self.known:
+            self._note(row, row.key)
+        else:
+            self.waiting.setdefault(row.key, []).append(row)
+
+    def _note(self, row: ReadRow, key: str | None, *, encoded: bool = False, reason: str | None = None) -> None:
+        self.progress.append({"position": row.position, "key": key, "encoded": encoded, "reason": reason})
+
+    def _encode_waiting(self) -> None:
+        results = self._encode([first for first, *_ in self.waiting.values()])
+        for (key, equal), result in zip(self.waiting.items(), results, strict=True):
             tried = 1
             # Equal rows may come from different files, so an error in one need not be in the next.
             while isinstance(result, VideoError):
-                note(equal[tried - 1], None, reason=str(result))
+                self._note(equal[tried - 1], None, reason=str(result))
                 if tried == len(equal):
                     break
-                (result,) = row_encoder.encode_rows([rows[equal[tried]]])
+                (result,) = self._encode([equal[tried]])
                 tried += 1
             else:
-                remarks[key] = result.pop("remarks", [])
-                shard[key] = result
-                known.add(key)
-                for position in equal[tried - 1 :]:
-                    note(position, key, encoded=position == equal[tried - 1])
-        waiting.clear()
-        if len(shard) >= shard_size:
-            _write_shard(partial_dir, shard, remarks, tensor_dtype)
-            shard.clear()
-            remarks.clear()
+                self.remarks[key] = result.pop("remarks", [])
+                self.shard[key] = result
+                self.known.add(key)
+                for row in equal[tried - 1 :]:
+                    self._note(row, key, encoded=row is equal[tried - 1])
+        self.waiting.clear()
+        if len(self.shard) >= self.shard_size:
+            self._write_shard()
 
-    positions = range(state.process_index, len(rows), state.num_processes)
-    bar = tqdm(total=len(positions), desc="Encoding", unit="clip", disable=not state.is_main_process)
-    try:
-        for position in positions:
-            try:
-                key = row_encoder.row_key(rows[position])
-            except VideoError as error:
-                note(position, None, reason=str(error))
-                continue
-            if key in known:
-                note(position, key)
-                continue
-            waiting.setdefault(key, []).append(position)
-            if len(waiting) == batch_size:
-                encode_waiting()
-        encode_waiting()
-    finally:
-        bar.close()
-        # Also when interrupted, so that encoded rows are kept.
-        if shard:
-            _write_shard(partial_dir, shard, remarks, tensor_dtype)
-    return progress
+    def _encode(self, group: Sequence[ReadRow]) -> list[dict[str, Any] | VideoError]:
+        contents = {row.position: row.take_content() for row in group}
+        good = {position: content for position, content in contents.items() if not isinstance(content, VideoError)}
+        results = self.row_encoder.encode_rows([self.rows[position] for position in good], list(good.values()))
+        encoded = dict(zip(good, results, strict=True))
+        return [encoded.get(position, content) for position, content in contents.items()]
+
+    def _write_shard(self) -> None:
+        if self.shard:
+            _write_shard(self.partial_dir, self.shard, self.remarks, self.tensor_dtype)
+            self.shard.clear()
+            self.remarks.clear()
 
 
 def _write_shard(

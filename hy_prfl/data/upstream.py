@@ -172,17 +172,13 @@ class UpstreamImporter:
         settings = [self.fps, self.tensor_dtype, self.encoder.identity, self._null_prompt_hash]
         return hash_text(json.dumps(["upstream", files, row.prompt, row.long_prompt, settings], sort_keys=True))
 
-    def encode_rows(self, rows: Sequence[ManifestRow]) -> list[dict[str, Any] | VideoError]:
-        """Packed columns of each row, or the error of its arrays."""
-        results: list[dict[str, Any] | VideoError] = []
-        for row in rows:
-            try:
-                results.append(self.encode_row(row))
-            except VideoError as error:
-                results.append(error)
-        return results
+    def encode_rows(
+        self, rows: Sequence[ManifestRow], contents: Sequence[dict[str, Any]]
+    ) -> list[dict[str, Any] | VideoError]:
+        """The contents: what is read is encoded already."""
+        return list(contents)
 
-    def encode_row(self, row: ManifestRow) -> dict[str, Any]:
+    def read_row(self, row: ManifestRow) -> dict[str, Any]:
         """Packed columns of one row. Raises a `VideoError` if an array does not fit."""
         paths = self._paths(row)
         arrays: dict[str, np.ndarray | None] = {"null_prompt_embeds": self.null_prompt_embeds}

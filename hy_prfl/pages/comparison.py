@@ -43,7 +43,8 @@ def read_pairs(left: str | Path, right: str | Path) -> list[Item]:
         rows = read_manifest(folder / MANIFEST)
         check_videos(rows)
         manifests.append({row.id: row for row in rows})
-    for ours, theirs, one, other in ((*manifests, *folders), (*manifests[::-1], *folders[::-1])):
+    for first, second in ((0, 1), (1, 0)):
+        ours, theirs, one, other = manifests[first], manifests[second], folders[first], folders[second]
         single = [row_id for row_id in ours if row_id not in theirs]
         if single:
             raise ValueError(
@@ -132,9 +133,10 @@ def _counts(outcomes: Sequence[str]) -> dict[str, int]:
 def _shares(outcomes: Sequence[str]) -> dict[str, dict[str, Any]]:
     shares: dict[str, dict[str, Any]] = {}
     for name, count in _counts(outcomes).items():
-        low, high = proportion_confint(count, len(outcomes), 1 - CONFIDENCE, "wilson") if outcomes else (None, None)
-        share = count / len(outcomes) if outcomes else None
-        shares[name] = {"count": count, "share": share, "interval": None if low is None else [float(low), float(high)]}
+        shares[name] = {"count": count, "share": None, "interval": None}
+        if outcomes:
+            low, high = proportion_confint(count, len(outcomes), 1 - CONFIDENCE, "wilson")
+            shares[name] |= {"share": count / len(outcomes), "interval": [float(low), float(high)]}
     return shares
 
 

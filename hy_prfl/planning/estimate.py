@@ -171,9 +171,7 @@ def _estimate_prfl(request: Request, training: PRFLTrainingConfig, reserved: flo
         block_inputs += reward["forward"].offloaded
         phases |= {
             "rollout": generator["rollout"].peak,
-            "reward": (
-                copied + beside + max(reward["forward"].peak, reward["backward"].peak) + _whole_tokens(request, 5)
-            ),
+            "reward": copied + beside + max(reward["forward"].peak, reward["backward"].peak),
             "gradient step": flow_peak,
         }
     if experts.frozen(rolls_out=uses_reward, samples=training.validation_dataset is not None):
@@ -216,7 +214,7 @@ def _estimate_reward(request: Request, training: RewardTrainingConfig, reserved:
     held |= _held_by_batch(request)
     peaks = {
         "optimizer step": engine.step_memory(sizes),
-        "forward and backward": max(phases["forward"].peak, phases["backward"].peak) + _whole_tokens(request, 5),
+        "forward and backward": max(phases["forward"].peak, phases["backward"].peak),
     }
     num_backwards = training.gradient_accumulation_steps
     _take_turns(request, held, peaks, phases, config["num_layers"], num_backwards=num_backwards)
@@ -250,15 +248,9 @@ def _held_by_batch(request: Request) -> dict[str, float]:
         # Every rank embeds all patches before it takes its share, which is a view; queries, keys, values and outputs are
         # copied to be exchanged.
         exchange = 4 * BFLOAT16 * shape.batch_size * request.width * request.num_tokens / degree
-        parts["context parallel"] = _whole_tokens(request, 1) + exchange
+        others = BFLOAT16 * shape.batch_size * request.width * request.num_tokens * (1 - 1 / degree)
+        parts["context parallel"] = others + exchange
     return parts
-
-
-def _whole_tokens(request: Request, count: int) -> float:
-    """Bytes by which `count` tensors of all tokens exceed those of one rank's share."""
-    degree = request.training.context_parallel_degree
-    others = request.num_tokens * (1 - 1 / degree)
-    return count * BFLOAT16 * request.shape.batch_size * request.width * others
 
 
 def _num_backwards(training: PRFLTrainingConfig) -> int:

@@ -71,12 +71,15 @@ class Shape:
             Length of the prompt.
         first_frame (`bool`):
             Whether an image is given in place of the first frame, so that every token has a timestep of its own.
+        num_parts (`int`):
+            GPUs that share each clip, of which these are the tokens of one.
     """
 
     batch_size: int
     latents: tuple[int, int, int]
     text_tokens: int = TEXT_TOKENS
     first_frame: bool = False
+    num_parts: int = 1
 
     def num_tokens(self, patch_size: Sequence[int]) -> int:
         """Tokens of one clip."""
@@ -91,13 +94,34 @@ class Shape:
         rows = num_tokens // width
         height = next(size for size in range(min(1024, rows), 0, -1) if rows % size == 0)
         frames, rows, columns = patch_size
-        return replace(self, latents=(num_tokens // (width * height) * frames, height * rows, width * columns))
+        latents = (num_tokens // (width * height) * frames, height * rows, width * columns)
+        return replace(self, latents=latents, num_parts=degree)
 
 
 def images_of_clip(config: Mapping[str, Any]) -> tuple[int, int]:
     """Images that an image-to-video model is given with a clip, one or two, and the tokens of each."""
     both = config["pos_embed_seq_len"]
     return (1, IMAGE_TOKENS) if both is None else (2, both // 2)
+
+
+class _GatherTokens(torch.autograd.Function):
+    """Allocates what gathering the tokens of all GPUs does: first one after the other, then side by side."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_states: torch.Tensor, num_parts: int) -> torch.Tensor:
+        ctx.num_parts = num_parts
+        gathered = hidden_states.new_empty((num_parts * hidden_states.shape[0], *hidden_states.shape[1:]))
+        return torch.cat(gathered.chunk(num_parts), dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad.chunk(ctx.num_parts, dim=1)[0], None
+
+
+def _gather_tokens(reward_model: Any, shape: Shape) -> None:
+    """Let pooling and head see the tokens of all GPUs, as they do in a run."""
+    if shape.num_parts > 1:
+        reward_model.token_gather.forward = lambda hidden_states: _GatherTokens.apply(hidden_states, shape.num_parts)
 
 
 class Inputs:
@@ -293,6 +317,7 @@ def _simulate_reward(
         materialize(reward_model)
         if numerics.on_gpu:
             use_gpu_kernels(reward_model)
+        _gather_tokens(reward_model, shape)
         if dict(options)["gradient_checkpointing"]:
             recompute_blocks(reward_model)
         inputs = Inputs(values, shape, numerics.compute)
@@ -324,6 +349,7 @@ def _run_reward_training(
     materialize(reward_model)
     if numerics.on_gpu:
         use_gpu_kernels(reward_model)
+    _gather_tokens(reward_model, shape)
     drop_gradients(reward_model)
     if training.gradient_checkpointing:
         recompute_blocks(reward_model)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 # Options that change neither the rows nor their values.
-NOT_REQUESTED = ("output_dir", "manifest", "upstream_meta", "shard_size", "batch_size", "overwrite")
+NOT_REQUESTED = ("output_dir", "manifest", "upstream_meta", "shard_size", "batch_size", "num_workers", "overwrite")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -100,6 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         tensor_dtype=config.tensor_dtype,
         shard_size=config.shard_size,
         batch_size=config.batch_size,
+        num_workers=config.num_workers,
         overwrite=config.overwrite,
     )
     if summary is not None:

@@ -2,6 +2,7 @@
 
 import struct
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,18 @@ def write_planes(
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     return path
+
+
+def test_clips_decoded_at_once_keep_their_own_frames(tmp_path: Path) -> None:
+    """Clips of one size share FFmpeg's filters within a thread, and never with another thread."""
+    levels = [16, 81, 145, 235]
+    planes = [[np.full((64, 96), level, np.uint8)] for level in levels]
+    paths = [write_planes(tmp_path / f"{index}.mkv", each, "gray", num_frames=25) for index, each in enumerate(planes)]
+    with ThreadPoolExecutor(4) as executor:
+        videos = list(executor.map(lambda path: decode_video(path, 16, 25).frames, 5 * paths))
+    for index, frames in enumerate(videos):
+        assert np.unique(frames).tolist() == np.unique(decode_video(paths[index % 4], 16, 1).frames).tolist()
+        assert len(np.unique(frames)) == 1
 
 
 class TestOrientation:

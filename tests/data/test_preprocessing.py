@@ -20,7 +20,7 @@ from hy_prfl.data.encoding import LatentEncoder
 from hy_prfl.data.finished import is_complete, request_digest
 from hy_prfl.data.hashes import hash_file, hash_files
 from hy_prfl.data.manifest import ManifestRow
-from hy_prfl.data.preprocessing import ClipEncoder, ClipSettings
+from hy_prfl.data.preprocessing import ClipContent, ClipEncoder, ClipSettings
 from hy_prfl.data.schema import TENSORS, table_to_rows, unpack_tensor
 from hy_prfl.data.store import DatasetSummary, build_dataset
 from hy_prfl.data.video import VideoError, read_video, resize_and_crop, to_float
@@ -50,7 +50,12 @@ def make_row(name: str, **fields: Any) -> ManifestRow:
 
 
 def build(
-    rows: list[ManifestRow], row_encoder: ClipEncoder, output_dir: Path, batch_size: int = 1, overwrite: bool = False
+    rows: list[ManifestRow],
+    row_encoder: ClipEncoder,
+    output_dir: Path,
+    batch_size: int = 1,
+    overwrite: bool = False,
+    num_workers: int = 0,
 ) -> DatasetSummary:
     dtype = row_encoder.settings.tensor_dtype
     digest = request_digest(rows, {"settings": repr(row_encoder.settings)})
@@ -62,6 +67,7 @@ def build(
         tensor_dtype=dtype,
         shard_size=2,
         batch_size=batch_size,
+        num_workers=num_workers,
         overwrite=overwrite,
     )
     assert summary is not None
@@ -215,24 +221,54 @@ def test_batches_are_the_rows_one_by_one(
         np.testing.assert_allclose(latents[1], latents[0], rtol=1e-4, atol=1e-5)
 
 
-def test_interrupted_run_continues_where_it_was(encoder: LatentEncoder, clips: list[Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_rows_read_ahead_are_those_read_in_turn(
+    encoder: LatentEncoder,
+    clips: list[Path],
+    write_video: Callable[..., Path],
+    tmp_path: Path,
+    batch_size: int,
+) -> None:
+    """The same rows in the same order, bit for bit, and the same report: bad, missing and equal clips among them."""
+    (tmp_path / "junk.mp4").write_bytes(b"junk")
+    upright = write_video(tmp_path / "upright.mp4", num_frames=9, height=96, width=64)
+    junk, missing = tmp_path / "junk.mp4", tmp_path / "nowhere.mp4"
+    videos = [junk, clips[0], upright, missing, clips[1], clips[0], clips[2], clips[2], junk, clips[3], clips[4]]
+    rows = [make_row(f"{index}", video=path) for index, path in enumerate(videos)]
+    rows[9] = make_row("9", video=clips[3], prompt="")
+    settings = ClipSettings(**SETTINGS, tensor_dtype="float32")
+    in_turn, ahead = (
+        build(rows, ClipEncoder(encoder, settings), tmp_path / str(num), batch_size=batch_size, num_workers=num)
+        for num in (0, 3)
+    )
+    assert in_turn == ahead == DatasetSummary(num_rows=7, num_encoded=5, num_bad=4)
+    assert_same_rows(read_rows(tmp_path / "0"), read_rows(tmp_path / "3"))
+    assert (tmp_path / "0" / "report.jsonl").read_text() == (tmp_path / "3" / "report.jsonl").read_text()
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_interrupted_run_continues_where_it_was(
+    encoder: LatentEncoder, clips: list[Path], tmp_path: Path, num_workers: int
+) -> None:
     rows = [make_row(path.stem, video=path) for path in clips]
 
     class InterruptedEncoder(ClipEncoder):
-        def encode_rows(self, rows: Sequence[ManifestRow]) -> list[dict[str, Any] | VideoError]:
+        def encode_rows(
+            self, rows: Sequence[ManifestRow], contents: Sequence[ClipContent]
+        ) -> list[dict[str, Any] | VideoError]:
             if rows[0].id == "3":
                 raise KeyboardInterrupt
-            return super().encode_rows(rows)
+            return super().encode_rows(rows, contents)
 
     settings = ClipSettings(**SETTINGS)
     with pytest.raises(KeyboardInterrupt):
-        build(rows, InterruptedEncoder(encoder, settings), tmp_path / "out")
+        build(rows, InterruptedEncoder(encoder, settings), tmp_path / "out", num_workers=num_workers)
     assert not (tmp_path / "out").exists()
     # Leftovers of a process that was killed while it wrote.
     (tmp_path / "out.partial" / "shard-0.arrow.1.tmp").write_bytes(b"half a shard")
     (tmp_path / ".out.tmp").mkdir()
 
-    summary = build(rows, ClipEncoder(encoder, settings), tmp_path / "out")
+    summary = build(rows, ClipEncoder(encoder, settings), tmp_path / "out", num_workers=num_workers)
     assert summary == DatasetSummary(num_rows=5, num_encoded=2, num_bad=0)
     build(rows, ClipEncoder(encoder, settings), tmp_path / "whole")
     assert_same_rows(read_rows(tmp_path / "out"), read_rows(tmp_path / "whole"))
@@ -413,9 +449,9 @@ def test_equal_clips_do_not_share_what_is_wrong_with_one_of_them(
         shutil.copy(clips[0], path)
 
     class SlowEncoder(ClipEncoder):
-        def encode_rows(self, rows: Sequence[ManifestRow]) -> list[dict[str, Any] | VideoError]:
+        def read_row(self, row: ManifestRow) -> ClipContent:
             paths[0].unlink(missing_ok=True)
-            return super().encode_rows(rows)
+            return super().read_row(row)
 
     rows = [make_row(path.stem, video=path) for path in paths]
     summary = build(rows, SlowEncoder(encoder, ClipSettings(**SETTINGS)), tmp_path / "out", batch_size=3)

@@ -191,7 +191,7 @@ def test_arrays_that_do_not_fit_are_bad_clips(
     np.save(tmp_path / "480" / column / "clip.npy", array)
     (row,) = read_upstream(tmp_path / "480" / "meta_v1", tmp_path)
     with pytest.raises(VideoError, match=message):
-        UpstreamImporter(i2v_encoder, 16.0, "float32", None).encode_row(row)
+        UpstreamImporter(i2v_encoder, 16.0, "float32", None).read_row(row)
 
 
 def test_missing_and_damaged_arrays_are_bad_clips(i2v_encoder: LatentEncoder, tmp_path: Path) -> None:
@@ -298,7 +298,7 @@ def test_prompts_longer_than_the_sequence_are_bad_clips(i2v_pipeline_dir: Path, 
     (row,) = read_upstream(tmp_path / "480" / "meta_v1", tmp_path)
     encoder = LatentEncoder.from_pretrained(str(i2v_pipeline_dir), max_sequence_length=NUM_TOKENS - 1)
     with pytest.raises(VideoError, match="clip.npy': 5 tokens, `max_sequence_length` is 4"):
-        UpstreamImporter(encoder, 16.0, "float32", None).encode_row(row)
+        UpstreamImporter(encoder, 16.0, "float32", None).read_row(row)
 
 
 class TestFirstAndLastFrame:
@@ -342,13 +342,13 @@ class TestFirstAndLastFrame:
         (row,) = read_upstream(tmp_path / "480" / "meta_v1", tmp_path)
         importer = UpstreamImporter(encoder, 16.0, "float32", None)
         with pytest.raises(VideoError, match=r"clip.npy': expected 2 images of 5 tokens.*got shape \(1, 5, 32\)"):
-            importer.encode_row(row)
+            importer.read_row(row)
         np.save(tmp_path / "480/imgclip_path/clip.npy", expected[0])
         condition = expected[1].copy()
         condition[3, -1] = 0
         np.save(tmp_path / "480/f1_black_path/clip.npy", condition[None])
         with pytest.raises(VideoError, match="clip.npy': its mask .* the first and the last frame"):
-            importer.encode_row(row)
+            importer.read_row(row)
 
     def test_two_images_are_refused_by_a_pipeline_of_one(
         self, i2v_encoder: LatentEncoder, expected: tuple[np.ndarray, np.ndarray], tmp_path: Path
@@ -358,7 +358,7 @@ class TestFirstAndLastFrame:
             np.save(tmp_path / "480/imgclip_path/clip.npy", embeds)
             (row,) = read_upstream(tmp_path / "480" / "meta_v1", tmp_path)
             with pytest.raises(VideoError, match="clip.npy': expected 1 image of 5 tokens"):
-                UpstreamImporter(i2v_encoder, 16.0, "float32", None).encode_row(row)
+                UpstreamImporter(i2v_encoder, 16.0, "float32", None).read_row(row)
 
 
 def test_embeddings_of_the_importer_and_the_encoder_agree(i2v_encoder: LatentEncoder, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Training steps at 14B on a pretended CUDA device: nothing that CUDA refuses, and what the planner says."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -10,14 +11,31 @@ import pytest
 import torch
 
 from examples.real_size.library import compile_library
-from examples.real_size.real_size import ROOT, faults, run_in_process, table
+from examples.real_size.real_size import RESULTS, ROOT, compare, faults, measure_recipes, options_of, page
+from examples.real_size.recipes import load_recipe, recipe_paths
 
 
-pytestmark = [
-    pytest.mark.launch,
-    pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler"),
-    pytest.mark.skipif(torch.version.cuda is not None, reason="a build of torch with CUDA cannot pretend"),
-]
+def pretends(test: Any) -> Any:
+    """Mark a test that starts the pretended device."""
+    test = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")(test)
+    reason = "a build of torch with CUDA cannot pretend"
+    return pytest.mark.launch(pytest.mark.skipif(torch.version.cuda is not None, reason=reason)(test))
+
+
+MEASURED = json.loads(RESULTS.read_text(encoding="utf-8"))
+PATHS = {load_recipe(path).name: path for path in recipe_paths()}
+
+
+def test_page_is_what_the_results_say() -> None:
+    """Measured columns from the JSON file, the planner's computed again. `make real-size` writes both."""
+    assert (ROOT / "docs" / "real_size.md").read_text(encoding="utf-8") == page(MEASURED)
+
+
+@pytest.mark.parametrize("name", MEASURED["recipes"])
+def test_results_are_of_the_recipe_and_agree_with_the_plan(name: str) -> None:
+    measured = MEASURED["recipes"][name]
+    assert measured["options"] == options_of(load_recipe(PATHS[name]))
+    assert faults(compare(PATHS[name], measured)) == []
 
 
 @pytest.fixture(scope="module")
@@ -25,25 +43,27 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return compile_library(tmp_path_factory.mktemp("build"))
 
 
-# Autocast with block inputs in host memory; DeepSpeed's bfloat16 with images and context parallelism; pairs.
-@pytest.mark.parametrize(
-    "name",
-    ["prfl/wan2.1_t2v_14b_720p_lora", "prfl/wan2.1_i2v_14b_480p_full", "reward/wan2.1_t2v_14b_480p_bt"],
-)
-def test_a_step_at_real_size(library: Path, name: str) -> None:
-    result = run_in_process(ROOT / f"examples/{name}.yaml", library)
-    assert not faults(result), result
+@pretends
+def test_a_step_at_real_size(library: Path) -> None:
+    """Autocast with block inputs in host memory; DeepSpeed's bfloat16 with context parallelism; pairs."""
+    names = ["prfl/wan2.1_t2v_14b_720p_lora", "prfl/wan2.1_i2v_14b_480p_full", "reward/wan2.1_t2v_14b_480p_bt"]
+    for name, measured in zip(names, measure_recipes([PATHS[name] for name in names], library), strict=True):
+        assert "error" not in measured, measured["error"]
+        assert faults(compare(PATHS[name], measured)) == [], name
 
 
-def test_a_step_that_fails_is_told_by_its_last_line() -> None:
-    result = {
-        "recipe": "examples/prfl/a.yaml",
-        "error": "Traceback\n  ...\nRuntimeError: Expected query, key, and value",
-    }
-    assert faults(result) == ["RuntimeError: Expected query, key, and value"]
-    assert "| `prfl/a` | | | RuntimeError: Expected query, key, and value |" in table([result])
+@pretends
+def test_a_recipe_that_fails_leaves_the_next_one_alone(library: Path, tmp_path: Path) -> None:
+    text = PATHS["prfl/wan2.1_t2v_1.3b_480p_lora"].read_text(encoding="utf-8")
+    recipes = [tmp_path / f"{name}_480p.yaml" for name in ("a", "b")]
+    for recipe, replacement in zip(recipes, ("gradient_checkpointing_blocks: 7", "lora_rank: -1"), strict=True):
+        recipe.write_text(text.replace("gradient_checkpointing: true", replacement))
+    first, second = measure_recipes(recipes, library)
+    assert "gradient_checkpointing_blocks" in first["error"].splitlines()[-1]
+    assert "lora_rank" in second["error"].splitlines()[-1]
 
 
+@pretends
 def test_the_device_refuses_what_cuda_refuses(library: Path) -> None:
     """Operands of different types, outside of autocast; and autocast computes norms in float32."""
     program = (
@@ -67,12 +87,12 @@ def test_the_device_refuses_what_cuda_refuses(library: Path) -> None:
 
 def test_differences_from_the_plan_are_told() -> None:
     good: dict[str, Any] = {
-        "zero_stage": 0, "is_split": False, "most_syncs": 8, "context_parallel_degree": 1, "measured": 10.0, "planned": 10.2, "measured_teraflops": 5.0,
+        "is_part": False, "is_shared": False, "most_syncs": 8, "measured": 10.0, "planned": 10.2, "measured_teraflops": 5.0,
         "planned_teraflops": 5.0, "num_syncs": 4, "sync_places": {}, "host_buffers": 0.0, "planned_host_buffers": 0.0,
     }  # fmt: skip
     assert faults(good) == []
     assert faults({**good, "planned": 11.0}) == ["measured 10, planned 11"]
-    assert faults({**good, "zero_stage": 3, "planned": 11.0}) == []
+    assert faults({**good, "is_part": True, "planned": 11.0}) == []
     assert faults({**good, "measured_teraflops": 5.1}) == ["measured_teraflops 5.1, planned_teraflops 5"]
     assert faults({**good, "num_syncs": 99, "sync_places": {"a.py:1": 99}}) == [
         "99 waits for the device: {'a.py:1': 99}"

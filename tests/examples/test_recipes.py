@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.util
-import json
 import re
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
+from examples.real_size.recipes import load_recipe, page, plan_recipe, read_head, recipe_paths
 from hy_prfl.configs.generate import GenerateConfig
 from hy_prfl.configs.parser import parse_config
 from hy_prfl.configs.preprocess import PreprocessConfig
@@ -17,7 +17,6 @@ from hy_prfl.configs.prfl import PRFLTrainingConfig
 from hy_prfl.configs.reward import RewardTrainingConfig
 from hy_prfl.configs.score import ScoreConfig
 from hy_prfl.formats.pipeline_info import PUBLISHED
-from hy_prfl.scripts.plan import main as plan_command
 
 
 ROOT = Path(__file__).parents[2]
@@ -28,8 +27,10 @@ CONFIGS = {
     "score": ScoreConfig,
     "generate": GenerateConfig,
 }
-TRAINING_RECIPES = sorted([*(ROOT / "examples/prfl").glob("*.yaml"), *(ROOT / "examples/reward").glob("*.yaml")])
-PLANNED = re.compile(r"Planned, not measured: .* ([\d.]+) GB on each; (\d+) s a step")
+TRAINING_RECIPES = recipe_paths()
+EXAMPLES = sorted(path for path in (ROOT / "examples").glob("*/*.yaml") if path.parent.name != "shapes")
+# What a command refuses to do without, beside its required options.
+NEEDED = {"preprocess": ["--manifest=x"], "generate": ["--prompts=x"], "score": ["--manifest=x", "--output=x.csv"]}
 RECIPES = sorted((ROOT / "examples").rglob("*.yaml"))
 ACCELERATE_CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 
@@ -46,10 +47,10 @@ def head_commands(path: Path) -> list[list[str]]:
     return [command.split() for command in commands]
 
 
-def head_text(path: Path) -> str:
-    """The comment at the head of a recipe, on one line."""
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
-    return " ".join(line.removeprefix("#").strip().removesuffix("\\").strip() for line in lines)
+def head_module(path: Path) -> str:
+    """The command that the head of a recipe runs."""
+    words = next(iter(head_commands(path)))
+    return words[words.index("-m") + 1].removeprefix("hy_prfl.scripts.")
 
 
 def test_there_are_recipes() -> None:
@@ -90,33 +91,39 @@ def test_accelerate_config_loads(path: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert Path(deepspeed_config).is_file(), deepspeed_config
 
 
+@pytest.mark.parametrize("path", EXAMPLES, ids=relative)
+def test_recipe_has_only_what_differs_from_the_defaults(path: Path) -> None:
+    config_class = CONFIGS[head_module(path)]
+    given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    # `plan` tells by these two whose recipe it is.
+    names = set(given) - {"update_schedule", "loss"}
+    options = [f"--{option.name}=left_out" for option in dataclasses.fields(config_class) if is_required(option)]
+    required = dataclasses.asdict(parse_config(config_class, [*options, *NEEDED.get(head_module(path), [])]))
+    words = next(iter(head_commands(path)))
+    config = parse_config(config_class, ["--config", str(path), *words[words.index("-m") + 4 :]])
+    assert {name for name in names if getattr(config, name) == required[name]} == set()
+
+
+def is_required(option: dataclasses.Field) -> bool:
+    return option.default is option.default_factory is dataclasses.MISSING
+
+
+def test_page_of_recipes_is_what_the_planner_says() -> None:
+    """All of its figures are computed again. `python -m examples.real_size.recipes` writes it."""
+    assert (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8") == page()
+
+
 @pytest.mark.parametrize("path", TRAINING_RECIPES, ids=relative)
-def test_head_says_what_the_recipe_needs(path: Path) -> None:
-    """Memory, time, and the command that they come from, whose options are those of the launch above it."""
-    head = head_text(path)
-    assert PLANNED.search(head), "the head says what `hy-prfl plan` says"
-    (command,) = re.findall(r"hy-prfl plan .*?--num_rows \d+", head)
-    options = dict(zip(*[iter(command.split()[2:])] * 2, strict=True))
-    assert options["--config"] == relative(path)
-    assert ("720P" in head.split(",")[1]) == (options["--height"] == "720")
-    launch = re.findall(r"accelerate_configs/(\w+)\.yaml", head)[0]
-    stage = {"zero2": "2", "zero3": "3"}.get(launch, "0")
-    assert options["--zero_stage"] == stage
-    assert options["--num_gpus"] == ("1" if launch == "single_gpu" else "8")
-
-
-@pytest.mark.parametrize("name", ["prfl/wan2.1_t2v_1.3b_480p_lora", "reward/wan2.1_t2v_1.3b_480p_bt"])
-def test_head_is_what_the_planner_says(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-    head = head_text(ROOT / f"examples/{name}.yaml")
-    (command,) = re.findall(r"hy-prfl plan (.*?--num_rows \d+)", head)
-    plan_command([*command.split(), "--output", str(tmp_path / "plan.json")])
-    plan = json.loads((tmp_path / "plan.json").read_text())
-    found = PLANNED.search(head)
-    assert found is not None
-    assert plan["fits"]
-    assert plan["peak"] == pytest.approx(float(found[1]), abs=0.1)
-    assert plan["seconds_per_step"] == pytest.approx(float(found[2]), abs=1)
+def test_head_is_short_and_the_recipe_fits(path: Path) -> None:
+    purpose, words = read_head(path)
+    assert words[words.index("--config") + 1] == relative(path)
+    assert len(purpose) < 160
+    assert not re.search(r"\d GB|\d s |hours", purpose), "figures are in docs/recipes.md"
+    assert ("720P" in purpose.split(",")[1]) == ("720p" in path.stem)
+    recipe, planned = load_recipe(path), plan_recipe(path)
+    assert planned.fits
+    assert recipe.num_gpus == (1 if recipe.engine == "single_gpu" else 8)
+    assert recipe.zero_stage == {"zero2": 2, "zero3": 3}.get(recipe.engine, 0)
 
 
 def test_recipes_cover_the_published_models() -> None:

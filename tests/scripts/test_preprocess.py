@@ -175,6 +175,7 @@ def test_accelerate_launch_gives_the_same_dataset(
         (["--max_sequence_length=0"], "`max_sequence_length` must be at least 1"),
         (["--shard_size=0"], "`shard_size` must be at least 1"),
         (["--batch_size=0"], "`batch_size` must be at least 1"),
+        (["--num_workers=-1"], "`num_workers` must be at least 0"),
         (["--tensor_dtype=float8"], "tensor_dtype"),
         (["--upstream_meta=x"], "`manifest` must be given, or else `upstream_meta`"),
         (["--null_prompt_path=x"], "`null_prompt_path` must be left out"),
@@ -241,7 +242,7 @@ def test_finished_dataset_is_not_replaced_by_one_with_other_options(
     assert not finished.with_name("out.partial").exists()
     main([*command, "--num_frames=5", "--overwrite"])
     assert {row["num_frames"] for row in comparable_rows(finished)} == {5}
-    main([*command, "--num_frames=5", "--shard_size=3", "--batch_size=2"])
+    main([*command, "--num_frames=5", "--shard_size=3", "--batch_size=2", "--num_workers=0"])
 
 
 def test_rows_of_a_finished_dataset_are_not_dropped_unless_asked_for(
