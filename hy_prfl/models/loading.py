@@ -15,6 +15,7 @@ from torch import nn
 
 from ..formats.layout import EXPERT_FOLDERS
 from ..formats.weight_files import check_finite, read_header
+from ..runtime.quantization import Quantizer
 from ..runtime.sharding import fill_weights
 from .reward_model import BACKBONE_CONFIG, WanRewardModel
 
@@ -110,6 +111,7 @@ def load_transformer(
     dtype: torch.dtype = torch.float32,
     subfolder: str = TRANSFORMER_FOLDER,
     split: Split | None = None,
+    quantizer: Quantizer | None = None,
     keep_in_fp32: bool = False,
 ) -> WanTransformer3DModel:
     """
@@ -119,15 +121,17 @@ def load_transformer(
         split (`Callable[[nn.Module], None]`, *optional*):
             Splits a module's weights over the ranks, see [`~hy_prfl.runtime.sharding.fill_weights`]. Without it every process
             loads all of the model.
+        quantizer (`Quantizer`, *optional*):
+            Holds the weights of the blocks' linear layers in fewer bits. Not together with `split`.
         keep_in_fp32 (`bool`, defaults to `False`):
-            Leave the parts that are sensitive to rounding in float32 although `split` is given; without it diffusers
-            always does.
+            Leave the parts that are sensitive to rounding in float32 although `split` is given; without it they always
+            are.
 
     Raises:
         ValueError: If a weight is not finite; the message names it.
     """
     files: dict[str, Any] = {"subfolder": subfolder, "revision": revision}
-    if split is None:
+    if split is None and quantizer is None:
         transformer = WanTransformer3DModel.from_pretrained(
             pretrained_model_name_or_path, variant=variant, dtype=dtype, **files
         )
@@ -138,8 +142,8 @@ def load_transformer(
             WanTransformer3DModel.load_config(pretrained_model_name_or_path, **files)
         )
     weights = WeightFiles(pretrained_model_name_or_path, variant=variant, **files)
-    kept = WanTransformer3DModel._keep_in_fp32_modules if keep_in_fp32 else ()
-    fill_weights(transformer, weights, dtype=dtype, keep_in_fp32=kept, split=split)
+    kept = WanTransformer3DModel._keep_in_fp32_modules if keep_in_fp32 or split is None else ()
+    fill_weights(transformer, weights, dtype=dtype, keep_in_fp32=kept, split=split, quantizer=quantizer)
     return transformer.eval()
 
 
@@ -152,6 +156,7 @@ def make_reward_model(
     dtype: torch.dtype = torch.float32,
     subfolder: str = TRANSFORMER_FOLDER,
     split: Split | None = None,
+    quantizer: Quantizer | None = None,
     **kwargs: Any,
 ) -> WanRewardModel:
     """
@@ -181,7 +186,7 @@ def make_reward_model(
     model.head.to(dtype)
     weights = WeightFiles(pretrained_model_name_or_path, variant=variant, **files)
     kept = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    fill_weights(model, weights.select(kept), dtype=dtype, split=split)
+    fill_weights(model, weights.select(kept), dtype=dtype, split=split, quantizer=quantizer)
     return model.eval()
 
 
@@ -191,6 +196,7 @@ def load_reward_model(
     revision: str | None = None,
     dtype: torch.dtype = torch.float32,
     split: Split | None = None,
+    quantizer: Quantizer | None = None,
     keep_in_fp32: bool = True,
 ) -> WanRewardModel:
     """
@@ -199,6 +205,8 @@ def load_reward_model(
     Args:
         split (`Callable[[nn.Module], None]`, *optional*):
             Splits a module's weights over the ranks, see [`~hy_prfl.runtime.sharding.fill_weights`].
+        quantizer (`Quantizer`, *optional*):
+            Holds the weights of the blocks' linear layers in fewer bits. Not together with `split`.
         keep_in_fp32 (`bool`, defaults to `True`):
             Leave the parts that are sensitive to rounding in float32 whatever `dtype` is. A ZeRO-3 engine wants one
             type for all.
@@ -207,7 +215,7 @@ def load_reward_model(
         ValueError: If a weight is missing, left over or not finite; the message names it. Some broken weights would give
             finite rewards.
     """
-    if split is None:
+    if split is None and quantizer is None:
         model = WanRewardModel.from_pretrained(pretrained_model_name_or_path, revision=revision, dtype=dtype)
     else:
         with init_empty_weights(include_buffers=False):
@@ -220,6 +228,7 @@ def load_reward_model(
             dtype=dtype,
             keep_in_fp32=WanRewardModel._keep_in_fp32_modules if keep_in_fp32 else (),
             split=split,
+            quantizer=quantizer,
         )
     return model.requires_grad_(False).eval()
 

@@ -27,6 +27,7 @@ from ..runtime.attention import check_attention_backend, set_attention_backend
 from ..runtime.context_parallel import ContextParallelGroup, check_divisible
 from ..runtime.distributed import TRAINING_TIMEOUT, any_rank, build_accelerator, mean_over_ranks
 from ..runtime.provenance import CONFIG_FILE
+from ..runtime.quantization import Quantizer, check_quantization, keep_out_of_ddp
 from ..runtime.sharding import Masters, forget_deepspeed_in_transformers, split_for_zero3
 from .reports import Reports, known_trackers
 from .resuming import check_checkpoint, model_identities, resume
@@ -55,6 +56,8 @@ class Trainer(ABC):
 
     # What it writes besides checkpoints, by name in `output_dir`.
     results: Sequence[str] = ()
+    # Options that name a kind of quantisation.
+    quantization_options: Sequence[str] = ("base_quantization",)
 
     def __init__(self, config: TrainingConfig, *, backwards_per_update: int, takes_turns: bool = False) -> None:
         self.config = config
@@ -89,6 +92,10 @@ class Trainer(ABC):
         self.interrupted = False
         is_whole = self.engine == "whole"
         check(is_whole or not config.compile, "compile", config.compile, f"false under {self.engine}")
+        for option in self.quantization_options:
+            kind = getattr(config, option)
+            check(is_whole or kind is None, option, kind, f"left out under {self.engine}, which casts and splits weights")
+            check_quantization(option, kind, device=self.accelerator.device)
 
     @abstractmethod
     def start_streams(self) -> None:
@@ -183,6 +190,11 @@ class Trainer(ABC):
     def weight_dtype(self) -> torch.dtype:
         """Type of frozen weights and of all embeddings that models are given; what trains has float32 masters."""
         return torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else torch.float32
+
+    def quantizer(self, option: str) -> Quantizer | None:
+        """What quantises a model as the option of this name says, if it says so."""
+        kind = getattr(self.config, option)
+        return None if kind is None else Quantizer(kind, device=self.accelerator.device, dtype=self.weight_dtype)
 
     def set_up_blocks(self, model: Any, *, num_recomputed: int | None) -> None:
         """
@@ -283,6 +295,7 @@ class Trainer(ABC):
         ]
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         trainable = {names[id(parameter)]: parameter for group in parameter_groups for parameter in group["params"]}
+        keep_out_of_ddp(model)
         # The schedule is not prepared: Accelerate would advance it once per process.
         wrapped, prepared_optimizer = self.accelerator.prepare(model, optimizer)
         self.updates = Updates(

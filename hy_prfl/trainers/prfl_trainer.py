@@ -67,6 +67,7 @@ class PRFLTrainer(Trainer):
 
     config: PRFLTrainingConfig
     results = PRFL_RESULTS
+    quantization_options = ("base_quantization", "frozen_expert_quantization", "reward_model_quantization")
 
     def __init__(self, config: PRFLTrainingConfig) -> None:
         num_flow = config.gradient_accumulation_steps
@@ -318,6 +319,7 @@ class PRFLTrainer(Trainer):
             run=self.output_dir.resolve().name,
             config=dataclasses.asdict(self.config),
             expert=expert if self.experts.are_two else None,
+            base_quantization=self.config.base_quantization,
         )
 
     def save_result(self, directory: Path) -> None:
@@ -355,6 +357,7 @@ class PRFLTrainer(Trainer):
             config.reward_model,
             dtype=self.weight_dtype,
             split=partial(split_frozen, device=self.accelerator.device) if config.shard_reward_model else None,
+            quantizer=self.quantizer("reward_model_quantization"),
         )
         if config.offload_reward_model:
             self.reward_model_in_use = HostWeights(self.reward_model, self.accelerator.device).on_device
@@ -396,7 +399,8 @@ class PRFLTrainer(Trainer):
 
     def _load_transformer(self, expert: ExpertName) -> WanTransformer3DModel:
         config = self.config
-        transformer = self._read_expert(expert, dtype=self.generator_dtype, split=self.split)
+        quantizer = self.quantizer("base_quantization")
+        transformer = self._read_expert(expert, dtype=self.generator_dtype, split=self.split, quantizer=quantizer)
         select_trainable(transformer, config, dtype=self.trained_dtype)
         self.set_up_blocks(transformer, num_recomputed=config.gradient_checkpointing_blocks)
         return transformer
@@ -418,7 +422,10 @@ class PRFLTrainer(Trainer):
         if name is None:
             return {}
         split = partial(split_frozen, device=self.accelerator.device) if config.shard_frozen_expert else None
-        transformer = self._read_expert(name, dtype=self.weight_dtype, split=split, keep_in_fp32=True)
+        quantizer = self.quantizer("frozen_expert_quantization")
+        transformer = self._read_expert(
+            name, dtype=self.weight_dtype, split=split, quantizer=quantizer, keep_in_fp32=True
+        )
         transformer.requires_grad_(False).eval().to(self.accelerator.device)
         self.set_up_blocks(transformer, num_recomputed=0)
         return {name: transformer}

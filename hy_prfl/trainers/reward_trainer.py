@@ -257,12 +257,16 @@ class RewardTrainer(Trainer):
         return EXPERT_FOLDERS[trained]
 
     def _load_reward_model(self) -> WanRewardModel:
-        config = self.config
+        config, quantizer = self.config, self.quantizer("base_quantization")
         if config.reward_model is not None:
             reward_config = WanRewardModel.load_own_config(config.reward_model)
             check_latents_fit(reward_config, vae_fingerprint=self.vae_fingerprint, source=config.train_dataset)
             model = load_reward_model(
-                config.reward_model, dtype=self.trained_dtype, split=self.split, keep_in_fp32=False
+                config.reward_model,
+                dtype=self.trained_dtype,
+                split=self.split,
+                quantizer=quantizer,
+                keep_in_fp32=False,
             )
             model.register_to_config(task=config.task, vae_fingerprint=self.vae_fingerprint)
         else:
@@ -274,6 +278,7 @@ class RewardTrainer(Trainer):
                 dtype=self.trained_dtype,
                 subfolder=self.subfolder,
                 split=self.split,
+                quantizer=quantizer,
                 pooling=config.pooling,
                 num_query_heads=config.num_query_heads,
                 query_residual=config.query_residual,
