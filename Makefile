@@ -6,6 +6,7 @@
 #   make memory    memory of a process with each engine, about 10 minutes; outputs/memory.json
 #   make benchmark what an update costs, against RGB ReFL and with each switch, about 18 minutes; outputs/benchmark
 #   make real-size one step of every recipe at its real size on a pretended GPU, about 40 minutes; needs g++
+#   make gpu-check what one GPU does, under 15 minutes on an H100; without one it says what it would do
 #   make quality   lint, format, types, spelling; changes nothing
 #   make style     format and fix what can be fixed by itself
 #   make clean     removes what the targets above wrote, except .venv
@@ -19,10 +20,12 @@ DEMO_ARGS ?=
 BENCHMARK_ARGS ?=
 # And for the real sizes: make real-size REAL_SIZE_ARGS="--recipes examples/prfl/wan2.1_t2v_14b_720p_lora.yaml"
 REAL_SIZE_ARGS ?=
+# And for the check of a GPU: make gpu-check GPU_CHECK_ARGS="--device cpu --sizes tiny"
+GPU_CHECK_ARGS ?=
 
 BIN := .venv/bin
 
-.PHONY: demo test parity memory benchmark real-size quality style clean
+.PHONY: demo test parity memory benchmark real-size gpu-check quality style clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.package
@@ -42,6 +45,9 @@ benchmark: .venv/.package
 
 real-size: .venv/.package
 	$(BIN)/python -m examples.real_size.real_size $(REAL_SIZE_ARGS)
+
+gpu-check: .venv/.dev
+	$(BIN)/python -m examples.gpu_check.gpu_check $(GPU_CHECK_ARGS)
 
 quality: .venv/.dev
 	$(BIN)/ruff check .

@@ -149,4 +149,3 @@ def quantized_bytes(kind: Quantization, shape: tuple[int, ...]) -> float:
         return numel / 2 + num_scales + 4 * num_scales / NF4_SCALE_BLOCK
     # A float32 scale for each row, and of int8 a zero point, which is zero.
     return numel + rows * (5 if kind == "int8" else 4)
-

@@ -94,7 +94,9 @@ class Trainer(ABC):
         check(is_whole or not config.compile, "compile", config.compile, f"false under {self.engine}")
         for option in self.quantization_options:
             kind = getattr(config, option)
-            check(is_whole or kind is None, option, kind, f"left out under {self.engine}, which casts and splits weights")
+            check(
+                is_whole or kind is None, option, kind, f"left out under {self.engine}, which casts and splits weights"
+            )
             check_quantization(option, kind, device=self.accelerator.device)
 
     @abstractmethod

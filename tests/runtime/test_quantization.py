@@ -145,5 +145,7 @@ def test_what_cannot_be_made_here_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(ValueError, match=r"`base_quantization` must be int8 or float8 on cpu; nf4 needs a CUDA GPU"):
         check_quantization("base_quantization", "nf4", device=CPU)
     monkeypatch.setitem(PACKAGES, "nf4", "a_package_that_nobody_has")
-    with pytest.raises(ImportError, match=r"`base_quantization` nf4 needs a_package_that_nobody_has: pip install 'hy-"):
+    with pytest.raises(
+        ImportError, match=r"`base_quantization` nf4 needs a_package_that_nobody_has: pip install 'hy-"
+    ):
         check_quantization("base_quantization", "nf4", device=torch.device("cuda"))

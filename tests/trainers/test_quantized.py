@@ -52,7 +52,9 @@ def lora_weights(trainer: PRFLTrainer) -> dict[str, torch.Tensor]:
 def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     assert set(found) == set(expected)
     for name, value in found.items():
-        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            value, expected[name], rtol=1e-3, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @pytest.mark.parametrize("kind", ["int8", "float8"])
