@@ -59,9 +59,9 @@ def expectations(sizes: str) -> dict[str, dict[str, float]]:
     """Seconds and gigabytes that each step is expected to take on an H100, from the planner."""
     from examples.gpu_check.steps import CHAIN, SCALES
     from hy_prfl.configs.prfl import PRFLTrainingConfig
+    from hy_prfl.models.published import PUBLISHED
     from hy_prfl.planning import plan
     from hy_prfl.planning.models import load_transformer_config
-    from hy_prfl.models.published import PUBLISHED
 
     expected: dict[str, dict[str, float]] = {name: {"seconds": value} for name, value in OTHER_SECONDS.items()}
     for name, what in SCALES[sizes].trainings.items():

@@ -286,4 +286,3 @@ def all_steps(scale: Scale, folder: Path, *, tests: bool) -> dict[str, Callable[
     for name, what in scale.trainings.items():
         steps[name] = lambda what=what: training(what, folder)  # type: ignore[misc]
     return {**steps, "bfloat16 tests": bfloat16_tests} if tests else steps
-

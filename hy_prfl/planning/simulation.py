@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -176,7 +176,7 @@ def use_quantized_layers(model: nn.Module, kind: Quantization) -> None:
     pass: with recomputation those of one block. bitsandbytes keeps none.
     """
     for name in quantized_names(model):
-        module = model.get_submodule(name.rpartition(".")[0])
+        module = cast(nn.Linear, model.get_submodule(name.rpartition(".")[0]))
         dtype = torch.float8_e4m3fn if kind == "float8" else torch.int8
         module.register_buffer("quantized", torch.empty(module.weight.shape, dtype=dtype))
         module.register_buffer("scale", torch.empty(module.weight.shape[0]))

@@ -113,10 +113,11 @@ def is_quantized(tensor: torch.Tensor) -> bool:
 
 def dequantized(tensor: torch.Tensor) -> torch.Tensor:
     """The numbers that a quantised parameter stands for; any other tensor as it is."""
-    if getattr(tensor, "quant_state", None) is not None:
+    quant_state = getattr(tensor, "quant_state", None)
+    if quant_state is not None:
         from diffusers.quantizers.bitsandbytes.utils import dequantize_bnb_weight
 
-        return dequantize_bnb_weight(tensor, tensor.quant_state)
+        return dequantize_bnb_weight(tensor, quant_state)
     return tensor.dequantize() if is_quantized(tensor) else tensor
 
 
