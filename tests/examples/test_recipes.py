@@ -105,7 +105,10 @@ def test_head_says_what_the_recipe_needs(path: Path) -> None:
     assert options["--num_gpus"] == ("1" if launch == "single_gpu" else "8")
 
 
-@pytest.mark.parametrize("name", ["prfl/wan2.1_t2v_1.3b_480p_lora", "reward/wan2.1_t2v_1.3b_480p_bt"])
+@pytest.mark.parametrize(
+    "name",
+    ["prfl/wan2.1_t2v_1.3b_480p_lora", "prfl/wan2.1_t2v_14b_480p_lora_24gb", "reward/wan2.1_t2v_1.3b_480p_bt"],
+)
 def test_head_is_what_the_planner_says(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     head = head_text(ROOT / f"examples/{name}.yaml")
@@ -117,6 +120,21 @@ def test_head_is_what_the_planner_says(name: str, tmp_path: Path, monkeypatch: p
     assert plan["fits"]
     assert plan["peak"] == pytest.approx(float(found[1]), abs=0.1)
     assert plan["seconds_per_step"] == pytest.approx(float(found[2]), abs=1)
+
+
+def test_recipes_for_one_gpu_fit_it() -> None:
+    """The table of docs/one_gpu.md says what the heads say, and that is less than the GPU has."""
+    rows = re.findall(
+        r"^\| (\d+) GB \|.*\((?:\.\./)(examples/.*?\.yaml)\) \| ([\d.]+) GB \|",
+        (ROOT / "docs/one_gpu.md").read_text(encoding="utf-8"),
+        flags=re.MULTILINE,
+    )
+    assert {path for _, path, _ in rows} >= {relative(path) for path in TRAINING_RECIPES if path.stem.endswith("gb")}
+    for capacity, path, peak in rows:
+        found = PLANNED.search(head_text(ROOT / path))
+        assert found is not None
+        assert found[1] == peak, path
+        assert float(peak) <= float(capacity), path
 
 
 def test_recipes_cover_the_published_models() -> None:
