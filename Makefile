@@ -9,6 +9,7 @@
 #   make real-size one step of every recipe at its real size on a pretended GPU, about 25 minutes; docs/real_size.md;
 #                  needs g++
 #   make recipes   what every recipe needs, as the planner says, about two minutes; docs/recipes.md
+#   make gpu-check what one GPU does, under 15 minutes on an H100; without one it says what it would do
 #   make quality   lint, format, types, spelling; changes nothing
 #   make style     format and fix what can be fixed by itself
 #   make clean     removes what the targets above wrote, except .venv
@@ -22,10 +23,12 @@ DEMO_ARGS ?=
 BENCHMARK_ARGS ?=
 # And for the real sizes: make real-size REAL_SIZE_ARGS="--recipes examples/prfl/wan2.1_t2v_14b_720p_lora.yaml"
 REAL_SIZE_ARGS ?=
+# And for the check of a GPU: make gpu-check GPU_CHECK_ARGS="--device cpu --sizes tiny"
+GPU_CHECK_ARGS ?=
 
 BIN := .venv/bin
 
-.PHONY: demo test test-quick parity memory benchmark real-size recipes quality style clean
+.PHONY: demo test test-quick parity memory benchmark real-size recipes gpu-check quality style clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.package
@@ -51,6 +54,9 @@ real-size: .venv/.package
 
 recipes: .venv/.package
 	$(BIN)/python -m examples.real_size.recipes
+
+gpu-check: .venv/.dev
+	$(BIN)/python -m examples.gpu_check.gpu_check $(GPU_CHECK_ARGS)
 
 quality: .venv/.dev
 	$(BIN)/ruff check .

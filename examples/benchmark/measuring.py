@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 from hy_prfl.planning.simulation import FLOPS
 from hy_prfl.runtime.attention import use_attention_backend
@@ -284,6 +284,7 @@ def most_bytes_alive(trainer: PRFLTrainer, train_step: Callable[[], object]) -> 
     for state in trainer.updates.optimizer.state.values():
         tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
     tensors += [parameter.grad for parameter in trainer.unwrapped.parameters() if parameter.grad is not None]
+    tensors = [part for tensor in tensors for part in _parts(tensor)]
     before = sum({each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}.values())
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         train_step()
@@ -293,6 +294,14 @@ def most_bytes_alive(trainer: PRFLTrainer, train_step: Callable[[], object]) -> 
         live += event.nbytes()
         peak = max(peak, live)
     return before + peak
+
+
+def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """What holds the memory of a tensor: of a quantised one its integers and scales."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [part for name in names for part in _parts(getattr(tensor, name))]
 
 
 def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:

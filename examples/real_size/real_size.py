@@ -218,6 +218,11 @@ def main() -> None:
     config = parse_config(RealSizeConfig, description=__doc__)
     results_file = Path(config.results)
     paths = [Path(name).resolve() for name in config.recipes] or recipe_paths()
+    # Quantised weights are tensors of torchao or bitsandbytes, which have no fake ones.
+    quantized = [path for path in paths if load_recipe(path).is_quantized]
+    for path in quantized:
+        print(f"{load_recipe(path).name}: left out, its weights are quantised", flush=True)
+    paths = [path for path in paths if path not in quantized]
     results = read_results(results_file)
     recipes: dict[str, Any] = results["recipes"]
     names = {path: load_recipe(path).name for path in paths}

@@ -23,6 +23,7 @@ from hy_prfl.configs.plan import PlanConfig
 from hy_prfl.planning import Plan, plan
 from hy_prfl.runtime.atomic_writes import write_text
 from hy_prfl.scripts.plan import read_recipe
+from hy_prfl.trainers.run import QUANTIZATION_OPTIONS
 
 
 ROOT = Path(__file__).parents[2]
@@ -91,6 +92,11 @@ class Recipe:
         return f"{self.path.parent.name}/{self.path.stem}"
 
     @property
+    def is_quantized(self) -> bool:
+        """Whether some of its frozen weights are quantised."""
+        return any(getattr(self.training, name, None) is not None for name in QUANTIZATION_OPTIONS)
+
+    @property
     def link(self) -> str:
         """Link to it from a page in `docs/`."""
         return f"[`{self.name}`](../examples/{self.name}.yaml)"
@@ -136,6 +142,7 @@ def load_recipe(path: Path) -> Recipe:
     if len(sizes) != 1:
         raise ValueError(f"{path}: its name must have one of {', '.join(CLIPS)} in it.")
     ((height, width, num_frames),) = sizes
+    frames = re.search(r"_(\d+)frames(?:_|$)", path.stem)
     memory = re.search(r"_(\d+)gb(?:_|$)", path.stem)
     training = read_recipe(PlanConfig(recipe=str(path)), [])
     return Recipe(
@@ -147,7 +154,7 @@ def load_recipe(path: Path) -> Recipe:
         offload="offload_optimizer" in zero,
         height=height,
         width=width,
-        num_frames=num_frames,
+        num_frames=int(frames[1]) if frames else num_frames,
         gpu_memory=float(memory[1]) if memory else GPU_MEMORY,
     )
 

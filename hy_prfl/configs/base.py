@@ -11,6 +11,7 @@ import yaml
 
 
 LRScheduler = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
+Quantization = Literal["int8", "float8", "nf4"]
 
 
 def check(condition: bool, name: str, value: object, requirement: str) -> None:
@@ -121,6 +122,13 @@ class TrainingConfig(Config):
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of the adapter's input."})
     lora_target_modules: list[str] = field(
         default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"], metadata={"help": "Layers that get an adapter."}
+    )
+    base_quantization: Quantization | None = field(
+        default=None,
+        metadata={
+            "help": "Hold the frozen base of a LoRA adapter in 8 or 4 bits: int8 or float8 (torchao), or nf4 "
+            "(bitsandbytes, needs a GPU). On one process or under DDP."
+        },
     )
 
     # Parameters of the optimization
@@ -281,6 +289,9 @@ class TrainingConfig(Config):
         check(not continues or self.lora_rank is not None, "lora_rank", self.lora_rank, "given to continue a LoRA")
         for name in ("lora_dropout", "ema_decay"):
             check(0 <= getattr(self, name) <= 1, name, getattr(self, name), "in [0, 1]")
+        base = self.base_quantization
+        has_frozen_base = base is None or self.lora_rank is not None
+        check(has_frozen_base, "base_quantization", base, "left out without `lora_rank`: only frozen weights can be")
         check(len(self.lora_target_modules) > 0, "lora_target_modules", self.lora_target_modules, "not empty")
         for name in ("learning_rate", "max_grad_norm", "adam_epsilon", "lr_power", "flow_shift", "logit_std"):
             check(getattr(self, name) > 0, name, getattr(self, name), "greater than 0")

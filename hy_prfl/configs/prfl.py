@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .base import TrainingConfig, check, check_seed
+from .base import Quantization, TrainingConfig, check, check_seed
 
 
 @dataclass(kw_only=True)
@@ -41,6 +41,9 @@ class PRFLTrainingConfig(TrainingConfig):
             "help": "Shard the weights of the expert that does not train over all processes instead of a copy on each."
         },
     )
+    frozen_expert_quantization: Quantization | None = field(
+        default=None, metadata={"help": "Hold the expert that does not train in 8 or 4 bits, as base_quantization."}
+    )
 
     # Parameters of the reward update
     reward_model: str = field(metadata={"help": "Reward model: a folder written by train_reward, or a Hub id."})
@@ -54,6 +57,9 @@ class PRFLTrainingConfig(TrainingConfig):
     offload_reward_model: bool = field(
         default=False,
         metadata={"help": "Keep the reward model in host memory, and copy it to the device only while it scores."},
+    )
+    reward_model_quantization: Quantization | None = field(
+        default=None, metadata={"help": "Hold the reward model's blocks in 8 or 4 bits, as base_quantization."}
     )
     prompt_dataset: str | None = field(
         default=None,
@@ -188,6 +194,16 @@ class PRFLTrainingConfig(TrainingConfig):
             one_trains or not self.shard_frozen_expert,
             "shard_frozen_expert", self.shard_frozen_expert, "false unless `expert` is high_noise or low_noise",
         )  # fmt: skip
+        kind = self.frozen_expert_quantization
+        requirement = "left out unless `expert` is high_noise or low_noise"
+        check(one_trains or kind is None, "frozen_expert_quantization", kind, requirement)
+        for name, others in (
+            ("frozen_expert_quantization", ("shard_frozen_expert",)),
+            ("reward_model_quantization", ("shard_reward_model", "offload_reward_model")),
+        ):
+            for other in others:
+                both = getattr(self, name) is not None and getattr(self, other)
+                check(not both, name, getattr(self, name), f"left out with `{other}`")
         if self.update_schedule == "flow_matching":
             for name, unused in (
                 ("num_gradient_steps", self.num_gradient_steps == 1),

@@ -44,6 +44,7 @@ def lora_metadata(
     run: str | None = None,
     config: Mapping[str, Any] | None = None,
     expert: str | None = None,
+    base_quantization: str | None = None,
 ) -> dict[str, str]:
     """
     The origin of a LoRA, as entries for the header of its file; conversions keep it.
@@ -63,6 +64,8 @@ def lora_metadata(
             The run's resolved options. Their hash is kept: equal hashes mean equal recipes.
         expert (`str`, *optional*):
             `high_noise` or `low_noise`, for a pipeline of two experts.
+        base_quantization (`str`, *optional*):
+            `int8`, `float8` or `nf4`, if the base was held in so few bits while the adapter trained.
     """
     entries: dict[str, str | None] = {
         "version": __version__,
@@ -72,6 +75,7 @@ def lora_metadata(
         "step": str(step),
         "run": run,
         "expert": expert,
+        "base_quantization": base_quantization,
     }
     if config is not None:
         recipe = json.dumps(dict(config), sort_keys=True, default=str)

@@ -293,7 +293,12 @@ def _software(record: Mapping[str, Any]) -> str:
 
 def _known_of_adapter(header: Mapping[str, str]) -> dict[str, Any]:
     """Entries of an adapter's file header, under the names of the run's configuration."""
-    names = {"base_model": "pretrained_model_name_or_path", "reward_model": "reward_model", "rank": "lora_rank"}
+    names = {
+        "base_model": "pretrained_model_name_or_path",
+        "reward_model": "reward_model",
+        "rank": "lora_rank",
+        "base_quantization": "base_quantization",
+    }
     return {name: header[key] for key, name in names.items() if key in header}
 
 

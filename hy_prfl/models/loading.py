@@ -16,6 +16,7 @@ from torch import nn
 
 from ..formats.layout import EXPERT_FOLDERS
 from ..formats.weight_files import check_finite, read_header
+from ..runtime.quantization import Quantizer
 from ..runtime.sharding import fill_weights
 from .reward_model import BACKBONE_CONFIG, WanRewardModel
 from .starting_points import StartingPoint
@@ -142,6 +143,7 @@ def load_transformer(
     dtype: torch.dtype = torch.float32,
     subfolder: str = TRANSFORMER_FOLDER,
     split: Split | None = None,
+    quantizer: Quantizer | None = None,
     keep_in_fp32: bool = False,
     start: StartingPoint | None = None,
 ) -> WanTransformer3DModel:
@@ -152,9 +154,11 @@ def load_transformer(
         split (`Callable[[nn.Module], None]`, *optional*):
             Splits a module's weights over the ranks, see [`~hy_prfl.runtime.sharding.fill_weights`]. Without it every process
             loads all of the model.
+        quantizer (`Quantizer`, *optional*):
+            Holds the weights of the blocks' linear layers in fewer bits. Not together with `split`.
         keep_in_fp32 (`bool`, defaults to `False`):
-            Leave the parts that are sensitive to rounding in float32 although `split` is given; without it diffusers
-            always does.
+            Leave the parts that are sensitive to rounding in float32 although `split` is given; without it they always
+            are.
         start (`StartingPoint`, *optional*):
             Weights in place of the pipeline's, and a LoRA to merge. The sum is rounded once, to `dtype`.
 
@@ -163,7 +167,7 @@ def load_transformer(
     """
     files: dict[str, Any] = {"subfolder": subfolder, "revision": revision}
     start = start or StartingPoint()
-    if split is None and start.is_pipelines_own:
+    if split is None and quantizer is None and start.is_pipelines_own:
         transformer = WanTransformer3DModel.from_pretrained(
             pretrained_model_name_or_path, variant=variant, dtype=dtype, **files
         )
@@ -175,8 +179,9 @@ def load_transformer(
         )
     weights = start.weights or WeightFiles(pretrained_model_name_or_path, variant=variant, **files)
     kept = WanTransformer3DModel._keep_in_fp32_modules if keep_in_fp32 or split is None else ()
-    fill_weights(transformer, start.merge_into(weights), dtype=dtype, keep_in_fp32=kept, split=split)
-    if split is None:
+    merged = start.merge_into(weights)
+    fill_weights(transformer, merged, dtype=dtype, keep_in_fp32=kept, split=split, quantizer=quantizer)
+    if split is None and quantizer is None:
         check_finite(transformer.named_parameters(), source=f"{pretrained_model_name_or_path}/{subfolder}")
     return transformer.eval()
 
@@ -201,6 +206,7 @@ def make_reward_model(
     subfolder: str = TRANSFORMER_FOLDER,
     split: Split | None = None,
     start: StartingPoint | None = None,
+    quantizer: Quantizer | None = None,
     **kwargs: Any,
 ) -> WanRewardModel:
     """
@@ -232,7 +238,7 @@ def make_reward_model(
         weights = WeightFiles(pretrained_model_name_or_path, variant=variant, **files).select(kept)
     else:
         weights = {name: start.weights[name] for name in kept}
-    fill_weights(model, start.merge_into(weights), dtype=dtype, split=split)
+    fill_weights(model, start.merge_into(weights), dtype=dtype, split=split, quantizer=quantizer)
     return model.eval()
 
 
@@ -242,6 +248,7 @@ def load_reward_model(
     revision: str | None = None,
     dtype: torch.dtype = torch.float32,
     split: Split | None = None,
+    quantizer: Quantizer | None = None,
     keep_in_fp32: bool = True,
 ) -> WanRewardModel:
     """
@@ -250,6 +257,8 @@ def load_reward_model(
     Args:
         split (`Callable[[nn.Module], None]`, *optional*):
             Splits a module's weights over the ranks, see [`~hy_prfl.runtime.sharding.fill_weights`].
+        quantizer (`Quantizer`, *optional*):
+            Holds the weights of the blocks' linear layers in fewer bits. Not together with `split`.
         keep_in_fp32 (`bool`, defaults to `True`):
             Leave the parts that are sensitive to rounding in float32 whatever `dtype` is. A ZeRO-3 engine wants one
             type for all.
@@ -258,7 +267,7 @@ def load_reward_model(
         ValueError: If a weight is missing, left over or not finite; the message names it. Some broken weights would give
             finite rewards.
     """
-    if split is None:
+    if split is None and quantizer is None:
         model = WanRewardModel.from_pretrained(pretrained_model_name_or_path, revision=revision, dtype=dtype)
     else:
         with init_empty_weights(include_buffers=False):
@@ -271,6 +280,7 @@ def load_reward_model(
             dtype=dtype,
             keep_in_fp32=WanRewardModel._keep_in_fp32_modules if keep_in_fp32 else (),
             split=split,
+            quantizer=quantizer,
         )
     return model.requires_grad_(False).eval()
 

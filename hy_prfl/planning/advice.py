@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from ..configs.base import TrainingConfig
 from ..configs.prfl import PRFLTrainingConfig
 from .estimate import Estimate, Request, estimate
 
@@ -82,7 +83,20 @@ def possible_changes(request: Request) -> list[Change]:
         changes.append(_spread("--zero_stage 3 --offload true", zero_stage=3, offload=True))
     if training.lora_rank is None:
         changes.append(_set("--lora_rank 32", lora_rank=32))
+    if engine.num_gpus == 1:
+        # Only here: on several GPUs the weights are split by ZeRO, which does not take quantised ones.
+        changes += _quantizations(training)
     return changes
+
+
+def _quantizations(training: TrainingConfig) -> list[Change]:
+    """The frozen base of an adapter in 8 bits, then in 4."""
+    adapter = "" if training.lora_rank is not None else "--lora_rank 32 "
+    return [
+        _set(f"{adapter}--base_quantization {kind}", lora_rank=training.lora_rank or 32, base_quantization=kind)
+        for kind in ("int8", "nf4")
+        if training.base_quantization not in (kind, "nf4")
+    ]
 
 
 def _option(change: Change) -> str:

@@ -121,16 +121,21 @@ class Engine:
             return 0
         return (BFLOAT16 * sizes.total + 4 * FLOAT32 * sizes.trained) / self.num_gpus
 
-    def loading_memory(self, sizes: ParameterSizes, *, is_frozen: bool) -> float:
+    def loading_memory(self, sizes: ParameterSizes, *, is_frozen: bool, is_quantized: bool = False) -> float:
         """
         Bytes of host memory that each process takes while it reads a model: all of it, with ZeRO-3 a block.
 
         Args:
             is_frozen (`bool`):
                 Whether the model is read in half precision, for an adapter; ZeRO-2 casts it only when it is set up.
+            is_quantized (`bool`, defaults to `False`):
+                Whether its blocks are quantised while it is read.
         """
         if self.zero_stage == 3:
             return BFLOAT16 * sizes.block
+        if is_quantized:
+            # Weights go to the GPU one by one; what is outside of the blocks waits for the rest in host memory.
+            return FLOAT32 * sizes.rest
         return sizes.num_bytes if self.zero_stage == 0 else sizes.total * (BFLOAT16 if is_frozen else FLOAT32)
 
     def checkpoint_size(self, sizes: ParameterSizes, *, is_lora: bool, has_average: bool) -> float:

@@ -6,7 +6,7 @@ from typing import Any
 
 from diffusers import UniPCMultistepScheduler
 
-from ..configs.base import TrainingConfig, check
+from ..configs.base import Quantization, TrainingConfig, check
 from ..configs.prfl import PRFLTrainingConfig
 from ..configs.reward import RewardTrainingConfig
 from ..models.experts import Experts
@@ -71,7 +71,10 @@ class Request:
         return int(self.transformer_config["num_attention_heads"] * self.transformer_config["attention_head_dim"])
 
     def check(self) -> None:
-        """Raise a `ValueError` if clips do not divide over GPUs."""
+        """Raise a `ValueError` if clips do not divide over GPUs, or the engine does not take what is quantised."""
+        for option in ("base_quantization", "frozen_expert_quantization", "reward_model_quantization"):
+            kind = getattr(self.training, option, None)
+            check(self.engine.zero_stage == 0 or kind is None, option, kind, "left out under ZeRO")
         degree, num_gpus = self.training.context_parallel_degree, self.engine.num_gpus
         fits = num_gpus % degree == 0
         check(fits, "context_parallel_degree", degree, f"a divisor of `num_gpus`, {num_gpus}")
@@ -144,7 +147,8 @@ def _estimate_prfl(request: Request, training: PRFLTrainingConfig, reserved: flo
     engine, config = request.engine, request.transformer_config
     numerics = engine.numerics(is_lora=training.lora_rank is not None)
     experts = request.experts
-    sizes = _sizes(build_transformer(config, training), numerics, numerics.frozen, engine).times(len(experts.trained))
+    base = build_transformer(config, training)
+    sizes = _sizes(base, numerics, numerics.frozen, engine, training.base_quantization).times(len(experts.trained))
     uses_reward, uses_flow = training.update_schedule != "flow_matching", training.update_schedule != "reward"
     held = engine.held(sizes) | {"averaged weights": engine.average(sizes) if training.use_ema else 0.0}
     part = request.shape.part(training.context_parallel_degree, config["patch_size"])
@@ -152,12 +156,15 @@ def _estimate_prfl(request: Request, training: PRFLTrainingConfig, reserved: flo
     flow_peak = max(generator["forward"].peak, generator["backward"].peak)
     phases = {"optimizer step": engine.step_memory(sizes)}
     # Also without reward updates: it scores the validation samples.
-    reward_sizes = _sizes(build_reward_model(request.reward_config), numerics, numerics.compute, engine)
+    judge = build_reward_model(request.reward_config)
+    reward_sizes = _sizes(judge, numerics, numerics.compute, engine, training.reward_model_quantization)
     whole, gathered = frozen_memory(reward_sizes, num_gpus=engine.num_gpus, is_split=training.shard_reward_model)
     copied = whole if training.offload_reward_model else 0.0
     held |= {"reward model": whole - copied, "reward model, gathered": gathered}
     host_memory = {
-        "loading": engine.loading_memory(sizes, is_frozen=training.lora_rank is not None),
+        "loading": engine.loading_memory(
+            sizes, is_frozen=training.lora_rank is not None, is_quantized=training.base_quantization is not None
+        ),
         "weights and optimizer states": engine.host_memory(sizes),
         "reward model in host memory": copied,
     }
@@ -176,7 +183,7 @@ def _estimate_prfl(request: Request, training: PRFLTrainingConfig, reserved: flo
         }
     if experts.frozen(rolls_out=uses_reward, samples=training.validation_dataset is not None):
         other = build_transformer(config, training, frozen=True)
-        other_sizes = _sizes(other, numerics, numerics.compute, engine)
+        other_sizes = _sizes(other, numerics, numerics.compute, engine, training.frozen_expert_quantization)
         is_split = training.shard_frozen_expert
         held["frozen expert"], gathered = frozen_memory(other_sizes, num_gpus=engine.num_gpus, is_split=is_split)
         phases["rollout"] = gathered + generator["rollout"].peak
@@ -207,7 +214,7 @@ def _estimate_reward(request: Request, training: RewardTrainingConfig, reserved:
     # The reward trainer loads frozen weights in the type of those that train.
     numerics = engine.numerics(is_lora=False)
     whole = Numerics(**{**vars(numerics), "compute": numerics.trained})
-    sizes = _sizes(build_reward_model(config, training), whole, whole.trained, engine)
+    sizes = _sizes(build_reward_model(config, training), whole, whole.trained, engine, training.base_quantization)
     part = request.shape.part(training.context_parallel_degree, config["patch_size"])
     phases = reward_training_phases(config, training, whole, part)
     held = engine.held(sizes) | {"averaged weights": engine.average(sizes) if training.use_ema else 0.0}
@@ -221,7 +228,7 @@ def _estimate_reward(request: Request, training: RewardTrainingConfig, reserved:
     full = reward_training_phases(config, training, whole, request.shape)
     flops = {"reward": num_backwards * _both(full)}
     host_memory = {
-        "loading": engine.loading_memory(sizes, is_frozen=False),
+        "loading": engine.loading_memory(sizes, is_frozen=False, is_quantized=training.base_quantization is not None),
         "weights and optimizer states": engine.host_memory(sizes),
         "block inputs": phases["forward"].offloaded,
     }
@@ -229,10 +236,13 @@ def _estimate_reward(request: Request, training: RewardTrainingConfig, reserved:
     return Estimate(held, peaks, flops, host_memory, checkpoint, sizes.total, sizes.trained, reserved)
 
 
-def _sizes(model: Any, numerics: Numerics, frozen: Any, engine: Engine) -> ParameterSizes:
+def _sizes(
+    model: Any, numerics: Numerics, frozen: Any, engine: Engine, quantization: Quantization | None = None
+) -> ParameterSizes:
     keeps = numerics.keeps_in_fp32 or not any(parameter.requires_grad for parameter in model.parameters())
     set_dtypes(model, frozen=frozen, trained=numerics.trained, keep_in_fp32=keeps)
-    return count_parameters(model, persistence_threshold=engine.zero3_persistence_threshold)
+    threshold = engine.zero3_persistence_threshold
+    return count_parameters(model, persistence_threshold=threshold, quantization=quantization)
 
 
 def _held_by_batch(request: Request) -> dict[str, float]:

@@ -9,10 +9,11 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import nn
 
-from ..configs.base import TrainingConfig
+from ..configs.base import Quantization, TrainingConfig
 from ..configs.reward import RewardTrainingConfig
 from ..models.reward_model import BACKBONE_CONFIG, WanRewardModel
 from ..models.trainable import select_trainable
+from ..runtime.quantization import quantized_bytes, quantized_names
 
 
 def reward_model_config(
@@ -104,8 +105,22 @@ class ParameterSizes:
         return ParameterSizes(**{name: size * (1 if name == "block" else count) for name, size in values.items()})
 
 
-def count_parameters(model: nn.Module, *, persistence_threshold: int = 0) -> ParameterSizes:
-    """Count the parameters of a model, which may be on the meta device."""
+def count_parameters(
+    model: nn.Module, *, persistence_threshold: int = 0, quantization: Quantization | None = None
+) -> ParameterSizes:
+    """
+    Count the parameters of a model, which may be on the meta device.
+
+    Args:
+        persistence_threshold (`int`, defaults to 0):
+            Numbers in the largest tensor that ZeRO-3 leaves whole.
+        quantization (`str`, *optional*):
+            How the frozen weights of the blocks' linear layers are held in a run; here they are not.
+    """
+    saved = 0.0
+    if quantization is not None:
+        weights = [model.get_parameter(name) for name in quantized_names(model)]
+        saved = sum(weight.nbytes - quantized_bytes(quantization, tuple(weight.shape)) for weight in weights)
     parameters = list(model.parameters())
     blocks: Sequence[nn.Module] = list(model.get_submodule("blocks").children())
     in_blocks = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks]
@@ -114,7 +129,7 @@ def count_parameters(model: nn.Module, *, persistence_threshold: int = 0) -> Par
     return ParameterSizes(
         total=total,
         trained=sum(parameter.numel() for parameter in trained),
-        num_bytes=sum(parameter.nbytes for parameter in parameters),
+        num_bytes=round(sum(parameter.nbytes for parameter in parameters) - saved),
         trained_bytes=sum(parameter.nbytes for parameter in trained),
         persistent=sum(each.numel() for each in parameters if each.numel() <= persistence_threshold),
         block=max(in_blocks),

@@ -11,13 +11,16 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from ..configs.base import Quantization
+from ..runtime.quantization import quantized_names
 
 
 def _attention_flops(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> int:
@@ -147,6 +150,68 @@ def _rms_norm(module: nn.RMSNorm, hidden_states: torch.Tensor) -> torch.Tensor:
     if torch.is_autocast_enabled("cpu"):
         hidden_states, weight = hidden_states.float(), weight.float()
     return _FusedRMSNorm.apply(hidden_states, weight)
+
+
+class _FourBitLinear(torch.autograd.Function):
+    """Allocates what bitsandbytes' `MatMul4Bit` does: a weight is whole during one product, and not kept for another."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        ctx.shape, ctx.dtype = weight.shape, weight.dtype
+        whole = hidden_states.new_empty(weight.shape, dtype=weight.dtype)
+        return nn.functional.linear(hidden_states, whole.to(hidden_states.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        return grad @ grad.new_empty(ctx.shape, dtype=ctx.dtype).to(grad.dtype), None, None
+
+
+def use_quantized_layers(model: nn.Module, kind: Quantization) -> None:
+    """
+    Let the linear layers of a model's blocks allocate what those with quantised weights do.
+
+    torchao casts a weight to the type of the activations for each product, and autograd keeps it until the backward
+    pass: with recomputation those of one block. bitsandbytes keeps none.
+    """
+    for name in quantized_names(model):
+        module = cast(nn.Linear, model.get_submodule(name.rpartition(".")[0]))
+        dtype = torch.float8_e4m3fn if kind == "float8" else torch.int8
+        module.register_buffer("quantized", torch.empty(module.weight.shape, dtype=dtype))
+        module.register_buffer("scale", torch.empty(module.weight.shape[0]))
+        module.forward = partial(_LINEAR[kind], module)  # type: ignore[method-assign]
+
+
+def _int8_linear(module: nn.Linear, hidden_states: torch.Tensor) -> torch.Tensor:
+    quantized, scale = module.get_buffer("quantized"), module.get_buffer("scale")
+    rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+    product = torch.mm(rows, quantized.t().to(hidden_states.dtype))
+    result = (product * scale.to(product.dtype)).reshape(*hidden_states.shape[:-1], -1)
+    if module.bias is not None:
+        result += module.bias
+    return result.to(hidden_states.dtype)
+
+
+def _float8_linear(module: nn.Linear, hidden_states: torch.Tensor) -> torch.Tensor:
+    quantized, scale = module.get_buffer("quantized"), module.get_buffer("scale")
+    whole = (quantized.to(torch.float32) * scale[:, None]).to(module.weight.dtype)
+    product = torch.matmul(hidden_states, whole.t())
+    return product if module.bias is None else product + module.bias
+
+
+def _nf4_linear(module: nn.Linear, hidden_states: torch.Tensor) -> torch.Tensor:
+    # `bnb_4bit_compute_dtype` is bfloat16 wherever there is a GPU.
+    bias = None if module.bias is None else module.bias.to(torch.bfloat16)
+    result = _FourBitLinear.apply(hidden_states.to(torch.bfloat16), module.weight, bias)
+    return result.to(hidden_states.dtype)
+
+
+_LINEAR: dict[str, Callable[[nn.Linear, torch.Tensor], torch.Tensor]] = {
+    "int8": _int8_linear,
+    "float8": _float8_linear,
+    "nf4": _nf4_linear,
+}
 
 
 def autocast(enabled: bool) -> AbstractContextManager[Any]:

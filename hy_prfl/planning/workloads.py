@@ -19,7 +19,15 @@ from ..models.reward_model import score_noised
 from ..rollout import denoise_to_step, predict_velocity
 from ..runtime.activation_checkpointing import recompute_blocks
 from .models import build_reward_model, build_transformer, materialize, set_dtypes
-from .simulation import MemoryMeter, Phase, autocast, drop_gradients, extrapolated, use_gpu_kernels
+from .simulation import (
+    MemoryMeter,
+    Phase,
+    autocast,
+    drop_gradients,
+    extrapolated,
+    use_gpu_kernels,
+    use_quantized_layers,
+)
 
 
 # Length of the text, and tokens of CLIP's embedding of an image, that Wan was trained with.
@@ -27,7 +35,7 @@ TEXT_TOKENS, IMAGE_TOKENS = 512, 257
 # Options of a recipe that a simulation must be given and does not look at.
 UNUSED: dict[str, Any] = {"output_dir": "-", "pretrained_model_name_or_path": "-", "train_dataset": "-"}
 # What of a recipe the simulated models depend on.
-GENERATOR_OPTIONS = ("lora_rank", "lora_target_modules")
+GENERATOR_OPTIONS = ("lora_rank", "lora_target_modules", "base_quantization")
 REWARD_OPTIONS = (*GENERATOR_OPTIONS, "freeze_blocks", "loss")
 
 
@@ -165,7 +173,7 @@ def reward_phases(
     config: Mapping[str, Any], training: PRFLTrainingConfig, numerics: Numerics, shape: Shape
 ) -> dict[str, Phase]:
     """What the frozen reward model needs for its forward and its backward to the latents."""
-    run = _runner(_simulate_reward, config, training, (), numerics, shape)
+    run = _runner(_simulate_reward, config, training, ("reward_model_quantization",), numerics, shape)
     return _with_recomputation(run, config, training, training.reward_gradient_checkpointing_blocks)
 
 
@@ -273,6 +281,8 @@ def _run_generator(
     transformer: Any, config: Mapping[str, Any], training: TrainingConfig, numerics: Numerics, shape: Shape
 ) -> dict[str, Phase]:
     materialize(transformer)
+    if training.base_quantization is not None:
+        use_quantized_layers(transformer, training.base_quantization)
     if numerics.on_gpu:
         use_gpu_kernels(transformer)
     drop_gradients(transformer)
@@ -315,6 +325,9 @@ def _simulate_reward(
     set_dtypes(reward_model, frozen=numerics.compute, trained=numerics.compute, keep_in_fp32=True)
     with FakeTensorMode(allow_non_fake_inputs=True):
         materialize(reward_model)
+        quantization = dict(options)["reward_model_quantization"]
+        if quantization is not None:
+            use_quantized_layers(reward_model, quantization)
         if numerics.on_gpu:
             use_gpu_kernels(reward_model)
         _gather_tokens(reward_model, shape)
@@ -347,6 +360,8 @@ def _run_reward_training(
     reward_model: Any, config: Mapping[str, Any], training: RewardTrainingConfig, numerics: Numerics, shape: Shape
 ) -> dict[str, Phase]:
     materialize(reward_model)
+    if training.base_quantization is not None:
+        use_quantized_layers(reward_model, training.base_quantization)
     if numerics.on_gpu:
         use_gpu_kernels(reward_model)
     _gather_tokens(reward_model, shape)

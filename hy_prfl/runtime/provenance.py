@@ -33,6 +33,8 @@ LIBRARIES = (
     "diffusers",
     "transformers",
     "peft",
+    "torchao",
+    "bitsandbytes",
     "datasets",
     "huggingface_hub",
     "safetensors",

@@ -10,6 +10,8 @@ from accelerate import Accelerator
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from .quantization import Quantizer, dequantized
+
 
 def forget_deepspeed_in_transformers() -> None:
     """
@@ -30,6 +32,7 @@ def fill_weights(
     dtype: torch.dtype,
     keep_in_fp32: Sequence[str] = (),
     split: Callable[[nn.Module], None] | None = None,
+    quantizer: Quantizer | None = None,
 ) -> None:
     """
     Load weights into a model on the meta device, one block at a time.
@@ -46,6 +49,8 @@ def fill_weights(
         split (`Callable[[nn.Module], None]`, *optional*):
             Called with every block as soon as it is loaded, and with the model at the end: `split_for_zero3` or
             `split_frozen`. Then no rank ever holds more than one whole block.
+        quantizer (`Quantizer`, *optional*):
+            Takes the weights of the blocks' linear layers as they are read.
 
     Raises:
         ValueError: If a weight is missing, left over, or of another shape.
@@ -54,6 +59,8 @@ def fill_weights(
     different = sorted(set(expected) ^ set(weights))
     if different:
         raise ValueError(f"{len(different)} weights are missing or left over, such as '{different[0]}'.")
+    if quantizer is not None:
+        quantizer.start(model)
     num_blocks = len(model.get_submodule("blocks")._modules)
     for unit in [*(f"blocks.{index}" for index in range(num_blocks)), ""]:
         module = model.get_submodule(unit)
@@ -69,10 +76,15 @@ def fill_weights(
             parent, _, leaf = name.rpartition(".")
             # A copy: weights from a file are memory-mapped, and the file may be replaced.
             own_dtype = torch.float32 if set(keep_in_fp32) & set(full_name.split(".")) else dtype
-            value = nn.Parameter(tensor.to(own_dtype, copy=True), requires_grad=parameter.requires_grad)
+            tensor = tensor.to(own_dtype, copy=True)
+            if quantizer is not None and quantizer.place(full_name, tensor):
+                continue
+            value = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
             module.get_submodule(parent).register_parameter(leaf, value)
         if split is not None:
             split(module)
+    if quantizer is not None:
+        quantizer.finish()
 
 
 def split_for_zero3(module: nn.Module, deepspeed_config: Mapping[str, Any]) -> None:
@@ -143,7 +155,7 @@ def full_state_dict(
     Weights by name, on the CPU of the main process; empty on the other ranks. A collective.
 
     Under DeepSpeed parameters are gathered one after the other, so no rank ever holds more than one besides its own
-    shard. Parameters in training are the float32 masters of the optimizer.
+    shard. Parameters in training are the float32 masters of the optimizer. Quantised weights are dequantised.
     """
     state_dict = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -152,7 +164,8 @@ def full_state_dict(
         master = full_master(tensor)
         with gathered(tensor):
             if accelerator.is_main_process:
-                state_dict[name] = (tensor if master is None else master).detach().to("cpu", copy=True)
+                whole = dequantized(tensor) if master is None else master
+                state_dict[name] = whole.detach().to("cpu", copy=True)
     return state_dict
 
 

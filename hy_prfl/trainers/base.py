@@ -26,6 +26,7 @@ from ..formats.training_state import save_checkpoint
 from ..runtime.context_parallel import check_divisible
 from ..runtime.distributed import any_rank, mean_over_ranks
 from ..runtime.provenance import CONFIG_FILE
+from ..runtime.quantization import keep_out_of_ddp
 from ..runtime.sharding import Masters, forget_deepspeed_in_transformers
 from .averaging import WeightAverage
 from .resuming import resume
@@ -138,6 +139,7 @@ class Trainer(ABC):
             found = f"{parameter.dtype} of '{name}'"
             check(parameter.dtype == run.trained_dtype, "model", found, f"in {run.trained_dtype}, where it trains")
         self.unwrapped = model
+        keep_out_of_ddp(model)
         # The schedule is not prepared: Accelerate would advance it once per process.
         self.wrapped, prepared_optimizer = self.accelerator.prepare(model, optimizer)
         self.updates = Updates(

@@ -70,6 +70,7 @@ def open_models(config: PRFLTrainingConfig, run: Run) -> dict[str, Any]:
             config.reward_model,
             dtype=run.weight_dtype,
             split=partial(split_frozen, device=device) if config.shard_reward_model else None,
+            quantizer=run.quantizer("reward_model_quantization"),
         ),
     )
 
@@ -85,13 +86,19 @@ def open_models(config: PRFLTrainingConfig, run: Run) -> dict[str, Any]:
 
     dtype = generator_dtype(config, run)
     models: dict[str, Any] = {
-        "transformer": {name: transformer(name, dtype=dtype, split=run.split) for name in experts.trained},
+        "transformer": {
+            name: transformer(name, dtype=dtype, split=run.split, quantizer=run.quantizer("base_quantization"))
+            for name in experts.trained
+        },
         "reward_model": reward_model,
         "vae": vae if config.validation_videos else None,
     }
     if frozen is not None:
         split = partial(split_frozen, device=device) if config.shard_frozen_expert else None
-        models["frozen_expert"] = transformer(frozen, dtype=run.weight_dtype, split=split, keep_in_fp32=True)
+        quantizer = run.quantizer("frozen_expert_quantization")
+        models["frozen_expert"] = transformer(
+            frozen, dtype=run.weight_dtype, split=split, quantizer=quantizer, keep_in_fp32=True
+        )
     return models
 
 

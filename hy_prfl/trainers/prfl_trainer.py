@@ -384,6 +384,7 @@ class PRFLTrainer(Trainer):
             run=self.output_dir.resolve().name,
             config=dataclasses.asdict(self.config),
             expert=expert if self.experts.are_two else None,
+            base_quantization=self.config.base_quantization,
         )
 
     def read_model(self, directory: Path) -> Mapping[str, torch.Tensor]:

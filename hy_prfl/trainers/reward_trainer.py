@@ -300,7 +300,12 @@ def _deferred_model(config: RewardTrainingConfig, run: Run, vae_fingerprint: str
         source = config.pretrained_model_name_or_path
         check_same_vae(vae_fingerprint, reward_config["vae_fingerprint"], source=source, of=REWARD_LATENTS)
         load = partial(
-            load_reward_model, config.reward_model, dtype=run.trained_dtype, split=run.split, keep_in_fp32=False
+            load_reward_model,
+            config.reward_model,
+            dtype=run.trained_dtype,
+            split=run.split,
+            quantizer=run.quantizer("base_quantization"),
+            keep_in_fp32=False,
         )
         return Deferred({**reward_config, "vae_fingerprint": vae_fingerprint}, load)
     path, revision = config.pretrained_model_name_or_path, config.revision
@@ -317,6 +322,7 @@ def _deferred_model(config: RewardTrainingConfig, run: Run, vae_fingerprint: str
         dtype=run.trained_dtype,
         subfolder=subfolder,
         split=run.split,
+        quantizer=run.quantizer("base_quantization"),
         pooling=config.pooling,
         num_query_heads=config.num_query_heads,
         query_residual=config.query_residual,

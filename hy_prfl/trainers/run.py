@@ -17,9 +17,14 @@ from ..runtime.activation_checkpointing import recompute_blocks
 from ..runtime.attention import check_attention_backend, set_attention_backend
 from ..runtime.context_parallel import ContextParallelGroup
 from ..runtime.distributed import TRAINING_TIMEOUT, build_accelerator
+from ..runtime.quantization import Quantizer, check_quantization
 from ..runtime.sharding import split_for_zero3
 from .reports import Reports, known_trackers
 from .resuming import check_checkpoint, model_identities
+
+
+# Options that name a kind of quantisation.
+QUANTIZATION_OPTIONS = ("base_quantization", "frozen_expert_quantization", "reward_model_quantization")
 
 
 class Run:
@@ -81,6 +86,11 @@ class Run:
         self.replica = self.accelerator.process_index // degree
         is_whole = self.engine == "whole"
         check(is_whole or not config.compile, "compile", config.compile, f"false under {self.engine}")
+        for option in QUANTIZATION_OPTIONS:
+            kind = getattr(config, option, None)
+            reason = f"left out under {self.engine}, which casts and shards weights"
+            check(is_whole or kind is None, option, kind, reason)
+            check_quantization(option, kind, device=self.accelerator.device)
 
     @property
     def engine(self) -> str:
@@ -110,6 +120,11 @@ class Run:
     def weight_dtype(self) -> torch.dtype:
         """Type of frozen weights and of all embeddings that models are given; what trains has float32 masters."""
         return torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else torch.float32
+
+    def quantizer(self, option: str) -> Quantizer | None:
+        """What quantises a model as the option of this name says, if it is given."""
+        kind = getattr(self.config, option)
+        return None if kind is None else Quantizer(kind, device=self.accelerator.device, dtype=self.weight_dtype)
 
     def pipeline_vae_fingerprint(self) -> str:
         """Identity of the VAE of the pipeline that is trained; latents of another VAE mean nothing to it."""

@@ -126,6 +126,21 @@ def test_head_is_short_and_the_recipe_fits(path: Path) -> None:
     assert recipe.zero_stage == {"zero2": 2, "zero3": 3}.get(recipe.engine, 0)
 
 
+def test_recipes_for_one_gpu_fit_it() -> None:
+    """The table of docs/one_gpu.md has what the planner says, and that is less than the GPU has."""
+    rows = re.findall(
+        r"^\| (\d+) GB \|.*\((?:\.\./)(examples/.*?\.yaml)\) \| ([\d.]+) GB \|",
+        (ROOT / "docs/one_gpu.md").read_text(encoding="utf-8"),
+        flags=re.MULTILINE,
+    )
+    assert {path for _, path, _ in rows} >= {relative(path) for path in TRAINING_RECIPES if path.stem.endswith("gb")}
+    for capacity, path, peak in rows:
+        planned = plan_recipe(ROOT / path)
+        assert float(peak) == pytest.approx(planned.peak, abs=0.06), path
+        assert planned.gpu_memory == float(capacity)
+        assert planned.fits
+
+
 def test_recipes_cover_the_published_models() -> None:
     """All published pipelines, each with a reward model and with PRFL of all weights and of an adapter."""
     trained = {"reward": set(), "full": set(), "lora": set()}

@@ -1,0 +1,88 @@
+"""Plans of quantised weights, against torchao's own tensors and torch's allocator."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from examples.benchmark.benchmark import planned, prepare_inputs
+from examples.benchmark.cases import FLOW, PRFL, Case
+from examples.benchmark.measuring import Measured, measure
+from examples.benchmark.sizes import Clip, small_size
+from hy_prfl.planning.models import build_transformer, count_parameters, load_transformer_config, set_dtypes
+from hy_prfl.planning.plan import plan
+from tests.planning.recipes import prfl_recipe, reward_recipe
+
+
+CLIP = Clip(9, 128, 128)
+SIZE = small_size(num_heads=4, num_layers=5, vae_width=2, base=CLIP, longer=(), larger=())
+SMALL = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+LARGE = "Wan-AI/Wan2.1-T2V-14B-Diffusers"
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("memory") / "models"
+    prepare_inputs(Case("test", SIZE, CLIP, PRFL), folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        (PRFL, {"base_quantization": "int8", "reward_model_quantization": "int8"}),
+        (FLOW, {"base_quantization": "int8", "gradient_checkpointing": False}),
+        (FLOW, {"base_quantization": "float8"}),
+    ],
+)
+def test_plan_agrees_with_the_allocator(inputs: Path, tmp_path: Path, method: str, options: dict[str, Any]) -> None:
+    """Without recomputation torchao's casts of all weights live until the backward pass."""
+    case = Case("test", dataclasses.replace(SIZE, options={"lora_rank": 4, **options}), CLIP, method, "", 8)
+    trainer = case.trainer(inputs, tmp_path, Measured)
+    measured = measure(trainer, num_updates=1)
+    foreseen = planned(case, trainer.config)
+    assert foreseen["planned_bytes"] == pytest.approx(measured.peak_bytes, rel=0.03)
+    assert foreseen["planned_flops"] == pytest.approx(measured.flops, rel=1e-3)
+
+
+@pytest.mark.parametrize(("kind", "per_weight"), [("int8", 1.0), ("float8", 1.0), ("nf4", 4.127 / 8)])
+def test_bytes_of_14b(kind: Any, per_weight: float) -> None:
+    """By hand: 8 attention and 2 feed-forward matrices a block; all else as before."""
+    transformer = build_transformer(load_transformer_config(LARGE), prfl_recipe(LARGE, lora_rank=32))
+    set_dtypes(transformer, frozen=torch.bfloat16, trained=torch.float32, keep_in_fp32=True)
+    in_matrices = 40 * (8 * 5120**2 + 2 * 5120 * 13824)
+    whole, held = count_parameters(transformer), count_parameters(transformer, quantization=kind)
+    assert whole.num_bytes - held.num_bytes == pytest.approx((2 - per_weight) * in_matrices, rel=1e-3)
+    assert (held.total, held.trained, held.trained_bytes) == (whole.total, whole.trained, whole.trained_bytes)
+
+
+def test_zero_is_refused_and_fewer_bits_are_advised() -> None:
+    clip = {"height": 480, "width": 832, "num_frames": 17}
+    options = {"lora_rank": 8, "gradient_checkpointing": True, "offload_activations": True}
+    options |= {"offload_reward_model": True, "rerun_gradient_step": True}
+    with pytest.raises(ValueError, match=r"`base_quantization` must be left out under ZeRO, got 'int8'"):
+        plan(prfl_recipe(SMALL, **options, base_quantization="int8"), **clip, num_gpus=2, zero_stage=3)
+    peaks = {
+        kind: plan(prfl_recipe(SMALL, **options, base_quantization=kind), **clip, gpu_memory=1e6).peak
+        for kind in (None, "int8", "nf4")
+    }
+    assert peaks["nf4"] < peaks["int8"] < peaks[None]
+    made = plan(prfl_recipe(SMALL, **options), **clip, gpu_memory=peaks["int8"] * 1.001)
+    assert (made.fits, made.changes) == (False, ["--base_quantization int8"])
+    made = plan(prfl_recipe(SMALL, **options), **clip, gpu_memory=peaks["nf4"] * 1.001)
+    assert (made.fits, made.changes) == (False, ["--base_quantization nf4"])
+
+
+def test_reward_training_beside_a_quantised_base() -> None:
+    options = {"lora_rank": 8, "gradient_checkpointing": True}
+    clip = {"height": 480, "width": 832, "num_frames": 17}
+    whole, held = (
+        plan(reward_recipe(SMALL, **options, base_quantization=kind), **clip, gpu_memory=1e6)
+        for kind in (None, "int8")
+    )
+    # Eight blocks of 1.3B, whose frozen weights are in float32 for the reward trainer.
+    assert whole.memory["weights"] - held.memory["weights"] == pytest.approx(
+        3 * 8 * (8 * 1536**2 + 2 * 1536 * 8960) / 1e9, rel=0.01
+    )
