@@ -9,7 +9,7 @@ import torch
 
 from examples.benchmark.benchmark import planned, prepare_inputs
 from examples.benchmark.cases import FLOW, PRFL, Case
-from examples.benchmark.measuring import Measured, measure
+from examples.benchmark.measuring import most_bytes_alive
 from examples.benchmark.sizes import Clip, small_size
 from hy_prfl.planning.models import build_transformer, count_parameters, load_transformer_config, set_dtypes
 from hy_prfl.planning.plan import plan
@@ -29,10 +29,13 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+class _AsItIs:
+    """No change to the trainer."""
+
+
 @pytest.mark.parametrize(
     ("method", "options"),
     [
-        (PRFL, {"base_quantization": "int8", "reward_model_quantization": "int8"}),
         (FLOW, {"base_quantization": "int8", "gradient_checkpointing": False}),
         (FLOW, {"base_quantization": "float8"}),
     ],
@@ -40,11 +43,12 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_plan_agrees_with_the_allocator(inputs: Path, tmp_path: Path, method: str, options: dict[str, Any]) -> None:
     """Without recomputation torchao's casts of all weights live until the backward pass."""
     case = Case("test", dataclasses.replace(SIZE, options={"lora_rank": 4, **options}), CLIP, method, "", 8)
-    trainer = case.trainer(inputs, tmp_path, Measured)
-    measured = measure(trainer, num_updates=1)
-    foreseen = planned(case, trainer.config)
-    assert foreseen["planned_bytes"] == pytest.approx(measured.peak_bytes, rel=0.03)
-    assert foreseen["planned_flops"] == pytest.approx(measured.flops, rel=1e-3)
+    trainer = case.trainer(inputs, tmp_path, _AsItIs)
+    trainer.start_streams()
+    # The optimizer's states come with the first step.
+    trainer.train_step()
+    measured = most_bytes_alive(trainer, trainer.train_step)
+    assert planned(case, trainer.config)["planned_bytes"] == pytest.approx(measured, rel=0.03)
 
 
 @pytest.mark.parametrize(("kind", "per_weight"), [("int8", 1.0), ("float8", 1.0), ("nf4", 4.127 / 8)])
