@@ -25,7 +25,7 @@ from hy_prfl.configs.base import check
 from hy_prfl.configs.prfl import PRFLTrainingConfig
 from hy_prfl.flow_matching import sample_noise
 from hy_prfl.models.conditioning import Conditioning
-from hy_prfl.rollout import GradientStep, predict_velocity
+from hy_prfl.rollout import GradientStep, predict_velocity, surrogate
 from hy_prfl.runtime.attention import use_attention_backend
 from hy_prfl.trainers.prfl_trainer import REWARD_NOISE, PRFLTrainer
 
@@ -184,8 +184,9 @@ class RGBReFLTrainer(PRFLTrainer):
         yield GradientStep(
             clean.detach(),
             timesteps=timestep.expand(batch_size),
-            width=sigma,
-            differentiable_latents=partial(_identity, clean),
+            gain=sigma,
+            velocity=velocity.detach(),
+            surrogates=partial(surrogate, clean),
         )
 
     def score(self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
@@ -196,7 +197,3 @@ class RGBReFLTrainer(PRFLTrainer):
 
 def _call(function: Callable[..., Any], *args: Any) -> Any:
     return function(*args)
-
-
-def _identity(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor

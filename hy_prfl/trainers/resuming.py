@@ -81,6 +81,7 @@ def resume(trainer: "Trainer", checkpoint: Path) -> None:
         )
     _apply_optimizer_options(trainer)
     trainer.load_average(checkpoint)
+    trainer.load_own(checkpoint, state)
     _say_what_changed(trainer, state, changes)
     changed = {change.name for change in changes if change.ignored is None}
     changed |= _changed_datasets(trainer, state) | _changed_models(trainer, state)
