@@ -15,6 +15,8 @@ from diffusers import WanPipeline
 
 from hy_prfl import PRFLTrainer, PRFLTrainingConfig
 from hy_prfl.configs.parser import parse_config
+from hy_prfl.data.dataset import load_latent_dataset
+from hy_prfl.models.loading import load_reward_model, load_transformer
 
 
 @dataclass(kw_only=True)
@@ -40,23 +42,30 @@ class PrintingTrainer(PRFLTrainer):
 
 def main(argv: Sequence[str] | None = None) -> WanPipeline:
     config = parse_config(Config, argv, description=__doc__)
+    options = PRFLTrainingConfig(
+        output_dir=config.output_dir,
+        pretrained_model_name_or_path=config.pretrained_model_name_or_path,
+        train_dataset=config.train_dataset,
+        reward_model=config.reward_model,
+        lora_rank=config.lora_rank,
+        learning_rate=1e-4,
+        update_schedule="alternate",
+        reward_loss="logsigmoid",
+        num_inference_steps=config.num_inference_steps,
+        max_train_steps=config.max_train_steps,
+        gradient_checkpointing=True,
+        checkpointing_steps=50,
+        checkpoints_total_limit=2,
+        report_to=["none"],
+    )
+    # `PrintingTrainer.from_config(options)` does the same. Models and datasets of your own take the place of these.
+    run = PrintingTrainer.set_up_run(options)
     trainer = PrintingTrainer(
-        PRFLTrainingConfig(
-            output_dir=config.output_dir,
-            pretrained_model_name_or_path=config.pretrained_model_name_or_path,
-            train_dataset=config.train_dataset,
-            reward_model=config.reward_model,
-            lora_rank=config.lora_rank,
-            learning_rate=1e-4,
-            update_schedule="alternate",
-            reward_loss="logsigmoid",
-            num_inference_steps=config.num_inference_steps,
-            max_train_steps=config.max_train_steps,
-            gradient_checkpointing=True,
-            checkpointing_steps=50,
-            checkpoints_total_limit=2,
-            report_to=["none"],
-        )
+        options,
+        transformer=load_transformer(config.pretrained_model_name_or_path, dtype=run.weight_dtype, split=run.split),
+        reward_model=load_reward_model(config.reward_model, dtype=run.weight_dtype),
+        train_dataset=load_latent_dataset(config.train_dataset),
+        run=run,
     )
     trainer.train()
 

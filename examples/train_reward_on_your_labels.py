@@ -18,7 +18,7 @@ from datasets import load_from_disk
 
 from hy_prfl import RewardTrainer, RewardTrainingConfig
 from hy_prfl.configs.parser import parse_config
-from hy_prfl.runtime.distributed import process_state
+from hy_prfl.models.loading import make_reward_model
 from hy_prfl.scripts.preprocess import main as preprocess
 
 
@@ -53,29 +53,28 @@ def main(argv: Sequence[str] | None = None) -> RewardTrainer:
         ]
     )
 
-    # 2. Some are held out; the model that judges those best is kept.
-    state = process_state()
-    if state.is_main_process:
-        parts = load_from_disk(folder / "data").train_test_split(config.validation_share, seed=0)
-        parts["train"].save_to_disk(folder / "train")
-        parts["test"].save_to_disk(folder / "validation")
-    state.wait_for_everyone()
+    # 2. Some are held out; the model that judges those best is kept. Any dataset with these columns will do.
+    rows = load_from_disk(folder / "data").train_test_split(config.validation_share, seed=0)
 
-    # 3. A model that predicts the label from latents at any noise level
+    # 3. A model that predicts the label from latents at any noise level, in the type that the launch asks for
+    options = RewardTrainingConfig(
+        output_dir=str(folder),
+        pretrained_model_name_or_path=config.pretrained_model_name_or_path,
+        train_dataset=f"{folder / 'data'}, all but the held-out rows",
+        validation_dataset=f"{folder / 'data'}, the held-out rows",
+        task=config.task,
+        max_train_steps=config.max_train_steps,
+        gradient_checkpointing=True,
+        validation_steps=100,
+        checkpointing_steps=100,
+        checkpoints_total_limit=2,
+    )
+    run = RewardTrainer.set_up_run(options)
+    reward_model = make_reward_model(
+        config.pretrained_model_name_or_path, num_layers=config.num_layers, dtype=run.trained_dtype, split=run.split
+    )
     trainer = RewardTrainer(
-        RewardTrainingConfig(
-            output_dir=str(folder),
-            pretrained_model_name_or_path=config.pretrained_model_name_or_path,
-            train_dataset=str(folder / "train"),
-            validation_dataset=str(folder / "validation"),
-            task=config.task,
-            num_layers=config.num_layers,
-            max_train_steps=config.max_train_steps,
-            gradient_checkpointing=True,
-            validation_steps=100,
-            checkpointing_steps=100,
-            checkpoints_total_limit=2,
-        )
+        options, reward_model=reward_model, train_dataset=rows["train"], validation_dataset=rows["test"], run=run
     )
     trainer.train()
     print(f"The model is in {folder / 'best'}: accuracy {trainer.best_metric:.2f} on videos it has not seen.")

@@ -201,7 +201,7 @@ class Case:
         )
         decodes = METHODS[self.method].decodes
         if decodes is None:
-            return type("Measured", (mixin, PRFLTrainer), {})(config)
+            return type("Measured", (mixin, PRFLTrainer), {}).from_config(config)
         trainer = type("Measured", (mixin, RGBReFLTrainer), {})
         reward = partial(
             PixelReward,
@@ -209,7 +209,7 @@ class Case:
             decodes=decodes,
             recompute=config.gradient_checkpointing,
         )
-        return trainer(config, build_reward=reward)
+        return trainer.from_config(config, build_reward=reward)
 
 
 def all_cases(

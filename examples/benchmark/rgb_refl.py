@@ -148,14 +148,18 @@ class RGBReFLTrainer(PRFLTrainer):
             Options of the run. Its reward model is read, for the checks, and not used.
         build_reward (`Callable`):
             Makes the reward, which is called with clean latents and prompt embeddings, of the pipeline's VAE.
+        parts:
+            Models and datasets, as for [`PRFLTrainer`].
     """
 
-    def __init__(self, config: PRFLTrainingConfig, *, build_reward: Callable[[AutoencoderKLWan], nn.Module]) -> None:
+    def __init__(
+        self, config: PRFLTrainingConfig, *, build_reward: Callable[[AutoencoderKLWan], nn.Module], **parts: Any
+    ) -> None:
         for name in ("num_gradient_steps", "rerun_gradient_step"):
             value = getattr(config, name)
             check(int(value) == (name == "num_gradient_steps"), name, value, "left out for RGB ReFL")
         # What it foresees is reached in one stride from any step: there is no width to divide by.
-        super().__init__(replace(config, divide_by_step_width=False))
+        super().__init__(replace(config, divide_by_step_width=False), **parts)
         vae = AutoencoderKLWan.from_pretrained(config.pretrained_model_name_or_path, subfolder="vae")
         torch.manual_seed(config.seed)
         # `PRFLTrainer` has loaded the latent reward model; this frees it.
@@ -173,12 +177,12 @@ class RGBReFLTrainer(PRFLTrainer):
         latents = latents.to(self.accelerator.device)
         scheduler.set_timesteps(config.num_inference_steps, device=latents.device)
         scheduler.set_begin_index(0)
-        with torch.no_grad(), use_attention_backend(self.transformer, config.rollout_attention_backend):
+        with torch.no_grad(), use_attention_backend(self.wrapped, config.rollout_attention_backend):
             for timestep in scheduler.timesteps[:step_index]:
-                velocity = predict_velocity(self.transformer, latents, timestep, conditioning)
+                velocity = predict_velocity(self.wrapped, latents, timestep, conditioning)
                 latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
         timestep = scheduler.timesteps[step_index]
-        velocity = predict_velocity(self.transformer, latents, timestep, conditioning)
+        velocity = predict_velocity(self.wrapped, latents, timestep, conditioning)
         sigma = scheduler.sigmas[step_index]
         clean = latents - sigma * velocity
         yield GradientStep(

@@ -5,6 +5,7 @@ import functools
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from examples.real_size.pretended_cuda import DeviceMeter, put_on_device
 from hy_prfl.configs.base import TrainingConfig
 from hy_prfl.configs.prfl import PRFLTrainingConfig
 from hy_prfl.data.collators import LabeledBatch, LatentBatch, PreferenceBatch
+from hy_prfl.flow_matching import noise_levels
 from hy_prfl.models.experts import Experts
 from hy_prfl.planning.models import build_reward_model, build_transformer, reward_model_config, set_dtypes
 from hy_prfl.planning.workloads import IMAGE_TOKENS, TEXT_TOKENS
@@ -196,7 +198,6 @@ class _Unsplit:
     """The part of a trainer that its constructor would have made from a launch."""
 
     weight_dtype = torch.bfloat16
-    engine = "whole"
 
     def generators(self, stream: int, micro_step: int, batch_size: int) -> list[torch.Generator]:
         return [torch.Generator().manual_seed(index) for index in range(batch_size)]
@@ -247,7 +248,9 @@ def _set_up(setting: Setting, model: Any, num_blocks: int | None, group: Any, bu
         group.split(model)
 
 
-def _common(setting: Setting, model: Any, group: Any, parameters: list[torch.Tensor]) -> dict[str, Any]:
+def _common(
+    setting: Setting, model: Any, group: Any, parameters: list[torch.Tensor], backwards_per_update: int = 1
+) -> dict[str, Any]:
     """Attributes that both trainers have."""
     accelerator = (OneShareOfZeRO if setting.zero_stage else OneProcess)(autocast=setting.zero_stage == 0)
     if setting.zero_stage:
@@ -267,9 +270,9 @@ def _common(setting: Setting, model: Any, group: Any, parameters: list[torch.Ten
         "updates": updates,
         "unwrapped": model,
         "context_parallel": group,
+        "noise_levels": noise_levels(setting.training),
         "global_step": 0,
-        "num_replicas": 1,
-        "replica": 0,
+        "run": SimpleNamespace(engine="whole", backwards_per_update=backwards_per_update, num_replicas=1, replica=0),
     }
 
 
@@ -326,7 +329,7 @@ def _build_reward(setting: Setting, group: Any) -> tuple[Any, HostBuffers]:
         return PreferenceBatch(chosen=clips(), rejected=clips())
 
     attributes = _common(setting, model, group, parameters)
-    trainer = RealSizeRewardTrainer(**attributes, reward_model=_wrap(setting, model), batches=_forever(batch))
+    trainer = RealSizeRewardTrainer(**attributes, wrapped=_wrap(setting, model), batches=_forever(batch))
     model.train()
     return trainer, buffers
 
@@ -370,15 +373,14 @@ def _build_prfl(setting: Setting, group: Any) -> tuple[Any, HostBuffers]:
     num = {"flow": 1, "reward": training.num_gradient_steps}
     most = max(sum(num[loss] for loss in losses) for losses in UPDATES[training.update_schedule])
     trainer = RealSizePRFLTrainer(
-        **_common(setting, unwrapped, group, parameters),
-        transformer=transformer,
+        **_common(setting, unwrapped, group, parameters, most),
+        wrapped=transformer,
         generator=generator,
         reward_model=reward_model,
         reward_model_in_use=nullcontext,
         average=None,
         experts=experts,
         num_backwards=num,
-        backwards_per_update=most,
         step_range=step_range,
         high_noise_probability=0.5,
         scheduler=scheduler,

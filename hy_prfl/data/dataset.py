@@ -55,9 +55,19 @@ def load_latent_dataset(path: str) -> Dataset:
         if len(dataset) != 1:
             raise ValueError(f"{path}: expected one split, found {', '.join(dataset)}. Save the split you want.")
         dataset = next(iter(dataset.values()))
-    validate_columns(dataset.column_names, path)
+    return as_latent_dataset(dataset, path)
+
+
+def as_latent_dataset(dataset: Dataset, source: str) -> Dataset:
+    """
+    A dataset that was opened elsewhere, in the format that its rows are read in here.
+
+    Raises:
+        ValueError: If it has no rows, or lacks columns of a latent dataset.
+    """
+    validate_columns(dataset.column_names, source)
     if len(dataset) == 0:
-        raise ValueError(f"{path}: the dataset has no rows.")
+        raise ValueError(f"{source}: the dataset has no rows.")
     return dataset.with_format("arrow")
 
 

@@ -65,6 +65,12 @@ class Experts:
             return next(iter(transformers.values()))
         return ExpertPair(transformers["high_noise"], transformers["low_noise"], self)
 
+    def parts(self, model: nn.Module) -> dict[ExpertName, Any]:
+        """The transformers in training, by their names, of what [`join`] made of them."""
+        if len(self.trained) == 1:
+            return {self.trained[0]: model}
+        return {name: model.get_submodule(name) for name in self.trained}
+
     def frozen(self, *, rolls_out: bool, samples: bool) -> ExpertName | None:
         """
         The expert that has to be there beside the one in training, if any.

@@ -3,8 +3,9 @@
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import copy
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from accelerate import init_empty_weights
@@ -20,9 +21,31 @@ from .reward_model import BACKBONE_CONFIG, WanRewardModel
 
 
 Split = Callable[[nn.Module], None]
+ModelT = TypeVar("ModelT", bound=nn.Module)
 
 TRANSFORMER_FOLDER = EXPERT_FOLDERS["high_noise"]
 WEIGHTS_NAME = "diffusion_pytorch_model"
+
+
+@dataclass(frozen=True)
+class Deferred(Generic[ModelT]):
+    """
+    A model on disk, whose configuration can be checked before its weights are read.
+
+    Args:
+        config (`Mapping[str, Any]`):
+            Its configuration.
+        load (`Callable[[], nn.Module]`):
+            Reads it.
+    """
+
+    config: Mapping[str, Any]
+    load: Callable[[], ModelT]
+
+
+def loaded(model: ModelT | Deferred[ModelT]) -> ModelT:
+    """The model, which is read now if it was deferred."""
+    return model.load() if isinstance(model, Deferred) else model
 
 
 class WeightFiles(Mapping[str, torch.Tensor]):
@@ -143,6 +166,15 @@ def load_transformer(
     return transformer.eval()
 
 
+def read_transformer_config(
+    pretrained_model_name_or_path: str, *, subfolder: str = TRANSFORMER_FOLDER, revision: str | None = None
+) -> Any:
+    """Configuration of a transformer on disk, with the defaults of what its file leaves out."""
+    config = WanTransformer3DModel.load_config(pretrained_model_name_or_path, subfolder=subfolder, revision=revision)
+    with init_empty_weights():
+        return WanTransformer3DModel.from_config(config).config
+
+
 def make_reward_model(
     pretrained_model_name_or_path: str,
     *,
@@ -167,10 +199,7 @@ def make_reward_model(
         ValueError: If the transformer has fewer than `num_layers` blocks.
     """
     files: dict[str, Any] = {"subfolder": subfolder, "revision": revision}
-    with init_empty_weights():
-        base = WanTransformer3DModel.from_config(
-            WanTransformer3DModel.load_config(pretrained_model_name_or_path, **files)
-        ).config
+    base = read_transformer_config(pretrained_model_name_or_path, **files)
     if num_layers > base.num_layers:
         raise ValueError(f"`num_layers` is {num_layers}, but the transformer has only {base.num_layers} blocks.")
     backbone = {name: base[name] for name in BACKBONE_CONFIG}

@@ -35,9 +35,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     set_up_logging()
     if config.dry_run:
-        dry_run(PRFLTrainer, config)
+        dry_run(PRFLTrainer.from_config, config)
     else:
-        PRFLTrainer(config).train()
+        PRFLTrainer.from_config(config).train()
 
 
 if __name__ == "__main__":

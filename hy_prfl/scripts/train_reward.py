@@ -34,9 +34,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     set_up_logging()
     if config.dry_run:
-        dry_run(RewardTrainer, config)
+        dry_run(RewardTrainer.from_config, config)
     else:
-        RewardTrainer(config).train()
+        RewardTrainer.from_config(config).train()
 
 
 if __name__ == "__main__":

@@ -83,15 +83,15 @@ class DryRunReport:
         )
 
 
-def dry_run(trainer_class: Callable[[Any], Trainer], config: TrainingConfig) -> DryRunReport:
+def dry_run(make_trainer: Callable[[Any], Trainer], config: TrainingConfig) -> DryRunReport:
     """
     Do everything up to and including one step, on random latents, and keep nothing of it.
 
     Models, engine, options and shapes are those of the real run. A collective.
 
     Args:
-        trainer_class (`Callable`):
-            The trainer, made from its options.
+        make_trainer (`Callable`):
+            Makes the trainer of its options.
         config (`TrainingConfig`):
             Its options. The clips are as large as `dry_run_size` says, or as the largest of `train_dataset`, which
             also tells whether those of Wan2.2 TI2V 5B start with an image; with `dry_run_size` they do not.
@@ -106,7 +106,7 @@ def dry_run(trainer_class: Callable[[Any], Trainer], config: TrainingConfig) -> 
         changes = {**LEFT_OUT, "train_dataset": str(dataset_dir), "output_dir": str(Path(folder) / "run")}
         if isinstance(config, PRFLTrainingConfig):
             changes["prompt_dataset"] = None
-        trainer = trainer_class(dataclasses.replace(config, **changes))
+        trainer = make_trainer(dataclasses.replace(config, **changes))
         trainer.start_streams()
         loading_seconds, loading_memory = time.perf_counter() - start, peak_memory(trainer.accelerator.device)
         start = time.perf_counter()
@@ -118,7 +118,7 @@ def dry_run(trainer_class: Callable[[Any], Trainer], config: TrainingConfig) -> 
     report = DryRunReport(
         latents_shape=latents_shape,
         num_processes=trainer.accelerator.num_processes,
-        engine=trainer.engine,
+        engine=trainer.run.engine,
         on_device=trainer.accelerator.device.type != "cpu",
         loading_seconds=most[0],
         loading_memory=most[1] / GIGA,

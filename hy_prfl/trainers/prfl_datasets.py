@@ -9,9 +9,9 @@ from ..configs.prfl import PRFLTrainingConfig
 from ..data.collators import LatentBatch, collate_latents
 from ..data.dataset import (
     RowDataset,
+    as_latent_dataset,
     check_shared_memory,
     latent_shapes,
-    load_latent_dataset,
     require_latents,
     stream_batches,
 )
@@ -24,22 +24,36 @@ class PRFLDatasets:
 
     Args:
         config (`PRFLTrainingConfig`):
-            Options of the run. Prompts are those of the clips if it names no `prompt_dataset`.
+            Options of the run.
+        clips (`Dataset`):
+            A latent dataset.
+        prompts, validation (`Dataset`, *optional*):
+            Others; prompts are those of the clips if left out.
         num_replicas, replica (`int`):
             Number of data-parallel replicas, and the one that this process belongs to.
 
     Raises:
-        FileNotFoundError: If there is no dataset of a name.
         ValueError: If one is no latent dataset, or has no latents where flow matching needs them.
     """
 
-    def __init__(self, config: PRFLTrainingConfig, *, num_replicas: int, replica: int) -> None:
+    def __init__(
+        self,
+        config: PRFLTrainingConfig,
+        *,
+        clips: Dataset,
+        prompts: Dataset | None,
+        validation: Dataset | None,
+        num_replicas: int,
+        replica: int,
+    ) -> None:
         self.config = config
-        self.clips = load_latent_dataset(config.train_dataset)
+        self.clips = as_latent_dataset(clips, config.train_dataset)
         if config.update_schedule != "reward":
             require_latents(self.clips, config.train_dataset)
-        self.prompts = load_latent_dataset(config.prompt_dataset) if config.prompt_dataset else self.clips
-        self.validation = load_latent_dataset(config.validation_dataset) if config.validation_dataset else None
+        self.prompts = self.clips if prompts is None else as_latent_dataset(prompts, str(config.prompt_dataset))
+        self.validation = None
+        if validation is not None:
+            self.validation = as_latent_dataset(validation, str(config.validation_dataset))
         sampler = partial(
             BucketBatchSampler, batch_size=config.train_batch_size, num_replicas=num_replicas, replica=replica
         )

@@ -3,20 +3,19 @@
 import dataclasses
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from accelerate.logging import get_logger
+from datasets import Dataset
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
 from ..configs.base import check
 from ..configs.prfl import PRFLTrainingConfig
 from ..data.collators import LatentBatch
-from ..data.dataset import check_vae
+from ..data.dataset import check_vae, rows_digest, single_value
 from ..evaluation.sample_evaluator import SampleEvaluator
-from ..flow_matching import add_noise, sample_noise, sigmas_to_timesteps, velocity_target
+from ..flow_matching import add_noise, noise_levels, sample_noise, sigmas_to_timesteps, velocity_target
 from ..formats.checkpoints import (
     AVERAGE_FOLDER,
     PRFL_RESULTS,
@@ -30,8 +29,8 @@ from ..formats.lora_metadata import lora_metadata
 from ..losses import flow_matching_loss, reward_feedback_loss
 from ..models.conditioning import Conditioning, num_clean_frames
 from ..models.experts import PairWeights, read_experts
-from ..models.loading import WeightFiles, load_reward_model, load_scheduler, load_transformer
-from ..models.reward_model import WanRewardModel, check_fits_generator, check_latents_fit
+from ..models.loading import Deferred, WeightFiles, load_scheduler, loaded
+from ..models.reward_model import WanRewardModel, check_fits_generator
 from ..models.trainable import select_trainable
 from ..rollout import (
     Foresight,
@@ -42,25 +41,18 @@ from ..rollout import (
     step_from_state,
     walk_with_gradient,
 )
-from ..rollout_buffer import Rollout, RolloutBuffer, StoredState, relative_change
-from ..runtime.distributed import any_rank
+from ..rollout_buffer import Rollout, StoredState, relative_change
 from ..runtime.host_weights import HostWeights
-from ..runtime.sharding import full_state_dict, split_frozen
+from ..runtime.sharding import full_state_dict
 from .averaging import WeightAverage
-from .base import Trainer
+from .base import Trainer, check_dataset, check_named
 from .prfl_datasets import PRFLDatasets
+from .prfl_inputs import AnyTransformer, check_offload, generator_dtype, open_datasets, open_models
+from .prfl_rollouts import ReusedRollouts
+from .run import Run
 
-
-logger = get_logger(__name__)
 
 FLOW_NOISE, FLOW_PROMPT, REWARD_NOISE, REWARD_PROMPT, STEP_INDEX, FLOW_EXPERT, STATES, FORESIGHT = range(8)
-# Written by each rank into a checkpoint.
-ROLLOUTS_FILE = "rollouts-{rank}.safetensors"
-# A change of one of these options makes stored rollouts useless.
-ROLLOUT_OPTIONS = {
-    "pretrained_model_name_or_path", "revision", "variant", "prompt_dataset", "num_inference_steps", "sampler_flow_shift",
-    "step_range", "num_chained_steps", "rollout_states",
-}  # fmt: skip
 # The losses of each update of a step.
 UPDATES: dict[str, list[tuple[str, ...]]] = {
     "alternate": [("flow",), ("reward",)],
@@ -89,6 +81,12 @@ class RewardTerm(NamedTuple):
     staleness: torch.Tensor | None
 
 
+def num_backwards(config: PRFLTrainingConfig) -> dict[str, int]:
+    """Backward passes of each loss in an update."""
+    num_flow = config.gradient_accumulation_steps
+    return {"flow": num_flow, "reward": num_flow * config.num_gradient_steps * config.num_chained_steps}
+
+
 class PRFLTrainer(Trainer):
     """
     Fine-tunes a Wan transformer, whole or by LoRA (paper, algorithm 1).
@@ -97,37 +95,136 @@ class PRFLTrainer(Trainer):
     result is `output_dir/transformer`, or for LoRA `output_dir/pytorch_lora_weights.safetensors`; of the low-noise
     expert of a pipeline of two, `output_dir/transformer_2` or `output_dir/pytorch_lora_weights_2.safetensors`.
 
-    `unwrapped` is what trains, `transformer` the same in its engine's wrapping, and `generator` what walks whole chains:
-    the latter, with a frozen expert at its side if there is one.
+    `unwrapped` is what trains, `wrapped` the same as its engine calls it, and `generator` what walks whole chains: the
+    latter, with a frozen expert at its side if there is one.
+
+    Args:
+        config (`PRFLTrainingConfig`):
+            Options of the run. Its paths name what is given here, in messages and in the record of the run; the
+            pipeline's sampler and the boundary of its experts are read from `pretrained_model_name_or_path`.
+        transformer (`WanTransformer3DModel`):
+            The generator to train, in float32, or for LoRA in the type of the launch's mixed precision. Of a pipeline of
+            two, those that train by their names, `high_noise` and `low_noise`. Each model may be a
+            [`~hy_prfl.models.loading.Deferred`] one, which is read when all else has been checked.
+        reward_model (`WanRewardModel`):
+            The reward to climb, in the type of the launch's mixed precision.
+        train_dataset (`Dataset`):
+            A latent dataset: clips, and prompts if there is no `prompt_dataset`.
+        prompt_dataset, validation_dataset (`Dataset`, *optional*):
+            Prompts of the reward updates, and held-out prompts to sample; the option of the same name names them.
+        frozen_expert (`WanTransformer3DModel`, *optional*):
+            The expert that does not train, where chains walk through it.
+        vae (`AutoencoderKLWan`, *optional*):
+            Decodes the samples of a validation; without it they are scored only.
+        run (`Run`, *optional*):
+            What [`set_up_run`] has made of the options; made here if left out.
+
+    Raises:
+        ValueError: If options, models and datasets do not fit together.
     """
 
     config: PRFLTrainingConfig
     results = PRFL_RESULTS
 
-    def __init__(self, config: PRFLTrainingConfig) -> None:
-        num_flow = config.gradient_accumulation_steps
-        num_reward = num_flow * config.num_gradient_steps * config.num_chained_steps
-        self.num_backwards = {"flow": num_flow, "reward": num_reward}
-        most = max(sum(self.num_backwards[loss] for loss in losses) for losses in UPDATES[config.update_schedule])
-        super().__init__(config, backwards_per_update=most, takes_turns=config.expert == "both")
+    def __init__(
+        self,
+        config: PRFLTrainingConfig,
+        *,
+        transformer: AnyTransformer | Mapping[ExpertName, AnyTransformer],
+        reward_model: WanRewardModel | Deferred[WanRewardModel],
+        train_dataset: Dataset,
+        prompt_dataset: Dataset | None = None,
+        validation_dataset: Dataset | None = None,
+        frozen_expert: AnyTransformer | None = None,
+        vae: AutoencoderKLWan | None = None,
+        run: Run | None = None,
+    ) -> None:
+        run = self.set_up_run(config) if run is None else run
+        check_named(config, prompt_dataset=prompt_dataset, validation_dataset=validation_dataset)
+        path, revision = config.pretrained_model_name_or_path, config.revision
+        self.num_backwards = num_backwards(config)
         self.uses_flow_matching = config.update_schedule != "reward"
         self.uses_reward = config.update_schedule != "flow_matching"
-        self.check_kernel("attention_backend", trains=True, dtype=self.generator_dtype)
-        self.check_kernel("rollout_attention_backend", trains=False, dtype=self.generator_dtype)
-        self.experts = read_experts(config.pretrained_model_name_or_path, config.expert, revision=config.revision)
+        self.experts = read_experts(path, config.expert, revision=revision)
         # Known while it is loaded from there; a path may be gone when the result is saved.
-        self.base_on_hub = not Path(config.pretrained_model_name_or_path).exists()
-        self._check_offload()
-        self.datasets = PRFLDatasets(config, num_replicas=self.num_replicas, replica=self.replica)
-        self._load_models()
-        parameters = [parameter for parameter in self.unwrapped.parameters() if parameter.requires_grad]
-        self.transformer = self.prepare(self.unwrapped, [{"params": parameters}], self.datasets.batches_per_epoch)
-        self.generator = self.transformer
+        self.base_on_hub = not Path(path).exists()
+        self.datasets = PRFLDatasets(
+            config,
+            clips=train_dataset,
+            prompts=prompt_dataset,
+            validation=validation_dataset,
+            num_replicas=run.num_replicas,
+            replica=run.replica,
+        )
+        given = self._by_expert(transformer, frozen_expert)
+        for expert in self.experts.trained:
+            check_fits_generator(reward_model.config, given[expert].config, allow_other_base=config.allow_other_base)
+        fingerprint = reward_model.config["vae_fingerprint"]
+        for source, dataset in self.datasets.by_source().items():
+            fingerprint = fingerprint or single_value(dataset, "vae_fingerprint", source)
+            check_vae(dataset, source, fingerprint)
+            check_dataset(config, dataset, source, reward_model.config)
+        self.scheduler = load_scheduler(path, revision=revision, flow_shift=config.sampler_flow_shift)
+        self.step_range = self._find_step_range(config)
+        self.high_noise_probability = noise_levels(config).probability_from(self.experts.boundary)
+        self._check_noise_levels(config)
+        self.reward_model = loaded(reward_model).requires_grad_(False).eval()
+        self.reward_model_in_use: Callable[[], AbstractContextManager[None]] = nullcontext
+        if config.offload_reward_model:
+            self.reward_model_in_use = HostWeights(self.reward_model, run.accelerator.device).on_device
+        else:
+            self.reward_model.to(run.accelerator.device)
+        trained: dict[ExpertName, WanTransformer3DModel] = {}
+        for expert in self.experts.trained:
+            trained[expert] = loaded(given[expert])
+            select_trainable(trained[expert], config, dtype=run.trained_dtype)
+            run.set_up_blocks(trained[expert], num_recomputed=config.gradient_checkpointing_blocks)
+        model = self.experts.join(trained)
+        self.frozen: dict[ExpertName, WanTransformer3DModel] = {}
+        for expert in (each for each in given if each not in trained):
+            self.frozen[expert] = loaded(given[expert]).requires_grad_(False).eval().to(run.accelerator.device)
+            run.set_up_blocks(self.frozen[expert], num_recomputed=0)
+        run.set_up_blocks(self.reward_model, num_recomputed=config.reward_gradient_checkpointing_blocks)
+        super().__init__(
+            config,
+            run=run,
+            model=model,
+            parameter_groups=[{"params": [each for each in model.parameters() if each.requires_grad]}],
+            batches_per_epoch=self.datasets.batches_per_epoch,
+        )
+        self.dataset_digests = {source: rows_digest(rows) for source, rows in self.datasets.by_source().items()}
+        self.generator = self.wrapped
         if self.frozen:
-            self.generator = self.experts.join({self.experts.trained[0]: self.transformer, **self.frozen})
+            self.generator = self.experts.join({self.experts.trained[0]: self.wrapped, **self.frozen})
         self.average = WeightAverage(self.masters, decay=config.ema_decay) if config.use_ema else None
-        self.rollouts = RolloutBuffer(config.rollout_buffer_size) if config.rollout_interval > 1 else None
-        self.rollout_age, self.rollouts_are_stale, self.num_reward_batches = 0, False, 0
+        self.rollouts = ReusedRollouts(config, run) if config.rollout_interval > 1 else None
+        first, last = self.step_range
+        low, high = config.foreseen_levels
+        self.mean_foreseen_gain = (
+            mean_foreseen_gain(self.scheduler.sigmas[first : last + 2], (low, high)) if self.uses_reward else 1.0
+        )
+        self.evaluator = self._build_evaluator(vae)
+        self.flow_batches: Iterator[LatentBatch] = iter(())
+        self.reward_batches: Iterator[LatentBatch] = iter(())
+
+    @classmethod
+    def set_up_run(cls, config: PRFLTrainingConfig) -> Run:
+        """The run of these options, before anything is loaded."""
+        backwards = num_backwards(config)
+        most = max(sum(backwards[loss] for loss in losses) for losses in UPDATES[config.update_schedule])
+        run = Run(config, trainer=cls.__name__, backwards_per_update=most, takes_turns=config.expert == "both")
+        dtype = generator_dtype(config, run)
+        run.check_kernel("attention_backend", trains=True, dtype=dtype)
+        run.check_kernel("rollout_attention_backend", trains=False, dtype=dtype)
+        if config.expert == "both":
+            check_offload(run)
+        return run
+
+    @classmethod
+    def from_config(cls, config: PRFLTrainingConfig, **kwargs: Any) -> "PRFLTrainer":
+        """A trainer whose models and datasets are loaded from where the options say; `kwargs` are a subclass's own."""
+        run = cls.set_up_run(config)
+        return cls(config, **open_datasets(config), **open_models(config, run), run=run, **kwargs)
 
     def train_step(self) -> dict[str, torch.Tensor]:
         """One flow-matching update, then one reward update, or both losses in one update."""
@@ -151,7 +248,7 @@ class PRFLTrainer(Trainer):
         losses = []
         for micro_step in range(self.config.gradient_accumulation_steps):
             batch = next(self.flow_batches).to(self.accelerator.device, self.weight_dtype)
-            with self.accelerator.accumulate(self.transformer):
+            with self.accelerator.accumulate(self.wrapped):
                 loss = self.compute_flow_matching_loss(batch, micro_step)
                 self.updates.backward(weight * loss, batch.ids)
                 self.updates.step(self.global_step)
@@ -161,11 +258,12 @@ class PRFLTrainer(Trainer):
     def reward_backwards(self, weight: float) -> dict[str, torch.Tensor]:
         """Backward passes of the reward loss over its micro-batches, gradient steps and chained steps."""
         terms: list[RewardTerm] = []
-        self.rollouts_due = self.need_rollouts()
+        if self.rollouts is not None:
+            self.rollouts.begin_update()
         for micro_step in range(self.config.gradient_accumulation_steps):
             surrogates = self.reward_surrogates(micro_step)
             for _ in range(self.config.num_gradient_steps * self.config.num_chained_steps):
-                with self.accelerator.accumulate(self.transformer):
+                with self.accelerator.accumulate(self.wrapped):
                     surrogate, term = next(surrogates)
                     self.updates.backward(weight * surrogate, term.ids, value=term.loss)
                     self.updates.step(self.global_step)
@@ -177,7 +275,9 @@ class PRFLTrainer(Trainer):
             "reward_logit": logits.mean(),
             **self.grad_norm_of("reward"),
         }
-        return metrics | self.note_staleness(terms)
+        if self.rollouts is not None:
+            metrics |= self.rollouts.end_update([term.staleness for term in terms if term.staleness is not None])
+        return metrics
 
     def reward_surrogates(self, micro_step: int) -> Iterator[tuple[torch.Tensor, "RewardTerm"]]:
         """
@@ -198,7 +298,7 @@ class PRFLTrainer(Trainer):
         timestep_range = self.experts.timesteps_of(self.draw_expert(micro_step))
         noise, sigmas = self.draw_noise(FLOW_NOISE, micro_step, batch, timestep_range)
         model_pred = predict_velocity(
-            self.transformer,
+            self.wrapped,
             add_noise(batch.latents, noise, sigmas),
             sigmas_to_timesteps(sigmas),
             self.choose_prompts(batch, self.generators(FLOW_PROMPT, micro_step, len(batch))),
@@ -216,11 +316,11 @@ class PRFLTrainer(Trainer):
             for step in self.roll_out(batch.latents_shape, conditioning, micro_step):
                 yield step, conditioning, batch.ids, None
             return
-        if self.rollouts_due:
-            self.rollouts.add(self.record(*self.next_prompts(micro_step), micro_step))
+        if self.rollouts.is_due:
+            self.rollouts.buffer.add(self.record(*self.next_prompts(micro_step), micro_step))
         generator = self.shared_generator(STEP_INDEX, micro_step)
         for draw in range(self.config.num_gradient_steps):
-            state = self.rollouts.draw(generator)
+            state = self.rollouts.buffer.draw(generator)
             conditioning = state.rollout.conditioning.to(self.accelerator.device, self.weight_dtype)
             step = self.step_from_state(state, conditioning, micro_step, draw)
             yield step, conditioning, list(state.rollout.ids), relative_change(step.velocity, state.velocity)
@@ -228,7 +328,8 @@ class PRFLTrainer(Trainer):
     def next_prompts(self, micro_step: int) -> tuple[LatentBatch, Conditioning]:
         """The next prompts to roll out."""
         batch = next(self.reward_batches).to(self.accelerator.device, self.weight_dtype)
-        self.num_reward_batches += 1
+        if self.rollouts is not None:
+            self.rollouts.num_batches += 1
         return batch, self.choose_prompts(batch, self.generators(REWARD_PROMPT, micro_step, len(batch)))
 
     def roll_out(
@@ -339,26 +440,6 @@ class PRFLTrainer(Trainer):
         low, high = self.config.foreseen_levels
         return Foresight(noise.to(device), uniform.to(device), (low, high))
 
-    def need_rollouts(self) -> bool:
-        """Whether this update walks new chains; the same on every rank."""
-        if self.rollouts is None:
-            return True
-        if self.rollouts_are_stale:
-            self.rollouts.clear()
-        is_due = len(self.rollouts) == 0 or self.rollout_age >= self.config.rollout_interval
-        self.rollout_age = 1 if is_due else self.rollout_age + 1
-        return is_due
-
-    def note_staleness(self, terms: Sequence["RewardTerm"]) -> dict[str, torch.Tensor]:
-        """The mean staleness of the states of an update, and whether new ones are needed; empty without a buffer."""
-        changes = [term.staleness for term in terms if term.staleness is not None]
-        if not changes:
-            return {}
-        staleness = torch.stack(changes).mean()
-        limit = self.config.max_rollout_staleness
-        self.rollouts_are_stale = limit is not None and any_rank(self.accelerator, bool(staleness > limit))
-        return {"rollout_staleness": staleness}
-
     def score(self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         """Logits `(batch_size,)` of noisy latents at their timesteps."""
         inputs = conditioning.model_inputs(latents, timesteps)
@@ -412,7 +493,7 @@ class PRFLTrainer(Trainer):
             self.flow_batches = self.datasets.clip_batches(start)
         if self.uses_reward:
             self.reward_batches = self.datasets.prompt_batches(
-                start if self.rollouts is None else self.num_reward_batches
+                start if self.rollouts is None else self.rollouts.num_batches
             )
         self.unwrapped.train()
 
@@ -446,14 +527,11 @@ class PRFLTrainer(Trainer):
             self.average.restart()
 
     def state(self) -> dict[str, Any]:
-        """Adds the number of updates in the average."""
+        """Adds the number of updates in the average, and the place in the reused rollouts."""
         return {
             **super().state(),
             "num_averaged": self.average.num_averaged if self.average else 0,
-            "rollout_age": self.rollout_age,
-            "rollouts_are_stale": self.rollouts_are_stale,
-            "num_reward_batches": self.num_reward_batches,
-            "num_rollouts": 0 if self.rollouts is None else len(self.rollouts),
+            **({} if self.rollouts is None else self.rollouts.state()),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -462,42 +540,27 @@ class PRFLTrainer(Trainer):
         if self.average is not None:
             self.average.num_averaged = state["num_averaged"]
         if self.rollouts is not None:
-            self.rollout_age = state.get("rollout_age", 0)
-            self.rollouts_are_stale = state.get("rollouts_are_stale", False)
-            default = state["global_step"] * self.config.gradient_accumulation_steps
-            self.num_reward_batches = state.get("num_reward_batches") or default
+            self.rollouts.load_state(state)
 
     def forget_outdated(self, changed: Collection[str]) -> None:
-        """Drop rollouts that are of other chains than those that are walked now."""
-        if self.rollouts is not None and ROLLOUT_OPTIONS & set(changed):
-            self.rollouts.clear()
+        """Drop rollouts that are not of the chains that are walked from here on."""
+        if self.rollouts is not None:
+            self.rollouts.forget_outdated(changed)
 
     def save_own(self, directory: Path) -> None:
         """Write the rollouts that updates start from."""
         if self.rollouts is not None:
-            self.rollouts.save(directory / ROLLOUTS_FILE.format(rank=self.accelerator.process_index))
+            self.rollouts.save(directory)
 
     def load_own(self, directory: Path, state: dict[str, Any]) -> None:
-        """
-        Read the rollouts that updates start from.
-
-        Those of another number of processes, or of none at all, do not fit: then the next update rolls out.
-        """
-        if self.rollouts is None:
-            return
-        before = state["num_processes"], state["num_replicas"], state["train_batch_size"]
-        now = self.accelerator.num_processes, self.num_replicas, self.config.train_batch_size
-        if before == now and state.get("num_rollouts"):
-            self.rollouts.load(directory / ROLLOUTS_FILE.format(rank=self.accelerator.process_index))
-        elif state.get("num_rollouts"):
-            logger.warning(
-                "%s: its rollouts are those of other processes; the next update walks new chains.", directory
-            )
+        """Read the rollouts that updates start from, as far as they fit this run."""
+        if self.rollouts is not None:
+            self.rollouts.load(directory, state)
 
     def save_model(self, directory: Path) -> None:
         """Write the weights in training: `directory/transformer`, or the adapter's file, by expert. A collective."""
         is_lora = self.config.lora_rank is not None
-        for expert, transformer in self.trained.items():
+        for expert, transformer in self.experts.parts(self.unwrapped).items():
             state_dict = full_state_dict(self.accelerator, transformer, trainable_only=is_lora)
             if self.accelerator.is_main_process and is_lora:
                 save_lora(transformer, state_dict, directory / LORA_FILES[expert], self._lora_metadata(expert))
@@ -530,110 +593,46 @@ class PRFLTrainer(Trainer):
         }
         return PairWeights(weights) if len(weights) > 1 else weights[self.experts.trained[0]]
 
-    def _load_models(self) -> None:
-        config = self.config
-        path, revision = config.pretrained_model_name_or_path, config.revision
-        reward_config = WanRewardModel.load_own_config(config.reward_model)
-        for expert in self.experts.trained:
-            subfolder = EXPERT_FOLDERS[expert]
-            transformer_config = WanTransformer3DModel.load_config(path, subfolder=subfolder, revision=revision)
-            check_fits_generator(reward_config, transformer_config, allow_other_base=config.allow_other_base)
-        fingerprint = self.pipeline_vae_fingerprint()
-        check_latents_fit(reward_config, vae_fingerprint=fingerprint, source=path)
-        for source, dataset in self.datasets.by_source().items():
-            check_vae(dataset, source, fingerprint)
-            self.check_dataset(dataset, source, reward_config)
-        self.scheduler = load_scheduler(path, revision=revision, flow_shift=config.sampler_flow_shift)
-        self._divide_noise_levels()
-        self.reward_model_in_use: Callable[[], AbstractContextManager[None]] = nullcontext
-        self.reward_model = load_reward_model(
-            config.reward_model,
-            dtype=self.weight_dtype,
-            split=partial(split_frozen, device=self.accelerator.device) if config.shard_reward_model else None,
+    def _by_expert(
+        self, transformer: AnyTransformer | Mapping[ExpertName, AnyTransformer], frozen_expert: AnyTransformer | None
+    ) -> dict[ExpertName, AnyTransformer]:
+        """Transformers by their names, those that train first."""
+        trained = self.experts.trained
+        given = dict(transformer) if isinstance(transformer, Mapping) else {trained[0]: transformer}
+        check(set(given) == set(trained), "transformer", sorted(given), f"one for each of {sorted(trained)}")
+        needed = self.experts.frozen(rolls_out=self.uses_reward, samples=self.datasets.validation is not None)
+        found = "given" if frozen_expert is not None else "left out"
+        requirement = (
+            "left out, no chain needs it" if needed is None else f"the expert {needed}, chains walk through it"
         )
-        if config.offload_reward_model:
-            self.reward_model_in_use = HostWeights(self.reward_model, self.accelerator.device).on_device
-        else:
-            self.reward_model.to(self.accelerator.device)
-        self.trained = {expert: self._load_transformer(expert) for expert in self.experts.trained}
-        self.unwrapped = self.experts.join(self.trained)
-        self.frozen = self._load_frozen_expert()
-        self.set_up_blocks(self.reward_model, num_recomputed=config.reward_gradient_checkpointing_blocks)
-        self.evaluator = self._build_evaluator()
+        check((frozen_expert is None) == (needed is None), "frozen_expert", found, requirement)
+        ordered = {expert: given[expert] for expert in trained}
+        return ordered if needed is None or frozen_expert is None else {**ordered, needed: frozen_expert}
 
-    def _divide_noise_levels(self) -> None:
-        """Which steps of a chain, and which share of the noise levels, belong to what trains."""
-        config, experts = self.config, self.experts
-        self.step_range = (0, 0)
-        if self.uses_reward:
-            self.scheduler.set_timesteps(config.num_inference_steps)
-            self.step_range = experts.gradient_steps(
-                self.scheduler.timesteps.tolist(),
-                config.step_range,
-                config.num_gradient_steps,
-                config.num_chained_steps,
-            )
-            first, last = self.step_range
-            low, high = config.foreseen_levels
-            self.mean_foreseen_gain = mean_foreseen_gain(self.scheduler.sigmas[first : last + 2], (low, high))
-        self.high_noise_probability = self.noise_levels.probability_from(experts.boundary)
+    def _find_step_range(self, config: PRFLTrainingConfig) -> tuple[int, int]:
+        """First and last step of a chain that may take gradient: of an expert in training."""
+        if not self.uses_reward:
+            return (0, 0)
+        self.scheduler.set_timesteps(config.num_inference_steps)
+        return self.experts.gradient_steps(
+            self.scheduler.timesteps.tolist(), config.step_range, config.num_gradient_steps, config.num_chained_steps
+        )
+
+    def _check_noise_levels(self, config: PRFLTrainingConfig) -> None:
+        """Refuse a distribution of noise levels that hardly has any of the expert that trains."""
+        experts = self.experts
         shares = {"high_noise": self.high_noise_probability, "low_noise": 1 - self.high_noise_probability}
         if self.uses_flow_matching and len(experts.trained) == 1:
             share = shares[experts.trained[0]]
             levels = f"such that it draws noise levels of `expert` {config.expert}, more than one in 10,000"
             check(share > 1e-4, "weighting_scheme", f"{config.weighting_scheme} with {share:.2%}", levels)
 
-    def _check_offload(self) -> None:
-        """ZeRO-3 hands over to host memory only the gradients of the last backward pass's parameters."""
-        plugin = self.accelerator.state.deepspeed_plugin
-        if plugin is not None and len(self.experts.trained) > 1:
-            place = plugin.deepspeed_config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device")
-            check(place in (None, "none"), "expert", self.config.expert, "one expert with an offloaded optimizer")
-
-    @property
-    def generator_dtype(self) -> torch.dtype:
-        """Type to load the generator in: as what trains if all of it does, else, with an adapter, as what does not."""
-        return self.trained_dtype if self.config.lora_rank is None else self.weight_dtype
-
-    def _load_transformer(self, expert: ExpertName) -> WanTransformer3DModel:
-        config = self.config
-        transformer = self._read_expert(expert, dtype=self.generator_dtype, split=self.split)
-        select_trainable(transformer, config, dtype=self.trained_dtype)
-        self.set_up_blocks(transformer, num_recomputed=config.gradient_checkpointing_blocks)
-        return transformer
-
-    def _read_expert(self, expert: ExpertName, **how: Any) -> WanTransformer3DModel:
-        """One of the pipeline's transformers, read as [`~hy_prfl.models.loading.load_transformer`] is told."""
-        return load_transformer(
-            self.config.pretrained_model_name_or_path,
-            revision=self.config.revision,
-            variant=self.config.variant,
-            subfolder=EXPERT_FOLDERS[expert],
-            **how,
-        )
-
-    def _load_frozen_expert(self) -> dict[ExpertName, WanTransformer3DModel]:
-        """The expert that chains need beside the one in training, by its name; empty if they need none."""
-        config = self.config
-        name = self.experts.frozen(rolls_out=self.uses_reward, samples=self.datasets.validation is not None)
-        if name is None:
-            return {}
-        split = partial(split_frozen, device=self.accelerator.device) if config.shard_frozen_expert else None
-        transformer = self._read_expert(name, dtype=self.weight_dtype, split=split, keep_in_fp32=True)
-        transformer.requires_grad_(False).eval().to(self.accelerator.device)
-        self.set_up_blocks(transformer, num_recomputed=0)
-        return {name: transformer}
-
-    def _build_evaluator(self) -> SampleEvaluator | None:
+    def _build_evaluator(self, vae: AutoencoderKLWan | None) -> SampleEvaluator | None:
         config = self.config
         validation = self.datasets.validation
         if validation is None:
             return None
-        vae = None
-        if config.validation_videos:
-            vae = AutoencoderKLWan.from_pretrained(
-                config.pretrained_model_name_or_path, subfolder="vae", revision=config.revision
-            )
+        if vae is not None:
             vae.to(self.accelerator.device).requires_grad_(False).eval()
         return SampleEvaluator(
             validation.select(range(min(config.num_validation_samples, len(validation)))),
@@ -648,7 +647,7 @@ class PRFLTrainer(Trainer):
             fps=config.validation_fps,
             seed=config.validation_seed,
             dtype=self.weight_dtype,
-            num_replicas=self.num_replicas,
-            replica=self.replica,
+            num_replicas=self.run.num_replicas,
+            replica=self.run.replica,
             vae_tiling=config.vae_tiling,
         )

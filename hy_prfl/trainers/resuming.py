@@ -1,10 +1,12 @@
 """Continues a run from a checkpoint, and says what is not as if it had never stopped."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
+import torch
 import yaml
+from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import set_seed
 
@@ -12,31 +14,74 @@ from ..configs.base import TrainingConfig
 from ..formats.checkpoints import check_files, load_checkpoint, read_schedule, read_state
 from ..formats.layout import EXPERT_FOLDERS
 from ..runtime.provenance import CONFIG_FILE, path_identity
+from ..runtime.sharding import Masters
 from .resumed_options import RULES, Change, find_changes
+from .updates import Updates
 
-
-if TYPE_CHECKING:
-    from .base import Trainer
 
 logger = get_logger(__name__)
 
 
-def check_checkpoint(trainer: "Trainer", checkpoint: Path) -> None:
+class Launch(Protocol):
+    """What [`resume`] looks at of a run: how it is launched, and what its models are."""
+
+    accelerator: Accelerator
+    num_replicas: int
+    model_identities: Mapping[str, Mapping[str, str]]
+
+    @property
+    def engine(self) -> str: ...
+
+
+class Resumable(Protocol):
+    """What [`resume`] restores: a trainer."""
+
+    config: Any
+    accelerator: Accelerator
+    lr_scheduler: Any
+    optimizer_options: list[dict[str, Any]]
+    updates: Updates
+    masters: Masters
+    max_train_steps: int
+    global_step: int
+    dataset_digests: dict[str, str]
+
+    @property
+    def run(self) -> Launch: ...
+    def load_state(self, state: dict[str, Any]) -> None: ...
+    def read_model(self, directory: Path) -> Mapping[str, torch.Tensor]: ...
+    def load_average(self, directory: Path) -> None: ...
+    def load_own(self, directory: Path, state: dict[str, Any]) -> None: ...
+    def forget_outdated(self, changed: Collection[str]) -> None: ...
+
+
+def check_checkpoint(
+    checkpoint: Path, config: TrainingConfig, *, trainer: str, engine: str, num_processes: int
+) -> None:
     """
-    Refuse a checkpoint that this run cannot go on from, before anything large is loaded.
+    Refuse a checkpoint that a run cannot go on from, before anything large is loaded.
+
+    Args:
+        trainer (`str`):
+            Name of the trainer's class.
+        engine (`str`):
+            What runs the optimizer, see [`~hy_prfl.trainers.run.Run`].
+        num_processes (`int`):
+            Processes of the run.
 
     Raises:
         ValueError: If it is incomplete, of another trainer or beyond `max_train_steps`, or an option has changed that
             must not.
     """
     state = read_state(checkpoint)
-    kind = type(trainer).__name__
-    if state.get("trainer", kind) != kind:
-        raise ValueError(f"`resume_from_checkpoint`: {checkpoint} was written by {state['trainer']}, this is {kind}.")
-    check_files(checkpoint, with_optimizer=_keeps_optimizer(trainer, state))
-    _find_changes(trainer, checkpoint)
-    if trainer.config.max_train_steps is not None:
-        check_steps(checkpoint, state["global_step"], trainer.config.max_train_steps)
+    if state.get("trainer", trainer) != trainer:
+        raise ValueError(
+            f"`resume_from_checkpoint`: {checkpoint} was written by {state['trainer']}, this is {trainer}."
+        )
+    check_files(checkpoint, with_optimizer=_keeps_optimizer(state, engine=engine, num_processes=num_processes))
+    _find_changes(checkpoint, config, engine)
+    if config.max_train_steps is not None:
+        check_steps(checkpoint, state["global_step"], config.max_train_steps)
 
 
 def check_steps(checkpoint: Path, step: int, max_train_steps: int) -> None:
@@ -48,7 +93,7 @@ def check_steps(checkpoint: Path, step: int, max_train_steps: int) -> None:
         )
 
 
-def resume(trainer: "Trainer", checkpoint: Path) -> None:
+def resume(trainer: Resumable, checkpoint: Path) -> None:
     """
     Continue from a checkpoint, and say what is not as if the run had never stopped.
 
@@ -58,10 +103,10 @@ def resume(trainer: "Trainer", checkpoint: Path) -> None:
     """
     state = read_state(checkpoint)
     check_steps(checkpoint, state["global_step"], trainer.max_train_steps)
-    changes = _find_changes(trainer, checkpoint)
+    engine, num_processes = trainer.run.engine, trainer.accelerator.num_processes
+    changes = _find_changes(checkpoint, trainer.config, engine)
     trainer.load_state(state)
-    num_processes = trainer.accelerator.num_processes
-    if _keeps_optimizer(trainer, state):
+    if _keeps_optimizer(state, engine=engine, num_processes=num_processes):
         # ZeRO would take the limit of the gradient's norm from the checkpoint.
         zero_optimizer = trainer.updates.optimizer.optimizer
         clip_grad = getattr(zero_optimizer, "clip_grad", None)
@@ -77,7 +122,7 @@ def resume(trainer: "Trainer", checkpoint: Path) -> None:
             state["num_processes"],
             state["engine"],
             num_processes,
-            trainer.engine,
+            engine,
         )
     _apply_optimizer_options(trainer)
     trainer.load_average(checkpoint)
@@ -105,13 +150,13 @@ def model_identities(config: TrainingConfig) -> dict[str, dict[str, str]]:
     return {option: {source: path_identity(source) for source in found} for option, found in sources.items()}
 
 
-def _keeps_optimizer(trainer: "Trainer", state: Mapping[str, Any]) -> bool:
+def _keeps_optimizer(state: Mapping[str, Any], *, engine: str, num_processes: int) -> bool:
     """Whether the optimizer's states fit this run."""
-    is_same = (state["engine"], state["num_processes"]) == (trainer.engine, trainer.accelerator.num_processes)
-    return is_same or state["engine"] == trainer.engine == "whole"
+    is_same = (state["engine"], state["num_processes"]) == (engine, num_processes)
+    return is_same or state["engine"] == engine == "whole"
 
 
-def _find_changes(trainer: "Trainer", checkpoint: Path) -> list[Change]:
+def _find_changes(checkpoint: Path, config: TrainingConfig, engine: str) -> list[Change]:
     path = checkpoint / CONFIG_FILE
     try:
         before = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -119,10 +164,10 @@ def _find_changes(trainer: "Trainer", checkpoint: Path) -> list[Change]:
         raise ValueError(f"{path}: the options of the run that wrote it cannot be read: {error}") from error
     if not isinstance(before, dict):
         raise ValueError(f"{path}: expected the options of the run that wrote it, got {before!r}.")
-    return find_changes(before, trainer.config, trainer.engine)
+    return find_changes(before, config, engine)
 
 
-def _apply_optimizer_options(trainer: "Trainer") -> None:
+def _apply_optimizer_options(trainer: Resumable) -> None:
     """Loading has brought the old options of AdamW and the old peaks of the schedule: put the configured ones back."""
     schedule = trainer.lr_scheduler
     peaks = [options["initial_lr"] for options in trainer.optimizer_options]
@@ -135,10 +180,10 @@ def _apply_optimizer_options(trainer: "Trainer") -> None:
         group.update(options, lr=rate)
 
 
-def _say_what_changed(trainer: "Trainer", state: Mapping[str, Any], changes: list[Change]) -> None:
+def _say_what_changed(trainer: Resumable, state: Mapping[str, Any], changes: list[Change]) -> None:
     for change in changes:
         logger.warning("%s", change)
-    is_same = (state["engine"], state["num_processes"]) == (trainer.engine, trainer.accelerator.num_processes)
+    is_same = (state["engine"], state["num_processes"]) == (trainer.run.engine, trainer.accelerator.num_processes)
     if not is_same:
         logger.warning("The number of processes or the engine has changed: dropout draws other numbers.")
     precision = trainer.accelerator.mixed_precision
@@ -149,7 +194,7 @@ def _say_what_changed(trainer: "Trainer", state: Mapping[str, Any], changes: lis
             precision,
         )
     before = state["num_replicas"], state["train_batch_size"]
-    now = trainer.num_replicas, trainer.config.train_batch_size
+    now = trainer.run.num_replicas, trainer.config.train_batch_size
     if before[0] * before[1] != now[0] * now[1]:
         logger.warning(
             "A global micro-batch was %d x %d clips and is %d x %d: the epoch goes on with other clips, some of "
@@ -159,7 +204,7 @@ def _say_what_changed(trainer: "Trainer", state: Mapping[str, Any], changes: lis
         )
 
 
-def _changed_datasets(trainer: "Trainer", state: Mapping[str, Any]) -> set[str]:
+def _changed_datasets(trainer: Resumable, state: Mapping[str, Any]) -> set[str]:
     """Options that name the same datasets as before, whose rows have changed since; says so."""
     before, changed = state.get("datasets", {}), set()
     for name in ("train_dataset", "prompt_dataset", "validation_dataset"):
@@ -171,10 +216,10 @@ def _changed_datasets(trainer: "Trainer", state: Mapping[str, Any]) -> set[str]:
     return changed
 
 
-def _changed_models(trainer: "Trainer", state: Mapping[str, Any]) -> set[str]:
+def _changed_models(trainer: Resumable, state: Mapping[str, Any]) -> set[str]:
     """Options that name the same models as before, whose files have changed since; says so."""
     before, changed = state.get("models", {}), set()
-    for option, identities in trainer.model_identities.items():
+    for option, identities in trainer.run.model_identities.items():
         note = RULES[type(trainer.config)][option].note
         for source, identity in identities.items():
             if before.get(option, {}).get(source, identity) != identity:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,19 +13,8 @@ from datasets import Dataset
 from safetensors.torch import load_file, save_file
 
 from ..configs.reward import RewardTrainingConfig
-from ..data.collators import LabeledBatch, LatentBatch, PreferenceBatch, collate_labeled, collate_preferences
-from ..data.dataset import (
-    RowDataset,
-    check_shared_memory,
-    check_vae,
-    latent_shapes,
-    load_latent_dataset,
-    preference_pairs,
-    require_latents,
-    rows_with_label,
-    stream_batches,
-)
-from ..data.sampler import BucketBatchSampler
+from ..data.collators import LabeledBatch, LatentBatch, PreferenceBatch
+from ..data.dataset import check_vae, load_latent_dataset, rows_digest, single_value
 from ..evaluation.reward_evaluator import GREATER_IS_BETTER, RewardEvaluator
 from ..formats.checkpoints import (
     BEST_FOLDER,
@@ -39,12 +28,21 @@ from ..formats.layout import EXPERT_FOLDERS
 from ..losses import binary_reward_loss, bradley_terry_loss
 from ..models.conditioning import Conditioning
 from ..models.experts import read_experts
-from ..models.loading import TRANSFORMER_FOLDER, WeightFiles, load_reward_model, make_reward_model
+from ..models.loading import (
+    Deferred,
+    WeightFiles,
+    load_reward_model,
+    loaded,
+    make_reward_model,
+    read_transformer_config,
+)
 from ..models.reward_model import WanRewardModel, check_latents_fit, score_noised
 from ..models.trainable import select_trainable
 from ..runtime.sharding import full_state_dict
-from .base import Trainer
+from .base import Trainer, check_dataset, check_named
 from .resumed_options import OTHER_BEST, REWARD_RULES
+from .reward_datasets import RewardDatasets
+from .run import Run
 
 
 logger = get_logger(__name__)
@@ -59,45 +57,99 @@ class RewardTrainer(Trainer):
 
     Embeddings stay frozen; blocks train with `learning_rate`, pooling and head with `head_learning_rate`. The result is
     `output_dir/reward_model`, and the model with the best validation `output_dir/best`.
+
+    Args:
+        config (`RewardTrainingConfig`):
+            Options of the run. Its paths name what is given here, in messages and in the record of the run.
+        reward_model (`WanRewardModel`):
+            The model to train, in float32, or a [`~hy_prfl.models.loading.Deferred`] one, which is read when all else
+            has been checked.
+        train_dataset (`Dataset`):
+            A latent dataset with labels or pairs for the task.
+        validation_dataset (`Dataset`, *optional*):
+            Another one, to evaluate on; then `config.validation_dataset` names it.
+        run (`Run`, *optional*):
+            What [`set_up_run`] has made of the options; made here if left out.
+
+    Raises:
+        ValueError: If options, model and datasets do not fit together.
+
+    Example:
+        ```python
+        transformer = WanTransformer3DModel.from_pretrained(pipeline, subfolder="transformer")
+        trainer = RewardTrainer(
+            RewardTrainingConfig(output_dir="out", pretrained_model_name_or_path=pipeline, train_dataset="my rows"),
+            reward_model=WanRewardModel.from_transformer(transformer),
+            train_dataset=load_from_disk("rows").filter(lambda row: row["source"] != "a film"),
+        )
+        trainer.train()
+        ```
     """
 
     config: RewardTrainingConfig
     results = REWARD_RESULTS
 
-    def __init__(self, config: RewardTrainingConfig) -> None:
-        super().__init__(config, backwards_per_update=config.gradient_accumulation_steps)
-        self.check_kernel("attention_backend", trains=True, dtype=self.trained_dtype)
+    def __init__(
+        self,
+        config: RewardTrainingConfig,
+        *,
+        reward_model: WanRewardModel | Deferred[WanRewardModel],
+        train_dataset: Dataset,
+        validation_dataset: Dataset | None = None,
+        run: Run | None = None,
+    ) -> None:
+        run = self.set_up_run(config) if run is None else run
+        check_named(config, validation_dataset=validation_dataset)
+        self.datasets = RewardDatasets(
+            config, train_dataset, validation_dataset, num_replicas=run.num_replicas, replica=run.replica
+        )
+        fingerprint = reward_model.config["vae_fingerprint"]
+        for source, dataset in self.datasets.by_source().items():
+            fingerprint = fingerprint or single_value(dataset, "vae_fingerprint", source)
+            check_vae(dataset, source, fingerprint)
+            check_dataset(config, dataset, source, reward_model.config)
+        model = loaded(reward_model)
+        model.register_to_config(task=config.task, vae_fingerprint=fingerprint)
+        select_trainable(model, config, dtype=run.trained_dtype)
+        run.set_up_blocks(model, num_recomputed=config.gradient_checkpointing_blocks)
+        super().__init__(
+            config,
+            run=run,
+            model=model,
+            parameter_groups=_parameter_groups(config, model),
+            batches_per_epoch=self.datasets.batches_per_epoch,
+        )
+        self.dataset_digests = {source: rows_digest(rows) for source, rows in self.datasets.by_source().items()}
+        self.batches: Iterator[LabeledBatch | PreferenceBatch] = iter(())
+        self.evaluator = self._build_evaluator()
         self.best_metric: float | None = None
         self.best_metric_name = config.metric_for_best_model
-        self.subfolder = self._find_transformer()
-        self.vae_fingerprint = self.pipeline_vae_fingerprint()
-        self.dataset, self.items, _ = self._open(config.train_dataset)
-        self.rows = RowDataset(self.dataset, self.items)
-        self.collate: Callable[[list[Any]], LabeledBatch | PreferenceBatch] = collate_preferences
-        if config.loss == "bce":
-            self.collate = partial(collate_labeled, task=config.task)
-        self.sampler = partial(
-            BucketBatchSampler,
-            self._buckets(),
-            batch_size=config.train_batch_size,
-            seed=config.seed,
-            num_replicas=self.num_replicas,
-            replica=self.replica,
-        )
-        check_shared_memory(self.rows, self.collate, self.sampler(), num_workers=config.dataloader_num_workers)
-        self.evaluator = self._build_evaluator()
-        self.unwrapped = self._load_reward_model()
-        self.check_dataset(self.dataset, config.train_dataset, self.unwrapped.config)
-        if self.evaluator is not None and config.validation_dataset is not None:
-            self.check_dataset(self.evaluator.dataset, config.validation_dataset, self.unwrapped.config)
-        self.reward_model = self.prepare(self.unwrapped, self._parameter_groups(), self.sampler().batches_per_epoch)
+
+    @classmethod
+    def set_up_run(cls, config: RewardTrainingConfig) -> Run:
+        """The run of these options, before anything is loaded."""
+        run = Run(config, trainer=cls.__name__, backwards_per_update=config.gradient_accumulation_steps)
+        run.check_kernel("attention_backend", trains=True, dtype=run.trained_dtype)
+        return run
+
+    @classmethod
+    def from_config(cls, config: RewardTrainingConfig) -> "RewardTrainer":
+        """A trainer whose model and datasets are loaded from where the options say."""
+        run = cls.set_up_run(config)
+        fingerprint = run.pipeline_vae_fingerprint()
+        datasets = {"train_dataset": load_latent_dataset(config.train_dataset)}
+        if config.validation_dataset is not None:
+            datasets["validation_dataset"] = load_latent_dataset(config.validation_dataset)
+        for name, dataset in datasets.items():
+            check_vae(dataset, getattr(config, name), fingerprint)
+        return cls(config, reward_model=_deferred_model(config, run, fingerprint), **datasets, run=run)
 
     def train_step(self) -> dict[str, torch.Tensor]:
         """One update on `gradient_accumulation_steps` micro-batches."""
         losses, margins = [], []
         for micro_step in range(self.config.gradient_accumulation_steps):
             batch = next(self.batches).to(self.accelerator.device, self.weight_dtype)
-            with self.accelerator.accumulate(self.reward_model):
+            with self.accelerator.accumulate(self.wrapped):
                 loss, margin = self.compute_loss(batch, micro_step)
                 self.updates.backward(loss, batch.ids)
                 self.updates.step(self.global_step)
@@ -128,7 +180,7 @@ class RewardTrainer(Trainer):
         """Logits `(batch_size,)` of the noised clips."""
         assert clips.latents is not None
         return score_noised(
-            self.reward_model,
+            self.wrapped,
             latents=clips.latents,
             noise=noise,
             sigmas=sigmas,
@@ -140,7 +192,7 @@ class RewardTrainer(Trainer):
         """Evaluate at the fixed timesteps and keep the model if it is the best so far."""
         assert self.evaluator is not None
         self.unwrapped.eval()
-        metrics = self.evaluator(self.reward_model, self.accelerator)
+        metrics = self.evaluator(self.wrapped, self.accelerator)
         self.unwrapped.train()
         name = self.config.metric_for_best_model
         assert name is not None
@@ -153,12 +205,7 @@ class RewardTrainer(Trainer):
 
     def start_streams(self) -> None:
         """Open the training batches at the position of `global_step`."""
-        self.batches: Iterator[LabeledBatch | PreferenceBatch] = stream_batches(
-            self.rows,
-            self.collate,
-            self.sampler(start=self.global_step * self.config.gradient_accumulation_steps),
-            num_workers=self.config.dataloader_num_workers,
-        )
+        self.batches = self.datasets.batches(self.global_step * self.config.gradient_accumulation_steps)
         self.unwrapped.train()
 
     def save_model(self, directory: Path) -> None:
@@ -210,90 +257,19 @@ class RewardTrainer(Trainer):
         )  # fmt: skip
         self.best_metric = None
 
-    def _open(self, path: str) -> tuple[Dataset, list[Any], list[int] | None]:
-        """The dataset, its items (rows with a label, or pairs) and the labels of rows."""
-        config = self.config
-        dataset = load_latent_dataset(path)
-        require_latents(dataset, path)
-        check_vae(dataset, path, self.vae_fingerprint)
-        if config.loss == "bt":
-            pairs = preference_pairs(
-                dataset, config.task, path, allow_unpaired=config.allow_unpaired, seed=config.seed
-            )
-            return dataset, pairs, None
-        rows, labels = rows_with_label(dataset, config.task, path)
-        return dataset, rows, labels
-
     def _build_evaluator(self) -> RewardEvaluator | None:
-        config = self.config
-        if config.validation_dataset is None:
+        config, validation = self.config, self.datasets.validation
+        if validation is None:
             return None
-        dataset, items, labels = self._open(config.validation_dataset)
-        if labels is not None and len(set(labels)) < 2 and config.metric_for_best_model == "auc":
-            raise ValueError(
-                f"`metric_for_best_model` is 'auc', but all labels of {config.validation_dataset} for "
-                f"'{config.task}' are {labels[0]}."
-            )
         return RewardEvaluator(
-            dataset,
-            items,
-            labels,
+            *validation,
             timesteps=config.validation_timesteps,
             seed=config.validation_seed,
             batch_size=config.train_batch_size,
-            num_replicas=self.num_replicas,
-            replica=self.replica,
+            num_replicas=self.run.num_replicas,
+            replica=self.run.replica,
             dtype=self.weight_dtype,
         )
-
-    def _find_transformer(self) -> str:
-        """Folder of the transformer whose blocks the reward model is made of."""
-        config = self.config
-        if config.reward_model is not None:
-            return TRANSFORMER_FOLDER
-        expert = config.expert
-        (trained,) = read_experts(config.pretrained_model_name_or_path, expert, revision=config.revision).trained
-        return EXPERT_FOLDERS[trained]
-
-    def _load_reward_model(self) -> WanRewardModel:
-        config = self.config
-        if config.reward_model is not None:
-            reward_config = WanRewardModel.load_own_config(config.reward_model)
-            check_latents_fit(reward_config, vae_fingerprint=self.vae_fingerprint, source=config.train_dataset)
-            model = load_reward_model(
-                config.reward_model, dtype=self.trained_dtype, split=self.split, keep_in_fp32=False
-            )
-            model.register_to_config(task=config.task, vae_fingerprint=self.vae_fingerprint)
-        else:
-            model = make_reward_model(
-                config.pretrained_model_name_or_path,
-                num_layers=config.num_layers,
-                revision=config.revision,
-                variant=config.variant,
-                dtype=self.trained_dtype,
-                subfolder=self.subfolder,
-                split=self.split,
-                pooling=config.pooling,
-                num_query_heads=config.num_query_heads,
-                query_residual=config.query_residual,
-                task=config.task,
-                vae_fingerprint=self.vae_fingerprint,
-            )
-        select_trainable(model, config, dtype=self.trained_dtype)
-        self.set_up_blocks(model, num_recomputed=config.gradient_checkpointing_blocks)
-        return model
-
-    def _parameter_groups(self) -> list[dict[str, Any]]:
-        head = [*self.unwrapped.pooler.parameters(), *self.unwrapped.head.parameters()]
-        groups = [{"params": head, "lr": self.config.head_learning_rate}]
-        blocks = [parameter for parameter in self.unwrapped.blocks.parameters() if parameter.requires_grad]
-        if blocks:
-            groups.insert(0, {"params": blocks, "lr": self.config.learning_rate})
-        return groups
-
-    def _buckets(self) -> list[tuple[int, ...]]:
-        shapes = latent_shapes(self.dataset)
-        return [shapes[item[0] if isinstance(item, tuple) else item] for item in self.items]
 
     def _save_best(self, metrics: dict[str, float]) -> None:
         """Write `output_dir/best`, with what made it the best. A collective."""
@@ -307,3 +283,43 @@ class RewardTrainer(Trainer):
             if self.config.lora_rank is not None:
                 state_dict = merge_adapter(self.unwrapped, state_dict)
             save_pretrained(self.unwrapped, state_dict, folder, **kwargs)
+
+
+def _deferred_model(config: RewardTrainingConfig, run: Run, vae_fingerprint: str) -> Deferred[WanRewardModel]:
+    """The reward model to start from, or a new one made of the pipeline's transformer."""
+    if config.reward_model is not None:
+        reward_config = WanRewardModel.load_own_config(config.reward_model)
+        check_latents_fit(reward_config, vae_fingerprint=vae_fingerprint, source=config.train_dataset)
+        load = partial(
+            load_reward_model, config.reward_model, dtype=run.trained_dtype, split=run.split, keep_in_fp32=False
+        )
+        return Deferred({**reward_config, "vae_fingerprint": vae_fingerprint}, load)
+    path, revision = config.pretrained_model_name_or_path, config.revision
+    (trained,) = read_experts(path, config.expert, revision=revision).trained
+    subfolder = EXPERT_FOLDERS[trained]
+    make = partial(
+        make_reward_model,
+        path,
+        num_layers=config.num_layers,
+        revision=revision,
+        variant=config.variant,
+        dtype=run.trained_dtype,
+        subfolder=subfolder,
+        split=run.split,
+        pooling=config.pooling,
+        num_query_heads=config.num_query_heads,
+        query_residual=config.query_residual,
+        task=config.task,
+        vae_fingerprint=vae_fingerprint,
+    )
+    transformer_config = read_transformer_config(path, subfolder=subfolder, revision=revision)
+    return Deferred({**transformer_config, "vae_fingerprint": vae_fingerprint}, make)
+
+
+def _parameter_groups(config: RewardTrainingConfig, model: WanRewardModel) -> list[dict[str, Any]]:
+    head = [*model.pooler.parameters(), *model.head.parameters()]
+    groups = [{"params": head, "lr": config.head_learning_rate}]
+    blocks = [parameter for parameter in model.blocks.parameters() if parameter.requires_grad]
+    if blocks:
+        groups.insert(0, {"params": blocks, "lr": config.learning_rate})
+    return groups

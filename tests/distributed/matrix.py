@@ -52,11 +52,11 @@ def run_case(folder: Path, output_dir: Path, script: str, tuning: str, kind: str
     torch.manual_seed(0)
     if script == "reward":
         expert = "high_noise" if kind == "a14b" else None
-        trainer: Any = RewardTrainer(RewardTrainingConfig(**options, num_layers=2, expert=expert))
+        trainer: Any = RewardTrainer.from_config(RewardTrainingConfig(**options, num_layers=2, expert=expert))
     else:
         expert = "both" if kind == "a14b" else None
         reward_model = str(folder / kind / "reward")
-        trainer = PRFLTrainer(
+        trainer = PRFLTrainer.from_config(
             PRFLTrainingConfig(**options, reward_model=reward_model, num_inference_steps=4, expert=expert)
         )
     trainer.train()

@@ -337,7 +337,9 @@ def test_a_process_that_fails_says_why(tmp_path: Path) -> None:
 def test_what_is_not_for_rgb_refl_is_refused(inputs: Path, tmp_path: Path) -> None:
     config = dataclasses.replace(case(PRFL).trainer(inputs, tmp_path, Measured).config, rerun_gradient_step=True)
     with pytest.raises(ValueError, match="rerun_gradient_step"):
-        RGBReFLTrainer(config, build_reward=partial(PixelReward, image_reward=SIZE.image_reward, decodes="first"))
+        RGBReFLTrainer.from_config(
+            config, build_reward=partial(PixelReward, image_reward=SIZE.image_reward, decodes="first")
+        )
 
 
 def test_a_run_that_ends_too_early_is_an_error(inputs: Path, tmp_path: Path) -> None:

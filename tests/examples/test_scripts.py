@@ -140,9 +140,9 @@ def test_train_reward_on_your_labels(
     )
     rows = load_from_disk(tmp_path / "out" / "data").with_format(None)
     assert {row["id"]: row["blur_quality"] for row in rows} == {str(index): 1 - index % 2 for index in range(8)}
-    train, validation = (set(load_from_disk(tmp_path / "out" / part)["id"]) for part in ("train", "validation"))
+    train, validation = (list(part.with_format(None)["id"]) for part in trainer.datasets.by_source().values())
     assert (len(train), len(validation)) == (6, 2)
-    assert train | validation == {str(index) for index in range(8)}
+    assert {*train, *validation} == {str(index) for index in range(8)}
     best = WanRewardModel.from_pretrained(tmp_path / "out" / "best")
     assert (best.config.task, best.config.num_layers) == ("blur_quality", 2)
     start = WanTransformer3DModel.from_pretrained(pipeline_dir, subfolder="transformer")

@@ -62,13 +62,13 @@ def train(
             "report_to": ["none"],
         }
         if trainer is RewardTrainer:
-            RewardTrainer(RewardTrainingConfig(**values, num_layers=2, **options)).train()
+            RewardTrainer.from_config(RewardTrainingConfig(**values, num_layers=2, **options)).train()
         else:
             transformer = WanTransformer3DModel.from_pretrained(pipeline_dir, subfolder="transformer")
             reward_model = WanRewardModel.from_transformer(transformer, num_layers=1, vae_fingerprint=tiny_vae)
             reward_model.save_pretrained(tmp_path / "reward")
             values |= {"reward_model": str(tmp_path / "reward"), "num_inference_steps": 3}
-            PRFLTrainer(PRFLTrainingConfig(**values, **options)).train()
+            PRFLTrainer.from_config(PRFLTrainingConfig(**values, **options)).train()
         return tmp_path / "out"
 
     return run

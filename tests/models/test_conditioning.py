@@ -95,7 +95,7 @@ def test_flow_matching_loss_leaves_out_the_first_frame(tmp_path: Path) -> None:
     )
     rows = [{**row, "condition": row["latents"][: 48 * 24], "condition_shape": [48, 1, 4, 6]} for row in dataset]
     type(dataset).from_list(rows, features=dataset.features).save_to_disk(tmp_path / "data")
-    trainer = PRFLTrainer(
+    trainer = PRFLTrainer.from_config(
         PRFLTrainingConfig(
             output_dir=str(tmp_path / "out"), pretrained_model_name_or_path=str(tmp_path / "pipeline"),
             reward_model=str(tmp_path / "reward"), train_dataset=str(tmp_path / "data"), train_batch_size=2,

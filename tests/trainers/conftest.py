@@ -41,7 +41,7 @@ def prfl_builder(
                 "learning_rate": 1e-3,
                 "report_to": ["none"],
             }
-            return PRFLTrainer(PRFLTrainingConfig(**(defaults | options)))
+            return PRFLTrainer.from_config(PRFLTrainingConfig(**(defaults | options)))
 
         return build
 

@@ -39,7 +39,7 @@ def reward_config(tmp_path: Path, pipeline_dir: Path, **options: object) -> Rewa
 def test_reward(tmp_path: Path, pipeline_dir: Path, scratch: Path, loss: str) -> None:
     # A run that would log, validate and resume does none of it.
     report = dry_run(
-        RewardTrainer,
+        RewardTrainer.from_config,
         reward_config(
             tmp_path, pipeline_dir, loss=loss, train_batch_size=3, gradient_accumulation_steps=2,
             validation_dataset=str(tmp_path / "none"), push_to_hub=True, hub_model_id="nobody/nothing",
@@ -80,7 +80,7 @@ def test_prfl_on_clips_as_large_as_the_largest(
         lora_rank=2,
         dry_run=True,
     )
-    report = dry_run(PRFLTrainer, config)
+    report = dry_run(PRFLTrainer.from_config, config)
     assert report.latents_shape == (16, 1, 6, 8)
     assert report.metrics["flow_grad_norm"] > 0
     assert report.metrics["reward_grad_norm"] > 0
@@ -91,12 +91,12 @@ def test_prfl_on_clips_as_large_as_the_largest(
 @pytest.mark.parametrize("size", [[8, 32, 48], [9, 30, 48], [9, 32, 52]])
 def test_a_size_that_the_vae_cannot_encode(tmp_path: Path, pipeline_dir: Path, size: list[int]) -> None:
     with pytest.raises(ValueError, match="`dry_run_size` must be 4k . 1 frames, height and width multiples of 8, got"):
-        dry_run(RewardTrainer, reward_config(tmp_path, pipeline_dir, dry_run_size=size))
+        dry_run(RewardTrainer.from_config, reward_config(tmp_path, pipeline_dir, dry_run_size=size))
 
 
 def test_a_size_that_makes_no_patches(tmp_path: Path, pipeline_dir: Path) -> None:
     with pytest.raises(ValueError, match="do not divide into patches"):
-        dry_run(RewardTrainer, reward_config(tmp_path, pipeline_dir, dry_run_size=[9, 40, 48]))
+        dry_run(RewardTrainer.from_config, reward_config(tmp_path, pipeline_dir, dry_run_size=[9, 40, 48]))
 
 
 def test_a_dataset_of_first_frames_is_run_with_first_frames(tmp_path: Path, scratch: Path) -> None:
@@ -112,4 +112,4 @@ def test_a_dataset_of_first_frames_is_run_with_first_frames(tmp_path: Path, scra
     assert write_inputs(config, tmp_path / "rows") == (48, 3, 4, 4)
     rows = load_latent_dataset(str(tmp_path / "rows"))
     assert [row["condition_shape"] for row in read_columns(rows, ["condition_shape"])] == [[48, 1, 4, 4]] * len(rows)
-    assert dry_run(RewardTrainer, config).metrics["grad_norm"] > 0
+    assert dry_run(RewardTrainer.from_config, config).metrics["grad_norm"] > 0

@@ -15,7 +15,7 @@ from hy_prfl.data.dataset import load_latent_dataset
 from hy_prfl.data.schema import table_to_rows
 from hy_prfl.flow_matching import make_generator, row_noise
 from hy_prfl.formats.lora_metadata import read_lora_metadata
-from hy_prfl.trainers import prfl_trainer
+from hy_prfl.trainers import prfl_inputs
 from hy_prfl.trainers.prfl_trainer import FLOW_EXPERT, FLOW_NOISE, PRFLTrainer
 from hy_prfl.trainers.reward_trainer import RewardTrainer
 
@@ -102,7 +102,7 @@ def test_both_train_and_one_step_is_the_same_arithmetic_written_out(build: Build
     assert set(drawn) == set(EXPERTS)
     trainer.train()
     for name, model in experts.items():
-        for key, value in trainer.trained[name].named_parameters():
+        for key, value in trainer.experts.parts(trainer.unwrapped)[name].named_parameters():
             expected = model.get_parameter(key)
             assert (value - expected).norm() / expected.norm() < 1e-4, key
 
@@ -116,14 +116,17 @@ def test_an_expert_without_a_gradient_is_moved_by_the_averages_of_adamw(
     monkeypatch.setattr(trainer, "draw_expert", lambda micro_step: next(order))
     trainer.start_streams()
     trainer.train_step()
-    weights = {name: value.detach().clone() for name, value in trainer.trained["high_noise"].named_parameters()}
+    weights = {
+        name: value.detach().clone()
+        for name, value in trainer.experts.parts(trainer.unwrapped)["high_noise"].named_parameters()
+    }
     states = trainer.updates.optimizer.state
     averages = {
         name: {key: states[value][key].clone() for key in ("exp_avg", "exp_avg_sq")}
-        for name, value in trainer.trained["high_noise"].named_parameters()
+        for name, value in trainer.experts.parts(trainer.unwrapped)["high_noise"].named_parameters()
     }
     trainer.train_step()
-    for name, value in trainer.trained["high_noise"].named_parameters():
+    for name, value in trainer.experts.parts(trainer.unwrapped)["high_noise"].named_parameters():
         mean, square = 0.9 * averages[name]["exp_avg"], 0.999 * averages[name]["exp_avg_sq"]
         step = (mean / (1 - 0.9**2)) / ((square / (1 - 0.999**2)).sqrt() + 1e-8)
         torch.testing.assert_close(value, weights[name] * (1 - 1e-3 * 0.01) - 1e-3 * step, msg=name)
@@ -163,8 +166,8 @@ def test_options_that_do_not_fit_are_refused_before_anything_large_is_loaded(
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("this loads weights")
 
-    monkeypatch.setattr(prfl_trainer, "load_transformer", refuse)
-    monkeypatch.setattr(prfl_trainer, "load_reward_model", refuse)
+    monkeypatch.setattr(prfl_inputs, "load_transformer", refuse)
+    monkeypatch.setattr(prfl_inputs, "load_reward_model", refuse)
     with pytest.raises(ValueError, match=r"`expert` must be high_noise, low_noise or both, .*model_index.json"):
         build()
     with pytest.raises(ValueError, match=r"`expert` must be left out, .*model_index.json has one transformer"):
@@ -220,16 +223,18 @@ def test_adapters_load_in_the_stock_pipeline_each_into_its_expert(
     before = outputs()
     for name in EXPERTS:
         file = tmp_path / "out" / files[name]
-        assert file.is_file() == (name in trainer.trained)
-        if name in trainer.trained:
+        assert file.is_file() == (name in trainer.experts.trained)
+        if name in trainer.experts.trained:
             assert read_lora_metadata(file)["expert"] == name
             options = {"load_into_transformer_2": True} if name == "low_noise" else {}
             pipeline.load_lora_weights(tmp_path / "out", weight_name=files[name], **options)
     after = outputs()
     for name in EXPERTS:
-        if name in trainer.trained:
+        if name in trainer.experts.trained:
             with torch.no_grad():
-                torch.testing.assert_close(after[name], trainer.trained[name].eval()(*inputs).sample)
+                torch.testing.assert_close(
+                    after[name], trainer.experts.parts(trainer.unwrapped)[name].eval()(*inputs).sample
+                )
             assert not torch.allclose(after[name], before[name], atol=1e-4)
         else:
             assert torch.equal(after[name], before[name])
@@ -275,8 +280,8 @@ def test_a_reward_model_of_either_expert_fits_the_pipeline(
             "report_to": ["none"],
         }
         with pytest.raises(ValueError, match="`expert` must be high_noise, low_noise or both"):
-            RewardTrainer(RewardTrainingConfig(**options))
-        trainer = RewardTrainer(RewardTrainingConfig(**options, expert=expert))
+            RewardTrainer.from_config(RewardTrainingConfig(**options))
+        trainer = RewardTrainer.from_config(RewardTrainingConfig(**options, expert=expert))
         weights = base(expert_pipeline_dir, expert)
         assert all(torch.equal(value, weights[f"blocks.{name}"]) for name, value in trainer.unwrapped.blocks.state_dict().items())  # fmt: skip
         trainer.train()

@@ -106,9 +106,9 @@ def test_rollouts_serve_several_updates(build: Callable[..., PRFLTrainer]) -> No
     trainer.train()
     # A chain of 5 steps has 4 that leave noise; each update runs one step with gradient besides.
     assert forwards == [5, 1, 1, 5, 1, 1, 5]
-    assert trainer.num_reward_batches == 3
     assert trainer.rollouts is not None
-    assert len(trainer.rollouts) == 2
+    assert trainer.rollouts.num_batches == 3
+    assert len(trainer.rollouts.buffer) == 2
     # The state of the first update is of weights that have not moved: float16 is all that differs.
     assert ages[0] < 1e-3
     assert min(ages[1:3]) > 1e-3
@@ -119,7 +119,8 @@ def test_rollouts_that_are_too_old_are_replaced(build: Callable[..., PRFLTrainer
     trainer = build(**options, max_rollout_staleness=2e-3)
     trainer.train()
     # The second update moves no more than the learning rate allows, and that is more than the bound.
-    assert trainer.num_reward_batches > 1
+    assert trainer.rollouts is not None
+    assert trainer.rollouts.num_batches > 1
 
 
 def test_stored_states_are_those_that_steps_may_start_from(build: Callable[..., PRFLTrainer]) -> None:

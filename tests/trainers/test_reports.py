@@ -67,9 +67,9 @@ def build(
         if kind in ("adapter", "reward adapter"):
             values["lora_rank"] = 2
         if "reward" in kind:
-            return RewardTrainer(RewardTrainingConfig(**values | {"num_layers": 2} | options))
+            return RewardTrainer.from_config(RewardTrainingConfig(**values | {"num_layers": 2} | options))
         values |= {"reward_model": str(tmp_path / "reward"), "num_inference_steps": 3, "use_ema": kind == "average"}
-        return PRFLTrainer(PRFLTrainingConfig(**values | options))
+        return PRFLTrainer.from_config(PRFLTrainingConfig(**values | options))
 
     return builder
 

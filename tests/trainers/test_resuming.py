@@ -42,7 +42,7 @@ def build(tmp_path: Path, pipeline_dir: Path, write_latents: Callable[..., Path]
             "head_learning_rate": 2e-3,
             "report_to": ["none"],
         }
-        return RewardTrainer(RewardTrainingConfig(**(defaults | options)))
+        return RewardTrainer.from_config(RewardTrainingConfig(**(defaults | options)))
 
     return builder
 
@@ -272,7 +272,7 @@ def test_going_back_goes_on_from_the_steps_that_were_written_last(
     ]  # fmt: skip
     # `latest` is the new fourth step.
     trainer = build(resume_from_checkpoint="latest", **validation)
-    assert trainer.checkpoint == run / "checkpoint-4"
+    assert trainer.run.checkpoint == run / "checkpoint-4"
 
 
 def test_the_best_model_of_abandoned_steps(

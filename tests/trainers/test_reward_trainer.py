@@ -36,7 +36,7 @@ def build(tmp_path: Path, pipeline_dir: Path, write_latents: Callable[..., Path]
             "head_learning_rate": 1e-3,
             "report_to": ["none"],
         }
-        return RewardTrainer(RewardTrainingConfig(**(defaults | options)))
+        return RewardTrainer.from_config(RewardTrainingConfig(**(defaults | options)))
 
     return builder
 
@@ -83,7 +83,7 @@ def test_one_update_equals_the_same_arithmetic_written_out(build: Callable[..., 
     model.load_state_dict(trainer.unwrapped.state_dict())
     model.freeze_embeddings()
     rows = table_to_rows(load_latent_dataset(trainer.config.train_dataset)[:])
-    order = iter(trainer.sampler())
+    order = iter(trainer.datasets.sampler())
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for micro_step in range(2):
         chosen = [rows[index] for index in next(order)]

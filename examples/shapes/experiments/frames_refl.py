@@ -44,7 +44,9 @@ def build_reward(vae: AutoencoderKLWan, *, folder: str, decodes: Literal["first"
 
 def build_trainer(config: FramesReFLConfig, trainer: type[RGBReFLTrainer] = RGBReFLTrainer) -> RGBReFLTrainer:
     """The trainer of these options."""
-    return trainer(config, build_reward=partial(build_reward, folder=config.frames_reward, decodes=config.decodes))
+    return trainer.from_config(
+        config, build_reward=partial(build_reward, folder=config.frames_reward, decodes=config.decodes)
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -129,7 +129,8 @@ def measure_cost(root: Path, arm: str, num_latent_frames: int) -> None:
     options += ["--step_range", str(MEAN_STEP[arm]), str(MEAN_STEP[arm]), "--report_to", "none"]
     options += ["--max_train_steps", "1000", "--checkpointing_steps", "1000"]
     if ARMS[arm] is None:
-        trainer: PRFLTrainer = type("Measured", (Measured, PRFLTrainer), {})(parse_config(PRFLTrainingConfig, options))
+        measured = type("Measured", (Measured, PRFLTrainer), {})
+        trainer: PRFLTrainer = measured.from_config(parse_config(PRFLTrainingConfig, options))
     else:
         measured = type("Measured", (Measured, RGBReFLTrainer), {})
         trainer = build_trainer(parse_config(FramesReFLConfig, options), trainer=measured)

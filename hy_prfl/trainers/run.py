@@ -1,0 +1,166 @@
+"""A run before it has a model: its folder and checkpoint, its processes and their precision, and its reports."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import set_seed
+from diffusers import AutoencoderKLWan
+from torch import nn
+
+from ..configs.base import TrainingConfig, check
+from ..data.encoding import vae_fingerprint
+from ..formats.checkpoints import find_checkpoint
+from ..runtime.activation_checkpointing import recompute_blocks
+from ..runtime.attention import check_attention_backend, set_attention_backend
+from ..runtime.context_parallel import ContextParallelGroup
+from ..runtime.distributed import TRAINING_TIMEOUT, build_accelerator
+from ..runtime.sharding import split_for_zero3
+from .reports import Reports, known_trackers
+from .resuming import check_checkpoint, model_identities
+
+
+class Run:
+    """
+    What a trainer needs before anything large is loaded: with it models are loaded in the right type, and split while
+    they load where the engine splits them.
+
+    Args:
+        config (`TrainingConfig`):
+            Options of the run.
+        trainer (`str`):
+            Name of the trainer's class; a checkpoint of another one is refused.
+        backwards_per_update (`int`):
+            Number of backward passes that add up to one optimizer update; the most there are, if updates differ.
+        takes_turns (`bool`, defaults to `False`):
+            Whether a backward pass reaches some of the parameters in training only.
+
+    Raises:
+        ValueError: If options, launch or the checkpoint to resume from do not fit together.
+        FileNotFoundError: If there is no checkpoint where the options say so.
+    """
+
+    def __init__(
+        self, config: TrainingConfig, *, trainer: str, backwards_per_update: int, takes_turns: bool = False
+    ) -> None:
+        self.config = config
+        self.backwards_per_update = backwards_per_update
+        self.output_dir = Path(config.output_dir)
+        self.checkpoint = find_checkpoint(self.output_dir, config.resume_from_checkpoint)
+        self.accelerator = build_accelerator(
+            gradient_accumulation_steps=backwards_per_update,
+            train_batch_size=config.train_batch_size,
+            log_with=known_trackers(config.report_to),
+            output_dir=self.output_dir,
+            find_unused_parameters=takes_turns,
+        )
+        precision = self.accelerator.mixed_precision
+        # An update that is not finite is left out before a loss scale could learn from it, and Wan overflows in float16.
+        check(precision in ("no", "bf16"), "mixed_precision", precision, "no or bf16")
+        if self.checkpoint is not None:
+            check_checkpoint(
+                self.checkpoint,
+                config,
+                trainer=trainer,
+                engine=self.engine,
+                num_processes=self.accelerator.num_processes,
+            )
+        self.reports = Reports(self.accelerator, config)
+        set_seed(config.seed)
+        # Ranks that share a clip are one replica: they get the same rows and draw the same noise.
+        degree = config.context_parallel_degree
+        self.context_parallel = ContextParallelGroup(degree, TRAINING_TIMEOUT) if degree > 1 else None
+        self.num_replicas = self.accelerator.num_processes // degree
+        self.replica = self.accelerator.process_index // degree
+        # Before anything is loaded: files that are replaced later are not those of this run.
+        self.model_identities: Mapping[str, Mapping[str, str]] = model_identities(config)
+        is_whole = self.engine == "whole"
+        check(is_whole or not config.compile, "compile", config.compile, f"false under {self.engine}")
+
+    @property
+    def engine(self) -> str:
+        """What runs the optimizer: `ZeRO-<stage>`, or `whole` if every process has all of it."""
+        plugin = self.accelerator.state.deepspeed_plugin
+        return "whole" if plugin is None else f"ZeRO-{plugin.zero_stage}"
+
+    @property
+    def split(self) -> Callable[[nn.Module], None] | None:
+        """Splits the weights of a model that is to be trained while it loads, if the engine splits them anyway."""
+        plugin = self.accelerator.state.deepspeed_plugin
+        if plugin is None or plugin.zero_stage != 3:
+            return None
+        settings = {
+            name: plugin.deepspeed_config[name]
+            for name in ("zero_optimization", "bf16")
+            if name in plugin.deepspeed_config
+        }
+        return partial(split_for_zero3, deepspeed_config={"train_micro_batch_size_per_gpu": 1, **settings})
+
+    @property
+    def trained_dtype(self) -> torch.dtype:
+        """Type to load weights in that are to be trained: float32, unless the engine keeps float32 masters of them."""
+        return torch.float32 if self.split is None else self.weight_dtype
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """Type of frozen weights and of all embeddings that models are given; what trains has float32 masters."""
+        return torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else torch.float32
+
+    def pipeline_vae_fingerprint(self) -> str:
+        """Identity of the VAE of the pipeline that is trained; latents of another VAE mean nothing to it."""
+        vae = AutoencoderKLWan.from_pretrained(
+            self.config.pretrained_model_name_or_path,
+            subfolder="vae",
+            revision=self.config.revision,
+            variant=self.config.variant,
+        )
+        return vae_fingerprint(vae)
+
+    def set_up_blocks(self, model: Any, *, num_recomputed: int | None) -> None:
+        """
+        Give a model's blocks what the options ask for: recomputation, attention kernel, share of the tokens, compiler.
+
+        Args:
+            model (`ModelMixin`):
+                The model, with its adapter if it gets one.
+            num_recomputed (`int`, *optional*):
+                How many blocks are recomputed with `gradient_checkpointing`, all if left out.
+        """
+        config = self.config
+        if config.gradient_checkpointing:
+            recompute_blocks(model, num_blocks=num_recomputed, offload=config.offload_activations)
+        if config.attention_backend is not None:
+            set_attention_backend(model, config.attention_backend)
+        if self.context_parallel is not None:
+            self.context_parallel.split(model)
+        if config.compile:
+            # Generator and reward model share the code of a block, each in several modes and shapes. Beyond its limit
+            # torch would go on without compiling, and say nothing.
+            torch._dynamo.config.recompile_limit = 64
+            torch._dynamo.config.fail_on_recompile_limit_hit = True
+            model.compile_repeated_blocks()
+
+    def check_kernel(self, option: str, *, trains: bool, dtype: torch.dtype) -> None:
+        """
+        Refuse an attention kernel that cannot do what the option of this name wants of it.
+
+        Args:
+            option (`str`):
+                Name of the option.
+            trains (`bool`):
+                Whether a backward pass follows.
+            dtype (`torch.dtype`):
+                Type of the model's weights.
+        """
+        name = getattr(self.config, option)
+        if name is not None:
+            check_attention_backend(
+                name,
+                option=option,
+                trains=trains,
+                device=self.accelerator.device,
+                dtype=dtype,
+                autocast=self.accelerator.autocast(),
+            )
