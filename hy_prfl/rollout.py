@@ -1,6 +1,7 @@
 """Denoising with the pipeline's own sampler, with gradient through chosen steps only. Independent of the reward."""
 
 import copy
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -9,8 +10,39 @@ import torch
 from diffusers import UniPCMultistepScheduler
 from torch import nn
 
+from .flow_matching import add_noise, sigmas_to_timesteps
 from .models.conditioning import Conditioning, put_condition
 from .runtime.attention import use_attention_backend
+
+
+Average = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Foresight:
+    """
+    Look-ahead: the reward is taken of the clean latents that a step predicts, with new noise, not of the next latents.
+
+    The clean latents are `x0 = x - sigma * v`. They cost no forward, and the level of the new noise can be one at which the
+    reward model sees well. Levels are uniform in `levels`, as far as these are below the level of the next latents.
+
+    Args:
+        noise (`torch.Tensor` of shape `(batch_size, num_channels, num_frames, height, width)`):
+            Standard normal noise, float32.
+        uniform (`torch.Tensor` of shape `(batch_size,)`):
+            One draw in [0, 1) for each sample.
+        levels (`tuple[float, float]`):
+            Lowest and highest sigma.
+    """
+
+    noise: torch.Tensor
+    uniform: torch.Tensor
+    levels: tuple[float, float]
+
+    def sigmas(self, next_sigma: float) -> torch.Tensor:
+        """Noise levels `(batch_size,)` for a step that leads to `next_sigma`."""
+        low, high = (min(level, next_sigma) for level in self.levels)
+        return low + (high - low) * self.uniform
 
 
 @dataclass
@@ -20,20 +52,127 @@ class GradientStep:
 
     Args:
         latents (`torch.Tensor` of shape `(batch_size, num_channels, num_frames, height, width)`):
-            Result of the step: noisy, float32, without gradient.
+            What the reward is taken of: the noisy latents that the step leads to, or with a [`Foresight`] the foreseen
+            ones. Float32, without gradient.
         timesteps (`torch.Tensor` of shape `(batch_size,)`):
             Noise level of these latents, `1000 * sigma`.
-        width (`torch.Tensor`, scalar):
-            By how much the step lowers sigma. The latents change by about this width times the model's output, so the
-            gradient of the output is the gradient of the latents times the width, which grows along a shifted chain.
-        differentiable_latents (`Callable[[], torch.Tensor]`):
-            Returns the same latents, differentiable in the generator's weights. Call it once.
+        gain (`torch.Tensor`, scalar or of shape `(batch_size,)`):
+            By how much `latents` move with the step's velocity: the width of the step in sigma, which grows along a
+            shifted chain, or for foreseen latents `sigma * (1 - sigma of the new noise)`. The gradient of the velocity is
+            about that of the latents times this.
+        velocity (`torch.Tensor` of the shape of `latents`):
+            The model's output at the step, or at the first of several, without gradient.
+        surrogates (`Callable[[torch.Tensor], Iterator[torch.Tensor]]`):
+            Given the gradient of a loss in `latents`, returns scalars whose gradients in the generator's weights add up
+            to that of the loss. Each must be differentiated, scaled or not, before the next one is asked for. The
+            argument `average`, if given, averages a gradient over the ranks that share a clip. To be called once.
     """
 
     latents: torch.Tensor
     timesteps: torch.Tensor
-    width: torch.Tensor
-    differentiable_latents: Callable[[], torch.Tensor]
+    gain: torch.Tensor
+    velocity: torch.Tensor
+    surrogates: Callable[..., Iterator[torch.Tensor]]
+
+
+def surrogate(
+    latents: torch.Tensor, latents_grad: torch.Tensor, average: Average | None = None
+) -> Iterator[torch.Tensor]:
+    """The one surrogate of latents that have their graph already, see [`GradientStep`]."""
+    yield (latents * latents_grad).sum()
+
+
+@dataclass(frozen=True)
+class _State:
+    """Where a step starts: all that it depends on, without gradient."""
+
+    index: int
+    latents: torch.Tensor
+    scheduler: UniPCMultistepScheduler
+
+    def copy(self, *, with_leaves: bool) -> tuple["_State", dict[str, torch.Tensor]]:
+        """A copy to take the step from, and those of its tensors that take gradient, as `_tensors` names them."""
+        latents, scheduler = self.latents, copy.deepcopy(self.scheduler)
+        if not with_leaves:
+            return _State(self.index, latents, scheduler), {}
+        latents = latents.clone().requires_grad_()
+        for tensor in _tensors(latents, scheduler).values():
+            tensor.requires_grad_()
+        return _State(self.index, latents, scheduler), _tensors(latents, scheduler)
+
+
+def _tensors(latents: torch.Tensor, scheduler: UniPCMultistepScheduler) -> dict[str, torch.Tensor]:
+    """What a step hands on to the next one: the latents and the solver's memory."""
+    named = {f"model_outputs.{index}": output for index, output in enumerate(scheduler.model_outputs)}
+    named |= {"latents": latents, "last_sample": scheduler.last_sample}
+    return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What a step returns: the next latents, the velocity, and what the reward is taken of, see [`GradientStep`]."""
+
+    next_latents: torch.Tensor
+    velocity: torch.Tensor
+    seen: torch.Tensor
+    timesteps: torch.Tensor
+    gain: torch.Tensor
+
+
+@dataclass(frozen=True)
+class _Stepper:
+    """Takes steps of a chain. `stop_input_gradient` is that of [`walk_with_gradient`]."""
+
+    predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    foresight: Foresight | None = None
+    stop_input_gradient: bool = False
+
+    def __call__(
+        self, scheduler: UniPCMultistepScheduler, index: int, latents: torch.Tensor, *, with_gradient: bool
+    ) -> _Step:
+        timestep = scheduler.timesteps[index]
+        sigma, next_sigma = scheduler.sigmas[index], scheduler.sigmas[index + 1]
+        with torch.set_grad_enabled(with_gradient):
+            velocity = self.predict(latents.detach() if self.stop_input_gradient else latents, timestep)
+            next_latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+            if self.foresight is None:
+                timesteps = scheduler.timesteps[index + 1].expand(latents.shape[0])
+                return _Step(next_latents, velocity, next_latents, timesteps, gain=sigma - next_sigma)
+            sigmas = self.foresight.sigmas(float(next_sigma))
+            seen = add_noise(latents - sigma.to(latents) * velocity, self.foresight.noise, sigmas)
+            return _Step(
+                next_latents, velocity, seen, sigmas_to_timesteps(sigmas), gain=sigma.to(sigmas) * (1 - sigmas)
+            )
+
+
+def _chained_surrogates(
+    stepper: _Stepper, states: Sequence[_State], latents_grad: torch.Tensor, average: Average | None = None
+) -> Iterator[torch.Tensor]:
+    """
+    Surrogates of consecutive steps, one for each, from the last step to the first.
+
+    Every step is checkpointed as a whole: it is run again with gradient, from a copy of where it started, and
+    differentiated by itself. So there is the graph of one step at a time, and every engine sees ordinary backward
+    passes. The gradient that an earlier step needs is read from the leaves of this one (the chain rule).
+    """
+    gradients = {"seen": latents_grad}
+    for state in reversed(states):
+        # No gradient is wanted of what the first step starts from.
+        start, leaves = state.copy(with_leaves=state is not states[0])
+        step = stepper(start.scheduler, start.index, start.latents, with_gradient=True)
+        outputs = {"seen": step.seen} | _tensors(step.next_latents, start.scheduler)
+        # An engine scales what it differentiates by a factor of its own, which is read here.
+        probe = latents_grad.new_zeros((), requires_grad=True)
+        total = probe + torch.stack([(outputs[name] * gradient).sum() for name, gradient in gradients.items()]).sum()
+        del start, step, outputs
+        yield total
+        if not leaves:
+            return
+        del total
+        assert probe.grad is not None, "The surrogate must be differentiated before the next one is asked for."
+        gradients = {name: leaf.grad / probe.grad for name, leaf in leaves.items() if leaf.grad is not None}
+        if average is not None:
+            gradients = {name: average(gradient) for name, gradient in gradients.items()}
 
 
 def walk_with_gradient(
@@ -44,6 +183,9 @@ def walk_with_gradient(
     step_indices: Sequence[int],
     num_inference_steps: int,
     conditioning: Conditioning,
+    num_chained_steps: int = 1,
+    foresight: Foresight | None = None,
+    stop_input_gradient: bool = False,
     rerun: bool = False,
     rollout_attention_backend: str | None = None,
 ) -> Iterator[GradientStep]:
@@ -64,14 +206,24 @@ def walk_with_gradient(
         noise (`torch.Tensor` of shape `(batch_size, num_channels, num_frames, height, width)`):
             Standard normal start of the chain, float32.
         step_indices (`Sequence[int]`):
-            Steps that take gradient, ascending, in `[0, num_inference_steps - 2]`: their latents must still be noisy.
+            Steps that take gradient, ascending, in `[num_chained_steps - 1, num_inference_steps - 2]`: their results must
+            still be noisy.
         num_inference_steps (`int`):
             Steps of the whole chain.
         conditioning (`Conditioning`):
             Prompts and, for image-to-video models, images.
+        num_chained_steps (`int`, defaults to 1):
+            How many consecutive steps, up to the one of `step_indices`, the gradient passes through. Each is
+            checkpointed as a whole, so this costs the memory of one step, and of the latents of all of them.
+        foresight (`Foresight`, *optional*):
+            Take the reward of what the step foresees instead of the next latents.
+        stop_input_gradient (`bool`, defaults to `False`):
+            Treat the input of the transformer as a constant (DRTune, arXiv 2405.00760): from one chained step to the
+            next the gradient passes through the solver only.
         rerun (`bool`, defaults to `False`):
-            Take each of these steps without gradient first, and again with gradient when `differentiable_latents` is
-            called. In between the activations of the step take no memory. Costs one more forward pass.
+            Take each of these steps without gradient first, and again with gradient when its surrogate is asked for. In
+            between the activations of the step take no memory. Costs one more forward pass. Chained steps are always
+            taken so.
         rollout_attention_backend (`str`, *optional*):
             Attention kernel of the steps without gradient, by diffusers' name; the model's own if left out.
 
@@ -81,33 +233,150 @@ def walk_with_gradient(
     Raises:
         ValueError: If `step_indices` are out of range or order.
     """
-    last = num_inference_steps - 2
-    if not step_indices or list(step_indices) != sorted({*step_indices} & {*range(last + 1)}):
-        raise ValueError(f"`step_indices` must be ascending and in [0, {last}], got {list(step_indices)}.")
+    first, last = num_chained_steps - 1, num_inference_steps - 2
+    if not step_indices or list(step_indices) != sorted({*step_indices} & {*range(first, last + 1)}):
+        raise ValueError(f"`step_indices` must be ascending and in [{first}, {last}], got {list(step_indices)}.")
     scheduler.set_timesteps(num_inference_steps, device=noise.device)
     scheduler.set_begin_index(0)
-    predict = partial(predict_velocity, transformer, conditioning=conditioning)
-    latents, next_index = noise, 0
+    stepper = _Stepper(
+        partial(predict_velocity, transformer, conditioning=conditioning), foresight, stop_input_gradient
+    )
+    return _walk(
+        transformer,
+        scheduler,
+        stepper,
+        latents=noise,
+        start_index=0,
+        step_indices=step_indices,
+        num_chained_steps=num_chained_steps,
+        rerun=rerun,
+        rollout_attention_backend=rollout_attention_backend,
+    )
+
+
+def step_from_state(
+    transformer: nn.Module,
+    scheduler: UniPCMultistepScheduler,
+    *,
+    latents: torch.Tensor,
+    start_index: int,
+    num_inference_steps: int,
+    conditioning: Conditioning,
+    num_chained_steps: int = 1,
+    foresight: Foresight | None = None,
+    stop_input_gradient: bool = False,
+    rerun: bool = False,
+) -> GradientStep:
+    """
+    Take steps with gradient from a state of a chain that was walked before, see [`record_states`].
+
+    The solver starts without a memory, so the first step is of first order (Euler's). It has no corrector either.
+
+    Args:
+        latents (`torch.Tensor` of shape `(batch_size, num_channels, num_frames, height, width)`):
+            Noisy latents before step `start_index`, float32.
+        start_index (`int`):
+            Index of the first of `num_chained_steps` steps; the last is at most `num_inference_steps - 2`.
+
+        The other arguments are those of [`walk_with_gradient`].
+
+    Raises:
+        ValueError: If `start_index` is out of range.
+    """
+    last = num_inference_steps - 1 - num_chained_steps
+    if not 0 <= start_index <= last:
+        raise ValueError(f"`start_index` must be in [0, {last}], got {start_index}.")
+    scheduler.set_timesteps(num_inference_steps, device=latents.device)
+    scheduler.set_begin_index(start_index)
+    stepper = _Stepper(
+        partial(predict_velocity, transformer, conditioning=conditioning), foresight, stop_input_gradient
+    )
+    walk = _walk(
+        transformer,
+        scheduler,
+        stepper,
+        latents=latents,
+        start_index=start_index,
+        step_indices=[start_index + num_chained_steps - 1],
+        num_chained_steps=num_chained_steps,
+        rerun=rerun,
+        rollout_attention_backend=None,
+    )
+    return next(walk)
+
+
+def _walk(
+    transformer: nn.Module,
+    scheduler: UniPCMultistepScheduler,
+    stepper: _Stepper,
+    *,
+    latents: torch.Tensor,
+    start_index: int,
+    step_indices: Sequence[int],
+    num_chained_steps: int,
+    rerun: bool,
+    rollout_attention_backend: str | None,
+) -> Iterator[GradientStep]:
+    """The chain from `latents` before step `start_index` on; see [`walk_with_gradient`]."""
+    next_index = start_index
+    states: deque[_State] = deque(maxlen=num_chained_steps)
+    velocities: deque[torch.Tensor] = deque(maxlen=num_chained_steps)
     for step_index in step_indices:
         with use_attention_backend(transformer, rollout_attention_backend):
-            for timestep in scheduler.timesteps[next_index:step_index]:
-                latents = _take_step(predict, timestep, latents, scheduler, with_gradient=False)
+            for index in range(next_index, step_index):
+                if index > step_index - num_chained_steps:
+                    states.append(_State(index, latents, copy.deepcopy(scheduler)))
+                step = stepper(scheduler, index, latents, with_gradient=False)
+                velocities.append(step.velocity)
+                latents = step.next_latents
         next_index = step_index + 1
-        take_step = partial(_take_step, predict, scheduler.timesteps[step_index], latents)
-        if rerun:
-            differentiable_latents = partial(take_step, copy.deepcopy(scheduler), with_gradient=True)
-            latents = take_step(scheduler, with_gradient=False)
+        if rerun or num_chained_steps > 1:
+            states.append(_State(step_index, latents, copy.deepcopy(scheduler)))
+            step = stepper(scheduler, step_index, latents, with_gradient=False)
+            surrogates = partial(_chained_surrogates, stepper, list(states))
         else:
-            result = take_step(scheduler, with_gradient=True)
-            differentiable_latents = partial(_identity, result)
+            step = stepper(scheduler, step_index, latents, with_gradient=True)
+            surrogates = partial(surrogate, step.seen)
             _forget_gradient(scheduler)
-            latents = result.detach()
-        yield GradientStep(
-            latents,
-            timesteps=scheduler.timesteps[next_index].expand(latents.shape[0]),
-            width=scheduler.sigmas[step_index] - scheduler.sigmas[next_index],
-            differentiable_latents=differentiable_latents,
-        )
+        velocities.append(step.velocity.detach())
+        latents = step.next_latents.detach()
+        yield GradientStep(step.seen.detach(), step.timesteps, step.gain, velocities[0], surrogates)
+
+
+@torch.no_grad()
+def record_states(
+    transformer: nn.Module,
+    scheduler: UniPCMultistepScheduler,
+    *,
+    noise: torch.Tensor,
+    step_indices: Sequence[int],
+    num_inference_steps: int,
+    conditioning: Conditioning,
+    rollout_attention_backend: str | None = None,
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """
+    Walk one chain from noise, without gradient, and return where the steps `step_indices` start.
+
+    Args:
+        step_indices (`Sequence[int]`):
+            Steps, ascending, in `[0, num_inference_steps - 2]`.
+
+        The other arguments are those of [`walk_with_gradient`].
+
+    Yields:
+        `tuple[int, torch.Tensor, torch.Tensor]`: index of the step, the noisy latents before it and the model's velocity
+        there, both float32.
+    """
+    scheduler.set_timesteps(num_inference_steps, device=noise.device)
+    scheduler.set_begin_index(0)
+    stepper = _Stepper(partial(predict_velocity, transformer, conditioning=conditioning))
+    latents = noise
+    with use_attention_backend(transformer, rollout_attention_backend):
+        for index in range(step_indices[-1] + 1):
+            step = stepper(scheduler, index, latents, with_gradient=False)
+            if index in step_indices:
+                yield index, latents, step.velocity
+            latents = step.next_latents
 
 
 def denoise_to_step(
@@ -136,16 +405,14 @@ def denoise_to_step(
     """
     if not 0 <= step_index <= num_inference_steps - 2:
         raise ValueError(f"`step_index` must be in [0, {num_inference_steps - 2}], got {step_index}.")
-    chain = walk_with_gradient(
-        transformer,
-        scheduler,
-        noise=noise,
-        step_indices=[step_index],
-        num_inference_steps=num_inference_steps,
-        conditioning=conditioning,
-    )
-    step = next(chain)
-    return step.differentiable_latents(), step.timesteps
+    scheduler.set_timesteps(num_inference_steps, device=noise.device)
+    scheduler.set_begin_index(0)
+    stepper = _Stepper(partial(predict_velocity, transformer, conditioning=conditioning))
+    latents = noise
+    for index in range(step_index):
+        latents = stepper(scheduler, index, latents, with_gradient=False).next_latents
+    step = stepper(scheduler, step_index, latents, with_gradient=True)
+    return step.next_latents, step.timesteps
 
 
 @torch.no_grad()
@@ -210,18 +477,6 @@ def predict_velocity(
     return transformer(**inputs, return_dict=False)[0].float()
 
 
-def _take_step(
-    predict: Callable[..., torch.Tensor],
-    timestep: torch.Tensor,
-    latents: torch.Tensor,
-    scheduler: UniPCMultistepScheduler,
-    *,
-    with_gradient: bool,
-) -> torch.Tensor:
-    with torch.set_grad_enabled(with_gradient):
-        return scheduler.step(predict(latents, timestep), timestep, latents, return_dict=False)[0]
-
-
 def _forget_gradient(scheduler: UniPCMultistepScheduler) -> None:
     """Detach the solver's state from the graph of the step that it has just taken."""
     outputs = scheduler.model_outputs
@@ -229,5 +484,18 @@ def _forget_gradient(scheduler: UniPCMultistepScheduler) -> None:
     scheduler.last_sample = scheduler.last_sample.detach()
 
 
-def _identity(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
+def mean_foreseen_gain(sigmas: torch.Tensor, levels: tuple[float, float]) -> float:
+    """
+    Mean of `sigma * (1 - level)` over consecutive steps, see [`GradientStep`].
+
+    Args:
+        sigmas (`torch.Tensor` of shape `(num_steps + 1,)`):
+            Where each step starts, and where the last one leads to.
+        levels (`tuple[float, float]`):
+            Those of [`Foresight`].
+    """
+    gains = [
+        float(sigma) * (1 - sum(min(level, float(next_sigma)) for level in levels) / 2)
+        for sigma, next_sigma in zip(sigmas[:-1], sigmas[1:], strict=True)
+    ]
+    return sum(gains) / len(gains)

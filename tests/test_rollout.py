@@ -11,7 +11,15 @@ from examples.shapes.pipeline import save_pipeline
 from hy_prfl.data.encoding import LatentEncoder
 from hy_prfl.models.conditioning import Conditioning
 from hy_prfl.models.loading import load_scheduler
-from hy_prfl.rollout import denoise_to_step, sample_latents, walk_with_gradient
+from hy_prfl.rollout import (
+    Foresight,
+    denoise_to_step,
+    mean_foreseen_gain,
+    record_states,
+    sample_latents,
+    step_from_state,
+    walk_with_gradient,
+)
 
 
 NUM_STEPS = 5
@@ -147,10 +155,9 @@ def test_a_chain_with_gradient_steps_is_the_chain_without(
         assert torch.equal(step.latents, path[step_index])
         assert step.timesteps.tolist() == [scheduler.timesteps[step_index + 1].item()] * 2
         levels = scheduler.timesteps[step_index : step_index + 2].tolist()
-        assert step.width.item() == pytest.approx((levels[0] - levels[1]) / 1000, abs=1e-3)
-        differentiable = step.differentiable_latents()
-        assert torch.equal(differentiable, step.latents)
-        differentiable.square().mean().backward()
+        assert step.gain.item() == pytest.approx((levels[0] - levels[1]) / 1000, abs=1e-3)
+        (surrogate,) = step.surrogates(2 * step.latents / step.latents.numel())
+        surrogate.backward()
         assert not step.latents.requires_grad
 
 
@@ -175,7 +182,8 @@ def test_forwards_of_a_chain_and_what_is_left_of_them(pipeline_dir: Path, rerun:
         conditioning=Conditioning(torch.randn(1, 16, 32)), rerun=rerun,
     )  # fmt: skip
     for step in chain:
-        step.differentiable_latents().square().sum().backward()
+        for surrogate in step.surrogates(2 * step.latents):
+            surrogate.backward()
     assert with_grad == expected
     del step
     assert all(output() is None for output in outputs)
@@ -185,12 +193,11 @@ def test_forwards_of_a_chain_and_what_is_left_of_them(pipeline_dir: Path, rerun:
 
 @pytest.mark.parametrize("step_indices", [[], [1, 1], [2, 1], [0, NUM_STEPS - 1], [-1, 2]])
 def test_step_indices_must_ascend_and_leave_noisy_latents(pipeline_dir: Path, step_indices: list[int]) -> None:
-    chain = walk_with_gradient(
-        torch.nn.Identity(), load_scheduler(str(pipeline_dir)), noise=torch.randn(1, 16, 2, 4, 4),
-        step_indices=step_indices, num_inference_steps=NUM_STEPS, conditioning=Conditioning(torch.randn(1, 16, 32)),
-    )  # fmt: skip
     with pytest.raises(ValueError, match=r"`step_indices` must be ascending and in \[0, 3\]"):
-        next(chain)
+        walk_with_gradient(
+            torch.nn.Identity(), load_scheduler(str(pipeline_dir)), noise=torch.randn(1, 16, 2, 4, 4),
+            step_indices=step_indices, num_inference_steps=NUM_STEPS, conditioning=Conditioning(torch.randn(1, 16, 32)),
+        )  # fmt: skip
 
 
 def test_timesteps_that_all_tokens_share_are_given_once(tmp_path: Path) -> None:
@@ -246,3 +253,178 @@ def test_a_clean_first_frame_is_that_of_the_stock_pipeline(tmp_path: Path) -> No
     for own, other in zip(calls[len(stock) :], stock, strict=True):
         assert torch.equal(own["timestep"].float(), other["timestep"].float())
         assert own["timestep"][0].unique().numel() == 2
+
+
+def plain_chain(
+    transformer: Any,
+    scheduler: Any,
+    latents: torch.Tensor,
+    prompts: torch.Tensor,
+    *,
+    steps: range,
+    with_gradient: range,
+    stop_input_gradient: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latents after `steps` on one graph, and the clean latents that the last one predicts."""
+    scheduler.set_timesteps(7)
+    scheduler.set_begin_index(steps[0])
+    clean = latents
+    for index in steps:
+        with torch.set_grad_enabled(index in with_gradient):
+            timestep = scheduler.timesteps[index]
+            given = latents.detach() if stop_input_gradient else latents
+            velocity = transformer(given, timestep.expand(len(given)), prompts).sample
+            clean = latents - scheduler.sigmas[index] * velocity
+            latents = scheduler.step(velocity, timestep, latents).prev_sample
+    return latents, clean
+
+
+def gradients(transformer: torch.nn.Module) -> list[torch.Tensor]:
+    found = [parameter.grad.clone() for parameter in transformer.parameters() if parameter.grad is not None]
+    transformer.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("stop_input_gradient", [False, True])
+@pytest.mark.parametrize(("num_chained", "step_index"), [(2, 1), (3, 4), (6, 5)])
+def test_chained_steps_have_the_gradient_of_one_graph(
+    pipeline_dir: Path, num_chained: int, step_index: int, stop_input_gradient: bool
+) -> None:
+    """Through the solver's memory and its corrector too, whatever factor each backward pass has."""
+    transformer = WanPipeline.from_pretrained(pipeline_dir).transformer
+    noise, prompts = torch.randn(2, 16, 2, 4, 4), torch.randn(2, 16, 32)
+    chained = range(step_index - num_chained + 1, step_index + 1)
+    expected, _ = plain_chain(
+        transformer, load_scheduler(str(pipeline_dir)), noise, prompts, steps=range(step_index + 1),
+        with_gradient=chained, stop_input_gradient=stop_input_gradient,
+    )  # fmt: skip
+    expected.square().mean().backward()
+    expected_gradients = gradients(transformer)
+    (step,) = walk_with_gradient(
+        transformer, load_scheduler(str(pipeline_dir)), noise=noise, step_indices=[step_index], num_inference_steps=7,
+        conditioning=Conditioning(prompts), num_chained_steps=num_chained, stop_input_gradient=stop_input_gradient,
+    )  # fmt: skip
+    torch.testing.assert_close(step.latents, expected.detach())
+    count = 0
+    for surrogate in step.surrogates(2 * step.latents / step.latents.numel()):
+        (0.25 * surrogate).backward()
+        count += 1
+    assert count == num_chained
+    for actual, wanted in zip(gradients(transformer), expected_gradients, strict=True):
+        torch.testing.assert_close(4 * actual, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_windows_of_chained_steps_may_overlap(pipeline_dir: Path) -> None:
+    transformer = WanPipeline.from_pretrained(pipeline_dir).transformer
+    noise, prompts = torch.randn(1, 16, 2, 4, 4), torch.randn(1, 16, 32)
+    chain = walk_with_gradient(
+        transformer, load_scheduler(str(pipeline_dir)), noise=noise, step_indices=[2, 3], num_inference_steps=7,
+        conditioning=Conditioning(prompts), num_chained_steps=3,
+    )  # fmt: skip
+    for step_index, step in zip([2, 3], chain, strict=True):
+        for surrogate in step.surrogates(torch.ones_like(step.latents)):
+            surrogate.backward()
+        actual = gradients(transformer)
+        expected, _ = plain_chain(
+            transformer, load_scheduler(str(pipeline_dir)), noise, prompts, steps=range(step_index + 1),
+            with_gradient=range(step_index - 2, step_index + 1),
+        )  # fmt: skip
+        expected.sum().backward()
+        for one, other in zip(actual, gradients(transformer), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_chained", [1, 3])
+@pytest.mark.parametrize("rerun", [False, True])
+def test_what_a_step_foresees(pipeline_dir: Path, num_chained: int, rerun: bool) -> None:
+    transformer = WanPipeline.from_pretrained(pipeline_dir).transformer
+    noise, prompts = torch.randn(2, 16, 2, 4, 4), torch.randn(2, 16, 32)
+    foresight = Foresight(torch.randn_like(noise), torch.tensor([0.0, 0.5]), (0.2, 0.6))
+    scheduler = load_scheduler(str(pipeline_dir))
+    (step,) = walk_with_gradient(
+        transformer, scheduler, noise=noise, step_indices=[3], num_inference_steps=7, rerun=rerun,
+        conditioning=Conditioning(prompts), num_chained_steps=num_chained, foresight=foresight,
+    )  # fmt: skip
+    assert step.timesteps.tolist() == pytest.approx([200, 400])
+    sigma = scheduler.sigmas[3].item()
+    assert step.gain.tolist() == pytest.approx([sigma * 0.8, sigma * 0.6])
+    _, clean = plain_chain(
+        transformer, load_scheduler(str(pipeline_dir)), noise, prompts, steps=range(4),
+        with_gradient=range(4 - num_chained, 4),
+    )  # fmt: skip
+    levels = torch.tensor([0.2, 0.4]).view(2, 1, 1, 1, 1)
+    expected = (1 - levels) * clean + levels * foresight.noise
+    torch.testing.assert_close(step.latents, expected.detach())
+    for surrogate in step.surrogates(2 * step.latents):
+        surrogate.backward()
+    actual = gradients(transformer)
+    expected.square().sum().backward()
+    for one, other in zip(actual, gradients(transformer), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_foreseen_levels_stay_below_the_next_step() -> None:
+    foresight = Foresight(torch.zeros(1), torch.tensor([0.0, 0.5, 1.0]), (0.2, 0.6))
+    assert foresight.sigmas(0.4).tolist() == pytest.approx([0.2, 0.3, 0.4])
+    assert foresight.sigmas(0.1).tolist() == pytest.approx([0.1, 0.1, 0.1])
+    # Levels 0.2 .. 0.5 and 0.2 .. 0.3, of mean 0.35 and 0.25.
+    expected = (0.8 * 0.65 + 0.5 * 0.75) / 2
+    assert mean_foreseen_gain(torch.tensor([0.8, 0.5, 0.3]), (0.2, 0.6)) == pytest.approx(expected)
+
+
+def test_recorded_states_are_those_of_the_chain_and_a_step_from_one_is_eulers(pipeline_dir: Path) -> None:
+    transformer = WanPipeline.from_pretrained(pipeline_dir).transformer
+    scheduler = load_scheduler(str(pipeline_dir))
+    noise, prompts = torch.randn(2, 16, 2, 4, 4), torch.randn(2, 16, 32)
+    states = list(
+        record_states(
+            transformer, scheduler, noise=noise, step_indices=[0, 2, 5], num_inference_steps=7,
+            conditioning=Conditioning(prompts),
+        )
+    )  # fmt: skip
+    assert [index for index, _, _ in states] == [0, 2, 5]
+    for index, latents, velocity in states:
+        if index > 0:
+            with torch.no_grad():
+                expected, _ = plain_chain(
+                    transformer, load_scheduler(str(pipeline_dir)), noise, prompts, steps=range(index),
+                    with_gradient=range(0),
+                )  # fmt: skip
+            torch.testing.assert_close(latents, expected)
+        step = step_from_state(
+            transformer, scheduler, latents=latents, start_index=index, num_inference_steps=7,
+            conditioning=Conditioning(prompts),
+        )  # fmt: skip
+        torch.testing.assert_close(step.velocity, velocity)
+        sigmas = scheduler.sigmas
+        torch.testing.assert_close(step.latents, latents + (sigmas[index + 1] - sigmas[index]) * velocity)
+        assert step.timesteps.tolist() == [scheduler.timesteps[index + 1].item()] * 2
+
+
+def test_chained_steps_from_a_state_have_the_gradient_of_one_graph(pipeline_dir: Path) -> None:
+    transformer = WanPipeline.from_pretrained(pipeline_dir).transformer
+    latents, prompts = torch.randn(2, 16, 2, 4, 4), torch.randn(2, 16, 32)
+    step = step_from_state(
+        transformer, load_scheduler(str(pipeline_dir)), latents=latents, start_index=2, num_inference_steps=7,
+        conditioning=Conditioning(prompts), num_chained_steps=3,
+    )  # fmt: skip
+    for surrogate in step.surrogates(torch.ones_like(latents)):
+        surrogate.backward()
+    actual = gradients(transformer)
+    expected, _ = plain_chain(
+        transformer, load_scheduler(str(pipeline_dir)), latents, prompts, steps=range(2, 5), with_gradient=range(2, 5)
+    )
+    torch.testing.assert_close(step.latents, expected.detach())
+    expected.sum().backward()
+    for one, other in zip(actual, gradients(transformer), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("start_index", [-1, 4])
+def test_states_must_leave_noisy_latents(pipeline_dir: Path, start_index: int) -> None:
+    with pytest.raises(ValueError, match=r"`start_index` must be in \[0, 3\]"):
+        step_from_state(
+            torch.nn.Identity(), load_scheduler(str(pipeline_dir)), latents=torch.randn(1, 16, 2, 4, 4),
+            start_index=start_index, num_inference_steps=7, conditioning=Conditioning(torch.randn(1, 16, 32)),
+            num_chained_steps=3,
+        )  # fmt: skip

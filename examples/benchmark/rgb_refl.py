@@ -25,7 +25,7 @@ from hy_prfl.configs.base import check
 from hy_prfl.configs.prfl import PRFLTrainingConfig
 from hy_prfl.flow_matching import sample_noise
 from hy_prfl.models.conditioning import Conditioning
-from hy_prfl.rollout import GradientStep, predict_velocity
+from hy_prfl.rollout import GradientStep, predict_velocity, surrogate
 from hy_prfl.runtime.attention import use_attention_backend
 from hy_prfl.trainers.prfl_trainer import REWARD_NOISE, PRFLTrainer
 
@@ -155,9 +155,10 @@ class RGBReFLTrainer(PRFLTrainer):
     def __init__(
         self, config: PRFLTrainingConfig, *, build_reward: Callable[[AutoencoderKLWan], nn.Module], **parts: Any
     ) -> None:
-        for name in ("num_gradient_steps", "rerun_gradient_step"):
+        options = {"num_gradient_steps": 1, "rerun_gradient_step": False, "num_chained_steps": 1, "reward_at": "next"}
+        for name, only in {**options, "rollout_interval": 1}.items():
             value = getattr(config, name)
-            check(int(value) == (name == "num_gradient_steps"), name, value, "left out for RGB ReFL")
+            check(value == only, name, value, "left out for RGB ReFL")
         # What it foresees is reached in one stride from any step: there is no width to divide by.
         super().__init__(replace(config, divide_by_step_width=False), **parts)
         vae = AutoencoderKLWan.from_pretrained(config.pretrained_model_name_or_path, subfolder="vae")
@@ -188,8 +189,9 @@ class RGBReFLTrainer(PRFLTrainer):
         yield GradientStep(
             clean.detach(),
             timesteps=timestep.expand(batch_size),
-            width=sigma,
-            differentiable_latents=partial(_identity, clean),
+            gain=sigma,
+            velocity=velocity.detach(),
+            surrogates=partial(surrogate, clean),
         )
 
     def score(self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
@@ -200,7 +202,3 @@ class RGBReFLTrainer(PRFLTrainer):
 
 def _call(function: Callable[..., Any], *args: Any) -> Any:
     return function(*args)
-
-
-def _identity(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor

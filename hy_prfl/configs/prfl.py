@@ -105,6 +105,51 @@ class PRFLTrainingConfig(TrainingConfig):
             "More reward gradients for one rollout."
         },
     )
+    num_chained_steps: int = field(
+        default=1,
+        metadata={
+            "help": "Consecutive steps that the reward's gradient passes through, each checkpointed as a whole: the time "
+            "of as many steps with gradient, the memory of one."
+        },
+    )
+    stop_input_gradient: bool = field(
+        default=False,
+        metadata={
+            "help": "From one chained step to the next, let the gradient pass through the solver but not through the "
+            "generator's input (DRTune)."
+        },
+    )
+    reward_at: Literal["next", "foreseen"] = field(
+        default="next",
+        metadata={
+            "help": "next: the reward of the latents that a step leads to (the paper). foreseen: of the clean latents that "
+            "the step predicts, noised again to a level in `foreseen_levels`; no forward more."
+        },
+    )
+    foreseen_levels: list[float] = field(
+        default_factory=lambda: [0.2, 0.6],
+        metadata={"help": "Lowest and highest sigma of that noise; never above the next step's."},
+    )
+    rollout_interval: int = field(
+        default=1,
+        metadata={
+            "help": "Reward updates for each new rollout. Above 1, rollouts are kept in host memory, and each update takes "
+            "one step with gradient from a random state of a random one."
+        },
+    )
+    rollout_buffer_size: int = field(
+        default=1, metadata={"help": "Rollouts that are kept, if `rollout_interval` is above 1."}
+    )
+    rollout_states: int | None = field(
+        default=None, metadata={"help": "States that are kept of a rollout, chosen at random; all if left out."}
+    )
+    max_rollout_staleness: float | None = field(
+        default=None,
+        metadata={
+            "help": "Relative change of the generator's velocity at stored states above which all of them are dropped "
+            "for a new rollout. Costs a synchronisation of the ranks in each update."
+        },
+    )
     rerun_gradient_step: bool = field(
         default=False,
         metadata={
@@ -169,10 +214,46 @@ class PRFLTrainingConfig(TrainingConfig):
         if bounds is not None:
             ordered = len(bounds) == 2 and 0 <= bounds[0] <= bounds[1] <= last
             check(ordered, "step_range", bounds, f"two step indices, first <= last, within [0, {last}]")
-        indices = (bounds[1] - bounds[0] if bounds is not None else last) + 1
+        self._check_chains(last)
+        first = self.num_chained_steps - 1
+        indices = bounds[1] - max(bounds[0], first) + 1 if bounds is not None else last - first + 1
         requirement = f"in [1, {indices}], the steps that may take gradient"
         check(1 <= self.num_gradient_steps <= indices, "num_gradient_steps", self.num_gradient_steps, requirement)
         self._check_memory_options()
+
+    def _check_chains(self, last: int) -> None:
+        chained, bounds = self.num_chained_steps, self.step_range
+        most = (last if bounds is None else bounds[1]) + 1
+        check(
+            1 <= chained <= most,
+            "num_chained_steps",
+            chained,
+            f"in [1, {most}], the steps up to the last of the range",
+        )
+        check(
+            chained > 1 or not self.stop_input_gradient,
+            "stop_input_gradient", self.stop_input_gradient, "false unless `num_chained_steps` is above 1",
+        )  # fmt: skip
+        check(
+            chained == 1 or not (self.lora_rank and self.lora_dropout),
+            "num_chained_steps", chained, f"1 with `lora_dropout` {self.lora_dropout}: a step that is run again would drop others",
+        )  # fmt: skip
+        levels = self.foreseen_levels
+        ordered = len(levels) == 2 and 0 < levels[0] <= levels[1] < 1
+        check(ordered, "foreseen_levels", levels, "two sigmas in (0, 1), the lower first")
+        check(self.rollout_interval >= 1, "rollout_interval", self.rollout_interval, "at least 1")
+        check(self.rollout_buffer_size >= 1, "rollout_buffer_size", self.rollout_buffer_size, "at least 1")
+        if self.rollout_interval == 1:
+            for name, default in (
+                ("rollout_buffer_size", 1),
+                ("rollout_states", None),
+                ("max_rollout_staleness", None),
+            ):
+                value = getattr(self, name)
+                check(value == default, name, value, "left out unless `rollout_interval` is above 1")
+        states, staleness = self.rollout_states, self.max_rollout_staleness
+        check(states is None or states >= 1, "rollout_states", states, "at least 1, or left out")
+        check(staleness is None or staleness > 0, "max_rollout_staleness", staleness, "greater than 0, or left out")
 
     def _check_memory_options(self) -> None:
         blocks, name = self.reward_gradient_checkpointing_blocks, "reward_gradient_checkpointing_blocks"
@@ -209,6 +290,9 @@ class PRFLTrainingConfig(TrainingConfig):
                 ("num_gradient_steps", self.num_gradient_steps == 1),
                 ("rerun_gradient_step", not self.rerun_gradient_step),
                 ("rollout_attention_backend", self.rollout_attention_backend is None),
+                ("num_chained_steps", self.num_chained_steps == 1),
+                ("rollout_interval", self.rollout_interval == 1),
+                ("reward_at", self.reward_at == "next"),
             ):
                 check(
                     unused,

@@ -87,7 +87,11 @@ class Experts:
         return others[0] if samples or (rolls_out and others[0] == "high_noise") else None
 
     def gradient_steps(
-        self, timesteps: Sequence[float], step_range: Sequence[int] | None, num_gradient_steps: int = 1
+        self,
+        timesteps: Sequence[float],
+        step_range: Sequence[int] | None,
+        num_gradient_steps: int = 1,
+        num_chained_steps: int = 1,
     ) -> tuple[int, int]:
         """
         First and last step of the sampler's chain that may take gradient: steps of an expert in training, within the
@@ -100,6 +104,8 @@ class Experts:
                 First and last step that were asked for.
             num_gradient_steps (`int`, defaults to 1):
                 How many of them a chain needs.
+            num_chained_steps (`int`, defaults to 1):
+                How many consecutive steps a gradient passes through; the range is that of the last of them.
 
         Raises:
             ValueError: If the range goes beyond these steps, or there are too few of them.
@@ -111,6 +117,10 @@ class Experts:
         first, last = step_range or (own[0], own[-1])
         inside = own[0] <= first <= last <= own[-1]
         check(inside, "step_range", step_range, f"within [{own[0]}, {own[-1]}], the steps of {trained}; {boundary}")
+        most = last - own[0] + 1
+        requirement = f"in [1, {most}], the steps of {trained} up to the last of the range"
+        check(num_chained_steps <= most, "num_chained_steps", num_chained_steps, requirement)
+        first = max(first, own[0] + num_chained_steps - 1)
         requirement = f"in [1, {last - first + 1}], the steps of {trained} that may take gradient"
         check(num_gradient_steps <= last - first + 1, "num_gradient_steps", num_gradient_steps, requirement)
         return first, last

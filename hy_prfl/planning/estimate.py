@@ -1,5 +1,6 @@
 """Memory of a GPU and operations of an update, for one recipe on one engine."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -173,7 +174,8 @@ def _estimate_prfl(request: Request, training: PRFLTrainingConfig, reserved: flo
         phases["flow matching"] = flow_peak
     if uses_reward:
         reward = reward_phases(request.reward_config, training, numerics, part)
-        beside = 0.0 if training.rerun_gradient_step else generator["forward"].kept
+        runs_again = training.rerun_gradient_step or training.num_chained_steps > 1
+        beside = 0.0 if runs_again else generator["forward"].kept
         # Those of generator and reward model have buffers of their own, which are kept for the next update.
         block_inputs += reward["forward"].offloaded
         phases |= {
@@ -192,6 +194,14 @@ def _estimate_prfl(request: Request, training: PRFLTrainingConfig, reserved: flo
     held |= _held_by_batch(request)
     _take_turns(request, held, phases, generator, config["num_layers"], num_backwards=_num_backwards(training))
     host_memory["block inputs"] = block_inputs
+    if uses_reward:
+        latents = math.prod((request.shape.batch_size, config["out_channels"], *request.shape.latents))
+        if training.num_chained_steps > 1:
+            # Where each of them starts: the latents and what the solver remembers.
+            held["chained steps"] = training.num_chained_steps * 4 * FLOAT32 * latents
+        if training.rollout_interval > 1:
+            num_states = min(training.rollout_states or math.inf, _num_states(request, training))
+            host_memory["rollouts"] = training.rollout_buffer_size * num_states * 2 * BFLOAT16 * latents
     flops = _prfl_flops(request, training, numerics, uses_flow=uses_flow, uses_reward=uses_reward)
     checkpoint = engine.checkpoint_size(sizes, is_lora=training.lora_rank is not None, has_average=training.use_ema)
     return Estimate(held, phases, flops, host_memory, checkpoint, sizes.total, sizes.trained, reserved)
@@ -265,7 +275,7 @@ def _held_by_batch(request: Request) -> dict[str, float]:
 
 def _num_backwards(training: PRFLTrainingConfig) -> int:
     """Backward passes of the update that has most."""
-    flow, reward = 1, training.num_gradient_steps
+    flow, reward = 1, training.num_gradient_steps * training.num_chained_steps
     most = {"alternate": max(flow, reward), "joint": flow + reward, "reward": reward, "flow_matching": flow}
     return training.gradient_accumulation_steps * most[training.update_schedule]
 
@@ -298,7 +308,7 @@ def _prfl_flops(
     request: Request, training: PRFLTrainingConfig, numerics: Numerics, *, uses_flow: bool, uses_reward: bool
 ) -> dict[str, float]:
     """
-    Operations of one update, averaged over the steps that may take gradient.
+    FLOPs of one update, averaged over the steps that may take gradient.
 
     Of `n` steps, of which `k` take gradient, each set as likely as any other, the last one is on average the
     `k (n + 1) / (k + 1)`-th (order statistics of draws without repetition).
@@ -311,16 +321,31 @@ def _prfl_flops(
         return flops
     first, last = _gradient_steps(request, training)
     num_steps, num_gradient_steps = last - first + 1, training.num_gradient_steps
-    last_index = first - 1 + num_gradient_steps * (num_steps + 1) / (num_gradient_steps + 1)
-    without_gradient = last_index + 1 - num_gradient_steps
-    if training.rerun_gradient_step:
-        without_gradient += num_gradient_steps
+    if training.rollout_interval == 1:
+        last_index = first - 1 + num_gradient_steps * (num_steps + 1) / (num_gradient_steps + 1)
+        without_gradient = last_index + 1 - num_gradient_steps
+        repeated = 1
+    else:
+        # A chain up to the last state that may be drawn, and its velocity, for `rollout_interval` updates.
+        num_states = _num_states(request, training)
+        kept = min(training.rollout_states or num_states, num_states)
+        start = first - training.num_chained_steps
+        without_gradient = (start + kept * (num_states + 1) / (kept + 1) + 1) / training.rollout_interval
+        repeated = training.num_chained_steps
+    if training.rerun_gradient_step or training.num_chained_steps > 1:
+        without_gradient += repeated * num_gradient_steps
     reward = reward_phases(request.reward_config, training, numerics, request.shape)
     return flops | {
         "rollout": micro_batches * without_gradient * generator["rollout"].flops,
-        "gradient step": micro_batches * num_gradient_steps * step,
+        "gradient step": micro_batches * num_gradient_steps * training.num_chained_steps * step,
         "reward": micro_batches * num_gradient_steps * _both(reward),
     }
+
+
+def _num_states(request: Request, training: PRFLTrainingConfig) -> int:
+    """States of a chain that an update may start from."""
+    first, last = _gradient_steps(request, training)
+    return last - first + 1
 
 
 def _gradient_steps(request: Request, training: PRFLTrainingConfig) -> tuple[int, int]:
@@ -330,7 +355,9 @@ def _gradient_steps(request: Request, training: PRFLTrainingConfig) -> tuple[int
     )
     scheduler.set_timesteps(training.num_inference_steps)
     timesteps = scheduler.timesteps.tolist()
-    return request.experts.gradient_steps(timesteps, training.step_range, training.num_gradient_steps)
+    return request.experts.gradient_steps(
+        timesteps, training.step_range, training.num_gradient_steps, training.num_chained_steps
+    )
 
 
 def _both(phases: Mapping[str, Phase]) -> float:

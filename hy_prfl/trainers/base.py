@@ -209,6 +209,12 @@ class Trainer(ABC):
         elif self.average is not None:
             self.average.restart()
 
+    def save_own(self, directory: Path) -> None:  # noqa: B027
+        """Write what each rank needs by itself to go on; nothing unless a subclass has some."""
+
+    def load_own(self, directory: Path, state: dict[str, Any]) -> None:  # noqa: B027
+        """Load what `save_own` wrote, as far as it fits this run; `state` is that of the checkpoint."""
+
     def forget_outdated(self, changed: Collection[str]) -> None:  # noqa: B027
         """
         Drop what a checkpoint has restored but means nothing any more.
@@ -366,6 +372,7 @@ class Trainer(ABC):
     def _save_model_hook(self, models: list[nn.Module], weights: list[Any], output_dir: str) -> None:
         self.save_model(Path(output_dir))
         self.save_average(Path(output_dir))
+        self.save_own(Path(output_dir))
         weights.clear()
 
     def _load_model_hook(self, models: list[nn.Module], input_dir: str) -> None:

@@ -169,7 +169,9 @@ def find_step_range(
     if config.update_schedule == "flow_matching":
         return (0, 0)
     scheduler.set_timesteps(config.num_inference_steps)
-    return experts.gradient_steps(scheduler.timesteps.tolist(), config.step_range, config.num_gradient_steps)
+    return experts.gradient_steps(
+        scheduler.timesteps.tolist(), config.step_range, config.num_gradient_steps, config.num_chained_steps
+    )
 
 
 def find_high_noise_probability(config: PRFLTrainingConfig, experts: Experts) -> float:

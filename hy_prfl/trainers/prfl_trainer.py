@@ -1,10 +1,10 @@
 """Process reward feedback learning: the generator climbs a latent reward, held by a flow-matching loss."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
@@ -27,7 +27,16 @@ from ..models.loading import Deferred, WeightFiles, load_scheduler, loaded, star
 from ..models.reward_model import WanRewardModel
 from ..models.starting_points import start_adapter
 from ..models.trainable import select_trainable
-from ..rollout import GradientStep, predict_velocity, walk_with_gradient
+from ..rollout import (
+    Foresight,
+    GradientStep,
+    mean_foreseen_gain,
+    predict_velocity,
+    record_states,
+    step_from_state,
+    walk_with_gradient,
+)
+from ..rollout_buffer import Rollout, StoredState, relative_change
 from ..runtime.host_weights import HostWeights
 from ..runtime.sharding import full_state_dict
 from .base import Trainer, check_dataset, check_named
@@ -42,10 +51,11 @@ from .prfl_inputs import (
     open_datasets,
     open_models,
 )
+from .prfl_rollouts import ReusedRollouts
 from .run import Run
 
 
-FLOW_NOISE, FLOW_PROMPT, REWARD_NOISE, REWARD_PROMPT, STEP_INDEX, FLOW_EXPERT = range(6)
+FLOW_NOISE, FLOW_PROMPT, REWARD_NOISE, REWARD_PROMPT, STEP_INDEX, FLOW_EXPERT, STATES, FORESIGHT = range(8)
 # The losses of each update of a step.
 UPDATES: dict[str, list[tuple[str, ...]]] = {
     "alternate": [("flow",), ("reward",)],
@@ -55,10 +65,29 @@ UPDATES: dict[str, list[tuple[str, ...]]] = {
 }
 
 
+class RewardTerm(NamedTuple):
+    """
+    What a gradient step stands for, all of it without gradient.
+
+    Args:
+        ids (`list[str]`):
+            Rows of the prompts.
+        loss (`torch.Tensor`, scalar), logits (`torch.Tensor` of shape `(batch_size,)`):
+            Of the reward.
+        staleness (`torch.Tensor`, scalar, *optional*):
+            Relative change of the velocity since the state was stored, if the step starts from one.
+    """
+
+    ids: list[str]
+    loss: torch.Tensor
+    logits: torch.Tensor
+    staleness: torch.Tensor | None
+
+
 def num_backwards(config: PRFLTrainingConfig) -> dict[str, int]:
     """Backward passes of each loss in an update."""
     num_flow = config.gradient_accumulation_steps
-    return {"flow": num_flow, "reward": num_flow * config.num_gradient_steps}
+    return {"flow": num_flow, "reward": num_flow * config.num_gradient_steps * config.num_chained_steps}
 
 
 class PRFLTrainer(Trainer):
@@ -176,6 +205,12 @@ class PRFLTrainer(Trainer):
         self.generator = self.wrapped
         if self.frozen:
             self.generator = self.experts.join({self.experts.trained[0]: self.wrapped, **self.frozen})
+        self.rollouts = ReusedRollouts(config, run) if config.rollout_interval > 1 else None
+        first, last = self.step_range
+        low, high = config.foreseen_levels
+        self.mean_foreseen_gain = (
+            mean_foreseen_gain(self.scheduler.sigmas[first : last + 2], (low, high)) if self.uses_reward else 1.0
+        )
         self.evaluator = self._build_evaluator(vae)
         self.flow_batches: Iterator[LatentBatch] = iter(())
         self.reward_batches: Iterator[LatentBatch] = iter(())
@@ -209,7 +244,9 @@ class PRFLTrainer(Trainer):
             if "flow" in losses:
                 metrics |= self.flow_matching_backwards(weight / self.num_backwards["flow"])
             if "reward" in losses:
-                metrics |= self.reward_backwards(weight / self.num_backwards["reward"])
+                # The gradients of chained steps add up.
+                num_terms = self.num_backwards["reward"] / self.config.num_chained_steps
+                metrics |= self.reward_backwards(weight / num_terms)
         if self.average is not None:
             self.average.step()
         return metrics
@@ -227,26 +264,41 @@ class PRFLTrainer(Trainer):
         return {"flow_loss": torch.stack(losses).mean(), **self.grad_norm_of("flow")}
 
     def reward_backwards(self, weight: float) -> dict[str, torch.Tensor]:
-        """Backward passes of the reward loss over its micro-batches, and over the gradient steps of each chain."""
-        losses, logits = [], []
+        """Backward passes of the reward loss over its micro-batches, gradient steps and chained steps."""
+        terms: list[RewardTerm] = []
+        if self.rollouts is not None:
+            self.rollouts.begin_update()
         for micro_step in range(self.config.gradient_accumulation_steps):
-            batch = next(self.reward_batches).to(self.accelerator.device, self.weight_dtype)
-            conditioning = self.choose_prompts(batch, self.generators(REWARD_PROMPT, micro_step, len(batch)))
-            chain = self.roll_out(batch.latents_shape, conditioning, micro_step)
-            for _ in range(self.config.num_gradient_steps):
+            surrogates = self.reward_surrogates(micro_step)
+            for _ in range(self.config.num_gradient_steps * self.config.num_chained_steps):
                 with self.accelerator.accumulate(self.wrapped):
-                    surrogate, loss, batch_logits = self.compute_reward_feedback_loss(next(chain), conditioning)
-                    self.updates.backward(weight * surrogate, batch.ids, value=loss)
+                    surrogate, term = next(surrogates)
+                    self.updates.backward(weight * surrogate, term.ids, value=term.loss)
                     self.updates.step(self.global_step)
-                losses.append(loss)
-                logits.append(batch_logits)
-        all_logits = torch.cat(logits)
-        return {
-            "reward_loss": torch.stack(losses).mean(),
-            "reward": all_logits.sigmoid().mean(),
-            "reward_logit": all_logits.mean(),
+                terms.append(term)
+        logits = torch.cat([term.logits for term in terms])
+        metrics = {
+            "reward_loss": torch.stack([term.loss for term in terms]).mean(),
+            "reward": logits.sigmoid().mean(),
+            "reward_logit": logits.mean(),
             **self.grad_norm_of("reward"),
         }
+        if self.rollouts is not None:
+            metrics |= self.rollouts.end_update([term.staleness for term in terms if term.staleness is not None])
+        return metrics
+
+    def reward_surrogates(self, micro_step: int) -> Iterator[tuple[torch.Tensor, "RewardTerm"]]:
+        """
+        For each gradient step of a micro-batch, scalars to differentiate one after the other, and what they stand for.
+
+        The gradients of the scalars in the generator's weights add up to that of the reward loss.
+        """
+        average = None if self.context_parallel is None else self.context_parallel.mean
+        for step, conditioning, ids, staleness in self.gradient_steps(micro_step):
+            latents_grad, loss, logits = self.compute_reward_gradient(step, conditioning)
+            term = RewardTerm(ids, loss, logits, staleness)
+            for surrogate in step.surrogates(latents_grad, average=average):
+                yield surrogate, term
 
     def compute_flow_matching_loss(self, batch: LatentBatch, micro_step: int) -> torch.Tensor:
         """Squared error of the predicted velocity on clean clips, noised at a random level (paper, equation 2)."""
@@ -262,6 +314,31 @@ class PRFLTrainer(Trainer):
         num_clean = num_clean_frames(batch.latents, batch.condition)
         target = velocity_target(batch.latents, noise)
         return flow_matching_loss(model_pred[:, :, num_clean:], target[:, :, num_clean:])
+
+    def gradient_steps(
+        self, micro_step: int
+    ) -> Iterator[tuple[GradientStep, Conditioning, list[str], torch.Tensor | None]]:
+        """Steps with gradient, each with its prompts, their rows and the staleness of the state that it starts from."""
+        if self.rollouts is None:
+            batch, conditioning = self.next_prompts(micro_step)
+            for step in self.roll_out(batch.latents_shape, conditioning, micro_step):
+                yield step, conditioning, batch.ids, None
+            return
+        if self.rollouts.is_due:
+            self.rollouts.buffer.add(self.record(*self.next_prompts(micro_step), micro_step))
+        generator = self.shared_generator(STEP_INDEX, micro_step)
+        for draw in range(self.config.num_gradient_steps):
+            state = self.rollouts.buffer.draw(generator)
+            conditioning = state.rollout.conditioning.to(self.accelerator.device, self.weight_dtype)
+            step = self.step_from_state(state, conditioning, micro_step, draw)
+            yield step, conditioning, list(state.rollout.ids), relative_change(step.velocity, state.velocity)
+
+    def next_prompts(self, micro_step: int) -> tuple[LatentBatch, Conditioning]:
+        """The next prompts to roll out."""
+        batch = next(self.reward_batches).to(self.accelerator.device, self.weight_dtype)
+        if self.rollouts is not None:
+            self.rollouts.num_batches += 1
+        return batch, self.choose_prompts(batch, self.generators(REWARD_PROMPT, micro_step, len(batch)))
 
     def roll_out(
         self, latents_shape: Sequence[int], conditioning: Conditioning, micro_step: int
@@ -279,21 +356,56 @@ class PRFLTrainer(Trainer):
             conditioning=conditioning,
             rerun=config.rerun_gradient_step,
             rollout_attention_backend=config.rollout_attention_backend,
+            num_chained_steps=config.num_chained_steps,
+            stop_input_gradient=config.stop_input_gradient,
+            foresight=self.draw_foresight(noise.shape, micro_step),
         )
 
-    def compute_reward_feedback_loss(
+    def record(self, batch: LatentBatch, conditioning: Conditioning, micro_step: int) -> Rollout:
+        """Walk the chain of a micro-batch, and keep the states that later updates start from."""
+        config = self.config
+        noise = sample_noise(batch.latents_shape, self.generators(REWARD_NOISE, micro_step, len(batch)))
+        states = record_states(
+            self.generator,
+            self.scheduler,
+            noise=noise.to(self.accelerator.device),
+            step_indices=self.draw_states(micro_step),
+            num_inference_steps=config.num_inference_steps,
+            conditioning=conditioning,
+            rollout_attention_backend=config.rollout_attention_backend,
+        )
+        return Rollout.of(states, ids=batch.ids, conditioning=conditioning)
+
+    def step_from_state(
+        self, state: StoredState, conditioning: Conditioning, micro_step: int, draw: int
+    ) -> GradientStep:
+        """The steps with gradient that start from a stored state."""
+        return step_from_state(
+            self.generator,
+            self.scheduler,
+            latents=state.latents.to(self.accelerator.device, torch.float32),
+            start_index=state.step_index,
+            num_inference_steps=self.config.num_inference_steps,
+            conditioning=conditioning,
+            rerun=self.config.rerun_gradient_step,
+            num_chained_steps=self.config.num_chained_steps,
+            stop_input_gradient=self.config.stop_input_gradient,
+            foresight=self.draw_foresight(state.latents.shape, micro_step, draw),
+        )
+
+    def compute_reward_gradient(
         self, step: GradientStep, conditioning: Conditioning
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
         Score what a step with gradient leads to (paper, equation 9).
 
-        The reward is differentiated with respect to the new latents first, on a leaf of their own. The scalar that
-        is returned, `sum(latents * d loss / d latents)`, has the same gradient in the generator's weights as the
-        loss, but the reward model's activations are gone before the generator's backward pass begins, and the reward
-        model never meets the hooks of the engine that shards the generator.
+        The reward is differentiated with respect to these latents alone, on a leaf of their own: the reward model's
+        activations are gone before the generator's backward pass begins, and the reward model never meets the hooks of
+        the engine that shards the generator.
 
         Returns:
-            That scalar, and without gradient the loss and the logits `(batch_size,)`.
+            Gradient of the loss in the latents, of their shape, the loss, and the logits `(batch_size,)`; none of them
+            with gradient.
         """
         config = self.config
         leaf = step.latents.detach().requires_grad_()
@@ -305,9 +417,36 @@ class PRFLTrainer(Trainer):
             (latents_grad,) = torch.autograd.grad(loss, leaf)
         if self.context_parallel is not None:
             latents_grad = self.context_parallel.mean(latents_grad)
+        return latents_grad / self.divisor(step.gain), loss.detach(), logits.detach()
+
+    def divisor(self, gain: torch.Tensor) -> torch.Tensor:
+        """
+        What a gradient in the latents of a step is divided by, one number or one for each sample.
+
+        The mean over the steps of gain / divisor, which is what the gradient in a velocity is scaled by, is the same for
+        all forms of the reward: the mean width of the chain's steps, `1 / num_inference_steps`, shared by chained steps.
+        So `reward_scale` means the same for all of them.
+        """
+        config = self.config
+        total = config.num_inference_steps * config.num_chained_steps
         if config.divide_by_step_width:
-            latents_grad = latents_grad / (step.width * config.num_inference_steps)
-        return (step.differentiable_latents() * latents_grad).sum(), loss.detach(), logits.detach()
+            divisor = total * gain
+        elif config.reward_at == "foreseen":
+            divisor = torch.full_like(gain, total * self.mean_foreseen_gain)
+        else:
+            divisor = torch.full_like(gain, config.num_chained_steps)
+        return divisor.view(-1, 1, 1, 1, 1)
+
+    def draw_foresight(self, shape: Sequence[int], micro_step: int, draw: int = 0) -> Foresight | None:
+        """New noise and its level for each sample, if the reward is taken of what a step foresees."""
+        if self.config.reward_at == "next":
+            return None
+        generators = self.generators(FORESIGHT + draw, micro_step, shape[0])
+        uniform = torch.cat([torch.rand(1, generator=generator) for generator in generators])
+        noise = sample_noise(shape[1:], generators)
+        device = self.accelerator.device
+        low, high = self.config.foreseen_levels
+        return Foresight(noise.to(device), uniform.to(device), (low, high))
 
     def score(self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         """Logits `(batch_size,)` of noisy latents at their timesteps."""
@@ -325,6 +464,14 @@ class PRFLTrainer(Trainer):
             for n in range(len(left), 0, -1)[: self.config.num_gradient_steps]
         ]
         return sorted(left.pop(int(draw)) for draw in draws)
+
+    def draw_states(self, micro_step: int) -> list[int]:
+        """Steps of a chain whose start is stored, so that any end of `step_range` is as likely; the same on every rank."""
+        first, last = (index - self.config.num_chained_steps + 1 for index in self.step_range)
+        wanted = self.config.rollout_states or last - first + 1
+        generator = self.shared_generator(STATES, micro_step)
+        order = torch.randperm(last - first + 1, generator=generator)[:wanted]
+        return sorted(first + int(index) for index in order)
 
     def draw_expert(self, micro_step: int) -> ExpertName:
         """The expert of a flow-matching micro-batch, as often as the noise levels are its; the same on every rank."""
@@ -353,7 +500,9 @@ class PRFLTrainer(Trainer):
         if self.uses_flow_matching:
             self.flow_batches = self.datasets.clip_batches(start)
         if self.uses_reward:
-            self.reward_batches = self.datasets.prompt_batches(start)
+            self.reward_batches = self.datasets.prompt_batches(
+                start if self.rollouts is None else self.rollouts.num_batches
+            )
         self.unwrapped.train()
 
     def validate(self) -> dict[str, float]:
@@ -364,6 +513,31 @@ class PRFLTrainer(Trainer):
             metrics = self.evaluator(self.generator, self.accelerator, step=self.global_step)
         self.unwrapped.train()
         return metrics
+
+    def state(self) -> dict[str, Any]:
+        """Adds the place in the reused rollouts."""
+        return {**super().state(), **({} if self.rollouts is None else self.rollouts.state())}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Restore what `state` returned."""
+        super().load_state(state)
+        if self.rollouts is not None:
+            self.rollouts.load_state(state)
+
+    def forget_outdated(self, changed: Collection[str]) -> None:
+        """Drop rollouts that are not of the chains that are walked from here on."""
+        if self.rollouts is not None:
+            self.rollouts.forget_outdated(changed)
+
+    def save_own(self, directory: Path) -> None:
+        """Write the rollouts that updates start from."""
+        if self.rollouts is not None:
+            self.rollouts.save(directory)
+
+    def load_own(self, directory: Path, state: dict[str, Any]) -> None:
+        """Read the rollouts that updates start from, as far as they fit this run."""
+        if self.rollouts is not None:
+            self.rollouts.load(directory, state)
 
     def save_model(self, directory: Path) -> None:
         """Write the weights in training: `directory/transformer`, or the adapter's file, by expert. A collective."""

@@ -95,7 +95,8 @@ def test_rgb_refl_has_the_gradient_of_plain_autograd(inputs: Path, tmp_path: Pat
     batch = next(trainer.reward_batches).to(torch.device("cpu"))
     conditioning = Conditioning.of(batch)
     step = next(trainer.roll_out(batch.latents_shape, conditioning, 0))
-    surrogate, loss, logits = trainer.compute_reward_feedback_loss(step, conditioning)
+    latents_grad, loss, logits = trainer.compute_reward_gradient(step, conditioning)
+    (surrogate,) = step.surrogates(latents_grad)
     surrogate.backward()
     found = {name: parameter.grad.clone() for name, parameter in trainer.unwrapped.named_parameters()}
     trainer.unwrapped.zero_grad()

@@ -168,19 +168,20 @@ def test_surrogates_along_a_chain_have_the_gradients_of_separate_rollouts(
     trainer = build(prompt_dropout=0.0, num_inference_steps=7, num_gradient_steps=3, **options)
     trainer.start_streams()
     batch = next(trainer.reward_batches).to(torch.device("cpu"))
-    chain = trainer.roll_out(batch.latents_shape, Conditioning.of(batch), 0)
+    trainer.start_streams()
+    surrogates = trainer.reward_surrogates(0)
     for step_index in trainer.draw_step_indices(0):
-        surrogate, loss, _ = trainer.compute_reward_feedback_loss(next(chain), Conditioning.of(batch))
+        surrogate, term = next(surrogates)
         surrogate.backward()
         grads = gradients(trainer.unwrapped)
         expected = reference_reward_loss(trainer, trainer.unwrapped, batch, 0, step_index)
         (
             expected / relative_width(trainer, step_index) if options.get("divide_by_step_width", True) else expected
         ).backward()
-        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+        assert term.loss.item() == pytest.approx(expected.item(), rel=1e-5)
         for name, grad in gradients(trainer.unwrapped).items():
             torch.testing.assert_close(grads[name], grad, rtol=1e-3, atol=1e-8, msg=name)
-    assert next(chain, None) is None
+    assert next(surrogates, None) is None
 
 
 def test_reward_training_raises_the_reward(build: Callable[..., PRFLTrainer]) -> None:
@@ -192,7 +193,7 @@ def test_reward_training_raises_the_reward(build: Callable[..., PRFLTrainer]) ->
 
     def reward() -> float:
         step = next(trainer.roll_out(batch.latents_shape, Conditioning.of(batch), 0))
-        return trainer.compute_reward_feedback_loss(step, Conditioning.of(batch))[2].mean().item()
+        return trainer.compute_reward_gradient(step, Conditioning.of(batch))[2].mean().item()
 
     before = reward()
     trainer.train()
@@ -274,7 +275,15 @@ def test_attention_kernels_are_refused_before_anything_loads(build: Callable[...
         build(rollout_attention_backend="_flash_3", **nowhere)
 
 
-@pytest.mark.parametrize("options", [{}, {"lora_rank": 2, "lora_dropout": 0.2, "use_ema": True}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"lora_rank": 2, "lora_dropout": 0.2, "use_ema": True},
+        {"rollout_interval": 2, "rollout_buffer_size": 3, "reward_at": "foreseen", "max_rollout_staleness": 1.0},
+        {"rollout_interval": 4, "num_chained_steps": 2},
+    ],
+)
 def test_resuming_equals_never_having_stopped(
     build: Callable[..., PRFLTrainer], tmp_path: Path, options: dict[str, Any]
 ) -> None:
