@@ -31,7 +31,7 @@ from hy_prfl.configs.prfl import PRFLTrainingConfig
 from hy_prfl.configs.recipe import RecipeConfig
 from hy_prfl.configs.reward import RewardTrainingConfig
 from hy_prfl.configs.score import ScoreConfig
-from hy_prfl.models.published import BOUNDARY_RATIOS, PUBLISHED
+from hy_prfl.formats.pipeline_info import BOUNDARY_RATIOS, PUBLISHED
 from hy_prfl.scripts.plan import read_recipe, split_options
 from tests.examples.test_recipes import PLANNED, TRAINING_RECIPES, head_text
 from tests.formats.test_upstream_table import FLAGS

@@ -59,7 +59,7 @@ def expectations(sizes: str) -> dict[str, dict[str, float]]:
     """Seconds and gigabytes that each step is expected to take on an H100, from the planner."""
     from examples.gpu_check.steps import CHAIN, SCALES
     from hy_prfl.configs.prfl import PRFLTrainingConfig
-    from hy_prfl.models.published import PUBLISHED
+    from hy_prfl.formats.pipeline_info import PUBLISHED
     from hy_prfl.planning import plan
     from hy_prfl.planning.models import load_transformer_config
 

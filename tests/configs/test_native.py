@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from hy_prfl.configs.native import REPOSITORIES, check_not_native
-from hy_prfl.models.published import BOUNDARY_RATIOS, PUBLISHED
+from hy_prfl.formats.pipeline_info import BOUNDARY_RATIOS, PUBLISHED
 from hy_prfl.scripts import generate, plan, preprocess, score, train_prfl, train_reward
 
 
