@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from accelerate.commands.launch import launch_command_parser
 from diffusers import WanPipeline, WanTransformer3DModel
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
+from examples.real_size.recipes import load_recipe, plan_recipe
 from hy_prfl import WanRewardModel
 from hy_prfl.cli import COMMANDS
 from hy_prfl.configs.convert import ConvertConfig
@@ -33,7 +33,6 @@ from hy_prfl.configs.reward import RewardTrainingConfig
 from hy_prfl.configs.score import ScoreConfig
 from hy_prfl.formats.pipeline_info import BOUNDARY_RATIOS, PUBLISHED
 from hy_prfl.scripts.plan import read_recipe, split_options
-from tests.examples.test_recipes import PLANNED, TRAINING_RECIPES, head_text
 from tests.formats.test_upstream_table import FLAGS
 
 
@@ -214,34 +213,20 @@ def test_sizes_of_the_models() -> None:
         assert float(row[3]) == pytest.approx(2 * number * size, abs=0.06)
 
 
-def planned(path: Path) -> tuple[str, str, str, str, str]:
-    """A link's text, engine, number of GPUs, GB on each and seconds a step, from what the head of a recipe says."""
-    head = head_text(path)
-    found = PLANNED.search(head)
-    assert found is not None
-    degree = yaml.safe_load(path.read_text(encoding="utf-8")).get("context_parallel_degree", 1)
-    engine = re.findall(r"accelerate_configs/(\w+)\.yaml", head)[0]
-    engine += f", context parallel {degree}" if degree > 1 else ""
-    return f"{path.parent.name}/{path.stem}", engine, re.findall(r"--num_gpus (\d+)", head)[0], found[1], found[2]
-
-
-@pytest.mark.parametrize("path", TRAINING_RECIPES, ids=name_of)
-def test_page_of_engines_has_the_recipe(path: Path) -> None:
-    name, *cells = planned(path)
-    row = f"| [`{name}`](../examples/{name}.yaml) | {' | '.join(cells)} |"
-    assert row in (ROOT / "docs" / "multi_gpu.md").read_text(encoding="utf-8").splitlines()
-
-
 def test_gpus_in_the_readme() -> None:
-    """The smallest usual GPU, and what the heads of the recipes say."""
-    known = set()
-    for name, _, number, gigabytes, seconds in map(planned, TRAINING_RECIPES):
-        size = next(each for each in (24, 48, 80) if float(gigabytes) <= each)
-        known.add(f"| [`{name}`](examples/{name}.yaml) | {number} x {size} GB | {gigabytes} | {seconds} |")
+    """GPUs, memory and time of the recipes that README shows, as in docs/recipes.md."""
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     shown = [line for line in lines if re.match(r"\| \[`(prfl|reward)/", line)]
     assert len(shown) >= 5
-    assert [line for line in shown if line not in known] == []
+    for line in shown:
+        path = ROOT / "examples" / f"{re.findall(r'`(.*?)`', line)[0]}.yaml"
+        recipe, planned = load_recipe(path), plan_recipe(path)
+        cells = [
+            f"{recipe.num_gpus} x {recipe.gpu_memory:g} GB",
+            f"{planned.peak:.1f}",
+            f"{planned.seconds_per_step:.0f}",
+        ]
+        assert line == f"| [`{recipe.name}`](examples/{recipe.name}.yaml) | {' | '.join(cells)} |"
 
 
 def test_demo_in_the_readme() -> None:

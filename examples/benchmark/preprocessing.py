@@ -26,9 +26,10 @@ from examples.shapes.pipeline import build_pipeline
 from hy_prfl.configs.base import check
 from hy_prfl.configs.parser import parse_config
 from hy_prfl.data.encoding import LatentEncoder
+from hy_prfl.data.finished import request_digest
 from hy_prfl.data.manifest import ManifestRow
 from hy_prfl.data.preprocessing import ClipContent, ClipEncoder, ClipSettings
-from hy_prfl.data.store import build_dataset, request_digest
+from hy_prfl.data.store import build_dataset
 from hy_prfl.data.video import VideoError
 
 

@@ -59,9 +59,8 @@ def expectations(sizes: str) -> dict[str, dict[str, float]]:
     """Seconds and gigabytes that each step is expected to take on an H100, from the planner."""
     from examples.gpu_check.steps import CHAIN, SCALES
     from hy_prfl.configs.prfl import PRFLTrainingConfig
-    from hy_prfl.formats.pipeline_info import PUBLISHED
+    from hy_prfl.formats.pipeline_info import PUBLISHED, PipelineInfo
     from hy_prfl.planning import plan
-    from hy_prfl.planning.models import load_transformer_config
 
     expected: dict[str, dict[str, float]] = {name: {"seconds": value} for name, value in OTHER_SECONDS.items()}
     for name, what in SCALES[sizes].trainings.items():
@@ -77,7 +76,7 @@ def expectations(sizes: str) -> dict[str, dict[str, float]]:
         )
         planned = plan(
             training, height=what.clip.height, width=what.clip.width, num_frames=what.clip.num_frames, reserved=0,
-            tflops=PEAK_TERAFLOPS, utilization=UTILIZATION, transformer_config=load_transformer_config(model),
+            tflops=PEAK_TERAFLOPS, utilization=UTILIZATION, transformer_config=PipelineInfo.known(model).transformer,
         )  # fmt: skip
         loading = SECONDS_PER_GIGABYTE * 2 * planned.num_parameters / 1e9
         expected[name] = {"seconds": planned.seconds_per_step + loading, "gigabytes": planned.peak}

@@ -11,7 +11,8 @@ from examples.benchmark.benchmark import planned, prepare_inputs
 from examples.benchmark.cases import FLOW, PRFL, Case
 from examples.benchmark.measuring import most_bytes_alive
 from examples.benchmark.sizes import Clip, small_size
-from hy_prfl.planning.models import build_transformer, count_parameters, load_transformer_config, set_dtypes
+from hy_prfl.formats.pipeline_info import PipelineInfo
+from hy_prfl.planning.models import build_transformer, count_parameters, set_dtypes
 from hy_prfl.planning.plan import plan
 from tests.planning.recipes import prfl_recipe, reward_recipe
 
@@ -54,7 +55,7 @@ def test_plan_agrees_with_the_allocator(inputs: Path, tmp_path: Path, method: st
 @pytest.mark.parametrize(("kind", "per_weight"), [("int8", 1.0), ("float8", 1.0), ("nf4", 4.127 / 8)])
 def test_bytes_of_14b(kind: Any, per_weight: float) -> None:
     """By hand: 8 attention and 2 feed-forward matrices a block; all else as before."""
-    transformer = build_transformer(load_transformer_config(LARGE), prfl_recipe(LARGE, lora_rank=32))
+    transformer = build_transformer(PipelineInfo.known(LARGE).transformer, prfl_recipe(LARGE, lora_rank=32))
     set_dtypes(transformer, frozen=torch.bfloat16, trained=torch.float32, keep_in_fp32=True)
     in_matrices = 40 * (8 * 5120**2 + 2 * 5120 * 13824)
     whole, held = count_parameters(transformer), count_parameters(transformer, quantization=kind)
