@@ -104,7 +104,7 @@ def write_run_page(
         raise FileNotFoundError(f"'{run_dir}' is not the folder of a run: there is no {METRICS_FILE} in it.")
     lines = [json.loads(line) for _, line in read_metric_lines(run_dir / METRICS_FILE)]
     records = read_run_records(run_dir / RUN_FILE)
-    config = {}
+    config: dict[str, Any] = {}
     if (run_dir / CONFIG_FILE).is_file():
         config = yaml.safe_load((run_dir / CONFIG_FILE).read_text(encoding="utf-8")) or {}
     budget = max_megabytes * 1e6
