@@ -43,13 +43,12 @@ def read_pairs(left: str | Path, right: str | Path) -> list[Item]:
         rows = read_manifest(folder / MANIFEST)
         check_videos(rows)
         manifests.append({row.id: row for row in rows})
-    for first, second in ((0, 1), (1, 0)):
-        ours, theirs, one, other = manifests[first], manifests[second], folders[first], folders[second]
-        single = [row_id for row_id in ours if row_id not in theirs]
+    for one, other in ((0, 1), (1, 0)):
+        single = [row_id for row_id in manifests[one] if row_id not in manifests[other]]
         if single:
             raise ValueError(
-                f"{len(single)} videos of '{one}' are not in '{other}', the first is {single[0]!r}. Both must be made "
-                "from the same prompts and seeds."
+                f"{len(single)} videos of '{folders[one]}' are not in '{folders[other]}', the first is {single[0]!r}. "
+                "Both must be made from the same prompts and seeds."
             )
     items = []
     for row_id, row in manifests[0].items():
@@ -133,10 +132,15 @@ def _counts(outcomes: Sequence[str]) -> dict[str, int]:
 def _shares(outcomes: Sequence[str]) -> dict[str, dict[str, Any]]:
     shares: dict[str, dict[str, Any]] = {}
     for name, count in _counts(outcomes).items():
-        shares[name] = {"count": count, "share": None, "interval": None}
         if outcomes:
             low, high = proportion_confint(count, len(outcomes), 1 - CONFIDENCE, "wilson")
-            shares[name] |= {"share": count / len(outcomes), "interval": [float(low), float(high)]}
+            shares[name] = {
+                "count": count,
+                "share": count / len(outcomes),
+                "interval": [float(low), float(high)],
+            }
+        else:
+            shares[name] = {"count": 0, "share": None, "interval": None}
     return shares
 
 

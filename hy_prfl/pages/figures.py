@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 
 INK = "#858d98"
@@ -27,6 +27,8 @@ def new_figure(title: str, label: str) -> tuple[Figure, Any]:
     axes.set_title(title, color=INK, fontsize=11, loc="left")
     axes.set_xlabel(label, color=INK)
     axes.tick_params(colors=INK)
+    # Not a common factor above the axis, which would push the title out of the picture.
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:.4g}"))
     axes.grid(color=INK, alpha=0.25, linewidth=0.6)
     axes.set_facecolor("none")
     for side, spine in axes.spines.items():
