@@ -14,11 +14,24 @@ if TYPE_CHECKING:
     from .trainers.prfl_trainer import PRFLTrainer
     from .trainers.reward_trainer import RewardTrainer
 
-# diffusers imports `CLIPImageProcessor`, and without torchvision transformers puts the class that works with PIL in its
-# place, as is right here, and advises every user to import that one instead.
-logging.getLogger("transformers.utils.import_utils").addFilter(
-    lambda record: not record.getMessage().startswith("`CLIPImageProcessor` requires torchvision")
+# What libraries print while diffusers is imported, and nobody can do anything about: (logger, start of the message).
+# Without torchvision transformers puts the image processor that works with PIL in its place, as is right here, and
+# advises to import that one instead. torchao looks for kernels of other GPUs and for classes that it has no longer.
+_NOISE = (
+    ("transformers.utils.import_utils", "`CLIPImageProcessor` requires torchvision"),
+    ("torchao", "Failed to load "),
+    ("torch.utils._pytree", "<enum 'KernelPreference'>"),
+    ("torch.utils._pytree", "<enum 'ScaleCalculationMode'>"),
+    ("diffusers.quantizers.torchao.torchao_quantizer", "Unable to import `torchao` Tensor objects"),
 )
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(tuple(start for name, start in _NOISE if name == record.name))
+
+
+for _name in {name for name, _ in _NOISE}:
+    logging.getLogger(_name).addFilter(_is_news)
 
 # Imported when first used, so that `import hy_prfl` and `hy-prfl --help` do not wait for torch.
 _HOMES = {
