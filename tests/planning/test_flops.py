@@ -203,3 +203,32 @@ def test_time_is_operations_over_rate() -> None:
     )  # fmt: skip
     assert made.seconds_per_step == pytest.approx(sum(made.teraflops.values()) / 50)
     assert made.hours == pytest.approx(11 * made.seconds_per_step / 3600)
+
+
+@pytest.mark.parametrize(
+    ("options", "rollout", "gradient"),
+    [
+        # A chain of 6 steps, of which 0 .. 4 may take gradient: 2 forwards before the one with gradient, on average.
+        ({}, 2, 1),
+        ({"rerun_gradient_step": True}, 3, 1),
+        # 5 states are stored, with the velocity at the last of them.
+        ({"rollout_interval": 4}, 5 / 4, 1),
+        ({"rollout_interval": 4, "rerun_gradient_step": True}, 5 / 4 + 1, 1),
+        # One state of five: the third on average.
+        ({"rollout_interval": 4, "rollout_states": 1}, 3 / 4, 1),
+        # Two steps with gradient end at 1 .. 4, the mean is 2.5: 3.5 forwards without gradient, 2 with it.
+        ({"num_chained_steps": 2}, 3.5, 2),
+        # 4 states, and both steps run twice.
+        ({"rollout_interval": 4, "num_chained_steps": 2}, 4 / 4 + 2, 2),
+        ({"reward_at": "foreseen"}, 2, 1),
+    ],
+    ids=str,
+)
+def test_forwards_of_rollouts_and_chains(options: dict[str, Any], rollout: float, gradient: float) -> None:
+    """Counted by hand; `tests/trainers/test_prfl_rollouts.py` counts them in a trainer."""
+    sizes, shape = SIZES["text"] if "text" in SIZES else next(iter(SIZES.values()))
+    flops = estimated(sizes, prfl_recipe(num_inference_steps=6, **options), shape)
+    single = estimated(sizes, prfl_recipe(num_inference_steps=6, step_range=[1, 1]), shape)
+    assert flops["rollout"] / single["rollout"] == pytest.approx(rollout)
+    assert flops["gradient step"] / single["gradient step"] == pytest.approx(gradient)
+    assert flops["reward"] == pytest.approx(single["reward"])
