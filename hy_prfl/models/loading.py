@@ -15,6 +15,7 @@ from safetensors import safe_open
 from torch import nn
 
 from ..formats.layout import EXPERT_FOLDERS
+from ..formats.pipeline_info import with_defaults
 from ..formats.weight_files import check_finite, read_header
 from ..runtime.sharding import fill_weights
 from .reward_model import BACKBONE_CONFIG, WanRewardModel
@@ -168,11 +169,10 @@ def load_transformer(
 
 def read_transformer_config(
     pretrained_model_name_or_path: str, *, subfolder: str = TRANSFORMER_FOLDER, revision: str | None = None
-) -> Any:
+) -> dict[str, Any]:
     """Configuration of a transformer on disk, with the defaults of what its file leaves out."""
     config = WanTransformer3DModel.load_config(pretrained_model_name_or_path, subfolder=subfolder, revision=revision)
-    with init_empty_weights():
-        return WanTransformer3DModel.from_config(config).config
+    return with_defaults(WanTransformer3DModel, config)
 
 
 def make_reward_model(
@@ -199,7 +199,11 @@ def make_reward_model(
         ValueError: If the transformer has fewer than `num_layers` blocks.
     """
     files: dict[str, Any] = {"subfolder": subfolder, "revision": revision}
-    base = read_transformer_config(pretrained_model_name_or_path, **files)
+    # The draws of its making are part of what a seed stands for: the head's first weights come after them.
+    with init_empty_weights():
+        base = WanTransformer3DModel.from_config(
+            WanTransformer3DModel.load_config(pretrained_model_name_or_path, **files)
+        ).config
     if num_layers > base.num_layers:
         raise ValueError(f"`num_layers` is {num_layers}, but the transformer has only {base.num_layers} blocks.")
     backbone = {name: base[name] for name in BACKBONE_CONFIG}
