@@ -1,12 +1,12 @@
 """What a Wan pipeline is: told by its `model_index.json` and the configurations of its parts, never by its name."""
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from accelerate import init_empty_weights
 from diffusers import (
     AutoencoderKLWan,
     DiffusionPipeline,
@@ -42,6 +42,17 @@ BOUNDARY_RATIOS = {"Wan-AI/Wan2.2-T2V-A14B-Diffusers": 0.875, "Wan-AI/Wan2.2-I2V
 # Strides over frames, height and width of Wan 2.1's VAE, and of that of the published pipelines that have another.
 VAE_STRIDE = (4, 8, 8)
 OTHER_STRIDES = {"Wan-AI/Wan2.2-TI2V-5B-Diffusers": (4, 16, 16)}
+
+
+def with_defaults(model_class: Any, config: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    Every argument of a diffusers model, by the configuration of one and the class's defaults for what it leaves out.
+
+    No model is made for it, not even without weights: that would draw random numbers, as for Wan's tables of scales and
+    shifts, and a run that asks about its pipeline would go on with other ones.
+    """
+    parameters = list(inspect.signature(model_class.__init__).parameters.values())[1:]
+    return {each.name: config.get(each.name, each.default) for each in parameters}
 
 
 @dataclass(frozen=True)
@@ -138,19 +149,14 @@ class PipelineInfo:
     @cached_property
     def transformer(self) -> dict[str, Any]:
         """Configuration of its transformer, the first of two, every argument of `WanTransformer3DModel` in it."""
-        config = self._transformer_config()
-        with init_empty_weights():
-            model = WanTransformer3DModel.from_config({**config, "num_layers": 1})
-        full = {name: value for name, value in model.config.items() if not name.startswith("_")}
-        return {**full, "num_layers": config.get("num_layers", 40)}
+        return with_defaults(WanTransformer3DModel, self._transformer_config())
 
     @cached_property
     def vae_stride(self) -> tuple[int, int, int]:
         """Strides of its VAE over frames, height and width."""
         config = AutoencoderKLWan.load_config(self.source, subfolder="vae", revision=self.revision)
-        with init_empty_weights():
-            full = AutoencoderKLWan.from_config(config).config
-        return full.scale_factor_temporal, full.scale_factor_spatial, full.scale_factor_spatial
+        full = with_defaults(AutoencoderKLWan, config)
+        return full["scale_factor_temporal"], full["scale_factor_spatial"], full["scale_factor_spatial"]
 
     def _transformer_config(self) -> Mapping[str, Any]:
         folder = EXPERT_FOLDERS["high_noise"]

@@ -190,10 +190,10 @@ def empty_transformer(
     pretrained_model_name_or_path: str, *, revision: str | None = None, subfolder: str = TRANSFORMER_FOLDER
 ) -> WanTransformer3DModel:
     """The generator of a Wan pipeline on the meta device, for its names, shapes and configuration."""
-    with init_empty_weights():
-        return WanTransformer3DModel.from_config(
-            WanTransformer3DModel.load_config(pretrained_model_name_or_path, subfolder=subfolder, revision=revision)
-        )
+    config = WanTransformer3DModel.load_config(pretrained_model_name_or_path, subfolder=subfolder, revision=revision)
+    # Its tables draw random numbers, which those of a run must not depend on.
+    with torch.random.fork_rng(devices=[]), init_empty_weights():
+        return WanTransformer3DModel.from_config(config)
 
 
 def make_reward_model(
@@ -223,7 +223,11 @@ def make_reward_model(
     """
     files: dict[str, Any] = {"subfolder": subfolder, "revision": revision}
     start = start or StartingPoint()
-    base = empty_transformer(pretrained_model_name_or_path, **files).config
+    # The draws of its making are part of what a seed stands for: the head's first weights come after them.
+    with init_empty_weights():
+        base = WanTransformer3DModel.from_config(
+            WanTransformer3DModel.load_config(pretrained_model_name_or_path, **files)
+        ).config
     if num_layers > base.num_layers:
         raise ValueError(f"`num_layers` is {num_layers}, but the transformer has only {base.num_layers} blocks.")
     backbone = {name: base[name] for name in BACKBONE_CONFIG}

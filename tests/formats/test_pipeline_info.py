@@ -2,6 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
 
 from examples.shapes.pipeline import save_pipeline
@@ -30,6 +31,15 @@ def test_parts_are_read_as_their_classes_read_them(pipeline_dir: Path, expert_pi
     assert (info.has_two_experts, info.boundary_ratio) == (False, None)
     assert PipelineInfo.read(str(expert_pipeline_dir)).has_two_experts
     assert PipelineInfo.read(str(expert_pipeline_dir)).boundary_ratio == 0.875
+
+
+def test_asking_draws_no_random_numbers(pipeline_dir: Path) -> None:
+    """A resumed run asks after its random state was restored."""
+    state = torch.get_rng_state()
+    info = PipelineInfo.read(str(pipeline_dir))
+    assert info.transformer["num_layers"] == 3
+    assert info.vae_stride[0] == 4
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_last_images(pipeline_dir: Path, i2v_pipeline_dir: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 from hy_prfl.configs.prfl import PRFLTrainingConfig
 from hy_prfl.data.collators import LatentBatch
 from hy_prfl.trainers.prfl_datasets import PRFLDatasets
+from hy_prfl.trainers.prfl_inputs import open_datasets as open_rows
 
 
 @pytest.fixture
@@ -23,7 +24,11 @@ def open_datasets(tmp_path: Path, write_latents: Callable[..., Path]) -> Callabl
             "train_dataset": str(tmp_path / "train"),
             "train_batch_size": 2,
         }
-        return PRFLDatasets(PRFLTrainingConfig(**(defaults | options)), num_replicas=2, replica=replica)
+        config = PRFLTrainingConfig(**(defaults | options))
+        given = {option.removesuffix("_dataset"): rows for option, rows in open_rows(config).items()}
+        clips = given.pop("train")
+        parts = {"prompts": given.get("prompt"), "validation": given.get("validation")}
+        return PRFLDatasets(config, clips=clips, **parts, num_replicas=2, replica=replica)
 
     return opener
 

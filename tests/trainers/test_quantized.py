@@ -139,7 +139,7 @@ def test_reward_model_is_saved_as_it_was_trained(
         train_batch_size=2, max_train_steps=2, learning_rate=1e-2, lora_rank=2, base_quantization="int8",
         gradient_checkpointing=True, loss=loss, report_to=["none"],
     )  # fmt: skip
-    trainer = RewardTrainer(config)
+    trainer = RewardTrainer.from_config(config)
     before = {name: value.clone() for name, value in full_state_dict(trainer.accelerator, trainer.unwrapped).items()}
     trainer.train()
     after = full_state_dict(trainer.accelerator, trainer.unwrapped)

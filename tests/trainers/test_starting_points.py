@@ -229,7 +229,7 @@ class TestReward:
                 "max_train_steps": 1,
                 "report_to": ["none"],
             }
-            return RewardTrainer(RewardTrainingConfig(**(defaults | options)))
+            return RewardTrainer.from_config(RewardTrainingConfig(**(defaults | options)))
 
         return builder
 
