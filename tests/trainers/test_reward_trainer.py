@@ -201,7 +201,7 @@ def test_gradient_checkpointing_changes_nothing(
 
 
 def test_forward_only_attention_kernels_are_refused(build: Callable[..., RewardTrainer]) -> None:
-    with pytest.raises(ValueError, match="`attention_backend` must have a backward pass, which 'sage' has not"):
+    with pytest.raises(ValueError, match="`attention_backend` must have a backward pass, and 'sage' has none"):
         build(attention_backend="sage")
 
 

@@ -114,7 +114,7 @@ class TestPRFL:
         trainer = build(transformer_path=str(other), lora_path=str(lora), lora_start="merge", **tuning)
         expected = with_lora(WanTransformer3DModel.from_pretrained(other).eval(), lora)
         torch.testing.assert_close(outputs_of(trainer), run(expected), rtol=1e-4, atol=1e-5)
-        assert ("is one of the transformer that the run starts from" in caplog.text) == bool(tuning)
+        assert ("belongs to the transformer that the run starts from" in caplog.text) == bool(tuning)
         names = [name for name, value in trainer.unwrapped.named_parameters() if value.requires_grad]
         assert all("lora_" in name for name in names) == bool(tuning)
         trainer.train()
@@ -202,7 +202,7 @@ class TestExperts:
         torch.testing.assert_close(run(trainer.unwrapped.eval()), expected["low_noise"], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(run(trainer.frozen["high_noise"]), expected["high_noise"], rtol=1e-4, atol=1e-5)
         both = build(expert="both", output_dir=str(tmp_path / "both"), max_train_steps=1, **paths)
-        for expert, transformer in both.trained.items():
+        for expert, transformer in both.experts.parts(both.unwrapped).items():
             torch.testing.assert_close(run(transformer.eval()), expected[expert], rtol=1e-4, atol=1e-5)
         both.train()
         swapped = {"lora_path": str(files["low_noise"]), "lora_start": "merge"}
