@@ -58,8 +58,8 @@ def _add_lora(model: Any, training: TrainingConfig, *, exclude_modules: str | No
         )
     )
     if training.base_quantization is not None:
-        # Autocast casts an adapter's input anyway. peft would first make a float32 copy of it, and autograd keep a copy
-        # in bfloat16 for each layer, of activations that are there: with LoRA on 14B at 480P, 2.7 GB of a block.
+        # Autocast casts an adapter's input anyway. peft would first make a float32 copy of it, and autograd would keep
+        # another copy for each layer of activations that it keeps already.
         for module in model.modules():
             if isinstance(module, BaseTunerLayer):
                 module.cast_input_dtype_enabled = False

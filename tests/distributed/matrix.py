@@ -24,8 +24,9 @@ from hy_prfl.trainers.reward_trainer import RewardTrainer
 
 
 KINDS = ("t2v", "i2v", "5b", "a14b")
-SCRIPTS = ("reward", "prfl")
-TUNINGS = ("full", "lora")
+# Trainer and what is special: all weights or an adapter, or the gradient through two steps of a stored chain.
+VARIANTS = (("reward", "full"), ("reward", "lora"), ("prfl", "full"), ("prfl", "lora"), ("prfl", "chained"))
+CHAINED = {"num_chained_steps": 2, "reward_at": "foreseen", "rollout_interval": 2}
 GLOBAL_BATCH_SIZE = 4
 
 
@@ -56,9 +57,8 @@ def run_case(folder: Path, output_dir: Path, script: str, tuning: str, kind: str
     else:
         expert = "both" if kind == "a14b" else None
         reward_model = str(folder / kind / "reward")
-        trainer = PRFLTrainer.from_config(
-            PRFLTrainingConfig(**options, reward_model=reward_model, num_inference_steps=4, expert=expert)
-        )
+        options |= {"reward_model": reward_model, "num_inference_steps": 4, "expert": expert}
+        trainer = PRFLTrainer.from_config(PRFLTrainingConfig(**options, **(CHAINED if tuning == "chained" else {})))
     trainer.train()
     lines = (output_dir / "metrics.jsonl").read_text().splitlines()
     return {name: value for line in lines for name, value in json.loads(line).items()}
@@ -69,7 +69,7 @@ def main() -> None:
     folder, results_file = Path(sys.argv[1]), Path(sys.argv[2])
     kinds, degrees = sys.argv[3].split(","), map(int, sys.argv[4].split(","))
     results = {}
-    for script, tuning, kind, degree in itertools.product(SCRIPTS, TUNINGS, kinds, degrees):
+    for (script, tuning), kind, degree in itertools.product(VARIANTS, kinds, degrees):
         name = case_name(script, tuning, kind, degree)
         output_dir = results_file.parent / results_file.stem / name.replace(" ", "-")
         results[name] = run_case(folder, output_dir, script, tuning, kind, degree)
