@@ -20,6 +20,8 @@ from peft.utils import get_peft_model_state_dict
 from examples.real_size.recipes import load_recipe, plan_recipe
 from hy_prfl import WanRewardModel
 from hy_prfl.cli import COMMANDS
+from hy_prfl.configs.annotate import AnnotateConfig
+from hy_prfl.configs.compare import CompareConfig
 from hy_prfl.configs.convert import ConvertConfig
 from hy_prfl.configs.generate import GenerateConfig
 from hy_prfl.configs.hub import PullConfig, PushConfig
@@ -29,6 +31,7 @@ from hy_prfl.configs.plan import PlanConfig
 from hy_prfl.configs.preprocess import PreprocessConfig
 from hy_prfl.configs.prfl import PRFLTrainingConfig
 from hy_prfl.configs.recipe import RecipeConfig
+from hy_prfl.configs.report import ReportConfig
 from hy_prfl.configs.reward import RewardTrainingConfig
 from hy_prfl.configs.score import ScoreConfig
 from hy_prfl.formats.pipeline_info import BOUNDARY_RATIOS, PUBLISHED
@@ -41,6 +44,9 @@ PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*
 CONFIGS: dict[str, type[Any]] = {
     "preprocess": PreprocessConfig,
     "label": LabelConfig,
+    "annotate": AnnotateConfig,
+    "compare": CompareConfig,
+    "report": ReportConfig,
     "train_reward": RewardTrainingConfig,
     "train_prfl": PRFLTrainingConfig,
     "plan": PlanConfig,

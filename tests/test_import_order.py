@@ -13,7 +13,7 @@ ORDER = [
     {"formats"},
     {"models"},
     {"data"},
-    {"rollout", "inference", "compatibility"},
+    {"rollout", "rollout_buffer", "inference", "compatibility"},
     {"evaluation", "hub"},
     {"planning"},
     {"pages"},

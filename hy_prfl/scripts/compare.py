@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..configs.compare import CompareConfig
-from ..configs.inputs import check_files
+from ..configs.inputs import check_files, check_paths
 from ..configs.outputs import check_output_files
 from ..configs.parser import parse_config
 from .running import run
@@ -30,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Serve the page until it is stopped, then write the result."""
     config = parse_config(CompareConfig, argv, description=__doc__)
     check_files(config, "instructions")
+    check_paths(config, "left", "right")
     check_output_files(config, "output")
 
     # Only now, so that nobody waits for libraries to hear of a misspelt option.

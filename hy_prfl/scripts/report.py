@@ -21,7 +21,8 @@ from .running import run
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the page of one run."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if words and not words[0].startswith("-"):
+    is_named = any(word == "--run" or word.startswith("--run=") for word in words)
+    if words and not words[0].startswith("-") and not is_named:
         words.insert(0, "--run")
     config = parse_config(ReportConfig, words, description=__doc__)
     check_paths(config, "run", "before", "after")

@@ -191,7 +191,7 @@ def test_uploads_wait_in_the_background_and_survive_deletion(
     assert by_message["Step 1"][WEIGHTS].content == first
     assert by_message["Step 1"]["metrics.jsonl"].content.count(b"\n") == 2
     assert hub.files("user/run")[WEIGHTS] != first
-    assert "'Step 3' takes its place" in caplog.text
+    assert "'Step 3' replaces it" in caplog.text
     assert not list(run_dir.glob(".hub-*"))
 
 

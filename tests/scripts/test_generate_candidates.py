@@ -155,7 +155,7 @@ def test_bad_options(tmp_path: Path, options: Callable[..., list[str]], values: 
 def test_a_reward_model_that_does_not_fit(tmp_path: Path, options: Callable[..., list[str]]) -> None:
     transformer = build_pipeline(num_layers=1).transformer
     WanRewardModel.from_transformer(transformer, 1, vae_fingerprint="other").save_pretrained(tmp_path / "vae")
-    with pytest.raises(ValueError, match="trained on those of the VAE other"):
+    with pytest.raises(ValueError, match="of another VAE than the latents that the reward model was trained on"):
         main(options(reward_model=tmp_path / "vae"))
     wide = build_pipeline(num_layers=1, image_to_video=True).transformer
     WanRewardModel.from_transformer(wide, 1).save_pretrained(tmp_path / "image")

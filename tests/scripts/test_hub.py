@@ -117,5 +117,5 @@ def test_each_failure_is_one_line(
 def test_options() -> None:
     with pytest.raises(ValueError, match="'repo' is not a field of PushConfig. Did you mean 'repo_id'"):
         push.main(options(folder="x", repo="user/x"))
-    with pytest.raises(ValueError, match="`output_dir` must be no empty text"):
+    with pytest.raises(ValueError, match="`output_dir` must be a text that is not empty"):
         pull.main(options(repo_id="user/x", output_dir=""))

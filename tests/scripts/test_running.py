@@ -38,6 +38,9 @@ ACCEPTED = {
     "generate": ["--pretrained_model_name_or_path=wan", "--prompts=prompts.json", "--output_dir=out"],
     "convert": ["--transformer=wan", "--output_dir=out"],
     "convert_recipe": ["--config=recipe.yaml", "--output=new.yaml"],
+    "annotate": ["--manifest=clips.json", "--output=labels.json"],
+    "compare": ["--left=data", "--right=wan"],
+    "report": ["--run=data"],
     "push": ["--folder=data"],
     "pull": ["--repo_id=user/reward", "--output_dir=out"],
 }
@@ -53,7 +56,7 @@ MISTAKES: dict[str, list[tuple[list[str], str]]] = {
     "label": [
         (["--overwrite=perhaps"], "command line: `overwrite` must be true or false, got 'perhaps'."),
         (["--unknown_ids=drop"], "command line: `unknown_ids` must be one of error, ignore, got 'drop'."),
-        (["--output_dir="], "`output_dir` must be no empty text; leave it out, got ''."),
+        (["--output_dir="], "`output_dir` must be a text that is not empty, or left out, got ''."),
         (["--annotations=none.csv"], "`annotations`: there is no file 'none.csv'."),
         (["--dataset=/none"], "`dataset`: there is no folder '/none'"),
     ],
@@ -104,13 +107,27 @@ MISTAKES: dict[str, list[tuple[list[str], str]]] = {
         (["--config=none.yaml"], "there is no file 'none.yaml'."),
         (["--pretrained_model_name_or_path=./none"], "`pretrained_model_name_or_path`: there is no folder './none'"),
     ],
+    "annotate": [
+        (["--labels_per_clip=many"], "command line: `labels_per_clip` must be an integer, got 'many'."),
+        (["--order=best"], "command line: `order` must be one of random, uncertain, manifest, got 'best'."),
+        (["--manifest=none.json"], "`manifest`: there is no file 'none.json'."),
+    ],
+    "compare": [
+        (["--criteria", "Motion"], "`criteria` must be lower case words joined by _, got 'Motion'."),
+        (["--output=result.txt"], "`output` must be a .json file, got 'result.txt'."),
+        (["--left=none"], "`left`: there is no file or folder 'none'"),
+    ],
+    "report": [
+        (["--max_megabytes=big"], "command line: `max_megabytes` must be"),
+        (["--run=none"], "`run`: there is no file or folder 'none'"),
+    ],
     "push": [
         (["--private=perhaps"], "command line: `private` must be true or false, got 'perhaps'."),
         (["--folder=none"], "`folder`: there is no file or folder 'none'"),
     ],
     "pull": [
         (["--repo_type=space"], "command line: `repo_type` must be one of model, dataset, got 'space'."),
-        (["--output_dir="], "`output_dir` must be no empty text; leave it out, got ''."),
+        (["--output_dir="], "`output_dir` must be a text that is not empty, or left out, got ''."),
     ],
 }  # fmt: skip
 # The files that `ACCEPTED` names.
