@@ -329,7 +329,7 @@ def _build_reward(setting: Setting, group: Any) -> tuple[Any, HostBuffers]:
         return PreferenceBatch(chosen=clips(), rejected=clips())
 
     attributes = _common(setting, model, group, parameters)
-    trainer = RealSizeRewardTrainer(**attributes, wrapped=_wrap(setting, model), batches=_forever(batch))
+    trainer = RealSizeRewardTrainer(**attributes, wrapped=_wrap(setting, model), average=None, batches=_forever(batch))
     model.train()
     return trainer, buffers
 
@@ -368,9 +368,12 @@ def _build_prfl(setting: Setting, group: Any) -> tuple[Any, HostBuffers]:
     with _disable_current_modes():
         scheduler.set_timesteps(training.num_inference_steps)
         step_range = experts.gradient_steps(
-            scheduler.timesteps.tolist(), training.step_range, training.num_gradient_steps
+            scheduler.timesteps.tolist(),
+            training.step_range,
+            training.num_gradient_steps,
+            training.num_chained_steps,
         )
-    num = {"flow": 1, "reward": training.num_gradient_steps}
+    num = {"flow": 1, "reward": training.num_gradient_steps * training.num_chained_steps}
     most = max(sum(num[loss] for loss in losses) for losses in UPDATES[training.update_schedule])
     trainer = RealSizePRFLTrainer(
         **_common(setting, unwrapped, group, parameters, most),
@@ -379,6 +382,8 @@ def _build_prfl(setting: Setting, group: Any) -> tuple[Any, HostBuffers]:
         reward_model=reward_model,
         reward_model_in_use=nullcontext,
         average=None,
+        rollouts=None,
+        mean_foreseen_gain=1.0,
         experts=experts,
         num_backwards=num,
         step_range=step_range,
