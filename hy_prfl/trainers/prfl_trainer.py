@@ -435,7 +435,8 @@ class PRFLTrainer(Trainer):
             divisor = torch.full_like(gain, total * self.mean_foreseen_gain)
         else:
             divisor = torch.full_like(gain, config.num_chained_steps)
-        return divisor.view(-1, 1, 1, 1, 1)
+        # The width of a step is a scalar on the CPU, which goes with tensors of any device as long as it has no axes.
+        return divisor if divisor.ndim == 0 else divisor.view(-1, 1, 1, 1, 1)
 
     def draw_foresight(self, shape: Sequence[int], micro_step: int, draw: int = 0) -> Foresight | None:
         """New noise and its level for each sample, if the reward is taken of what a step foresees."""
