@@ -274,6 +274,10 @@ class GenerateConfig(Config):
         check(fits, "seed", self.seed, "at least 0, and less than 10^18 for the last video of a row")
         check(not (self.random_seed and self.seed is not None), "seed", self.seed, "left out with `random_seed`")
         check(self.guidance_scale >= 0, "guidance_scale", self.guidance_scale, "at least 0")
+        check(
+            self.negative_prompt is None or self.guidance_scale > 1,
+            "negative_prompt", self.negative_prompt, f"left out with `guidance_scale` {self.guidance_scale:g}, which is none",
+        )  # fmt: skip
         check(self.flow_shift is None or self.flow_shift > 0, "flow_shift", self.flow_shift, "greater than 0")
         self._check_candidates()
         check(

@@ -6,6 +6,9 @@ from typing import Literal
 from .base import Quantization, TrainingConfig, check, check_seed
 
 
+FORESEEN_LEVELS = [0.2, 0.6]
+
+
 @dataclass(kw_only=True)
 class PRFLTrainingConfig(TrainingConfig):
     """
@@ -127,7 +130,7 @@ class PRFLTrainingConfig(TrainingConfig):
         },
     )
     foreseen_levels: list[float] = field(
-        default_factory=lambda: [0.2, 0.6],
+        default_factory=lambda: list(FORESEEN_LEVELS),
         metadata={"help": "Lowest and highest sigma of that noise; never above the next step's."},
     )
     rollout_interval: int = field(
@@ -241,6 +244,8 @@ class PRFLTrainingConfig(TrainingConfig):
         levels = self.foreseen_levels
         ordered = len(levels) == 2 and 0 < levels[0] <= levels[1] < 1
         check(ordered, "foreseen_levels", levels, "two sigmas in (0, 1), the lower first")
+        is_used = self.reward_at == "foreseen" or levels == FORESEEN_LEVELS
+        check(is_used, "foreseen_levels", levels, "left out unless `reward_at` is foreseen")
         check(self.rollout_interval >= 1, "rollout_interval", self.rollout_interval, "at least 1")
         check(self.rollout_buffer_size >= 1, "rollout_buffer_size", self.rollout_buffer_size, "at least 1")
         if self.rollout_interval == 1:

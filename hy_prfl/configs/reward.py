@@ -95,6 +95,8 @@ class RewardTrainingConfig(TrainingConfig):
             check(0 < timestep <= 1000, "validation_timesteps", timestep, "in (0, 1000]")
         num_ranges = self.validation_random_timesteps
         check(0 <= num_ranges <= 1000, "validation_random_timesteps", num_ranges, "in [0, 1000]")
+        is_used = num_ranges == 0 or self.validation_dataset is not None
+        check(is_used, "validation_random_timesteps", num_ranges, "left out without `validation_dataset`")
         if self.metric_for_best_model is None:
             self.metric_for_best_model = "accuracy" if self.loss == "bce" else "pair_accuracy"
         known = BCE_METRICS if self.loss == "bce" else BT_METRICS

@@ -237,6 +237,11 @@ def pending_videos(
             if found == expected:
                 continue
             if not overwrite:
+                if not found:
+                    raise ValueError(
+                        f"'{path}' cannot be read, or is not a video of `generate`. Delete it, choose another "
+                        "`output_dir`, or set `overwrite`."
+                    )
                 different = sorted(key for key in expected | found if expected.get(key) != found.get(key))
                 raise ValueError(
                     f"'{path}' was made with other settings ({', '.join(different)}). Choose another `output_dir`, "

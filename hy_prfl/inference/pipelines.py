@@ -31,7 +31,7 @@ from ..formats.lora import FILE_NAMES, UPSTREAM_FILES, Adapter, read_adapter
 from ..formats.lora_loading import check_adapter_fits, load_adapter
 from ..formats.lora_metadata import read_lora_metadata
 from ..formats.pipeline_info import PipelineInfo
-from ..formats.weight_files import check_finite
+from ..formats.weight_files import check_finite, read_json
 from ..runtime.attention import set_attention_backend
 from ..runtime.context_parallel import ContextParallelGroup, check_divisible
 from ..runtime.sharding import split_frozen_model
@@ -331,6 +331,22 @@ def check_options_fit(
         check(not is_of_two, LORA_OPTIONS["high_noise"], path, f"a LoRA of one transformer, not of a pair: {without}")
 
 
+def _check_is_transformer(path: str, option: str) -> None:
+    """Refuse a folder that holds no transformer in diffusers' format, before diffusers tries to read one."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return
+    if (folder / "model_index.json").is_file():
+        raise ValueError(f"`{option}` '{path}' is a whole pipeline. Give its transformer, '{folder / 'transformer'}'.")
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"`{option}`: there is no config.json in '{path}'.")
+    if read_json(folder / "config.json").get("_class_name") != WanTransformer3DModel.__name__:
+        raise ValueError(
+            f"`{option}` '{path}' is no transformer in diffusers' format. `hy-prfl convert --transformer {path}` makes one "
+            "of Wan's native files."
+        )
+
+
 def _load_tuned_transformer(
     transformer_path: str,
     pretrained_model_name_or_path: str,
@@ -343,6 +359,7 @@ def _load_tuned_transformer(
     expected = WanTransformer3DModel.load_config(
         pretrained_model_name_or_path, subfolder=EXPERT_FOLDERS[expert], revision=revision
     )
+    _check_is_transformer(transformer_path, option)
     transformer, info = WanTransformer3DModel.from_pretrained(transformer_path, dtype=dtype, output_loading_info=True)
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[problem]:

@@ -64,6 +64,10 @@ def read_transformer(path: str | Path, config: str | Path | None = None) -> WanT
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"There is no file or folder '{path}'.")
+    if (path / "model_index.json").is_file():
+        raise ValueError(
+            f"'{path}' is a whole pipeline. Give one of its transformers, such as '{path / 'transformer'}'."
+        )
     config_path = Path(config) if config is not None else (path if path.is_dir() else path.parent) / "config.json"
     if not config_path.is_file():
         raise FileNotFoundError(

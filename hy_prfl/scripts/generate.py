@@ -83,6 +83,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if config.random_seed:
         seed = from_main_process(find_seed(output_dir))
         config = dataclasses.replace(config, seed=seed, random_seed=False)
+    else:
+        check_seed_is_kept(config, output_dir)
     prompts = read_prompts(config.prompts, seed=config.seed or 0, num_videos_per_prompt=config.num_videos_per_prompt)
     location = (config.pretrained_model_name_or_path, config.revision)
     info = PipelineInfo.read(*location)
@@ -248,6 +250,24 @@ def find_seed(output_dir: Path) -> int:
             f"`random_seed`: {path} is of a run with the seed 0 of the default. Choose another `output_dir`."
         )
     return seed
+
+
+def check_seed_is_kept(config: GenerateConfig, output_dir: Path) -> None:
+    """
+    Refuse to go on with the default seed in a folder whose videos have another one, such as a random one.
+
+    Raises:
+        ValueError: Naming that seed.
+    """
+    path = output_dir / CONFIG_FILE
+    if config.seed is not None or config.overwrite or not path.exists():
+        return
+    seed = parse_config(GenerateConfig, ["--config", str(path)]).seed
+    if seed is not None:
+        raise ValueError(
+            f"`seed`: {path} is of a run with the seed {seed}. Give `--seed {seed}`, or `--random_seed` if it was drawn, or "
+            "choose another `output_dir`."
+        )
 
 
 if __name__ == "__main__":

@@ -66,3 +66,12 @@ def test_the_papers_defaults() -> None:
     prfl = PRFLTrainingConfig(**BASE, reward_model="r")
     assert (prfl.num_inference_steps, prfl.prompt_dropout, prfl.learning_rate) == (40, 0.1, 5e-6)
     assert prfl.update_schedule == "alternate"
+
+
+def test_random_timesteps_need_something_to_validate_on() -> None:
+    options = {"output_dir": "-", "pretrained_model_name_or_path": "-", "train_dataset": "-"}
+    with pytest.raises(
+        ValueError, match="`validation_random_timesteps` must be left out without `validation_dataset`"
+    ):
+        RewardTrainingConfig(**options, validation_random_timesteps=5)
+    RewardTrainingConfig(**options, validation_random_timesteps=5, validation_dataset="-")

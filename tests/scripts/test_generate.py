@@ -150,6 +150,44 @@ def test_random_seed(tmp_path: Path, pipeline_dir: Path, capsys: pytest.CaptureF
         main([*options(tmp_path, pipeline_dir, output_dir=tmp_path / "zero"), "--random_seed"])
 
 
+def test_a_seed_that_was_drawn_is_not_replaced_by_the_default(tmp_path: Path, pipeline_dir: Path) -> None:
+    write_prompts(tmp_path)
+    output_dir = tmp_path / "videos"
+    output_dir.mkdir()
+    (output_dir / "generate.yaml").write_text(
+        "prompts: x\npretrained_model_name_or_path: x\noutput_dir: x\nseed: 77\n"
+    )
+    with pytest.raises(ValueError, match=r"of a run with the seed 77\. Give `--seed 77`, or `--random_seed`"):
+        main(options(tmp_path, pipeline_dir, output_dir=output_dir))
+    assert [path.name for path in output_dir.iterdir()] == ["generate.yaml"]
+
+
+def test_a_damaged_video_is_called_damaged(tmp_path: Path, pipeline_dir: Path) -> None:
+    write_prompts(tmp_path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "red_seed_0.mp4").write_bytes(b"no video")
+    with pytest.raises(ValueError, match="cannot be read, or is not a video of `generate`"):
+        main(options(tmp_path, pipeline_dir))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("pipeline", r"`transformer_path` '.*' is a whole pipeline\. Give its transformer, '.*transformer'"),
+        ("native", r"is no transformer in diffusers' format\. `hy-prfl convert --transformer"),
+        ("empty", r"`transformer_path`: there is no config\.json in"),
+    ],
+)
+def test_folders_that_are_no_transformer(tmp_path: Path, pipeline_dir: Path, name: str, message: str) -> None:
+    write_prompts(tmp_path)
+    folder = pipeline_dir if name == "pipeline" else tmp_path / name
+    folder.mkdir(exist_ok=True)
+    if name == "native":
+        (folder / "config.json").write_text('{"model_type": "t2v", "dim": 24}')
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        main([*options(tmp_path, pipeline_dir), "--transformer_path", str(folder)])
+
+
 def test_several_loras(tmp_path: Path, pipeline_dir: Path) -> None:
     write_prompts(tmp_path, PROMPTS[:1])
     for seed, name in enumerate("ab"):

@@ -35,9 +35,10 @@ def test_gradients_are_those_of_one_graph(
     build: Callable[..., PRFLTrainer], num_chained: int, reward_at: str, divide: bool
 ) -> None:
     """Scheduler, noise levels and normalisation written out in plain torch."""
+    levels_option = {"foreseen_levels": [0.3, 0.5]} if reward_at == "foreseen" else {}
     trainer = build(
         prompt_dropout=0.0, num_inference_steps=6, num_chained_steps=num_chained, reward_at=reward_at,
-        divide_by_step_width=divide, foreseen_levels=[0.3, 0.5],
+        divide_by_step_width=divide, **levels_option,
     )  # fmt: skip
     trainer.start_streams()
     batch = next(trainer.reward_batches).to(torch.device("cpu"))
@@ -145,6 +146,7 @@ def test_stored_states_are_those_that_steps_may_start_from(build: Callable[..., 
         ({"stop_input_gradient": True}, "`stop_input_gradient` must be false unless"),
         ({"num_chained_steps": 2, "lora_rank": 2, "lora_dropout": 0.1}, "`num_chained_steps` must be 1 with"),
         ({"foreseen_levels": [0.5, 0.2]}, "`foreseen_levels` must be two sigmas"),
+        ({"foreseen_levels": [0.1, 0.5]}, "`foreseen_levels` must be left out unless `reward_at` is foreseen"),
         ({"rollout_buffer_size": 4}, "`rollout_buffer_size` must be left out unless"),
         ({"rollout_interval": 0}, "`rollout_interval` must be at least 1"),
         ({"rollout_interval": 2, "max_rollout_staleness": 0.0}, "`max_rollout_staleness` must be greater than 0"),
