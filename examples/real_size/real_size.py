@@ -133,7 +133,9 @@ def expected_teraflops(training: Any, planned: Mapping[str, float], step_range: 
     if step_range is None:
         return rest / share
     first, last = step_range
-    return (rest + planned["rollout"] * (first + 1) / ((first + last) / 2)) / share
+    # A step that is run again is run without gradient first.
+    again = int(training.rerun_gradient_step)
+    return (rest + planned["rollout"] * (first + 1 + again) / ((first + last) / 2 + again)) / share
 
 
 def faults(result: Mapping[str, Any]) -> list[str]:
@@ -218,11 +220,10 @@ def main() -> None:
     config = parse_config(RealSizeConfig, description=__doc__)
     results_file = Path(config.results)
     paths = [Path(name).resolve() for name in config.recipes] or recipe_paths()
-    # Quantised weights are tensors of torchao or bitsandbytes, which have no fake ones.
-    quantized = [path for path in paths if load_recipe(path).is_quantized]
-    for path in quantized:
-        print(f"{load_recipe(path).name}: left out, its weights are quantised", flush=True)
-    paths = [path for path in paths if path not in quantized]
+    # torchao's and bitsandbytes' weights have no fake ones, nor have pages of host memory that are locked as a whole.
+    for path in (path for path in paths if not load_recipe(path).can_pretend):
+        print(f"{load_recipe(path).name}: left out, its frozen weights are quantised or in host memory", flush=True)
+    paths = [path for path in paths if load_recipe(path).can_pretend]
     results = read_results(results_file)
     recipes: dict[str, Any] = results["recipes"]
     names = {path: load_recipe(path).name for path in paths}

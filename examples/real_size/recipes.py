@@ -92,9 +92,10 @@ class Recipe:
         return f"{self.path.parent.name}/{self.path.stem}"
 
     @property
-    def is_quantized(self) -> bool:
-        """Whether some of its frozen weights are quantised."""
-        return any(getattr(self.training, name, None) is not None for name in QUANTIZATION_OPTIONS)
+    def can_pretend(self) -> bool:
+        """Whether its step can run on a pretended device: nothing quantised, no weights in page-locked memory."""
+        is_quantized = any(getattr(self.training, name, None) is not None for name in QUANTIZATION_OPTIONS)
+        return not is_quantized and not getattr(self.training, "offload_reward_model", False)
 
     @property
     def link(self) -> str:

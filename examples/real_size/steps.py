@@ -120,7 +120,7 @@ def measure(setting: Setting) -> Measurement:
         num_syncs=meter.num_syncs,
         sync_places=dict(meter.sync_places),
         step_range=trainer.step_range if is_prfl else None,
-        host_buffers=buffers.nbytes,
+        host_buffers=sum(each.nbytes for each in buffers),
         metrics={name: str(value.dtype) for name, value in metrics.items()},
     )
 
@@ -309,7 +309,7 @@ def _forever(make: Any) -> Iterator[Any]:
         yield make()
 
 
-def _build_reward(setting: Setting, group: Any) -> tuple[Any, HostBuffers]:
+def _build_reward(setting: Setting, group: Any) -> tuple[Any, list[HostBuffers]]:
     training, buffers = setting.training, HostBuffers()
     assert not isinstance(training, PRFLTrainingConfig)
     config = reward_model_config(setting.transformer_config, training)  # type: ignore[arg-type]
@@ -331,11 +331,13 @@ def _build_reward(setting: Setting, group: Any) -> tuple[Any, HostBuffers]:
     attributes = _common(setting, model, group, parameters)
     trainer = RealSizeRewardTrainer(**attributes, wrapped=_wrap(setting, model), average=None, batches=_forever(batch))
     model.train()
-    return trainer, buffers
+    return trainer, [buffers]
 
 
-def _build_prfl(setting: Setting, group: Any) -> tuple[Any, HostBuffers]:
-    training, experts, buffers = setting.training, setting.experts, HostBuffers()
+def _build_prfl(setting: Setting, group: Any) -> tuple[Any, list[HostBuffers]]:
+    training, experts = setting.training, setting.experts
+    # As in a run, those of the reward model are its own.
+    buffers, reward_buffers = HostBuffers(), HostBuffers()
     assert isinstance(training, PRFLTrainingConfig)
     trained, base, frozen = _numerics(setting)
     transformers = {}
@@ -354,7 +356,7 @@ def _build_prfl(setting: Setting, group: Any) -> tuple[Any, HostBuffers]:
         reward_model = build_reward_model(reward_model_config(setting.transformer_config)).eval()
         set_dtypes(reward_model, frozen=frozen, trained=frozen, keep_in_fp32=True)
     put_on_device(reward_model)
-    _set_up(setting, reward_model, training.reward_gradient_checkpointing_blocks, group, buffers)
+    _set_up(setting, reward_model, training.reward_gradient_checkpointing_blocks, group, reward_buffers)
     unwrapped = experts.join({name: transformers[name] for name in experts.trained})
     parameters = [parameter for parameter in unwrapped.parameters() if parameter.requires_grad]
     unwrapped.train()
@@ -392,4 +394,4 @@ def _build_prfl(setting: Setting, group: Any) -> tuple[Any, HostBuffers]:
         flow_batches=_forever(lambda: _clips(setting, batch_size=training.train_batch_size)),
         reward_batches=_forever(lambda: _clips(setting, batch_size=training.train_batch_size)),
     )
-    return trainer, buffers
+    return trainer, [buffers, reward_buffers]
