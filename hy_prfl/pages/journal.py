@@ -60,6 +60,11 @@ class Journal:
             raise
         self.events.append(event)
 
+    def clear(self) -> None:
+        """Remove all events. For a journal in which nobody has judged anything yet."""
+        os.ftruncate(self._descriptor, 0)
+        self.events = []
+
     def close(self) -> None:
         """Close the file and let others open it."""
         os.close(self._descriptor)

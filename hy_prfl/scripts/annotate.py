@@ -81,6 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             questions=questions,
             labels_per_item=config.labels_per_clip,
             gold_share=config.gold_share if gold else 0.0,
+            inputs={"manifest": str(Path(config.manifest).resolve())},
         )
         if config.import_label_studio is not None:
             added, known = import_tasks(study, config.import_label_studio)

@@ -47,7 +47,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     output = Path(str(config.output))
     output.parent.mkdir(parents=True, exist_ok=True)
     with Journal(Path(f"{output}.journal.jsonl")) as journal:
-        study = Study(journal, items, kind="pairs", questions=config.criteria, labels_per_item=config.labels_per_pair)
+        study = Study(
+            journal,
+            items,
+            kind="pairs",
+            questions=config.criteria,
+            labels_per_item=config.labels_per_pair,
+            inputs={name: str(Path(getattr(config, name)).resolve()) for name in ("left", "right")},
+        )
 
         def save() -> None:
             write_json(output, compare(study, config.left, config.right))

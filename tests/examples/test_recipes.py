@@ -30,7 +30,11 @@ CONFIGS = {
 TRAINING_RECIPES = recipe_paths()
 EXAMPLES = sorted(path for path in (ROOT / "examples").glob("*/*.yaml") if path.parent.name != "shapes")
 # What a command refuses to do without, beside its required options.
-NEEDED = {"preprocess": ["--manifest=x"], "generate": ["--prompts=x"], "score": ["--manifest=x", "--output=x.csv", "--pretrained_model_name_or_path=x"]}
+NEEDED = {
+    "preprocess": ["--manifest=x"],
+    "generate": ["--prompts=x"],
+    "score": ["--manifest=x", "--output=x.csv", "--pretrained_model_name_or_path=x"],
+}
 RECIPES = sorted((ROOT / "examples").rglob("*.yaml"))
 ACCELERATE_CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 

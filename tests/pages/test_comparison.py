@@ -1,6 +1,7 @@
 """Counts by hand, intervals by formula and by another bootstrap."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,11 @@ def votes_of(study: Study, votes: dict[str, list[str]]) -> None:
 @pytest.fixture
 def study(tmp_path: Path) -> Any:
     items = [
-        Item(id=f"p{index}", clips=tuple(Clip(id=side, video=Path(side), caption=f"{index}") for side in "ab"))
+        Item(id=f"p{index}", clips=tuple(Clip(id=side, video=tmp_path / side, caption=f"{index}") for side in "ab"))
         for index in range(5)
     ]
+    for side in "ab":
+        (tmp_path / side).write_text(side)
     with Journal(tmp_path / "journal.jsonl") as journal:
         yield Study(journal, items, kind="pairs", questions=["preference"], labels_per_item=None)
 
@@ -106,7 +109,7 @@ def folders(tmp_path: Path, write_video: Callable[..., Path]) -> list[Path]:
     for side in ("base", "prfl"):
         rows = []
         for index in range(2):
-            write_video(tmp_path / side / f"{index}_seed_7.mp4", seed=index)
+            write_video(tmp_path / side / f"{index}_seed_7.mp4", seed=index + 2 * (side == "prfl"))
             rows.append({"id": f"{index}_seed_7", "video": f"{index}_seed_7.mp4", "caption": f"c{index}", "seed": 7})
         (tmp_path / side / "manifest.json").write_text(json.dumps(rows))
     return [tmp_path / "base", tmp_path / "prfl"]
@@ -142,3 +145,38 @@ def test_folders_must_fit(folders: list[Path], change: Callable[..., Any], words
         read_pairs(*folders)
     with pytest.raises(ValueError, match="are the same folder"):
         read_pairs(folders[0], folders[0] / ".." / "base")
+
+
+def test_votes_are_not_counted_for_other_videos(folders: list[Path], tmp_path: Path) -> None:
+    """The same ids and captions, but other videos, the other side, or another caption: another study."""
+    left, right = map(str, folders)
+    other = tmp_path / "other"
+    shutil.copytree(folders[1], other)
+    (other / "0_seed_7.mp4").write_bytes((folders[1] / "1_seed_7.mp4").read_bytes())
+    output = tmp_path / "result.json"
+    options = ["--output", str(output), "--serve", "false"]
+    # Nobody has judged anything yet, so the journal may become another study's.
+    main(["--left", left, "--right", str(other), *options])
+    main(["--left", left, "--right", right, *options])
+    with Journal(Path(f"{output}.journal.jsonl")) as journal:
+        assert [event["inputs"] for event in journal.events] == [{"left": left, "right": right}]
+        items, inputs = read_pairs(left, right), journal.events[0]["inputs"]
+        study = Study(journal, items, kind="pairs", questions=["preference"], labels_per_item=None, inputs=inputs)
+        votes_of(study, {"0_seed_7": ["right", "right"]})
+    before = output.read_bytes()
+    for sides in ((left, str(other)), (right, left), (str(other), right)):
+        with pytest.raises(ValueError, match=r"'0_seed_7' was judged with another video or caption") as error:
+            main(["--left", sides[0], "--right", sides[1], *options])
+        message = str(error.value)
+        assert "\n" not in message
+        assert f"of `left` '{left}' and `right` '{right}'; the input, `left` '{sides[0]}'" in message
+    assert output.read_bytes() == before
+    # The same videos in another place are the same study.
+    moved = tmp_path / "moved"
+    shutil.copytree(folders[1], moved)
+    main(["--left", left, "--right", str(moved), *options])
+    for folder in folders:
+        path = folder / "manifest.json"
+        path.write_text(path.read_text().replace('"c0"', '"another prompt"'))
+    with pytest.raises(ValueError, match="another video or caption"):
+        main(["--left", left, "--right", right, *options])

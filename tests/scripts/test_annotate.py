@@ -1,6 +1,7 @@
 """The command itself: what it writes is what `label` and `preprocess` read, and nothing is lost when it is killed."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -226,6 +227,39 @@ def test_bad_options(manifest: Path, tmp_path: Path, options: list[str], words: 
     options = [option.format(manifest=manifest) for option in options]
     with pytest.raises(ValueError, match=words):
         main(["--manifest", str(manifest), "--output", str(tmp_path / "labels.json"), *options])
+
+
+def judge(manifest: Path, output: Path, clip_id: str) -> None:
+    """A label of the page for one clip of a manifest."""
+    from hy_prfl.pages.annotation import clip_items
+    from hy_prfl.pages.journal import Journal
+    from hy_prfl.pages.study import Study
+
+    inputs = {"manifest": str(manifest)}
+    with Journal(Path(f"{output}.journal.jsonl")) as journal:
+        items = clip_items(read_manifest(manifest), {})
+        study = Study(journal, items, kind="clips", questions=TASKS, labels_per_item=1, inputs=inputs)
+        study.label("ann", study.public_id(clip_id), both("good", "poor"), key=clip_id)
+
+
+def test_labels_are_not_those_of_other_clips(manifest: Path, tmp_path: Path) -> None:
+    """The same ids, but other files, or a video that was made again: another study. More clips are the same one."""
+    output, own = tmp_path / "labels.json", tmp_path / "clips" / "manifest.json"
+    shutil.copytree(manifest.parent, own.parent)
+    rows = json.loads(own.read_text())
+    own.write_text(json.dumps(rows[:3]))
+    judge(own, output, "c1")
+    options = ["--output", str(output), "--serve", "false"]
+    # Clips that are appended, moved or not judged yet change nothing.
+    own.write_text(json.dumps(rows))
+    (own.parent / "5.mp4").write_bytes((own.parent / "4.mp4").read_bytes())
+    main(["--manifest", str(own), *options])
+    main(["--manifest", str(manifest), *options])
+    assert read_annotations(output)["c1"]["physics_quality"] == 1
+    (own.parent / "1.mp4").write_bytes((own.parent / "4.mp4").read_bytes())
+    with pytest.raises(ValueError, match="'c1' was judged with another video or caption") as error:
+        main(["--manifest", str(own), *options])
+    assert f"is of `manifest` '{own}'; the input, `manifest` '{own}', is another study" in str(error.value)
 
 
 def test_videos_must_be_there(tmp_path: Path) -> None:
