@@ -180,3 +180,12 @@ def test_votes_are_not_counted_for_other_videos(folders: list[Path], tmp_path: P
         path.write_text(path.read_text().replace('"c0"', '"another prompt"'))
     with pytest.raises(ValueError, match="another video or caption"):
         main(["--left", left, "--right", right, *options])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_manifests_are_not_overwritten(folders: list[Path], side: str) -> None:
+    path = folders[side == "right"] / "manifest.json"
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=f"`output` '{path}' would overwrite the manifest of `{side}`"):
+        main(["--left", str(folders[0]), "--right", str(folders[1]), "--output", str(path), "--serve", "false"])
+    assert path.read_bytes() == before

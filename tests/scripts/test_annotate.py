@@ -229,6 +229,46 @@ def test_bad_options(manifest: Path, tmp_path: Path, options: list[str], words: 
         main(["--manifest", str(manifest), "--output", str(tmp_path / "labels.json"), *options])
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--manifest", "labels.json"], "`output` '.*labels.json' would overwrite `manifest`"),
+        (["--manifest", "./folder/../link.json", "--output", "m.json"], "`output` '.*' would overwrite `manifest`"),
+        (["--manifest", "labels.json.journal.jsonl"], "the journal of `output` '.*' would overwrite `manifest`"),
+        (["--gold", "labels.json.summary.json"], "the summary of `output` '.*' would overwrite `gold`"),
+        (["--export_label_studio", "m.json"], "`export_label_studio` '.*' would overwrite `manifest`"),
+        (["--export_label_studio", "labels.json"], "`export_label_studio` '.*' would be the same file as `output`"),
+        (
+            ["--export_label_studio", "labels.json.journal.jsonl"],
+            "the journal of `output` '.*' would be the same file as `export_label_studio`",
+        ),
+        (
+            ["--export_label_studio", "studio.json", "--import_label_studio", "studio.json"],
+            "`export_label_studio` '.*' would overwrite `import_label_studio`",
+        ),
+        (
+            ["--order", "uncertain", "--scores", "m.json", "labels.json"],
+            "`output` '.*' would overwrite table 2 of `scores`",
+        ),
+    ],
+)
+def test_inputs_are_not_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    for name in ("m", "labels", "studio", "labels.json.summary"):
+        Path(f"{name}.json").write_text("[]")
+    Path("labels.json.journal.jsonl").write_text("[]")
+    Path("link.json").symlink_to("m.json")
+    defaults = {"--manifest": "m.json", "--output": "labels.json"}
+    options = options + [word for pair in defaults.items() if pair[0] not in options for word in pair]
+    with pytest.raises(ValueError, match=words) as error:
+        main(options)
+    assert "\n" not in str(error.value)
+    assert {path.read_text() for path in tmp_path.glob("*.json*")} == {"[]"}
+
+
 def judge(manifest: Path, output: Path, clip_id: str) -> None:
     """A label of the page for one clip of a manifest."""
     from hy_prfl.pages.annotation import clip_items
