@@ -87,8 +87,39 @@ def test_what_is_written_is_what_others_read(manifest: Path, tmp_path: Path) -> 
     # Unanimity, and two votes at least.
     main([*options, "--vote", "unanimous", "--min_votes", "2"])
     annotations = read_annotations(output)
-    assert annotations["c0"] == {"physics_quality": 0, "human_quality": 0, "blur_quality": 1}
+    assert annotations["c0"] == {"human_quality": 0, "blur_quality": 1}
     assert annotations["c1"] == annotations["c2"] == {}
+
+
+@pytest.mark.parametrize("answers", [[], ["good"], ["good", "poor"], ["unsure", "unsure"]])
+def test_an_old_label_does_not_stand_in_for_votes(manifest: Path, tmp_path: Path, answers: list[str]) -> None:
+    """What is asked has the label that people give, or none; what is not asked keeps the manifest's."""
+    output = tmp_path / "labels.json"
+    labels = [(f"person {index}", "c0", {"physics_quality": answer}) for index, answer in enumerate(answers)]
+    write_journal(output, labels, "clips", ["physics_quality"])
+    main(
+        ["--manifest", str(manifest), "--output", str(output), "--tasks", "physics_quality", "--labels_per_clip", "2",
+         "--min_votes", "2", "--serve", "false"]
+    )  # fmt: skip
+    assert read_annotations(output)["c0"] == {"blur_quality": 1}
+
+
+@pytest.mark.parametrize("answers", [[], ["tie"], ["first", "second"]])
+def test_an_old_preference_does_not_stand_in_for_votes(manifest: Path, tmp_path: Path, answers: list[str]) -> None:
+    rows = json.loads(manifest.read_text())
+    rows[0]["rejected_id"] = "c1"
+    for row in rows:
+        row["video"] = str(manifest.parent / row["video"])
+    rows[6] |= {"pair_id": None, "rejected_id": "c7"}
+    rows[7] |= {"pair_id": None}
+    (tmp_path / "manifest.json").write_text(json.dumps(rows))
+    output = tmp_path / "pairs.json"
+    labels = [(f"person {index}", "p0", {"preference": answer}) for index, answer in enumerate(answers)]
+    write_journal(output, labels, "pairs", ["preference"])
+    main(
+        ["--manifest", str(tmp_path / "manifest.json"), "--output", str(output), "--mode", "pairs", "--serve", "false"]
+    )
+    assert {row.id: row.rejected_id for row in read_manifest(output) if row.rejected_id} == {"c6": "c7"}
 
 
 def test_gold_measures_people(manifest: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
