@@ -60,11 +60,13 @@ class Item:
         id (`str`): Unique in the study.
         clips (`tuple[Clip, ...]`): One, or two for a pair.
         gold (`Mapping[str, str]`): Answers that are known to be right, by question. Empty if none are.
+        prompt (`str`, *optional*): What its clips were made from. Items of one prompt are not independent.
     """
 
     id: str
     clips: tuple[Clip, ...]
     gold: Mapping[str, str] = field(default_factory=dict)
+    prompt: str | None = None
 
 
 @dataclass

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hy_prfl.inference.generation import write_video
 from hy_prfl.pages.comparison import compare, read_pairs
 from hy_prfl.pages.journal import Journal
 from hy_prfl.pages.study import Clip, Item, Study
@@ -63,7 +64,9 @@ def test_wins_ties_and_losses(study: Study) -> None:
     low, high = found["score"]["interval"]
     draws = np.random.default_rng(1).choice(means, (20000, 4)).mean(axis=1)
     assert [low, high] == pytest.approx(np.quantile(draws, [0.025, 0.975]), abs=0.09)
-    assert found["per_prompt"][1] == {"id": "p1", "caption": "1", "left": 1, "tie": 1, "right": 1, "majority": None}
+    assert found["per_prompt"][1] == {
+        "id": "p1", "caption": "1", "num_videos": 1, "left": 1, "tie": 1, "right": 1, "majority": None
+    }  # fmt: skip
     assert found["per_annotator"]["person 2"] == {
         "left": 1, "tie": 2, "right": 1, "score": pytest.approx(0.5), "median_seconds": 3
     }  # fmt: skip
@@ -92,6 +95,50 @@ def test_the_protocol_of_the_paper(tmp_path: Path) -> None:
     assert found["p_value"] < 1e-5
     # Nobody agrees beyond chance where votes are drawn.
     assert abs(found["agreement"]["fleiss_kappa"]) < 0.03
+
+
+def test_prompts_are_resampled_and_not_videos(tmp_path: Path) -> None:
+    """Ten videos of each of four prompts are four observations, however many videos and votes there are."""
+    clips = tuple(Clip(id=side, video=tmp_path / side, caption="x") for side in "ab")
+    for side in "ab":
+        (tmp_path / side).write_text(side)
+    items = [Item(id=f"{i}_seed_{seed}", clips=clips, prompt=f"{i}") for i in range(4) for seed in range(10)]
+    # Means 1, 1, 0.6 and 0.1 of the right folder: majorities right, right, right, left.
+    rights = {"0": 10, "1": 10, "2": 6, "3": 1}
+    with Journal(tmp_path / "journal.jsonl") as journal:
+        study = Study(journal, items, kind="pairs", questions=["preference"], labels_per_item=None)
+        for item in items:
+            right = int(item.id.rsplit("_", 1)[1]) < rights[item.prompt]
+            votes_of(study, {item.id: ["right" if right else "left"]})
+        result = compare(study, "a", "b")
+    found = result["questions"]["preference"]
+    assert (result["num_prompts"], result["num_videos"]) == (4, 40)
+    assert found["prompts"] == {"left": 1, "tie": 0, "right": 3}
+    # 2 * P(X >= 3) of Binomial(4, 1/2) = 2 * 5 / 16.
+    assert found["p_value"] == pytest.approx(0.625)
+    means = [1.0, 1.0, 0.6, 0.1]
+    assert found["score"]["mean"] == pytest.approx(np.mean(means))
+    draws = np.random.default_rng(1).choice(means, (20000, 4)).mean(axis=1)
+    low, high = found["score"]["interval"]
+    assert high - low == pytest.approx(np.subtract(*np.quantile(draws, [0.975, 0.025])), abs=0.15)
+    assert [row["num_videos"] for row in found["per_prompt"]] == [10] * 4
+
+
+def test_a_prompt_is_caption_and_images(tmp_path: Path) -> None:
+    """As `generate` names and records videos: two seeds of a prompt, the same words with another image, no words."""
+    ids = ["a_seed_1", "a_seed_2", "b_seed_1", "c_seed_1", "d_seed_1", "e_seed_1", "e_seed_2", "a_seed_3"]
+    captions = ["x", "x", "x", "x", "y", "", "", "z"]
+    images = [None, None, None, "c0ffee", None, None, None, None]
+    for side in ("left", "right"):
+        rows = []
+        for video_id, caption, image in zip(ids, captions, images, strict=True):
+            frames = np.zeros((1, 16, 16, 3), np.uint8)
+            record = {"caption": caption, "image": image, "last_image": None}
+            write_video(tmp_path / side / f"{video_id}.mp4", frames, 16, comment=json.dumps(record))
+            rows.append({"id": video_id, "video": f"{video_id}.mp4", "caption": caption})
+        (tmp_path / side / "manifest.json").write_text(json.dumps(rows))
+    prompts = [item.prompt for item in read_pairs(tmp_path / "left", tmp_path / "right")]
+    assert prompts == ["a", "a", "a", "c", "d", "e", "e", "a_seed_3"]
 
 
 def test_nothing_yet(study: Study) -> None:
