@@ -48,6 +48,12 @@ def write_journal(
 TASKS = ["physics_quality", "human_quality"]
 
 
+def studio(**values: Any) -> dict[str, Any]:
+    """An annotation of Label Studio's export that answers both tasks."""
+    results = [{"from_name": task, "value": {"choices": ["good"]}} for task in TASKS]
+    return {"completed_by": 1, "created_at": "2026-01-01T10:00:00Z", "result": results} | values
+
+
 def both(physics: str, human: str) -> dict[str, str]:
     return {"physics_quality": physics, "human_quality": human}
 
@@ -197,16 +203,64 @@ def test_label_studio_both_ways(manifest: Path, tmp_path: Path, kind: str, capsy
             {"annotations": [{"result": [{"from_name": "physics_quality", "value": {"choices": ["great"]}}]}]},
             "`physics_quality` is 'great', expected one of good, poor, unsure",
         ),
+        ({"annotations": None}, "task 1: `annotations` must be a list, got None"),
+        ({"annotations": [None]}, "annotation 1: expected an object, got None"),
+        ({"annotations": [{"result": None}]}, "annotation 1: `result` must be a list, got None"),
+        ({"annotations": [{"result": ["x"]}]}, "expected a `value` with `choices` or `selected`, got 'x'"),
+        ({"annotations": [{"result": [{"value": None}]}]}, "expected a `value` with `choices` or `selected`"),
+        ({"annotations": [{"result": [{"value": {"choices": None}}]}]}, "expected a `value` with `choices`"),
+        (
+            {"annotations": [{"result": [{"from_name": ["x"], "value": {"choices": ["good"]}}]}]},
+            "`from_name` \\['x'\\] is none of",
+        ),
+        (
+            {
+                "annotations": [
+                    {"result": [{"from_name": "physics_quality", "value": {"selected": {}, "choices": [{}]}}]}
+                ]
+            },
+            "`physics_quality` is {}, expected one of",
+        ),
+        (
+            {"annotations": [studio(created_at="yesterday")]},
+            "`created_at` must be a time of ISO 8601, got 'yesterday'",
+        ),
+        ({"annotations": [studio(created_at=1700000000)]}, "`created_at` must be a time of ISO 8601, got 1700000000"),
+        ({"annotations": [studio(created_at="0001-01-01T00:00:00+14:00")]}, "`created_at` must be a time"),
+        ({"annotations": [studio(completed_by=None)]}, "`completed_by` must say who it is from, got None"),
+        ({"annotations": [studio(completed_by={"id": []})]}, "`completed_by` must say who it is from"),
+        ({"annotations": [studio(completed_by="\ud800")]}, "`completed_by` must say who it is from"),
+        ({"annotations": [studio(), studio(completed_by=2, created_at="")]}, "annotation 2: `created_at` must be"),
     ],
 )
 def test_bad_exports_of_label_studio(manifest: Path, tmp_path: Path, change: dict[str, Any], words: str) -> None:
     export = tmp_path / "studio.json"
     export.write_text(json.dumps([{"data": {"id": "c0"}, "annotations": []} | change]))
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=words) as error:
         main(
             ["--manifest", str(manifest), "--output", str(tmp_path / "x.json"), "--serve", "false",
              "--import_label_studio", str(export)]
         )  # fmt: skip
+    assert "\n" not in str(error.value)
+    # The journal has its head, and nothing of the export.
+    assert len((tmp_path / "x.json.journal.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("written", "kept"),
+    [
+        ("2026-01-01T10:00:00.123456Z", "2026-01-01T10:00:00.123+00:00"),
+        ("2026-01-01T12:00:00+02:00", "2026-01-01T10:00:00.000+00:00"),
+        ("2026-01-01 10:00:00", "2026-01-01T10:00:00.000+00:00"),
+    ],
+)
+def test_times_of_label_studio(manifest: Path, tmp_path: Path, written: str, kept: str) -> None:
+    export, output = tmp_path / "studio.json", tmp_path / "x.json"
+    export.write_text(json.dumps([{"data": {"id": "c0"}, "annotations": [studio(created_at=written)]}]))
+    options = ["--manifest", str(manifest), "--output", str(output), "--serve", "false"]
+    main([*options, "--import_label_studio", str(export)])
+    assert json.loads(Path(f"{output}.journal.jsonl").read_text().splitlines()[1])["time"] == kept
+    main(options)
 
 
 def test_the_least_known_come_first(manifest: Path, tmp_path: Path) -> None:
