@@ -116,7 +116,7 @@ def _one_question(study: Study, question: str, people: Sequence[str]) -> dict[st
     seconds: dict[str, list[float]] = defaultdict(list)
     for label in study.labels:
         by_person[label["annotator"]].append(OUTCOMES[label["answers"][question]])
-        if label["seconds"] is not None:
+        if label.get("seconds") is not None:
             seconds[label["annotator"]].append(label["seconds"])
     everything = [outcome for outcomes in by_prompt.values() for outcome in outcomes]
     majority = {prompt: vote(outcomes) for prompt, outcomes in by_prompt.items()}

@@ -92,7 +92,7 @@ class Journal:
         for number, line in enumerate(complete.splitlines(), 1):
             try:
                 event = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{self.path}, line {number}: not valid JSON: {error}.") from error
             if not isinstance(event, dict) or "type" not in event:
                 raise ValueError(f"{self.path}, line {number}: expected an object with `type`, got {line[:80]!r}.")

@@ -344,7 +344,7 @@ class Study:
         if event["type"] not in ("label", "skip", "undo"):
             raise ValueError(f"{where}: `type` must be label, skip or undo, got {event['type']!r}.")
         for name in ("item", "annotator", "key", "time"):
-            if not isinstance(event.get(name), str):
+            if not isinstance(event.get(name), str) or not is_text(event[name]):
                 raise ValueError(f"{where}: `{name}` must be text, got {event.get(name)!r}.")
         if event["item"] not in self.items:
             raise ValueError(
@@ -468,6 +468,11 @@ class Study:
     def _draw(self, *words: str) -> float:
         """A number in [0, 1) that depends on nothing but the study and these words."""
         return int(self._digest(*words)[:13], 16) / 16**13
+
+
+def is_text(text: str) -> bool:
+    """Whether it can be written as UTF-8, which halves of surrogate pairs, as JSON may have them, cannot."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def parse_time(text: str) -> datetime:

@@ -98,15 +98,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             added, known = import_tasks(study, config.import_label_studio)
             print(f"{added} annotations added, {known} were there: {config.import_label_studio}")
 
-        def save() -> None:
-            people = trusted_annotators(study, config.min_gold_accuracy)
+        def save(now: Study) -> None:
+            people = trusted_annotators(now, config.min_gold_accuracy)
             rule, min_votes = config.vote, config.min_votes
             to_rows = pair_rows if is_pairs else clip_rows
-            write_json(output, to_rows(study, rows, output.parent, rule=rule, min_votes=min_votes, annotators=people))
-            summary = summarize(study, rule=rule, min_votes=min_votes, annotators=people)
+            write_json(output, to_rows(now, rows, output.parent, rule=rule, min_votes=min_votes, annotators=people))
+            summary = summarize(now, rule=rule, min_votes=min_votes, annotators=people)
             write_json(summary_path, summary)
             if config.export_label_studio is not None:
-                write_json(Path(config.export_label_studio), export_tasks(study))
+                write_json(Path(config.export_label_studio), export_tasks(now))
 
         default = PAIR_INSTRUCTIONS if is_pairs else INSTRUCTIONS
         texts = {PREFERENCE: PAIR_QUESTION} | QUESTIONS

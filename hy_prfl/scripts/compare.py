@@ -64,8 +64,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             inputs={name: str(Path(getattr(config, name)).resolve()) for name in ("left", "right")},
         )
 
-        def save() -> None:
-            write_json(output, compare(study, config.left, config.right))
+        def save(now: Study) -> None:
+            write_json(output, compare(now, config.left, config.right))
 
         asked = {name: QUESTIONS.get(name, "Which clip is better in this?") for name in config.criteria}
         serve_study(study, config, save, title="Compare clips", default=PAIR_INSTRUCTIONS, asked=asked)

@@ -200,6 +200,7 @@ def test_a_journal_of_another_study_is_refused(open_study: Callable[..., Study])
         (2, {"type": "vote"}, "line 2: `type` must be label, skip or undo, got 'vote'"),
         (2, {"type": []}, "line 2: `type` must be label, skip or undo"),
         (2, {"annotator": None}, "line 2: `annotator` must be text, got None"),
+        (2, {"annotator": "\ud800"}, "line 2: `annotator` must be text"),
         (2, {"item": ["x"]}, "line 2: `item` must be text"),
         (2, {"time": "yesterday"}, "line 2: `time` 'yesterday' is no time of ISO 8601"),
         (2, {"time": None}, "line 2: `time` must be text, got None"),
