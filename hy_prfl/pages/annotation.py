@@ -121,7 +121,7 @@ def pair_items(rows: Sequence[ManifestRow]) -> list[Item]:
     One item for each pair of a manifest: two clips of one `pair_id`. Clips without one are left out, and the log says so.
 
     Raises:
-        ValueError: If there is no pair, or a `pair_id` does not have exactly two clips.
+        ValueError: If there is no pair, or a `pair_id` does not have exactly two clips, or these have two captions.
     """
     by_pair: dict[str, list[ManifestRow]] = defaultdict(list)
     for row in rows:
@@ -132,6 +132,12 @@ def pair_items(rows: Sequence[ManifestRow]) -> list[Item]:
     for pair_id, members in by_pair.items():
         if len(members) != 2:
             raise ValueError(f"{members[0].where}: `pair_id` {pair_id!r} has {len(members)} clips, expected 2.")
+        one, other = members
+        if one.prompt != other.prompt:
+            raise ValueError(
+                f"{other.where}: the caption of {other.id!r} is {other.prompt!r}, but that of {one.id!r}, of the same "
+                f"`pair_id` {pair_id!r}, is {one.prompt!r}; a pair has one caption."
+            )
     single = sum(row.pair_id is None for row in rows)
     if single:
         logger.warning(f"{single} clips of the manifest have no `pair_id` and are not shown.")

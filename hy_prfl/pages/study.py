@@ -333,7 +333,7 @@ class Study:
                     f"{self.journal.path}: its `{name}` is {head.get(name)!r}, not {value!r}. Choose another `output`."
                 )
         try:
-            self._secret = bytes.fromhex(head["secret"])
+            bytes.fromhex(head["secret"])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{self.journal.path}, line 1: `secret` is missing or broken.") from error
         if not isinstance(head.get("inputs", {}), dict):
@@ -362,8 +362,11 @@ class Study:
         if event["type"] == "label":
             answers, seconds = event.get("answers"), event.get("seconds")
             choices = CLIP_CHOICES if self.kind == "clips" else PAIR_ANSWERS
-            is_whole = isinstance(answers, dict) and set(answers) == set(self.questions)
-            if not is_whole or any(answer not in choices for answer in answers.values()):
+            if (
+                not isinstance(answers, dict)
+                or set(answers) != set(self.questions)
+                or any(answer not in choices for answer in answers.values())
+            ):
                 raise ValueError(
                     f"{where}: `answers` must have one of {', '.join(choices)} for each of {', '.join(self.questions)}, "
                     f"got {answers!r}."

@@ -25,7 +25,9 @@ def manifest(tmp_path_factory: pytest.TempPathFactory, write_video: Callable[...
     rows: list[dict[str, Any]] = []
     for index in range(8):
         write_video(folder / f"{index}.mp4", seed=index)
-        rows.append({"id": f"c{index}", "video": f"{index}.mp4", "caption": f"{index}", "pair_id": f"p{index // 2}"})
+        rows.append(
+            {"id": f"c{index}", "video": f"{index}.mp4", "caption": f"{index // 2}", "pair_id": f"p{index // 2}"}
+        )
     rows[0] |= {"blur_quality": "good", "physics_quality": 0}
     rows[1] |= {"long_caption": "one, at length"}
     (folder / "manifest.json").write_text(json.dumps(rows))
@@ -163,6 +165,18 @@ def test_pairs_become_rejected_ids(manifest: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     rejected = {row.id: row.rejected_id for row in read_manifest(output) if row.rejected_id is not None}
     assert rejected == {"c0": "c1", "c3": "c2"}
+
+
+def test_a_pair_has_one_caption(manifest: Path, tmp_path: Path) -> None:
+    rows = [row | {"video": str(manifest.parent / row["video"])} for row in json.loads(manifest.read_text())]
+    for row in rows:
+        row["caption"] = "the same"
+    rows[3]["caption"] = "another"
+    path = tmp_path / "manifest.json"
+    path.write_text(json.dumps(rows))
+    words = "row 4: the caption of 'c3' is 'another', but that of 'c2', of the same `pair_id` 'p1', is 'the same'"
+    with pytest.raises(ValueError, match=words):
+        main(["--manifest", str(path), "--output", str(tmp_path / "labels.json"), "--mode", "pairs"])
 
 
 @pytest.mark.parametrize("kind", ["clips", "pairs"])
