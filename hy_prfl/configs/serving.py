@@ -30,8 +30,8 @@ class ServingConfig(Config):
     token: str | None = field(
         default=None,
         metadata={
-            "help": "Secret that the address must end in. If `host` is not of the loopback, one is made up and printed "
-            "if none is given."
+            "help": "Secret that the address must end in. If `host` is not of the loopback, one is made up at each start "
+            "and printed if none is given."
         },
     )
     serve: bool = field(

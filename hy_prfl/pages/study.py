@@ -124,7 +124,7 @@ class Study:
         self.labels_per_item = labels_per_item
         self.gold_share = gold_share
         self.items = {item.id: item for item in items}
-        inputs = dict(inputs or {})
+        self.inputs = inputs = dict(inputs or {})
         if journal.events:
             self._check_head(journal.events[0])
         if len(journal.events) == 1 and journal.events[0].get("inputs", {}) != inputs:
@@ -143,7 +143,7 @@ class Study:
         for number, event in enumerate(journal.events[1:], 2):
             self._check_event(event, f"{journal.path}, line {number}")
             self._apply(event)
-        self._check_contents(inputs)
+        self._check_contents()
         self._public = {self.public_id(item.id): item.id for item in items}
         self._media = {self.media_id(clip): clip for item in items for clip in item.clips}
 
@@ -348,8 +348,7 @@ class Study:
                 raise ValueError(f"{where}: `{name}` must be text, got {event.get(name)!r}.")
         if event["item"] not in self.items:
             raise ValueError(
-                f"{where}: there is no clip or pair {event['item']!r} in the input. "
-                "The journal is of another study; choose another `output`."
+                f"{where}: there is no clip or pair {event['item']!r} in the input. {self._describe_change()}"
             )
         try:
             parse_time(event["time"])
@@ -374,7 +373,7 @@ class Study:
             if seconds is not None and (isinstance(seconds, bool) or not isinstance(seconds, (int, float))):
                 raise ValueError(f"{where}: `seconds` must be a number, got {seconds!r}.")
 
-    def _check_contents(self, inputs: Mapping[str, str]) -> None:
+    def _check_contents(self) -> None:
         """Raise a `ValueError` if a judgement is of another video, or under another caption, than the input has now."""
         unknown = 0
         for event in self.given.values():
@@ -382,15 +381,21 @@ class Study:
                 unknown += 1
             elif event["content"] != self.content(event["item"]):
                 raise ValueError(
-                    f"{self.journal.path}: {event['item']!r} was judged with another video or caption. The journal is of "
-                    f"{_listed(self.journal.events[0].get('inputs', {}))}; the input, {_listed(inputs)}, is another study "
-                    "or has changed since. Choose another `output`."
+                    f"{self.journal.path}: {event['item']!r} was judged with another video or caption. "
+                    f"{self._describe_change()}"
                 )
         if unknown:
             logger.warning(
                 f"{self.journal.path}: {unknown} judgements are of an older version and do not say of which videos; they "
                 "count for the videos of the input."
             )
+
+    def _describe_change(self) -> str:
+        known = self.journal.events[0].get("inputs", {})
+        return (
+            f"The journal is of {_listed(known)}; the input, {_listed(self.inputs)}, is another study or has changed "
+            "since. Choose another `output`."
+        )
 
     def _content_now(self, item_id: str) -> str:
         try:

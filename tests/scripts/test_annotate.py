@@ -1,6 +1,7 @@
 """The command itself: what it writes is what `label` and `preprocess` read, and nothing is lost when it is killed."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -395,6 +396,13 @@ def test_labels_are_not_those_of_other_clips(manifest: Path, tmp_path: Path) -> 
     main(["--manifest", str(own), *options])
     main(["--manifest", str(manifest), *options])
     assert read_annotations(output)["c1"]["physics_quality"] == 1
+    other = own.with_name("other.json")
+    other.write_text(json.dumps(rows[2:]))
+    words = (
+        f"line 2: there is no clip or pair 'c1' in the input. The journal is of `manifest` '{own}'; the input, `man"
+    )
+    with pytest.raises(ValueError, match=re.escape(words)):
+        main(["--manifest", str(other), *options])
     (own.parent / "1.mp4").write_bytes((own.parent / "4.mp4").read_bytes())
     with pytest.raises(ValueError, match="'c1' was judged with another video or caption") as error:
         main(["--manifest", str(own), *options])
