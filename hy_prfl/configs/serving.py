@@ -1,6 +1,8 @@
 """Options of commands that serve a page."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from .base import Config, check
 
@@ -28,8 +30,8 @@ class ServingConfig(Config):
     token: str | None = field(
         default=None,
         metadata={
-            "help": "Secret that the address must end in. If `host` is not of the loopback, one is made up and printed "
-            "if none is given."
+            "help": "Secret that the address must end in. If `host` is not of the loopback, one is made up at each start "
+            "and printed if none is given."
         },
     )
     serve: bool = field(
@@ -50,3 +52,20 @@ class ServingConfig(Config):
         check(len(set(names)) == len(names), "annotators", names, "different names")
         for name in names:
             check(0 < len(name.strip()) <= 64 and name == name.strip(), "annotators", name, "1 to 64 characters long")
+
+
+def check_overwrites(inputs: Mapping[str, str | None], outputs: Mapping[str, str | None]) -> None:
+    """
+    Raise a `ValueError` if a file that is written is one that is read, or two outputs are one file.
+
+    Args:
+        inputs, outputs (`Mapping[str, str | None]`): Files by the name they have for the user; None where not given.
+    """
+    known = {Path(path).resolve(): name for name, path in inputs.items() if path is not None}
+    for name, path in outputs.items():
+        if path is None:
+            continue
+        other = known.setdefault(Path(path).resolve(), name)
+        if other != name:
+            verb = "overwrite" if other in inputs else "be the same file as"
+            raise ValueError(f"{name} '{path}' would {verb} {other}. Choose another name.")

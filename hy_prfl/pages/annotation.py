@@ -121,7 +121,7 @@ def pair_items(rows: Sequence[ManifestRow]) -> list[Item]:
     One item for each pair of a manifest: two clips of one `pair_id`. Clips without one are left out, and the log says so.
 
     Raises:
-        ValueError: If there is no pair, or a `pair_id` does not have exactly two clips.
+        ValueError: If there is no pair, or a `pair_id` does not have exactly two clips, or these have two captions.
     """
     by_pair: dict[str, list[ManifestRow]] = defaultdict(list)
     for row in rows:
@@ -132,6 +132,12 @@ def pair_items(rows: Sequence[ManifestRow]) -> list[Item]:
     for pair_id, members in by_pair.items():
         if len(members) != 2:
             raise ValueError(f"{members[0].where}: `pair_id` {pair_id!r} has {len(members)} clips, expected 2.")
+        one, other = members
+        if one.prompt != other.prompt:
+            raise ValueError(
+                f"{other.where}: the caption of {other.id!r} is {other.prompt!r}, but that of {one.id!r}, of the same "
+                f"`pair_id` {pair_id!r}, is {one.prompt!r}; a pair has one caption."
+            )
     single = sum(row.pair_id is None for row in rows)
     if single:
         logger.warning(f"{single} clips of the manifest have no `pair_id` and are not shown.")
@@ -183,8 +189,8 @@ def clip_rows(
     """
     Rows of a labelled manifest: all that the manifest says of a clip, and what people say of it.
 
-    A task that nobody answered, or that people disagree on, keeps the manifest's label or is null. Gold clips have the
-    right answers.
+    A task that was asked and that has too few answers, or that people disagree on, is null, whatever the manifest says
+    of it; labels of other tasks stay. Gold clips have the right answers.
 
     Args:
         folder (`Path`): Where the rows will be written; paths are relative to it.
@@ -197,7 +203,7 @@ def clip_rows(
             given = list(answers[task].get(row.id, {}).values())
             known = study.items[row.id].gold.get(task)
             winner = known if known is not None else vote(given, rule, min_votes)
-            record[task] = row.labels.get(task) if winner is None else int(winner == "good")
+            record[task] = None if winner is None else int(winner == "good")
         result.append(record)
     return result
 
@@ -211,7 +217,11 @@ def pair_rows(
     min_votes: int,
     annotators: Sequence[str],
 ) -> list[dict[str, Any]]:
-    """As `clip_rows`, for pairs: the clip that won has the other's id as `rejected_id`. Ties say nothing."""
+    """
+    As `clip_rows`, for pairs: the clip that won has the other's id as `rejected_id`.
+
+    Neither has one after a tie, or where there is no majority. Clips that are in no pair keep the manifest's.
+    """
     answers = answers_to(study.labels, PREFERENCE, annotators)
     loser: dict[str, str] = {}
     for item_id, given in answers.items():
@@ -220,12 +230,11 @@ def pair_rows(
         if winner in ("first", "second"):
             won, lost = (first, second) if winner == "first" else (second, first)
             loser[won.id] = lost.id
-    judged = {clip.id for item_id in answers for clip in study.items[item_id].clips}
+    asked = {clip.id for item in study.items.values() for clip in item.clips}
     result = []
     for row in rows:
         record = _record(row, folder)
-        if row.id in judged:
-            # What people said replaces what the manifest had.
+        if row.id in asked:
             record.pop("rejected_id", None)
         if row.id in loser:
             record["rejected_id"] = loser[row.id]

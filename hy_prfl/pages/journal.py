@@ -60,6 +60,11 @@ class Journal:
             raise
         self.events.append(event)
 
+    def clear(self) -> None:
+        """Remove all events. For a journal in which nobody has judged anything yet."""
+        os.ftruncate(self._descriptor, 0)
+        self.events = []
+
     def close(self) -> None:
         """Close the file and let others open it."""
         os.close(self._descriptor)
@@ -87,7 +92,7 @@ class Journal:
         for number, line in enumerate(complete.splitlines(), 1):
             try:
                 event = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{self.path}, line {number}: not valid JSON: {error}.") from error
             if not isinstance(event, dict) or "type" not in event:
                 raise ValueError(f"{self.path}, line {number}: expected an object with `type`, got {line[:80]!r}.")

@@ -1,15 +1,18 @@
 """Labels from and for Label Studio: its JSON export has one task for each clip or pair, with the annotations in it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from datetime import timezone
 from pathlib import Path
 from typing import Any
 
 from ..data.records import parse_json, read_utf8
-from .study import CLIP_CHOICES, Item, Study
+from .study import CLIP_CHOICES, PAIR_ANSWERS, Item, Study, parse_time
 
 
 # `from_name` of a clip's question is the task; that of a pair is this one.
 PAIR_SIDES = {"left": "first", "right": "second"}
+# Longest e-mail address.
+MAX_PERSON = 254
 
 
 def export_tasks(study: Study) -> list[dict[str, Any]]:
@@ -36,8 +39,8 @@ def import_tasks(study: Study, path: str | Path) -> tuple[int, int]:
         `tuple[int, int]`: labels that were added, and those that were there already (same person, same item).
 
     Raises:
-        ValueError: If the file is no such export, a task is none of the study, or an answer is none of its choices;
-            names file, task and annotation.
+        ValueError: If the file is no such export, a task is none of the study, or an annotation has no person, no time
+            or an answer that is none of the choices; names file, task and annotation. Nothing is taken then.
     """
     tasks = parse_json(read_utf8(Path(path)), str(path))
     if not isinstance(tasks, list):
@@ -50,12 +53,18 @@ def import_tasks(study: Study, path: str | Path) -> tuple[int, int]:
         item_id = str(task["data"].get("id"))
         if item_id not in study.items:
             raise ValueError(f"{where}: `data.id` {item_id!r} is no clip or pair of the input.")
-        for index, annotation in enumerate(task.get("annotations", []), 1):
+        annotations = task.get("annotations", [])
+        if not isinstance(annotations, list):
+            raise ValueError(f"{where}: `annotations` must be a list, got {annotations!r}.")
+        for index, annotation in enumerate(annotations, 1):
+            place = f"{where}, annotation {index}"
+            if not isinstance(annotation, dict):
+                raise ValueError(f"{place}: expected an object, got {annotation!r}.")
             # Cancelled is Label Studio's word for skipped.
             if not annotation.get("was_cancelled"):
-                answers = _answers(study, annotation, f"{where}, annotation {index}")
-                person = _person(annotation.get("completed_by"))
-                found.append((person, item_id, answers, annotation.get("created_at")))
+                answers = _answers(study, annotation, place)
+                person = _person(annotation.get("completed_by"), place)
+                found.append((person, item_id, answers, _time(annotation.get("created_at"), place)))
     added = sum(study.import_label(person, item_id, answers, time=when) for person, item_id, answers, when in found)
     return added, len(found) - added
 
@@ -82,26 +91,50 @@ def _annotation(study: Study, label: Mapping[str, Any]) -> dict[str, Any]:
     return {"completed_by": person, "created_at": label["time"], "was_cancelled": False, "result": results}
 
 
-def _person(completed_by: Any) -> str:
+def _person(completed_by: Any, where: str) -> str:
+    """E-mail, name or number of a person."""
+    found = completed_by
     if isinstance(completed_by, dict):
-        return str(completed_by.get("email") or completed_by.get("username") or completed_by.get("id"))
-    return str(completed_by)
+        found = completed_by.get("email") or completed_by.get("username") or completed_by.get("id")
+    is_name = isinstance(found, (str, int)) and not isinstance(found, bool)
+    name = str(found).strip() if is_name else ""
+    # What is printable has no lone surrogates, which cannot be written.
+    if not 0 < len(name) <= MAX_PERSON or not name.isprintable():
+        raise ValueError(f"{where}: `completed_by` must say who it is from, got {completed_by!r}.")
+    return name
+
+
+def _time(created_at: Any, where: str) -> str | None:
+    """`created_at` as the journal has times; None if there is none."""
+    if created_at is None:
+        return None
+    try:
+        return parse_time(created_at).astimezone(timezone.utc).isoformat(timespec="milliseconds")
+    except (AttributeError, TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{where}: `created_at` must be a time of ISO 8601, got {created_at!r}.") from error
 
 
 def _answers(study: Study, annotation: Mapping[str, Any], where: str) -> dict[str, str]:
     answers: dict[str, str] = {}
-    results: Sequence[Mapping[str, Any]] = annotation.get("result", [])
+    choices = CLIP_CHOICES if study.kind == "clips" else PAIR_ANSWERS
+    results = annotation.get("result", [])
+    if not isinstance(results, list):
+        raise ValueError(f"{where}: `result` must be a list, got {results!r}.")
     for result in results:
-        value = result.get("value", {})
+        value = result.get("value", {}) if isinstance(result, dict) else None
+        if not isinstance(value, dict) or not isinstance(value.get("choices", []), list):
+            raise ValueError(f"{where}: expected a `value` with `choices` or `selected`, got {result!r}.")
         answer: Any = value.get("selected") or next(iter(value.get("choices", [])), None)
-        answer = PAIR_SIDES.get(answer, answer) if study.kind == "pairs" else answer
-        choices = CLIP_CHOICES if study.kind == "clips" else (*PAIR_SIDES.values(), "tie")
+        if study.kind == "pairs" and isinstance(answer, str):
+            answer = PAIR_SIDES.get(answer, answer)
         # One question needs no name: projects call their tags as they like.
         question = study.questions[0] if len(study.questions) == 1 else result.get("from_name")
         if question not in study.questions:
             raise ValueError(f"{where}: `from_name` {question!r} is none of {', '.join(study.questions)}.")
         if answer not in choices:
             raise ValueError(f"{where}: `{question}` is {answer!r}, expected one of {', '.join(choices)}.")
+        if answers.get(question, answer) != answer:
+            raise ValueError(f"{where}: `{question}` is both {answers[question]!r} and {answer!r}.")
         answers[question] = answer
     absent = [question for question in study.questions if question not in answers]
     if absent:

@@ -15,7 +15,7 @@ from sklearn.calibration import calibration_curve
 from sklearn.metrics import brier_score_loss
 
 from ..data.manifest import read_manifest
-from ..data.records import read_records
+from ..data.records import parse_json, read_records, read_utf8
 from ..flow_matching import NUM_TRAIN_TIMESTEPS
 from ..formats.checkpoints import VALIDATION_FOLDER
 from ..runtime.atomic_writes import write_text
@@ -104,9 +104,12 @@ def write_run_page(
         raise FileNotFoundError(f"'{run_dir}' is not the folder of a run: there is no {METRICS_FILE} in it.")
     lines = [json.loads(line) for _, line in read_metric_lines(run_dir / METRICS_FILE)]
     records = read_run_records(run_dir / RUN_FILE)
+    for index, record in enumerate(records, 1):
+        if not isinstance(record, dict):
+            raise ValueError(f"{run_dir / RUN_FILE}: record {index}: expected an object, got {record!r}.")
     config: dict[str, Any] = {}
     if (run_dir / CONFIG_FILE).is_file():
-        config = yaml.safe_load((run_dir / CONFIG_FILE).read_text(encoding="utf-8")) or {}
+        config = read_run_config(run_dir / CONFIG_FILE)
     budget = max_megabytes * 1e6
     page = RunPage(
         note=state_of_run(lines, records, config),
@@ -130,6 +133,25 @@ def write_run_page(
     output.parent.mkdir(parents=True, exist_ok=True)
     write_text(output, render("run.html.j2", title=title or run_dir.resolve().name, run=page))
     return output
+
+
+def read_run_config(path: Path) -> dict[str, Any]:
+    """
+    A run's options.
+
+    Raises:
+        ValueError: If the file is broken, or holds no options; names file and line.
+    """
+    try:
+        config = yaml.safe_load(path.read_bytes())
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        # Those of the parser are of several lines.
+        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}.") from error
+    if config is None:
+        return {}
+    if not isinstance(config, dict) or not all(isinstance(name, str) for name in config):
+        raise ValueError(f"{path}: expected options by name, got {str(config)[:80]!r}.")
+    return config
 
 
 def state_of_run(
@@ -240,7 +262,7 @@ def pairs_to_show(
     Id, caption and the two videos of what both folders have, and what is left of the budget in bytes.
 
     Raises:
-        ValueError: If the folders have no video in common.
+        ValueError: If the folders have no video in common, or a video has another caption in the other one.
     """
     theirs = {row.id: row for row in read_manifest(after / "manifest.json")}
     shown = []
@@ -249,6 +271,13 @@ def pairs_to_show(
         raise ValueError(
             f"'{before}' and '{after}' have no video in common; make both from the same prompts and seeds."
         )
+    for row in common:
+        other = theirs[row.id]
+        if row.prompt != other.prompt:
+            raise ValueError(
+                f"{other.where}: the caption of {row.id!r} is {other.prompt!r}, but {row.prompt!r} in {row.where}; make "
+                "both from the same prompts and seeds."
+            )
     for row in common[:num_samples]:
         videos = {"before": row.video, "after": theirs[row.id].video}
         paths = {name: path for name, path in videos.items() if path is not None}
@@ -286,7 +315,9 @@ def cost_rows(
     """Rows of what was planned and what was measured, and a note."""
     planned: dict[str, Any] = {}
     if plan is not None:
-        planned = json.loads(Path(plan).read_text(encoding="utf-8"))
+        planned = parse_json(read_utf8(Path(plan)), str(plan))
+        if not isinstance(planned, dict):
+            raise ValueError(f"{plan}: not a plan: expected a JSON object, got {type(planned).__name__}.")
         absent = {"peak", "hours", "seconds_per_step"} - set(planned)
         if absent:
             raise ValueError(f"{plan}: not a plan, these keys are missing: {', '.join(sorted(absent))}.")
@@ -317,10 +348,24 @@ def measured_time(records: Sequence[Mapping[str, Any]]) -> tuple[float | None, i
 
 
 def describe_comparison(path: str | Path) -> dict[str, Any]:
-    """A result of `compare`, ready for the page."""
-    result = json.loads(Path(path).read_text(encoding="utf-8"))
+    """
+    A result of `compare`, ready for the page.
+
+    Raises:
+        ValueError: If the file is no such result.
+    """
+    result = parse_json(read_utf8(Path(path)), str(path))
     if not isinstance(result, dict) or "questions" not in result:
         raise ValueError(f"{path}: not a result of `hy-prfl compare`: there is no `questions`.")
+    try:
+        return _described(result)
+    except KeyError as error:
+        raise ValueError(f"{path}: not a result of `hy-prfl compare`: there is no `{error.args[0]}`.") from error
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not a result of `hy-prfl compare`: {error}.") from error
+
+
+def _described(result: Mapping[str, Any]) -> dict[str, Any]:
     names = {"left": result["left"], "tie": "tie", "right": result["right"]}
     questions = []
     for name, question in result["questions"].items():
@@ -349,8 +394,11 @@ def describe_comparison(path: str | Path) -> dict[str, Any]:
         )
     note = (
         f"{result['left']} (left in the bar) against {result['right']} (right), blind: {result['num_annotators']} people, "
-        f"{result['num_prompts']} prompts."
+        f"{result['num_prompts']} prompts"
     )
+    if result.get("num_videos", result["num_prompts"]) != result["num_prompts"]:
+        note += f" of {result['num_videos']} pairs of videos"
+    note += "."
     return {"note": note, "questions": questions}
 
 

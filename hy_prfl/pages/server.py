@@ -6,6 +6,7 @@ import json
 import logging
 import mimetypes
 import socket
+import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -26,13 +27,12 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from ..data.container import open_video
 from ..data.pixels import VideoError
 from .rendering import TEMPLATES, render
-from .study import ConflictError, Item, Study, StudyError
+from .study import ConflictError, Item, Study, StudyError, is_text
 
 
 logger = logging.getLogger(__name__)
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
-COOKIE = "hy_prfl_token"
 MAX_BODY, MAX_NAME = 1 << 16, 64
 # Seconds between two writes of the result while people work. Labels are in the journal long before.
 SAVE_SECONDS = 10.0
@@ -49,6 +49,7 @@ HEADERS = {
 }
 
 Handler = Callable[[dict[str, Any], str, str], dict[str, Any]]
+Save = Callable[[Study], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,23 +101,26 @@ def serve(app: Starlette, listener: socket.socket) -> None:
     uvicorn.Server(config).run(sockets=[listener])
 
 
-def build_app(study: Study, settings: PageSettings, save: Callable[[], None]) -> Starlette:
+def build_app(study: Study, settings: PageSettings, save: Save) -> Starlette:
     """
     The application.
 
     Args:
         save (`Callable`):
-            Writes the result from the study. It is called now and then, and at the end. If it fails while people work,
-            the page says so; their labels are in the journal.
+            Writes the result from a snapshot of the study, one call at a time. It is called in another thread now and
+            then, and at the end. If it fails while people work, the page says so; their labels are in the journal.
     """
     return _App(study, settings, save).build()
 
 
 class _App:
-    def __init__(self, study: Study, settings: PageSettings, save: Callable[[], None]) -> None:
+    def __init__(self, study: Study, settings: PageSettings, save: Save) -> None:
         self.study = study
         self.settings = settings
         self.save = save
+        # Cookies do not tell ports apart, so each study has one of its own.
+        self.cookie = f"hy_prfl_{study.public_id('cookie')}"
+        self.saving = threading.Lock()
         self.saved_at = time.monotonic()
         self.save_error: str | None = None
         self.rates: dict[Path, float | None] = {}
@@ -125,7 +129,7 @@ class _App:
         @asynccontextmanager
         async def lifespan(app: Starlette) -> Any:
             yield
-            self.save()
+            self.write(self.study.snapshot())
 
         routes = [
             Route("/", self.page),
@@ -138,7 +142,7 @@ class _App:
         ]
         app = Starlette(routes=routes, lifespan=lifespan)
         app.router.redirect_slashes = False
-        app.add_middleware(_Guard, settings=self.settings)
+        app.add_middleware(_Guard, settings=self.settings, cookie=self.cookie)
         return app
 
     async def page(self, request: Request) -> Response:
@@ -146,7 +150,7 @@ class _App:
             # The guard has checked it; out of the address bar and the history with it.
             response = RedirectResponse("/", status_code=303)
             token = request.query_params["token"]
-            response.set_cookie(COOKIE, token, httponly=True, samesite="strict", max_age=30 * 24 * 3600)
+            response.set_cookie(self.cookie, token, httponly=True, samesite="strict", max_age=30 * 24 * 3600)
             return response
         settings = {
             "kind": self.study.kind,
@@ -184,12 +188,15 @@ class _App:
                     return _error(413, "the request is too long.")
             try:
                 values = json.loads(body)
+            except (ValueError, RecursionError) as error:
+                return _error(400, f"not valid JSON: {error}")
+            try:
                 annotator, window = self.names(values)
                 result = handler(values, annotator, window)
             except ConflictError as error:
                 # The page goes on from what is true now.
                 return JSONResponse({"error": str(error), **self.state(annotator, window)}, status_code=409)
-            except (StudyError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            except StudyError as error:
                 return _error(400, str(error))
             except OSError as error:
                 logger.error("%s: not written: %s", self.study.journal.path, error)
@@ -215,11 +222,11 @@ class _App:
 
     def label(self, values: dict[str, Any], annotator: str, window: str) -> dict[str, Any]:
         answers, seconds = values.get("answers"), values.get("seconds")
-        if not isinstance(answers, dict):
-            raise StudyError(f"`answers` must be an object, got {answers!r}.")
+        if not isinstance(answers, dict) or not all(isinstance(answer, str) for answer in answers.values()):
+            raise StudyError("`answers` must be an object with a text for each question.")
         is_number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
         if seconds is not None and not (is_number and 0 <= seconds < 1e6):
-            raise StudyError(f"`seconds` must be a number from 0 to 10^6, got {seconds!r}.")
+            raise StudyError("`seconds` must be a number from 0 to 10^6.")
         self.study.label(annotator, _text(values, "item"), answers, key=_text(values, "key"), seconds=seconds)
         return self.state(annotator, window)
 
@@ -261,23 +268,29 @@ class _App:
         return self.rates[path]
 
     async def save_now_and_then(self) -> None:
-        if time.monotonic() - self.saved_at < SAVE_SECONDS:
+        if time.monotonic() - self.saved_at < SAVE_SECONDS or self.saving.locked():
             return
         self.saved_at = time.monotonic()
         try:
-            await run_in_threadpool(self.save)
+            # The snapshot is taken in the only thread that changes the study.
+            await run_in_threadpool(self.write, self.study.snapshot())
             self.save_error = None
         except OSError as error:
             logger.error("the result was not written: %s", error)
             self.save_error = f"the result was not written ({error.strerror}); labels are safe in the journal."
 
+    def write(self, snapshot: Study) -> None:
+        with self.saving:
+            self.save(snapshot)
+
 
 class _Guard:
     """Turns away whoever calls the server by a wrong name, comes from a page of another site, or lacks the token."""
 
-    def __init__(self, app: ASGIApp, settings: PageSettings) -> None:
+    def __init__(self, app: ASGIApp, settings: PageSettings, cookie: str) -> None:
         self.app = app
         self.settings = settings
+        self.cookie = cookie
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -310,7 +323,7 @@ class _Guard:
         return None
 
     def _has_token(self, request: Request) -> bool:
-        given = [request.cookies.get(COOKIE), request.headers.get("authorization", "").removeprefix("Bearer ")]
+        given = [request.cookies.get(self.cookie), request.headers.get("authorization", "").removeprefix("Bearer ")]
         if request.url.path == "/":
             given.append(request.query_params.get("token"))
         expected = str(self.settings.token).encode()
@@ -326,8 +339,8 @@ def _host_name(url: str) -> str | None:
 
 def _text(values: Mapping[str, Any], name: str) -> str:
     value = values.get(name)
-    if not isinstance(value, str) or not 0 < len(value) <= MAX_NAME:
-        raise StudyError(f"`{name}` must be a text of 1 to {MAX_NAME} characters, got {value!r}.")
+    if not isinstance(value, str) or not 0 < len(value) <= MAX_NAME or not is_text(value):
+        raise StudyError(f"`{name}` must be a text of 1 to {MAX_NAME} characters.")
     return value
 
 

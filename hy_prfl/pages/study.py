@@ -1,7 +1,11 @@
 """What is to be judged, by whom, and what has been said so far. The journal is the only state that outlives a process."""
 
+import copy
 import hashlib
 import hmac
+import json
+import logging
+import os
 import secrets
 import statistics
 import time
@@ -13,8 +17,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
+from ..data.hashes import hash_file, hash_text
 from .journal import FORMAT, Journal
 
+
+logger = logging.getLogger(__name__)
 
 Kind = Literal["clips", "pairs"]
 
@@ -53,11 +60,13 @@ class Item:
         id (`str`): Unique in the study.
         clips (`tuple[Clip, ...]`): One, or two for a pair.
         gold (`Mapping[str, str]`): Answers that are known to be right, by question. Empty if none are.
+        prompt (`str`, *optional*): What its clips were made from. Items of one prompt are not independent.
     """
 
     id: str
     clips: tuple[Clip, ...]
     gold: Mapping[str, str] = field(default_factory=dict)
+    prompt: str | None = None
 
 
 @dataclass
@@ -89,9 +98,13 @@ class Study:
             People who judge each item; None is everybody.
         gold_share (`float`, defaults to 0):
             Share of the items shown that are gold, as long as there are any that the person has not seen.
+        inputs (`Mapping[str, str]`, *optional*):
+            Files or folders that the items are from, by the name of the option. They are kept in the journal's head, for
+            messages. A journal in which nobody has judged anything yet gets a new head if they differ.
 
     Raises:
-        ValueError: If the journal is of another study: another kind, other questions, or items that are not there.
+        ValueError: If a line of the journal is broken, or it is of another study: another kind, other questions, items
+            that are not there, or judgements of other videos or captions under the same ids.
     """
 
     def __init__(
@@ -103,6 +116,7 @@ class Study:
         questions: Sequence[str],
         labels_per_item: int | None,
         gold_share: float = 0.0,
+        inputs: Mapping[str, str] | None = None,
     ) -> None:
         self.journal = journal
         self.kind: Kind = kind
@@ -110,23 +124,26 @@ class Study:
         self.labels_per_item = labels_per_item
         self.gold_share = gold_share
         self.items = {item.id: item for item in items}
+        self.inputs = inputs = dict(inputs or {})
+        if journal.events:
+            self._check_head(journal.events[0])
+        if len(journal.events) == 1 and journal.events[0].get("inputs", {}) != inputs:
+            journal.clear()
         if not journal.events:
-            head = {"type": "study", "format": FORMAT, "kind": kind, "questions": self.questions}
+            head = {"type": "study", "format": FORMAT, "kind": kind, "questions": self.questions, "inputs": inputs}
             journal.append({**head, "secret": secrets.token_hex(16), "time": _now()})
-        self._check_head(journal.events[0])
         self._secret = bytes.fromhex(journal.events[0]["secret"])
         # By annotator and item: the label or skip that counts.
         self.given: dict[tuple[str, str], dict[str, Any]] = {}
         self._history: dict[str, list[str]] = defaultdict(list)
         self._num_labels: Counter[str] = Counter()
         self._leases: dict[tuple[str, str], Lease] = {}
+        # By item: sizes and times of its files when they were hashed, and the digest.
+        self._contents: dict[str, tuple[list[tuple[int, int]], str]] = {}
         for number, event in enumerate(journal.events[1:], 2):
-            if event.get("item") not in self.items:
-                raise ValueError(
-                    f"{journal.path}, line {number}: there is no clip or pair {event.get('item')!r} in the input. "
-                    "The journal is of another study; choose another `output`."
-                )
+            self._check_event(event, f"{journal.path}, line {number}")
             self._apply(event)
+        self._check_contents()
         self._public = {self.public_id(item.id): item.id for item in items}
         self._media = {self.media_id(clip): clip for item in items for clip in item.clips}
 
@@ -139,6 +156,27 @@ class Study:
     def labels(self) -> list[dict[str, Any]]:
         """The labels that count, oldest first: `item`, `annotator`, `answers`, `seconds`, `time`."""
         return [event for event in self.given.values() if event["type"] == "label"]
+
+    def snapshot(self) -> "Study":
+        """A copy that stays as things are now, to count and write in another thread. It takes no answers."""
+        frozen = copy.copy(self)
+        frozen.given = dict(self.given)
+        return frozen
+
+    def content(self, item_id: str) -> str:
+        """
+        Digest of what is judged: the videos' contents and the caption. It is kept with each judgement.
+
+        Raises:
+            OSError: If a video cannot be read.
+        """
+        clips = self.items[item_id].clips
+        state = [(stat.st_size, stat.st_mtime_ns) for stat in (os.stat(clip.video) for clip in clips)]
+        known = self._contents.get(item_id)
+        if known is None or known[0] != state:
+            digest = hash_text(json.dumps([[hash_file(clip.video), clip.caption] for clip in clips]))
+            known = self._contents[item_id] = (state, digest)
+        return known[1]
 
     def public_id(self, item_id: str) -> str:
         """Name of an item that a browser may see: it tells nothing about the model."""
@@ -202,7 +240,7 @@ class Study:
             seconds (`float`, *optional*): How long the item was looked at.
 
         Raises:
-            StudyError: If there is no such item, or an answer is missing or unknown.
+            StudyError: If there is no such item, its video cannot be read, or an answer is missing or unknown.
             ConflictError: If this person has judged the item already.
             OSError: If the disk did not take it; nothing has changed then.
         """
@@ -213,13 +251,14 @@ class Study:
             if answer not in self.choices:
                 raise StudyError(f"`{question}` must be one of {', '.join(self.choices)}, got {answer!r}.")
         meant = {question: self._meaning(annotator, item_id, answers[question]) for question in self.questions}
-        event = {"type": "label", "item": item_id, "annotator": annotator, "answers": meant}
-        self._record({**event, "seconds": seconds, "key": key, "time": _now()})
+        event = {"type": "label", "item": item_id, "annotator": annotator, "answers": meant, "seconds": seconds}
+        self._record(event | {"content": self._content_now(item_id), "key": key, "time": _now()})
 
     def skip(self, annotator: str, public_id: str, *, key: str) -> None:
         """Note that this person does not want to judge an item; it goes to others. Raises as `label`."""
         item_id = self._item_id(public_id)
-        self._record({"type": "skip", "item": item_id, "annotator": annotator, "key": key, "time": _now()})
+        event = {"type": "skip", "item": item_id, "annotator": annotator, "content": self._content_now(item_id)}
+        self._record(event | {"key": key, "time": _now()})
 
     def undo(self, annotator: str, window: str, public_id: str, *, key: str) -> None:
         """
@@ -259,7 +298,7 @@ class Study:
         regular = [item.id for item in self.items.values() if not item.gold]
         left = sum((annotator, item_id) not in self.given and not self._is_full(item_id) for item_id in regular)
         wanted = self.labels_per_item or 1
-        times = [datetime.fromisoformat(event["time"]).timestamp() for event in mine if event["type"] == "label"]
+        times = [parse_time(event["time"]).timestamp() for event in mine if event["type"] == "label"]
         gaps = [late - early for early, late in pairwise(times[-51:])]
         gaps = [gap for gap in gaps if 0 <= gap < BREAK_SECONDS]
         seconds = statistics.median(gaps) if len(gaps) >= 3 else None
@@ -278,7 +317,8 @@ class Study:
         if (annotator, item_id) in self.given:
             return False
         event: dict[str, Any] = {"type": "label", "item": item_id, "annotator": annotator, "answers": dict(answers)}
-        event |= {"seconds": None, "key": f"import-{secrets.token_hex(8)}", "time": time or _now()}
+        event |= {"seconds": None, "content": self.content(item_id)}
+        event |= {"key": f"import-{secrets.token_hex(8)}", "time": time or _now()}
         self.journal.append(event)
         self._apply(event)
         return True
@@ -288,10 +328,80 @@ class Study:
             raise ValueError(f"{self.journal.path}, line 1: this is no journal of labels.")
         expected: dict[str, Any] = {"kind": self.kind, "questions": self.questions}
         for name, value in expected.items():
-            if head[name] != value:
+            if head.get(name) != value:
                 raise ValueError(
-                    f"{self.journal.path}: its `{name}` is {head[name]!r}, not {value!r}. Choose another `output`."
+                    f"{self.journal.path}: its `{name}` is {head.get(name)!r}, not {value!r}. Choose another `output`."
                 )
+        try:
+            bytes.fromhex(head["secret"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{self.journal.path}, line 1: `secret` is missing or broken.") from error
+        if not isinstance(head.get("inputs", {}), dict):
+            raise ValueError(f"{self.journal.path}, line 1: `inputs` must be an object, got {head['inputs']!r}.")
+
+    def _check_event(self, event: Mapping[str, Any], where: str) -> None:
+        """Raise a `ValueError` unless this line can follow the earlier ones."""
+        if event["type"] not in ("label", "skip", "undo"):
+            raise ValueError(f"{where}: `type` must be label, skip or undo, got {event['type']!r}.")
+        for name in ("item", "annotator", "key", "time"):
+            if not isinstance(event.get(name), str) or not is_text(event[name]):
+                raise ValueError(f"{where}: `{name}` must be text, got {event.get(name)!r}.")
+        if event["item"] not in self.items:
+            raise ValueError(
+                f"{where}: there is no clip or pair {event['item']!r} in the input. {self._describe_change()}"
+            )
+        try:
+            parse_time(event["time"])
+        except ValueError as error:
+            raise ValueError(f"{where}: `time` {event['time']!r} is no time of ISO 8601.") from error
+        was_given = (event["annotator"], event["item"]) in self.given
+        if was_given != (event["type"] == "undo"):
+            problem = "has judged this already" if was_given else "has no judgement of this to take back"
+            raise ValueError(f"{where}: {event['annotator']!r} {problem}.")
+        if event["type"] == "label":
+            answers, seconds = event.get("answers"), event.get("seconds")
+            choices = CLIP_CHOICES if self.kind == "clips" else PAIR_ANSWERS
+            if (
+                not isinstance(answers, dict)
+                or set(answers) != set(self.questions)
+                or any(answer not in choices for answer in answers.values())
+            ):
+                raise ValueError(
+                    f"{where}: `answers` must have one of {', '.join(choices)} for each of {', '.join(self.questions)}, "
+                    f"got {answers!r}."
+                )
+            if seconds is not None and (isinstance(seconds, bool) or not isinstance(seconds, (int, float))):
+                raise ValueError(f"{where}: `seconds` must be a number, got {seconds!r}.")
+
+    def _check_contents(self) -> None:
+        """Raise a `ValueError` if a judgement is of another video, or under another caption, than the input has now."""
+        unknown = 0
+        for event in self.given.values():
+            if event.get("content") is None:
+                unknown += 1
+            elif event["content"] != self.content(event["item"]):
+                raise ValueError(
+                    f"{self.journal.path}: {event['item']!r} was judged with another video or caption. "
+                    f"{self._describe_change()}"
+                )
+        if unknown:
+            logger.warning(
+                f"{self.journal.path}: {unknown} judgements are of an older version and do not say of which videos; they "
+                "count for the videos of the input."
+            )
+
+    def _describe_change(self) -> str:
+        known = self.journal.events[0].get("inputs", {})
+        return (
+            f"The journal is of {_listed(known)}; the input, {_listed(self.inputs)}, is another study or has changed "
+            "since. Choose another `output`."
+        )
+
+    def _content_now(self, item_id: str) -> str:
+        try:
+            return self.content(item_id)
+        except OSError as error:
+            raise StudyError(f"a video of this clip or pair cannot be read: {error.strerror}.") from error
 
     def _record(self, event: dict[str, Any]) -> None:
         found = self.given.get((event["annotator"], event["item"]))
@@ -366,6 +476,27 @@ class Study:
     def _draw(self, *words: str) -> float:
         """A number in [0, 1) that depends on nothing but the study and these words."""
         return int(self._digest(*words)[:13], 16) / 16**13
+
+
+def is_text(text: str) -> bool:
+    """Whether it can be written as UTF-8, which halves of surrogate pairs, as JSON may have them, cannot."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def parse_time(text: str) -> datetime:
+    """
+    A time of ISO 8601; one without a zone is UTC.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    # Python 3.10 does not know Z.
+    time = datetime.fromisoformat(f"{text[:-1]}+00:00" if text.endswith("Z") else text)
+    return time.replace(tzinfo=timezone.utc) if time.tzinfo is None else time
+
+
+def _listed(inputs: Mapping[str, str]) -> str:
+    return " and ".join(f"`{name}` '{path}'" for name, path in inputs.items()) or "an unnamed input"
 
 
 def _now() -> str:

@@ -13,6 +13,7 @@ from ..configs.annotate import AnnotateConfig
 from ..configs.inputs import check_files
 from ..configs.outputs import check_output_files
 from ..configs.parser import parse_config
+from ..configs.serving import check_overwrites
 from .running import run
 
 
@@ -39,6 +40,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse_config(AnnotateConfig, argv, description=__doc__)
     check_files(config, "manifest", "gold", "instructions", "import_label_studio")
     check_output_files(config, "output", "export_label_studio")
+    journal_path, summary_path = Path(f"{config.output}.journal.jsonl"), Path(f"{config.output}.summary.json")
+    inputs = {
+        f"`{name}`": getattr(config, name) for name in ("manifest", "gold", "instructions", "import_label_studio")
+    }
+    inputs |= {f"table {number} of `scores`": path for number, path in enumerate(config.scores or [], 1)}
+    outputs = {f"`{name}`": getattr(config, name) for name in ("output", "export_label_studio")}
+    check_overwrites(
+        inputs,
+        outputs | {"the journal of `output`": str(journal_path), "the summary of `output`": str(summary_path)},
+    )
 
     # Only now, so that nobody waits for libraries to hear of a misspelt option.
     from ..data.manifest import read_manifest
@@ -73,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     output = Path(config.output)
     output.parent.mkdir(parents=True, exist_ok=True)
 
-    with Journal(Path(f"{output}.journal.jsonl")) as journal:
+    with Journal(journal_path) as journal:
         study = Study(
             journal,
             items,
@@ -81,20 +92,21 @@ def main(argv: Sequence[str] | None = None) -> None:
             questions=questions,
             labels_per_item=config.labels_per_clip,
             gold_share=config.gold_share if gold else 0.0,
+            inputs={"manifest": str(Path(config.manifest).resolve())},
         )
         if config.import_label_studio is not None:
             added, known = import_tasks(study, config.import_label_studio)
             print(f"{added} annotations added, {known} were there: {config.import_label_studio}")
 
-        def save() -> None:
-            people = trusted_annotators(study, config.min_gold_accuracy)
+        def save(now: Study) -> None:
+            people = trusted_annotators(now, config.min_gold_accuracy)
             rule, min_votes = config.vote, config.min_votes
             to_rows = pair_rows if is_pairs else clip_rows
-            write_json(output, to_rows(study, rows, output.parent, rule=rule, min_votes=min_votes, annotators=people))
-            summary = summarize(study, rule=rule, min_votes=min_votes, annotators=people)
-            write_json(Path(f"{output}.summary.json"), summary)
+            write_json(output, to_rows(now, rows, output.parent, rule=rule, min_votes=min_votes, annotators=people))
+            summary = summarize(now, rule=rule, min_votes=min_votes, annotators=people)
+            write_json(summary_path, summary)
             if config.export_label_studio is not None:
-                write_json(Path(config.export_label_studio), export_tasks(study))
+                write_json(Path(config.export_label_studio), export_tasks(now))
 
         default = PAIR_INSTRUCTIONS if is_pairs else INSTRUCTIONS
         texts = {PREFERENCE: PAIR_QUESTION} | QUESTIONS

@@ -15,6 +15,7 @@ from ..configs.compare import CompareConfig
 from ..configs.inputs import check_files, check_paths
 from ..configs.outputs import check_output_files
 from ..configs.parser import parse_config
+from ..configs.serving import check_overwrites
 from .running import run
 
 
@@ -32,6 +33,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_files(config, "instructions")
     check_paths(config, "left", "right")
     check_output_files(config, "output")
+    journal_path = Path(f"{config.output}.journal.jsonl")
+    # The name that `generate` gives it; its module is too heavy to be asked here.
+    inputs = {f"the manifest of `{name}`": f"{getattr(config, name)}/manifest.json" for name in ("left", "right")}
+    check_overwrites(
+        inputs | {"`instructions`": config.instructions},
+        {"`output`": config.output, "the journal of `output`": str(journal_path)},
+    )
 
     # Only now, so that nobody waits for libraries to hear of a misspelt option.
     from ..pages.annotation import order_items, write_json
@@ -46,11 +54,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     items = order_items(read_pairs(config.left, config.right), "random", seed=config.seed)
     output = Path(str(config.output))
     output.parent.mkdir(parents=True, exist_ok=True)
-    with Journal(Path(f"{output}.journal.jsonl")) as journal:
-        study = Study(journal, items, kind="pairs", questions=config.criteria, labels_per_item=config.labels_per_pair)
+    with Journal(journal_path) as journal:
+        study = Study(
+            journal,
+            items,
+            kind="pairs",
+            questions=config.criteria,
+            labels_per_item=config.labels_per_pair,
+            inputs={name: str(Path(getattr(config, name)).resolve()) for name in ("left", "right")},
+        )
 
-        def save() -> None:
-            write_json(output, compare(study, config.left, config.right))
+        def save(now: Study) -> None:
+            write_json(output, compare(now, config.left, config.right))
 
         asked = {name: QUESTIONS.get(name, "Which clip is better in this?") for name in config.criteria}
         serve_study(study, config, save, title="Compare clips", default=PAIR_INSTRUCTIONS, asked=asked)

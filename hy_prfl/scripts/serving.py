@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def serve_study(
     study: "Study",
     config: ServingConfig,
-    save: Callable[[], None],
+    save: Callable[["Study"], None],
     *,
     title: str,
     default: str,
@@ -25,7 +25,7 @@ def serve_study(
     Print the address of a study's page, serve it until the process is interrupted, and write the result.
 
     Args:
-        save (`Callable`): Writes the result.
+        save (`Callable`): Writes the result from the study, or a snapshot of it.
         title, default (`str`): Headline and instructions, if the options give none.
         asked (`Mapping[str, str]`): What is asked, by the name of the question.
 
@@ -34,7 +34,7 @@ def serve_study(
     """
     from ..pages.server import LOOPBACK, PageSettings, build_app, is_loopback, listen, serve
 
-    save()
+    save(study)
     if not config.serve:
         return
     token = config.token
@@ -60,4 +60,4 @@ def serve_study(
     except KeyboardInterrupt:
         # That is how it is stopped.
         print()
-    save()
+    save(study)

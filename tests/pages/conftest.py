@@ -68,7 +68,7 @@ def open_client(open_study: Callable[..., Study]) -> Callable[..., TestClient]:
             questions=dict.fromkeys(study.questions, "Good?"),
             **(settings or {}),
         )
-        client = TestClient(build_app(study, page, save or (lambda: None)), base_url="http://127.0.0.1:8765")
+        client = TestClient(build_app(study, page, save or (lambda now: None)), base_url="http://127.0.0.1:8765")
         client.study = study  # type: ignore[attr-defined]
         return client
 

@@ -1,6 +1,7 @@
 """Counts by hand, intervals by formula and by another bootstrap."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hy_prfl.inference.generation import write_video
 from hy_prfl.pages.comparison import compare, read_pairs
 from hy_prfl.pages.journal import Journal
 from hy_prfl.pages.study import Clip, Item, Study
@@ -29,9 +31,11 @@ def votes_of(study: Study, votes: dict[str, list[str]]) -> None:
 @pytest.fixture
 def study(tmp_path: Path) -> Any:
     items = [
-        Item(id=f"p{index}", clips=tuple(Clip(id=side, video=Path(side), caption=f"{index}") for side in "ab"))
+        Item(id=f"p{index}", clips=tuple(Clip(id=side, video=tmp_path / side, caption=f"{index}") for side in "ab"))
         for index in range(5)
     ]
+    for side in "ab":
+        (tmp_path / side).write_text(side)
     with Journal(tmp_path / "journal.jsonl") as journal:
         yield Study(journal, items, kind="pairs", questions=["preference"], labels_per_item=None)
 
@@ -60,7 +64,9 @@ def test_wins_ties_and_losses(study: Study) -> None:
     low, high = found["score"]["interval"]
     draws = np.random.default_rng(1).choice(means, (20000, 4)).mean(axis=1)
     assert [low, high] == pytest.approx(np.quantile(draws, [0.025, 0.975]), abs=0.09)
-    assert found["per_prompt"][1] == {"id": "p1", "caption": "1", "left": 1, "tie": 1, "right": 1, "majority": None}
+    assert found["per_prompt"][1] == {
+        "id": "p1", "caption": "1", "num_videos": 1, "left": 1, "tie": 1, "right": 1, "majority": None
+    }  # fmt: skip
     assert found["per_annotator"]["person 2"] == {
         "left": 1, "tie": 2, "right": 1, "score": pytest.approx(0.5), "median_seconds": 3
     }  # fmt: skip
@@ -91,6 +97,50 @@ def test_the_protocol_of_the_paper(tmp_path: Path) -> None:
     assert abs(found["agreement"]["fleiss_kappa"]) < 0.03
 
 
+def test_prompts_are_resampled_and_not_videos(tmp_path: Path) -> None:
+    """Ten videos of each of four prompts are four observations, however many videos and votes there are."""
+    clips = tuple(Clip(id=side, video=tmp_path / side, caption="x") for side in "ab")
+    for side in "ab":
+        (tmp_path / side).write_text(side)
+    items = [Item(id=f"{i}_seed_{seed}", clips=clips, prompt=f"{i}") for i in range(4) for seed in range(10)]
+    # Means 1, 1, 0.6 and 0.1 of the right folder: majorities right, right, right, left.
+    rights = {"0": 10, "1": 10, "2": 6, "3": 1}
+    with Journal(tmp_path / "journal.jsonl") as journal:
+        study = Study(journal, items, kind="pairs", questions=["preference"], labels_per_item=None)
+        for item in items:
+            right = int(item.id.rsplit("_", 1)[1]) < rights[item.prompt]
+            votes_of(study, {item.id: ["right" if right else "left"]})
+        result = compare(study, "a", "b")
+    found = result["questions"]["preference"]
+    assert (result["num_prompts"], result["num_videos"]) == (4, 40)
+    assert found["prompts"] == {"left": 1, "tie": 0, "right": 3}
+    # 2 * P(X >= 3) of Binomial(4, 1/2) = 2 * 5 / 16.
+    assert found["p_value"] == pytest.approx(0.625)
+    means = [1.0, 1.0, 0.6, 0.1]
+    assert found["score"]["mean"] == pytest.approx(np.mean(means))
+    draws = np.random.default_rng(1).choice(means, (20000, 4)).mean(axis=1)
+    low, high = found["score"]["interval"]
+    assert high - low == pytest.approx(np.subtract(*np.quantile(draws, [0.975, 0.025])), abs=0.15)
+    assert [row["num_videos"] for row in found["per_prompt"]] == [10] * 4
+
+
+def test_a_prompt_is_caption_and_images(tmp_path: Path) -> None:
+    """As `generate` names and records videos: two seeds of a prompt, the same words with another image, no words."""
+    ids = ["a_seed_1", "a_seed_2", "b_seed_1", "c_seed_1", "d_seed_1", "e_seed_1", "e_seed_2", "a_seed_3"]
+    captions = ["x", "x", "x", "x", "y", "", "", "z"]
+    images = [None, None, None, "c0ffee", None, None, None, None]
+    for side in ("left", "right"):
+        rows = []
+        for video_id, caption, image in zip(ids, captions, images, strict=True):
+            frames = np.zeros((1, 16, 16, 3), np.uint8)
+            record = {"caption": caption, "image": image, "last_image": None}
+            write_video(tmp_path / side / f"{video_id}.mp4", frames, 16, comment=json.dumps(record))
+            rows.append({"id": video_id, "video": f"{video_id}.mp4", "caption": caption})
+        (tmp_path / side / "manifest.json").write_text(json.dumps(rows))
+    prompts = [item.prompt for item in read_pairs(tmp_path / "left", tmp_path / "right")]
+    assert prompts == ["a", "a", "a", "c", "d", "e", "e", "a_seed_3"]
+
+
 def test_nothing_yet(study: Study) -> None:
     found = compare(study, "a", "b")["questions"]["preference"]
     assert found["votes"]["right"] == {"count": 0, "share": None, "interval": None}
@@ -106,7 +156,7 @@ def folders(tmp_path: Path, write_video: Callable[..., Path]) -> list[Path]:
     for side in ("base", "prfl"):
         rows = []
         for index in range(2):
-            write_video(tmp_path / side / f"{index}_seed_7.mp4", seed=index)
+            write_video(tmp_path / side / f"{index}_seed_7.mp4", seed=index + 2 * (side == "prfl"))
             rows.append({"id": f"{index}_seed_7", "video": f"{index}_seed_7.mp4", "caption": f"c{index}", "seed": 7})
         (tmp_path / side / "manifest.json").write_text(json.dumps(rows))
     return [tmp_path / "base", tmp_path / "prfl"]
@@ -142,3 +192,47 @@ def test_folders_must_fit(folders: list[Path], change: Callable[..., Any], words
         read_pairs(*folders)
     with pytest.raises(ValueError, match="are the same folder"):
         read_pairs(folders[0], folders[0] / ".." / "base")
+
+
+def test_votes_are_not_counted_for_other_videos(folders: list[Path], tmp_path: Path) -> None:
+    """The same ids and captions, but other videos, the other side, or another caption: another study."""
+    left, right = map(str, folders)
+    other = tmp_path / "other"
+    shutil.copytree(folders[1], other)
+    (other / "0_seed_7.mp4").write_bytes((folders[1] / "1_seed_7.mp4").read_bytes())
+    output = tmp_path / "result.json"
+    options = ["--output", str(output), "--serve", "false"]
+    # Nobody has judged anything yet, so the journal may become another study's.
+    main(["--left", left, "--right", str(other), *options])
+    main(["--left", left, "--right", right, *options])
+    with Journal(Path(f"{output}.journal.jsonl")) as journal:
+        assert [event["inputs"] for event in journal.events] == [{"left": left, "right": right}]
+        items, inputs = read_pairs(left, right), journal.events[0]["inputs"]
+        study = Study(journal, items, kind="pairs", questions=["preference"], labels_per_item=None, inputs=inputs)
+        votes_of(study, {"0_seed_7": ["right", "right"]})
+    before = output.read_bytes()
+    for sides in ((left, str(other)), (right, left), (str(other), right)):
+        with pytest.raises(ValueError, match=r"'0_seed_7' was judged with another video or caption") as error:
+            main(["--left", sides[0], "--right", sides[1], *options])
+        message = str(error.value)
+        assert "\n" not in message
+        assert f"of `left` '{left}' and `right` '{right}'; the input, `left` '{sides[0]}'" in message
+    assert output.read_bytes() == before
+    # The same videos in another place are the same study.
+    moved = tmp_path / "moved"
+    shutil.copytree(folders[1], moved)
+    main(["--left", left, "--right", str(moved), *options])
+    for folder in folders:
+        path = folder / "manifest.json"
+        path.write_text(path.read_text().replace('"c0"', '"another prompt"'))
+    with pytest.raises(ValueError, match="another video or caption"):
+        main(["--left", left, "--right", right, *options])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_manifests_are_not_overwritten(folders: list[Path], side: str) -> None:
+    path = folders[side == "right"] / "manifest.json"
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=f"`output` '{path}' would overwrite the manifest of `{side}`"):
+        main(["--left", str(folders[0]), "--right", str(folders[1]), "--output", str(path), "--serve", "false"])
+    assert path.read_bytes() == before

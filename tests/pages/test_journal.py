@@ -47,7 +47,14 @@ def test_a_line_that_was_cut_off_is_dropped(tmp_path: Path, torn: bytes) -> None
     assert path.read_bytes() == b'{"type": "study"}\n{"type": "skip"}\n'
 
 
-@pytest.mark.parametrize(("line", "words"), [("no", "not valid JSON"), ("[1]", "expected an object with `type`")])
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("no", "not valid JSON"),
+        ("[1]", "expected an object with `type`"),
+        ("[" * 100000 + "]" * 100000, "not valid JSON"),
+    ],
+)
 def test_a_broken_line_is_an_error(tmp_path: Path, line: str, words: str) -> None:
     path = tmp_path / "journal.jsonl"
     path.write_text(f'{{"type": "study"}}\n{line}\n{{"type": "skip"}}\n')

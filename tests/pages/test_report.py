@@ -157,6 +157,47 @@ def test_before_and_after_and_what_people_say(run_dir: Path, tmp_path: Path, wri
     assert "<i>0" in page.texts
 
 
+def test_before_and_after_have_the_same_captions(
+    run_dir: Path, tmp_path: Path, write_video: Callable[..., Path]
+) -> None:
+    for side in ("base", "tuned"):
+        write_video(tmp_path / side / "0.mp4")
+        rows = [{"id": "0", "video": "0.mp4", "caption": f"a cat, {side}"}]
+        (tmp_path / side / "manifest.json").write_text(json.dumps(rows))
+    with pytest.raises(ValueError, match="the caption of '0' is 'a cat, tuned', but 'a cat, base' in .*base"):
+        main([str(run_dir), "--before", str(tmp_path / "base"), "--after", str(tmp_path / "tuned")])
+    assert not (run_dir / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("config.yaml", "a: [1,\nb: }", "config.yaml: not valid YAML: .*line 2"),
+        ("config.yaml", "- a\n", "config.yaml: expected options by name, got"),
+        ("config.yaml", "1: a\n", "config.yaml: expected options by name, got"),
+        ("config.yaml", "\xe9".encode("latin-1"), "config.yaml: not valid YAML"),
+        ("config.yaml", "just text", "config.yaml: expected options by name, got"),
+        ("run.json", "[3]", "run.json: record 1: expected an object, got 3"),
+        ("plan.json", "{", "plan.json: not valid JSON"),
+        ("plan.json", "[]", "plan.json: not a plan: expected a JSON object, got list"),
+        ("comparison.json", "{", "comparison.json: not valid JSON"),
+        (
+            "comparison.json",
+            '{"questions": {}}',
+            "comparison.json: not a result of `hy-prfl compare`: there is no `left`",
+        ),
+        ("comparison.json", '{"questions": 3, "left": "a", "right": "b"}', "not a result of `hy-prfl compare`: 'int'"),
+    ],
+)
+def test_broken_files_are_named(run_dir: Path, name: str, text: str | bytes, words: str) -> None:
+    (run_dir / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    options = ["--plan", str(run_dir / name)] if name == "plan.json" else []
+    with pytest.raises(ValueError, match=words) as error:
+        main([str(run_dir), *options])
+    assert "\n" not in str(error.value)
+    assert not (run_dir / "report.html").exists()
+
+
 def test_too_many_videos_are_left_out_and_told(run_dir: Path) -> None:
     size = sum(path.stat().st_size for path in (run_dir / "validation").glob("*/0000.mp4"))
     shown, note = samples_to_show(run_dir / "validation", 6, budget=size)

@@ -21,7 +21,8 @@ ME = {"annotator": "ann", "window": "w1"}
 def label(client: TestClient, state: dict[str, Any], choice: str = "good", **values: Any) -> Any:
     item = state["items"][0]["item"]
     request = {**ME, "item": item, "answers": {"physics_quality": choice}, "seconds": 2.5, "key": f"k{item}", **values}
-    return client.post("/api/label", json=request)
+    # Not `json=`, which does not send halves of surrogate pairs.
+    return client.post("/api/label", content=json.dumps(request), headers={"Content-Type": "application/json"})
 
 
 def start(client: TestClient, **values: Any) -> dict[str, Any]:
@@ -121,7 +122,7 @@ def test_a_full_disk_loses_nothing(open_client: Callable[..., TestClient]) -> No
 def test_a_result_that_cannot_be_written_is_told(
     open_client: Callable[..., TestClient], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def save() -> None:
+    def save(now: Study) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(server_module, "SAVE_SECONDS", 0.0)
@@ -131,9 +132,31 @@ def test_a_result_that_cannot_be_written_is_told(
     assert answered.json()["save_error"].startswith("the result was not written (No space left")
 
 
+def test_people_go_on_while_the_result_is_written(
+    open_client: Callable[..., TestClient], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is written is how things were when it began."""
+    monkeypatch.setattr(server_module, "SAVE_SECONDS", 0.0)
+    seen = []
+
+    def save(now: Study) -> None:
+        if seen or not now.given:
+            return
+        for event in now.given.values():
+            seen.append(event["item"])
+            other = next(item for item in client.study.items if item not in now.given and item != event["item"])
+            client.study.skip("bob", client.study.public_id(other), key="s")
+        assert len(now.labels) == 1
+
+    client = open_client(4, save=save)
+    assert label(client, start(client)).status_code == 200
+    assert len(seen) == 1
+    assert len(client.study.given) == 2
+
+
 def test_the_result_is_written_at_the_end(open_client: Callable[..., TestClient]) -> None:
     saved = []
-    with open_client(3, save=lambda: saved.append(1)) as client:
+    with open_client(3, save=lambda now: saved.append(len(now.labels))) as client:
         label(client, start(client))
         assert not saved
     assert saved == [1]
@@ -156,7 +179,7 @@ def test_a_clip_that_is_gone(tmp_path: Path) -> None:
     with Journal(tmp_path / "journal.jsonl") as journal:
         study = Study(journal, items, kind="clips", questions=["physics_quality"], labels_per_item=1)
         page = PageSettings(title="", instructions="", questions={"physics_quality": ""})
-        client = TestClient(build_app(study, page, lambda: None), base_url="http://localhost")
+        client = TestClient(build_app(study, page, lambda now: None), base_url="http://localhost")
         clip = start(client)["items"][0]["clips"][0]
         assert clip["fps"] is None
         assert client.get(clip["url"]).status_code == 410
@@ -221,7 +244,10 @@ def test_token(open_client: Callable[..., TestClient]) -> None:
         ({"annotator": ""}, "`annotator` must be a text of 1 to 64"), ({"annotator": "  "}, "must be a name"),
         ({"annotator": "a\nb"}, "must be a name"), ({"annotator": 3}, "`annotator`"), ({"annotator": "x" * 65}, "64"),
         ({"item": "no"}, "no such clip"), ({"answers": []}, "`answers` must be an object"),
-        ({"answers": {"physics_quality": ["good"]}}, "must be one of good"), ({"key": None}, "`key`"),
+        ({"answers": {"physics_quality": ["good"]}}, "with a text for each"), ({"key": None}, "`key`"),
+        ({"key": "\ud800"}, "`key`"), ({"window": "\udfff"}, "`window`"), ({"annotator": "\ud800"}, "`annotator`"),
+        ({"answers": {"physics_quality": "\ud800"}}, "must be one of good"), ({"item": "\ud800"}, "`item`"),
+        ({"answers": {"\ud800": "good"}}, "expected an answer"), ({"key": ["\ud800"]}, "`key`"),
         ({"seconds": "1"}, "`seconds`"), ({"seconds": -1}, "`seconds`"), ({"seconds": True}, "`seconds`"),
     ],
 )  # fmt: skip
@@ -237,6 +263,25 @@ def test_bad_requests(open_client: Callable[..., TestClient], values: dict[str, 
 def test_bad_bodies(open_client: Callable[..., TestClient], body: bytes, status: int) -> None:
     response = open_client().post("/api/label", content=body, headers={"Content-Type": "application/json"})
     assert response.status_code == status
+
+
+@pytest.mark.parametrize("body", [b"[" * 60000, b"9" * 5000, b'{"a": ' * 9000 + b"1" + b"}" * 9000])
+def test_json_that_python_does_not_read(open_client: Callable[..., TestClient], body: bytes) -> None:
+    client = open_client()
+    response = client.post("/api/label", content=body, headers={"Content-Type": "application/json"})
+    assert response.status_code == 400
+    assert not client.study.labels
+
+
+def test_each_study_has_its_own_cookie(open_client: Callable[..., TestClient], tmp_path: Path) -> None:
+    """Two on one machine: browsers send the cookies of all ports, so one must not take the other's place."""
+    names = []
+    for _ in range(2):
+        client = open_client(settings={"token": "a-long-secret"})
+        entered = client.get("/?token=a-long-secret", follow_redirects=False)
+        names.append(entered.headers["set-cookie"].split("=")[0])
+        (tmp_path / "journal.jsonl").unlink()
+    assert names[0] != names[1]
 
 
 def test_only_those_who_are_named_take_part(open_client: Callable[..., TestClient]) -> None:

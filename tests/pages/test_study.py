@@ -186,3 +186,41 @@ def test_a_journal_of_another_study_is_refused(open_study: Callable[..., Study])
         open_study(1)
     # More clips than before are fine.
     assert len(open_study(8).labels) == 4
+
+
+@pytest.mark.parametrize(
+    ("line", "change", "words"),
+    [
+        (1, {"kind": None}, "its `kind` is None, not 'clips'"),
+        (1, {"questions": None}, "its `questions` is None"),
+        (1, {"secret": None}, "line 1: `secret` is missing or broken"),
+        (1, {"secret": "xy"}, "line 1: `secret` is missing or broken"),
+        (1, {"inputs": 3}, "line 1: `inputs` must be an object"),
+        (1, {"format": 7}, "line 1: this is no journal of labels"),
+        (2, {"type": "vote"}, "line 2: `type` must be label, skip or undo, got 'vote'"),
+        (2, {"type": []}, "line 2: `type` must be label, skip or undo"),
+        (2, {"annotator": None}, "line 2: `annotator` must be text, got None"),
+        (2, {"annotator": "\ud800"}, "line 2: `annotator` must be text"),
+        (2, {"item": ["x"]}, "line 2: `item` must be text"),
+        (2, {"time": "yesterday"}, "line 2: `time` 'yesterday' is no time of ISO 8601"),
+        (2, {"time": None}, "line 2: `time` must be text, got None"),
+        (2, {"answers": None}, "line 2: `answers` must have one of good, poor, unsure for each of physics_quality"),
+        (2, {"answers": {"physics_quality": "great"}}, "line 2: `answers` must have"),
+        (2, {"answers": {"physics_quality": ["good"]}}, "line 2: `answers` must have"),
+        (2, {"seconds": "long"}, "line 2: `seconds` must be a number"),
+        (2, {"type": "undo"}, "line 2: 'ann' has no judgement of this to take back"),
+        (2, {"content": "00"}, "was judged with another video or caption"),
+    ],
+)
+def test_broken_journals(open_study: Callable[..., Study], line: int, change: dict[str, Any], words: str) -> None:
+    """One line that says where, at the start and not at the first request."""
+    study = open_study(2)
+    answer(study, "ann")
+    path = study.journal.path
+    lines = [json.loads(text) for text in path.read_text().splitlines()]
+    lines[line - 1] = {name: value for name, value in (lines[line - 1] | change).items() if value is not None}
+    path.write_text("".join(json.dumps(event) + "\n" for event in lines))
+    with pytest.raises(ValueError, match=words) as error:
+        open_study(2)
+    assert str(error.value).startswith(str(path))
+    assert "\n" not in str(error.value)

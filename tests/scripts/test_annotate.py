@@ -1,6 +1,8 @@
 """The command itself: what it writes is what `label` and `preprocess` read, and nothing is lost when it is killed."""
 
 import json
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +26,9 @@ def manifest(tmp_path_factory: pytest.TempPathFactory, write_video: Callable[...
     rows: list[dict[str, Any]] = []
     for index in range(8):
         write_video(folder / f"{index}.mp4", seed=index)
-        rows.append({"id": f"c{index}", "video": f"{index}.mp4", "caption": f"{index}", "pair_id": f"p{index // 2}"})
+        rows.append(
+            {"id": f"c{index}", "video": f"{index}.mp4", "caption": f"{index // 2}", "pair_id": f"p{index // 2}"}
+        )
     rows[0] |= {"blur_quality": "good", "physics_quality": 0}
     rows[1] |= {"long_caption": "one, at length"}
     (folder / "manifest.json").write_text(json.dumps(rows))
@@ -45,6 +49,12 @@ def write_journal(
 
 
 TASKS = ["physics_quality", "human_quality"]
+
+
+def studio(**values: Any) -> dict[str, Any]:
+    """An annotation of Label Studio's export that answers both tasks."""
+    results = [{"from_name": task, "value": {"choices": ["good"]}} for task in TASKS]
+    return {"completed_by": 1, "created_at": "2026-01-01T10:00:00Z", "result": results} | values
 
 
 def both(physics: str, human: str) -> dict[str, str]:
@@ -86,8 +96,39 @@ def test_what_is_written_is_what_others_read(manifest: Path, tmp_path: Path) -> 
     # Unanimity, and two votes at least.
     main([*options, "--vote", "unanimous", "--min_votes", "2"])
     annotations = read_annotations(output)
-    assert annotations["c0"] == {"physics_quality": 0, "human_quality": 0, "blur_quality": 1}
+    assert annotations["c0"] == {"human_quality": 0, "blur_quality": 1}
     assert annotations["c1"] == annotations["c2"] == {}
+
+
+@pytest.mark.parametrize("answers", [[], ["good"], ["good", "poor"], ["unsure", "unsure"]])
+def test_an_old_label_does_not_stand_in_for_votes(manifest: Path, tmp_path: Path, answers: list[str]) -> None:
+    """What is asked has the label that people give, or none; what is not asked keeps the manifest's."""
+    output = tmp_path / "labels.json"
+    labels = [(f"person {index}", "c0", {"physics_quality": answer}) for index, answer in enumerate(answers)]
+    write_journal(output, labels, "clips", ["physics_quality"])
+    main(
+        ["--manifest", str(manifest), "--output", str(output), "--tasks", "physics_quality", "--labels_per_clip", "2",
+         "--min_votes", "2", "--serve", "false"]
+    )  # fmt: skip
+    assert read_annotations(output)["c0"] == {"blur_quality": 1}
+
+
+@pytest.mark.parametrize("answers", [[], ["tie"], ["first", "second"]])
+def test_an_old_preference_does_not_stand_in_for_votes(manifest: Path, tmp_path: Path, answers: list[str]) -> None:
+    rows = json.loads(manifest.read_text())
+    rows[0]["rejected_id"] = "c1"
+    for row in rows:
+        row["video"] = str(manifest.parent / row["video"])
+    rows[6] |= {"pair_id": None, "rejected_id": "c7"}
+    rows[7] |= {"pair_id": None}
+    (tmp_path / "manifest.json").write_text(json.dumps(rows))
+    output = tmp_path / "pairs.json"
+    labels = [(f"person {index}", "p0", {"preference": answer}) for index, answer in enumerate(answers)]
+    write_journal(output, labels, "pairs", ["preference"])
+    main(
+        ["--manifest", str(tmp_path / "manifest.json"), "--output", str(output), "--mode", "pairs", "--serve", "false"]
+    )
+    assert {row.id: row.rejected_id for row in read_manifest(output) if row.rejected_id} == {"c6": "c7"}
 
 
 def test_gold_measures_people(manifest: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -125,6 +166,18 @@ def test_pairs_become_rejected_ids(manifest: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     rejected = {row.id: row.rejected_id for row in read_manifest(output) if row.rejected_id is not None}
     assert rejected == {"c0": "c1", "c3": "c2"}
+
+
+def test_a_pair_has_one_caption(manifest: Path, tmp_path: Path) -> None:
+    rows = [row | {"video": str(manifest.parent / row["video"])} for row in json.loads(manifest.read_text())]
+    for row in rows:
+        row["caption"] = "the same"
+    rows[3]["caption"] = "another"
+    path = tmp_path / "manifest.json"
+    path.write_text(json.dumps(rows))
+    words = "row 4: the caption of 'c3' is 'another', but that of 'c2', of the same `pair_id` 'p1', is 'the same'"
+    with pytest.raises(ValueError, match=words):
+        main(["--manifest", str(path), "--output", str(tmp_path / "labels.json"), "--mode", "pairs"])
 
 
 @pytest.mark.parametrize("kind", ["clips", "pairs"])
@@ -165,16 +218,64 @@ def test_label_studio_both_ways(manifest: Path, tmp_path: Path, kind: str, capsy
             {"annotations": [{"result": [{"from_name": "physics_quality", "value": {"choices": ["great"]}}]}]},
             "`physics_quality` is 'great', expected one of good, poor, unsure",
         ),
+        ({"annotations": None}, "task 1: `annotations` must be a list, got None"),
+        ({"annotations": [None]}, "annotation 1: expected an object, got None"),
+        ({"annotations": [{"result": None}]}, "annotation 1: `result` must be a list, got None"),
+        ({"annotations": [{"result": ["x"]}]}, "expected a `value` with `choices` or `selected`, got 'x'"),
+        ({"annotations": [{"result": [{"value": None}]}]}, "expected a `value` with `choices` or `selected`"),
+        ({"annotations": [{"result": [{"value": {"choices": None}}]}]}, "expected a `value` with `choices`"),
+        (
+            {"annotations": [{"result": [{"from_name": ["x"], "value": {"choices": ["good"]}}]}]},
+            "`from_name` \\['x'\\] is none of",
+        ),
+        (
+            {
+                "annotations": [
+                    {"result": [{"from_name": "physics_quality", "value": {"selected": {}, "choices": [{}]}}]}
+                ]
+            },
+            "`physics_quality` is {}, expected one of",
+        ),
+        (
+            {"annotations": [studio(created_at="yesterday")]},
+            "`created_at` must be a time of ISO 8601, got 'yesterday'",
+        ),
+        ({"annotations": [studio(created_at=1700000000)]}, "`created_at` must be a time of ISO 8601, got 1700000000"),
+        ({"annotations": [studio(created_at="0001-01-01T00:00:00+14:00")]}, "`created_at` must be a time"),
+        ({"annotations": [studio(completed_by=None)]}, "`completed_by` must say who it is from, got None"),
+        ({"annotations": [studio(completed_by={"id": []})]}, "`completed_by` must say who it is from"),
+        ({"annotations": [studio(completed_by="\ud800")]}, "`completed_by` must say who it is from"),
+        ({"annotations": [studio(), studio(completed_by=2, created_at="")]}, "annotation 2: `created_at` must be"),
     ],
 )
 def test_bad_exports_of_label_studio(manifest: Path, tmp_path: Path, change: dict[str, Any], words: str) -> None:
     export = tmp_path / "studio.json"
     export.write_text(json.dumps([{"data": {"id": "c0"}, "annotations": []} | change]))
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=words) as error:
         main(
             ["--manifest", str(manifest), "--output", str(tmp_path / "x.json"), "--serve", "false",
              "--import_label_studio", str(export)]
         )  # fmt: skip
+    assert "\n" not in str(error.value)
+    # The journal has its head, and nothing of the export.
+    assert len((tmp_path / "x.json.journal.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("written", "kept"),
+    [
+        ("2026-01-01T10:00:00.123456Z", "2026-01-01T10:00:00.123+00:00"),
+        ("2026-01-01T12:00:00+02:00", "2026-01-01T10:00:00.000+00:00"),
+        ("2026-01-01 10:00:00", "2026-01-01T10:00:00.000+00:00"),
+    ],
+)
+def test_times_of_label_studio(manifest: Path, tmp_path: Path, written: str, kept: str) -> None:
+    export, output = tmp_path / "studio.json", tmp_path / "x.json"
+    export.write_text(json.dumps([{"data": {"id": "c0"}, "annotations": [studio(created_at=written)]}]))
+    options = ["--manifest", str(manifest), "--output", str(output), "--serve", "false"]
+    main([*options, "--import_label_studio", str(export)])
+    assert json.loads(Path(f"{output}.journal.jsonl").read_text().splitlines()[1])["time"] == kept
+    main(options)
 
 
 def test_the_least_known_come_first(manifest: Path, tmp_path: Path) -> None:
@@ -226,6 +327,86 @@ def test_bad_options(manifest: Path, tmp_path: Path, options: list[str], words: 
     options = [option.format(manifest=manifest) for option in options]
     with pytest.raises(ValueError, match=words):
         main(["--manifest", str(manifest), "--output", str(tmp_path / "labels.json"), *options])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--manifest", "labels.json"], "`output` '.*labels.json' would overwrite `manifest`"),
+        (["--manifest", "./folder/../link.json", "--output", "m.json"], "`output` '.*' would overwrite `manifest`"),
+        (["--manifest", "labels.json.journal.jsonl"], "the journal of `output` '.*' would overwrite `manifest`"),
+        (["--gold", "labels.json.summary.json"], "the summary of `output` '.*' would overwrite `gold`"),
+        (["--export_label_studio", "m.json"], "`export_label_studio` '.*' would overwrite `manifest`"),
+        (["--export_label_studio", "labels.json"], "`export_label_studio` '.*' would be the same file as `output`"),
+        (
+            ["--export_label_studio", "labels.json.journal.jsonl"],
+            "the journal of `output` '.*' would be the same file as `export_label_studio`",
+        ),
+        (
+            ["--export_label_studio", "studio.json", "--import_label_studio", "studio.json"],
+            "`export_label_studio` '.*' would overwrite `import_label_studio`",
+        ),
+        (
+            ["--order", "uncertain", "--scores", "m.json", "labels.json"],
+            "`output` '.*' would overwrite table 2 of `scores`",
+        ),
+    ],
+)
+def test_inputs_are_not_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    for name in ("m", "labels", "studio", "labels.json.summary"):
+        Path(f"{name}.json").write_text("[]")
+    Path("labels.json.journal.jsonl").write_text("[]")
+    Path("link.json").symlink_to("m.json")
+    defaults = {"--manifest": "m.json", "--output": "labels.json"}
+    options = options + [word for pair in defaults.items() if pair[0] not in options for word in pair]
+    with pytest.raises(ValueError, match=words) as error:
+        main(options)
+    assert "\n" not in str(error.value)
+    assert {path.read_text() for path in tmp_path.glob("*.json*")} == {"[]"}
+
+
+def judge(manifest: Path, output: Path, clip_id: str) -> None:
+    """A label of the page for one clip of a manifest."""
+    from hy_prfl.pages.annotation import clip_items
+    from hy_prfl.pages.journal import Journal
+    from hy_prfl.pages.study import Study
+
+    inputs = {"manifest": str(manifest)}
+    with Journal(Path(f"{output}.journal.jsonl")) as journal:
+        items = clip_items(read_manifest(manifest), {})
+        study = Study(journal, items, kind="clips", questions=TASKS, labels_per_item=1, inputs=inputs)
+        study.label("ann", study.public_id(clip_id), both("good", "poor"), key=clip_id)
+
+
+def test_labels_are_not_those_of_other_clips(manifest: Path, tmp_path: Path) -> None:
+    """The same ids, but other files, or a video that was made again: another study. More clips are the same one."""
+    output, own = tmp_path / "labels.json", tmp_path / "clips" / "manifest.json"
+    shutil.copytree(manifest.parent, own.parent)
+    rows = json.loads(own.read_text())
+    own.write_text(json.dumps(rows[:3]))
+    judge(own, output, "c1")
+    options = ["--output", str(output), "--serve", "false"]
+    # Clips that are appended, moved or not judged yet change nothing.
+    own.write_text(json.dumps(rows))
+    (own.parent / "5.mp4").write_bytes((own.parent / "4.mp4").read_bytes())
+    main(["--manifest", str(own), *options])
+    main(["--manifest", str(manifest), *options])
+    assert read_annotations(output)["c1"]["physics_quality"] == 1
+    other = own.with_name("other.json")
+    other.write_text(json.dumps(rows[2:]))
+    words = (
+        f"line 2: there is no clip or pair 'c1' in the input. The journal is of `manifest` '{own}'; the input, `man"
+    )
+    with pytest.raises(ValueError, match=re.escape(words)):
+        main(["--manifest", str(other), *options])
+    (own.parent / "1.mp4").write_bytes((own.parent / "4.mp4").read_bytes())
+    with pytest.raises(ValueError, match="'c1' was judged with another video or caption") as error:
+        main(["--manifest", str(own), *options])
+    assert f"is of `manifest` '{own}'; the input, `manifest` '{own}', is another study" in str(error.value)
 
 
 def test_videos_must_be_there(tmp_path: Path) -> None:
