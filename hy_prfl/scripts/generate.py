@@ -234,6 +234,12 @@ def check_processes(config: GenerateConfig, sizes: set[tuple[int, int]]) -> None
         )
 
 
+def options_before(output_dir: Path) -> GenerateConfig | None:
+    """Options of the last run that wrote into a folder, if there was one."""
+    path = output_dir / CONFIG_FILE
+    return parse_config(GenerateConfig, ["--config", str(path)]) if path.exists() else None
+
+
 def find_seed(output_dir: Path) -> int:
     """
     A random base seed: the one that a folder's videos have already, else a new one.
@@ -241,15 +247,14 @@ def find_seed(output_dir: Path) -> int:
     Raises:
         ValueError: If the folder's `generate.yaml` is of a run that was given no seed and drew none.
     """
-    path = output_dir / CONFIG_FILE
-    if not path.exists():
+    before = options_before(output_dir)
+    if before is None:
         return secrets.randbelow(NUM_SEEDS)
-    seed = parse_config(GenerateConfig, ["--config", str(path)]).seed
-    if seed is None:
+    if before.seed is None:
         raise ValueError(
-            f"`random_seed`: {path} is of a run with the seed 0 of the default. Choose another `output_dir`."
+            f"`random_seed`: {output_dir / CONFIG_FILE} is of a run with the seed 0 of the default. Choose another `output_dir`."
         )
-    return seed
+    return before.seed
 
 
 def check_seed_is_kept(config: GenerateConfig, output_dir: Path) -> None:
@@ -259,14 +264,13 @@ def check_seed_is_kept(config: GenerateConfig, output_dir: Path) -> None:
     Raises:
         ValueError: Naming that seed.
     """
-    path = output_dir / CONFIG_FILE
-    if config.seed is not None or config.overwrite or not path.exists():
+    if config.seed is not None or config.overwrite:
         return
-    seed = parse_config(GenerateConfig, ["--config", str(path)]).seed
-    if seed is not None:
+    before = options_before(output_dir)
+    if before is not None and before.seed is not None:
         raise ValueError(
-            f"`seed`: {path} is of a run with the seed {seed}. Give `--seed {seed}`, or `--random_seed` if it was drawn, or "
-            "choose another `output_dir`."
+            f"`seed`: {output_dir / CONFIG_FILE} is of a run with the seed {before.seed}. Give `--seed {before.seed}`, or "
+            "`--random_seed` if it was drawn, or choose another `output_dir`."
         )
 
 

@@ -17,7 +17,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..configs.base import Config, TrainingConfig, check
 from ..configs.generate import GenerateConfig
@@ -30,6 +30,10 @@ from ..configs.reward import RewardTrainingConfig
 from ..configs.yaml_file import read_yaml
 from .running import run
 
+
+if TYPE_CHECKING:
+    from ..planning import Plan
+    from ..planning.generation import GenerationPlan
 
 CONFIGS: dict[str, type[Config]] = {
     "train_prfl": PRFLTrainingConfig,
@@ -64,7 +68,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Only now, so that nobody waits for torch to hear of a misspelt option.
     from ..models.reward_model import WanRewardModel
     from ..planning import plan
-    from ..runtime.atomic_writes import write_text
     from ..runtime.distributed import set_up_logging
 
     set_up_logging()
@@ -87,9 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         first_frame=config.first_frame,
         reward_config=reward_config,
     )
-    print(result)
-    if config.output is not None:
-        write_text(Path(config.output), result.to_json())
+    show(config, result)
 
 
 def plan_generate(config: PlanConfig, generation: GenerateConfig) -> None:
@@ -101,7 +102,6 @@ def plan_generate(config: PlanConfig, generation: GenerateConfig) -> None:
 
     from ..models.reward_model import WanRewardModel
     from ..planning.generation import plan_generation
-    from ..runtime.atomic_writes import write_text
     from ..runtime.distributed import set_up_logging
 
     set_up_logging()
@@ -116,6 +116,13 @@ def plan_generate(config: PlanConfig, generation: GenerateConfig) -> None:
         reserved=config.reserved_memory,
         reward_config=reward_config,
     )
+    show(config, result)
+
+
+def show(config: PlanConfig, result: "Plan | GenerationPlan") -> None:
+    """Print a plan, and write it where the options say so."""
+    from ..runtime.atomic_writes import write_text
+
     print(result)
     if config.output is not None:
         write_text(Path(config.output), result.to_json())
