@@ -32,6 +32,6 @@ def test_deepspeed_is_refused_before_anything_is_loaded(inputs: Path) -> None:
         env=environment, text=True, capture_output=True,
     )  # fmt: skip
     assert finished.returncode != 0
-    assert "`base_quantization` must be left out under ZeRO-2, which casts and splits weights, got 'int8'" in (
+    assert "`base_quantization` must be left out under ZeRO-2, which casts and shards weights, got 'int8'" in (
         finished.stderr
     )
