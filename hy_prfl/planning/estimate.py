@@ -307,12 +307,7 @@ def _take_turns(
 def _prfl_flops(
     request: Request, training: PRFLTrainingConfig, numerics: Numerics, *, uses_flow: bool, uses_reward: bool
 ) -> dict[str, float]:
-    """
-    FLOPs of one update, averaged over the steps that may take gradient.
-
-    Of `n` steps, of which `k` take gradient, each set as likely as any other, the last one is on average the
-    `k (n + 1) / (k + 1)`-th (order statistics of draws without repetition).
-    """
+    """FLOPs of one update, averaged over the steps that may take gradient."""
     micro_batches = training.gradient_accumulation_steps
     generator = generator_phases(request.transformer_config, training, numerics, request.shape)
     step = _both(generator)
@@ -320,26 +315,41 @@ def _prfl_flops(
     if not uses_reward:
         return flops
     first, last = _gradient_steps(request, training)
-    num_steps, num_gradient_steps = last - first + 1, training.num_gradient_steps
-    if training.rollout_interval == 1:
-        last_index = first - 1 + num_gradient_steps * (num_steps + 1) / (num_gradient_steps + 1)
-        without_gradient = last_index + 1 - num_gradient_steps
-        repeated = 1
-    else:
-        # A chain up to the last state that may be drawn, and its velocity, for `rollout_interval` updates.
-        num_states = _num_states(request, training)
-        kept = min(training.rollout_states or num_states, num_states)
-        start = first - training.num_chained_steps
-        without_gradient = (start + kept * (num_states + 1) / (kept + 1) + 1) / training.rollout_interval
-        repeated = training.num_chained_steps
-    if training.rerun_gradient_step or training.num_chained_steps > 1:
-        without_gradient += repeated * num_gradient_steps
+    without_gradient = forwards_without_gradient(training, first, last)
+    num_gradient_steps = training.num_gradient_steps
     reward = reward_phases(request.reward_config, training, numerics, request.shape)
     return flops | {
         "rollout": micro_batches * without_gradient * generator["rollout"].flops,
         "gradient step": micro_batches * num_gradient_steps * training.num_chained_steps * step,
         "reward": micro_batches * num_gradient_steps * _both(reward),
     }
+
+
+def forwards_without_gradient(training: PRFLTrainingConfig, first: int, last: int) -> float:
+    """
+    Forwards of the generator without gradient for a micro-batch of a reward update, on average.
+
+    Of `n` steps, of which `k` take gradient, each set as likely as any other, the last one is on average the
+    `k (n + 1) / (k + 1)`-th (order statistics of draws without repetition).
+
+    Args:
+        first, last (`int`):
+            First and last step that may take gradient.
+    """
+    num_steps, num_gradient_steps = last - first + 1, training.num_gradient_steps
+    if training.rollout_interval == 1:
+        last_index = first - 1 + num_gradient_steps * (num_steps + 1) / (num_gradient_steps + 1)
+        walked = last_index + 1 - num_gradient_steps
+        repeated = 1
+    else:
+        # A chain up to the last state that may be drawn, and its velocity, for `rollout_interval` updates.
+        kept = min(training.rollout_states or num_steps, num_steps)
+        start = first - training.num_chained_steps
+        walked = (start + kept * (num_steps + 1) / (kept + 1) + 1) / training.rollout_interval
+        repeated = training.num_chained_steps
+    if training.rerun_gradient_step or training.num_chained_steps > 1:
+        walked += repeated * num_gradient_steps
+    return walked
 
 
 def _num_states(request: Request, training: PRFLTrainingConfig) -> int:
