@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets, load_from_disk
-from diffusers import WanPipeline
 
 from examples.shapes.annotate import labels_of
 from examples.shapes.clips import split_captions
 from examples.shapes.experiments.candidates_results import summarize_chains, write_results
 from examples.shapes.experiments.runs import RESULTS_DIR, run_all
+from examples.shapes.experiments.sampling import BATCH_SIZE, NUM_STEPS, SHAPE, load_generator, walk_chains
 from examples.shapes.judge import judge_videos
 from examples.shapes.pretrain import MAX_SEQUENCE_LENGTH, PRETRAINED_DIR
 from examples.shapes.stages import Stage, launch
@@ -36,13 +36,11 @@ from hy_prfl.data.schema import pack_tensor, rows_to_table, table_to_rows
 from hy_prfl.flow_matching import row_noise
 from hy_prfl.inference.candidates import CandidateSettings, RewardGuidance, sample_candidates
 from hy_prfl.inference.generation import decode_latents
-from hy_prfl.inference.pipelines import load_pipeline
 from hy_prfl.models.conditioning import Conditioning
 from hy_prfl.models.loading import load_scheduler
 from hy_prfl.models.reward_model import WanRewardModel, score_noised
 
 
-NUM_STEPS, BATCH_SIZE, SHAPE = 20, 96, (16, 5, 6, 6)
 # Generator -> candidates of each caption.
 GENERATORS = {"base": 16, "prfl": 8}
 REWARD_MODELS = ("weak", "demo", "taught")
@@ -81,11 +79,8 @@ def reward_model_dir(root: Path, demo: Path, name: str) -> Path:
     return demo / "reward" / "best" if name == "demo" else root / "reward_models" / name / "best"
 
 
-def load_generator(demo: Path, generator: str) -> WanPipeline:
-    lora = None if generator == "base" else str(demo / generator)
-    pipeline = load_pipeline(str(PRETRAINED_DIR), lora_path=lora, dtype=torch.float32)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+def lora_of(demo: Path, generator: str) -> Path | None:
+    return None if generator == "base" else demo / generator
 
 
 def weak_stage(root: Path, demo: Path) -> Stage:
@@ -111,7 +106,7 @@ def make_own_videos(root: Path, demo: Path) -> None:
     """Latent datasets of the generator's own videos, with the judge's labels: a fifth of them for validation."""
     if (root / "own_validation").is_dir():
         return
-    pipeline = load_generator(demo, "base")
+    pipeline = load_generator()
     captions = [str(caption) for caption in split_captions("train")]
     labelled = load_from_disk(str(demo / "latents" / "labelled"))
     (template,) = table_to_rows(labelled.with_format("arrow")[0])
@@ -131,32 +126,6 @@ def make_own_videos(root: Path, demo: Path) -> None:
     own = [Dataset(rows_to_table(part)) for part in (rows[:num_train], rows[num_train:])]
     concatenate_datasets([labelled, own[0].cast(labelled.features)]).save_to_disk(str(root / "own_and_real"))
     own[1].save_to_disk(str(root / "own_validation"))
-
-
-@torch.no_grad()
-def walk_chains(pipeline: WanPipeline, captions: Sequence[str], seeds: Sequence[int]) -> dict[str, np.ndarray]:
-    """
-    Walk the chains of a batch to the end.
-
-    Returns:
-        `latents` `(batch_size, NUM_STEPS, 16, 5, 6, 6)`, those after each step, `text`, the embeddings of the captions,
-        `kind` `(batch_size,)`, the judge's verdicts, and `frames` `(batch_size, 5, height, width, 3)`, every fourth frame.
-    """
-    scheduler, transformer = pipeline.scheduler, pipeline.transformer
-    text, _ = pipeline.encode_prompt(
-        list(captions), do_classifier_free_guidance=False, max_sequence_length=MAX_SEQUENCE_LENGTH
-    )
-    scheduler.set_timesteps(NUM_STEPS)
-    latents = torch.stack([torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-    chain = []
-    for timestep in scheduler.timesteps:
-        velocity = transformer(latents, timestep.expand(len(latents)), text).sample
-        latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
-        chain.append(latents)
-    videos = decode_latents(pipeline.vae, latents)
-    kinds = [verdict.kind for verdict in judge_videos(videos, captions)]
-    arrays = {"latents": torch.stack(chain, dim=1).numpy(), "text": text.numpy()}
-    return {**arrays, "kind": np.array(kinds), "frames": videos[:, ::4]}
 
 
 @torch.no_grad()
@@ -207,7 +176,7 @@ def make_chains(config: CandidatesConfig, generator: str, seed: int) -> None:
     path = chains_file(Path(config.output_dir), generator, seed)
     if path.is_file():
         return
-    pipeline, num_candidates = load_generator(Path(config.demo), generator), GENERATORS[generator]
+    pipeline, num_candidates = load_generator(lora_of(Path(config.demo), generator)), GENERATORS[generator]
     captions = held_out_captions(config)
     jobs = [(number, candidate) for number in range(len(captions)) for candidate in range(num_candidates)]
     parts = []
@@ -259,7 +228,7 @@ def make_changed(config: CandidatesConfig, generator: str, seed: int, name: str)
     if path.is_file():
         return
     num_candidates, settings = CHANGED[name]
-    pipeline = load_generator(demo, generator)
+    pipeline = load_generator(lora_of(demo, generator))
     reward_model = WanRewardModel.from_pretrained(reward_model_dir(root, demo, "demo")).eval()
     captions = held_out_captions(config)
     kinds, counts = [], []
