@@ -26,6 +26,12 @@ BUDGETS = (1.5, 2.0, 3.0, 3.6, 4.5)
 SHARE = 0.95
 # Blocks of the reward models, of the generator's six.
 REWARD_COST = {"weak": 2 / 6, "demo": 1.0, "taught": 1.0}
+# Ways to choose that the table of docs/candidates.md shows.
+SHOWN_WAYS = {
+    "demo": ("best of 2", "pruned, 2 x", "pruned, 3 x", "best of 4", "pruned, 4.5 x", "best of 8", "best of 16"),
+    "taught": ("pruned, 3 x", "pruned, 4.5 x", "best of 8", "best of 16"),
+    "weak": ("pruned, 3 x", "best of 8"),
+}
 # The run of the page: the demo's reward model, eight candidates.
 SHOWN_MODEL, SHOWN_CAPTIONS, SHOWN_CANDIDATES = "demo", 6, 8
 
@@ -176,6 +182,29 @@ def write_results(
     schedule = results["base"]["models"][SHOWN_MODEL]["pruned"][f"{SHARE:.0%} of best of 8"]["schedules"][0]
     page = write_page(shown, captions, schedule)
     (results_dir / "candidates.html").write_text(page, encoding="utf-8")
+
+
+def table(results: Mapping[str, Any]) -> list[str]:
+    """Rows of the table in docs/candidates.md: ways to sample, by generator and reward model."""
+    rows = []
+    for generator, found in results.items():
+        rows.append(row(generator, "", "one sample", found["plain"], 1.0, 1.0))
+        for model, shown in SHOWN_WAYS.items():
+            each = found["models"][model]
+            ways = {f"best of {number}": point for number, point in each["best_of"].items()}
+            ways |= {f"pruned, {name}": point for name, point in each["pruned"].items()}
+            for name in (name for name in shown if name in ways):
+                point = ways[name]
+                rows.append(row(generator, model, name, point, point["forwards"], point["with_reward"]))
+        for name, point in found.get("changed", {}).items():
+            rows.append(row(generator, "demo", name, point, point["forwards"], point["with_reward"]))
+    return rows
+
+
+def row(generator: str, model: str, way: str, point: Mapping[str, Any], forwards: float, with_reward: float) -> str:
+    """Shares in percent, mean and spread over the seeds; costs as multiples of a plain sample's."""
+    good, beyond = (f"{100 * point[kind]['mean']:.0f} ± {100 * point[kind]['std']:.0f}" for kind in ("good", "beyond"))
+    return f"| {generator} | {model} | {way} | {good} | {beyond} | {forwards:.1f} | {with_reward:.1f} |"
 
 
 def plot(results: Mapping[str, Any], path: Path) -> None:

@@ -1,5 +1,6 @@
 """Chains are those that the search walks, so what a schedule would have chosen is what it chooses."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -8,15 +9,18 @@ import torch
 from diffusers import WanPipeline
 
 from examples.shapes.clips import split_captions
-from examples.shapes.experiments.candidates import NUM_STEPS, score_chains, walk_chains
+from examples.shapes.experiments.candidates import score_chains
 from examples.shapes.experiments.candidates_results import (
     cost,
     groups,
     run_schedule,
     summarize_chains,
+    table,
     where_dropped,
     write_results,
 )
+from examples.shapes.experiments.runs import RESULTS_DIR
+from examples.shapes.experiments.sampling import NUM_STEPS, walk_chains
 from hy_prfl.configs.keep import Decision, parse_keep
 from hy_prfl.inference.candidates import CandidateSettings, sample_candidates
 from hy_prfl.models.reward_model import WanRewardModel
@@ -99,3 +103,11 @@ def test_groups_and_cost() -> None:
         chosen
         == [row[each] for row, each in zip(chains["kind"], chains["demo/noisy"][:, :, 3].argmax(1), strict=True)]
     ).all()
+
+
+def test_the_page_shows_the_results() -> None:
+    results = json.loads((RESULTS_DIR / "candidates.json").read_text(encoding="utf-8"))
+    page = (RESULTS_DIR.parents[3] / "docs" / "candidates.md").read_text(encoding="utf-8").splitlines()
+    rows = table(results["generators"])
+    assert len(rows) == 32
+    assert [row for row in rows if row not in page] == []
