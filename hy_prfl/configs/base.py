@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +19,13 @@ def check(condition: bool, name: str, value: object, requirement: str) -> None:
     """Raise a `ValueError` that names the field, its value and what was expected of it."""
     if not condition:
         raise ValueError(f"`{name}` must be {requirement}, got {value!r}.")
+
+
+def names_in(value: str | Sequence[str] | None) -> list[str]:
+    """The names that an option gives: none, one or several."""
+    if value is None:
+        return []
+    return [value] if isinstance(value, str) else list(value)
 
 
 def check_seed(name: str, value: int, num_processes: int = 1) -> None:

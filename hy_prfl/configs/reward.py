@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .base import TrainingConfig, check, check_seed
+from .base import TrainingConfig, check, check_seed, names_in
 
 
 Task = Literal["motion_quality", "physics_quality", "human_quality", "text_alignment", "blur_quality"]
@@ -17,10 +17,35 @@ class RewardTrainingConfig(TrainingConfig):
     """
     Options of the reward model's training. Defaults are the paper's.
 
+    A single name may be given for `train_dataset` and `validation_dataset`; it is kept as a list of one.
+
+    > Parameters of the datasets
     > Parameters of the model
     > Parameters of the loss
     > Parameters of the evaluation
     """
+
+    # Parameters of the datasets
+    train_dataset: list[str] = field(  # type: ignore[assignment]  # PRFL takes one
+        metadata={
+            "help": "Labelled latent datasets written by `preprocess`, one or several: folders or Hub ids. Pairs are made "
+            "within each."
+        }
+    )
+    train_dataset_weights: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "How often each row of each training dataset is drawn in an epoch, 1 if left out. 2 is twice; 0.5 is "
+            "half of the rows, others in each epoch."
+        },
+    )
+    validation_dataset: list[str] | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={
+            "help": "Labelled latent datasets for validation; without them there is none. The best model is chosen by all "
+            "their rows together; several are also reported each by itself, as validation/<folder>/<metric>."
+        },
+    )
 
     # Parameters of the model
     reward_model: str | None = field(
@@ -78,7 +103,18 @@ class RewardTrainingConfig(TrainingConfig):
     )
 
     def __post_init__(self) -> None:
+        self.train_dataset = names_in(self.train_dataset)
+        if self.validation_dataset is not None:
+            self.validation_dataset = names_in(self.validation_dataset)
         super().__post_init__()
+        for name in ("train_dataset", "validation_dataset"):
+            value = getattr(self, name)
+            check(value != [], name, value, "a dataset or several")
+            check(value is None or len(set(value)) == len(value), name, value, "different datasets")
+        weights, number = self.train_dataset_weights, len(self.train_dataset)
+        requirement = f"a number greater than 0 for each of the {number} datasets of `train_dataset`"
+        fits = weights is None or (len(weights) == number and all(weight > 0 for weight in weights))
+        check(fits, "train_dataset_weights", weights, requirement)
         check_seed("validation_seed", self.validation_seed)
         for name in ("num_layers", "num_query_heads"):
             check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")

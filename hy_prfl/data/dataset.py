@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -12,12 +13,21 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset, load_from_disk
 from torch.utils.data import DataLoader
 
 from .collators import Batch
 from .sampler import BucketBatchSampler
-from .schema import LABELS, PROMPTS, pack_tensor, table_to_rows, task_label, validate_columns
+from .schema import (
+    LABELS,
+    PROMPTS,
+    TENSORS,
+    latent_features,
+    pack_tensor,
+    table_to_rows,
+    task_label,
+    validate_columns,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -69,6 +79,63 @@ def as_latent_dataset(dataset: Dataset, source: str) -> Dataset:
     if len(dataset) == 0:
         raise ValueError(f"{source}: the dataset has no rows.")
     return dataset.with_format("arrow")
+
+
+def pool_datasets(datasets: Sequence[Dataset], sources: Sequence[str]) -> Dataset:
+    """
+    One latent dataset of the rows of several, in their order; nothing is copied on the disk.
+
+    Args:
+        datasets (`Sequence[Dataset]`):
+            Latent datasets, as [`as_latent_dataset`] returns them.
+        sources (`Sequence[str]`):
+            Their names, for messages.
+
+    Raises:
+        ValueError: If two of them share the id of a row, store tensors in different types, or have prompts of different
+            text encoders.
+    """
+    if len(datasets) == 1:
+        return datasets[0]
+    source_of: dict[str, str] = {}
+    for dataset, source in zip(datasets, sources, strict=True):
+        ids = set(dataset.unique("id"))
+        shared = sorted(ids & set(source_of))
+        if shared:
+            raise ValueError(
+                f"{source}: row '{shared[0]}' has the id of a row of {source_of[shared[0]]}, as {len(shared)} of "
+                f"{len(ids)} rows have ids of rows of other datasets. Ids must differ over all datasets."
+            )
+        source_of |= dict.fromkeys(ids, source)
+    first, *others = zip(datasets, sources, strict=True)
+    for dataset, source in others:
+        for name in TENSORS:
+            types = [each.features[name].feature.dtype for each in (first[0], dataset)]
+            if types[0] != types[1]:
+                raise ValueError(
+                    f"{source}: `{name}` is {types[1]}, in {first[1]} it is {types[0]}. Encode one of them with the "
+                    "`tensor_dtype` of the other."
+                )
+        encoders = [set(each.unique("text_encoder_fingerprint")) - {None, ""} for each in (first[0], dataset)]
+        if all(encoders) and encoders[0] != encoders[1]:
+            found = [", ".join(sorted(each)) for each in encoders]
+            raise ValueError(
+                f"{source}: prompts of another text encoder than those of {first[1]}: `text_encoder_fingerprint` {found[1]} "
+                f"against {found[0]}."
+            )
+    columns = list(latent_features())
+    return concatenate_datasets([dataset.select_columns(columns) for dataset in datasets])
+
+
+def short_names(sources: Sequence[str]) -> list[str]:
+    """Names of datasets for messages and metrics: the ends of their paths, as long as is needed to tell them apart."""
+    parts = [re.split(r"[/\\]+", source.rstrip("/\\")) for source in sources]
+    names = [each[-1] for each in parts]
+    for length in range(2, max(map(len, parts)) + 1):
+        if len(set(names)) == len(names):
+            break
+        names = ["_".join(each[-length:]) for each in parts]
+    return names if len(set(names)) == len(names) else list(sources)
 
 
 def read_columns(dataset: Dataset, names: Sequence[str]) -> list[Row]:

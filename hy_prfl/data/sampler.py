@@ -16,6 +16,9 @@ class BucketBatchSampler(Sampler[list[int]]):
     seen in every epoch, and all replicas see the same shape at the same time, which collectives inside the model
     require. The order depends on `(seed, epoch)` only, so a resumed run needs nothing but its position.
 
+    With weights, of the `n` rows that a bucket has of a dataset with weight `w`, `round(w * n)` are drawn in an epoch, at
+    least one: each row `floor(w)` times, and the rest, without repetition, at random in each epoch.
+
     Args:
         buckets (`Sequence[Hashable]`):
             The shape of each row, or any key of rows that may share a batch.
@@ -27,6 +30,10 @@ class BucketBatchSampler(Sampler[list[int]]):
             Number of data-parallel replicas and the one this sampler feeds.
         start (`int`, defaults to 0):
             Number of batches of the stream to skip.
+        datasets (`Sequence[int]`, *optional*):
+            Number of the dataset that each row is from, all from the first if left out.
+        weights (`Sequence[float]`, *optional*):
+            Weight of each dataset, greater than 0; 1 if left out.
 
     Raises:
         ValueError: If there are no rows.
@@ -41,13 +48,24 @@ class BucketBatchSampler(Sampler[list[int]]):
         num_replicas: int = 1,
         replica: int = 0,
         start: int = 0,
+        datasets: Sequence[int] | None = None,
+        weights: Sequence[float] | None = None,
     ) -> None:
         if not buckets:
             raise ValueError("There are no rows to sample from.")
-        members: dict[Hashable, list[int]] = defaultdict(list)
-        for index, bucket in enumerate(buckets):
-            members[bucket].append(index)
-        self.buckets = list(members.values())
+        datasets = [0] * len(buckets) if datasets is None else datasets
+        members: dict[Hashable, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
+        for index, (bucket, dataset) in enumerate(zip(buckets, datasets, strict=True)):
+            members[bucket][dataset].append(index)
+        # Of each bucket, rows of each dataset and how many of them are drawn in an epoch.
+        self.groups = [
+            [
+                (rows, len(rows) if weights is None else max(1, round(weights[dataset] * len(rows))))
+                for dataset, rows in by_dataset.items()
+            ]
+            for by_dataset in members.values()
+        ]
+        self.buckets = [[row for rows, _ in groups for row in rows] for groups in self.groups]
         self.batch_size = batch_size
         self.global_batch_size = batch_size * num_replicas
         self.seed = seed
@@ -57,7 +75,8 @@ class BucketBatchSampler(Sampler[list[int]]):
     @property
     def batches_per_epoch(self) -> int:
         """Batches that one replica gets in one epoch."""
-        return sum(-(-len(rows) // self.global_batch_size) for rows in self.buckets)
+        drawn = [sum(number for _, number in groups) for groups in self.groups]
+        return sum(-(-number // self.global_batch_size) for number in drawn)
 
     def __iter__(self) -> Iterator[list[int]]:
         epoch, position = divmod(self.start, self.batches_per_epoch)
@@ -70,12 +89,20 @@ class BucketBatchSampler(Sampler[list[int]]):
     def _epoch_order(self, epoch: int) -> list[np.ndarray]:
         rng = np.random.default_rng([self.seed, epoch])
         global_batches: list[np.ndarray] = []
-        for rows in self.buckets:
-            order = rng.permutation(rows)
+        for groups in self.groups:
+            order = rng.permutation([row for rows, number in groups for row in _draw(rows, number, rng)])
             num_batches = -(-len(order) // self.global_batch_size)
             filled = np.resize(order, num_batches * self.global_batch_size)
             global_batches.extend(filled.reshape(num_batches, self.global_batch_size))
         return [global_batches[index] for index in rng.permutation(len(global_batches))]
+
+
+def _draw(rows: Sequence[int], number: int, rng: np.random.Generator) -> list[int]:
+    """`number` of the rows, each as often as any other or once more."""
+    times, rest = divmod(number, len(rows))
+    # No draw where none is needed: without weights the order is a function of the rows alone.
+    chosen = rng.choice(rows, rest, replace=False).tolist() if rest else []
+    return [*rows] * times + chosen
 
 
 def split_batches(buckets: Sequence[Hashable], *, batch_size: int, num_replicas: int, replica: int) -> list[list[int]]:

@@ -1,7 +1,7 @@
 """How well a reward model tells good clips from poor ones at fixed noise levels, and at random ones as the paper does."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -45,7 +45,7 @@ class RewardEvaluator:
     `<metric>/random`: the paper's protocol has five such ranges. With labels: accuracy,
     precision, recall and F1 at logit 0, AUC and the binary cross-entropy as `loss`. With pairs: `pair_accuracy` (ties
     count half), AUC of chosen against rejected and the Bradley-Terry `loss`. Both clips of a pair get the same noise, and
-    the same timesteps.
+    the same timesteps. Of each part all of these are there too, as `<part>/<metric>`; a part of one class has no AUC.
 
     Args:
         dataset (`Dataset`):
@@ -61,6 +61,8 @@ class RewardEvaluator:
             [`~hy_prfl.flow_matching.row_timesteps`]: the same at every evaluation.
         seed (`int`):
             Seed of the noise and of these draws, see [`~hy_prfl.flow_matching.row_noise`].
+        parts (`Mapping[str, Sequence[int]]`, *optional*):
+            Positions in `items` that are reported by themselves besides, by name.
         dtype (`torch.dtype`, defaults to `torch.float32`):
             Type of the embeddings that the reward model is given.
         num_replicas, replica (`int`, defaults to 1 and 0):
@@ -77,6 +79,7 @@ class RewardEvaluator:
         num_random_timesteps: int = 0,
         seed: int,
         batch_size: int,
+        parts: Mapping[str, Sequence[int]] | None = None,
         dtype: torch.dtype = torch.float32,
         num_replicas: int = 1,
         replica: int = 0,
@@ -86,10 +89,12 @@ class RewardEvaluator:
         self.num_replicas = num_replicas
         self.replica = replica
         self.labels = labels
+        self.parts = dict(parts or {})
         self.timesteps = list(timesteps)
         self.num_random_timesteps = num_random_timesteps
         self.seed = seed
         self.batch_size = batch_size
+        self.items = list(items)
         pairs = [item for item in items if isinstance(item, tuple)]
         self.rows = [item for item in items if not isinstance(item, tuple)]
         self.noise_rows = self.rows
@@ -113,12 +118,19 @@ class RewardEvaluator:
             records.extend(zip(positions, logits, strict=True))
         logits_by_position = dict(gather_records(records))
         logits_array = np.array([logits_by_position[position] for position in range(len(self.rows))])
+        metrics = self._all_metrics(logits_array, range(len(self.items)))
+        for name, items in self.parts.items():
+            metrics |= {f"{name}/{metric}": value for metric, value in self._all_metrics(logits_array, items).items()}
+        return metrics
+
+    def _all_metrics(self, logits: np.ndarray, items: Sequence[int]) -> dict[str, float]:
+        """Metrics of some items at every level, and their means; logits have shape `(num_rows, num_levels)`."""
         fixed = [f"t{timestep}" for timestep in self.timesteps]
         bounds = [
             NUM_TRAIN_TIMESTEPS * index // self.num_random_timesteps for index in range(self.num_random_timesteps)
         ]
         random = [f"random_t{low}_{high}" for low, high in pairwise([*bounds, NUM_TRAIN_TIMESTEPS])]
-        levels = [self._metrics(column) for column in logits_array.T]
+        levels = [self._metrics(column, items) for column in logits.T]
         metrics = {
             f"{name}/{level}": value
             for level, found in zip([*fixed, *random], levels, strict=True)
@@ -156,11 +168,11 @@ class RewardEvaluator:
             columns.append(logits.float().cpu())
         return torch.stack(columns, dim=1).tolist()
 
-    def _metrics(self, logits: np.ndarray) -> dict[str, float]:
+    def _metrics(self, logits: np.ndarray, items: Sequence[int]) -> dict[str, float]:
         if self.labels is None:
             chosen, rejected = np.split(logits, 2)
-            return pair_metrics(chosen, rejected)
-        return classification_metrics(logits, np.asarray(self.labels))
+            return pair_metrics(chosen[items], rejected[items])
+        return classification_metrics(logits[items], np.asarray(self.labels)[items])
 
 
 def classification_metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:

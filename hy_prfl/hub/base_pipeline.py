@@ -12,6 +12,7 @@ from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import validate_repo_id
 
+from ..configs.base import names_in
 from ..formats.pipeline_info import PUBLISHED, PipelineInfo
 from ..runtime.provenance import RUN_FILE
 
@@ -85,7 +86,7 @@ def run_sources(config: Mapping[str, Any]) -> dict[str, Any]:
         `{"on_hub": [...], "pipeline": {...}}`, JSON values: the names that are repositories, and a [`BasePipeline`],
         null if its configuration cannot be read.
     """
-    names = {str(config[option]) for option in SOURCE_OPTIONS if config.get(option)}
+    names = {name for option in SOURCE_OPTIONS for name in names_in(config.get(option))}
     on_hub = sorted(name for name in names if _may_be_repo_id(name) and not Path(name).exists())
     pipeline = load_base_pipeline(str(config["pretrained_model_name_or_path"]), config.get("revision"))
     return {"on_hub": on_hub, "pipeline": None if pipeline is None else asdict(pipeline)}

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import yaml
 from huggingface_hub import HfApi, ModelCard, ModelCardData, eval_result_entries_to_yaml
 
+from ..configs.base import names_in
 from ..formats.layout import EXPERT_FOLDERS, LORA_FILES, ExpertName
 from ..formats.lora_metadata import read_lora_metadata
 from ..formats.pipeline_info import PUBLISHED
@@ -139,8 +140,13 @@ def build_card(
     model_config = {} if kind == "lora" else _read_json(files, model_file)
 
     @cache
+    def known_to_hub(name: str, repo_type: str) -> bool:
+        return is_on_hub(name, repo_type, recorded, api)
+
     def on_hub(option: str) -> bool:
-        return is_on_hub(str(config.get(option) or ""), "model" if option == BASE else "dataset", recorded, api)
+        """Whether all that an option names are repositories."""
+        found = names_in(config.get(option))
+        return bool(found) and all(known_to_hub(name, "model" if option == BASE else "dataset") for name in found)
 
     base_model, metrics = str(config.get(BASE) or ""), best_metrics(files)
     # A repository that happens to have the name of a local path says nothing about the run.
@@ -148,17 +154,18 @@ def build_card(
     pipeline = find_base_pipeline(known, config.get("revision"), recorded, model_config)
     relation = "adapter" if kind == "lora" else "finetune"
     task, names = _task(kind, pipeline), [name for name, _ in experts]
+    training_data = [name for option in TRAINING_DATA for name in names_in(config.get(option))]
     results = eval_results(
         task or "other",
         config,
         metrics,
         is_reward=kind == "reward",
-        dataset_on_hub=on_hub("validation_dataset"),
+        dataset_on_hub=on_hub("validation_dataset") and len(names_in(config.get("validation_dataset"))) == 1,
     )
     data = ModelCardData(
         base_model=base_model if on_hub(BASE) else None,
         base_model_relation=relation if on_hub(BASE) else None,
-        datasets=[str(config[option]) for option in TRAINING_DATA if on_hub(option)] or None,
+        datasets=[name for name in training_data if known_to_hub(name, "dataset")] or None,
         eval_results=results or None,
         library_name=library_name(kind, pipeline if on_hub(BASE) else None, names),
         license=license,
@@ -181,7 +188,8 @@ def build_card(
         model_config=model_config,
         model_json=json.dumps(model_config, indent=2),
         usage=usage(kind, repo_id, config, model_config, pipeline, names),
-        training_data=", ".join(f"`{config[option]}`" for option in TRAINING_DATA if config.get(option)),
+        training_data=", ".join(f"`{name}`" for name in training_data),
+        validation_data=", ".join(f"`{name}`" for name in names_in(config.get("validation_dataset"))),
         metrics=metrics,
         metric_rows=rows,
         timesteps=timesteps,

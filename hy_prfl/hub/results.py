@@ -12,6 +12,7 @@ from huggingface_hub import EvalResult, EvalResultEntry, constants
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from ..configs.base import names_in
 from ..flow_matching import NUM_TRAIN_TIMESTEPS
 from ..runtime.atomic_writes import replacing
 from ..runtime.provenance import METRICS_FILE
@@ -54,11 +55,12 @@ def eval_results(
         is_reward (`bool`):
             Whether the model is a reward model.
         dataset_on_hub (`bool`):
-            Whether `validation_dataset` is a repository and not a folder.
+            Whether `validation_dataset` is one repository and not a folder, or several datasets.
     """
     if not metrics or not config.get("validation_dataset"):
         return []
-    dataset = str(config["validation_dataset"])
+    datasets = names_in(config["validation_dataset"])
+    names = ", ".join(re.split(r"[/\\]", dataset.rstrip("/\\"))[-1] for dataset in datasets)
     subject = f"{config.get('task')} of noisy latents" if is_reward else "reward of samples"
     results = []
     for name, value in metrics.items():
@@ -73,8 +75,8 @@ def eval_results(
             EvalResult(
                 task_type=task,
                 task_name=f"{subject}, {level}",
-                dataset_type=dataset if dataset_on_hub else LOCAL_DATASET,
-                dataset_name=re.split(r"[/\\]", dataset.rstrip("/\\"))[-1],
+                dataset_type=datasets[0] if dataset_on_hub else LOCAL_DATASET,
+                dataset_name=names,
                 dataset_config=level,
                 dataset_args=None if at is None else {"timestep": int(at["timestep"]), "sigma": sigma},
                 metric_type=metric,

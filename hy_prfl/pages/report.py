@@ -186,13 +186,22 @@ def series(lines: Iterable[Mapping[str, float]], name: str) -> list[tuple[float,
 
 
 def training_figures(lines: Sequence[Mapping[str, float]]) -> dict[str, Figure]:
-    """A plot of each metric against the step, of training and validation in one. Those at a noise level are left out."""
+    """
+    A plot of each metric against the step, of training, validation and each of several validation datasets in one. Those
+    at a noise level are left out.
+    """
     names = dict.fromkeys(name.split("/", 1)[1] for line in lines for name in line if name.split("/")[0] in SPLITS)
     figures = {}
+    parts: dict[str, list[str]] = {}
     for name in names:
-        if AT_TIMESTEP.fullmatch(name):
+        part, _, metric = name.partition("/")
+        if metric in names:
+            parts.setdefault(metric, []).append(part)
+    for name in names:
+        if AT_TIMESTEP.fullmatch(name) or name.partition("/")[2] in names:
             continue
         curves = {split: series(lines, f"{split}/{name}") for split in SPLITS}
+        curves |= {part: series(lines, f"validation/{part}/{name}") for part in parts.get(name, [])}
         curves = {split: points for split, points in curves.items() if points}
         title = name.replace("_", " ")
         figures[title] = draw_curves(title, "step", curves, is_share=name in SHARES, whole=True)
@@ -215,7 +224,9 @@ def sigma_figures(lines: Sequence[Mapping[str, float]]) -> dict[str, Figure]:
     for metric, by_step in found.items():
         ends = {step: by_step[step] for step in dict.fromkeys((list(by_step)[0], list(by_step)[-1]))}
         title = f"{metric.replace('_', ' ')} by noise level"
-        figures[title] = draw_curves(title, "sigma", ends, is_share=metric in SHARES, always_marked=True)
+        figures[title] = draw_curves(
+            title, "sigma", ends, is_share=metric.split("/")[-1] in SHARES, always_marked=True
+        )
     return figures
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..compatibility import check_rows_fit
-from ..configs.base import TrainingConfig, check, save_config
+from ..configs.base import TrainingConfig, check, names_in, save_config
 from ..data.collators import LatentBatch
 from ..data.dataset import latent_shapes, rows_digest
 from ..flow_matching import make_generator, noise_levels, sample_noise
@@ -38,12 +38,21 @@ from .updates import Updates
 logger = get_logger(__name__)
 
 
-def check_named(config: TrainingConfig, **datasets: Dataset | None) -> None:
+def as_datasets(given: Dataset | Sequence[Dataset] | None) -> list[Dataset]:
+    """The datasets that a trainer was given: none, one or several."""
+    if given is None:
+        return []
+    return [given] if isinstance(given, Dataset) else list(given)
+
+
+def check_named(config: TrainingConfig, **datasets: Dataset | Sequence[Dataset] | None) -> None:
     """Raise a `ValueError` if a dataset was given without an option that names it, or the other way round."""
-    for option, dataset in datasets.items():
-        name = getattr(config, option)
-        requirement = "left out if no such dataset is given" if dataset is None else "a name for the dataset"
-        check((name is None) == (dataset is None), option, name, requirement)
+    for option, given in datasets.items():
+        name, number = getattr(config, option), len(as_datasets(given))
+        requirement = f"{number} names, one for each dataset"
+        if number < 2:
+            requirement = "a name for the dataset" if number else "left out if no such dataset is given"
+        check(len(names_in(name)) == number, option, name, requirement)
 
 
 def check_dataset(config: TrainingConfig, dataset: Dataset, source: str, model_config: Mapping[str, Any]) -> None:

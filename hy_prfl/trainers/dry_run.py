@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLWan
 
-from ..configs.base import TrainingConfig, check
+from ..configs.base import TrainingConfig, check, names_in
 from ..configs.prfl import PRFLTrainingConfig
+from ..configs.reward import RewardTrainingConfig
 from ..data.dataset import latent_shapes, load_latent_dataset, read_columns
 from ..data.encoding import vae_fingerprint
 from ..data.synthetic import synthetic_dataset
@@ -106,6 +107,8 @@ def dry_run(make_trainer: Callable[[Any], Trainer], config: TrainingConfig) -> D
         changes = {**LEFT_OUT, "train_dataset": str(dataset_dir), "output_dir": str(Path(folder) / "run")}
         if isinstance(config, PRFLTrainingConfig):
             changes["prompt_dataset"] = None
+        if isinstance(config, RewardTrainingConfig):
+            changes["train_dataset_weights"] = None
         trainer = make_trainer(dataclasses.replace(config, **changes))
         trainer.start_streams()
         loading_seconds, loading_memory = time.perf_counter() - start, peak_memory(trainer.accelerator.device)
@@ -137,7 +140,8 @@ def write_inputs(config: TrainingConfig, folder: Path) -> tuple[int, ...]:
     transformer = PipelineInfo.read(path, revision).transformer
     condition_channels = transformer["in_channels"] - transformer["out_channels"]
     if config.dry_run_size is None:
-        latents_shape, condition_shape = shapes_of_largest(config.train_dataset)
+        shapes = [shapes_of_largest(source) for source in names_in(config.train_dataset)]
+        latents_shape, condition_shape = max(shapes, key=lambda found: math.prod(found[0]))
     else:
         latents_shape = shape_of_latents(vae, config.dry_run_size)
         condition_shape = (condition_channels, *latents_shape[1:]) if condition_channels else None

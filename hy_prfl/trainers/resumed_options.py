@@ -101,6 +101,7 @@ BASE_RULES: dict[str, Rule] = {
 
 REWARD_RULES: dict[str, Rule] = {
     **BASE_RULES,
+    "train_dataset_weights": Rule("applied", "the epoch goes on at the same position of another order"),
     "validation_dataset": OTHER_BEST._replace(note_if_off="no other model becomes the best"),
     "reward_model": FROZEN._replace(note_if_off="what does not train is read from the pipeline"),
     "expert": OTHER_MEANING,
@@ -213,7 +214,8 @@ def find_changes(before: Mapping[str, Any], config: TrainingConfig, engine: str)
         elif name == "lora_target_modules":
             same = set(old) == set(now)
         else:
-            same = old == now
+            # Older versions took a single dataset.
+            same = now in (old, [old])
         if same or rule.kind == "not compared":
             continue
         if rule.kind == "refused" and name not in ignored:

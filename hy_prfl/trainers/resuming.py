@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import set_seed
 
-from ..configs.base import TrainingConfig
+from ..configs.base import TrainingConfig, names_in
 from ..formats.checkpoints import check_files, read_state
 from ..formats.layout import EXPERT_FOLDERS
 from ..formats.lora import lora_sources
@@ -237,11 +237,13 @@ def _changed_datasets(trainer: Resumable, state: Mapping[str, Any]) -> set[str]:
     """Options that name the same datasets as before, whose rows have changed since; says so."""
     before, changed = state.get("datasets", {}), set()
     for name in ("train_dataset", "prompt_dataset", "validation_dataset"):
-        source = str(getattr(trainer.config, name, None))
-        if source in before and before[source] != trainer.dataset_digests[source]:
-            changed.add(name)
-            note = "" if name == "validation_dataset" else ": the epoch goes on at the same position of another order"
-            logger.warning("`%s`: the rows of %s are not those from before the checkpoint%s.", name, source, note)
+        for source in names_in(getattr(trainer.config, name, None)):
+            if source in before and before[source] != trainer.dataset_digests[source]:
+                changed.add(name)
+                note = (
+                    "" if name == "validation_dataset" else ": the epoch goes on at the same position of another order"
+                )
+                logger.warning("`%s`: the rows of %s are not those from before the checkpoint%s.", name, source, note)
     return changed
 
 

@@ -1,8 +1,9 @@
 """Trains PAVRM: the label of the clean clip, predicted from its latents at a random noise level."""
 
+import dataclasses
 import json
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
 from ..compatibility import REWARD_LATENTS, check_same_vae, check_vae
+from ..configs.base import check, names_in
 from ..configs.reward import RewardTrainingConfig
 from ..data.collators import LabeledBatch, LatentBatch, PreferenceBatch
 from ..data.dataset import load_latent_dataset, single_value
@@ -38,7 +40,7 @@ from ..models.starting_points import StartingPoint, check_starts_adapter, read_s
 from ..models.trainable import select_trainable
 from ..planning.models import build_reward_model, reward_model_config
 from ..runtime.sharding import full_state_dict
-from .base import Trainer, check_dataset, check_named
+from .base import Trainer, as_datasets, check_dataset, check_named
 from .resumed_options import OTHER_BEST, REWARD_RULES
 from .reward_datasets import RewardDatasets
 from .run import Run
@@ -48,6 +50,8 @@ logger = get_logger(__name__)
 
 NOISE = 0
 TRAINED_FILE = "trained_weights.safetensors"
+# Options of a new model; one to start from has its own.
+MODEL_OPTIONS = ("num_layers", "pooling", "num_query_heads", "query_residual")
 
 
 class RewardTrainer(Trainer):
@@ -63,10 +67,10 @@ class RewardTrainer(Trainer):
         reward_model (`WanRewardModel`):
             The model to train, in float32, or a [`~hy_prfl.models.loading.Deferred`] one, which is read when all else
             has been checked.
-        train_dataset (`Dataset`):
-            A latent dataset with labels or pairs for the task.
-        validation_dataset (`Dataset`, *optional*):
-            Another one, to evaluate on; then `config.validation_dataset` names it.
+        train_dataset (`Dataset` or `Sequence[Dataset]`):
+            A latent dataset with labels or pairs for the task, or several; `config.train_dataset` names them.
+        validation_dataset (`Dataset` or `Sequence[Dataset]`, *optional*):
+            Others, to evaluate on; then `config.validation_dataset` names them.
         run (`Run`, *optional*):
             What [`set_up_run`] has made of the options; made here if left out.
 
@@ -93,19 +97,24 @@ class RewardTrainer(Trainer):
         config: RewardTrainingConfig,
         *,
         reward_model: WanRewardModel | Deferred[WanRewardModel],
-        train_dataset: Dataset,
-        validation_dataset: Dataset | None = None,
+        train_dataset: Dataset | Sequence[Dataset],
+        validation_dataset: Dataset | Sequence[Dataset] | None = None,
         run: Run | None = None,
     ) -> None:
         run = self.set_up_run(config) if run is None else run
-        check_named(config, validation_dataset=validation_dataset)
+        check_named(config, train_dataset=train_dataset, validation_dataset=validation_dataset)
         self.datasets = RewardDatasets(
-            config, train_dataset, validation_dataset, num_replicas=run.num_replicas, replica=run.replica
+            config,
+            as_datasets(train_dataset),
+            as_datasets(validation_dataset),
+            num_replicas=run.num_replicas,
+            replica=run.replica,
         )
-        fingerprint = reward_model.config["vae_fingerprint"]
+        fingerprint, owner = reward_model.config["vae_fingerprint"], "the pipeline"
         for source, dataset in self.datasets.by_source().items():
-            fingerprint = fingerprint or single_value(dataset, "vae_fingerprint", source)
-            check_vae(dataset, source, fingerprint)
+            if not fingerprint:
+                fingerprint, owner = single_value(dataset, "vae_fingerprint", source), source
+            check_vae(dataset, source, fingerprint, of=owner)
             check_dataset(config, dataset, source, reward_model.config)
         model = loaded(reward_model)
         model.register_to_config(task=config.task, vae_fingerprint=fingerprint)
@@ -137,11 +146,12 @@ class RewardTrainer(Trainer):
         """A trainer whose model and datasets are loaded from where the options say."""
         run = cls.set_up_run(config)
         fingerprint = run.pipeline_vae_fingerprint()
-        datasets = {"train_dataset": load_latent_dataset(config.train_dataset)}
-        if config.validation_dataset is not None:
-            datasets["validation_dataset"] = load_latent_dataset(config.validation_dataset)
-        for name, dataset in datasets.items():
-            check_vae(dataset, getattr(config, name), fingerprint)
+        datasets: dict[str, list[Dataset]] = {}
+        for option in ("train_dataset", "validation_dataset"):
+            sources = names_in(getattr(config, option))
+            datasets[option] = [load_latent_dataset(source) for source in sources]
+            for source, dataset in zip(sources, datasets[option], strict=True):
+                check_vae(dataset, source, fingerprint)
         return cls(config, reward_model=_deferred_model(config, run, fingerprint), **datasets, run=run)
 
     def train_step(self) -> dict[str, torch.Tensor]:
@@ -269,7 +279,10 @@ class RewardTrainer(Trainer):
         if validation is None:
             return None
         return RewardEvaluator(
-            *validation,
+            validation.dataset,
+            validation.items,
+            validation.labels,
+            parts=self.datasets.validation_parts(),
             timesteps=config.validation_timesteps,
             num_random_timesteps=config.validation_random_timesteps,
             seed=config.validation_seed,
@@ -299,6 +312,7 @@ def _deferred_model(config: RewardTrainingConfig, run: Run, vae_fingerprint: str
         reward_config = WanRewardModel.load_own_config(config.reward_model)
         source = config.pretrained_model_name_or_path
         check_same_vae(vae_fingerprint, reward_config["vae_fingerprint"], source=source, of=REWARD_LATENTS)
+        _check_same_model(config, reward_config)
         load = partial(
             load_reward_model,
             config.reward_model,
@@ -331,6 +345,15 @@ def _deferred_model(config: RewardTrainingConfig, run: Run, vae_fingerprint: str
         start=start,
     )
     return Deferred({**base.config, "vae_fingerprint": vae_fingerprint}, make, start)
+
+
+def _check_same_model(config: RewardTrainingConfig, reward_config: Mapping[str, Any]) -> None:
+    """Refuse options that ask for another model than the one to start from; their defaults ask for nothing."""
+    for option in dataclasses.fields(config):
+        value = getattr(config, option.name)
+        if option.name in MODEL_OPTIONS and value not in (option.default, reward_config[option.name]):
+            requirement = f"left out, or {reward_config[option.name]!r} as in the reward model '{config.reward_model}'"
+            check(False, option.name, value, requirement)
 
 
 def _read_start(config: RewardTrainingConfig, base: WanTransformer3DModel, expert: ExpertName) -> StartingPoint:

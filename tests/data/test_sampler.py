@@ -1,6 +1,8 @@
 from collections import Counter
 from itertools import islice
+from typing import Any
 
+import numpy as np
 import pytest
 
 from hy_prfl.data.sampler import BucketBatchSampler, split_batches
@@ -9,7 +11,7 @@ from hy_prfl.data.sampler import BucketBatchSampler, split_batches
 BUCKETS = ["small"] * 7 + ["large"] * 4
 
 
-def take(count: int, **options: int) -> list[list[int]]:
+def take(count: int, **options: Any) -> list[list[int]]:
     options = {"batch_size": 2, "seed": 0} | options
     return list(islice(BucketBatchSampler(BUCKETS, **options), count))
 
@@ -68,3 +70,59 @@ def test_shares_cover_every_row_with_the_same_forwards_on_every_replica(num_repl
         assert len({BUCKETS[index] for batch in together for index in batch}) == 1
     if num_replicas == 1 and batch_size == 1:
         assert shares == [[[index] for index in range(11)]]
+
+
+def unweighted_epoch(seed: int, epoch: int, global_batch_size: int) -> list[list[int]]:
+    """The order without weights, written out: a shuffle of each bucket, then one of all batches."""
+    rng = np.random.default_rng([seed, epoch])
+    batches = []
+    for name in ("small", "large"):
+        order = rng.permutation([index for index, bucket in enumerate(BUCKETS) if bucket == name]).tolist()
+        order = (2 * order)[: -(-len(order) // global_batch_size) * global_batch_size]
+        batches += [order[start : start + global_batch_size] for start in range(0, len(order), global_batch_size)]
+    return [batches[index] for index in rng.permutation(len(batches))]
+
+
+@pytest.mark.parametrize("options", [{}, {"weights": [1.0]}, {"datasets": [0] * 4 + [1] * 7, "weights": [1.0, 1.0]}])
+def test_weights_of_one_change_nothing(options: dict[str, Any]) -> None:
+    expected = unweighted_epoch(3, 0, 4) + unweighted_epoch(3, 1, 4)
+    assert take(len(expected), batch_size=4, seed=3, **options) == expected
+
+
+DATASETS = [0] * 6 + [1] * 5
+
+
+@pytest.mark.parametrize(("weights", "draws"), [([1.0, 3.0], [6, 15]), ([0.5, 2.0], [3, 10]), ([0.01, 1.0], [1, 5])])
+def test_a_weight_is_how_often_a_row_is_drawn_in_an_epoch(weights: list[float], draws: list[int]) -> None:
+    sampler = BucketBatchSampler(["a"] * 11, batch_size=1, seed=0, datasets=DATASETS, weights=weights)
+    assert sampler.batches_per_epoch == sum(draws)
+    stream = iter(sampler)
+    seen: Counter[int] = Counter()
+    for _ in range(40):
+        epoch = Counter(row for (row,) in islice(stream, sampler.batches_per_epoch))
+        assert [sum(epoch[row] for row in range(11) if DATASETS[row] == each) for each in (0, 1)] == draws
+        for row, number in epoch.items():
+            assert int(weights[DATASETS[row]]) <= number <= int(weights[DATASETS[row]]) + 1
+        seen += epoch
+    # Over many epochs no row is left out, also with a weight below 1.
+    assert set(seen) == set(range(11))
+
+
+def test_a_weight_that_is_no_whole_number_draws_some_rows_once_more() -> None:
+    sampler = BucketBatchSampler(["a"] * 4, batch_size=1, seed=0, weights=[1.5])
+    epochs = [Counter(row for (row,) in islice(sampler, start, start + 6)) for start in range(0, 60, 6)]
+    assert all(sorted(epoch.values()) == [1, 1, 2, 2] for epoch in epochs)
+    assert len({tuple(sorted(row for row in epoch if epoch[row] == 2)) for epoch in epochs}) > 1
+
+
+@pytest.mark.parametrize("start", [1, 7, 30])
+def test_a_weighted_stream_resumes_and_is_shared_by_replicas(start: int) -> None:
+    options: dict[str, Any] = {"datasets": DATASETS, "weights": [0.5, 2.5]}
+    assert take(20, start=start, **options) == take(20 + start, **options)[start:]
+    replicas = [take(12, num_replicas=2, replica=replica, **options) for replica in range(2)]
+    assert [first + second for first, second in zip(*replicas, strict=True)] == take(12, batch_size=4, **options)
+
+
+def test_every_bucket_keeps_a_row_of_each_dataset() -> None:
+    sampler = BucketBatchSampler(["a", "a", "b"], batch_size=1, seed=0, datasets=[0, 0, 0], weights=[0.1])
+    assert sorted(islice(sampler, 2)) in ([[0], [2]], [[1], [2]])

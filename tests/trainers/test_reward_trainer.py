@@ -83,7 +83,7 @@ def test_one_update_equals_the_same_arithmetic_written_out(build: Callable[..., 
     model = WanRewardModel.from_transformer(WanTransformer3DModel.from_config(trainer.unwrapped.config), num_layers=2)
     model.load_state_dict(trainer.unwrapped.state_dict())
     model.freeze_embeddings()
-    rows = table_to_rows(load_latent_dataset(trainer.config.train_dataset)[:])
+    rows = table_to_rows(load_latent_dataset(trainer.config.train_dataset[0])[:])
     order = iter(trainer.datasets.sampler())
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for micro_step in range(2):
