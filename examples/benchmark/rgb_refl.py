@@ -28,6 +28,7 @@ from hy_prfl.models.conditioning import Conditioning
 from hy_prfl.rollout import GradientStep, predict_velocity, surrogate
 from hy_prfl.runtime.attention import use_attention_backend
 from hy_prfl.trainers.prfl_trainer import REWARD_NOISE, PRFLTrainer
+from hy_prfl.trainers.reward_feedback import RewardFeedback
 
 
 Decoded = Literal["first", "all"]
@@ -139,6 +140,15 @@ def decode_all_frames(vae: AutoencoderKLWan, latents: torch.Tensor, *, recompute
     return torch.cat(samples, dim=2).clamp(-1, 1)
 
 
+class FramesFeedback(RewardFeedback):
+    """The reward of decoded frames in place of one of latents."""
+
+    def score(self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        """Logits `(batch_size,)` of the frames of clean latents."""
+        with self.accelerator.autocast():
+            return self.model(latents, conditioning.prompt_embeds)
+
+
 class RGBReFLTrainer(PRFLTrainer):
     """
     PRFL's trainer with another rollout and another reward.
@@ -163,9 +173,9 @@ class RGBReFLTrainer(PRFLTrainer):
         super().__init__(replace(config, divide_by_step_width=False), **parts)
         vae = AutoencoderKLWan.from_pretrained(config.pretrained_model_name_or_path, subfolder="vae")
         torch.manual_seed(config.seed)
+        reward_model = build_reward(vae).to(self.accelerator.device, self.weight_dtype)
         # `PRFLTrainer` has loaded the latent reward model; this frees it.
-        self.reward_model = build_reward(vae)
-        self.reward_model.to(self.accelerator.device, self.weight_dtype)
+        self.reward = FramesFeedback(self.config, reward_model, accelerator=self.accelerator)
 
     def roll_out(
         self, latents_shape: Sequence[int], conditioning: Conditioning, micro_step: int
@@ -193,11 +203,6 @@ class RGBReFLTrainer(PRFLTrainer):
             velocity=velocity.detach(),
             surrogates=partial(surrogate, clean),
         )
-
-    def score(self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        """Logits `(batch_size,)` of the frames of clean latents."""
-        with self.accelerator.autocast():
-            return self.reward_model(latents, conditioning.prompt_embeds)
 
 
 def _call(function: Callable[..., Any], *args: Any) -> Any:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +25,7 @@ from hy_prfl.planning.workloads import IMAGE_TOKENS, TEXT_TOKENS
 from hy_prfl.runtime.activation_checkpointing import HostBuffers, recompute_blocks
 from hy_prfl.runtime.context_parallel import ContextParallelGroup
 from hy_prfl.trainers.prfl_trainer import UPDATES, PRFLTrainer
+from hy_prfl.trainers.reward_feedback import RewardFeedback
 from hy_prfl.trainers.reward_trainer import RewardTrainer
 from hy_prfl.trainers.updates import Updates
 
@@ -377,15 +378,14 @@ def _build_prfl(setting: Setting, group: Any) -> tuple[Any, list[HostBuffers]]:
         )
     num = {"flow": 1, "reward": training.num_gradient_steps * training.num_chained_steps}
     most = max(sum(num[loss] for loss in losses) for losses in UPDATES[training.update_schedule])
+    common = _common(setting, unwrapped, group, parameters, most)
     trainer = RealSizePRFLTrainer(
-        **_common(setting, unwrapped, group, parameters, most),
+        **common,
+        reward=RewardFeedback(training, reward_model, accelerator=common["accelerator"], context_parallel=group),
         wrapped=transformer,
         generator=generator,
-        reward_model=reward_model,
-        reward_model_in_use=nullcontext,
         average=None,
         rollouts=None,
-        mean_foreseen_gain=1.0,
         experts=experts,
         num_backwards=num,
         step_range=step_range,

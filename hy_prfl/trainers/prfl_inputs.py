@@ -1,6 +1,6 @@
 """Where the options of PRFL say that its models and datasets are. What can be checked is checked before weights are read."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -9,19 +9,21 @@ from accelerate.logging import get_logger
 from datasets import Dataset
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
 
-from ..compatibility import REWARD_LATENTS, check_same_vae
+from ..compatibility import REWARD_LATENTS, check_fits_generator, check_same_vae, check_vae
 from ..configs.base import check
 from ..configs.prfl import PRFLTrainingConfig
-from ..data.dataset import load_latent_dataset
+from ..data.dataset import load_latent_dataset, single_value
 from ..data.encoding import vae_fingerprint
 from ..flow_matching import noise_levels
 from ..formats.layout import EXPERT_FOLDERS, ExpertName
 from ..models.experts import Experts, read_experts
-from ..models.loading import Deferred, empty_transformer, load_reward_model, load_transformer
+from ..models.loading import Deferred, empty_transformer, load_reward_model, load_transformer, loaded, start_of
 from ..models.reward_model import WanRewardModel
-from ..models.starting_points import StartingPoint, check_starts_adapter, read_starting_point
+from ..models.starting_points import StartingPoint, check_starts_adapter, read_starting_point, start_adapter
 from ..models.trainable import select_trainable
+from ..rollout import mean_foreseen_gain
 from ..runtime.sharding import split_frozen
+from .base import check_dataset
 from .run import Run
 
 
@@ -162,6 +164,51 @@ def by_expert(
     return ordered if needed is None or frozen_expert is None else {**ordered, needed: frozen_expert}
 
 
+def load_trained(transformer: AnyTransformer, config: PRFLTrainingConfig, run: Run) -> WanTransformer3DModel:
+    """A transformer that trains, whole or by its adapter, with its blocks set up."""
+    model = loaded(transformer)
+    select_trainable(model, config, dtype=run.trained_dtype)
+    start_adapter(model, start_of(transformer))
+    run.set_up_blocks(model, num_recomputed=config.gradient_checkpointing_blocks)
+    return model
+
+
+def load_frozen(transformer: AnyTransformer, run: Run) -> WanTransformer3DModel:
+    """An expert that does not train, on the device, with its blocks set up."""
+    model = loaded(transformer).requires_grad_(False).eval().to(run.accelerator.device)
+    run.set_up_blocks(model, num_recomputed=0)
+    return model
+
+
+def check_reward_model(
+    config: PRFLTrainingConfig,
+    reward_config: Mapping[str, Any],
+    generator_configs: Sequence[Mapping[str, Any]],
+    datasets: Mapping[str, Dataset],
+) -> None:
+    """
+    Refuse a reward model that cannot judge what is trained here, before its weights are read.
+
+    Args:
+        reward_config (`Mapping[str, Any]`):
+            Its configuration.
+        generator_configs (`Sequence[Mapping[str, Any]]`):
+            Configurations of the transformers in training.
+        datasets (`Mapping[str, Dataset]`):
+            Datasets by their names.
+
+    Raises:
+        ValueError: Naming what does not fit.
+    """
+    for generator_config in generator_configs:
+        check_fits_generator(reward_config, generator_config, allow_other_base=config.allow_other_base)
+    fingerprint = reward_config["vae_fingerprint"]
+    for source, dataset in datasets.items():
+        fingerprint = fingerprint or single_value(dataset, "vae_fingerprint", source)
+        check_vae(dataset, source, fingerprint)
+        check_dataset(config, dataset, source, reward_config)
+
+
 def find_step_range(
     config: PRFLTrainingConfig, experts: Experts, scheduler: UniPCMultistepScheduler
 ) -> tuple[int, int]:
@@ -172,6 +219,17 @@ def find_step_range(
     return experts.gradient_steps(
         scheduler.timesteps.tolist(), config.step_range, config.num_gradient_steps, config.num_chained_steps
     )
+
+
+def find_mean_foreseen_gain(
+    config: PRFLTrainingConfig, scheduler: UniPCMultistepScheduler, step_range: tuple[int, int]
+) -> float:
+    """See [`~hy_prfl.rollout.mean_foreseen_gain`]; of the steps that may take gradient, 1 if none does."""
+    if config.update_schedule == "flow_matching":
+        return 1.0
+    first, last = step_range
+    low, high = config.foreseen_levels
+    return mean_foreseen_gain(scheduler.sigmas[first : last + 2], (low, high))
 
 
 def find_high_noise_probability(config: PRFLTrainingConfig, experts: Experts) -> float:

@@ -1,57 +1,53 @@
 """Process reward feedback learning: the generator climbs a latent reward, held by a flow-matching loss."""
 
-import dataclasses
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from datasets import Dataset
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers import AutoencoderKLWan
 
-from ..compatibility import check_fits_generator, check_vae
 from ..configs.prfl import PRFLTrainingConfig
 from ..data.collators import LatentBatch
-from ..data.dataset import single_value
 from ..evaluation.sample_evaluator import SampleEvaluator
 from ..flow_matching import add_noise, sample_noise, sigmas_to_timesteps, velocity_target
 from ..formats.checkpoints import PRFL_RESULTS, VALIDATION_FOLDER
-from ..formats.layout import EXPERT_FOLDERS, LORA_FILES, ExpertName
-from ..formats.lora_metadata import lora_metadata
-from ..formats.model_files import read_lora, save_lora, save_pretrained
-from ..losses import flow_matching_loss, reward_feedback_loss
+from ..formats.layout import ExpertName
+from ..losses import flow_matching_loss
 from ..models.conditioning import Conditioning, num_clean_frames
-from ..models.experts import PairWeights, read_experts
-from ..models.loading import Deferred, WeightFiles, load_scheduler, loaded, start_of
+from ..models.experts import read_experts
+from ..models.loading import Deferred, load_scheduler
 from ..models.reward_model import WanRewardModel
-from ..models.starting_points import start_adapter
-from ..models.trainable import select_trainable
 from ..rollout import (
     Foresight,
     GradientStep,
-    mean_foreseen_gain,
     predict_velocity,
     record_states,
     step_from_state,
     walk_with_gradient,
 )
 from ..rollout_buffer import Rollout, StoredState, relative_change
-from ..runtime.host_weights import HostWeights
-from ..runtime.sharding import full_state_dict
-from .base import Trainer, check_dataset, check_named
+from .base import Trainer, check_named
 from .prfl_datasets import PRFLDatasets
+from .prfl_draws import choose_prompts, draw_foresight, draw_states, draw_step_indices
 from .prfl_inputs import (
     AnyTransformer,
     by_expert,
     check_offload,
+    check_reward_model,
     find_high_noise_probability,
+    find_mean_foreseen_gain,
     find_step_range,
     generator_dtype,
+    load_frozen,
+    load_trained,
     open_datasets,
     open_models,
 )
+from .prfl_results import adapter_metadata, read_transformers, save_transformer
 from .prfl_rollouts import ReusedRollouts
+from .reward_feedback import RewardFeedback, RewardTerm, place_reward_model
 from .run import Run
 
 
@@ -65,29 +61,19 @@ UPDATES: dict[str, list[tuple[str, ...]]] = {
 }
 
 
-class RewardTerm(NamedTuple):
-    """
-    What a gradient step stands for, all of it without gradient.
-
-    Args:
-        ids (`list[str]`):
-            Rows of the prompts.
-        loss (`torch.Tensor`, scalar), logits (`torch.Tensor` of shape `(batch_size,)`):
-            Of the reward.
-        staleness (`torch.Tensor`, scalar, *optional*):
-            Relative change of the velocity since the state was stored, if the step starts from one.
-    """
-
-    ids: list[str]
-    loss: torch.Tensor
-    logits: torch.Tensor
-    staleness: torch.Tensor | None
-
-
 def num_backwards(config: PRFLTrainingConfig) -> dict[str, int]:
     """Backward passes of each loss in an update."""
     num_flow = config.gradient_accumulation_steps
     return {"flow": num_flow, "reward": num_flow * config.num_gradient_steps * config.num_chained_steps}
+
+
+def gradient_options(config: PRFLTrainingConfig) -> dict[str, Any]:
+    """How steps take gradient, as arguments of a walk."""
+    return {
+        "num_chained_steps": config.num_chained_steps,
+        "stop_input_gradient": config.stop_input_gradient,
+        "rerun": config.rerun_gradient_step,
+    }
 
 
 class PRFLTrainer(Trainer):
@@ -166,34 +152,23 @@ class PRFLTrainer(Trainer):
             rolls_out=self.uses_reward,
             samples=validation_dataset is not None,
         )
-        for expert in self.experts.trained:
-            check_fits_generator(reward_model.config, given[expert].config, allow_other_base=config.allow_other_base)
-        fingerprint = reward_model.config["vae_fingerprint"]
-        for source, dataset in self.datasets.by_source().items():
-            fingerprint = fingerprint or single_value(dataset, "vae_fingerprint", source)
-            check_vae(dataset, source, fingerprint)
-            check_dataset(config, dataset, source, reward_model.config)
+        generator_configs = [given[expert].config for expert in self.experts.trained]
+        check_reward_model(config, reward_model.config, generator_configs, self.datasets.by_source())
         self.scheduler = load_scheduler(path, revision=revision, flow_shift=config.sampler_flow_shift)
         self.step_range = find_step_range(config, self.experts, self.scheduler)
         self.high_noise_probability = find_high_noise_probability(config, self.experts)
-        self.reward_model = loaded(reward_model).requires_grad_(False).eval()
-        self.reward_model_in_use: Callable[[], AbstractContextManager[None]] = nullcontext
-        if config.offload_reward_model:
-            self.reward_model_in_use = HostWeights(self.reward_model, run.accelerator.device).on_device
-        else:
-            self.reward_model.to(run.accelerator.device)
-        trained: dict[ExpertName, WanTransformer3DModel] = {}
-        for expert in self.experts.trained:
-            trained[expert] = loaded(given[expert])
-            select_trainable(trained[expert], config, dtype=run.trained_dtype)
-            start_adapter(trained[expert], start_of(given[expert]))
-            run.set_up_blocks(trained[expert], num_recomputed=config.gradient_checkpointing_blocks)
+        judge, in_use = place_reward_model(reward_model, config, run)
+        self.reward = RewardFeedback(
+            config,
+            judge,
+            accelerator=run.accelerator,
+            context_parallel=run.context_parallel,
+            mean_foreseen_gain=find_mean_foreseen_gain(config, self.scheduler, self.step_range),
+            in_use=in_use,
+        )
+        trained = {expert: load_trained(given[expert], config, run) for expert in self.experts.trained}
+        self.frozen = {expert: load_frozen(each, run) for expert, each in given.items() if expert not in trained}
         model = self.experts.join(trained)
-        self.frozen: dict[ExpertName, WanTransformer3DModel] = {}
-        for expert in (each for each in given if each not in trained):
-            self.frozen[expert] = loaded(given[expert]).requires_grad_(False).eval().to(run.accelerator.device)
-            run.set_up_blocks(self.frozen[expert], num_recomputed=0)
-        run.set_up_blocks(self.reward_model, num_recomputed=config.reward_gradient_checkpointing_blocks)
         super().__init__(
             config,
             run=run,
@@ -206,11 +181,6 @@ class PRFLTrainer(Trainer):
         if self.frozen:
             self.generator = self.experts.join({self.experts.trained[0]: self.wrapped, **self.frozen})
         self.rollouts = ReusedRollouts(config, run) if config.rollout_interval > 1 else None
-        first, last = self.step_range
-        low, high = config.foreseen_levels
-        self.mean_foreseen_gain = (
-            mean_foreseen_gain(self.scheduler.sigmas[first : last + 2], (low, high)) if self.uses_reward else 1.0
-        )
         self.evaluator = self._build_evaluator(vae)
         self.flow_batches: Iterator[LatentBatch] = iter(())
         self.reward_batches: Iterator[LatentBatch] = iter(())
@@ -273,21 +243,15 @@ class PRFLTrainer(Trainer):
             for _ in range(self.config.num_gradient_steps * self.config.num_chained_steps):
                 with self.accelerator.accumulate(self.wrapped):
                     surrogate, term = next(surrogates)
-                    self.updates.backward(weight * surrogate, term.ids, value=term.loss)
+                    self.updates.backward(weight * surrogate, term.ids, value=term.feedback.loss)
                     self.updates.step(self.global_step)
                 terms.append(term)
-        logits = torch.cat([term.logits for term in terms])
-        metrics = {
-            "reward_loss": torch.stack([term.loss for term in terms]).mean(),
-            "reward": logits.sigmoid().mean(),
-            "reward_logit": logits.mean(),
-            **self.grad_norm_of("reward"),
-        }
+        metrics = self.reward.metrics([term.feedback for term in terms]) | self.grad_norm_of("reward")
         if self.rollouts is not None:
             metrics |= self.rollouts.end_update([term.staleness for term in terms if term.staleness is not None])
         return metrics
 
-    def reward_surrogates(self, micro_step: int) -> Iterator[tuple[torch.Tensor, "RewardTerm"]]:
+    def reward_surrogates(self, micro_step: int) -> Iterator[tuple[torch.Tensor, RewardTerm]]:
         """
         For each gradient step of a micro-batch, scalars to differentiate one after the other, and what they stand for.
 
@@ -295,9 +259,9 @@ class PRFLTrainer(Trainer):
         """
         average = None if self.context_parallel is None else self.context_parallel.mean
         for step, conditioning, ids, staleness in self.gradient_steps(micro_step):
-            latents_grad, loss, logits = self.compute_reward_gradient(step, conditioning)
-            term = RewardTerm(ids, loss, logits, staleness)
-            for surrogate in step.surrogates(latents_grad, average=average):
+            feedback = self.reward.differentiate(step, conditioning)
+            term = RewardTerm(ids, feedback, staleness)
+            for surrogate in step.surrogates(feedback.latents_grad, average=average):
                 yield surrogate, term
 
     def compute_flow_matching_loss(self, batch: LatentBatch, micro_step: int) -> torch.Tensor:
@@ -354,11 +318,9 @@ class PRFLTrainer(Trainer):
             step_indices=self.draw_step_indices(micro_step),
             num_inference_steps=config.num_inference_steps,
             conditioning=conditioning,
-            rerun=config.rerun_gradient_step,
             rollout_attention_backend=config.rollout_attention_backend,
-            num_chained_steps=config.num_chained_steps,
-            stop_input_gradient=config.stop_input_gradient,
             foresight=self.draw_foresight(noise.shape, micro_step),
+            **gradient_options(config),
         )
 
     def record(self, batch: LatentBatch, conditioning: Conditioning, micro_step: int) -> Rollout:
@@ -387,92 +349,27 @@ class PRFLTrainer(Trainer):
             start_index=state.step_index,
             num_inference_steps=self.config.num_inference_steps,
             conditioning=conditioning,
-            rerun=self.config.rerun_gradient_step,
-            num_chained_steps=self.config.num_chained_steps,
-            stop_input_gradient=self.config.stop_input_gradient,
             foresight=self.draw_foresight(state.latents.shape, micro_step, draw),
+            **gradient_options(self.config),
         )
-
-    def compute_reward_gradient(
-        self, step: GradientStep, conditioning: Conditioning
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """
-        Score what a step with gradient leads to (paper, equation 9).
-
-        The reward is differentiated with respect to these latents alone, on a leaf of their own: the reward model's
-        activations are gone before the generator's backward pass begins, and the reward model never meets the hooks of
-        the engine that shards the generator.
-
-        Returns:
-            Gradient of the loss in the latents, of their shape, the loss, and the logits `(batch_size,)`; none of them
-            with gradient.
-        """
-        config = self.config
-        leaf = step.latents.detach().requires_grad_()
-        with self.reward_model_in_use():
-            logits = self.score(leaf, step.timesteps, conditioning)
-            loss = reward_feedback_loss(
-                logits, form=config.reward_loss, scale=config.reward_scale, target=config.reward_target
-            )
-            (latents_grad,) = torch.autograd.grad(loss, leaf)
-        if self.context_parallel is not None:
-            latents_grad = self.context_parallel.mean(latents_grad)
-        return latents_grad / self.divisor(step.gain), loss.detach(), logits.detach()
-
-    def divisor(self, gain: torch.Tensor) -> torch.Tensor:
-        """
-        What a gradient in the latents of a step is divided by, one number or one for each sample.
-
-        The mean over the steps of gain / divisor, which is what the gradient in a velocity is scaled by, is the same for
-        all forms of the reward: the mean width of the chain's steps, `1 / num_inference_steps`, shared by chained steps.
-        So `reward_scale` means the same for all of them.
-        """
-        config = self.config
-        total = config.num_inference_steps * config.num_chained_steps
-        if config.divide_by_step_width:
-            divisor = total * gain
-        elif config.reward_at == "foreseen":
-            divisor = torch.full_like(gain, total * self.mean_foreseen_gain)
-        else:
-            divisor = torch.full_like(gain, config.num_chained_steps)
-        # The width of a step is a scalar on the CPU, which goes with tensors of any device as long as it has no axes.
-        return divisor if divisor.ndim == 0 else divisor.view(-1, 1, 1, 1, 1)
 
     def draw_foresight(self, shape: Sequence[int], micro_step: int, draw: int = 0) -> Foresight | None:
         """New noise and its level for each sample, if the reward is taken of what a step foresees."""
         if self.config.reward_at == "next":
             return None
         generators = self.generators(FORESIGHT + draw, micro_step, shape[0])
-        uniform = torch.cat([torch.rand(1, generator=generator) for generator in generators])
-        noise = sample_noise(shape[1:], generators)
-        device = self.accelerator.device
-        low, high = self.config.foreseen_levels
-        return Foresight(noise.to(device), uniform.to(device), (low, high))
-
-    def score(self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        """Logits `(batch_size,)` of noisy latents at their timesteps."""
-        inputs = conditioning.model_inputs(latents, timesteps)
-        with self.accelerator.autocast():
-            return self.reward_model(**inputs).logits
+        return draw_foresight(generators, shape[1:], self.config.foreseen_levels, self.accelerator.device)
 
     def draw_step_indices(self, micro_step: int) -> list[int]:
         """Steps of a chain that take gradient, any of the range as likely as any other; the same on every rank."""
-        first, last = self.step_range
         generator = self.shared_generator(STEP_INDEX, micro_step)
-        left = list(range(first, last + 1))
-        draws = [
-            torch.randint(n, (), generator=generator)
-            for n in range(len(left), 0, -1)[: self.config.num_gradient_steps]
-        ]
-        return sorted(left.pop(int(draw)) for draw in draws)
+        return draw_step_indices(generator, self.step_range, self.config.num_gradient_steps)
 
     def draw_states(self, micro_step: int) -> list[int]:
         """Steps of a chain whose start is stored, so that any end of `step_range` is as likely; the same on every rank."""
         first, last = (index - self.config.num_chained_steps + 1 for index in self.step_range)
-        wanted = self.config.rollout_states or last - first + 1
         generator = self.shared_generator(STATES, micro_step)
-        order = torch.randperm(last - first + 1, generator=generator)[:wanted]
-        return sorted(first + int(index) for index in order)
+        return draw_states(generator, (first, last), self.config.rollout_states)
 
     def draw_expert(self, micro_step: int) -> ExpertName:
         """The expert of a flow-matching micro-batch, as often as the noise levels are its; the same on every rank."""
@@ -481,12 +378,13 @@ class PRFLTrainer(Trainer):
 
     def choose_prompts(self, batch: LatentBatch, generators: Sequence[torch.Generator]) -> Conditioning:
         """Images of the batch, and for each clip its caption, its long caption or the empty prompt."""
-        draws = torch.stack([torch.rand(2, generator=generator) for generator in generators], dim=1)
-        is_long = (draws[0] < self.config.long_prompt_probability).to(self.accelerator.device)
-        is_null = (draws[1] < self.config.prompt_dropout).to(self.accelerator.device)
-        embeds = torch.where(is_long[:, None, None], batch.long_prompt_embeds, batch.prompt_embeds)
-        embeds = torch.where(is_null[:, None, None], batch.null_prompt_embeds, embeds)
-        return Conditioning.of(batch).with_prompts(embeds)
+        config = self.config
+        return choose_prompts(
+            batch,
+            generators,
+            long_probability=config.long_prompt_probability,
+            null_probability=config.prompt_dropout,
+        )
 
     def grad_norm_of(self, kind: str) -> dict[str, torch.Tensor]:
         """Norm, before clipping, of the gradient of the update that just ended; empty if none did."""
@@ -510,7 +408,7 @@ class PRFLTrainer(Trainer):
         """Sample held-out prompts, with the averaged weights if there are any, and score what comes out."""
         assert self.evaluator is not None
         self.unwrapped.eval()
-        with self.averaged_weights(), self.reward_model_in_use():
+        with self.averaged_weights(), self.reward.in_use():
             metrics = self.evaluator(self.generator, self.accelerator, step=self.global_step)
         self.unwrapped.train()
         return metrics
@@ -542,35 +440,19 @@ class PRFLTrainer(Trainer):
 
     def save_model(self, directory: Path) -> None:
         """Write the weights in training: `directory/transformer`, or the adapter's file, by expert. A collective."""
-        is_lora = self.config.lora_rank is not None
         for expert, transformer in self.experts.parts(self.unwrapped).items():
-            state_dict = full_state_dict(self.accelerator, transformer, trainable_only=is_lora)
-            if self.accelerator.is_main_process and is_lora:
-                save_lora(transformer, state_dict, directory / LORA_FILES[expert], self._lora_metadata(expert))
-            elif self.accelerator.is_main_process:
-                save_pretrained(transformer, state_dict, directory / EXPERT_FOLDERS[expert])
-
-    def _lora_metadata(self, expert: ExpertName) -> dict[str, str]:
-        return lora_metadata(
-            base_model=self.config.pretrained_model_name_or_path,
-            base_on_hub=self.base_on_hub,
-            reward_model=self.config.reward_model,
-            step=self.global_step,
-            run=self.output_dir.resolve().name,
-            config=dataclasses.asdict(self.config),
-            expert=expert if self.experts.are_two else None,
-            base_quantization=self.config.base_quantization,
-        )
+            metadata = adapter_metadata(
+                self.config,
+                step=self.global_step,
+                run=self.output_dir.resolve().name,
+                base_on_hub=self.base_on_hub,
+                expert=expert if self.experts.are_two else None,
+            )
+            save_transformer(self.accelerator, transformer, directory, expert, self.config, metadata)
 
     def read_model(self, directory: Path) -> Mapping[str, torch.Tensor]:
         """What `save_model` wrote, by the names of the parameters in training."""
-        weights: dict[ExpertName, Mapping[str, torch.Tensor]] = {
-            expert: WeightFiles(directory, subfolder=EXPERT_FOLDERS[expert])
-            if self.config.lora_rank is None
-            else read_lora(directory / LORA_FILES[expert])
-            for expert in self.experts.trained
-        }
-        return PairWeights(weights) if len(weights) > 1 else weights[self.experts.trained[0]]
+        return read_transformers(directory, self.experts.trained, self.config)
 
     def _build_evaluator(self, vae: AutoencoderKLWan | None) -> SampleEvaluator | None:
         config = self.config
@@ -581,7 +463,7 @@ class PRFLTrainer(Trainer):
             vae.to(self.accelerator.device).requires_grad_(False).eval()
         return SampleEvaluator(
             validation.select(range(min(config.num_validation_samples, len(validation)))),
-            reward_model=self.reward_model,
+            reward_model=self.reward.model,
             scheduler=self.scheduler,
             vae=vae,
             output_dir=self.output_dir / VALIDATION_FOLDER,

@@ -1,0 +1,63 @@
+"""What PRFL writes and reads of the generator: whole transformers or adapters, by expert."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from ..configs.prfl import PRFLTrainingConfig
+from ..formats.layout import EXPERT_FOLDERS, LORA_FILES, ExpertName
+from ..formats.lora_metadata import lora_metadata
+from ..formats.model_files import read_lora, save_lora, save_pretrained
+from ..models.experts import PairWeights
+from ..models.loading import WeightFiles
+from ..runtime.sharding import full_state_dict
+
+
+def adapter_metadata(
+    config: PRFLTrainingConfig, *, step: int, run: str, base_on_hub: bool, expert: ExpertName | None
+) -> dict[str, str]:
+    """Header of the file of an adapter, see [`~hy_prfl.formats.lora_metadata.lora_metadata`]."""
+    return lora_metadata(
+        base_model=config.pretrained_model_name_or_path,
+        base_on_hub=base_on_hub,
+        reward_model=config.reward_model,
+        step=step,
+        run=run,
+        config=dataclasses.asdict(config),
+        expert=expert,
+        base_quantization=config.base_quantization,
+    )
+
+
+def save_transformer(
+    accelerator: Accelerator,
+    transformer: Any,
+    directory: Path,
+    expert: ExpertName,
+    config: PRFLTrainingConfig,
+    metadata: Mapping[str, str],
+) -> None:
+    """Write the weights in training of one transformer, its adapter with this header. A collective."""
+    is_lora = config.lora_rank is not None
+    state_dict = full_state_dict(accelerator, transformer, trainable_only=is_lora)
+    if accelerator.is_main_process and is_lora:
+        save_lora(transformer, state_dict, directory / LORA_FILES[expert], metadata)
+    elif accelerator.is_main_process:
+        save_pretrained(transformer, state_dict, directory / EXPERT_FOLDERS[expert])
+
+
+def read_transformers(
+    directory: Path, trained: Sequence[ExpertName], config: PRFLTrainingConfig
+) -> Mapping[str, torch.Tensor]:
+    """What [`save_transformer`] wrote of these experts, by the names of the parameters in training."""
+    weights: dict[ExpertName, Mapping[str, torch.Tensor]] = {
+        expert: WeightFiles(directory, subfolder=EXPERT_FOLDERS[expert])
+        if config.lora_rank is None
+        else read_lora(directory / LORA_FILES[expert])
+        for expert in trained
+    }
+    return PairWeights(weights) if len(weights) > 1 else weights[trained[0]]
