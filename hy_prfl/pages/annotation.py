@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..data.labels import read_annotations
+from ..data.annotations import read_annotations
 from ..data.manifest import ManifestRow
 from ..data.records import read_records
 from ..runtime.atomic_writes import write_text

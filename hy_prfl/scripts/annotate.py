@@ -38,7 +38,7 @@ PAIR_INSTRUCTIONS = (
 def main(argv: Sequence[str] | None = None) -> None:
     """Serve the page until it is stopped, then write the result."""
     config = parse_config(AnnotateConfig, argv, description=__doc__)
-    check_files(config, "manifest", "gold", "instructions", "import_label_studio")
+    check_files(config, "manifest", "scores", "gold", "instructions", "import_label_studio")
     check_output_files(config, "output", "export_label_studio")
     journal_path, summary_path = Path(f"{config.output}.journal.jsonl"), Path(f"{config.output}.summary.json")
     inputs = {
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from ..pages.journal import Journal
     from ..pages.label_studio import export_tasks, import_tasks
     from ..pages.study import Study
-    from ..runtime.distributed import set_up_logging
+    from ..runtime.messages import set_up_logging
     from .serving import serve_study
 
     set_up_logging()

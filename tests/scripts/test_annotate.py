@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from hy_prfl.data.labels import read_annotations
+from hy_prfl.data.annotations import read_annotations
 from hy_prfl.data.manifest import read_manifest
 from hy_prfl.scripts.annotate import main
 
