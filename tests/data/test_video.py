@@ -2,6 +2,7 @@
 
 import math
 import struct
+import tracemalloc
 import zlib
 from collections.abc import Callable, Sequence
 from fractions import Fraction
@@ -70,6 +71,18 @@ def test_variable_frame_rate_goes_by_presentation_time(tmp_path: Path) -> None:
     frames = read_video(path, fps=16, num_frames=13)
     expected = [10, 60, 60, 60, 110, 160, 160, 160, 160, 160, 160, 210, 210]
     np.testing.assert_array_equal(frames[:, 0, 0, 0], expected)
+
+
+def test_frames_are_in_memory_once(write_video: Callable[..., Path], tmp_path: Path) -> None:
+    path = write_video(tmp_path / "clip.mp4", num_frames=33, height=96, width=128)
+    read_video(path, fps=16, num_frames=33)
+    tracemalloc.start()
+    # numpy reports what it allocates.
+    frames = read_video(path, fps=16, num_frames=33)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert frames.shape == (33, 96, 128, 3)
+    assert frames.size < peak < 1.3 * frames.size
 
 
 def test_short_clip_is_refused_or_cut(write_video: Callable[..., Path], tmp_path: Path) -> None:
