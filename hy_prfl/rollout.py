@@ -236,8 +236,7 @@ def walk_with_gradient(
     first, last = num_chained_steps - 1, num_inference_steps - 2
     if not step_indices or list(step_indices) != sorted({*step_indices} & {*range(first, last + 1)}):
         raise ValueError(f"`step_indices` must be ascending and in [{first}, {last}], got {list(step_indices)}.")
-    scheduler.set_timesteps(num_inference_steps, device=noise.device)
-    scheduler.set_begin_index(0)
+    _start_at(scheduler, 0, num_inference_steps, noise.device)
     stepper = _Stepper(
         partial(predict_velocity, transformer, conditioning=conditioning), foresight, stop_input_gradient
     )
@@ -286,8 +285,7 @@ def step_from_state(
     last = num_inference_steps - 1 - num_chained_steps
     if not 0 <= start_index <= last:
         raise ValueError(f"`start_index` must be in [0, {last}], got {start_index}.")
-    scheduler.set_timesteps(num_inference_steps, device=latents.device)
-    scheduler.set_begin_index(start_index)
+    _start_at(scheduler, start_index, num_inference_steps, latents.device)
     stepper = _Stepper(
         partial(predict_velocity, transformer, conditioning=conditioning), foresight, stop_input_gradient
     )
@@ -367,8 +365,7 @@ def record_states(
         `tuple[int, torch.Tensor, torch.Tensor]`: index of the step, the noisy latents before it and the model's velocity
         there, both float32.
     """
-    scheduler.set_timesteps(num_inference_steps, device=noise.device)
-    scheduler.set_begin_index(0)
+    _start_at(scheduler, 0, num_inference_steps, noise.device)
     stepper = _Stepper(partial(predict_velocity, transformer, conditioning=conditioning))
     latents = noise
     with use_attention_backend(transformer, rollout_attention_backend):
@@ -405,8 +402,7 @@ def denoise_to_step(
     """
     if not 0 <= step_index <= num_inference_steps - 2:
         raise ValueError(f"`step_index` must be in [0, {num_inference_steps - 2}], got {step_index}.")
-    scheduler.set_timesteps(num_inference_steps, device=noise.device)
-    scheduler.set_begin_index(0)
+    _start_at(scheduler, 0, num_inference_steps, noise.device)
     stepper = _Stepper(partial(predict_velocity, transformer, conditioning=conditioning))
     latents = noise
     for index in range(step_index):
@@ -442,8 +438,7 @@ def sample_latents(
     Returns:
         Clean latents `(batch_size, num_channels, num_frames, height, width)`, float32.
     """
-    scheduler.set_timesteps(num_inference_steps, device=noise.device)
-    scheduler.set_begin_index(0)
+    _start_at(scheduler, 0, num_inference_steps, noise.device)
     latents = noise
     for timestep in scheduler.timesteps:
         model_pred = predict_velocity(transformer, latents, timestep, conditioning)
@@ -475,6 +470,14 @@ def predict_velocity(
     """
     inputs = conditioning.model_inputs(latents, timestep.expand(latents.shape[0]))
     return transformer(**inputs, return_dict=False)[0].float()
+
+
+def _start_at(
+    scheduler: UniPCMultistepScheduler, step_index: int, num_inference_steps: int, device: torch.device
+) -> None:
+    """Set a sampler to a step of its chain, without memory of earlier ones."""
+    scheduler.set_timesteps(num_inference_steps, device=device)
+    scheduler.set_begin_index(step_index)
 
 
 def _forget_gradient(scheduler: UniPCMultistepScheduler) -> None:

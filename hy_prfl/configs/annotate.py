@@ -65,8 +65,9 @@ class AnnotateConfig(ServingConfig):
     gold: str | None = field(
         default=None,
         metadata={
-            "help": "File as for `label` with the right labels of some clips of the manifest. They are mixed in and "
-            "shown to everybody, to measure annotators. Only for mode clips."
+            "help": "File as for `label` with the right labels of some clips of the manifest; for mode pairs, as this command "
+            "writes it: the better clip of a pair has the other one as `rejected_id`. They are mixed in and shown to "
+            "everybody, to measure annotators."
         },
     )
     gold_share: float = field(default=0.1, metadata={"help": "Share of gold clips among those shown."})
@@ -105,7 +106,6 @@ class AnnotateConfig(ServingConfig):
             "given for order uncertain, and left out otherwise",
         )
         check(0 < self.gold_share < 1, "gold_share", self.gold_share, "in (0, 1)")
-        check(self.gold is None or self.mode == "clips", "gold", self.gold, "left out for mode pairs")
         if self.min_gold_accuracy is not None:
             value = self.min_gold_accuracy
             check(0 < value <= 1 and self.gold is not None, "min_gold_accuracy", value, "in (0, 1], with `gold` given")

@@ -14,6 +14,8 @@ import yaml
 LRScheduler = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 Quantization = Literal["int8", "float8", "nf4"]
 
+EMA_DECAY = 0.999
+
 
 def check(condition: bool, name: str, value: object, requirement: str) -> None:
     """Raise a `ValueError` that names the field, its value and what was expected of it."""
@@ -209,7 +211,7 @@ class TrainingConfig(Config):
 
     # Parameters of the average
     use_ema: bool = field(default=False, metadata={"help": "Keep, validate and save an average of the weights."})
-    ema_decay: float = field(default=0.999, metadata={"help": "Decay of that average."})
+    ema_decay: float = field(default=EMA_DECAY, metadata={"help": "Decay of that average."})
 
     # Parameters of the noise levels that clean clips are trained at
     weighting_scheme: Literal["uniform", "logit_normal"] = field(
@@ -297,6 +299,8 @@ class TrainingConfig(Config):
         check(not continues or self.lora_rank is not None, "lora_rank", self.lora_rank, "given to continue a LoRA")
         for name in ("lora_dropout", "ema_decay"):
             check(0 <= getattr(self, name) <= 1, name, getattr(self, name), "in [0, 1]")
+        is_used = self.use_ema or self.ema_decay == EMA_DECAY
+        check(is_used, "ema_decay", self.ema_decay, "left out without `use_ema`")
         base = self.base_quantization
         has_frozen_base = base is None or self.lora_rank is not None
         check(has_frozen_base, "base_quantization", base, "left out without `lora_rank`: only frozen weights can be")

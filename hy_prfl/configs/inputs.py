@@ -13,11 +13,15 @@ PIPELINE = "pretrained_model_name_or_path"
 
 
 def check_files(config: Any, *names: str) -> None:
-    """Raise a `FileNotFoundError` if one of these options is given and there is no such file."""
+    """
+    Raise a `FileNotFoundError` if one of these options is given and there is no such file; an option with several values
+    is checked value by value.
+    """
     for name in names:
-        path = getattr(config, name)
-        if path is not None and not Path(path).is_file():
-            raise FileNotFoundError(f"`{name}`: there is no file '{path}'.")
+        value = getattr(config, name)
+        for path in value if isinstance(value, list) else [value]:
+            if path is not None and not Path(path).is_file():
+                raise FileNotFoundError(f"`{name}`: there is no file '{path}'.")
 
 
 def check_paths(config: Any, *names: str) -> None:

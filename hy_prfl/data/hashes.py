@@ -1,12 +1,7 @@
 """SHA-256 of texts and files."""
 
 import hashlib
-from collections.abc import Iterable
 from pathlib import Path
-
-from accelerate.utils import gather_object
-
-from ..runtime.distributed import process_state
 
 
 class FileHashes(dict[Path, str]):
@@ -15,14 +10,6 @@ class FileHashes(dict[Path, str]):
     def __missing__(self, path: Path) -> str:
         self[path] = hash_file(path)
         return self[path]
-
-
-def hash_files(paths: Iterable[Path]) -> FileHashes:
-    """Hashes of the files that exist. All processes must call it; each reads a part of them."""
-    state = process_state()
-    present = sorted({path for path in paths if path.is_file()})
-    share = [(path, hash_file(path)) for path in present[state.process_index :: state.num_processes]]
-    return FileHashes(gather_object(share))
 
 
 def hash_file(path: Path) -> str:

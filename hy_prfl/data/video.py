@@ -117,16 +117,14 @@ def decode_video(
     except av.error.FFmpegError as error:
         # PyAV's own message would name the file, which has no name here.
         raise VideoError(f"cannot be decoded: {error.strerror or error}") from error
-    if len({frame.shape for frame in frames}) > 1:
-        raise VideoError("the size of the frames changes within the clip")
     if len(frames) < min_num_frames:
         raise VideoError(f"too short: {len(frames)} frames at {fps:g} fps, {min_num_frames} are needed")
-    return DecodedVideo(np.stack(frames[: floor_num_frames(len(frames))]), remarks)
+    return DecodedVideo(frames[: floor_num_frames(len(frames))], remarks)
 
 
 def _resample(
     container: av.container.InputContainer, fps: float, num_frames: int, rules: DecodingRules
-) -> tuple[list[np.ndarray], tuple[str, ...]]:
+) -> tuple[np.ndarray, tuple[str, ...]]:
     """Up to `num_frames` RGB frames, one for each time `i / fps` that the stream covers, and remarks on them."""
     stream = choose_stream(container)
     stream.thread_type = "AUTO"
@@ -142,21 +140,25 @@ def _resample(
     )
     convert = FrameConverter(stream.sample_aspect_ratio, rules.hdr)
     source = DecodedStream(container, stream)
-    frames: list[np.ndarray] = []
+    # Memory for all frames at once: a list of them would have to be copied. What is not written to takes none.
+    frames, count = np.empty((0, 0, 0, 3), np.uint8), 0
     end, longest, interlaced = 0.0, 0.0, False
     for shown in clock.show(source):
         if shown.frame.is_corrupt:
             raise VideoError(f"damaged: the frame at {shown.frame.time} s is corrupt")
-        before = len(frames)
-        image: np.ndarray | None = None
-        while len(frames) < num_frames and len(frames) / fps < shown.end - EPSILON:
-            image = convert(shown.frame) if image is None else image
-            frames.append(image)
-        if len(frames) > before:
-            longest = max(longest, (len(frames) - before) / fps)
+        before = count
+        while count < num_frames and count / fps < shown.end - EPSILON:
+            count += 1
+        if count > before:
+            image = convert(shown.frame)
+            frames = np.empty((num_frames, *image.shape), np.uint8) if before == 0 else frames
+            if image.shape != frames.shape[1:]:
+                raise VideoError("the size of the frames changes within the clip")
+            frames[before:count] = image
+            longest = max(longest, (count - before) / fps)
             interlaced = interlaced or shown.frame.interlaced_frame
         end = shown.end
-        if len(frames) == num_frames:
+        if count == num_frames:
             break
     else:
         source.check(end + clock.skipped)
@@ -167,7 +169,7 @@ def _resample(
         remarks.append(f"one frame fills {longest:.2f} s of the clip")
     if interlaced:
         remarks.append("its frames are interlaced")
-    return frames, tuple(remarks)
+    return frames[:count], tuple(remarks)
 
 
 def read_image(path: str | Path) -> np.ndarray:

@@ -107,6 +107,11 @@ class Adapter:
         """The transformer that it is for, from its header; `high_noise` if the pipeline has only one."""
         return "low_noise" if self.metadata.get(f"{PREFIX}expert") == "low_noise" else "high_noise"
 
+    @property
+    def names_expert(self) -> bool:
+        """Whether its header says which of two transformers it is for. Files of other programs do not."""
+        return f"{PREFIX}expert" in self.metadata
+
 
 def find_lora_files(path: str | Path) -> list[Path]:
     """

@@ -3,6 +3,7 @@ Loads the stock diffusers Wan pipelines with what was trained put in, a transfor
 and split over the processes that make a video together.
 """
 
+import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -36,6 +37,8 @@ from ..runtime.attention import set_attention_backend
 from ..runtime.context_parallel import ContextParallelGroup, check_divisible
 from ..runtime.sharding import split_frozen_model
 
+
+logger = logging.getLogger(__name__)
 
 CPUOffload = Literal["none", "model", "sequential"]
 StepCache = Literal["none", "first_block", "taylorseer", "sea"]
@@ -157,6 +160,8 @@ def load_pipeline(
     given = {TRANSFORMER_OPTIONS["low_noise"]: transformer_2_path, LORA_OPTIONS["low_noise"]: lora_2_path}
     check_options_fit(pretrained_model_name_or_path, {**given, "lora_path": lora_path}, revision=revision)
     loras = {expert: [_read_lora(path, expert) for path in paths] for expert, paths in lora_paths.items() if paths}
+    if not lora_2_path and PipelineInfo.read(pretrained_model_name_or_path, revision).has_two_experts:
+        _warn_of_unnamed_experts(loras.get("high_noise", []))
     for expert, found in loras.items():
         model = (pretrained_model_name_or_path, EXPERT_FOLDERS[expert], revision)
         path = tuned[expert]
@@ -441,6 +446,19 @@ def _read_lora(lora_path: str, expert: ExpertName) -> tuple[str, Adapter]:
         return file, read_adapter(file)
     except ValueError as error:
         raise ValueError(f"`{option}` {error}") from error
+
+
+def _warn_of_unnamed_experts(loras: Sequence[tuple[str, Adapter]]) -> None:
+    """For a pipeline of two experts whose low-noise expert gets no LoRA: was it forgotten that there are two?"""
+    for file, adapter in loras:
+        if not adapter.names_expert:
+            logger.warning(
+                "`%s` '%s' does not say which expert it is for, and goes to the high-noise one only. One for the other "
+                "expert is given as `%s`.",
+                LORA_OPTIONS["high_noise"],
+                file,
+                LORA_OPTIONS["low_noise"],
+            )
 
 
 def _trained_expert(file: str, expert: ExpertName) -> str | None:

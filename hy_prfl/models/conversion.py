@@ -10,6 +10,7 @@ that names it.
 
 import inspect
 import json
+import logging
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,6 +37,8 @@ from ..formats.weight_files import (
 )
 from .reward_model import WanRewardModel
 
+
+logger = logging.getLogger(__name__)
 
 ModelT = TypeVar("ModelT", bound=ModelMixin)
 
@@ -367,7 +370,8 @@ def assign_loras(
     """
     Read LoRAs, and say which of them go into which transformer.
 
-    Of a pipeline of two experts the header of a LoRA tells its own; into a single transformer goes any LoRA of one.
+    Of a pipeline of two experts the header of a LoRA tells its own; one that names none goes into the high-noise expert,
+    and a warning says so. Into a single transformer goes any LoRA of one.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -382,6 +386,12 @@ def assign_loras(
                 "`transformer`, or the file of one of them."
             )
         for adapter in adapters:
+            if len(transformers) > 1 and not adapter.names_expert:
+                logger.warning(
+                    "`merge_lora`: '%s' does not say which expert it is for, and is added to the high-noise one. If it is "
+                    "for the other one, give that one's folder as `transformer`.",
+                    path,
+                )
             expert = adapter.expert if len(transformers) > 1 else next(iter(transformers))
             assigned.setdefault(expert, []).append(ScaledAdapter(adapter, scale))
     return assigned

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..data.labels import read_annotations
 from ..data.manifest import ManifestRow
 from ..data.records import read_records
 from ..runtime.atomic_writes import write_text
@@ -106,14 +105,9 @@ def check_videos(rows: Sequence[ManifestRow]) -> None:
         raise ValueError(f"{row.where}: {len(absent)} clips cannot be shown, this is the first: {reason}.")
 
 
-def clip_items(rows: Sequence[ManifestRow], gold: Mapping[str, Mapping[str, str]]) -> list[Item]:
-    """
-    One item for each clip of a manifest.
-
-    Args:
-        gold (`Mapping[str, Mapping[str, str]]`): Right answers by clip id and task, see `read_gold`.
-    """
-    return [Item(id=row.id, clips=(_clip(row),), gold=gold.get(row.id, {})) for row in rows]
+def clip_items(rows: Sequence[ManifestRow]) -> list[Item]:
+    """One item for each clip of a manifest."""
+    return [Item(id=row.id, clips=(_clip(row),)) for row in rows]
 
 
 def pair_items(rows: Sequence[ManifestRow]) -> list[Item]:
@@ -142,39 +136,6 @@ def pair_items(rows: Sequence[ManifestRow]) -> list[Item]:
     if single:
         logger.warning(f"{single} clips of the manifest have no `pair_id` and are not shown.")
     return [Item(id=pair_id, clips=(_clip(one), _clip(other))) for pair_id, (one, other) in by_pair.items()]
-
-
-def read_gold(path: str | Path, rows: Sequence[ManifestRow], tasks: Sequence[str]) -> dict[str, dict[str, str]]:
-    """
-    Right answers by clip id and task from a file as `label` reads it.
-
-    Raises:
-        ValueError: If it names a clip that the manifest does not have, or has no answer to any of the tasks.
-    """
-    ids = {row.id for row in rows}
-    gold = {}
-    for clip_id, labels in read_annotations(path).items():
-        if clip_id not in ids:
-            raise ValueError(f"{path}: clip {clip_id!r} is not in the manifest.")
-        answers = {task: "good" if labels[task] else "poor" for task in tasks if task in labels}
-        if answers:
-            gold[clip_id] = answers
-    if not gold:
-        raise ValueError(f"{path}: no clip has a label of {', '.join(tasks)}.")
-    return gold
-
-
-def trusted_annotators(study: Study, min_gold_accuracy: float | None) -> list[str]:
-    """People whose answers count: all, or those who are right about gold clips often enough."""
-    names = sorted({label["annotator"] for label in study.labels})
-    if min_gold_accuracy is None:
-        return names
-    accuracy = gold_accuracy(study.labels, {item.id: item.gold for item in study.items.values() if item.gold})
-    low = [name for name in names if name in accuracy and accuracy[name]["accuracy"] < min_gold_accuracy]
-    for name in low:
-        share = accuracy[name]["accuracy"]
-        logger.warning(f"{name}: right about {share:.0%} of the gold answers, so the labels are not used.")
-    return [name for name in names if name not in low]
 
 
 def clip_rows(
@@ -220,13 +181,14 @@ def pair_rows(
     """
     As `clip_rows`, for pairs: the clip that won has the other's id as `rejected_id`.
 
-    Neither has one after a tie, or where there is no majority. Clips that are in no pair keep the manifest's.
+    Neither has one after a tie, or where there is no majority. Gold pairs have the right answer. Clips that are in no pair
+    keep the manifest's.
     """
     answers = answers_to(study.labels, PREFERENCE, annotators)
     loser: dict[str, str] = {}
-    for item_id, given in answers.items():
-        first, second = study.items[item_id].clips
-        winner = vote(list(given.values()), rule, min_votes)
+    for item in study.items.values():
+        first, second = item.clips
+        winner = item.gold.get(PREFERENCE) or vote(list(answers.get(item.id, {}).values()), rule, min_votes)
         if winner in ("first", "second"):
             won, lost = (first, second) if winner == "first" else (second, first)
             loser[won.id] = lost.id

@@ -1,5 +1,6 @@
 """Labels from and for Label Studio: its JSON export has one task for each clip or pair, with the annotations in it."""
 
+import logging
 from collections.abc import Mapping
 from datetime import timezone
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import Any
 from ..data.records import parse_json, read_utf8
 from .study import CLIP_CHOICES, PAIR_ANSWERS, Item, Study, parse_time
 
+
+logger = logging.getLogger(__name__)
 
 # `from_name` of a clip's question is the task; that of a pair is this one.
 PAIR_SIDES = {"left": "first", "right": "second"}
@@ -35,6 +38,8 @@ def import_tasks(study: Study, path: str | Path) -> tuple[int, int]:
     """
     Take the annotations of a Label Studio export into the journal.
 
+    Annotations that somebody skipped there are no labels; the log names them.
+
     Returns:
         `tuple[int, int]`: labels that were added, and those that were there already (same person, same item).
 
@@ -46,6 +51,7 @@ def import_tasks(study: Study, path: str | Path) -> tuple[int, int]:
     if not isinstance(tasks, list):
         raise ValueError(f"{path}: expected a JSON list of tasks, as `JSON` of Label Studio's export is.")
     found: list[tuple[str, str, dict[str, str], str | None]] = []
+    skipped: list[str] = []
     for number, task in enumerate(tasks, 1):
         where = f"{path}, task {number}"
         if not isinstance(task, dict) or not isinstance(task.get("data"), dict):
@@ -60,11 +66,19 @@ def import_tasks(study: Study, path: str | Path) -> tuple[int, int]:
             place = f"{where}, annotation {index}"
             if not isinstance(annotation, dict):
                 raise ValueError(f"{place}: expected an object, got {annotation!r}.")
-            # Cancelled is Label Studio's word for skipped.
-            if not annotation.get("was_cancelled"):
-                answers = _answers(study, annotation, place)
-                person = _person(annotation.get("completed_by"), place)
-                found.append((person, item_id, answers, _time(annotation.get("created_at"), place)))
+            # Label Studio's word for skipped.
+            if annotation.get("was_cancelled"):
+                skipped.append(f"task {number}, annotation {index} ({item_id!r})")
+                continue
+            answers = _answers(study, annotation, place)
+            person = _person(annotation.get("completed_by"), place)
+            found.append((person, item_id, answers, _time(annotation.get("created_at"), place)))
+    if skipped:
+        more = f"; and {len(skipped) - 20} more" if len(skipped) > 20 else ""
+        logger.warning(
+            f"{path}: {len(skipped)} annotations were skipped in Label Studio and are no labels: "
+            f"{'; '.join(skipped[:20])}{more}."
+        )
     added = sum(study.import_label(person, item_id, answers, time=when) for person, item_id, answers, when in found)
     return added, len(found) - added
 

@@ -107,7 +107,7 @@ def gold_accuracy(labels: Iterable[Mapping[str, Any]], gold: Mapping[str, Mappin
         gold (`Mapping[str, Mapping[str, str]]`): Right answers by item and question.
 
     Returns:
-        `dict`: by annotator `{"num_answers": ..., "accuracy": ...}`; `unsure` counts as wrong.
+        `dict`: by annotator `{"num_answers": ..., "accuracy": ...}`; `unsure` and `tie` count as wrong.
     """
     right: dict[str, list[bool]] = defaultdict(list)
     for label in labels:

@@ -1,16 +1,11 @@
 """Sets up processes, and collectives by which they agree."""
 
 import gc
-import logging
-import os
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import datasets
-import diffusers
 import torch
-import transformers
 from accelerate import Accelerator, PartialState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
@@ -27,18 +22,6 @@ from accelerate.utils import (
 TRAINING_TIMEOUT = timedelta(hours=6)
 # Ranks that only divide work among them meet at its end, and one of them may have the longer clips.
 SHARED_WORK_TIMEOUT = timedelta(days=2)
-
-
-def set_up_logging() -> None:
-    """Show messages and progress bars of the main process only. Reads `RANK` and sets up no processes itself."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    is_main = os.environ.get("RANK", "0") == "0"
-    logging.getLogger("hy_prfl").setLevel(logging.INFO if is_main else logging.ERROR)
-    if not is_main:
-        for library in (diffusers.utils.logging, transformers.utils.logging):
-            library.set_verbosity_error()
-            library.disable_progress_bar()
-        datasets.disable_progress_bars()
 
 
 def on_cpu() -> bool:

@@ -38,7 +38,7 @@ PAIR_INSTRUCTIONS = (
 def main(argv: Sequence[str] | None = None) -> None:
     """Serve the page until it is stopped, then write the result."""
     config = parse_config(AnnotateConfig, argv, description=__doc__)
-    check_files(config, "manifest", "gold", "instructions", "import_label_studio")
+    check_files(config, "manifest", "scores", "gold", "instructions", "import_label_studio")
     check_output_files(config, "output", "export_label_studio")
     journal_path, summary_path = Path(f"{config.output}.journal.jsonl"), Path(f"{config.output}.summary.json")
     inputs = {
@@ -61,24 +61,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         order_items,
         pair_items,
         pair_rows,
-        read_gold,
         read_scores,
         summarize,
-        trusted_annotators,
         write_json,
     )
+    from ..pages.gold import read_gold, read_gold_pairs, trusted_annotators, with_gold
     from ..pages.journal import Journal
     from ..pages.label_studio import export_tasks, import_tasks
     from ..pages.study import Study
-    from ..runtime.distributed import set_up_logging
+    from ..runtime.messages import set_up_logging
     from .serving import serve_study
 
     set_up_logging()
     rows = read_manifest(config.manifest)
     check_videos(rows)
     is_pairs = config.mode == "pairs"
-    gold = {} if config.gold is None else read_gold(config.gold, rows, config.tasks)
-    items = pair_items(rows) if is_pairs else clip_items(rows, gold)
+    items = pair_items(rows) if is_pairs else clip_items(rows)
+    if config.gold is not None:
+        gold = read_gold_pairs(config.gold, items) if is_pairs else read_gold(config.gold, rows, config.tasks)
+        items = with_gold(items, gold)
     items = order_items(items, config.order, seed=config.seed, tables=read_scores(config.scores or []))
     questions = [PREFERENCE] if is_pairs else config.tasks
     output = Path(config.output)
@@ -91,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             kind=config.mode,
             questions=questions,
             labels_per_item=config.labels_per_clip,
-            gold_share=config.gold_share if gold else 0.0,
+            gold_share=0.0 if config.gold is None else config.gold_share,
             inputs={"manifest": str(Path(config.manifest).resolve())},
         )
         if config.import_label_studio is not None:

@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from ..pages.comparison import compare, read_pairs
     from ..pages.journal import Journal
     from ..pages.study import Study
-    from ..runtime.distributed import set_up_logging
+    from ..runtime.messages import set_up_logging
     from .annotate import PAIR_INSTRUCTIONS
     from .serving import serve_study
 

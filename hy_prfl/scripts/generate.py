@@ -72,7 +72,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from ..inference.pipelines import load_pipeline, size_multiple
     from ..models.loading import load_reward_model
     from ..runtime.context_parallel import ContextParallelGroup
-    from ..runtime.distributed import SHARED_WORK_TIMEOUT, from_main_process, process_state, set_up_logging
+    from ..runtime.distributed import SHARED_WORK_TIMEOUT, from_main_process, process_state
+    from ..runtime.messages import set_up_logging
     from ..runtime.provenance import path_identity
 
     set_up_logging()

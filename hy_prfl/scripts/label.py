@@ -20,8 +20,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_output_folders(config, "output_dir")
 
     # Only now, so that nobody waits for torch to hear of a misspelt option.
-    from ..data.labels import label_dataset, read_annotations
-    from ..runtime.distributed import set_up_logging
+    from ..data.annotations import read_annotations
+    from ..data.labels import label_dataset
+    from ..runtime.messages import set_up_logging
 
     set_up_logging()
     annotations = read_annotations(config.annotations)

@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Only now, so that nobody waits for torch to hear of a misspelt option.
     from ..models.reward_model import WanRewardModel
     from ..planning import plan
-    from ..runtime.distributed import set_up_logging
+    from ..runtime.messages import set_up_logging
 
     set_up_logging()
     reward_config = None
@@ -102,7 +102,7 @@ def plan_generate(config: PlanConfig, generation: GenerateConfig) -> None:
 
     from ..models.reward_model import WanRewardModel
     from ..planning.generation import plan_generation
-    from ..runtime.distributed import set_up_logging
+    from ..runtime.messages import set_up_logging
 
     set_up_logging()
     reward_config = None

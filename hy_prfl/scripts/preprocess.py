@@ -37,13 +37,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from ..data.encoding import LatentEncoder, local_encoder_files
     from ..data.finished import REPORT_FILE, is_complete, request_digest
-    from ..data.hashes import hash_files
     from ..data.manifest import ManifestRow, read_manifest
     from ..data.preprocessing import ClipEncoder
+    from ..data.shared_hashing import hash_files
     from ..data.store import RowEncoder, build_dataset
     from ..data.upstream import UpstreamImporter, read_upstream
     from ..formats.pipeline_info import PipelineInfo
-    from ..runtime.distributed import process_state, set_up_logging
+    from ..runtime.distributed import process_state
+    from ..runtime.messages import set_up_logging
 
     set_up_logging()
     # 1. The cheap checks: settings, rows, output folder

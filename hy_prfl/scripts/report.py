@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # Only now, so that nobody waits for libraries to hear of a misspelt option.
     from ..pages.report import write_run_page
-    from ..runtime.distributed import set_up_logging
+    from ..runtime.messages import set_up_logging
 
     set_up_logging()
     page = write_run_page(

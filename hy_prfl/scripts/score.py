@@ -35,14 +35,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     from ..data.dataset import load_latent_dataset
     from ..data.encoding import LatentEncoder
     from ..data.finished import request_digest
-    from ..data.hashes import hash_files
     from ..data.manifest import read_manifest
     from ..data.preprocessing import ClipSettings
+    from ..data.shared_hashing import hash_files
     from ..data.video import parse_size
     from ..evaluation.score_table import is_scored, summary_path
     from ..evaluation.scoring import score_dataset, score_manifest
     from ..models.loading import load_reward_model
-    from ..runtime.distributed import process_state, set_up_logging
+    from ..runtime.distributed import process_state
+    from ..runtime.messages import set_up_logging
     from ..runtime.provenance import path_identity
 
     set_up_logging()

@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_sources(config, "train_dataset")
 
     # Only now, so that nobody waits for torch to hear of a misspelt option.
-    from ..runtime.distributed import set_up_logging
+    from ..runtime.messages import set_up_logging
     from ..trainers.dry_run import dry_run
     from ..trainers.reward_trainer import RewardTrainer
 

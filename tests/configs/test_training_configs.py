@@ -41,6 +41,8 @@ def test_impossible_reward_options_are_refused_by_name(name: str, value: Any) ->
         ("lora_rank", 0),
         ("lora_dropout", 1.5),
         ("ema_decay", -0.1),
+        # There is no `use_ema`.
+        ("ema_decay", 0.99),
         ("reward_scale", 0.0),
         ("num_inference_steps", 1),
         ("step_range", [3]),

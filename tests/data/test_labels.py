@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from datasets import load_from_disk
 
-from hy_prfl.data.labels import count_labels, label_dataset, merge_labels, read_annotations
+from hy_prfl.data.annotations import read_annotations
+from hy_prfl.data.labels import count_labels, label_dataset, merge_labels
 from hy_prfl.data.schema import LABELS, latent_features, pack_tensor, rows_to_table, table_to_rows
 from hy_prfl.data.store import save_table
 

@@ -18,10 +18,11 @@ from PIL import Image
 from hy_prfl.data import hashes as hashes_of_files
 from hy_prfl.data.encoding import LatentEncoder
 from hy_prfl.data.finished import is_complete, request_digest
-from hy_prfl.data.hashes import hash_file, hash_files
+from hy_prfl.data.hashes import hash_file
 from hy_prfl.data.manifest import ManifestRow
 from hy_prfl.data.preprocessing import ClipContent, ClipEncoder, ClipSettings
 from hy_prfl.data.schema import TENSORS, table_to_rows, unpack_tensor
+from hy_prfl.data.shared_hashing import hash_files
 from hy_prfl.data.store import DatasetSummary, build_dataset
 from hy_prfl.data.video import VideoError, read_video, resize_and_crop, to_float
 

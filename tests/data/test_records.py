@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from hy_prfl.data.labels import read_annotations
+from hy_prfl.data.annotations import read_annotations
 from hy_prfl.data.manifest import read_manifest
 from hy_prfl.data.prompts import read_prompts
 from hy_prfl.data.records import read_records, read_whole_number

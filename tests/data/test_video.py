@@ -1,6 +1,7 @@
 """Decoding, resampling and sizes, against files whose frames are known."""
 
 import math
+import re
 import struct
 import zlib
 from collections.abc import Callable, Sequence
@@ -70,6 +71,20 @@ def test_variable_frame_rate_goes_by_presentation_time(tmp_path: Path) -> None:
     frames = read_video(path, fps=16, num_frames=13)
     expected = [10, 60, 60, 60, 110, 160, 160, 160, 160, 160, 160, 210, 210]
     np.testing.assert_array_equal(frames[:, 0, 0, 0], expected)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's record of the peak memory")
+def test_frames_are_in_memory_once(write_video: Callable[..., Path], tmp_path: Path) -> None:
+    # FFmpeg's memory is not numpy's, so this asks the kernel.
+    def resident(field: str) -> int:
+        return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])  # type: ignore[index]
+
+    path = write_video(tmp_path / "clip.mp4", num_frames=81, height=480, width=640)
+    read_video(path, fps=16, num_frames=9)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    frames = read_video(path, fps=16, num_frames=81)
+    assert resident("VmHWM") - before < 1.5 * frames.nbytes
 
 
 def test_short_clip_is_refused_or_cut(write_video: Callable[..., Path], tmp_path: Path) -> None:

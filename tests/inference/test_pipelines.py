@@ -223,6 +223,17 @@ class TestLayouts:
         pipeline = load_pipeline(str(pipeline_dir), lora_path=paths, lora_weights=[2.0, 0.5], dtype=torch.float32)
         check(run(pipeline.transformer), expected, expected_output(pipeline_dir, lora, 2.0))
 
+    def test_one_that_names_no_expert(
+        self, expert_pipeline_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        path = str(tmp_path / "a.safetensors")
+        write(Path(path), "diffusers", factors(expert_pipeline_dir, LINEARS[:1]))
+        # With both options the user has said which is which.
+        for options, is_warned in (({"lora_path": path}, True), ({"lora_path": path, "lora_2_path": path}, False)):
+            caplog.clear()
+            load_pipeline(str(expert_pipeline_dir), dtype=torch.float32, **options)
+            assert (f"'{path}' does not say which expert it is for" in caplog.text) is is_warned
+
     def test_several_in_both_experts(self, expert_pipeline_dir: Path, tmp_path: Path) -> None:
         loras = [factors(expert_pipeline_dir, layers) for layers in (LINEARS[:3], LINEARS[1:])]
         paths = [str(tmp_path / f"{name}.safetensors") for name in "ab"]

@@ -10,6 +10,7 @@ from starlette.testclient import TestClient
 
 from hy_prfl.data.manifest import read_manifest
 from hy_prfl.pages.annotation import clip_items, pair_items
+from hy_prfl.pages.gold import with_gold
 from hy_prfl.pages.journal import Journal
 from hy_prfl.pages.server import PageSettings, build_app
 from hy_prfl.pages.study import Study
@@ -46,7 +47,7 @@ def open_study(manifest: Path, tmp_path: Path) -> Iterator[Callable[..., Study]]
             journal.close()
         journals[:] = [Journal(tmp_path / "journal.jsonl")]
         rows = read_manifest(manifest)
-        items = clip_items(rows, gold or {}) if kind == "clips" else pair_items(rows)
+        items = with_gold(clip_items(rows) if kind == "clips" else pair_items(rows), gold or {})
         questions = options.pop("questions", ["physics_quality"] if kind == "clips" else ["preference"])
         options = {"labels_per_item": 1} | options
         return Study(journals[0], items[:num_items], kind=kind, questions=questions, **options)

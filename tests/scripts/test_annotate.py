@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from hy_prfl.data.labels import read_annotations
+from hy_prfl.data.annotations import read_annotations
 from hy_prfl.data.manifest import read_manifest
 from hy_prfl.scripts.annotate import main
 
@@ -180,6 +180,48 @@ def test_a_pair_has_one_caption(manifest: Path, tmp_path: Path) -> None:
         main(["--manifest", str(path), "--output", str(tmp_path / "labels.json"), "--mode", "pairs"])
 
 
+def test_gold_measures_people_on_pairs(manifest: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    output, gold = tmp_path / "pairs.json", tmp_path / "gold.csv"
+    # Of p0 the first clip is better, of p1 the second. What a file of this command has besides does no harm.
+    gold.write_text("id,pair_id,rejected_id\nc0,p0,c1\nc1,p0,\nc3,p1,c2\n")
+    votes = {
+        "ann": {"p0": "first", "p1": "second", "p2": "first"},
+        "bob": {"p0": "second", "p1": "tie", "p3": "first"},
+    }
+    labels = [(name, item, {"preference": answer}) for name, mine in votes.items() for item, answer in mine.items()]
+    write_journal(output, labels, "pairs", ["preference"])
+    main(
+        ["--manifest", str(manifest), "--output", str(output), "--mode", "pairs", "--gold", str(gold),
+         "--min_gold_accuracy", "0.7", "--serve", "false"]
+    )  # fmt: skip
+    # The right answers of gold pairs, whatever people said, and the votes of those who know them.
+    rejected = {row.id: row.rejected_id for row in read_manifest(output) if row.rejected_id is not None}
+    assert rejected == {"c0": "c1", "c3": "c2", "c4": "c5"}
+    summary = json.loads(Path(f"{output}.summary.json").read_text())
+    assert summary["annotators"]["ann"]["gold"] == {"num_answers": 2, "accuracy": 1.0}
+    assert summary["annotators"]["bob"]["gold"] == {"num_answers": 2, "accuracy": 0.0}
+    assert summary["questions"]["preference"]["votes"] == {"first": 1}
+    assert "bob: right about 0% of the gold answers, so the labels are not used." in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        (["c0,c2"], "gold.csv, line 2: 'c0' and `rejected_id` 'c2' are no pair of the manifest"),
+        (["zz,c0"], "gold.csv, line 2: 'zz' and `rejected_id` 'c0' are no pair of the manifest"),
+        (["c0,c1", "c1,c0"], "gold.csv, line 3: `rejected_id` says that 'c1' is better than 'c0', and an earlier row the "),
+        ([",c1"], "gold.csv, line 2: `id` is missing"),
+        (["c0,"], "gold.csv: no row has a `rejected_id`, the id of the clip of the pair that is worse"),
+    ],
+)  # fmt: skip
+def test_gold_that_fits_no_pair(manifest: Path, tmp_path: Path, rows: list[str], words: str) -> None:
+    gold = tmp_path / "gold.csv"
+    gold.write_text("\n".join(["id,rejected_id", *rows]) + "\n")
+    options = ["--manifest", str(manifest), "--output", str(tmp_path / "pairs.json"), "--mode", "pairs"]
+    with pytest.raises(ValueError, match=words):
+        main([*options, "--gold", str(gold), "--serve", "false"])
+
+
 @pytest.mark.parametrize("kind", ["clips", "pairs"])
 def test_label_studio_both_ways(manifest: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     output, exported = tmp_path / "labels.json", tmp_path / "studio.json"
@@ -261,6 +303,26 @@ def test_bad_exports_of_label_studio(manifest: Path, tmp_path: Path, change: dic
     assert len((tmp_path / "x.json.journal.jsonl").read_text().splitlines()) == 1
 
 
+def test_what_label_studio_skipped_is_said(
+    manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    cancelled = {"was_cancelled": True, "completed_by": 2, "result": []}
+    tasks = [
+        {"data": {"id": "c0"}, "annotations": [studio(), cancelled]},
+        {"data": {"id": "c1"}, "annotations": [cancelled]},
+        {"data": {"id": "c2"}},
+    ]
+    export = tmp_path / "export.json"
+    export.write_text(json.dumps(tasks))
+    options = ["--manifest", str(manifest), "--output", str(tmp_path / "labels.json"), "--serve", "false"]
+    main([*options, "--import_label_studio", str(export)])
+    assert "1 annotations added, 0 were there" in capsys.readouterr().out
+    assert (
+        f"{export}: 2 annotations were skipped in Label Studio and are no labels: task 1, annotation 2 ('c0'); task 2, "
+        "annotation 1 ('c1')."
+    ) in caplog.text
+
+
 @pytest.mark.parametrize(
     ("written", "kept"),
     [
@@ -293,7 +355,7 @@ def test_the_least_known_come_first(manifest: Path, tmp_path: Path) -> None:
         else:
             lines = [json.dumps({"id": row.id, "reward": value}) for row, value in zip(rows, values, strict=True)]
             paths[-1].write_text("\n".join(lines))
-    items = clip_items(rows, {})
+    items = clip_items(rows)
     one = [item.id for item in order_items(items, "uncertain", seed=0, tables=read_scores(paths[:1]))]
     assert one[0] == "c1"
     assert set(one[1:3]) == {"c3", "c6"}
@@ -315,7 +377,7 @@ def test_the_least_known_come_first(manifest: Path, tmp_path: Path) -> None:
         (["--tasks", "Not a name"], "`tasks` must be lower case"),
         (["--host", "0.0.0.0"], "`allowed_hosts` must be given if `host` is 0.0.0.0"),
         (["--order", "uncertain"], "`scores` must be given for order uncertain"),
-        (["--mode", "pairs", "--gold", "{manifest}"], "`gold` must be left out for mode pairs"),
+        (["--mode", "pairs", "--gold", "{manifest}"], "no row has a `rejected_id`"),
         (["--gold", "{manifest}", "--tasks", "text_alignment"], "no clip has a label of text_alignment"),
         (["--min_votes", "2"], "`min_votes` must be at most `labels_per_clip`"),
         (["--token", "short"], "`token` must be at least 8 characters long"),
@@ -377,7 +439,7 @@ def judge(manifest: Path, output: Path, clip_id: str) -> None:
 
     inputs = {"manifest": str(manifest)}
     with Journal(Path(f"{output}.journal.jsonl")) as journal:
-        items = clip_items(read_manifest(manifest), {})
+        items = clip_items(read_manifest(manifest))
         study = Study(journal, items, kind="clips", questions=TASKS, labels_per_item=1, inputs=inputs)
         study.label("ann", study.public_id(clip_id), both("good", "poor"), key=clip_id)
 

@@ -203,6 +203,19 @@ class TestMergeLora:
         main(options(transformer=tmp_path / "native" / "low_noise_model", output_dir=tmp_path / "back"))
         self.check(tmp_path / "back", expert_pipeline_dir / "transformer_2", [(low, 1.0)])
 
+    def test_a_lora_that_names_no_expert(
+        self, tmp_path: Path, expert_pipeline_dir: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        lora = tmp_path / "lora.safetensors"
+        write_lora(lora, 0)
+        # A transformer by itself leaves no choice.
+        for transformer, is_warned in ((expert_pipeline_dir, True), (expert_pipeline_dir / "transformer_2", False)):
+            caplog.clear()
+            output = tmp_path / transformer.name
+            main(options(transformer=transformer, merge_lora=lora, output_dir=output))
+            warned = f"'{lora}' does not say which expert it is for" in caplog.text
+            assert warned is is_warned
+
     def test_what_does_not_fit(self, tmp_path: Path, pipeline_dir: Path) -> None:
         base, lora = pipeline_dir / "transformer", tmp_path / "lora.safetensors"
         write_lora(lora, 0)

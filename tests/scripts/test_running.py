@@ -143,11 +143,13 @@ def start(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
         (tmp_path / name).write_text("")
     (tmp_path / "recipe.yaml").write_text(RECIPE)
 
-    def run_module(module: str, *options: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    def run_module(
+        module: str, *options: str, allowed: frozenset[str] = frozenset(), **variables: str
+    ) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-c", PROGRAM, module, str(tmp_path / "imported"), *options]
         environment = os.environ | {"PYTHONPATH": str(ROOT)} | variables
         finished = subprocess.run(command, cwd=tmp_path, env=environment, text=True, capture_output=True, timeout=60)
-        assert (tmp_path / "imported").read_text() == ""
+        assert set((tmp_path / "imported").read_text().split()) <= allowed
         return finished
 
     return run_module
@@ -185,6 +187,22 @@ def test_a_mistake_is_one_line(start: Callable[..., subprocess.CompletedProcess[
     assert "unrecognized arguments: stray" in error_line(start(module, "stray", *ACCEPTED[command]))
     line = error_line(start("hy_prfl.cli", command, *ACCEPTED[command], *MISTAKES[command][0][0]))
     assert line.startswith(MISTAKES[command][0][1])
+
+
+def test_annotate_needs_no_torch(start: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
+    # `datasets`, which does not load torch, has the column types of the labels.
+    allowed = frozenset({"datasets"})
+    line = error_line(start("hy_prfl.scripts.annotate", *ACCEPTED["annotate"], allowed=allowed))
+    assert line.startswith("clips.json: ")
+    options = ["--order=uncertain", "--scores", "clips.json", "none.csv"]
+    line = error_line(start("hy_prfl.scripts.annotate", *ACCEPTED["annotate"], *options))
+    assert line == "`scores`: there is no file 'none.csv'."
+    # All of it: nothing that the page needs loads torch.
+    (tmp_path / "clips.json").write_text(json.dumps([{"id": "a", "video": "a.mp4", "caption": "A cat."}]))
+    (tmp_path / "a.mp4").write_bytes(b"")
+    finished = start("hy_prfl.scripts.annotate", *ACCEPTED["annotate"], "--serve=false", allowed=allowed)
+    assert finished.returncode == 0, finished.stderr
+    assert json.loads((tmp_path / "labels.json").read_text())[0]["id"] == "a"
 
 
 @pytest.mark.parametrize("command", sorted(ACCEPTED))
@@ -242,7 +260,7 @@ def raised(function: Callable[[], object]) -> Exception:
 def test_what_counts_as_a_mistake(tmp_path: Path, pipeline_dir: Path) -> None:
     from diffusers import WanPipeline
 
-    from hy_prfl.data.labels import read_annotations
+    from hy_prfl.data.annotations import read_annotations
     from hy_prfl.hub import HubError, pull
 
     (tmp_path / "labels.json").write_text("{")
