@@ -23,7 +23,7 @@ from accelerate import PartialState
 from examples.parity.parity import ENGINES, launch_command, write_inputs
 from hy_prfl.configs.parser import parse_config
 from hy_prfl.models.loading import load_transformer
-from hy_prfl.runtime.sharding import split_for_zero3
+from hy_prfl.runtime.sharding import shard_for_zero3
 
 
 # Engine, degree of context parallelism, is the reward model split.
@@ -81,7 +81,7 @@ def load(folder: Path, how: str) -> None:
     load_transformer(
         str(folder / "pipeline"),
         dtype=torch.bfloat16,
-        split=None if how == "whole" else lambda module: split_for_zero3(module, config),
+        split=None if how == "whole" else lambda module: shard_for_zero3(module, config),
     )
 
 
@@ -103,10 +103,10 @@ def main() -> None:
         )
     rows: list[dict[str, object]] = []
     first = 0.0
-    for engine, degree, is_split in RUNS:
+    for engine, degree, is_sharded in RUNS:
         more = ["--dry_run", "--dry_run_size", *CLIP, "--gradient_accumulation_steps=1", "--num_inference_steps=3"]
-        more += ["--step_range", "1", "1", f"--shard_reward_model={is_split}"]
-        name = f"{engine}-{degree}-{is_split}-{time.time_ns()}"
+        more += ["--step_range", "1", "1", f"--shard_reward_model={is_sharded}"]
+        name = f"{engine}-{degree}-{is_sharded}-{time.time_ns()}"
         command, environment = launch_command(folder, name, ENGINES[engine], "prfl", "full", degree, 1, more)
         peaks = peak_memory(command, environment, "hy_prfl.scripts.train_prfl")
         first = first or max(peaks)
@@ -114,7 +114,7 @@ def main() -> None:
             {
                 "engine": engine,
                 "context_parallel_degree": degree,
-                "shard_reward_model": is_split,
+                "shard_reward_model": is_sharded,
                 "peak_megabytes": [round(peak) for peak in peaks],
                 "share_of_ddp": round(max(peaks) / first, 3),
             }

@@ -149,9 +149,9 @@ def main() -> None:
         file = WEIGHTS[script, tuning]
         one = train(folder, f"single-{script}-{tuning}", single, script, tuning, 1, GLOBAL_BATCH_SIZE)
         for engine in config.engines:
-            for degree, is_split in variants(script):
-                name = f"{engine}-{degree}-{script}-{tuning}{'-split' if is_split else ''}"
-                more = ["--shard_reward_model=true"] if is_split else []
+            for degree, is_sharded in variants(script):
+                name = f"{engine}-{degree}-{script}-{tuning}{'-split' if is_sharded else ''}"
+                more = ["--shard_reward_model=true"] if is_sharded else []
                 batch_size = GLOBAL_BATCH_SIZE * degree // 2
                 run = train(folder, name, ENGINES[engine], script, tuning, degree, batch_size, more)
                 rows.append(
@@ -160,7 +160,7 @@ def main() -> None:
                         "context_parallel_degree": degree,
                         "tuning": tuning,
                         "script": script,
-                        "shard_reward_model": is_split,
+                        "shard_reward_model": is_sharded,
                         "relative_difference": relative_difference(run / file, one / file),
                     }
                 )

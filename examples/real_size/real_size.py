@@ -100,8 +100,8 @@ def compare(path: Path, measured: Mapping[str, Any]) -> dict[str, Any]:
     # No average of the weights is kept here.
     average = planned.memory.get("averaged weights", 0.0)
     expected, found = planned.peak - planned.reserved - average, measured["peak"] / 1e9
-    is_split = getattr(training, "shard_reward_model", False) or getattr(training, "shard_frozen_expert", False)
-    is_part = recipe.zero_stage > 0 or is_split
+    is_sharded = getattr(training, "shard_reward_model", False) or getattr(training, "shard_frozen_expert", False)
+    is_part = recipe.zero_stage > 0 or is_sharded
     if is_part:
         # Weights are whole on the pretended device, and an engine holds nothing there: the rest is compared.
         parts = ENGINE_PARTS if recipe.zero_stage else ("weights",)

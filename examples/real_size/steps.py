@@ -22,7 +22,7 @@ from hy_prfl.flow_matching import noise_levels
 from hy_prfl.models.experts import Experts
 from hy_prfl.planning.models import build_reward_model, build_transformer, reward_model_config, set_dtypes
 from hy_prfl.planning.workloads import IMAGE_TOKENS, TEXT_TOKENS
-from hy_prfl.runtime.activation_checkpointing import HostBuffers, recompute_blocks
+from hy_prfl.runtime.activation_checkpointing import HostBuffers, checkpoint_activations
 from hy_prfl.runtime.context_parallel import ContextParallelGroup
 from hy_prfl.trainers.prfl_trainer import UPDATES, PRFLTrainer
 from hy_prfl.trainers.reward_trainer import RewardTrainer
@@ -243,7 +243,7 @@ def _wrap(setting: Setting, model: Any) -> Any:
 def _set_up(setting: Setting, model: Any, num_blocks: int | None, group: Any, buffers: HostBuffers) -> None:
     training = setting.training
     if training.gradient_checkpointing:
-        recompute_blocks(model, num_blocks=num_blocks, offload=training.offload_activations, buffers=buffers)
+        checkpoint_activations(model, num_blocks=num_blocks, offload=training.offload_activations, buffers=buffers)
     if group is not None:
         group.split(model)
 

@@ -150,14 +150,14 @@ class Engine:
         return optimizer + model * (2 if has_average else 1)
 
 
-def frozen_memory(sizes: ParameterSizes, *, num_gpus: int, is_split: bool) -> tuple[float, float]:
+def frozen_memory(sizes: ParameterSizes, *, num_gpus: int, is_sharded: bool) -> tuple[float, float]:
     """
     Bytes of a frozen model on each GPU, whole or split by torch's `fully_shard`: of its weights, and gathered.
 
     Split, what is outside of the blocks is whole while the model computes, and so are the block at work, the next one and
     the buffer that it is gathered through.
     """
-    if not is_split or num_gpus == 1:
+    if not is_sharded or num_gpus == 1:
         return sizes.num_bytes, 0.0
     per_parameter = sizes.num_bytes / sizes.total
     return sizes.num_bytes / num_gpus, per_parameter * (sizes.rest + 3 * sizes.block)

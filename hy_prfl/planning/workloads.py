@@ -17,7 +17,7 @@ from ..losses import binary_reward_loss, bradley_terry_loss, reward_feedback_los
 from ..models.conditioning import Conditioning
 from ..models.reward_model import score_noised
 from ..rollout import denoise_to_step, predict_velocity
-from ..runtime.activation_checkpointing import recompute_blocks
+from ..runtime.activation_checkpointing import checkpoint_activations
 from .models import build_reward_model, build_transformer, materialize, set_dtypes
 from .simulation import (
     MemoryMeter,
@@ -166,7 +166,7 @@ def generator_phases(
     A flow-matching update is such a forward and backward too: the sampler multiplies no matrices.
     """
     run = _runner(_simulate_generator, config, training, GENERATOR_OPTIONS, numerics, shape)
-    return _with_recomputation(run, config, training, training.gradient_checkpointing_blocks)
+    return _with_activation_checkpointing(run, config, training, training.gradient_checkpointing_blocks)
 
 
 def reward_phases(
@@ -174,7 +174,7 @@ def reward_phases(
 ) -> dict[str, Phase]:
     """What the frozen reward model needs for its forward and its backward to the latents."""
     run = _runner(_simulate_reward, config, training, ("reward_model_quantization",), numerics, shape)
-    return _with_recomputation(run, config, training, training.reward_gradient_checkpointing_blocks)
+    return _with_activation_checkpointing(run, config, training, training.reward_gradient_checkpointing_blocks)
 
 
 def reward_training_phases(
@@ -182,7 +182,7 @@ def reward_training_phases(
 ) -> dict[str, Phase]:
     """What a micro-batch of the reward model's own training needs, forward and backward."""
     run = _runner(_simulate_reward_training, config, training, REWARD_OPTIONS, numerics, shape)
-    return _with_recomputation(run, config, training, training.gradient_checkpointing_blocks)
+    return _with_activation_checkpointing(run, config, training, training.gradient_checkpointing_blocks)
 
 
 def scoring_phase(config: Mapping[str, Any], numerics: Numerics, shape: Shape) -> Phase:
@@ -225,7 +225,7 @@ def _thaw(frozen: Frozen) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in frozen}
 
 
-def _with_recomputation(
+def _with_activation_checkpointing(
     run: Run, config: Mapping[str, Any], training: TrainingConfig, num_blocks: int | None
 ) -> dict[str, Phase]:
     """
@@ -237,16 +237,16 @@ def _with_recomputation(
     num_layers = config["num_layers"]
     if not training.gradient_checkpointing:
         return run(num_layers, False)
-    num_recomputed = num_layers if num_blocks is None else num_blocks
-    phases = run(num_recomputed, True)
+    num_checkpointed = num_layers if num_blocks is None else num_blocks
+    phases = run(num_checkpointed, True)
     block_input = run(4, True)["forward"].kept - run(3, True)["forward"].kept
-    away = max(0, num_recomputed - 2) * block_input if training.offload_activations else 0.0
+    away = max(0, num_checkpointed - 2) * block_input if training.offload_activations else 0.0
     for name in ("forward", "backward"):
         kept = phases[name].kept - (away if name == "forward" else 0.0)
         phases[name] = replace(phases[name], peak=phases[name].peak - away, kept=kept)
     if training.offload_activations:
-        phases["forward"] = replace(phases["forward"], offloaded=num_recomputed * block_input)
-    return phases if num_recomputed == num_layers else _add_kept_blocks(run, phases, num_layers - num_recomputed)
+        phases["forward"] = replace(phases["forward"], offloaded=num_checkpointed * block_input)
+    return phases if num_checkpointed == num_layers else _add_kept_blocks(run, phases, num_layers - num_checkpointed)
 
 
 def _add_kept_blocks(run: Run, phases: dict[str, Phase], num_blocks: int) -> dict[str, Phase]:
@@ -287,7 +287,7 @@ def _run_generator(
         use_gpu_kernels(transformer)
     drop_gradients(transformer)
     if training.gradient_checkpointing:
-        recompute_blocks(transformer)
+        checkpoint_activations(transformer)
     inputs = Inputs(config, shape, numerics.compute)
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
     forward = transformer.forward
@@ -332,7 +332,7 @@ def _simulate_reward(
             use_gpu_kernels(reward_model)
         _gather_tokens(reward_model, shape)
         if dict(options)["gradient_checkpointing"]:
-            recompute_blocks(reward_model)
+            checkpoint_activations(reward_model)
         inputs = Inputs(values, shape, numerics.compute)
         leaf = inputs.noise.requires_grad_()
         state = [*reward_model.parameters(), *reward_model.buffers(), *inputs.tensors()]
@@ -367,7 +367,7 @@ def _run_reward_training(
     _gather_tokens(reward_model, shape)
     drop_gradients(reward_model)
     if training.gradient_checkpointing:
-        recompute_blocks(reward_model)
+        checkpoint_activations(reward_model)
     is_pair = training.loss == "bt"
     inputs = Inputs(config, replace(shape, batch_size=shape.batch_size * (2 if is_pair else 1)), numerics.compute)
     sigmas = torch.empty(inputs.noise.shape[0])

@@ -21,7 +21,7 @@ from ..models.loading import Deferred, empty_transformer, load_reward_model, loa
 from ..models.reward_model import WanRewardModel
 from ..models.starting_points import StartingPoint, check_starts_adapter, read_starting_point
 from ..models.trainable import select_trainable
-from ..runtime.sharding import split_frozen
+from ..runtime.sharding import shard_frozen
 from .run import Run
 
 
@@ -69,7 +69,7 @@ def open_models(config: PRFLTrainingConfig, run: Run) -> dict[str, Any]:
             load_reward_model,
             config.reward_model,
             dtype=run.weight_dtype,
-            split=partial(split_frozen, device=device) if config.shard_reward_model else None,
+            split=partial(shard_frozen, device=device) if config.shard_reward_model else None,
             quantizer=run.quantizer("reward_model_quantization"),
         ),
     )
@@ -94,7 +94,7 @@ def open_models(config: PRFLTrainingConfig, run: Run) -> dict[str, Any]:
         "vae": vae if config.validation_videos else None,
     }
     if frozen is not None:
-        split = partial(split_frozen, device=device) if config.shard_frozen_expert else None
+        split = partial(shard_frozen, device=device) if config.shard_frozen_expert else None
         quantizer = run.quantizer("frozen_expert_quantization")
         models["frozen_expert"] = transformer(
             frozen, dtype=run.weight_dtype, split=split, quantizer=quantizer, keep_in_fp32=True

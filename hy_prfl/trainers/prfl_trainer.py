@@ -187,13 +187,13 @@ class PRFLTrainer(Trainer):
             trained[expert] = loaded(given[expert])
             select_trainable(trained[expert], config, dtype=run.trained_dtype)
             start_adapter(trained[expert], start_of(given[expert]))
-            run.set_up_blocks(trained[expert], num_recomputed=config.gradient_checkpointing_blocks)
+            run.set_up_blocks(trained[expert], num_checkpointed=config.gradient_checkpointing_blocks)
         model = self.experts.join(trained)
         self.frozen: dict[ExpertName, WanTransformer3DModel] = {}
         for expert in (each for each in given if each not in trained):
             self.frozen[expert] = loaded(given[expert]).requires_grad_(False).eval().to(run.accelerator.device)
-            run.set_up_blocks(self.frozen[expert], num_recomputed=0)
-        run.set_up_blocks(self.reward_model, num_recomputed=config.reward_gradient_checkpointing_blocks)
+            run.set_up_blocks(self.frozen[expert], num_checkpointed=0)
+        run.set_up_blocks(self.reward_model, num_checkpointed=config.reward_gradient_checkpointing_blocks)
         super().__init__(
             config,
             run=run,
