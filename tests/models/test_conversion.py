@@ -91,7 +91,9 @@ class TestReadTransformer:
             save_file(weights, path)
         else:
             torch.save(weights, path)
-        with pytest.raises(FileNotFoundError, match="number of heads cannot be read from the weights: give Wan's config.json as"):
+        with pytest.raises(
+            FileNotFoundError, match="number of heads cannot be read from the weights: give Wan's config.json as"
+        ):
             read_transformer(path)
         config = tmp_path / "elsewhere" / "config.json"
         config.parent.mkdir()

@@ -37,7 +37,7 @@ def test_kernels_that_work_here_are_let_through() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kernels_are_tried_in_the_context_that_the_model_computes_in(dtype: torch.dtype) -> None:
-    """Under autocast, Wan's query norm with a float32 weight returns float32. torch's attention casts it, others do not."""
+    """Under autocast, Wan's query norm with a float32 weight returns float32. Not all kernels cast it."""
     options: dict[str, Any] = {"option": "kernel", "trains": True, "device": torch.device("cpu"), "dtype": dtype}
     for name in ("native", "_native_math"):
         check_attention_backend(name, autocast=torch.autocast("cpu", dtype=torch.bfloat16), **options)
