@@ -8,8 +8,8 @@ To run a command on several processes, start its module with Accelerate:
 
     accelerate launch -m hy_prfl.scripts.<command> --config FILE.yaml
 
-A mistake in options or input ends in one line, `error: ...`, and exit code 2. With HY_PRFL_TRACEBACK=1 in the
-environment its traceback is shown.
+A mistake in options or input is reported in one line, `error: ...`, with exit code 2. Set HY_PRFL_TRACEBACK=1 in the
+environment to see the traceback instead.
 """
 
 import importlib
@@ -22,24 +22,24 @@ from .scripts.running import run
 
 COMMANDS = {
     "preprocess": "videos and captions -> a dataset of latents and prompt embeddings",
-    "annotate": "a page on which people label clips, or compare pairs of them",
-    "compare": "a page on which people compare the videos of two generators",
+    "annotate": "a web page on which people label clips or compare pairs of clips",
+    "compare": "a web page on which people compare the videos of two generators",
     "label": "join annotations to a latent dataset",
     "train_reward": "train a reward model on noisy latents (PAVRM)",
-    "train_prfl": "fine-tune a generator on that reward (PRFL)",
-    "plan": "memory, FLOPs and time that a recipe will need",
+    "train_prfl": "fine-tune a generator with a reward model (PRFL)",
+    "plan": "memory, FLOPs and time that a recipe needs",
     "score": "score videos or latents",
     "generate": "prompts -> videos",
     "convert": "read checkpoints in Wan's or upstream's own format",
-    "convert_recipe": "a YAML file of upstream's -> one of ours, and what to run",
-    "report": "a run -> one HTML page that shows it",
+    "convert_recipe": "a YAML file of upstream -> a recipe, and the command to run it",
+    "report": "a run -> one HTML page about it",
     "push": "a run, a model or a dataset -> the Hugging Face Hub",
     "pull": "a repository of the Hub -> a folder",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one command, to its end as a program."""
+    """Run one command as a program, see [`~hy_prfl.scripts.running.run`]."""
     run(partial(_run_command, list(sys.argv[1:] if argv is None else argv)))
 
 

@@ -1,4 +1,4 @@
-"""Whether models, datasets and encoders fit together. All of it is told by configurations and small columns."""
+"""Checks that models, datasets and encoders fit together. They read configurations and small columns only."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,19 +10,19 @@ from .data.encoding import LatentEncoder
 from .models.reward_model import WanRewardModel
 
 
-# What a dataset or an encoder has to agree with.
+# The other side of a VAE comparison, in error messages.
 REWARD_LATENTS = "the latents that the reward model was trained on"
 
 
 def check_same_vae(found: str | None, expected: str | None, *, source: str, of: str) -> None:
     """
-    Refuse latents of another VAE; what is not known is not compared.
+    Check that two VAE fingerprints are equal. Nothing is checked if one of them is unknown.
 
     Args:
         found, expected (`str`, *optional*):
             Fingerprints, see [`~hy_prfl.data.encoding.vae_fingerprint`].
         source, of (`str`):
-            What has the one, and what has the other, for the message.
+            What has the fingerprint `found`, and what has `expected`, for the error message.
 
     Raises:
         ValueError: If they differ.
@@ -32,7 +32,7 @@ def check_same_vae(found: str | None, expected: str | None, *, source: str, of: 
 
 
 def check_vae(dataset: Dataset, source: str, vae_fingerprint: str | None, *, of: str = "the pipeline") -> None:
-    """Raise a `ValueError` if rows were encoded by different VAEs, or by another one than that with this fingerprint."""
+    """Raise a `ValueError` if the rows come from different VAEs, or not from the VAE with this fingerprint."""
     check_same_vae(single_value(dataset, "vae_fingerprint", source), vae_fingerprint, source=source, of=of)
 
 
@@ -40,17 +40,17 @@ def check_fits_generator(
     reward_config: Mapping[str, Any], transformer_config: Mapping[str, Any], *, allow_other_base: bool = False
 ) -> None:
     """
-    Refuse a reward model that cannot judge a generator's latents. Needs their configurations only.
+    Check that a reward model can score a generator's latents. Needs only their configurations.
 
     Args:
         reward_config, transformer_config (`Mapping[str, Any]`):
             `config` of a [`WanRewardModel`] and of a `WanTransformer3DModel`.
         allow_other_base (`bool`, defaults to `False`):
-            Accept a reward model made from a transformer of another architecture (say 1.3B judging 14B), as long as
-            both take the same latents, text and image embeddings.
+            Accept a reward model made from a transformer of another size, such as 1.3B for a generator of 14B, if both
+            take the same latents, text and image embeddings.
 
     Raises:
-        ValueError: Naming every field that differs, with both values.
+        ValueError: If they differ; names every field that differs, with both values.
     """
     fields = {name: name for name in ("patch_size", "in_channels", "out_channels", "text_dim", "image_dim")}
     if not allow_other_base:
@@ -76,18 +76,18 @@ def check_rows_fit(
     ignores_images: bool = False,
 ) -> None:
     """
-    Refuse rows that a model cannot take, without reading their tensors.
+    Check that a model can take all rows. Reads their shapes, not their tensors.
 
     Args:
         model_config (`Mapping[str, Any]`):
             Configuration of a transformer or a reward model.
         takes_first_frame (`bool`, defaults to `False`):
-            Whether the condition may be a clean first latent frame, in all rows, instead of more channels.
+            Whether the condition may be a clean first latent frame in all rows, instead of extra channels.
         ignores_images (`bool`, defaults to `False`):
-            Whether a text-to-video model may be given rows with images, which it then does not see.
+            Whether a text-to-video model may get rows with images. It does not use the images.
 
     Raises:
-        ValueError: Naming the row, the column and both values.
+        ValueError: If a row does not fit; names the row, the column and both values.
     """
     num_channels, image_dim = model_config["out_channels"], model_config["image_dim"]
     condition_channels, patch_size = model_config["in_channels"] - num_channels, model_config["patch_size"]
@@ -119,10 +119,11 @@ def check_rows_fit(
 
 def check_dataset_fits(reward_model: WanRewardModel, dataset: Dataset, source: str = "the dataset") -> None:
     """
-    Refuse a latent dataset that a reward model cannot judge.
+    Check that a reward model can score a latent dataset.
 
     Raises:
-        ValueError: If it comes from another VAE, has rows without latents, or rows that [`check_rows_fit`] refuses.
+        ValueError: If the dataset comes from another VAE, or has rows without latents or rows that [`check_rows_fit`]
+        rejects.
     """
     check_vae(dataset, source, reward_model.config.vae_fingerprint, of=REWARD_LATENTS)
     require_latents(dataset, source)
@@ -131,10 +132,10 @@ def check_dataset_fits(reward_model: WanRewardModel, dataset: Dataset, source: s
 
 def check_encoder_fits(reward_model: WanRewardModel, encoder: LatentEncoder) -> None:
     """
-    Refuse encoders whose latents or prompts are not those that a reward model was trained on.
+    Check that an encoder makes the latents and prompt embeddings that a reward model was trained on.
 
     Raises:
-        ValueError: Naming what differs, with both values.
+        ValueError: If they differ; names the difference, with both values.
     """
     config, pipeline = reward_model.config, encoder.pipeline
     check_same_vae(encoder.vae_fingerprint, config.vae_fingerprint, source="the pipeline", of=REWARD_LATENTS)
@@ -155,7 +156,7 @@ def check_encoder_fits(reward_model: WanRewardModel, encoder: LatentEncoder) -> 
 
 
 def _check_number_of_images(image_shape: list[int], pos_embed_seq_len: int | None, where: str) -> None:
-    """Refuse image embeddings of one image for a model of two, and vice versa."""
+    """Check that rows have the embeddings of as many images, one or two, as the model takes."""
     expected = "1 image" if pos_embed_seq_len is None else f"2 images of {pos_embed_seq_len // 2} tokens"
     found = "1 image" if len(image_shape) == 2 else f"{image_shape[0]} images of {image_shape[1]} tokens"
     if expected != found:

@@ -1,4 +1,4 @@
-"""Rectified-flow arithmetic as pure tensor functions: no models, no processes, no global random state."""
+"""Rectified flow as pure tensor functions, without models, processes or global random state."""
 
 import hashlib
 import math
@@ -21,24 +21,24 @@ def make_generator(*key: int) -> torch.Generator:
     """
     CPU generator seeded by a tuple of non-negative integers, such as `(seed, global_step, micro_step, rank)`.
 
-    All random numbers in training come from such generators, so a draw depends on its key and not on earlier draws: a
-    resumed run makes the same draws, and without `rank` in the key all ranks make the same one.
+    All random numbers in training come from such generators. A draw depends on its key and not on earlier draws, so a
+    resumed run makes the same draws. Without `rank` in the key, all ranks make the same draw.
     """
     words = np.random.SeedSequence(key).generate_state(2, dtype=np.uint32)
     return torch.Generator().manual_seed((int(words[0]) << 31) ^ int(words[1]))
 
 
 def sample_noise(shape: Sequence[int], generators: Sequence[torch.Generator]) -> torch.Tensor:
-    """Standard normal noise `(len(generators), *shape)`, each sample from its own generator, float32 on the CPU."""
+    """Standard normal noise `(len(generators), *shape)`, float32 on the CPU. Each sample has its own generator."""
     return torch.stack([torch.randn(tuple(shape), generator=generator) for generator in generators])
 
 
 def row_noise(row_id: str, shape: Sequence[int], *, seed: int, draw: int = 0) -> torch.Tensor:
     """
-    Standard normal noise that belongs to one row of a dataset, float32 on the CPU.
+    Standard normal noise for one row of a dataset, float32 on the CPU.
 
-    A function of `(row_id, seed, draw)` only, so a row's score does not depend on its batch, its rank, or on how many
-    other rows are scored.
+    It depends only on `(row_id, seed, draw)`. So the score of a row does not depend on its batch, its rank, or the
+    number of rows that are scored.
     """
     digest = hashlib.sha256(row_id.encode()).digest()
     return torch.randn(tuple(shape), generator=make_generator(int.from_bytes(digest[:8], "big"), seed, draw))
@@ -46,10 +46,10 @@ def row_noise(row_id: str, shape: Sequence[int], *, seed: int, draw: int = 0) ->
 
 def row_timesteps(row_id: str, num_ranges: int, *, seed: int) -> torch.Tensor:
     """
-    One timestep out of each range `(1000 k / n, 1000 (k + 1) / n]`, `k = 0 .. n - 1`, for one row of a dataset.
+    One timestep from each range `(1000 k / n, 1000 (k + 1) / n]`, `k = 0 .. n - 1`, for one row of a dataset.
 
-    Uniform within its range, and, as [`row_noise`], a function of `(row_id, seed)` and the range only. The paper evaluates
-    its reward models at one random timestep in each of five ranges.
+    Each is uniform within its range and, like [`row_noise`], depends only on `(row_id, seed)` and the range. The paper
+    evaluates its reward models at one random timestep in each of five ranges.
 
     Returns:
         `torch.Tensor` of shape `(num_ranges,)`: timesteps in (0, 1000], float32 on the CPU.
@@ -62,42 +62,42 @@ def row_timesteps(row_id: str, num_ranges: int, *, seed: int) -> torch.Tensor:
 
 
 def shift_sigmas(sigmas: torch.Tensor, flow_shift: float) -> torch.Tensor:
-    """Shifted noise levels `shift * u / (1 + (shift - 1) * u)`; a shift above 1 favours high noise (Wan uses 3 or 5)."""
+    """Shifted noise levels `shift * u / (1 + (shift - 1) * u)`. A shift above 1 means more noise; Wan uses 3 or 5."""
     return flow_shift * sigmas / (1 + (flow_shift - 1) * sigmas)
 
 
 @dataclass(frozen=True)
 class NoiseLevels(ABC):
     """
-    Distribution of the noise levels that clean clips are trained at.
+    Distribution of the noise levels in training.
 
     Args:
         flow_shift (`float`):
-            Shift of the noise levels, see [`shift_sigmas`]; 1 leaves them as they are drawn.
+            Shift of the noise levels, see [`shift_sigmas`]. 1 means no shift.
     """
 
     flow_shift: float
 
     @abstractmethod
     def _draw(self, generator: torch.Generator) -> torch.Tensor:
-        """One noise level before the shift, `(1,)`, in (0, 1]."""
+        """Draw one noise level before the shift, of shape `(1,)` and in (0, 1]."""
 
     @abstractmethod
     def probability_from(self, timestep: float) -> float:
-        """How often a noise level is drawn whose timestep is not below this one, in [0, 1000)."""
+        """Probability that the timestep of a noise level is at least `timestep`, which is in [0, 1000)."""
 
     def sample(
         self, generators: Sequence[torch.Generator], timestep_range: tuple[float, float] = (-math.inf, math.inf)
     ) -> torch.Tensor:
         """
-        Draw the noise level of each sample.
+        Draw one noise level per sample.
 
         Args:
             generators (`Sequence[torch.Generator]`):
-                One for each sample.
+                One generator per sample.
             timestep_range (`tuple[float, float]`):
-                Draw on condition that `1000 * sigma` is not below the first and is below the second number, by drawing
-                again until it is. It must have a positive probability.
+                Range `[low, high)` of the timesteps `1000 * sigma`. Levels outside it are drawn again, so it must have
+                a positive probability.
 
         Returns:
             `torch.Tensor` of shape `(len(generators),)`: sigmas in (0, 1], float32 on the CPU.
@@ -114,7 +114,7 @@ class NoiseLevels(ABC):
 
 @dataclass(frozen=True)
 class UniformLevels(NoiseLevels):
-    """An index of the schedule of 1000 levels, as upstream draws it; without a shift the paper's U(0, 1]."""
+    """Uniform over 1000 levels in (0, 1], as in upstream's code. Without a shift it is the paper's U(0, 1]."""
 
     def _draw(self, generator: torch.Generator) -> torch.Tensor:
         index = torch.randint(NUM_TRAIN_TIMESTEPS, (1,), generator=generator)
@@ -128,11 +128,11 @@ class UniformLevels(NoiseLevels):
 @dataclass(frozen=True)
 class LogitNormalLevels(NoiseLevels):
     """
-    The sigmoid of a normal variable (SD3, https://arxiv.org/abs/2403.03206, section 3.1).
+    Sigmoid of a normal variable (SD3, https://arxiv.org/abs/2403.03206, section 3.1).
 
     Args:
         mean, std (`float`):
-            Of that variable.
+            Mean and standard deviation of the normal variable.
     """
 
     mean: float
@@ -153,20 +153,20 @@ class LogitNormalLevels(NoiseLevels):
 
 
 def noise_levels(config: TrainingConfig) -> NoiseLevels:
-    """The distribution that a run's options ask for."""
+    """The distribution of noise levels that a run's options select."""
     if config.weighting_scheme == "uniform":
         return UniformLevels(config.flow_shift)
     return LogitNormalLevels(config.flow_shift, mean=config.logit_mean, std=config.logit_std)
 
 
 def sigmas_to_timesteps(sigmas: torch.Tensor) -> torch.Tensor:
-    """The model's time, `1000 * sigma`."""
+    """Timesteps that the models take, `1000 * sigma`, in [0, 1000]."""
     return NUM_TRAIN_TIMESTEPS * sigmas
 
 
 def add_noise(latents: torch.Tensor, noise: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
     """
-    Point on the straight path from data to noise, `(1 - sigma) * latents + sigma * noise`.
+    Noisy latents on the straight path from data to noise, `(1 - sigma) * latents + sigma * noise`.
 
     Args:
         latents, noise (`torch.Tensor` of shape `(batch_size, ...)`):
@@ -179,5 +179,5 @@ def add_noise(latents: torch.Tensor, noise: torch.Tensor, sigmas: torch.Tensor) 
 
 
 def velocity_target(latents: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """What the generator should predict: the path's velocity, `noise - latents` (paper, equation 2)."""
+    """Target of the generator: the velocity of the path, `noise - latents` (paper, equation 2)."""
     return noise - latents

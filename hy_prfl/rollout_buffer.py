@@ -1,4 +1,4 @@
-"""Chains that serve several reward updates: their states on the host, and which of them an update starts from."""
+"""Rollouts that are reused by several reward updates: their states in host memory, and the choice of a state."""
 
 import json
 from collections import deque
@@ -14,24 +14,24 @@ from safetensors.torch import save_file
 from .models.conditioning import Conditioning
 
 
-# Latents are about standard normal: float16 keeps more digits of them than bfloat16.
+# Latents are roughly standard normal, so float16 is more precise for them than bfloat16.
 STORAGE_DTYPE = torch.float16
 
 
 @dataclass(frozen=True)
 class Rollout:
     """
-    States of one chain that was walked without gradient, in host memory.
+    States of one denoising chain that was computed without gradient, in host memory.
 
     Args:
         ids (`tuple[str, ...]`):
-            Rows of the prompts, for messages.
+            Ids of the rows that the prompts are from, for messages.
         conditioning (`Conditioning`):
-            What the chain was given.
+            Conditioning of the chain.
         indices (`tuple[int, ...]`):
-            Steps of the chain that can be taken from here, ascending.
+            Steps of the chain whose states are stored, ascending.
         latents, velocities (`torch.Tensor` of shape `(len(indices), batch_size, num_channels, num_frames, height, width)`):
-            Noisy latents before each of these steps, and the generator's output there at that time, float16.
+            Noisy latents before each of these steps, and the velocity that the generator predicted there, float16.
     """
 
     ids: tuple[str, ...]
@@ -48,7 +48,7 @@ class Rollout:
         ids: Iterable[str],
         conditioning: Conditioning,
     ) -> "Rollout":
-        """Gather what [`~hy_prfl.rollout.record_states`] yields, each state as soon as it is there."""
+        """Collect the states that [`~hy_prfl.rollout.record_states`] yields. Each is copied to the host at once."""
         indices, latents, velocities = [], [], []
         for index, state, velocity in states:
             indices.append(index)
@@ -60,15 +60,15 @@ class Rollout:
 
 class StoredState(NamedTuple):
     """
-    Where an update starts.
+    The state that an update starts from.
 
     Args:
         rollout (`Rollout`):
-            The chain that it is of.
+            Chain of the state.
         step_index (`int`):
-            The step that is taken from here.
+            Step of the chain that starts at this state.
         latents, velocity (`torch.Tensor` of shape `(batch_size, num_channels, num_frames, height, width)`):
-            The state, float16 in host memory.
+            Noisy latents and predicted velocity, float16 in host memory.
     """
 
     rollout: Rollout
@@ -79,12 +79,14 @@ class StoredState(NamedTuple):
 
 class RolloutBuffer:
     """
-    The last rollouts. The gradient of a reward update passes through few steps only, so a state of a chain that was
-    walked some updates ago does, and most of the forwards of an update are saved.
+    The most recent rollouts.
+
+    The gradient of a reward update passes through a few steps only. So an update can start from a state of an earlier
+    update's chain, which saves most of its forwards.
 
     Args:
         size (`int`):
-            Rollouts to keep.
+            Maximum number of rollouts.
     """
 
     def __init__(self, size: int) -> None:
@@ -94,20 +96,20 @@ class RolloutBuffer:
         return len(self.rollouts)
 
     def add(self, rollout: Rollout) -> None:
-        """Keep a rollout, in the place of the oldest if there are enough."""
+        """Add a rollout. If the buffer is full, the oldest is removed."""
         self.rollouts.append(rollout)
 
     def clear(self) -> None:
-        """Forget all of them."""
+        """Remove all rollouts."""
         self.rollouts.clear()
 
     def draw(self, generator: torch.Generator) -> StoredState:
         """
-        Any state of any rollout.
+        Draw a random rollout, and a random one of its states.
 
         Args:
             generator (`torch.Generator`):
-                The same on all ranks: they hold different clips, but must take the same step.
+                Must be the same on all ranks: they have different clips, but must take the same step.
         """
         rollout = self.rollouts[int(torch.randint(len(self.rollouts), (), generator=generator))]
         place = int(torch.randint(len(rollout.indices), (), generator=generator))
@@ -148,6 +150,6 @@ class RolloutBuffer:
 
 
 def relative_change(now: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
-    """How far a velocity is from the stored one, `|now - stored| / |stored|` over the whole batch, float32 scalar."""
+    """Relative change of the velocity, `|now - stored| / |stored|` over the whole batch, as a float32 scalar."""
     before = stored.to(now.device, torch.float32)
     return (now - before).norm() / before.norm()

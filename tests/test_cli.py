@@ -37,7 +37,7 @@ def test_help_names_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 
 
 def test_torchvision_is_not_asked_for() -> None:
-    """Nothing is printed where diffusers imports an image processor, and another warning of the same place is."""
+    """diffusers' import of image processors prints nothing. Other warnings of the same logger are still printed."""
     code = (
         "import hy_prfl, logging; from diffusers import WanImageToVideoPipeline; "
         "logging.getLogger('transformers.utils.import_utils').warning('`XImageProcessor` requires torchvision')"

@@ -107,7 +107,7 @@ def test_time_runs_from_0_to_1000() -> None:
 @pytest.mark.parametrize("flow_shift", [1.0, 5.0])
 @pytest.mark.parametrize("distribution", [UniformLevels, partial(LogitNormalLevels, mean=0.4, std=1.3)])
 def test_conditional_noise_levels(distribution: Callable[[float], NoiseLevels], flow_shift: float) -> None:
-    """Against draws from the whole distribution, of which those on the other side are thrown away."""
+    """Against draws from the whole distribution, without those outside the range."""
     given = distribution(flow_shift)
     every = given.sample([make_generator(0, index) for index in range(20_000)])
     share = given.probability_from(875.0)

@@ -1,12 +1,13 @@
 """
-What an update of PRFL costs, against RGB ReFL and with each switch: `make benchmark`, or
+Measures the cost of an update of PRFL, of RGB ReFL, and with each switch: `make benchmark`, or
 
     python -m examples.benchmark.benchmark
     python -m examples.benchmark.benchmark --sizes 1.3b 14b --num_updates 2     # on a GPU, in bfloat16
 
-Measures time, memory and FLOPs of every case in a process of its own and writes `results.json`, `results.md` and two plots
-into `outputs/benchmark`. Some minutes for the sizes of a CPU. An interrupted run goes on where it was; what was measured
-at another commit, on another machine or with other settings is measured again. See `examples/benchmark/README.md`.
+Measures time, memory and FLOPs of each case in its own process, and writes `results.json`, `results.md` and two plots
+to `outputs/benchmark`. Takes some minutes with the sizes for a CPU. An interrupted run continues where it stopped.
+Cases that were measured at another commit, on another machine or with other settings are measured again. See
+`examples/benchmark/README.md`.
 """
 
 import dataclasses
@@ -56,18 +57,16 @@ class BenchmarkConfig:
     )
     cases: list[str] = field(
         default_factory=list,
-        metadata={"help": "Only methods and switches of these names, as the tables have them; all if left out."},
+        metadata={"help": "Measure only methods and switches with these names from the tables; all if left out."},
     )
-    base_clip_only: bool = field(default=False, metadata={"help": "Leave out the clips of more frames or pixels."})
+    base_clip_only: bool = field(default=False, metadata={"help": "Leave out the clips with more frames or pixels."})
     num_updates: int = field(
-        default=3, metadata={"help": "Updates to time in each case, at least; the fastest counts."}
+        default=3, metadata={"help": "Minimum number of timed updates in each case; the fastest counts."}
     )
-    min_seconds: float = field(
-        default=6.0, metadata={"help": "Seconds that the timed updates of a case take together, at least."}
-    )
+    min_seconds: float = field(default=6.0, metadata={"help": "Minimum total seconds of the timed updates of a case."})
     num_inference_steps: int = field(default=40, metadata={"help": "Steps of the sampler's whole chain."})
     num_threads: int = field(default=2, metadata={"help": "Threads on the CPU."})
-    fresh: bool = field(default=False, metadata={"help": "Measure again what has been measured."})
+    fresh: bool = field(default=False, metadata={"help": "Measure all cases again."})
 
     def __post_init__(self) -> None:
         for name in self.sizes:
@@ -79,7 +78,7 @@ class BenchmarkConfig:
 
 
 def machine(num_threads: int) -> dict[str, Any]:
-    """Where and with which versions a run measures, as JSON values."""
+    """Machine and versions of a run, as JSON values."""
     record = run_record(seed=0)
     file = Path("/proc/cpuinfo")
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
@@ -94,12 +93,12 @@ def machine(num_threads: int) -> dict[str, Any]:
 
 def in_process_of_its_own(log: Path, function: Any, *args: Any) -> None:
     """
-    Call a function in a new process, with what it prints in a file, and wait for it.
+    Call a function in a new process and wait for it. What it prints is written to `log`.
 
-    The processes are forked from one that has imported everything and done nothing.
+    The process is forked from a server that has imported everything and has done nothing else.
 
     Raises:
-        RuntimeError: If the process failed; with the end of what it printed.
+        RuntimeError: If the process failed; with the end of its output.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["examples.benchmark.cases", "examples.benchmark.report"])
@@ -111,13 +110,13 @@ def in_process_of_its_own(log: Path, function: Any, *args: Any) -> None:
         process.kill()
     if process.exitcode:
         printed = log.read_text(encoding="utf-8", errors="replace")[-3000:] if log.is_file() else ""
-        reason = " (killed, maybe for want of memory)" if process.exitcode < 0 else ""
+        reason = " (killed, perhaps because memory ran out)" if process.exitcode < 0 else ""
         what = " of ".join([function.__name__, *(str(each) for each in args[:1])])
         raise RuntimeError(f"{what} ended with {process.exitcode}{reason}.\n{printed}")
 
 
 def _with_output_in(log: Path, function: Any, *args: Any) -> None:
-    # Not only Python prints: torch's profiler does too.
+    # File descriptors, because torch's profiler prints from C++.
     with log.open("w", encoding="utf-8") as file:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
@@ -127,12 +126,12 @@ def _with_output_in(log: Path, function: Any, *args: Any) -> None:
 
 
 def precision() -> torch.dtype:
-    """Type that the models compute in: bfloat16 on a GPU, where it is what everybody trains in."""
+    """Type that the models compute in: bfloat16 on a GPU, float32 on the CPU."""
     return torch.float32 if on_cpu() else torch.bfloat16
 
 
 def prepare_inputs(case: Case, inputs: Path) -> None:
-    """Write the models of a size and the rows of a clip, unless they are there."""
+    """Write the models of a size and the rows of a clip, unless they exist."""
     torch.set_num_threads(2)
     if not inputs.exists():
         written = temporary_folder(inputs)
@@ -145,7 +144,7 @@ def prepare_inputs(case: Case, inputs: Path) -> None:
             dtype=precision(),
             text_dim=size.transformer["text_dim"],
             transformer_config=size.transformer,
-            # `build_pipeline` makes a smaller VAE unless told.
+            # `build_pipeline` makes a smaller VAE by default.
             vae_config={"base_dim": 96, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2, **size.vae},
         )
         replace_folder(written, inputs)
@@ -156,7 +155,7 @@ def prepare_inputs(case: Case, inputs: Path) -> None:
 
 
 def planned(case: Case, training: PRFLTrainingConfig) -> dict[str, float]:
-    """Memory and FLOPs of an update as `hy-prfl plan` foresees them, from the models' configurations alone."""
+    """Memory and FLOPs of an update that `hy-prfl plan` predicts from the models' configurations."""
     needs = plan(
         training,
         height=case.clip.height,
@@ -172,7 +171,7 @@ def planned(case: Case, training: PRFLTrainingConfig) -> dict[str, float]:
 
 
 def run_case(case: Case, inputs: Path, result: Path, settings: Mapping[str, Any]) -> None:
-    """Measure a case and write it down. What does not work here, or does not fit, is a result too."""
+    """Measure a case and write the result. A case that does not work or fit here is a result too."""
     if not on_cpu():
         os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
     torch.set_num_threads(settings["machine"]["num_threads"])
@@ -188,7 +187,7 @@ def run_case(case: Case, inputs: Path, result: Path, settings: Mapping[str, Any]
         except torch.cuda.OutOfMemoryError:
             row["unavailable"] = "out of memory"
         except ValueError as error:
-            # An attention kernel that is not installed, or not for this device.
+            # The attention kernel is not installed, or does not work on this device.
             if "attention_backend" not in str(error):
                 raise
             row["unavailable"] = "not here"
@@ -197,7 +196,7 @@ def run_case(case: Case, inputs: Path, result: Path, settings: Mapping[str, Any]
 
 
 def selected_cases(config: BenchmarkConfig) -> list[Case]:
-    """The cases that the options ask for."""
+    """The cases that the options select."""
     cases = all_cases(
         {name: SIZES[name] for name in config.sizes},
         device=torch.device("cpu" if on_cpu() else "cuda"),
@@ -208,12 +207,12 @@ def selected_cases(config: BenchmarkConfig) -> list[Case]:
 
 
 def digest(values: Mapping[str, Any]) -> str:
-    """Short text that changes when these JSON values do."""
+    """Short hash of JSON values."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def measured(path: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What an earlier run has measured with the same settings, if it has."""
+    """Result of an earlier run with the same settings, if any."""
     if not path.is_file():
         return None
     kept = json.loads(path.read_text(encoding="utf-8"))
@@ -221,7 +220,7 @@ def measured(path: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure whatever has not been measured, and write the report."""
+    """Measure the cases that have no result yet, and write the report."""
     config = parse_config(BenchmarkConfig, argv, description=__doc__)
     folder = Path(config.output_dir)
     if config.fresh:

@@ -1,4 +1,4 @@
-"""What is measured: methods, switches, and the trainer of each."""
+"""The measured cases: methods, switches, and the trainer of each."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
@@ -15,29 +15,31 @@ from hy_prfl.configs.prfl import PRFLTrainingConfig
 from hy_prfl.trainers.prfl_trainer import PRFLTrainer
 
 
-# Step that takes gradient, given the number of steps of the chain and of those that take gradient.
+# Maps the number of steps of the chain, and of steps with gradient, to the last step with gradient.
 StepIndices = Callable[[int, int], int]
 
 
 def anywhere(num_inference_steps: int, num_gradient_steps: int) -> int:
     """
-    The last of so many different steps, each as likely as any other in `[0, num_inference_steps - 2]`: its mean.
+    Mean of the last step with gradient, if `num_gradient_steps` steps are drawn from all steps but the chain's last.
 
-    Forwards are all alike, so an update with this many takes the mean time. One of 40: step 19; four of 40: step 31.
+    All forwards take the same time, so an update with this step takes the mean time. One of 40: step 19. Four of 40:
+    step 31.
     """
     return num_gradient_steps * num_inference_steps // (num_gradient_steps + 1) - 1
 
 
 def early(num_inference_steps: int, num_gradient_steps: int) -> int:
-    """The same of the first third of the chain's steps: of 40, of which 0 to 12 may take gradient, step 6."""
+    """The same for the first third of the chain: of 40 steps, 0 to 12 may take gradient, and the mean is step 6."""
     return anywhere(num_inference_steps // 3 + 1, num_gradient_steps)
 
 
 def late(num_inference_steps: int, num_gradient_steps: int) -> int:
     """
-    The mean step of the paper's late stage, 27 to 40 of 40 counted from 1; rounded down, in RGB ReFL's favour.
+    Mean step of the paper's late stage: 27 to 40 of 40, counted from 1. It is rounded down, in RGB ReFL's favour.
 
-    Earlier, what a single forward foresees is too far from a video for an image reward. Of 40: step 32 counted from 0.
+    At earlier steps the clean latents that one forward predicts are too far from a video for an image reward. Of 40:
+    step 32, counted from 0.
     """
     return (26 * num_inference_steps // 40 + num_inference_steps - 1) // 2
 
@@ -45,15 +47,15 @@ def late(num_inference_steps: int, num_gradient_steps: int) -> int:
 @dataclass(frozen=True)
 class Method:
     """
-    A way to train.
+    A training method.
 
     Args:
         schedule (`str`):
             The trainer's `update_schedule`.
         step (`Callable`):
-            Where the step with gradient is.
+            Selects the step with gradient.
         decodes (`str`, *optional*):
-            Frames that RGB ReFL decodes; PRFL if left out.
+            Frames that RGB ReFL decodes. If left out, the method is PRFL.
     """
 
     schedule: str
@@ -72,11 +74,11 @@ METHODS = {
     FLOW: Method("flow_matching"),
     RGB_FIRST: Method("alternate", late, "first"),
     RGB_REWARD: Method("reward", late, "first"),
-    # What decoding alone costs: the same number of forwards of the generator as PRFL.
+    # Shows the cost of decoding alone: it has as many forwards of the generator as PRFL.
     RGB_SAME: Method("alternate", anywhere, "first"),
     RGB_ALL: Method("alternate", late, "all"),
 }
-# Measured for growing clips too.
+# Methods that are also measured on larger clips.
 COMPARED = (PRFL, PRFL_EARLY, FLOW, RGB_FIRST, RGB_ALL)
 
 NO_RECOMPUTATION, FOUR_STEPS, LORA = "no recomputation", "4 gradient steps", "LoRA of rank 16"
@@ -85,15 +87,15 @@ NO_RECOMPUTATION, FOUR_STEPS, LORA = "no recomputation", "4 gradient steps", "Lo
 @dataclass(frozen=True)
 class Switch:
     """
-    An option turned the other way.
+    A change of options.
 
     Args:
         options (`Mapping`):
             Options of the trainer.
         method (`str`):
-            Method that it is turned for.
+            Method whose options are changed.
         only_on (`str`, *optional*):
-            Type of the device that it is for.
+            Device type that it is for; all if left out.
     """
 
     options: Mapping[str, Any]
@@ -102,14 +104,14 @@ class Switch:
 
 
 def switches(num_layers: int) -> dict[str, Switch]:
-    """The switches of a generator of so many blocks. Everything else is measured with all blocks recomputed."""
+    """The switches for a generator with `num_layers` blocks. Other cases checkpoint the activations of all blocks."""
     kernel, rollout_kernel = "attention_backend", "rollout_attention_backend"
     return {
         NO_RECOMPUTATION: Switch({"gradient_checkpointing": False}),
         "half of the blocks recomputed": Switch({"gradient_checkpointing_blocks": num_layers // 2}),
         "block inputs in host memory": Switch({"offload_activations": True}),
         "gradient step run twice": Switch({"rerun_gradient_step": True}),
-        # In host memory it would still count on a CPU.
+        # On a CPU, offloaded weights would still count as memory.
         "reward model in host memory": Switch({"offload_reward_model": True}, only_on="cuda"),
         FOUR_STEPS: Switch({"num_gradient_steps": 4}, method=PRFL_REWARD),
         LORA: Switch({"lora_rank": 16}),
@@ -135,11 +137,11 @@ class Case:
         size_name (`str`), size (`Size`):
             The models.
         clip (`Clip`):
-            What they train on.
+            Clip to train on.
         method (`str`):
             Name in `METHODS`.
         switch (`str`):
-            Name among the `switches`, empty for none.
+            Name in `switches`, or empty.
         num_inference_steps (`int`):
             Steps of the sampler's whole chain.
     """
@@ -153,12 +155,12 @@ class Case:
 
     @property
     def label(self) -> str:
-        """The method, and what is switched."""
+        """Names of the method and the switch."""
         return f"{self.method}; {self.switch}" if self.switch else self.method
 
     @property
     def options(self) -> dict[str, Any]:
-        """Options of the trainer that make the difference."""
+        """Options of the trainer for this case."""
         method = METHODS[self.method]
         options: dict[str, Any] = {
             "update_schedule": method.schedule,
@@ -176,7 +178,7 @@ class Case:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All that the result depends on, as JSON values."""
+        """Everything that the result depends on, as JSON values."""
         return {
             "size": self.size_name,
             "models": dataclasses.asdict(self.size),
@@ -188,7 +190,7 @@ class Case:
         }
 
     def trainer(self, inputs: Path, output_dir: Path, mixin: type) -> PRFLTrainer:
-        """The real trainer, with a mixin's methods before its own, on the inputs of this size and clip."""
+        """The real trainer with a mixin, whose methods come first, on the inputs of this size and clip."""
         config = PRFLTrainingConfig(
             output_dir=str(output_dir),
             pretrained_model_name_or_path=str(inputs / "pipeline"),
@@ -207,7 +209,7 @@ class Case:
             PixelReward,
             image_reward=self.size.image_reward,
             decodes=decodes,
-            recompute=config.gradient_checkpointing,
+            checkpointing=config.gradient_checkpointing,
         )
         return trainer.from_config(config, build_reward=reward)
 
@@ -216,14 +218,14 @@ def all_cases(
     sizes: Mapping[str, Size], *, device: torch.device, num_inference_steps: int, only: Iterable[str] = ()
 ) -> list[Case]:
     """
-    Every case of these sizes on this device, in the order in which they are measured.
+    All cases of these sizes on this device, in the order of the measurements.
 
     Args:
         only (`Iterable[str]`):
-            Labels of methods and switches to keep; all if empty.
+            Names of methods and switches to keep; all if empty.
 
     Raises:
-        ValueError: If there is no case with a label of `only`.
+        ValueError: If an entry of `only` is not the name of a case.
     """
     cases = []
     for name, size in sizes.items():

@@ -1,4 +1,4 @@
-"""What a measurement trains on: a pipeline and a reward model with random weights, and rows of random latents."""
+"""Inputs of a measurement: a pipeline and a reward model with random weights, and rows of random latents."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,7 +23,7 @@ def write_models(
     **pipeline_options: object,
 ) -> None:
     """
-    Write `folder/pipeline`, and `folder/reward` made of the first blocks of its generator.
+    Write `folder/pipeline`, and `folder/reward` made from the first blocks of its generator.
 
     Args:
         num_reward_layers (`int`, defaults to 2):
@@ -31,7 +31,7 @@ def write_models(
         reward_options (`Mapping`, *optional*):
             Other arguments of [`WanRewardModel`].
         device (`str`, defaults to `"cpu"`):
-            Where random numbers are drawn. 14 billion of them take long on a CPU.
+            Device on which random weights are drawn. 14 billion of them take long on a CPU.
         dtype (`torch.dtype`, defaults to `torch.float32`):
             Type of the weights in the files.
         pipeline_options:
@@ -53,7 +53,7 @@ def write_models(
 
 
 def to_dtype(components: Mapping[str, object], dtype: torch.dtype) -> None:
-    """Store the parameters of all models in a type; loading puts those back that are to be float32."""
+    """Cast the parameters of all models. Loading casts sensitive parameters back to float32."""
     for component in components.values():
         for parameter in component.parameters() if isinstance(component, torch.nn.Module) else ():
             parameter.data = parameter.data.to(dtype)
@@ -69,7 +69,7 @@ def write_rows(
     max_sequence_length: int = 16,
 ) -> None:
     """
-    Write a dataset `folder/name` for the models that `write_models` wrote there.
+    Write a dataset `folder/name` for the models that `write_models` wrote to `folder`.
 
     Args:
         latents_shape (`Sequence[int]`):
@@ -91,5 +91,5 @@ def write_rows(
 
 
 def fingerprint_of(folder: Path) -> str:
-    """Identity of the VAE of `folder/pipeline`, as the trainers read it."""
+    """Fingerprint of the VAE of `folder/pipeline`, as the trainers compute it."""
     return vae_fingerprint(AutoencoderKLWan.from_pretrained(folder / "pipeline", subfolder="vae"))

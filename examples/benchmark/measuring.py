@@ -1,15 +1,16 @@
 """
-Time, memory and FLOPs of the updates of a trainer, taken from outside: hooks of the models, and the device's own clock.
+Measures time, memory and FLOPs of a trainer's updates with hooks on the models and the device's own clock.
 
-A run is the trainer's own `train()`: data, updates, schedule and log. In its first update, which warms up, FLOPs are
-counted. The next ones are timed, so many and for so long as asked. On the CPU one more follows, with torch's profiler on, which reports each allocation and
-release: the memory is the most bytes that were alive, tensors that were there before counted one by one. With CUDA it is
-`max_memory_allocated` over the timed updates. The next update is not made.
+A measurement runs the trainer's own `train()`, with data, updates, schedule and log. The first update is the warm-up;
+its FLOPs are counted. The next updates are timed. On the CPU one more update follows with torch's profiler, which
+reports each allocation and release. The memory is the peak of the allocated bytes; tensors from before the update are
+counted one by one. With CUDA the memory is `max_memory_allocated` over the timed updates. Then the run ends.
 
-Framework overhead is the share of an update's time that is neither in a forward of the generator or of the reward model,
-nor in a backward pass, from the moment that the gradient reaches a model's output to the end of that pass. So the sampler,
-the losses, data, log and clipping count as overhead, and the optimizer too, which is also given by itself. With CUDA
-these moments are events on the device's own stream: what the host does while the device computes costs nothing there.
+Framework overhead is the share of an update's time that is neither in a forward of the generator or the reward model,
+nor in a backward pass. A backward pass is counted from when the gradient reaches a model's output to its end. So
+sampler, losses, data, log, clipping and optimizer count as overhead; the share of the optimizer is also given
+separately. With CUDA, times are events on the device's stream: work of the host while the device computes is not
+overhead.
 """
 
 import gc
@@ -32,10 +33,10 @@ from hy_prfl.trainers.prfl_trainer import PRFLTrainer
 
 class FlopMeter(TorchDispatchMode):
     """
-    Counts operations by the formulas of torch's FLOP counter, recomputed ones too.
+    Counts FLOPs by the formulas of torch's FLOP counter, including those of activation checkpointing.
 
-    Not with `FlopCounterMode` itself: its hooks on modules do not bear a gradient taken with respect to a leaf, which is
-    how the trainer takes the reward's.
+    `FlopCounterMode` itself cannot be used: its module hooks fail for a gradient with respect to a leaf, and the
+    trainer takes the reward's gradient in this way.
     """
 
     def __init__(self) -> None:
@@ -50,23 +51,23 @@ class FlopMeter(TorchDispatchMode):
 
 
 class Finished(Exception):  # noqa: N818  # not an error
-    """All that was to be measured has been."""
+    """Raised when all measurements are done."""
 
 
 class Stopwatch:
     """
-    Moments on the clock of the device that computes.
+    Times on the clock of the device.
 
     Args:
         device (`torch.device`):
-            With CUDA a moment is an event, which the device reaches when it has done what it was given before.
+            With CUDA a time is an event in the device's stream, after all work that was queued before.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.on_cuda = device.type == "cuda"
 
     def now(self) -> Any:
-        """This moment."""
+        """The current time."""
         if not self.on_cuda:
             return perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -74,17 +75,17 @@ class Stopwatch:
         return event
 
     def wait(self) -> None:
-        """Wait until the device has done all that it was given."""
+        """Wait until the device has finished all queued work."""
         if self.on_cuda:
             torch.cuda.synchronize()
 
     def seconds(self, start: Any, end: Any) -> float:
-        """Time between two moments; `wait` before."""
+        """Seconds between two times. Call `wait` first."""
         return start.elapsed_time(end) / 1000 if self.on_cuda else end - start
 
 
 class Spans:
-    """Intervals that the models' forwards and backwards, and the optimizer, were at work."""
+    """Time intervals of the models' forwards and backwards, and of the optimizer's steps."""
 
     def __init__(self, stopwatch: Stopwatch) -> None:
         self.stopwatch = stopwatch
@@ -92,7 +93,7 @@ class Spans:
         self._start: dict[str, Any] = {}
 
     def watch_model(self, model: nn.Module) -> None:
-        """Record each call of a model, and the backward pass that begins at what it returns."""
+        """Record each call of a model, and each backward pass that starts at its output."""
         model.register_forward_pre_hook(lambda *_: self._begin("forward"))
         model.register_forward_hook(self._forward_ends)
 
@@ -102,7 +103,7 @@ class Spans:
         optimizer.register_step_post_hook(lambda *_: self._end("optimizer"))
 
     def seconds(self, *kinds: str) -> float:
-        """Sum of the intervals of these kinds."""
+        """Total seconds of the intervals of these kinds."""
         return sum(self.stopwatch.seconds(start, end) for kind, start, end in self.spans if kind in kinds)
 
     def count(self, kind: str) -> int:
@@ -123,25 +124,24 @@ class Spans:
 
     def _backward_begins(self, grad: torch.Tensor) -> None:
         self._begin("backward")
-        # Called when the whole backward pass is over, as DDP does it; a tensor's hook knows only its own tensor.
+        # Called at the end of the whole backward pass, as in DDP. A tensor's hook would run only for its tensor.
         torch.autograd.Variable._execution_engine.queue_callback(lambda: self._end("backward"))
 
 
 @dataclass
 class Measurement:
     """
-    What the updates of one case took.
+    Time, memory and FLOPs of the updates of one case.
 
     Args:
         seconds (`list[float]`):
-            Each timed update, from the beginning of a step to the beginning of the next.
+            Seconds of each timed update, from the start of a step to the start of the next.
         flops (`int`):
-            Multiplications and additions of matrix products, convolutions and attention in one update, recomputed ones
-            too.
+            FLOPs of matrix products, convolutions and attention in one update, including activation checkpointing.
         peak_bytes (`int`):
-            Most bytes alive in an update.
+            Peak of the allocated bytes in an update.
         overhead, optimizer (`float`):
-            Median share of an update outside of the models, and in the optimizer.
+            Median share of an update's time outside the models, and in the optimizer.
         num_forwards, num_backwards (`int`):
             Calls of the models, and backward passes, in one update.
     """
@@ -161,18 +161,19 @@ class Recorder:
 
     Args:
         trainer (`PRFLTrainer`):
-            The trainer, not started yet.
+            A trainer that has not started yet.
         num_updates (`int`):
-            Updates to time, at least.
+            Minimum number of timed updates.
         min_seconds (`float`):
-            Seconds that the timed updates take together, at least.
+            Minimum total seconds of the timed updates.
     """
 
     def __init__(self, trainer: PRFLTrainer, num_updates: int, min_seconds: float) -> None:
         self.trainer = trainer
         self.stopwatch = Stopwatch(trainer.accelerator.device)
         self.spans = Spans(self.stopwatch)
-        # Compilation happens in the second update: the FLOP meter does not see into compiled code.
+        # The second update compiles: the first runs without compilation, because the FLOP meter cannot see compiled
+        # code.
         self.first = 2 if trainer.config.compile else 1
         self.num_updates, self.min_seconds = num_updates, min_seconds
         self.index = -1
@@ -182,7 +183,7 @@ class Recorder:
         self.flops = self.peak_bytes = 0
 
     def update(self, train_step: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """Do one step of the trainer, and whatever is measured in it."""
+        """Run one step of the trainer, with the measurements that are due."""
         self.index += 1
         if self.index == 0:
             return self._count(train_step)
@@ -201,7 +202,7 @@ class Recorder:
         raise Finished
 
     def result(self) -> Measurement:
-        """What was measured."""
+        """The results."""
         seconds, overhead, optimizer = [], [], []
         for start, end, spans in zip(self.moments, self.moments[1:], self.updates, strict=False):
             seconds.append(self.stopwatch.seconds(start, end))
@@ -218,7 +219,7 @@ class Recorder:
         )
 
     def _count(self, train_step: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """One step with the FLOP meter, which knows neither compiled code nor kernels that are not torch's own."""
+        """One step with the FLOP meter, without compilation and with torch's own kernels, which it can count."""
         trainer, kept = self.trainer, self.trainer.config
         meter = FlopMeter()
         with ExitStack() as stack:
@@ -243,7 +244,7 @@ class Recorder:
         self.began = perf_counter()
 
     def _next_update(self) -> None:
-        """Close an update and open the next."""
+        """End the current update and start the next."""
         self.moments.append(self.stopwatch.now())
         closed = Spans(self.stopwatch)
         closed.spans, self.spans.spans = self.spans.spans, []
@@ -252,7 +253,7 @@ class Recorder:
 
 
 class Measured:
-    """Mixin for a trainer, whose steps its recorder then measures."""
+    """Mixin for a trainer. Its steps are measured by `recorder`."""
 
     recorder: Recorder
 
@@ -262,7 +263,7 @@ class Measured:
 
 
 def measure(trainer: Any, num_updates: int, min_seconds: float = 0.0) -> Measurement:
-    """Let a trainer with the mixin [`Measured`] train until enough is known. It cannot be used after that."""
+    """Run a trainer with the mixin [`Measured`] until all is measured. The trainer cannot be used afterwards."""
     trainer.recorder = Recorder(trainer, num_updates, min_seconds)
     try:
         trainer.train()
@@ -273,10 +274,10 @@ def measure(trainer: Any, num_updates: int, min_seconds: float = 0.0) -> Measure
 
 def most_bytes_alive(trainer: PRFLTrainer, train_step: Callable[[], object]) -> int:
     """
-    Most bytes of tensors alive at a time in a step on the CPU.
+    Peak of the allocated bytes in a step on the CPU.
 
-    What is there before it is counted tensor by tensor, what comes and goes in it by the allocator's own records: torch
-    reports each allocation and release on the CPU to the profiler, those inside of kernels too.
+    Tensors from before the step are counted one by one. Allocations in the step are taken from the profiler, which
+    records each allocation and release of torch's CPU allocator, also inside kernels.
     """
     gc.collect()
     tensors = [*trainer.unwrapped.parameters(), *trainer.unwrapped.buffers()]
@@ -297,7 +298,7 @@ def most_bytes_alive(trainer: PRFLTrainer, train_step: Callable[[], object]) -> 
 
 
 def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """What holds the memory of a tensor: of a quantised one its integers and scales."""
+    """The tensors that hold the memory of a tensor: integers and scales of a quantised one."""
     if not is_traceable_wrapper_subclass(tensor):
         return [tensor]
     names, _ = tensor.__tensor_flatten__()
@@ -305,7 +306,7 @@ def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 
 def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOPs a second of the best of some products of large square matrices: what the device can do, as far as measured."""
+    """FLOPs per second of the fastest of some products of large square matrices."""
     size, repeats = (8192, 20) if device.type == "cuda" else (1536, 8)
     stopwatch = Stopwatch(device)
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))

@@ -1,13 +1,13 @@
 """
-What reading ahead saves in `preprocess`: clips decoded while the VAE encodes, against one after the other.
+Measures what reading ahead saves in `preprocess`: clips are decoded by threads while the VAE encodes other clips.
 
     python -m examples.benchmark.preprocessing                    # short 1080p clips, a small VAE of the real class
     python -m examples.benchmark.preprocessing --pipeline Wan-AI/Wan2.1-T2V-14B-Diffusers --num_frames 81   # on a GPU
 
-Writes mp4 files to a temporary folder and makes datasets of them, in turn with `num_workers` 0 and with threads. Prints the
-fastest of several runs of each, the ratio, and the most that it could be: where reading takes r and encoding e seconds, that
-is (r + e) / max(r, e). Only ratios of one run count; they are lower if the machine has no core to spare. All datasets must
-be the same, bit for bit.
+Writes mp4 files to a temporary folder and makes datasets from them, alternately with `num_workers` 0 and with threads.
+Prints the fastest of several runs of each, the ratio, and the largest possible ratio: (r + e) / max(r, e) if reading
+takes r seconds and encoding e. Compare only ratios of one run. They are lower if the machine has no free core. All
+datasets must be equal, bit for bit.
 """
 
 import tempfile
@@ -45,13 +45,17 @@ class PreprocessingConfig:
     )
     num_clips: int = field(default=6, metadata={"help": "Clips of a dataset."})
     num_frames: int = field(default=17, metadata={"help": "Frames of a clip, 4k + 1."})
-    source_height: int = field(default=1080, metadata={"help": "Height of the files; they are as wide as 16:9."})
-    height: int = field(default=480, metadata={"help": "Height of the rows."})
-    width: int = field(default=832, metadata={"help": "Width of the rows."})
-    vae_width: int = field(default=2, metadata={"help": "Channels of the small VAE's first layer; 96 is Wan2.1's."})
+    source_height: int = field(
+        default=1080, metadata={"help": "Height of the files in pixels; their aspect ratio is 16:9."}
+    )
+    height: int = field(default=480, metadata={"help": "Height of the encoded clips."})
+    width: int = field(default=832, metadata={"help": "Width of the encoded clips."})
+    vae_width: int = field(default=2, metadata={"help": "Channels of the small VAE's first layer; Wan2.1 has 96."})
     num_workers: list[int] = field(default_factory=lambda: [1, 2], metadata={"help": "Numbers of threads to compare."})
-    num_runs: int = field(default=3, metadata={"help": "Datasets of each kind; the fastest counts."})
-    num_threads: int = field(default=1, metadata={"help": "Threads of torch on the CPU."})
+    num_runs: int = field(
+        default=3, metadata={"help": "Datasets made with each number of threads; the fastest counts."}
+    )
+    num_threads: int = field(default=1, metadata={"help": "Number of torch's threads on the CPU."})
 
     def __post_init__(self) -> None:
         for name in ("num_clips", "num_runs", "num_threads", "vae_width"):
@@ -61,7 +65,7 @@ class PreprocessingConfig:
 
 
 class TimedEncoder(ClipEncoder):
-    """A `ClipEncoder` that says how long it has read and encoded, each in seconds of the clock."""
+    """A `ClipEncoder` that adds up the seconds of reading and encoding."""
 
     reading = encoding = 0.0
     output_dir = Path()
@@ -82,7 +86,7 @@ class TimedEncoder(ClipEncoder):
 
 
 def write_clip(path: Path, *, num_frames: int, height: int, seed: int) -> None:
-    """A picture of soft noise that moves, in H.264: as much to decode as a film."""
+    """Write a moving picture of smooth noise in H.264. Decoding it takes as long as a film."""
     width = height * 16 // 9 // 2 * 2
     rng = np.random.default_rng(seed)
     noise = rng.integers(0, 255, (height // 8 + 8, width // 8 + 8, 3), dtype=np.uint8)
@@ -98,7 +102,7 @@ def write_clip(path: Path, *, num_frames: int, height: int, seed: int) -> None:
 
 
 def make_dataset(encoder: LatentEncoder, config: PreprocessingConfig, folder: Path, num_workers: int) -> TimedEncoder:
-    """Encode the clips in `folder` into a dataset beside them."""
+    """Encode the clips in `folder` into a dataset in the same folder."""
     settings = ClipSettings(
         num_frames=config.num_frames, min_num_frames=config.num_frames, buckets=((config.height, config.width),)
     )
@@ -114,12 +118,12 @@ def make_dataset(encoder: LatentEncoder, config: PreprocessingConfig, folder: Pa
 
 
 def same_rows(first: Path, second: Path) -> bool:
-    """Whether two datasets hold the same, bit for bit."""
+    """Whether two datasets are equal, bit for bit."""
     return bool(load_from_disk(first).data.table.equals(load_from_disk(second).data.table))
 
 
 def compare(encoder: LatentEncoder, config: PreprocessingConfig, folder: Path) -> dict[int, float]:
-    """Seconds that a dataset takes with each number of threads, 0 first; printed as they come."""
+    """Seconds for a dataset with each number of threads, 0 first. Also prints them."""
     fastest: dict[int, float] = {}
     reading = encoding = float("inf")
     expected: Path | None = None
@@ -132,7 +136,7 @@ def compare(encoder: LatentEncoder, config: PreprocessingConfig, folder: Path) -
                 reading, encoding = min(reading, clips.reading), min(encoding, clips.encoding)
             expected = clips.output_dir if expected is None else expected
             if not same_rows(expected, clips.output_dir):
-                raise RuntimeError(f"With {number} threads the rows are others than in turn.")
+                raise RuntimeError(f"The rows with {number} threads differ from those without.")
     most = (reading + encoding) / max(reading, encoding)
     print(f"in turn: {fastest[0]:.2f} s, of them {reading:.2f} reading and {encoding:.2f} encoding")
     for number in config.num_workers:

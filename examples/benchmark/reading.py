@@ -1,18 +1,18 @@
 """
-What reading a clip costs: upstream's float32 .npy files against rows of a latent dataset.
+Compares the cost of reading a clip: upstream's float32 .npy files, and rows of a latent dataset.
 
     python -m examples.benchmark.reading                          # 81 frames at 480P, as batches of one clip
     python -m examples.benchmark.reading --height 720 --width 1280 --batch_size 2
 
-Writes random clips in both layouts to a temporary folder and reads them in turn. Prints the CPU time of a clip and the ratio:
-read in this process, the median of many readings, and read by a worker process and received here, the mean. Only ratios
-of one run count. Files come from the page cache, so this is the cost of copies and of parsing, not of a disk, where half
-precision has half of the bytes to fetch.
+Writes random clips in both layouts to a temporary folder and reads them alternately. Prints the CPU time of a clip and
+the ratio: the median if this process reads, and the mean if a worker process reads and this process receives. Compare
+only ratios of one run. Files come from the page cache, so this is the cost of copies and parsing. From a disk, half
+precision would have half of the bytes to read.
 
-- Upstream: the meta file and five `np.load`, as its dataset does for every task (latents, condition, image embeddings, prompt,
-  negative prompt), then the batch that torch's default collate function makes.
-- Ours: rows of the dataset, then `collate_latents`, whose batch has caption, long caption and empty prompt, all padded to
-  512 tokens.
+- Upstream: the meta file and five `np.load`, as in its dataset for every task (latents, condition, image embeddings, prompt,
+  negative prompt), then torch's default collate function.
+- hy_prfl: rows of the dataset, then `collate_latents`. Its batch has caption, long caption and empty prompt, each padded to 512
+  tokens.
 """
 
 import gc
@@ -37,14 +37,14 @@ from hy_prfl.data.dataset import RowDataset, load_latent_dataset
 from hy_prfl.data.schema import pack_tensor, rows_to_table
 
 
-# Reads the batch of a number.
+# Reads the batch with an index.
 Reader = Callable[[int], object]
 
 TEXT_DIM, IMAGE_DIM, IMAGE_TOKENS = 4096, 1280, 257
-# Of a short and of a long caption, as in upstream's sample data; of its negative prompt; of the empty one.
+# Tokens of a short and a long caption and the negative prompt in upstream's sample data, and of the empty prompt.
 SHORT, LONG, NEGATIVE, EMPTY = 20, 60, 131, 1
 UPSTREAM = "upstream, five .npy files"
-# Name of a file of upstream's -> field of the meta file.
+# Maps the content of upstream's files to fields of its meta file.
 FIELDS = {
     "latents": "vae_latent_path",
     "condition": "f1_black_path",
@@ -61,9 +61,9 @@ class ReadingConfig:
     height: int = field(default=480, metadata={"help": "Height of the clips, a multiple of 16."})
     width: int = field(default=832, metadata={"help": "Width of the clips, a multiple of 16."})
     num_frames: int = field(default=81, metadata={"help": "Frames of the clips, 4k + 1."})
-    batch_size: int = field(default=1, metadata={"help": "Clips of a batch."})
-    num_clips: int = field(default=4, metadata={"help": "Clips that are written."})
-    repetitions: int = field(default=40, metadata={"help": "Batches of each kind that are timed."})
+    batch_size: int = field(default=1, metadata={"help": "Clips per batch."})
+    num_clips: int = field(default=4, metadata={"help": "Clips to write."})
+    repetitions: int = field(default=40, metadata={"help": "Timed batches of each layout."})
 
     def __post_init__(self) -> None:
         for name, multiple, rest in (("height", 16, 0), ("width", 16, 0), ("num_frames", 4, 1)):
@@ -103,7 +103,7 @@ def write_clips(folder: Path, config: ReadingConfig) -> None:
     """
     Write the same random clips as upstream's files (`folder/upstream`) and as the datasets `folder/text` and `folder/image`.
 
-    The values are those that half precision has, so that what is read can be compared.
+    All values can be represented in half precision, so that both layouts can be compared exactly.
     """
     rng = np.random.default_rng(0)
     size = ((config.num_frames - 1) // 4 + 1, config.height // 8, config.width // 8)
@@ -126,7 +126,7 @@ def write_clips(folder: Path, config: ReadingConfig) -> None:
         meta = {"source_id": f"clip-{index}", "latent_shape": [1, 16, *size]}
         for name, array in arrays.items():
             meta[FIELDS[name]] = str(folder / "upstream" / f"{index}_{name}.npy")
-            # Upstream leaves the mask channels to its trainer.
+            # In upstream's files the condition has no mask channels; its trainer adds them.
             stored = array[4:] if name == "condition" else array
             np.save(str(meta[FIELDS[name]]), stored[None].astype(np.float32))
         (folder / "upstream" / f"{index}_meta_v1.json").write_text(json.dumps(meta))
@@ -142,7 +142,7 @@ def write_clips(folder: Path, config: ReadingConfig) -> None:
 
 
 def upstream_reader(folder: Path, config: ReadingConfig) -> Reader:
-    """Function that reads the batch of this number, in the way of upstream's dataset and data loader."""
+    """Function that reads the batch with an index as upstream's dataset and data loader do."""
 
     def read(batch: int) -> object:
         clips = []
@@ -158,7 +158,7 @@ def upstream_reader(folder: Path, config: ReadingConfig) -> Reader:
 
 
 def dataset_reader(folder: Path, config: ReadingConfig) -> Reader:
-    """Function that reads the batch of this number from a latent dataset, as the trainers' data loader does."""
+    """Function that reads the batch with an index from a latent dataset as the trainers' data loader does."""
     rows = RowDataset(load_latent_dataset(str(folder)), range(config.num_clips))
 
     def read(batch: int) -> object:
@@ -169,7 +169,7 @@ def dataset_reader(folder: Path, config: ReadingConfig) -> Reader:
 
 
 def here(readers: dict[str, Reader], repetitions: int) -> dict[str, float]:
-    """Median CPU time of a batch of each reader; they take turns, so that all meet the same machine."""
+    """Median CPU seconds of a batch for each reader. They read alternately, so that load affects all equally."""
     times: dict[str, list[float]] = {name: [] for name in readers}
     gc.disable()
     for batch in range(-3, repetitions):
@@ -183,7 +183,7 @@ def here(readers: dict[str, Reader], repetitions: int) -> dict[str, float]:
 
 
 class Batches(torch.utils.data.Dataset[object]):
-    """What a reader reads, by the number of the batch."""
+    """The batches of a reader as a dataset."""
 
     def __init__(self, read: Reader, num_batches: int) -> None:
         self.read = read
@@ -197,7 +197,7 @@ class Batches(torch.utils.data.Dataset[object]):
 
 
 def through_worker(readers: dict[str, Reader], repetitions: int) -> dict[str, float]:
-    """Mean CPU time of a batch, of worker and receiver together, without what a worker costs that sends nothing."""
+    """Mean CPU seconds of a batch in worker and receiver, minus those of a worker that sends nothing."""
     idle = _worker_seconds(lambda batch: None, repetitions)
     return {name: (_worker_seconds(read, repetitions) - idle) / repetitions for name, read in readers.items()}
 
@@ -214,7 +214,7 @@ def _unchanged(batch: object) -> object:
 
 
 def _all_cpu_seconds() -> float:
-    """CPU time of this process and of all that it waited for."""
+    """CPU seconds of this process and its finished child processes."""
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     return time.process_time() + children.ru_utime + children.ru_stime
 

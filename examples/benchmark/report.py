@@ -1,4 +1,4 @@
-"""Tables, targets and plots of what the benchmark has measured. Nothing in them is typed by hand."""
+"""Tables, ratios and plots of the benchmark's measurements. All figures in them are computed."""
 
 import json
 import statistics
@@ -26,9 +26,9 @@ from hy_prfl.runtime.atomic_writes import write_text
 
 
 Row = dict[str, Any]
-# What is asked for, and the least or most that will do.
+# Bounds of the ratios in `targets`.
 FASTER, MORE_GRADIENTS, MOST_OVERHEAD = 1.5, 1.7, 0.05
-# Column that the planner foresees, column that is measured, and by how much the first may be off.
+# Planned column, measured column, and largest relative difference.
 PLANNED = {"memory": ("planned_bytes", "peak_bytes", 0.1), "FLOPs": ("planned_flops", "flops", 0.02)}
 COLORS = {
     PRFL: "tab:blue",
@@ -53,15 +53,15 @@ def write_report(
 
     Args:
         folder (`Path`):
-            Where.
+            Folder to write to.
         rows (`Sequence[dict]`):
-            Results of the cases, as far as there are any.
+            Results of the cases that have been measured.
         machine (`Mapping`):
-            Where and with which versions they were measured.
+            Machine and versions of the measurements.
         timing (`Mapping`):
-            `num_updates` and `min_seconds` that were timed in each case, at least.
+            Minimum `num_updates` and `min_seconds` of the timed updates.
         decoding_shares (`Mapping[str, float]`):
-            FLOPs of decoding against those of the generator's forward, for each size.
+            FLOPs of decoding, divided by those of a forward of the generator, for each size.
     """
     folder.mkdir(parents=True, exist_ok=True)
     peak = max(row["matmul_flops"] for row in rows)
@@ -82,10 +82,10 @@ def write_report(
 
 
 def derived(row: Row, peak: float) -> Row:
-    """A case with what follows from its measurements; `peak` is the most FLOPs a second of any matrix product."""
+    """Add columns that follow from a measurement. `peak` is the best rate of a matrix product in FLOPs per second."""
     if "unavailable" in row:
         return dict(row)
-    # What is slower is so because the machine did something else too, as the documentation of `timeit` says.
+    # The fastest: slower updates were disturbed by other work of the machine (see the documentation of `timeit`).
     seconds = min(row["seconds"])
     num_gradients = 0 if row["options"]["update_schedule"] == "flow_matching" else 1
     return {
@@ -98,19 +98,19 @@ def derived(row: Row, peak: float) -> Row:
 
 
 def find(rows: Iterable[Row], *, size: str, clip: str, method: str, switch: str = "") -> Row | None:
-    """The case, if it has been measured and was available."""
+    """The row of a case; None if it was not measured or not available."""
     wanted = {"size": size, "clip": clip, "method": method, "switch": switch}
     found = [row for row in rows if all(row[name] == value for name, value in wanted.items())]
     return found[0] if found and "unavailable" not in found[0] else None
 
 
 def places(rows: Iterable[Row]) -> list[tuple[str, str]]:
-    """Sizes and clips, in the order of the run."""
+    """Pairs of size and clip, in the order of the run."""
     return list(dict.fromkeys((row["size"], row["clip"]) for row in rows))
 
 
 def targets(rows: Sequence[Row]) -> Iterator[Row]:
-    """What was asked for, wherever both sides of the comparison were measured."""
+    """Ratios of which both sides were measured, with their bounds."""
     for size, clip in places(rows):
         at = {"size": size, "clip": clip}
         prfl, rgb = (find(rows, **at, method=method) for method in (PRFL, RGB_FIRST))
@@ -131,8 +131,8 @@ def targets(rows: Sequence[Row]) -> Iterator[Row]:
             yield {**at, "target": "framework overhead", "value": value, "needed": f"< {MOST_OVERHEAD:.0%}",
                    "shown": f"{value:.1%}", "met": value < MOST_OVERHEAD}  # fmt: skip
     for size in dict.fromkeys(row["size"] for row in rows):
-        for what, (foreseen, measured, most) in PLANNED.items():
-            ratios = [row[foreseen] / row[measured] for row in rows if row["size"] == size and foreseen in row]
+        for what, (predicted, measured, most) in PLANNED.items():
+            ratios = [row[predicted] / row[measured] for row in rows if row["size"] == size and predicted in row]
             if ratios:
                 value = max(ratios, key=lambda ratio: abs(ratio - 1))
                 yield {"size": size, "clip": f"worst of {len(ratios)} cases", "target": f"planned {what}, over measured",
@@ -141,7 +141,7 @@ def targets(rows: Sequence[Row]) -> Iterator[Row]:
 
 
 def _ratio(at: Row, target: str, above: Row, below: Row, column: str, needed: float) -> Row:
-    """A ratio that has to be at least `needed`; above 1 if that is what is needed."""
+    """A ratio with its bound: at least `needed`, or above 1 if `needed` is 1."""
     value = above[column] / below[column]
     met = value > 1 if needed == 1 else value >= needed
     comparison = "> 1 x" if needed == 1 else f">= {needed} x"
@@ -149,7 +149,7 @@ def _ratio(at: Row, target: str, above: Row, below: Row, column: str, needed: fl
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    """The report as a page."""
+    """The report in Markdown."""
     machine, rows = report["machine"], report["cases"]
     devices = ", ".join(machine["devices"]["names"]) or f"{machine['cpu']}, {machine['num_threads']} threads"
     commit = machine["git"] or {"commit": "unknown", "dirty": False}
@@ -193,7 +193,7 @@ def markdown(report: Mapping[str, Any]) -> str:
 
 
 def method_table(rows: Sequence[Row]) -> str:
-    """Methods on one clip, and their ratio to RGB ReFL with the first frame."""
+    """Methods on one clip, and their ratios to RGB ReFL with the first frame."""
     reference = next((row for row in rows if row["method"] == RGB_FIRST and "unavailable" not in row), None)
     head = ("method", "s", "faster", "FLOPs", "GB", "memory", "planned", "TFLOP", "of matmul", "overhead", "optimizer")
     lines = []
@@ -212,7 +212,7 @@ def method_table(rows: Sequence[Row]) -> str:
 
 
 def switch_table(rows: Sequence[Row], others: Sequence[Row]) -> str:
-    """Switches on one clip, and their ratio to the same method without."""
+    """Switches on one clip, and their ratios to the same method without the switch."""
     head = ("switch", "of", "s", "time", "GB", "memory", "planned", "TFLOP", "of matmul", "overhead", "optimizer")
     lines = []
     for row in rows:
@@ -243,12 +243,12 @@ def _digits(value: float) -> str:
 
 
 def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A table of Markdown."""
+    """A Markdown table."""
     return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *lines))
 
 
 def plot(path: Path, rows: Sequence[Row], column: str, label: str) -> None:
-    """A column against the tokens of a clip, a panel for each size and way to grow."""
+    """Plot a column against the tokens of a clip: for each size one panel with more frames, one with more pixels."""
     sizes = list(dict.fromkeys(row["size"] for row in rows))
     figure, axes = plt.subplots(len(sizes), 2, figsize=(9, 3.2 * len(sizes)), squeeze=False, layout="constrained")
     for (left, right), size in zip(axes, sizes, strict=True):

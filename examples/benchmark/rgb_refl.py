@@ -1,11 +1,10 @@
 """
-RGB ReFL, the baseline of the paper's table 4 (equation 3): the reward of decoded frames.
+RGB ReFL, the baseline in table 4 of the paper (equation 3): a reward on decoded frames.
 
-It is not a method of this project. It rolls out to a late step, where the clean latents can be foreseen, takes that step
-with gradient, decodes the foreseen latents with Wan's VAE and lets an image reward judge the frames. Generator, data,
-optimizer, flow-matching update, loss and the way that the gradient goes (first to the latents, then through the
-generator, so that the two graphs do not go backward together) are PRFL's own: [`RGBReFLTrainer`] replaces the rollout
-and the score, nothing else.
+It is only a baseline. It denoises to a late step and takes that step with gradient. It predicts the clean latents
+there, decodes them with Wan's VAE and scores the frames with an image reward. Generator, data, optimizer,
+flow-matching update and loss are those of PRFL, and so are the two backward passes, first to the latents and then
+through the generator. [`RGBReFLTrainer`] replaces only the rollout and the score.
 """
 
 import warnings
@@ -32,9 +31,9 @@ from hy_prfl.trainers.reward_feedback import RewardFeedback
 
 
 Decoded = Literal["first", "all"]
-# Of all decoded frames 2 a second are judged (of 16), as VideoAlign does: cheaper than every one.
+# Every 8th frame is scored: 2 of 16 per second, as in VideoAlign.
 FRAME_STRIDE = 8
-# Scale of the cosine. Trained CLIP models have about 100, which would saturate the loss of one that is not trained.
+# Scale of the cosine. Trained CLIP models have about 100, which would saturate the loss of an untrained one.
 LOGIT_SCALE = 10.0
 # CLIP's own normalisation of images.
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -42,52 +41,51 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 
 class PixelReward(nn.Module):
     """
-    Latents -> frames -> logit: how well frames agree with a text, in CLIP's space, as PickScore judges.
+    Decodes latents and scores the frames: similarity of frames and text in CLIP's space, as in PickScore.
 
-    The text's embedding is a constant: its tower would run once per prompt and costs nothing here.
+    The embedding of the text is a constant: the text tower would run only once per prompt.
 
     Args:
         vae (`AutoencoderKLWan`):
-            Decodes.
+            VAE that decodes the latents.
         image_reward (`Mapping`):
-            Arguments of `CLIPVisionConfig`. Its weights are random.
+            Arguments of `CLIPVisionConfig`. The weights are random.
         decodes (`"first"` or `"all"`):
-            The first latent frame, which is one frame of video, or all of them.
-        recompute (`bool`, defaults to `False`):
-            Keep no activations for the backward pass but compute them again, as `gradient_checkpointing` has the
-            transformers do.
+            Decode the first latent frame, which is one video frame, or all latent frames.
+        checkpointing (`bool`, defaults to `False`):
+            Use activation checkpointing, like `gradient_checkpointing` for the transformers.
     """
 
     def __init__(
-        self, vae: AutoencoderKLWan, image_reward: Mapping[str, Any], *, decodes: Decoded, recompute: bool = False
+        self, vae: AutoencoderKLWan, image_reward: Mapping[str, Any], *, decodes: Decoded, checkpointing: bool = False
     ) -> None:
         super().__init__()
         self.vae = vae
         # Only the decoder is needed.
         self.vae.encoder = self.vae.quant_conv = nn.Identity()
         self.network = CLIPVisionModelWithProjection(CLIPVisionConfig(**image_reward))
-        self.decodes, self.recompute = decodes, recompute
+        self.decodes, self.checkpointing = decodes, checkpointing
         self.register_buffer("text_embeds", torch.randn(self.network.config.projection_dim))
-        # Per channel: CLIP's normalisation, and the VAE's scale of latents.
+        # Per channel: CLIP's normalisation of images, and the VAE's normalisation of latents.
         shape = (1, -1, 1, 1)
         self.register_buffer("mean", torch.tensor(MEAN).view(shape))
         self.register_buffer("std", torch.tensor(STD).view(shape))
         self.register_buffer("latents_mean", torch.tensor(vae.config.latents_mean).view(*shape, 1))
         self.register_buffer("latents_std", torch.tensor(vae.config.latents_std).view(*shape, 1))
         self.requires_grad_(False)
-        if recompute:
+        if checkpointing:
             with warnings.catch_warnings():
-                # transformers 5.23 has a new name for it, 5.0 has not.
+                # transformers 5.23 warns about the argument, but 5.0 does not have its new name.
                 warnings.simplefilter("ignore", FutureWarning)
                 self.network.gradient_checkpointing_enable({"use_reentrant": False})
-            # transformers recomputes in training only; there is no dropout.
+            # transformers uses checkpointing only in training mode. There is no dropout.
             self.network.train()
 
     def forward(self, latents: torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
         """Logits `(batch_size,)` of clean latents `(batch_size, num_channels, num_frames, height, width)`."""
         latents = latents * self.latents_std + self.latents_mean
         decode = decode_first_frame if self.decodes == "first" else decode_all_frames
-        frames = decode(self.vae, latents.to(self.vae.dtype), recompute=self.recompute)[:, :, ::FRAME_STRIDE]
+        frames = decode(self.vae, latents.to(self.vae.dtype), checkpointing=self.checkpointing)[:, :, ::FRAME_STRIDE]
         batch_size, num_frames = frames.shape[0], frames.shape[2]
         images = frames.transpose(1, 2).flatten(0, 1).float()
         size = self.network.config.image_size
@@ -98,14 +96,14 @@ class PixelReward(nn.Module):
         return logits.view(batch_size, num_frames).mean(dim=1)
 
 
-def decode_first_frame(vae: AutoencoderKLWan, latents: torch.Tensor, *, recompute: bool) -> torch.Tensor:
+def decode_first_frame(vae: AutoencoderKLWan, latents: torch.Tensor, *, checkpointing: bool) -> torch.Tensor:
     """
-    What `vae.decode(latents[:, :, :1]).sample` is, with its residual blocks recomputed in the backward pass if asked.
+    Same result as `vae.decode(latents[:, :, :1]).sample`, optionally with activation checkpointing.
 
-    diffusers' VAE knows no recomputation. For one frame nothing is carried from frame to frame, so its layers can be
-    called one by one.
+    diffusers' VAE does not support checkpointing. With one frame there is no state between frames, so the layers can
+    be called one by one.
     """
-    run: Callable[..., torch.Tensor] = partial(checkpoint, use_reentrant=False) if recompute else _call
+    run: Callable[..., torch.Tensor] = partial(checkpoint, use_reentrant=False) if checkpointing else _call
     decoder = vae.decoder
     hidden_states = decoder.conv_in(vae.post_quant_conv(latents[:, :, :1]))
     hidden_states = run(decoder.mid_block, hidden_states)
@@ -115,21 +113,21 @@ def decode_first_frame(vae: AutoencoderKLWan, latents: torch.Tensor, *, recomput
     return decoder.conv_out(decoder.nonlinearity(decoder.norm_out(hidden_states))).clamp(-1, 1)
 
 
-def decode_all_frames(vae: AutoencoderKLWan, latents: torch.Tensor, *, recompute: bool) -> torch.Tensor:
+def decode_all_frames(vae: AutoencoderKLWan, latents: torch.Tensor, *, checkpointing: bool) -> torch.Tensor:
     """
-    What `vae.decode(latents).sample` is, with each latent frame recomputed in the backward pass if asked.
+    Same result as `vae.decode(latents).sample`, optionally with activation checkpointing of each latent frame.
 
-    The VAE decodes frame by frame and hands on the last inputs of its convolutions. Here they are arguments and results,
-    so that a frame can be decoded again.
+    The VAE decodes frame by frame and caches the last inputs of its convolutions. Here this cache is an argument and a
+    result, so that a frame can be decoded again.
     """
 
     def decode_frame(frame: torch.Tensor, *cache: Any) -> tuple[Any, ...]:
-        handed_on = list(cache)
+        new_cache = list(cache)
         is_first = cache[0] is None
-        sample = vae.decoder(frame, feat_cache=handed_on, feat_idx=[0], first_chunk=is_first)
-        return sample, *handed_on
+        sample = vae.decoder(frame, feat_cache=new_cache, feat_idx=[0], first_chunk=is_first)
+        return sample, *new_cache
 
-    run = partial(checkpoint, use_reentrant=False) if recompute else _call
+    run = partial(checkpoint, use_reentrant=False) if checkpointing else _call
     vae.clear_cache()
     cache: tuple[Any, ...] = tuple(vae._feat_map)
     samples = []
@@ -155,9 +153,9 @@ class RGBReFLTrainer(PRFLTrainer):
 
     Args:
         config (`PRFLTrainingConfig`):
-            Options of the run. Its reward model is read, for the checks, and not used.
+            Options of the run. Its reward model is loaded for the checks and not used.
         build_reward (`Callable`):
-            Makes the reward, which is called with clean latents and prompt embeddings, of the pipeline's VAE.
+            Makes the reward from the pipeline's VAE. The reward is called with clean latents and prompt embeddings.
         parts:
             Models and datasets, as for [`PRFLTrainer`].
     """
@@ -169,7 +167,7 @@ class RGBReFLTrainer(PRFLTrainer):
         for name, only in {**options, "rollout_interval": 1}.items():
             value = getattr(config, name)
             check(value == only, name, value, "left out for RGB ReFL")
-        # What it foresees is reached in one stride from any step: there is no width to divide by.
+        # The clean latents are predicted in one step, so there is no step width to divide by.
         super().__init__(replace(config, divide_by_step_width=False), **parts)
         vae = AutoencoderKLWan.from_pretrained(config.pretrained_model_name_or_path, subfolder="vae")
         torch.manual_seed(config.seed)
@@ -180,7 +178,7 @@ class RGBReFLTrainer(PRFLTrainer):
     def roll_out(
         self, latents_shape: Sequence[int], conditioning: Conditioning, micro_step: int
     ) -> Iterator[GradientStep]:
-        """Steps without gradient, then one forward with it; what comes out are the clean latents that it foresees."""
+        """Steps without gradient, then one forward with gradient that predicts the clean latents."""
         config, scheduler = self.config, self.scheduler
         (step_index,) = self.draw_step_indices(micro_step)
         batch_size = len(conditioning.prompt_embeds)

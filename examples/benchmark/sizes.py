@@ -1,20 +1,21 @@
 """
 Sizes of the benchmark: models and clips.
 
-What stands beside the generator has to be in proportion to it, or the comparison means nothing: a VAE that is tiny beside
-its generator would flatter RGB ReFL, the published one of 127 million weights beside a generator of one million would
-flatter PRFL. The published sizes need no choice. At the small ones
+All models must be in proportion to the generator, or the comparison has no meaning. A VAE that is too small would
+favour RGB ReFL; the published VAE with 127 million weights beside a generator with one million would favour PRFL. The
+published sizes are used as they are. At the small sizes
 
-- the reward model has a fifth of the generator's blocks, as the paper's (8 of 40), and a head that is narrower in the
-  same ratio as the generator;
-- the VAE is Wan's, all its layers, as wide as makes decoding a latent token cost as close as can be to the share of the
-  generator's forward that it costs at 480P and 81 frames, by torch's FLOP counter ([`decoding_share`]; the tests look for
-  a better width). `mid` has the share of 14B, the size of the paper's table 4; it is the smaller one, in RGB ReFL's favour.
-  `tiny` has that of 1.3B: at 14B's its VAE would have a single channel, whose normalisation lets no gradient through;
+- the reward model has a fifth of the generator's blocks, like the paper's (8 of 40), and its head is narrower by the same
+  factor as the generator;
+- the VAE has all layers of Wan's. Its width is chosen so that the ratio of decoding FLOPs to a generator's forward is close to
+  that of a published size at 480P and 81 frames ([`decoding_share`]; a test checks that no other width is closer).
+  `mid` has the ratio of 14B, the size of the paper's table 4. It is the smaller ratio, in RGB ReFL's favour. `tiny`
+  has the ratio of 1.3B: with that of 14B, its VAE would have a single channel, and normalising one channel stops all
+  gradients;
 - the image reward is a CLIP vision tower with the proportions of ViT-H/14 (the tower of PickScore, the paper's baseline)
   to the 14B generator: a quarter of its width, four fifths of its blocks, and so about 4.4 % of its weights.
 
-A clip of few frames cannot keep one proportion: its first frame is a larger part of it than of 81 frames.
+One proportion cannot be kept with few frames: the first frame is a larger part of the clip than with 81 frames.
 """
 
 from collections.abc import Mapping
@@ -28,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hy_prfl.formats.pipeline_info import PUBLISHED, VAE_STRIDE
 
 
-# FLOPs of decoding 81 frames at 480P, as a share of those of one forward of the generator on them.
+# FLOPs of decoding 81 frames at 480P, divided by those of one forward of the generator.
 PUBLISHED_DECODING_SHARES = {"1.3b": 0.973, "14b": 0.164}
 
 
@@ -48,7 +49,7 @@ class Clip:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that the generator makes of it."""
+        """Tokens of the clip in the generator."""
         _, frames, height, width = self.latents_shape
         return frames * (height // 2) * (width // 2)
 
@@ -59,7 +60,7 @@ class Clip:
 @dataclass(frozen=True)
 class Size:
     """
-    Models of one size, and the clips that they are measured on.
+    Models of one size, and the clips of their measurements.
 
     Args:
         transformer (`Mapping`):
@@ -73,9 +74,9 @@ class Size:
         image_reward (`Mapping`):
             Arguments of `CLIPVisionConfig`, for RGB ReFL.
         base (`Clip`):
-            Every method and every switch is measured on it.
+            Clip on which all methods and switches are measured.
         longer, larger (`tuple[Clip, ...]`):
-            The methods that compare are also measured on these, of more frames and of more pixels.
+            Clips with more frames, and with more pixels. Only the methods in `COMPARED` are measured on them.
         text_tokens (`int`):
             Length that prompts are padded to.
         options (`Mapping`):
@@ -95,7 +96,7 @@ class Size:
 
 
 def small_size(*, num_heads: int, num_layers: int, vae_width: int, **clips: Any) -> Size:
-    """A size whose models are in proportion to a generator of these heads, of 64 dimensions, and blocks."""
+    """A size whose models are in proportion to a generator with these blocks and heads, of 64 channels each."""
     width = 64 * num_heads
     return Size(
         transformer={
@@ -115,7 +116,7 @@ def small_size(*, num_heads: int, num_layers: int, vae_width: int, **clips: Any)
 
 
 def published_size(name: str, *, num_reward_layers: int, **options: Any) -> Size:
-    """A Wan 2.1 text-to-video model at its real shapes, with Wan's VAE and CLIP ViT-H/14."""
+    """A Wan 2.1 text-to-video model with its real shapes, Wan's VAE and CLIP ViT-H/14."""
     return Size(
         transformer={**PUBLISHED[name], "text_dim": 4096, "freq_dim": 256, "attention_head_dim": 128,
                      "rope_max_seq_len": 1024},
@@ -152,7 +153,7 @@ SIZES = {
 
 
 def decoding_share(size: Size) -> float:
-    """FLOPs of decoding the base clip, as a share of those of one forward of the generator on it. Needs no weights."""
+    """FLOPs of decoding the base clip, divided by those of one forward of the generator. Needs no weights."""
     latents = torch.empty(1, *size.base.latents_shape, device="meta")
     with torch.device("meta"), torch.no_grad():
         transformer, vae = WanTransformer3DModel(**size.transformer), AutoencoderKLWan(**size.vae)

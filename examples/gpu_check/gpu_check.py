@@ -1,16 +1,17 @@
 """
-Does this machine's GPU do what is expected of it? `make gpu-check`, or
+Checks one GPU against the planner: `make gpu-check`, or
 
     python -m examples.gpu_check.gpu_check
     python -m examples.gpu_check.gpu_check --device cpu --sizes tiny     # to try it out, a minute or two
 
-On one GPU, under 15 minutes on an H100 with 80 GB: what is installed, a large matrix product, NCCL with one process, the VAE
-and the text encoder, one training step each of 1.3B with all weights and of 14B with LoRA at 480P (also beside an int8 base)
-and at 720P, and the tests in bfloat16. Weights are random, nothing is fetched. The models are those of the benchmark, the
-trainer is the real one; memory is compared with `hy-prfl plan`, speed with the matrix product. Writes `results.json`, and
-`results.md` to paste into an issue, into `outputs/gpu_check`. Without a GPU it says what it would do, and ends.
+Takes less than 15 minutes on one H100 with 80 GB (estimated). It lists what is installed and runs: a large matrix
+product, NCCL with one process, the VAE, the text encoder, a training step of 1.3B with all weights, training steps of
+14B with LoRA (480P, 480P with an int8 base, 720P), and the tests in bfloat16. Weights are random; nothing is
+downloaded. The models are those of the benchmark, the trainer is the real one. Memory is compared with `hy-prfl plan`,
+speed with the matrix product. Writes `results.json`, and `results.md` to paste into an issue, to `outputs/gpu_check`.
+Without a GPU it prints what it would do.
 
-It needs 45 GB of disk, for the weights of 14B in bfloat16, which it leaves there for the next time.
+Needs 45 GB of disk for the weights of 14B in bfloat16, and keeps them for the next run.
 """
 
 import json
@@ -26,11 +27,12 @@ from hy_prfl.configs.base import check
 from hy_prfl.configs.parser import parse_config
 
 
-# A step of training may differ from the plan by this much before the check says so.
+# Largest relative difference between planned and measured memory of a training step.
 MEMORY_BOUND = 0.1
-# What a step is expected to reach of the peak of an H100, and seconds that making and loading models takes for each GB.
+# To estimate seconds: peak of an H100, share of it that a step reaches, and seconds to make and load each GB of a
+# model.
 PEAK_TERAFLOPS, UTILIZATION, SECONDS_PER_GIGABYTE = 989.0, 0.4, 1.5
-# Seconds of the steps that do not train, on an H100; guesses until measured.
+# Estimated seconds of the steps without training on an H100.
 OTHER_SECONDS = {
     "environment": 20, "matmul": 10, "communication": 10, "VAE": 30, "text encoder": 30, "bfloat16 tests": 300,
 }  # fmt: skip
@@ -41,12 +43,12 @@ class GPUCheckConfig:
     """Options of the check."""
 
     output_dir: str = field(default="outputs/gpu_check", metadata={"help": "Folder for models and results."})
-    device: Literal["cuda", "cpu"] = field(default="cuda", metadata={"help": "Where to compute."})
+    device: Literal["cuda", "cpu"] = field(default="cuda", metadata={"help": "Device of the check."})
     sizes: Literal["real", "tiny"] = field(default="real", metadata={"help": "Size of models and clips."})
-    steps: list[str] = field(default_factory=list, metadata={"help": "Steps to do; all if left out."})
-    tests: bool = field(default=True, metadata={"help": "Run the tests in bfloat16 too; on a GPU only."})
+    steps: list[str] = field(default_factory=list, metadata={"help": "Steps to run; all if left out."})
+    tests: bool = field(default=True, metadata={"help": "Also run the tests in bfloat16; on a GPU only."})
     minutes: float = field(
-        default=15.0, metadata={"help": "A step that is not expected to end within this time is left out."}
+        default=15.0, metadata={"help": "A step that is not expected to end within this time is skipped."}
     )
 
     def __post_init__(self) -> None:
@@ -56,7 +58,7 @@ class GPUCheckConfig:
 
 
 def expectations(sizes: str) -> dict[str, dict[str, float]]:
-    """Seconds and gigabytes that each step is expected to take on an H100, from the planner."""
+    """Expected seconds and gigabytes of each step on an H100, from the planner."""
     from examples.gpu_check.steps import CHAIN, SCALES
     from hy_prfl.configs.prfl import PRFLTrainingConfig
     from hy_prfl.formats.pipeline_info import PUBLISHED, PipelineInfo
@@ -84,7 +86,7 @@ def expectations(sizes: str) -> dict[str, dict[str, float]]:
 
 
 def faults(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What is wrong with the results, a line each."""
+    """What is wrong with the results, one line each."""
     found = []
     for name, result in results.items():
         if "error" in result:
@@ -137,8 +139,8 @@ def _row(name: str, values: Mapping[str, Any], best: float | None) -> str:
 
 
 def explain(config: GPUCheckConfig) -> str:
-    """What the check would do on a GPU, and what that would cost."""
-    lines = ["There is no CUDA GPU here. On one this would do, in about so many seconds on an H100:"]
+    """What the check would run on a GPU, with expected time and memory."""
+    lines = ["There is no CUDA GPU here. With one, this would run, with expected seconds on an H100:"]
     expected = expectations(config.sizes)
     for name, what in expected.items():
         memory = f", {what['gigabytes']:.0f} GB" if "gigabytes" in what else ""
@@ -150,7 +152,7 @@ def explain(config: GPUCheckConfig) -> str:
 
 
 def run_step(name: str, sizes: str, folder: Path, result: Path) -> None:
-    """Do one step and write down what came out, or why it failed; in a process of its own."""
+    """Run one step in its own process, and write its result or the error."""
     import torch
 
     from examples.gpu_check.steps import SCALES, all_steps
@@ -159,7 +161,7 @@ def run_step(name: str, sizes: str, folder: Path, result: Path) -> None:
     torch.set_num_threads(2 if os.environ.get("ACCELERATE_USE_CPU") else torch.get_num_threads())
     try:
         values = all_steps(SCALES[sizes], folder, tests=True)[name]()
-    # A failure is what the check is there to find, and the steps after it shall be done all the same.
+    # A failure is a result of the check, and the next steps still run.
     except Exception as error:
         import traceback
 
@@ -169,7 +171,7 @@ def run_step(name: str, sizes: str, folder: Path, result: Path) -> None:
 
 
 def main() -> None:
-    """Do the steps, write the results and say what is wrong."""
+    """Run the steps, write the results and print what is wrong."""
     config = parse_config(GPUCheckConfig, description=__doc__)
     if config.device == "cpu":
         os.environ["ACCELERATE_USE_CPU"] = "true"

@@ -1,4 +1,4 @@
-"""What the check does, each in a process of its own. A step returns JSON values."""
+"""The steps of the check. Each runs in its own process and returns JSON values."""
 
 import dataclasses
 import importlib.metadata
@@ -30,7 +30,8 @@ from hy_prfl.runtime.vae_tiling import pass_memory
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("deepspeed", "torchao", "bitsandbytes", "flash-attn", "triton")
-# Steps of the chain: with 12, `PRFL_EARLY` takes gradient in the second one, so that there is a step without it too.
+# Steps of the chain. With 12, `PRFL_EARLY` takes gradient in the second step, so there is also one step without
+# gradient.
 CHAIN = 12
 GIGA, TERA = 1e9, 1e12
 
@@ -42,9 +43,9 @@ class Training:
 
     Args:
         size (`str`):
-            Models, by their name in `examples.benchmark.sizes`.
+            Name of the models in `examples.benchmark.sizes`.
         clip (`Clip`):
-            What they train on.
+            Clip to train on.
         options (`dict`):
             Options of the trainer.
     """
@@ -55,7 +56,7 @@ class Training:
 
     @property
     def case(self) -> Case:
-        """The same as a case of the benchmark, whose models and trainer it shares."""
+        """The same as a case of the benchmark, with its models and trainer."""
         size = dataclasses.replace(SIZES[self.size], options={"gradient_accumulation_steps": 1, **self.options})
         return Case(self.size, size, self.clip, PRFL_EARLY, "", CHAIN)
 
@@ -63,15 +64,15 @@ class Training:
 @dataclass(frozen=True)
 class Scale:
     """
-    How large everything is.
+    Sizes of all models and clips.
 
     Args:
         trainings (`dict[str, Training]`):
             Training steps by name.
         vae_clip (`Clip`), vae_size (`str`):
-            What the VAE encodes and decodes, and whose VAE it is.
+            Clip that the VAE encodes and decodes, and size whose VAE it is.
         text_encoder (`dict`), text_tokens (`int`):
-            Arguments of `UMT5Config`, and length of the prompt.
+            Arguments of `UMT5Config`, and tokens of the prompt.
     """
 
     trainings: dict[str, Training]
@@ -95,7 +96,7 @@ SCALES = {
         },
         vae_clip=P480,
         vae_size="1.3b",
-        # UMT5-XXL, as the published pipelines have it.
+        # UMT5-XXL, as in the published pipelines.
         text_encoder={
             "vocab_size": 256_384, "d_model": 4096, "d_kv": 64, "d_ff": 10_240, "num_layers": 24, "num_heads": 64,
             "feed_forward_proj": "gated-gelu",
@@ -118,7 +119,7 @@ SCALES = {
 
 
 def check_device() -> torch.device:
-    """Where the steps compute."""
+    """Device of the steps."""
     return torch.device("cpu" if on_cpu() else "cuda")
 
 
@@ -130,7 +131,7 @@ def synchronize() -> None:
 
 @contextmanager
 def measured(result: dict[str, Any]) -> Iterator[None]:
-    """Put the seconds of the context into `result`, and on a GPU the most gigabytes that were allocated in it."""
+    """Add the seconds of the context to `result`, and on a GPU the peak of allocated gigabytes."""
     synchronize()
     if not on_cpu():
         torch.cuda.reset_peak_memory_stats()
@@ -143,10 +144,10 @@ def measured(result: dict[str, Any]) -> Iterator[None]:
 
 
 def environment() -> dict[str, Any]:
-    """The machine, what is installed, and which attention kernels work on it."""
+    """The machine, installed packages, and attention kernels that work on it."""
     kernels = {}
     for name in sorted(backend.value for backend in _AttentionBackendRegistry.list_backends()):
-        # Those of the Hub would be fetched.
+        # Kernels of the Hub would be downloaded.
         if name in TRAINABLE_BACKENDS and not name.endswith("_hub"):
             kernels[name] = _kernel_works(name)
     result = {**machine(torch.get_num_threads()), "packages": {name: _version(name) for name in PACKAGES}}
@@ -181,12 +182,12 @@ def _version(package: str) -> str | None:
 
 
 def matmul() -> dict[str, Any]:
-    """TFLOP/s of a large matrix product: what the training steps are compared with."""
+    """TFLOP/s of a large matrix product, to compare the training steps with."""
     return {"teraflops_per_second": matmul_flops(check_device(), precision()) / TERA}
 
 
 def communication() -> dict[str, Any]:
-    """NCCL, or on the CPU gloo, with one process: it starts, and an all-reduce gives what went in."""
+    """NCCL, or gloo on the CPU, with one process: it starts, and an all-reduce returns its input."""
     backend = "gloo" if on_cpu() else "nccl"
     with tempfile.TemporaryDirectory() as folder:
         dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=0, world_size=1)
@@ -198,7 +199,7 @@ def communication() -> dict[str, Any]:
 
 
 def vae(scale: Scale) -> dict[str, Any]:
-    """One clip encoded and decoded in float32 without tiles."""
+    """Encode and decode one clip in float32 without tiles."""
     config = {"base_dim": 96, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2, **SIZES[scale.vae_size].vae}
     with torch.device(check_device()):
         model = AutoencoderKLWan(**config).eval()
@@ -221,7 +222,7 @@ def vae(scale: Scale) -> dict[str, Any]:
 
 
 def text_encoder(scale: Scale) -> dict[str, Any]:
-    """One prompt in bfloat16."""
+    """Encode one prompt in bfloat16."""
     kept = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(check_device()):
@@ -235,11 +236,11 @@ def text_encoder(scale: Scale) -> dict[str, Any]:
 
 
 class _AsItIs:
-    """No change to the trainer."""
+    """Mixin that changes nothing."""
 
 
 def training(what: Training, folder: Path) -> dict[str, Any]:
-    """One step of the trainer on random weights, beside what the planner says of it."""
+    """One step of the trainer with random weights, compared with the plan."""
     if not on_cpu():
         os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
     case, result = what.case, {}
@@ -256,15 +257,15 @@ def training(what: Training, folder: Path) -> dict[str, Any]:
             metrics = trainer.train_step()
         if on_cpu():
             result["gigabytes"] = most_bytes_alive(trainer, trainer.train_step) / GIGA
-        foreseen = planned(case, trainer.config)
-    result["planned_gigabytes"] = foreseen["planned_bytes"] / GIGA
-    result["teraflops"] = foreseen["planned_flops"] / TERA
+        predicted = planned(case, trainer.config)
+    result["planned_gigabytes"] = predicted["planned_bytes"] / GIGA
+    result["teraflops"] = predicted["planned_flops"] / TERA
     result["teraflops_per_second"] = result["teraflops"] / result["seconds"]
     return {**result, "metrics": {name: float(value) for name, value in metrics.items()}}
 
 
 def bfloat16_tests() -> dict[str, Any]:
-    """Every launch configuration in bfloat16 on this GPU, against float32 on the CPU."""
+    """Test every launch configuration in bfloat16 on this GPU against float32 on the CPU."""
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/distributed/test_bfloat16.py"]
     result: dict[str, Any] = {}
     start = time.perf_counter()
@@ -275,7 +276,7 @@ def bfloat16_tests() -> dict[str, Any]:
 
 
 def all_steps(scale: Scale, folder: Path, *, tests: bool) -> dict[str, Callable[[], dict[str, Any]]]:
-    """The steps by name, in the order in which they are done: what is quick comes first."""
+    """The steps by name, in the order in which they run: quick ones first."""
     steps: dict[str, Callable[[], dict[str, Any]]] = {
         "environment": environment,
         "matmul": matmul,

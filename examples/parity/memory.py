@@ -1,11 +1,11 @@
 """
-How much memory does a process need with each engine? `make memory`, or
+Measures the memory of a process with each engine: `make memory`, or
 
     python -m examples.parity.memory
 
-Trains all weights of a generator of 104 million parameters (416 MB) on two CPU processes for one step, a flow-matching and a
-reward update, watches the memory of each process, and prints it as a share of what DDP needs in the same run. Then loads the same generator in bfloat16,
-whole and split. Writes `outputs/memory.json`. Takes about ten minutes.
+Trains all weights of a generator with 104 million parameters (416 MB) on two CPU processes for one step: a
+flow-matching and a reward update. Prints the peak memory of each process, and its ratio to that of DDP. Then loads the
+same generator in bfloat16, whole and sharded. Writes `outputs/memory.json`. Takes about ten minutes.
 """
 
 import json
@@ -23,10 +23,10 @@ from accelerate import PartialState
 from examples.parity.parity import ENGINES, launch_command, write_inputs
 from hy_prfl.configs.parser import parse_config
 from hy_prfl.models.loading import load_transformer
-from hy_prfl.runtime.sharding import split_for_zero3
+from hy_prfl.runtime.sharding import shard_for_zero3
 
 
-# Engine, degree of context parallelism, is the reward model split.
+# Engine, degree of context parallelism, whether the reward model is sharded.
 RUNS = [("DDP", 1, False), ("ZeRO-3", 2, False), ("ZeRO-3", 1, False), ("ZeRO-2", 1, False), ("ZeRO-3", 2, True)]
 # Frames, height and width of the clips.
 CLIP = ("17", "256", "256")
@@ -39,7 +39,8 @@ class MemoryConfig:
     output_dir: str = field(default="outputs/memory", metadata={"help": "Folder for data and runs."})
     output: str = field(default="outputs/memory.json", metadata={"help": "Table to write."})
     load: str | None = field(
-        default=None, metadata={"help": "Only load, `nothing`, `whole` or `split`; used by the script."}
+        default=None,
+        metadata={"help": "Only load: `nothing`, `whole` or `split` (sharded). Used by the script itself."},
     )
 
 
@@ -47,11 +48,11 @@ def peak_memory(command: Sequence[str], environment: Mapping[str, str], module: 
     """
     Run a command and return the peak memory of each process that runs `module`, in MB.
 
-    Counted is what a process has allocated; files that are mapped, whose pages can be dropped again, are not.
+    Only allocated memory counts. Memory-mapped files do not, because the system can drop their pages.
     """
     peaks: dict[int, float] = {}
-    # Without this the C library keeps what was freed: ZeRO-3, which makes weights whole and lets go of them all the time,
-    # would be charged for the holes.
+    # Without these variables the C library keeps freed memory. ZeRO-3 gathers and frees weights all the time, and the
+    # kept memory would count as used.
     environment = {**environment, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     launcher = psutil.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while launcher.poll() is None:
@@ -66,13 +67,13 @@ def peak_memory(command: Sequence[str], environment: Mapping[str, str], module: 
         time.sleep(0.02)
     if launcher.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{launcher.stderr.read()}")
-    # Helpers of the libraries, which have the same command line, need less.
+    # Helper processes of the libraries have the same command line but need less memory.
     return sorted(peaks.values())[-2:]
 
 
 def load(folder: Path, how: str) -> None:
-    """What a process of the second measurement does."""
-    import deepspeed  # noqa: F401  # part of what all of them hold
+    """Load the generator in a process of the second measurement."""
+    import deepspeed  # noqa: F401  # so that its memory counts in all cases
 
     PartialState(cpu=True)
     config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}, "bf16": {"enabled": True}}
@@ -81,7 +82,7 @@ def load(folder: Path, how: str) -> None:
     load_transformer(
         str(folder / "pipeline"),
         dtype=torch.bfloat16,
-        split=None if how == "whole" else lambda module: split_for_zero3(module, config),
+        split=None if how == "whole" else lambda module: shard_for_zero3(module, config),
     )
 
 
@@ -103,10 +104,10 @@ def main() -> None:
         )
     rows: list[dict[str, object]] = []
     first = 0.0
-    for engine, degree, is_split in RUNS:
+    for engine, degree, is_sharded in RUNS:
         more = ["--dry_run", "--dry_run_size", *CLIP, "--gradient_accumulation_steps=1", "--num_inference_steps=3"]
-        more += ["--step_range", "1", "1", f"--shard_reward_model={is_split}"]
-        name = f"{engine}-{degree}-{is_split}-{time.time_ns()}"
+        more += ["--step_range", "1", "1", f"--shard_reward_model={is_sharded}"]
+        name = f"{engine}-{degree}-{is_sharded}-{time.time_ns()}"
         command, environment = launch_command(folder, name, ENGINES[engine], "prfl", "full", degree, 1, more)
         peaks = peak_memory(command, environment, "hy_prfl.scripts.train_prfl")
         first = first or max(peaks)
@@ -114,7 +115,7 @@ def main() -> None:
             {
                 "engine": engine,
                 "context_parallel_degree": degree,
-                "shard_reward_model": is_split,
+                "shard_reward_model": is_sharded,
                 "peak_megabytes": [round(peak) for peak in peaks],
                 "share_of_ddp": round(max(peaks) / first, 3),
             }

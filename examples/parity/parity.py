@@ -1,10 +1,10 @@
 """
-Does training on several processes give the weights that one process gives? `make parity`, or
+Checks that training on several processes gives the same weights as on one process: `make parity`, or
 
     python -m examples.parity.parity
 
-Trains tiny models for four updates with each engine, on two CPU processes, and compares the saved weights with those of
-one process that saw the same samples and the same noise. Writes `outputs/parity.json`. Takes about ten minutes.
+Trains tiny models for four updates with each engine on two CPU processes. Compares the saved weights with those of one
+process with the same samples and noise. Writes `outputs/parity.json`. Takes about ten minutes.
 """
 
 import json
@@ -50,7 +50,7 @@ class ParityConfig:
 def write_inputs(
     folder: Path, *, num_rows: int = 16, latents_shape: Sequence[int] = (16, 3, 4, 4), **pipeline_options: float
 ) -> None:
-    """A pipeline, tiny unless told else, a reward model of two of its blocks and labelled rows of random latents."""
+    """Write a pipeline (tiny by default), a reward model of two of its blocks, and labelled rows of random latents."""
     write_models(folder, **{"num_layers": 3, "num_attention_heads": 4, **pipeline_options})
     write_rows(folder, latents_shape=latents_shape, num_rows=num_rows)
 
@@ -94,8 +94,8 @@ def launch_command(
         f"--train_batch_size={batch_size}", *more,
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    # DeepSpeed compiles a kernel on its first start. A start that is killed meanwhile leaves a lock that all later ones
-    # wait for, so these runs do not share the user's folder.
+    # DeepSpeed compiles a kernel on its first start. If it is killed meanwhile, it leaves a lock that all later starts
+    # wait for. So these runs do not use the user's folder.
     environment["TORCH_EXTENSIONS_DIR"] = str(folder.resolve() / "torch_extensions")
     if launch == ENGINES["DDP"]:
         environment["ACCELERATE_USE_CPU"] = "true"
@@ -113,7 +113,7 @@ def train(
     more: Sequence[str] = (),
     file: str | None = None,
 ) -> Path:
-    """Train once, unless its weights, `WEIGHTS` if not told which, are there, and return the folder of the run."""
+    """Train once, unless the weights `file` (by default that of `WEIGHTS`) exist, and return the folder of the run."""
     run = folder / name
     if not (run / (file or WEIGHTS[script, tuning])).is_file():
         command, environment = launch_command(folder, name, launch, script, tuning, degree, batch_size, more)
@@ -124,7 +124,7 @@ def train(
 
 
 def relative_difference(weights: Path, reference: Path) -> float:
-    """Norm of the difference of all weights, relative to the norm of the reference."""
+    """Norm of the difference of all weights, divided by the norm of the reference."""
     own, other = load_file(weights), load_file(reference)
     if set(own) != set(other):
         raise RuntimeError(f"{weights} and {reference} do not hold the same weights.")
@@ -133,7 +133,7 @@ def relative_difference(weights: Path, reference: Path) -> float:
 
 
 def variants(script: str) -> list[tuple[int, bool]]:
-    """Degrees of context parallelism, and whether the reward model is split, that are compared for a script."""
+    """Pairs of a degree of context parallelism, and whether the reward model is sharded, to compare for a script."""
     return [(1, False), (2, False)] if script == "reward" else [(1, False), (2, False), (2, True)]
 
 
@@ -149,9 +149,9 @@ def main() -> None:
         file = WEIGHTS[script, tuning]
         one = train(folder, f"single-{script}-{tuning}", single, script, tuning, 1, GLOBAL_BATCH_SIZE)
         for engine in config.engines:
-            for degree, is_split in variants(script):
-                name = f"{engine}-{degree}-{script}-{tuning}{'-split' if is_split else ''}"
-                more = ["--shard_reward_model=true"] if is_split else []
+            for degree, is_sharded in variants(script):
+                name = f"{engine}-{degree}-{script}-{tuning}{'-split' if is_sharded else ''}"
+                more = ["--shard_reward_model=true"] if is_sharded else []
                 batch_size = GLOBAL_BATCH_SIZE * degree // 2
                 run = train(folder, name, ENGINES[engine], script, tuning, degree, batch_size, more)
                 rows.append(
@@ -160,7 +160,7 @@ def main() -> None:
                         "context_parallel_degree": degree,
                         "tuning": tuning,
                         "script": script,
-                        "shard_reward_model": is_split,
+                        "shard_reward_model": is_sharded,
                         "relative_difference": relative_difference(run / file, one / file),
                     }
                 )

@@ -1,4 +1,4 @@
-"""The C++ part of the pretended device: compiled once for each version of torch, and loaded before torch is."""
+"""Compiles the C++ part of the pretended device, once for each version of torch, and loads it before torch."""
 
 import ctypes
 import importlib.metadata
@@ -12,7 +12,7 @@ SOURCE = Path(__file__).with_name("pretended_cuda.cpp")
 
 
 def torch_folder() -> Path:
-    """Where torch is installed; it is not imported."""
+    """Folder in which torch is installed. Does not import torch."""
     spec = importlib.util.find_spec("torch")
     assert spec is not None
     assert spec.origin is not None
@@ -21,7 +21,7 @@ def torch_folder() -> Path:
 
 def compile_library(build_dir: Path) -> Path:
     """
-    Compile the C++ part, unless it has been.
+    Compile the C++ part, unless it is compiled already.
 
     Raises:
         RuntimeError: If there is no C++ compiler, or it fails.
@@ -49,7 +49,7 @@ def load_library(library: Path) -> None:
     Load the C++ part.
 
     Raises:
-        RuntimeError: If torch is imported already: it has looked for its devices then.
+        RuntimeError: If torch is already imported: it looks for devices only when it is imported.
     """
     if "torch" in sys.modules:
         raise RuntimeError("The pretended device must be loaded before torch is imported.")

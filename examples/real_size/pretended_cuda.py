@@ -1,11 +1,11 @@
 """
-A CUDA device that is not there: torch's fake tensors with device "cuda", in a CPU build of torch.
+A pretended CUDA device: torch's fake tensors with device "cuda", in a CPU build of torch.
 
-Fake tensors know their shape, type and device, hold nothing and compute nothing; all else is real: the modules, autograd,
-autocast with CUDA's rules, activation checkpointing. So a 14B training step at 720P runs in a minute on one core, and what
-CUDA would refuse (types that do not match, tensors on another device) is refused here.
+Fake tensors have a shape, a type and a device, but no data, and nothing is computed. Everything else is real: modules,
+autograd, autocast with CUDA's rules, activation checkpointing. So a 14B training step at 720P runs in a minute on one
+core, and what is an error on CUDA (types that do not match, tensors on another device) is an error here.
 
-Not there: NCCL, cuDNN's workspaces, the fragmentation of the allocator, and of course the numbers.
+Not included: NCCL, cuDNN's workspaces, the fragmentation of the allocator, and the values of tensors.
 """
 
 import sys
@@ -33,7 +33,7 @@ ALLOCATION_UNIT = 512
 
 def start() -> None:
     """
-    Pretend that this process has a CUDA device, for the rest of its life; [`library.load_library`] came first.
+    Pretend until the end of this process that it has a CUDA device. Call [`library.load_library`] first.
 
     Raises:
         RuntimeError: If torch has been built with CUDA.
@@ -67,7 +67,7 @@ class _Stream:
 
 
 class _Runtime:
-    """What is used of CUDA's runtime; page-locked memory needs no device to be pretended."""
+    """The used part of CUDA's runtime. Memory is not really page-locked."""
 
     @staticmethod
     def cudaHostRegister(address: int, size: int, flags: int) -> int:  # noqa: N802
@@ -88,7 +88,7 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    """The kernel that torch would choose on a GPU. It refuses operands of different types, as CUDA does."""
+    """The kernel that torch would choose on a GPU. As on CUDA, operands of different types are an error."""
     if torch.is_autocast_enabled("cuda"):
         dtype = torch.get_autocast_dtype("cuda")
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
@@ -103,7 +103,7 @@ def _attention(
 
 
 class _FusedRMSNorm(torch.autograd.Function):
-    """Allocates what CUDA's fused kernel does."""
+    """Allocates the same as CUDA's fused kernel."""
 
     @staticmethod
     def forward(ctx: Any, hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -120,7 +120,7 @@ class _FusedRMSNorm(torch.autograd.Function):
 
 def _rms_norm(self: nn.RMSNorm, hidden_states: torch.Tensor) -> torch.Tensor:
     weight: torch.Tensor = self.weight
-    # CUDA's autocast computes it in float32; the CPU's does not.
+    # CUDA's autocast computes the norm in float32, the CPU's does not.
     if torch.is_autocast_enabled("cuda"):
         hidden_states, weight = hidden_states.float(), weight.float()
     if weight.dtype != hidden_states.dtype:
@@ -129,7 +129,7 @@ def _rms_norm(self: nn.RMSNorm, hidden_states: torch.Tensor) -> torch.Tensor:
 
 
 class DeviceMeter(MemoryMeter):
-    """Counts bytes on the pretended device, operations, and how often the host waits for the device."""
+    """Counts bytes on the pretended device, FLOPs, and how often the host waits for the device."""
 
     def __init__(self) -> None:
         super().__init__([], on_gpu=True)
@@ -140,7 +140,7 @@ class DeviceMeter(MemoryMeter):
         if func is torch.ops.aten._local_scalar_dense.default:
             (tensor,) = args
             self._note_sync(tensor.device)
-            # A fake tensor has no value. Nothing but finiteness is asked in a step.
+            # A fake tensor has no value. A step reads values only to check that they are finite.
             return True if tensor.dtype == torch.bool else 1
         if func is torch.ops.aten._to_copy.default and args[0].device.type == "cuda":
             target = (kwargs or {}).get("device")
@@ -175,7 +175,7 @@ class DeviceMeter(MemoryMeter):
 
 
 def put_on_device(model: nn.Module) -> None:
-    """Put the parameters and buffers of a model from the meta device to the pretended one."""
+    """Replace the parameters and buffers of a model on the meta device by new ones on the pretended device."""
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):
             if parameter is not None:

@@ -1,8 +1,8 @@
 """
-The process that pretends to have a GPU: `python -m examples.real_size.pretending LIBRARY RECIPE...`
+Process with a pretended GPU: `python -m examples.real_size.pretending LIBRARY RECIPE...`
 
-Runs a step of each recipe in a process of its own, forked from this one, which has imported all that it takes; so a
-tensor that is not fake ends one recipe only. Each prints a JSON object in a line of its own.
+Runs a step of each recipe in its own process, forked from this one, which has imported everything. So an error, such
+as a tensor that is not fake, ends one recipe only. Prints one line with a JSON object per recipe.
 """
 
 import dataclasses
@@ -16,12 +16,12 @@ from pathlib import Path
 from examples.real_size.library import load_library
 
 
-# Bytes that a recipe's process may map. A tensor of real size that is not fake takes more.
+# Bytes that a recipe's process may allocate. A tensor of real size that is not fake exceeds them.
 ADDRESS_SPACE = 12 << 30
 
 
 def measure_recipe(path: Path) -> dict[str, object]:
-    """Run a step of a recipe, in a process that pretends."""
+    """Run a step of a recipe. Only in a process with the pretended device."""
     from examples.real_size.recipes import load_recipe
     from examples.real_size.steps import Setting, measure
     from hy_prfl.formats.pipeline_info import PipelineInfo
@@ -48,7 +48,7 @@ def measure_recipe(path: Path) -> dict[str, object]:
 
 
 def _run(path: Path) -> None:
-    """The life of a recipe's process."""
+    """Run one recipe in its own process, and print the result or the error."""
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
     try:
         result = measure_recipe(path)
@@ -70,7 +70,7 @@ def main(library: str, *paths: str) -> None:
         process = os.fork()
         if process == 0:
             _run(Path(path))
-            # Not the way back through the parent's frames and exit handlers.
+            # `_exit`, because the exit handlers of the parent process must not run in the fork.
             os._exit(0)
         _, status = os.waitpid(process, 0)
         if status:

@@ -1,13 +1,14 @@
 """
-Does every recipe run at its real size, and does it need what the planner says? `make real-size`, or
+Checks that every recipe runs at its real size and needs what the planner says: `make real-size`, or
 
     python -m examples.real_size.real_size
 
-Runs one step of the trainers' own code for each recipe under `examples/prfl` and `examples/reward`, at the size and on the
-engine that it is for, on a pretended CUDA device (see `pretended_cuda.py`): no GPU, no weights, 10 to 90 seconds and 2 GB
-for each. A step that CUDA would refuse is refused here. What was measured is kept in `results.json`, and `docs/real_size.md`
-has it beside what the planner says. Ends with an error if a recipe fails, or differs from the plan by more than the bounds
-below. A recipe that was measured with the same options is not measured again; `--fresh` does. Needs `g++`.
+Runs one step of the trainers' own code for each recipe in `examples/prfl` and `examples/reward`, with its size and
+engine, on a pretended CUDA device (see `pretended_cuda.py`). Needs no GPU and no weights; each recipe takes 10 to 90
+seconds and 2 GB. What is an error on CUDA is an error here. Measurements are written to `results.json`, and to
+`docs/real_size.md` beside the planner's figures. Ends with an error if a recipe fails, or differs from the plan by
+more than the bounds below. A recipe that was measured with the same options is measured again only with `--fresh`.
+Needs `g++`.
 """
 
 import dataclasses
@@ -29,36 +30,36 @@ from hy_prfl.runtime.atomic_writes import write_text
 RESULTS = Path(__file__).with_name("results.json")
 # Largest relative difference from the plan.
 MEMORY_BOUND, PART_BOUND = 0.03, 0.15
-# Ranks that share a clip all embed the whole text and all patches, which the planner divides among them.
+# Each rank that shares a clip embeds the whole text and all patches. The planner divides this work among the ranks.
 FLOPS_BOUND, SHARED_FLOPS_BOUND = 0.01, 0.02
-# Waits of the host for the device in a step: finiteness of each loss and of each gradient norm. In a pipeline of two
-# experts also one for each rollout step, whose timestep chooses the expert.
+# How often the host may wait for the device in a step: it checks that each loss and each gradient norm is finite. With
+# two experts it also reads the timestep of each rollout step, to choose the expert.
 MOST_SYNCS = 8
-# What an engine holds of its own, which is not there on the pretended device.
+# Memory of the engine, which is not part of the measurement.
 ENGINE_PARTS = ("weights", "gradients", "optimizer states", "gradient buckets", "gathered weights")
 FROZEN_PARTS = ("reward model", "reward model, gathered", "frozen expert")
-# Options that no step depends on.
+# Options that do not change a step.
 PATHS = {"output_dir", "train_dataset", "reward_model"}
 LIBRARIES = ("torch", "diffusers", "accelerate", "peft")
 
 PAGE = f"""# One step of every recipe at its real size
 
 Written by `make real-size` from [`results.json`](../examples/real_size/results.json), which the same command measures; a test
-computes the planner's columns again. **No GPU was there**: the trainers' own code ran a step of each recipe at its real size on a
-[pretended CUDA device](../examples/real_size/README.md), whose tensors have shapes, types and a device and hold nothing. What
-CUDA refuses is refused there; what is allocated and computed is counted, independently of `hy-prfl plan`.
+computes the planner's columns again. **No GPU was used**: the trainers' own code ran a step of each recipe at its real size on a
+[pretended CUDA device](../examples/real_size/README.md), whose tensors have a shape, a type and a device, but no data. What is
+an error on CUDA is an error there. Allocated memory and FLOPs are counted independently of `hy-prfl plan`.
 
 - **Step**: GB at the peak of the step, measured and planned, and the ratio. In one process and under DDP it is all memory of the
-  GPU but the 3 GB that the planner assumes for CUDA. Under ZeRO, and where frozen models are sharded, it is what comes beside
-  weights, gradients and optimizer states, which are not sharded here. Bounds: {MEMORY_BOUND:.0%}, and {PART_BOUND:.0%} for such a part.
-- **TFLOP**: operations of a GPU in the step, measured and planned. Bounds: {FLOPS_BOUND:.0%}, with context parallelism
+  GPU except the 3 GB that the planner assumes for CUDA. Under ZeRO, and with sharded frozen models, it is the memory without
+  weights, gradients and optimizer states, because these are not sharded here. Bounds: {MEMORY_BOUND:.0%}, and {PART_BOUND:.0%} for such a part.
+- **TFLOP**: FLOPs of a GPU in the step, measured and planned. Bounds: {FLOPS_BOUND:.0%}, with context parallelism
   {SHARED_FLOPS_BOUND:.0%}.
 - **Page-locked**: GB of host memory for offloaded block inputs, measured and planned.
 - **Syncs**: how often the host waited for the device: for the finiteness of losses and gradient norms, at most {MOST_SYNCS} times. With
   two experts also at each rollout step, whose timestep chooses the expert.
 - **GPU**, **host** and **disk** are the planner's for the whole run: GB of each GPU, of host memory of each process, of a checkpoint.
 
-Not there: NCCL, cuDNN's workspaces, fragmentation, and the numbers themselves.
+Not included: NCCL, cuDNN's workspaces, fragmentation, and the values of tensors.
 """
 HEADER = (
     "| recipe | engine | step, measured | planned | ratio | TFLOP, measured | planned | page-locked, measured | planned "
@@ -71,14 +72,14 @@ class RealSizeConfig:
     """Options of the check."""
 
     recipes: list[str] = field(default_factory=list, metadata={"help": "Recipes to run; all if left out."})
-    results: str = field(default=str(RESULTS), metadata={"help": "JSON file of what was measured."})
+    results: str = field(default=str(RESULTS), metadata={"help": "JSON file of the measurements."})
     page: str = field(default=str(ROOT / "docs" / "real_size.md"), metadata={"help": "File to write the page to."})
     build_dir: str = field(default="outputs/real_size", metadata={"help": "Folder for the compiled device."})
-    fresh: bool = field(default=False, metadata={"help": "Measure again what has been measured."})
+    fresh: bool = field(default=False, metadata={"help": "Measure recipes again that have been measured."})
 
 
 def options_of(recipe: Recipe) -> dict[str, Any]:
-    """What a recipe sets, and what it runs on: a measurement is that of a recipe as long as these are the same."""
+    """Options that a recipe sets, and its engine and size. A measurement is valid as long as these are the same."""
     options = {
         option.name: getattr(recipe.training, option.name)
         for option in dataclasses.fields(recipe.training)
@@ -94,16 +95,16 @@ def _default(option: dataclasses.Field) -> Any:
 
 
 def compare(path: Path, measured: Mapping[str, Any]) -> dict[str, Any]:
-    """What was measured beside what the planner says. Not in a process that pretends: the plan is made on the CPU."""
+    """Compare a measurement with the plan. Not in a process with the pretended device: the plan is made on the CPU."""
     recipe, planned = load_recipe(path), plan_recipe(path)
     training = recipe.training
-    # No average of the weights is kept here.
+    # The measured step keeps no averaged weights.
     average = planned.memory.get("averaged weights", 0.0)
     expected, found = planned.peak - planned.reserved - average, measured["peak"] / 1e9
-    is_split = getattr(training, "shard_reward_model", False) or getattr(training, "shard_frozen_expert", False)
-    is_part = recipe.zero_stage > 0 or is_split
+    is_sharded = getattr(training, "shard_reward_model", False) or getattr(training, "shard_frozen_expert", False)
+    is_part = recipe.zero_stage > 0 or is_sharded
     if is_part:
-        # Weights are whole on the pretended device, and an engine holds nothing there: the rest is compared.
+        # The measured weights are not sharded, and there is no engine. So only the rest is compared.
         parts = ENGINE_PARTS if recipe.zero_stage else ("weights",)
         found -= measured["weights"] / 1e9
         expected -= sum(planned.memory.get(name, 0.0) for name in (*parts, *FROZEN_PARTS))
@@ -127,19 +128,19 @@ def compare(path: Path, measured: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def expected_teraflops(training: Any, planned: Mapping[str, float], step_range: Sequence[int] | None) -> float:
-    """Operations of one GPU in the step that was run, made of those of a whole planned step."""
+    """FLOPs of one GPU in the measured step, in 10^12, computed from those of a whole planned step."""
     share = training.gradient_accumulation_steps * training.context_parallel_degree
     rest = sum(value for name, value in planned.items() if name != "rollout")
     if step_range is None:
         return rest / share
     first, last = step_range
-    # A step that is run again is run without gradient first.
+    # With `rerun_gradient_step`, the step is first run without gradient.
     again = int(training.rerun_gradient_step)
     return (rest + planned["rollout"] * (first + 1 + again) / ((first + last) / 2 + again)) / share
 
 
 def faults(result: Mapping[str, Any]) -> list[str]:
-    """What is wrong with a recipe's comparison."""
+    """List what is wrong in the comparison of a recipe."""
     bounds = {
         ("measured", "planned"): PART_BOUND if result["is_part"] else MEMORY_BOUND,
         ("measured_teraflops", "planned_teraflops"): SHARED_FLOPS_BOUND if result["is_shared"] else FLOPS_BOUND,
@@ -189,10 +190,10 @@ def page(results: Mapping[str, Any]) -> str:
 
 def measure_recipes(paths: Sequence[Path], library: Path) -> Iterator[dict[str, Any]]:
     """
-    Run a step of each recipe, each in a process of its own.
+    Run a step of each recipe, each in its own process.
 
     Yields:
-        What was measured, see `steps.Measurement`, or the traceback under `error`; in the order of `paths`.
+        The fields of `steps.Measurement`, or the traceback as `error`, in the order of `paths`.
     """
     module = "examples.real_size.pretending"
     command = [sys.executable, "-m", module, str(library.resolve()), *(str(path) for path in paths)]
@@ -207,7 +208,7 @@ def measure_recipes(paths: Sequence[Path], library: Path) -> Iterator[dict[str, 
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """What was measured before; nothing, if that was with other libraries."""
+    """Earlier measurements; none, if they were made with other versions of the libraries."""
     libraries = {name: importlib.metadata.version(name).split("+")[0] for name in LIBRARIES}
     known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if known.get("libraries") != libraries:
@@ -216,11 +217,11 @@ def read_results(path: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run the recipes, write results and page, and say what is wrong."""
+    """Run the recipes, write results and page, and print what is wrong."""
     config = parse_config(RealSizeConfig, description=__doc__)
     results_file = Path(config.results)
     paths = [Path(name).resolve() for name in config.recipes] or recipe_paths()
-    # torchao's and bitsandbytes' weights have no fake ones, nor have pages of host memory that are locked as a whole.
+    # Not supported by fake tensors: weights of torchao and bitsandbytes, and page-locked weights in host memory.
     for path in (path for path in paths if not load_recipe(path).can_pretend):
         print(f"{load_recipe(path).name}: left out, its frozen weights are quantised or in host memory", flush=True)
     paths = [path for path in paths if load_recipe(path).can_pretend]

@@ -1,11 +1,11 @@
 """
-What each recipe under `examples/prfl` and `examples/reward` needs, as the planner says it: `make recipes`, or
+Writes what each recipe in `examples/prfl` and `examples/reward` needs according to the planner: `make recipes`, or
 
     python -m examples.real_size.recipes
 
-writes `docs/recipes.md`. Needs no GPU and no weights; about two minutes. What a recipe runs on is read where a run reads
-it: the engine and the number of GPUs from the file of `accelerate_configs/` that its head launches with, the size of the
-clips from its name.
+The page is `docs/recipes.md`. Needs no GPU and no weights, and about two minutes. Engine and number of GPUs are read
+from the file in `accelerate_configs/` that the command in the recipe's head names. The size of the clips is read from
+the recipe's name.
 """
 
 import functools
@@ -28,19 +28,19 @@ from hy_prfl.trainers.run import QUANTIZATION_OPTIONS
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = {"prfl": "Generators", "reward": "Reward models"}
-# Height, width and frames of the clips, by the word in a recipe's name.
+# Height, width and frames of the clips, by a word in the recipe's name.
 CLIPS = {"480p": (480, 832, 81), "720p": (720, 1280, 81), "704": (704, 1280, 121)}
-# Memory of a GPU in GB, where the name says no other.
+# Memory of a GPU in GB, unless the name has another.
 GPU_MEMORY = 80.0
 
 PAGE = """# Recipes
 
 Every recipe for training in [`examples/`](../examples/README.md), and what it needs. Written by `make recipes` from the recipes
 and from `hy-prfl plan`; a test computes all of it again. **Planned, not measured on a GPU**: [real_size.md](real_size.md) has what
-the trainers' own code allocates and computes in a step.
+the trainers' own code allocates and computes in one step.
 
 - **GPU**: GB of each GPU, 3 of them assumed for CUDA and fragmentation. **Host**: GB of host memory of all processes together,
-  besides Python. **Disk**: GB of the checkpoints that are there at a time.
+  without Python itself. **Disk**: GB of the checkpoints that exist at a time.
 - **Update**: seconds at 40 % of an H100's peak, without communication.
 - Clips have 81 frames of 480 x 832 (480P) or 720 x 1280 (720P), those of TI2V 5B 121 frames of 704 x 1280.
 - The options for the datasets, which the launch command here leaves out, are in the head of the recipe. `hy-prfl plan --config
@@ -58,7 +58,7 @@ class RecipesConfig:
 @dataclass(frozen=True)
 class Recipe:
     """
-    A recipe and what it runs on.
+    A recipe, its engine and its size.
 
     Args:
         path (`Path`):
@@ -66,9 +66,9 @@ class Recipe:
         training (`TrainingConfig`):
             Its options.
         engine (`str`):
-            File in `accelerate_configs/` that its head launches it with, without `.yaml`.
+            Name of the file in `accelerate_configs/` that its head names, without `.yaml`.
         num_gpus, zero_stage, offload:
-            What that file says, see [`~hy_prfl.planning.plan`].
+            Settings in that file, see [`~hy_prfl.planning.plan`].
         height, width, num_frames (`int`):
             Size of its clips in pixels and frames.
         gpu_memory (`float`):
@@ -93,7 +93,7 @@ class Recipe:
 
     @property
     def can_pretend(self) -> bool:
-        """Whether its step can run on a pretended device: nothing quantised, no weights in page-locked memory."""
+        """Whether its step can run on the pretended device: no quantised weights, and none in page-locked memory."""
         is_quantized = any(getattr(self.training, name, None) is not None for name in QUANTIZATION_OPTIONS)
         return not is_quantized and not getattr(self.training, "offload_reward_model", False)
 
@@ -104,7 +104,7 @@ class Recipe:
 
     @property
     def engine_name(self) -> str:
-        """Engine, and how many GPUs share a clip if there are several."""
+        """Engine, and the degree of context parallelism if it is above 1."""
         degree = self.training.context_parallel_degree
         return self.engine + (f", context parallel {degree}" if degree > 1 else "")
 
@@ -115,12 +115,12 @@ def recipe_paths() -> list[Path]:
 
 
 def read_head(path: Path) -> tuple[str, list[str]]:
-    """What a recipe is for, and the words of the command that launches it, from the comment at its head."""
+    """Purpose of a recipe, and the words of its launch command, from the comment at its head."""
     lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
     head = " ".join(line.removeprefix("#").strip().removesuffix("\\").strip() for line in lines)
     purpose, launch, options = head.partition("accelerate launch ")
     if not launch:
-        raise ValueError(f"{path}: its head shows no `accelerate launch`.")
+        raise ValueError(f"{path}: its head has no `accelerate launch` command.")
     return purpose.strip().removesuffix("."), (launch + options).split()
 
 
@@ -130,7 +130,7 @@ def load_recipe(path: Path) -> Recipe:
     Read a recipe.
 
     Raises:
-        ValueError: If its head shows no command, or its name no size.
+        ValueError: If its head has no command, or its name no size.
     """
     _, words = read_head(path)
     accelerate_config = ROOT / words[words.index("--config_file") + 1]
@@ -141,7 +141,7 @@ def load_recipe(path: Path) -> Recipe:
         zero = json.loads(deepspeed_config.read_text(encoding="utf-8"))["zero_optimization"]
     sizes = [CLIPS[word] for word in path.stem.split("_") if word in CLIPS]
     if len(sizes) != 1:
-        raise ValueError(f"{path}: its name must have one of {', '.join(CLIPS)} in it.")
+        raise ValueError(f"{path}: its name must contain one of {', '.join(CLIPS)}.")
     ((height, width, num_frames),) = sizes
     frames = re.search(r"_(\d+)frames(?:_|$)", path.stem)
     memory = re.search(r"_(\d+)gb(?:_|$)", path.stem)
@@ -162,7 +162,7 @@ def load_recipe(path: Path) -> Recipe:
 
 @functools.cache
 def plan_recipe(path: Path) -> Plan:
-    """What the planner says of a recipe."""
+    """Plan of a recipe."""
     recipe = load_recipe(path)
     return plan(
         recipe.training,
@@ -180,7 +180,7 @@ def table_row(path: Path) -> str:
     """A recipe's row of the page."""
     recipe, planned = load_recipe(path), plan_recipe(path)
     purpose, words = read_head(path)
-    # The datasets come after the recipe.
+    # Without the datasets, which follow the recipe.
     launch = " ".join(words[: words.index("--config") + 2])
     disk = "all are kept"
     if planned.num_checkpoints is not None:

@@ -1,4 +1,4 @@
-"""One training step of a recipe at its real size: the trainers' own code, on the pretended device."""
+"""One training step of a recipe at its real size, with the trainers' own code on the pretended device."""
 
 import dataclasses
 import functools
@@ -22,7 +22,7 @@ from hy_prfl.flow_matching import noise_levels
 from hy_prfl.models.experts import Experts
 from hy_prfl.planning.models import build_reward_model, build_transformer, reward_model_config, set_dtypes
 from hy_prfl.planning.workloads import IMAGE_TOKENS, TEXT_TOKENS
-from hy_prfl.runtime.activation_checkpointing import HostBuffers, recompute_blocks
+from hy_prfl.runtime.activation_checkpointing import HostBuffers, checkpoint_activations
 from hy_prfl.runtime.context_parallel import ContextParallelGroup
 from hy_prfl.trainers.prfl_trainer import UPDATES, PRFLTrainer
 from hy_prfl.trainers.reward_feedback import RewardFeedback
@@ -30,14 +30,14 @@ from hy_prfl.trainers.reward_trainer import RewardTrainer
 from hy_prfl.trainers.updates import Updates
 
 
-# Type in which datasets store tensors.
+# Type of the tensors in a dataset.
 STORED = torch.float16
 
 
 @dataclass(frozen=True)
 class Setting:
     """
-    A recipe and what it runs on.
+    A recipe, its models and its engine.
 
     Args:
         training (`TrainingConfig`):
@@ -49,12 +49,13 @@ class Setting:
         latents_shape (`tuple[int, int, int, int]`):
             `(num_channels, num_frames, height, width)` of a clip.
         zero_stage (`int`):
-            0 is DDP or one process under bfloat16 autocast. Else all weights are in bfloat16; they are whole here, and
-            gradients go as soon as they are there: the engine's part of the memory is not measured.
+            0 is DDP or one process, with bfloat16 autocast. With 2 or 3 all weights are in bfloat16. They are not
+            sharded here, and gradients are freed as soon as they are computed: the memory of the engine is not
+            measured.
         num_gpus (`int`):
-            GPUs of the run. With more than one, DDP keeps the gradients' memory from one update to the next.
+            GPUs of the run. With more than one, DDP keeps the memory of gradients from one update to the next.
         first_frame (`bool`):
-            Whether clips start with an image that is given (TI2V 5B).
+            Whether clips start with a given image (TI2V 5B).
     """
 
     training: TrainingConfig
@@ -69,23 +70,24 @@ class Setting:
 @dataclass(frozen=True)
 class Measurement:
     """
-    What a step took.
+    Memory and FLOPs of a step.
 
     Args:
         weights, peak (`int`):
-            Bytes on the device before the step, and the most during it.
+            Bytes on the device before the step, and at its peak.
         flops (`int`):
-            Operations of the step, one GPU's.
+            FLOPs of the step on one GPU.
         num_syncs (`int`):
             How often the host waited for the device.
         sync_places (`dict[str, int]`):
-            Where.
+            Number of waits by file and line.
         step_range (`tuple[int, int]`, *optional*):
-            First and last step of a chain that may take gradient, of PRFL. The second one did.
+            For PRFL: first and last step of a chain that may take gradient. The measured gradient is that of the
+            second.
         host_buffers (`int`):
-            Bytes of page-locked buffers.
+            Bytes of page-locked host memory.
         metrics (`dict[str, str]`):
-            Types of what the step returned.
+            Types of the metrics that the step returned.
     """
 
     weights: int
@@ -99,7 +101,7 @@ class Measurement:
 
 
 def measure(setting: Setting) -> Measurement:
-    """Run one step of a recipe, without accumulation, its gradient at the second step that may take it."""
+    """Run one step of a recipe without gradient accumulation. PRFL's gradient is at the second possible step."""
     meter = DeviceMeter()
     group = _context_parallel_group(setting.training.context_parallel_degree)
     with FakeTensorMode(allow_non_fake_inputs=True), meter:
@@ -108,7 +110,7 @@ def measure(setting: Setting) -> Measurement:
         trainer, buffers = build(setting, group)
         weights = meter.live
         if setting.zero_stage == 0 and setting.training.lora_rank is None:
-            # The optimizer makes its states in its first step; an adapter's are small.
+            # The first step allocates the optimizer's states. Those of an adapter are small.
             trainer.train_step()
         meter.peak = meter.live
         meter.flops, meter.num_syncs = 0, 0
@@ -127,7 +129,7 @@ def measure(setting: Setting) -> Measurement:
 
 
 def _context_parallel_group(degree: int) -> ContextParallelGroup | None:
-    """A group of ranks that are not there: what they would send is as undefined as all else."""
+    """A group of pretended ranks. Like all tensors here, what they send has no values."""
     if degree == 1:
         return None
     import torch.distributed as dist
@@ -140,7 +142,7 @@ def _context_parallel_group(degree: int) -> ContextParallelGroup | None:
 
 
 class OneProcess:
-    """What the trainers use of Accelerate, for one process of a run."""
+    """The part of Accelerate that the trainers use, for one process of a run."""
 
     def __init__(self, *, autocast: bool) -> None:
         self.uses_autocast = autocast
@@ -170,14 +172,14 @@ class OneProcess:
 
 
 class OneShareOfZeRO(OneProcess):
-    """The same under DeepSpeed, whose engine takes every gradient as soon as it is there."""
+    """The same under DeepSpeed. Its engine takes each gradient as soon as it is computed."""
 
     def clip_grad_norm_(self, parameters: list[torch.Tensor], max_norm: float) -> torch.Tensor:
         return torch.zeros((), device=self.device)
 
 
 class Optimizer:
-    """AdamW behind the interface of Accelerate's wrapper, or nothing where DeepSpeed's engine steps."""
+    """AdamW with the interface of Accelerate's wrapper. Does nothing under DeepSpeed, whose engine makes the step."""
 
     def __init__(
         self, accelerator: OneProcess, parameters: list[torch.Tensor], *, is_sharded: bool, keeps_gradients: bool
@@ -195,8 +197,8 @@ class Optimizer:
             self.optimizer.zero_grad(set_to_none=not self.keeps_gradients)
 
 
-class _Unsplit:
-    """The part of a trainer that its constructor would have made from a launch."""
+class _WithoutLaunch:
+    """Replaces what a trainer's constructor reads from the launch configuration."""
 
     weight_dtype = torch.bfloat16
 
@@ -204,15 +206,15 @@ class _Unsplit:
         return [torch.Generator().manual_seed(index) for index in range(batch_size)]
 
 
-class RealSizeRewardTrainer(_Unsplit, RewardTrainer):
-    """`RewardTrainer` with models that are given to it."""
+class RealSizeRewardTrainer(_WithoutLaunch, RewardTrainer):
+    """`RewardTrainer` with given models."""
 
     def __init__(self, **attributes: Any) -> None:
         self.__dict__.update(attributes)
 
 
-class RealSizePRFLTrainer(_Unsplit, PRFLTrainer):
-    """`PRFLTrainer` with models that are given to it; gradient from the second step on that may take it."""
+class RealSizePRFLTrainer(_WithoutLaunch, PRFLTrainer):
+    """`PRFLTrainer` with given models. Gradients start at the second of the possible steps."""
 
     def __init__(self, **attributes: Any) -> None:
         self.__dict__.update(attributes)
@@ -226,7 +228,7 @@ class RealSizePRFLTrainer(_Unsplit, PRFLTrainer):
 
 
 def _numerics(setting: Setting) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
-    """Types of what trains, of the base of an adapter, and of frozen models."""
+    """Types of trained parameters, of the base of an adapter, and of frozen models."""
     half = torch.bfloat16
     if setting.zero_stage:
         return half, half, half
@@ -234,7 +236,7 @@ def _numerics(setting: Setting) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
 
 
 def _wrap(setting: Setting, model: Any) -> Any:
-    """Put autocast around a model's forward, as Accelerate does, where there is no DeepSpeed."""
+    """Without DeepSpeed, put autocast around a model's forward as Accelerate does."""
     if setting.zero_stage == 0:
         forward = torch.autocast("cuda", torch.bfloat16)(model.forward)
         model.forward = convert_outputs_to_fp32(forward)
@@ -244,7 +246,7 @@ def _wrap(setting: Setting, model: Any) -> Any:
 def _set_up(setting: Setting, model: Any, num_blocks: int | None, group: Any, buffers: HostBuffers) -> None:
     training = setting.training
     if training.gradient_checkpointing:
-        recompute_blocks(model, num_blocks=num_blocks, offload=training.offload_activations, buffers=buffers)
+        checkpoint_activations(model, num_blocks=num_blocks, offload=training.offload_activations, buffers=buffers)
     if group is not None:
         group.split(model)
 
@@ -282,7 +284,7 @@ def _take_gradient(parameter: torch.Tensor) -> None:
 
 
 def _clips(setting: Setting, *, batch_size: int) -> LatentBatch:
-    """Clips as a data loader hands them over: in the stored type, in host memory."""
+    """Clips as a data loader returns them: in the stored type and in host memory."""
     config, (channels, frames, height, width) = setting.transformer_config, setting.latents_shape
     num_condition = config["in_channels"] - config["out_channels"]
     condition_frames = frames
@@ -337,7 +339,7 @@ def _build_reward(setting: Setting, group: Any) -> tuple[Any, list[HostBuffers]]
 
 def _build_prfl(setting: Setting, group: Any) -> tuple[Any, list[HostBuffers]]:
     training, experts = setting.training, setting.experts
-    # As in a run, those of the reward model are its own.
+    # As in a run, the reward model has its own buffers.
     buffers, reward_buffers = HostBuffers(), HostBuffers()
     assert isinstance(training, PRFLTrainingConfig)
     trained, base, frozen = _numerics(setting)

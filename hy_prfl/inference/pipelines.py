@@ -35,7 +35,7 @@ from ..formats.pipeline_info import PipelineInfo
 from ..formats.weight_files import check_finite, read_json
 from ..runtime.attention import set_attention_backend
 from ..runtime.context_parallel import ContextParallelGroup, check_divisible
-from ..runtime.sharding import split_frozen_model
+from ..runtime.sharding import shard_frozen_model
 
 
 logger = logging.getLogger(__name__)
@@ -507,7 +507,7 @@ def _split_over_processes(
         context_parallel.split(transformer)
     sharded = transformers if "transformer" in shard_weights else []
     for model in [*sharded, *([pipeline.text_encoder] if "text_encoder" in shard_weights else [])]:
-        split_frozen_model(model, model._no_split_modules, device, context_parallel.mesh)
+        shard_frozen_model(model, model._no_split_modules, device, context_parallel.mesh)
 
 
 def _place(

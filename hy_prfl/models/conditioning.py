@@ -1,4 +1,4 @@
-"""What a transformer is given besides noisy latents and their timesteps: prompts, and images in one of two ways."""
+"""The conditioning of a transformer: prompt embeddings, and images as extra channels or as a clean first frame."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -7,12 +7,12 @@ from typing import Protocol
 import torch
 
 
-# Latent pixels of a token, frames apart: that of every Wan transformer, and written into diffusers' pipelines.
+# Height and width of a patch in latent pixels. All Wan transformers have it, and diffusers' pipelines hard-code it.
 PATCH = 2
 
 
 class Conditioned(Protocol):
-    """Whatever has the tensors of a [`Conditioning`], such as a batch of a latent dataset."""
+    """Any object with the tensors of a [`Conditioning`], such as a batch of a latent dataset."""
 
     @property
     def prompt_embeds(self) -> torch.Tensor: ...
@@ -25,20 +25,20 @@ class Conditioned(Protocol):
 @dataclass(frozen=True)
 class Conditioning:
     """
-    What generator and reward model see of a clip besides its noisy latents.
+    Inputs of the generator and the reward model besides noisy latents and timesteps, for a batch of clips.
 
-    Wan 2.1 and Wan2.2 A14B take the condition as more channels. Wan2.2 TI2V 5B takes it in place of the first frame,
-    whose tokens have the timestep 0; such a condition has as many channels as the latents, and fewer frames.
+    Wan 2.1 and Wan2.2 A14B take the condition as extra channels. In Wan2.2 TI2V 5B it replaces the first latent frame,
+    whose tokens have timestep 0. Such a condition has as many channels as the latents, and fewer frames.
 
     Args:
         prompt_embeds (`torch.Tensor` of shape `(batch_size, max_sequence_length, text_dim)`):
-            Embeddings of the prompts, padded with zeros. Models are called in their type.
+            Embeddings of the prompts, padded with zeros. Latents and image embeddings are cast to their type.
         image_embeds (`torch.Tensor`, *optional*):
             Embeddings of the images `(batch_size, num_image_tokens, image_dim)`, for models with an image encoder.
-            Models of first and last frame take `2 * batch_size` of them, those of a clip behind each other.
+            Models with a first and a last frame take `2 * batch_size` of them; the two of a clip are consecutive.
         condition (`torch.Tensor`, *optional*):
-            `(batch_size, 4 + num_channels, num_frames, height, width)`, mask and latents of the images, or
-            `(batch_size, num_channels, 1, height, width)`, the clean first frame.
+            Mask and latents of the images `(batch_size, 4 + num_channels, num_frames, height, width)`, or the clean
+            first frame `(batch_size, num_channels, 1, height, width)`.
     """
 
     prompt_embeds: torch.Tensor
@@ -47,7 +47,7 @@ class Conditioning:
 
     @classmethod
     def of(cls, batch: Conditioned) -> "Conditioning":
-        """Conditioning of the clips of a batch, with their own captions."""
+        """The conditioning of a batch, with the captions of its clips."""
         return cls(batch.prompt_embeds, batch.image_embeds, batch.condition)
 
     def with_prompts(self, prompt_embeds: torch.Tensor) -> "Conditioning":
@@ -55,7 +55,7 @@ class Conditioning:
         return dataclasses.replace(self, prompt_embeds=prompt_embeds)
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> "Conditioning":
-        """Copy on `device`, the embeddings in `dtype`; the condition is in float32, as noisy latents are."""
+        """Copy to `device`. Embeddings are cast to `dtype`, the condition to float32, the type of noisy latents."""
         images, condition = self.image_embeds, self.condition
         return Conditioning(
             self.prompt_embeds.to(device, dtype),
@@ -65,7 +65,7 @@ class Conditioning:
 
     def model_inputs(self, latents: torch.Tensor, timestep: torch.Tensor) -> dict[str, torch.Tensor | None]:
         """
-        Arguments of a transformer or a reward model, by diffusers' names, for noisy latents.
+        Keyword arguments, by diffusers' names, with which a transformer or a reward model is called on noisy latents.
 
         Args:
             latents (`torch.Tensor` of shape `(batch_size, num_channels, num_frames, height, width)`):
@@ -87,7 +87,7 @@ def add_condition(
     latents: torch.Tensor, timestep: torch.Tensor, condition: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Noisy latents and their timesteps, with the condition of a [`Conditioning`] where the model expects it.
+    Put the condition of a [`Conditioning`] where the model expects it: in extra channels, or in the first frames.
 
     Args:
         latents (`torch.Tensor` of shape `(batch_size, num_channels, num_frames, height, width)`):
@@ -98,7 +98,7 @@ def add_condition(
             `(batch_size, 4 + num_channels, num_frames, height, width)`, or `(batch_size, num_channels, 1, height, width)`.
 
     Returns:
-        The input, and its timesteps `(batch_size,)` or `(batch_size, num_tokens)`.
+        The model's input, and its timesteps: `(batch_size,)`, or `(batch_size, num_tokens)` with a clean first frame.
     """
     num_clean = num_clean_frames(latents, condition)
     if condition is None:
@@ -112,14 +112,14 @@ def add_condition(
 
 
 def num_clean_frames(latents: torch.Tensor, condition: torch.Tensor | None) -> int:
-    """Number of first latent frames that the condition takes the place of; nothing is predicted for them."""
+    """How many of the first latent frames the condition replaces: 0 or 1 for Wan's models. They are not predicted."""
     if condition is None or condition.shape[1] != latents.shape[1]:
         return 0
     return condition.shape[2]
 
 
 def put_condition(latents: torch.Tensor, condition: torch.Tensor | None) -> torch.Tensor:
-    """Latents with the frames that the condition takes the place of, if it does, as they are in it."""
+    """Replace the first latent frames by a clean first frame. Any other condition leaves the latents unchanged."""
     num_clean = num_clean_frames(latents, condition)
     if condition is None or num_clean == 0:
         return latents

@@ -1,11 +1,10 @@
 """
 Converts whole models between diffusers' folders and the files of Wan's and upstream's own code.
 
-A model is the hub of it: whatever it was read from, it can be written in any format. Its weights are mapped from the
-files, in the types they have there, and written file by file, so a conversion needs no copy of them in memory.
+Every format is read into a model, and a model can be written in every format. Weights are memory-mapped from the files
+in their stored types and written file by file, so a conversion needs no copy of them in memory.
 
-Nothing is guessed and nothing is skipped: a key, a shape or a configuration entry that is not understood is an error
-that names it.
+Nothing is guessed or skipped: an unknown key, shape or configuration entry is an error that names it.
 """
 
 import inspect
@@ -52,13 +51,13 @@ WEIGHTS_PATTERN = "diffusion_pytorch_model{suffix}.safetensors"
 
 def read_transformer(path: str | Path, config: str | Path | None = None) -> WanTransformer3DModel:
     """
-    Read a generator, in the format that its config.json tells.
+    Read a generator. Its format is read from config.json.
 
     Args:
         path (`str` or `Path`):
             A folder with `config.json` and safetensors, one file or shards; or a file, safetensors or pickled.
         config (`str` or `Path`, *optional*):
-            The `config.json` of a single file, if it does not lie beside it.
+            The `config.json` of a single file; the one in the same folder if left out.
 
     Raises:
         FileNotFoundError: If a file is missing.
@@ -74,33 +73,33 @@ def read_transformer(path: str | Path, config: str | Path | None = None) -> WanT
     config_path = Path(config) if config is not None else (path if path.is_dir() else path.parent) / "config.json"
     if not config_path.is_file():
         raise FileNotFoundError(
-            f"There is no file '{config_path}'. The weights do not tell the number of heads: give Wan's config.json "
-            "as `transformer_config`."
+            f"There is no file '{config_path}'. The number of heads cannot be read from the weights: give Wan's "
+            "config.json as `transformer_config`."
         )
     class_name = read_json(config_path).get("_class_name")
     if class_name == WanTransformer3DModel.__name__:
         return read_diffusers(WanTransformer3DModel, path, config_path)
     if class_name == WanRewardModel.__name__:
-        raise ValueError(f"{config_path}: this is a reward model, it goes to `reward_model`.")
+        raise ValueError(f"{config_path}: this is a reward model. Give it as `reward_model`.")
     return convert_transformer(path, config_path)
 
 
 def convert_transformer(path: str | Path, config: str | Path | None = None) -> WanTransformer3DModel:
-    """Read a generator in Wan's native format; for the arguments see [`read_transformer`]."""
+    """Read a generator in Wan's native format. The arguments are those of [`read_transformer`]."""
     entries = read_native_config(config if config is not None else path)
     weights = strip_prefix(read_weights(path))
     model_config = transformer_config(entries, weights, source=str(path))
     if entries["num_layers"] != model_config["num_layers"]:
         raise ValueError(
-            f"{path}: config.json counts {entries['num_layers']} blocks (`num_layers`), the weights have "
-            f"{model_config['num_layers']}. Parts of a reward model go to `reward_transformer`."
+            f"{path}: config.json has `num_layers` {entries['num_layers']}, but the weights have "
+            f"{model_config['num_layers']} blocks. Give the transformer of a reward model as `reward_transformer`."
         )
     return build_model(WanTransformer3DModel, model_config, weights, key_names(range(entries["num_layers"])), path)
 
 
 def read_diffusers(model_class: type[ModelT], path: str | Path, config: str | Path | None = None) -> ModelT:
     """
-    Read a model in diffusers' format, in the types of its files; `from_pretrained` would change some of them.
+    Read a model in diffusers' format, in the types of its files. `from_pretrained` would cast some weights.
 
     Raises:
         FileNotFoundError: If a file is missing.
@@ -127,13 +126,13 @@ def save_native(
     text_len: int = 512,
 ) -> None:
     """
-    Write a generator as Wan's and upstream's inference and ComfyUI read it, to a new folder.
+    Write a generator to a new folder, in the format that Wan's and upstream's inference code and ComfyUI read.
 
     Args:
         max_shard_size (`str`, *optional*):
-            Largest file, such as `"5GB"`; one file if left out, which is what ComfyUI needs.
+            Size of the largest file, such as `"5GB"`; one file if left out, as ComfyUI needs it.
         text_len (`int`, defaults to 512):
-            See [`~models.native.native_config`].
+            See [`~hy_prfl.formats.wan_native.native_config`].
     """
     config = native_config(model.config, text_len=text_len, source=str(output_dir))
     names = key_names(range(model.config.num_layers))
@@ -152,7 +151,7 @@ def _write_native(folder: Path, config: Mapping[str, Any], weights: StateDict, m
 
 
 def save_converted(model: ModelMixin, output_dir: str | Path, *, max_shard_size: str | None = None) -> None:
-    """Save a model in diffusers' format to a new folder that appears only when it is complete."""
+    """Save a model in diffusers' format to a new folder. The folder appears only when it is complete."""
     with new_folder(output_dir) as folder:
         model.save_pretrained(folder, max_shard_size=max_shard_size or "10GB")
 
@@ -167,20 +166,20 @@ def convert_reward_model(
     task: str = "motion_quality",
 ) -> WanRewardModel:
     """
-    Read upstream's reward checkpoint, which comes in three parts, as one model.
+    Read upstream's reward checkpoint, which has three parts, into one model.
 
     Args:
         reward_transformer (`str` or `Path`):
-            Folder with the first blocks of a native Wan transformer. Its config.json counts the blocks of the
-            original model; how many are left is read from the weights.
+            Folder with the first blocks of a native Wan transformer. `num_layers` in its config.json is that of the
+            original model; the number of blocks is read from the weights.
         mlp (`str` or `Path`):
             `mlp_step_N.ckpt`.
         query_attention (`str` or `Path`):
             `query_attention_step_N.ckpt`.
         num_query_heads (`int`, defaults to 8):
-            Heads of the query attention; no file holds it, upstream's code has 8 unless its configuration says else.
+            Heads of the query attention. No file holds the number; the default of upstream's code is 8.
         query_residual (`bool`, defaults to `True`):
-            Whether the query is added to the pooled vector; upstream's code does.
+            Whether the query is added to the pooled vector, as in upstream's code.
         task (`str`, defaults to `"motion_quality"`):
             The label that the model was trained on.
 
@@ -192,8 +191,8 @@ def convert_reward_model(
     config = transformer_config(entries, weights, source=str(reward_transformer))
     if config["num_layers"] > entries["num_layers"]:
         raise ValueError(
-            f"{reward_transformer}: the weights have {config['num_layers']} blocks, more than the "
-            f"{entries['num_layers']} that config.json counts (`num_layers`)."
+            f"{reward_transformer}: the weights have {config['num_layers']} blocks, more than "
+            f"`num_layers` {entries['num_layers']} in config.json."
         )
     head = rename_mlp_keys(read_checkpoint(mlp), source=str(mlp))
     pooler = rename_query_attention_keys(read_checkpoint(query_attention), source=str(query_attention))
@@ -212,11 +211,11 @@ def convert_reward_model(
 
 def save_reward_parts(model: WanRewardModel, output_dir: str | Path) -> None:
     """
-    Write a reward model in upstream's three parts, to a new folder.
+    Write a reward model to a new folder, in upstream's three parts.
 
-    They are called `checkpoint-0`, `mlp_step_0.ckpt` and `query_attention_step_0.ckpt`, because upstream reads a step
-    from the name. Upstream's files have no place for `task` and `vae_fingerprint`, nor for the number of heads of
-    the query attention, which must be told to its configuration unless it is 8.
+    The parts are `checkpoint-0`, `mlp_step_0.ckpt` and `query_attention_step_0.ckpt`: upstream reads a step from the
+    name. Upstream's format does not store `task`, `vae_fingerprint` and `num_query_heads`. If the number of heads is
+    not 8, upstream's configuration must set it.
 
     Raises:
         ValueError: If upstream's code could not compute the same score.
@@ -227,7 +226,7 @@ def save_reward_parts(model: WanRewardModel, output_dir: str | Path) -> None:
             raise ValueError(f"{output_dir}: `{name}` must be {value!r} in upstream's format, got {config[name]!r}.")
     if tuple(config.head_dims) != UPSTREAM_HEAD_DIMS:
         raise ValueError(
-            f"{output_dir}: `head_dims` must be {UPSTREAM_HEAD_DIMS}, the widths that are written into upstream's `MLP`, got "
+            f"{output_dir}: `head_dims` must be {UPSTREAM_HEAD_DIMS}, the widths of upstream's `MLP`, got "
             f"{tuple(config.head_dims)}."
         )
     entries = native_config(config, source=str(output_dir))
@@ -237,8 +236,8 @@ def save_reward_parts(model: WanRewardModel, output_dir: str | Path) -> None:
         )
     if entries["model_type"] == "i2v" and config.image_dim is None:
         raise ValueError(
-            f"{output_dir}: upstream's code takes every image-to-video model for one of Wan2.1, with layers for image "
-            "embeddings (`img_emb`, `k_img`, `v_img`); this one has none (`image_dim`), as Wan2.2 I2V."
+            f"{output_dir}: upstream's code reads every image-to-video model as Wan2.1, with layers for image "
+            "embeddings (`img_emb`, `k_img`, `v_img`). This model has none (`image_dim` is null), like Wan2.2 I2V."
         )
     state_dict = model.state_dict()
     names = key_names(range(config.num_layers))
@@ -256,7 +255,7 @@ def save_reward_parts(model: WanRewardModel, output_dir: str | Path) -> None:
     }
     with new_folder(output_dir) as folder:
         _write_native(folder / "checkpoint-0", entries, {names[key]: value for key, value in backbone.items()}, None)
-        # A tensor is saved with all of the storage that it is a part of.
+        # Clones, because `torch.save` writes the whole storage of a view.
         torch.save({key: value.clone() for key, value in mlp.items()}, folder / "mlp_step_0.ckpt")
         torch.save(
             {key: value.clone() for key, value in query_attention.items()}, folder / "query_attention_step_0.ckpt"
@@ -264,7 +263,7 @@ def save_reward_parts(model: WanRewardModel, output_dir: str | Path) -> None:
 
 
 def rename_mlp_keys(weights: Mapping[str, torch.Tensor], *, source: str) -> StateDict:
-    """Keys of upstream's MLP (`fc1`, `fc2`, `fc3`) -> those of the head of [`WanRewardModel`]."""
+    """Rename the keys of upstream's MLP (`fc1`, `fc2`, `fc3`) to those of the head of [`WanRewardModel`]."""
     expected = {f"{old}.{part}": f"{new}.{part}" for old, new in MLP_NAMES.items() for part in ("weight", "bias")}
     check_keys(weights, expected, source=source)
     check_finite(weights.items(), source=source)
@@ -273,9 +272,9 @@ def rename_mlp_keys(weights: Mapping[str, torch.Tensor], *, source: str) -> Stat
 
 def rename_query_attention_keys(weights: Mapping[str, torch.Tensor], *, source: str) -> StateDict:
     """
-    Keys of upstream's query attention, a `torch.nn.MultiheadAttention`, -> those of the pooling of [`WanRewardModel`].
+    Rename the keys of upstream's query attention, a `torch.nn.MultiheadAttention`, to those of the pooling.
 
-    `in_proj` stacks the projections of query, key and value; they become three layers.
+    `in_proj` stacks the projections of query, key and value. It becomes three layers.
     """
     names = [
         f"multihead_attn.{name}" for name in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")
@@ -306,11 +305,11 @@ def build_model(
     source: str | Path,
 ) -> ModelT:
     """
-    Make a model whose weights are exactly `weights`, in the types they have; nothing is initialised at random.
+    Build a model with exactly these weights, in their types. Nothing is initialised at random.
 
     Args:
         names (`Mapping[str, str]`):
-            Keys of the model -> keys of `weights`, where they differ.
+            Maps keys of the model to keys of `weights`, where they differ.
 
     Raises:
         ValueError: Naming the keys of `weights` that are missing, unexpected, of another shape or not finite.
@@ -331,14 +330,14 @@ def build_model(
 @torch.no_grad()
 def merge_loras(transformer: WanTransformer3DModel, adapters: Sequence[ScaledAdapter], *, source: str) -> None:
     """
-    Add LoRAs to the weights of a generator, which keep their types: the sum is rounded once.
+    Add LoRAs to the weights of a generator, in place. The weights keep their types; each sum is rounded once.
 
     Args:
         source (`str`):
             Where the LoRAs come from, for errors.
 
     Raises:
-        ValueError: Naming the keys of a LoRA that have no place in the model; nothing is changed then.
+        ValueError: Naming the keys of a LoRA that do not fit the model. The model is then unchanged.
     """
     for each in adapters:
         check_adapter_fits(each.adapter, transformer, source=source)
@@ -353,9 +352,9 @@ def merge_loras(transformer: WanTransformer3DModel, adapters: Sequence[ScaledAda
 
 def find_transformers(path: str | Path) -> dict[ExpertName, Path]:
     """
-    Folders or files of the transformers at a path: those of a pipeline in diffusers' or in Wan's format, or the path itself.
+    Find the transformers at a path: one or two in a pipeline of diffusers' or Wan's format, or the path itself.
 
-    Of a pipeline of two experts, both; a transformer by itself counts as that of a pipeline of one.
+    The path of a single transformer is returned as the high-noise expert.
     """
     path = Path(path)
     for names in (EXPERT_FOLDERS, NATIVE_EXPERT_FOLDERS):
@@ -368,22 +367,22 @@ def assign_loras(
     paths: Sequence[str], scales: Sequence[float], transformers: Mapping[ExpertName, Path]
 ) -> dict[ExpertName, list[ScaledAdapter]]:
     """
-    Read LoRAs, and say which of them go into which transformer.
+    Read LoRAs and assign each to a transformer.
 
-    Of a pipeline of two experts the header of a LoRA tells its own; one that names none goes into the high-noise expert,
-    and a warning says so. Into a single transformer goes any LoRA of one.
+    Of a pipeline of two experts the header of a LoRA names its own. Without one it goes into the high-noise expert,
+    with a warning. A single transformer takes every LoRA.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If a file is no LoRA, or one for an expert that is not there.
+        ValueError: If a file is not a LoRA, or has LoRAs for two experts and there is one transformer.
     """
     assigned: dict[ExpertName, list[ScaledAdapter]] = {}
     for path, scale in zip(paths, scales, strict=True):
         adapters = read_adapters(path)
         if len(adapters) > len(transformers):
             raise ValueError(
-                f"`merge_lora`: '{path}' has a LoRA for each of two experts. Give the folder of the pipeline as "
-                "`transformer`, or the file of one of them."
+                f"`merge_lora`: '{path}' has LoRAs for two experts, but there is one transformer. Give the pipeline's "
+                "folder as `transformer`, or the file of one LoRA."
             )
         for adapter in adapters:
             if len(transformers) > 1 and not adapter.names_expert:

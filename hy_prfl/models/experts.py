@@ -1,4 +1,4 @@
-"""Pipelines of two experts (Wan2.2 A14B): which transformer is called at which timestep. The only place that knows."""
+"""Pipelines with two experts (Wan2.2 A14B): which transformer is called at which timestep, and which are trained."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,10 +17,10 @@ from ..formats.pipeline_info import PipelineInfo
 @dataclass(frozen=True)
 class Experts:
     """
-    The experts of a pipeline, and those of them that train.
+    The experts of a pipeline, and which of them are trained.
 
-    The high-noise expert is called at timesteps that are not below the boundary, as diffusers' pipelines do it, the
-    low-noise expert at all others. A pipeline with one transformer is one whose boundary is 0.
+    As in diffusers' pipelines, the high-noise expert is called at timesteps >= `boundary`, and the low-noise expert at
+    timesteps below it. A pipeline with one transformer has the boundary 0.
 
     Args:
         boundary (`float`):
@@ -42,44 +42,44 @@ class Experts:
         return "high_noise" if timestep >= self.boundary else "low_noise"
 
     def timesteps_of(self, expert: ExpertName) -> tuple[float, float]:
-        """Timesteps of an expert: from the first number on, and below the second."""
+        """Range `[low, high)` of the timesteps of an expert."""
         return (self.boundary, math.inf) if expert == "high_noise" else (-math.inf, self.boundary)
 
     def draw(self, uniform: float, high_noise_probability: float) -> ExpertName:
         """
-        One of the experts in training.
+        Choose one of the trained experts for an update.
 
         Args:
             uniform (`float`):
-                A draw from U[0, 1).
+                Random number from U[0, 1).
             high_noise_probability (`float`):
-                How often it is the high-noise expert if both train.
+                Probability of the high-noise expert if both are trained.
         """
         if len(self.trained) == 1:
             return self.trained[0]
         return "high_noise" if uniform < high_noise_probability else "low_noise"
 
     def join(self, transformers: Mapping[ExpertName, nn.Module]) -> nn.Module:
-        """What is called as one transformer: the only one of these, or both of them."""
+        """One module from the experts: the only transformer, or an [`ExpertPair`]."""
         if len(transformers) == 1:
             return next(iter(transformers.values()))
         return ExpertPair(transformers["high_noise"], transformers["low_noise"], self)
 
     def parts(self, model: nn.Module) -> dict[ExpertName, Any]:
-        """The transformers in training, by their names, of what [`join`] made of them."""
+        """The trained transformers by name, from a module that [`join`] returned."""
         if len(self.trained) == 1:
             return {self.trained[0]: model}
         return {name: model.get_submodule(name) for name in self.trained}
 
     def frozen(self, *, rolls_out: bool, samples: bool) -> ExpertName | None:
         """
-        The expert that has to be there beside the one in training, if any.
+        The expert that is not trained but has to be loaded, if any.
 
         Args:
             rolls_out (`bool`):
-                Whether chains are walked as far as a step of the expert in training.
+                Whether the run denoises up to a step of the trained expert.
             samples (`bool`):
-                Whether chains are walked to their end.
+                Whether the run denoises to the end of the chain, to make videos.
         """
         others = [expert for expert in EXPERT_FOLDERS if expert not in self.trained]
         if not self.are_two or not others:
@@ -94,21 +94,23 @@ class Experts:
         num_chained_steps: int = 1,
     ) -> tuple[int, int]:
         """
-        First and last step of the sampler's chain that may take gradient: steps of an expert in training, within the
-        range that was asked for, and not the very last, which would leave no noise.
+        First and last step of the sampler's chain that may take gradient.
+
+        Both are steps of a trained expert and within `step_range`. The last step of the chain is excluded, because it
+        leaves no noise.
 
         Args:
             timesteps (`Sequence[float]`):
-                The sampler's grid, one timestep a step, descending.
+                Timesteps of the sampler, one per step, descending.
             step_range (`Sequence[int]`, *optional*):
-                First and last step that were asked for.
+                First and last step that the run's options allow; all steps of the trained experts if left out.
             num_gradient_steps (`int`, defaults to 1):
-                How many of them a chain needs.
+                Steps that take gradient in each chain.
             num_chained_steps (`int`, defaults to 1):
-                How many consecutive steps a gradient passes through; the range is that of the last of them.
+                Consecutive steps that one gradient passes through. The returned range is that of the last of them.
 
         Raises:
-            ValueError: If the range goes beyond these steps, or there are too few of them.
+            ValueError: If `step_range` has other steps, or if there are too few steps.
         """
         own = [index for index, each in enumerate(timesteps[:-1]) if self.name_at(each) in self.trained]
         trained, boundary = " and ".join(self.trained), f"the boundary is timestep {self.boundary:g}"
@@ -127,22 +129,22 @@ class Experts:
 
 
 def read_experts(pretrained_model_name_or_path: str, expert: str | None, *, revision: str | None = None) -> Experts:
-    """Experts of a pipeline on disk or on the Hub, and the choice among them, see [`choose_experts`]."""
+    """[`choose_experts`] for a pipeline on disk or on the Hub."""
     return choose_experts(PipelineInfo.read(pretrained_model_name_or_path, revision), expert)
 
 
 def choose_experts(info: PipelineInfo, expert: str | None) -> Experts:
     """
-    Experts of a pipeline, and the choice among them.
+    The experts of a pipeline, and which of them an option selects for training.
 
     Args:
         info (`PipelineInfo`):
             The pipeline.
         expert (`str`, *optional*):
-            `"high_noise"`, `"low_noise"` or `"both"`; to be left out if the pipeline has one transformer.
+            `"high_noise"`, `"low_noise"` or `"both"`. Must be left out if the pipeline has one transformer.
 
     Raises:
-        ValueError: If the choice does not fit the pipeline, or its index contradicts itself.
+        ValueError: If `expert` does not fit the pipeline, or its model_index.json contradicts itself.
     """
     file, ratio = f"{info.source}: model_index.json", info.boundary_ratio
     if not info.has_two_experts:
@@ -158,22 +160,22 @@ def choose_experts(info: PipelineInfo, expert: str | None) -> Experts:
         "both": ("high_noise", "low_noise"),
     }
     check(expert in choices, "expert", expert, f"high_noise, low_noise or both, {file} has a `transformer_2`")
-    # As the pipelines compute it.
+    # The same product as in diffusers' pipelines.
     return Experts(ratio * NUM_TRAIN_TIMESTEPS, choices[expert])
 
 
 class ExpertPair(nn.Module):
     """
-    Two experts that are called as one transformer: the timestep says which of them.
+    Two experts that are called as one transformer. The timestep selects the expert.
 
-    All samples of a batch must be on one side of the boundary. To see on which, each forward waits for the device once.
-    Under an engine all ranks must be on the same side.
+    All samples of a batch must be on one side of the boundary. Each forward reads the timesteps on the host, so it
+    waits for the device once. Under DDP or DeepSpeed all ranks must be on the same side.
 
     Args:
         high_noise, low_noise (`nn.Module`):
-            The experts, each as it is called: bare, or in its engine's wrapping.
+            The experts as they are called: plain modules, or wrapped by the engine.
         experts (`Experts`):
-            Says where the boundary is.
+            Holds the boundary.
     """
 
     def __init__(self, high_noise: nn.Module, low_noise: nn.Module, experts: Experts) -> None:
@@ -184,13 +186,13 @@ class ExpertPair(nn.Module):
 
     def forward(self, *, timestep: torch.Tensor, **inputs: Any) -> Any:
         """
-        Call the expert of these timesteps.
+        Call the expert that these timesteps belong to.
 
         Args:
             timestep (`torch.Tensor` of shape `(batch_size,)`):
                 Noise levels, `1000 * sigma`.
             inputs:
-                Whatever else a transformer is given.
+                The other arguments of a transformer.
 
         Raises:
             ValueError: If the timesteps are on both sides of the boundary.
@@ -204,7 +206,7 @@ class ExpertPair(nn.Module):
 
 
 class PairWeights(Mapping[str, torch.Tensor]):
-    """Weights of an [`ExpertPair`] by name, made of those of the experts; each is read when it is asked for."""
+    """Weights of an [`ExpertPair`] by name, from those of the experts. Each is read on access."""
 
     def __init__(self, weights: Mapping[ExpertName, Mapping[str, torch.Tensor]]) -> None:
         self.weights: dict[str, Mapping[str, torch.Tensor]] = {str(name): each for name, each in weights.items()}

@@ -1,4 +1,4 @@
-"""Loads the parts of a diffusers Wan pipeline folder; the place that knows its subfolders and files."""
+"""Loads transformers, reward models and schedulers from folders and Hub repositories in diffusers' format."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -32,15 +32,15 @@ WEIGHTS_NAME = "diffusion_pytorch_model"
 @dataclass(frozen=True)
 class Deferred(Generic[ModelT]):
     """
-    A model on disk, whose configuration can be checked before its weights are read.
+    A model on disk. Its configuration can be checked before its weights are read.
 
     Args:
         config (`Mapping[str, Any]`):
-            Its configuration.
+            Configuration of the model.
         load (`Callable[[], nn.Module]`):
-            Reads it.
+            Reads the model.
         start (`StartingPoint`, *optional*):
-            What it is made of, if that is not a pipeline's transformer alone.
+            Weights and LoRA that it starts from, if not the pipeline's own transformer.
     """
 
     config: Mapping[str, Any]
@@ -49,33 +49,34 @@ class Deferred(Generic[ModelT]):
 
 
 def loaded(model: ModelT | Deferred[ModelT]) -> ModelT:
-    """The model, which is read now if it was deferred."""
+    """The model itself. A deferred model is read now."""
     return model.load() if isinstance(model, Deferred) else model
 
 
 def start_of(model: nn.Module | Deferred[Any]) -> StartingPoint:
-    """What a model is made of, as far as it is deferred."""
+    """The starting point of a deferred model; an empty one for a model that is already loaded."""
     return model.start if isinstance(model, Deferred) else StartingPoint()
 
 
 class WeightFiles(Mapping[str, torch.Tensor]):
     """
-    Weights of a diffusers model by name, each read from its safetensors file when it is asked for. Asking for one that
-    holds a NaN or an infinity raises a `ValueError` that names it.
+    Weights of a diffusers model by name. Each is read from its safetensors file on access.
+
+    Reading a weight with a NaN or an infinity raises a `ValueError` that names it.
 
     Args:
         pretrained_model_name_or_path (`str`):
             A local folder or a Hub id.
         subfolder (`str`, *optional*):
-            Where in it the model is.
+            Subfolder of the model.
         revision (`str`, *optional*):
             Hub revision.
         variant (`str`, *optional*):
-            Variant of the files, e.g. `fp16`.
+            Variant of the files, such as `fp16`.
 
     Raises:
-        FileNotFoundError: If there are no safetensors of that variant.
-        ValueError: If one of the files is no safetensors file, or cut short.
+        FileNotFoundError: If there are no safetensors files of that variant.
+        ValueError: If one of the files is not a safetensors file, or is cut off.
     """
 
     def __init__(
@@ -110,10 +111,10 @@ class WeightFiles(Mapping[str, torch.Tensor]):
 
     def select(self, names: Iterable[str]) -> "WeightFiles":
         """
-        Only these weights.
+        Keep only these weights.
 
         Raises:
-            ValueError: If one of them is not there.
+            ValueError: If one of them is missing.
         """
         selection = copy(self)
         missing = [name for name in names if name not in self.files]
@@ -152,15 +153,14 @@ def load_transformer(
 
     Args:
         split (`Callable[[nn.Module], None]`, *optional*):
-            Splits a module's weights over the ranks, see [`~hy_prfl.runtime.sharding.fill_weights`]. Without it every process
-            loads all of the model.
+            Shards a module's weights over the ranks, see [`~hy_prfl.runtime.sharding.fill_weights`]. Without it, every
+            process loads the whole model.
         quantizer (`Quantizer`, *optional*):
-            Holds the weights of the blocks' linear layers in fewer bits. Not together with `split`.
+            Quantises the weights of the blocks' linear layers. Not together with `split`.
         keep_in_fp32 (`bool`, defaults to `False`):
-            Leave the parts that are sensitive to rounding in float32 although `split` is given; without it they always
-            are.
+            With `split`, keep the parts that are sensitive to rounding in float32. Without `split` they always are.
         start (`StartingPoint`, *optional*):
-            Weights in place of the pipeline's, and a LoRA to merge. The sum is rounded once, to `dtype`.
+            Weights that replace the pipeline's, and a LoRA to merge. The sum is rounded once, to `dtype`.
 
     Raises:
         ValueError: If a weight is not finite; the message names it.
@@ -189,9 +189,9 @@ def load_transformer(
 def empty_transformer(
     pretrained_model_name_or_path: str, *, revision: str | None = None, subfolder: str = TRANSFORMER_FOLDER
 ) -> WanTransformer3DModel:
-    """The generator of a Wan pipeline on the meta device, for its names, shapes and configuration."""
+    """The generator of a Wan pipeline on the meta device. It has names, shapes and a configuration, but no weights."""
     config = WanTransformer3DModel.load_config(pretrained_model_name_or_path, subfolder=subfolder, revision=revision)
-    # Its tables draw random numbers, which those of a run must not depend on.
+    # Building it draws random numbers. They must not change those of the run.
     with torch.random.fork_rng(devices=[]), init_empty_weights():
         return WanTransformer3DModel.from_config(config)
 
@@ -210,7 +210,7 @@ def make_reward_model(
     **kwargs: Any,
 ) -> WanRewardModel:
     """
-    [`WanRewardModel.from_transformer`] for a transformer on disk, of which only the blocks that are kept are read.
+    [`WanRewardModel.from_transformer`] for a transformer on disk. Only the blocks that are kept are read.
 
     Args:
         kwargs:
@@ -223,7 +223,7 @@ def make_reward_model(
     """
     files: dict[str, Any] = {"subfolder": subfolder, "revision": revision}
     start = start or StartingPoint()
-    # The draws of its making are part of what a seed stands for: the head's first weights come after them.
+    # Building it draws random numbers before the head does. They are part of what a seed reproduces.
     with init_empty_weights():
         base = WanTransformer3DModel.from_config(
             WanTransformer3DModel.load_config(pretrained_model_name_or_path, **files)
@@ -256,20 +256,20 @@ def load_reward_model(
     keep_in_fp32: bool = True,
 ) -> WanRewardModel:
     """
-    Load a reward model, frozen and in evaluation mode: its weights take no gradient, its input may.
+    Load a reward model, frozen and in evaluation mode. Gradients flow to its input, not to its weights.
 
     Args:
         split (`Callable[[nn.Module], None]`, *optional*):
-            Splits a module's weights over the ranks, see [`~hy_prfl.runtime.sharding.fill_weights`].
+            Shards a module's weights over the ranks, see [`~hy_prfl.runtime.sharding.fill_weights`].
         quantizer (`Quantizer`, *optional*):
-            Holds the weights of the blocks' linear layers in fewer bits. Not together with `split`.
+            Quantises the weights of the blocks' linear layers. Not together with `split`.
         keep_in_fp32 (`bool`, defaults to `True`):
-            Leave the parts that are sensitive to rounding in float32 whatever `dtype` is. A ZeRO-3 engine wants one
-            type for all.
+            Keep the parts that are sensitive to rounding in float32 for any `dtype`. A ZeRO-3 engine needs one
+            type for all weights.
 
     Raises:
-        ValueError: If a weight is missing, left over or not finite; the message names it. Some broken weights would give
-            finite rewards.
+        ValueError: If a weight is missing, left over or not finite; the message names it. A broken model can give
+            rewards that look normal.
     """
     if split is None and quantizer is None:
         model = WanRewardModel.from_pretrained(pretrained_model_name_or_path, revision=revision, dtype=dtype)
@@ -293,7 +293,7 @@ def load_scheduler(
     pretrained_model_name_or_path: str, *, revision: str | None = None, flow_shift: float | None = None
 ) -> UniPCMultistepScheduler:
     """
-    Load the sampler of a Wan pipeline, so that a rollout walks the grid that inference walks.
+    Load the sampler of a Wan pipeline, so that rollouts use the same timesteps as inference.
 
     Args:
         flow_shift (`float`, *optional*):

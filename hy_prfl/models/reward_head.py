@@ -1,4 +1,4 @@
-"""What turns the tokens of a video transformer into one logit: a pooling and an MLP. Knows nothing about Wan."""
+"""The head of a reward model: a pooling and an MLP that turn the tokens of any video transformer into one logit."""
 
 from typing import Literal
 
@@ -14,16 +14,17 @@ class QueryAttentionPooling(nn.Module):
     r"""
     One learnable query that attends over all tokens (paper, equation 5).
 
-    `pooled = to_out(attention(to_q(query), to_k(tokens), to_v(tokens))) + query`. The paper writes one head without
-    output projection; upstream's code, whose checkpoints load here, uses 8 heads, biases and an output projection.
+    `pooled = to_out(attention(to_q(query), to_k(tokens), to_v(tokens))) + query`. The paper has one
+    attention head and no output projection. Here, as in upstream's code, there are 8 heads, biases and an output
+    projection, so that upstream's checkpoints can be loaded.
 
     Args:
         dim (`int`):
             Width of a token.
         num_heads (`int`, defaults to 8):
-            Heads of the attention, must divide `dim`.
+            Attention heads. Must divide `dim`.
         residual (`bool`, defaults to `True`):
-            Add the query to the result, a prior that does not depend on the content.
+            Add the query to the result. It acts as a prior that does not depend on the video.
     """
 
     def __init__(self, dim: int, num_heads: int = 8, residual: bool = True) -> None:
@@ -74,7 +75,7 @@ class MaxPooling(nn.Module):
 
 
 def build_pooling(pooling: PoolingType, dim: int, num_heads: int, residual: bool) -> nn.Module:
-    """The pooling of that name; `num_heads` and `residual` concern `"query"` only."""
+    """Build a pooling by name. `num_heads` and `residual` are for `"query"` only."""
     if pooling == "query":
         return QueryAttentionPooling(dim, num_heads=num_heads, residual=residual)
     if pooling == "mean":
@@ -85,7 +86,7 @@ def build_pooling(pooling: PoolingType, dim: int, num_heads: int, residual: bool
 
 
 class RewardHead(nn.Module):
-    """Three linear layers with ReLU, `dim -> 1024 -> 512 -> 1`, as upstream's."""
+    """Three linear layers with ReLU between them, `dim -> 1024 -> 512 -> 1` by default, as in upstream's code."""
 
     def __init__(self, dim: int, hidden_dims: tuple[int, int] = (1024, 512)) -> None:
         super().__init__()

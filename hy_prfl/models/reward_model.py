@@ -28,7 +28,7 @@ from .conditioning import Conditioning
 from .reward_head import PoolingType, RewardHead, build_pooling
 
 
-# What a reward model shares with the transformer that it was made from, and with every generator it may judge.
+# Configuration entries that a reward model takes from the transformer it is made from.
 BACKBONE_CONFIG = (
     "patch_size",
     "num_attention_heads",
@@ -53,13 +53,15 @@ class WanRewardModelOutput(ModelOutput):
     """
     Output of [`WanRewardModel`].
 
-    It is transformers' kind, as Accelerate under autocast makes it anew from a mapping, which diffusers' does not bear.
+    It is transformers' `ModelOutput`: under autocast, Accelerate builds a new output object from a mapping, and that
+    fails with diffusers' `BaseOutput`.
 
     Args:
         logits (`torch.Tensor` of shape `(batch_size,)`):
             Unbounded scores in float32; `logits.sigmoid()` is the reward in (0, 1).
         features (`torch.Tensor` of shape `(batch_size, num_tokens, dim)`, *optional*):
-            Tokens after the last block, before pooling, if asked for: Accelerate copies outputs to float32.
+            Tokens after the last block, before pooling. Only with `output_features`, because Accelerate would copy
+            them to float32.
     """
 
     logits: torch.Tensor
@@ -68,16 +70,17 @@ class WanRewardModelOutput(ModelOutput):
 
 class WanRewardModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin):
     r"""
-    Scores *noisy latents* at any timestep: the logit that the clean clip is good (paper, equations 4 to 6).
+    Scores *noisy latents* at any timestep. The score is the logit of the probability that the clean clip is good
+    (paper, equations 4 to 6).
 
-    Embeddings and blocks carry the names of [`~diffusers.WanTransformer3DModel`], `norm_out` and `proj_out` are
+    Embeddings and blocks have the same names as in [`~diffusers.WanTransformer3DModel`]. `norm_out` and `proj_out` are
     dropped.
 
     Args:
         num_layers (`int`, defaults to 8):
             Number of transformer blocks that are kept.
         base_num_layers (`int`, *optional*):
-            Number of blocks of the transformer this model was made from; tells a 14B base from a 1.3B one.
+            Number of blocks of the transformer that this model was made from. It differs between 14B and 1.3B.
         pooling (`"query"`, `"mean"` or `"max"`, defaults to `"query"`):
             How the tokens become one vector.
         num_query_heads (`int`, defaults to 8):
@@ -87,9 +90,9 @@ class WanRewardModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, Atte
         head_dims (`tuple[int, int]`, defaults to `(1024, 512)`):
             Hidden widths of the head.
         task (`str`, defaults to `"motion_quality"`):
-            The label that the logit stands for.
+            Name of the label that the logit predicts.
         vae_fingerprint (`str`, *optional*):
-            Identity of the VAE whose latents it was trained on; latents of another VAE are refused.
+            Identity of the VAE whose latents it was trained on. Latents of another VAE are an error.
 
     The other arguments are those of `WanTransformer3DModel`.
     """
@@ -155,7 +158,7 @@ class WanRewardModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, Atte
             pos_embed_seq_len=pos_embed_seq_len,
         )
 
-        # The place of a timestep for each token, of which every rank takes those of its own tokens.
+        # A hook point for timesteps per token: under context parallelism each rank takes those of its own tokens.
         self.token_timesteps = nn.Identity()
 
         # 3. Transformer blocks
@@ -175,7 +178,7 @@ class WanRewardModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, Atte
         self.gradient_checkpointing = False
 
     def reset_head(self) -> None:
-        """Make pooling and head anew, with random weights."""
+        """Replace pooling and head by new ones with random weights."""
         config = self.config
         dim = config.num_attention_heads * config.attention_head_dim
         self.pooler = build_pooling(
@@ -188,7 +191,7 @@ class WanRewardModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, Atte
         cls, transformer: WanTransformer3DModel, num_layers: int = 8, **kwargs: Any
     ) -> "WanRewardModel":
         """
-        Make a reward model of the first blocks of a generator. Weights are copied; pooling and head are new.
+        Make a reward model from the first blocks of a generator. Weights are copied; pooling and head are new.
 
         Args:
             transformer (`WanTransformer3DModel`):
@@ -216,11 +219,11 @@ class WanRewardModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, Atte
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, **kwargs: Any) -> Any:
         """
-        Load a reward model from a folder or the Hub; the arguments are those of `ModelMixin.from_pretrained`.
+        Load a reward model from a folder or the Hub. The arguments are those of `ModelMixin.from_pretrained`.
 
         Raises:
             ValueError: If the folder holds another kind of model, or a weight is missing, left over or not finite.
-                diffusers would only warn, and the model would score with an untrained head.
+                diffusers would only warn about the weights, and the model would score with an untrained head.
         """
         cls.load_own_config(pretrained_model_name_or_path, **_config_options(kwargs))
         return_loading_info = kwargs.pop("output_loading_info", False)
@@ -229,13 +232,13 @@ class WanRewardModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, Atte
             if info[problem]:
                 keys = ", ".join(str(key) for key in list(info[problem])[:5])
                 raise ValueError(f"{pretrained_model_name_or_path}: {len(info[problem])} {problem}, such as {keys}.")
-        # Attention can hide a NaN: the rewards would be finite.
+        # Rewards can be finite although a weight is NaN: attention can hide it.
         check_finite(model.named_parameters(), source=str(pretrained_model_name_or_path))
         return (model, info) if return_loading_info else model
 
     def _upload_folder(self, working_dir: str | Path, repo_id: str, **kwargs: Any) -> Any:
-        # All of diffusers' ways to the Hub end here, with a card that says `library_name: diffusers`. The Hub then shows
-        # code that loads the repository as a pipeline.
+        # diffusers uploads through this method, with `library_name: diffusers` in the card. The Hub would then show
+        # code that loads the repository as a pipeline, which it is not.
         card = Path(working_dir) / "README.md"
         data = (metadata_load(card) or {}) if card.is_file() else {}
         if data.get("library_name") == "diffusers":
@@ -248,7 +251,7 @@ class WanRewardModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, Atte
         Load the configuration of a reward model, as `load_config` does.
 
         Raises:
-            ValueError: If it is that of another kind of model.
+            ValueError: If it is the configuration of another kind of model.
         """
         config = cls.load_config(pretrained_model_name_or_path, **kwargs)
         if config.get("_class_name") != cls.__name__:
@@ -271,7 +274,7 @@ class WanRewardModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, Atte
 
         Args:
             hidden_states (`torch.Tensor` of shape `(batch_size, num_channels, num_frames, height, width)`):
-                Noisy latents, for image-to-video models with the 20 channels of the condition after them.
+                Noisy latents. For image-to-video models, the 20 channels of the condition follow those of the latents.
             timestep (`torch.Tensor` of shape `(batch_size,)` or `(batch_size, num_tokens)`):
                 Noise level of each sample, or of each of its tokens, `1000 * sigma`, in [0, 1000].
             encoder_hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, text_dim)`):
@@ -279,13 +282,13 @@ class WanRewardModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, Atte
             encoder_hidden_states_image (`torch.Tensor`, *optional*):
                 Image embeddings `(batch_size, num_image_tokens, image_dim)` of image-to-video models.
             output_features (`bool`, defaults to `False`):
-                Return the tokens after the last block too.
+                Also return the tokens after the last block.
             return_dict (`bool`, defaults to `True`):
                 Return a [`WanRewardModelOutput`] instead of a tuple.
 
         Raises:
-            ValueError: If the latents have the wrong number of channels, there is not one timestep per sample, or
-                image embeddings are given to, or withheld from, the wrong kind of model.
+            ValueError: If the latents have a wrong shape, there is not one timestep per sample or token, or image
+                embeddings are missing or are given to a model that takes none.
         """
         self._check_inputs(hidden_states, timestep, encoder_hidden_states_image)
 
@@ -315,7 +318,7 @@ class WanRewardModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, Atte
         # 4. Pooling & head, on all tokens
         hidden_states = self.token_gather(hidden_states)
         pooled = self.pooler(hidden_states)
-        # One vector a clip: autocast would save nothing here, and round logits and their gradients.
+        # Without autocast: it would save nothing on one vector per clip, and would round logits and gradients.
         with torch.autocast(pooled.device.type, enabled=False):
             logits = self.head(pooled.to(self.head.linear_1.weight.dtype)).float()
 
@@ -341,16 +344,16 @@ class WanRewardModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, Atte
             )
         if (encoder_hidden_states_image is None) != (self.config.image_dim is None):
             wanted = "no image embeddings" if self.config.image_dim is None else "`encoder_hidden_states_image`"
-            raise ValueError(f"This reward model, with `image_dim` {self.config.image_dim}, takes {wanted}.")
+            raise ValueError(f"This reward model has `image_dim` {self.config.image_dim}: it takes {wanted}.")
         patch_size = self.config.patch_size
         if any(size % patch for size, patch in zip(hidden_states.shape[2:], patch_size, strict=True)):
             raise ValueError(
                 f"The latents' size {tuple(hidden_states.shape[2:])} must be a multiple of the patch size "
-                f"{tuple(patch_size)}, {math.prod(patch_size)} latent pixels a token."
+                f"{tuple(patch_size)}: a token has {math.prod(patch_size)} latent pixels."
             )
 
     def freeze_embeddings(self) -> None:
-        """Freeze patch, text, time and image embeddings; blocks, pooling and head train (paper, section 4.2)."""
+        """Freeze patch, text, time and image embeddings. Blocks, pooling and head are trained (paper, section 4.2)."""
         self.patch_embedding.requires_grad_(False)
         self.condition_embedder.requires_grad_(False)
 
@@ -364,7 +367,7 @@ def score_noised(
     conditioning: Conditioning,
 ) -> torch.Tensor:
     """
-    Noise clean latents and score them at that noise level: what PAVRM is trained, evaluated and applied on.
+    Add noise to clean latents and score them. PAVRM is trained, evaluated and used in this way.
 
     Args:
         latents, noise (`torch.Tensor` of shape `(batch_size, num_channels, num_frames, height, width)`):
@@ -383,6 +386,6 @@ def score_noised(
 
 
 def _config_options(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The part of `from_pretrained`'s options that says where the files are."""
+    """The options of `from_pretrained` that say where the files are."""
     names = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
     return {name: kwargs[name] for name in names if name in kwargs}

@@ -1,4 +1,4 @@
-"""What a training starts from in place of a pipeline's transformer: another one, and a LoRA, merged or to train on."""
+"""Start a training from other weights than the pipeline's, and from a LoRA that is merged or trained further."""
 
 import math
 from collections.abc import Mapping
@@ -26,17 +26,18 @@ ADAPTER_NAME = "default"
 @dataclass(frozen=True)
 class StartingPoint:
     """
-    What one transformer of a run is made of.
+    Weights and LoRA that one transformer of a run starts from.
 
     Args:
         weights (`Mapping[str, torch.Tensor]`, *optional*):
-            Its weights by the names in `WanTransformer3DModel`, mapped from files; the pipeline's own if left out.
+            Its weights by their names in `WanTransformer3DModel`, memory-mapped from files; the pipeline's own if left
+            out.
         merged (`Adapter`, *optional*):
-            LoRA that is added to them.
+            LoRA that is added to the weights.
         continued (`Adapter`, *optional*):
-            LoRA whose weights the adapter in training begins with.
+            LoRA whose weights the trained adapter starts from.
         source (`str`):
-            Where the LoRA comes from, for errors.
+            Option and path of the LoRA, for error messages.
     """
 
     weights: Mapping[str, torch.Tensor] | None = None
@@ -46,11 +47,11 @@ class StartingPoint:
 
     @property
     def is_pipelines_own(self) -> bool:
-        """Whether the weights to load are those of the pipeline's transformer."""
+        """Whether the weights to load are those of the pipeline's transformer, unchanged."""
         return self.weights is None and self.merged is None
 
     def merge_into(self, weights: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-        """The weights, each with the LoRA added when it is asked for, if there is one."""
+        """The weights, with the LoRA to merge, if any, added to each on access."""
         return weights if self.merged is None else MergedWeights(weights, [ScaledAdapter(self.merged)])
 
 
@@ -64,31 +65,31 @@ def read_starting_point(
     suffix: str = "",
 ) -> StartingPoint:
     """
-    Read what the options of a training name, and check that it fits. Weights are mapped from their files.
+    Read the transformer and the LoRA of a run's options, and check that they fit. Weights are memory-mapped.
 
     Args:
         transformer_path (`str`, *optional*):
-            Transformer in diffusers' or Wan's format: a folder, or a file with its config.json beside it.
+            Transformer in diffusers' or Wan's format: a folder, or a file with config.json in the same folder.
         lora_path (`str`, *optional*):
-            LoRA in any format of [`~hy_prfl.formats.lora.read_adapter`], or a folder with one, or with one for each expert.
+            LoRA in any format of [`~hy_prfl.formats.lora.read_adapter`], or a folder with one LoRA or one per expert.
         lora_start (`str`, *optional*):
-            `"merge"` adds it to the weights, `"continue"` leaves it to [`start_adapter`].
+            `"merge"` adds it to the weights, `"continue"` keeps it for [`start_adapter`].
         base (`WanTransformer3DModel`):
             The pipeline's transformer, on the meta device.
         expert (`str`, defaults to `"high_noise"`):
-            Which of the LoRAs of a folder it is.
+            Expert whose LoRA is taken from a folder with several.
         suffix (`str`, defaults to `""`):
-            What the options have in their names, `"_2"` for the low-noise expert, for errors.
+            Suffix in the names of the options, for error messages: `"_2"` for the low-noise expert.
 
     Raises:
         FileNotFoundError: If a file is missing.
-        ValueError: Naming what does not fit the pipeline's transformer.
+        ValueError: If something does not fit the pipeline's transformer; the message names it.
     """
     weights = adapter = None
     if transformer_path is not None:
         option = f"transformer{suffix}_path"
         transformer = read_transformer(transformer_path)
-        # The longest positions are a limit of the model, not of its weights, and native files do not tell it.
+        # `rope_max_seq_len` does not depend on the weights, and native files do not have it.
         different = [
             f"`{name}` {transformer.config[name]} against {value}"
             for name, value in base.config.items()
@@ -112,13 +113,13 @@ def read_starting_point(
 
 
 def _read_lora(path: str, expert: ExpertName, option: str) -> Adapter:
-    """The LoRA of an expert; one whose header names none is for any."""
+    """The LoRA of an expert. A LoRA whose header names no expert fits any."""
     found = {file.name: read_adapter(file) for file in find_lora_files(path)}
     named = {name: adapter.metadata.get(f"{PREFIX}expert") for name, adapter in found.items()}
-    fitting = [found[name] for name, told in named.items() if told in (None, expert)]
+    fitting = [found[name] for name, each in named.items() if each in (None, expert)]
     if len(fitting) != 1:
-        told = ", ".join(f"{name} is for {each or 'any'}" for name, each in named.items())
-        raise ValueError(f"`{option}`: '{path}' must have one LoRA for the {expert} expert: {told}.")
+        listed = ", ".join(f"{name} is for {each or 'any'}" for name, each in named.items())
+        raise ValueError(f"`{option}`: '{path}' must have one LoRA for the {expert} expert: {listed}.")
     return fitting[0]
 
 
@@ -128,14 +129,14 @@ def _plain(value: Any) -> Any:
 
 def check_starts_adapter(model: nn.Module, start: StartingPoint) -> None:
     """
-    Check that a LoRA is one that the options of a training make: the same layers, rank and alpha, and nothing else.
+    Check that the LoRA to train further has the layers, rank and alpha of the run's options, and nothing else.
 
     Args:
         model (`nn.Module`):
-            The model with its new adapter; it may be on the meta device.
+            The model with its new adapter. It may be on the meta device.
 
     Raises:
-        ValueError: Naming the option that does not fit.
+        ValueError: If the LoRA does not fit; the message names the option.
     """
     adapter, source = start.continued, start.source
     if adapter is None:
@@ -146,8 +147,8 @@ def check_starts_adapter(model: nn.Module, start: StartingPoint) -> None:
     ]
     if others:
         raise ValueError(
-            f"{source}: a LoRA with biases, magnitudes (DoRA) or differences of weights cannot train on, such as "
-            f"'{others[0]}'. `lora_start` merge adds it to the weights."
+            f"{source}: a LoRA with biases, magnitudes (DoRA) or differences of weights cannot be trained further: "
+            f"'{others[0]}'. With `lora_start` merge it is added to the weights."
         )
     for names, problem in (
         (sorted(set(adapter.layers) - set(layers)), "has layers that `lora_target_modules` does not select"),
@@ -164,7 +165,7 @@ def check_starts_adapter(model: nn.Module, start: StartingPoint) -> None:
 
 @torch.no_grad()
 def start_adapter(model: nn.Module, start: StartingPoint) -> None:
-    """Put the weights of the LoRA that trains on, if there is one, into the model's new adapter, bit for bit."""
+    """Copy the LoRA to train further, if any, into the model's new adapter, bit for bit."""
     if start.continued is None:
         return
     check_starts_adapter(model, start)
@@ -175,5 +176,5 @@ def start_adapter(model: nn.Module, start: StartingPoint) -> None:
 
 
 def _adapter_layers(model: nn.Module) -> dict[str, Any]:
-    """Layers of peft with an adapter, by the names that they have without it."""
+    """peft's layers that have the adapter, by the names of the layers in the model without it."""
     return {name: module for name, module in model.named_modules() if ADAPTER_NAME in getattr(module, "lora_A", {})}

@@ -1,4 +1,4 @@
-"""What of a model trains: all weights, of a reward model all but its embeddings, or a LoRA adapter."""
+"""Selects the trained parameters: all (of a reward model all but the embeddings), or those of a LoRA adapter."""
 
 from typing import Any
 
@@ -14,18 +14,18 @@ from .reward_model import WanRewardModel
 
 def select_trainable(model: Any, training: TrainingConfig, *, dtype: torch.dtype) -> None:
     """
-    Freeze what does not train, and add the adapter if the options have one, which at first changes nothing.
+    Freeze what is not trained, and add a LoRA adapter if the options ask for one. The new adapter is the identity.
 
     Args:
         model (`WanTransformer3DModel` or `WanRewardModel`):
-            The model; of a reward model pooling and head train always.
+            The model. Pooling and head of a reward model are always trained.
         training (`TrainingConfig`):
             Options of the run.
         dtype (`torch.dtype`):
             Type of the adapter's weights.
 
     Raises:
-        ValueError: If one of `lora_target_modules` names no layer.
+        ValueError: If an entry of `lora_target_modules` matches no layer.
     """
     is_reward_model = isinstance(model, WanRewardModel)
     if training.lora_rank is not None:
@@ -58,8 +58,8 @@ def _add_lora(model: Any, training: TrainingConfig, *, exclude_modules: str | No
         )
     )
     if training.base_quantization is not None:
-        # Autocast casts an adapter's input anyway. peft would first make a float32 copy of it, and autograd would keep
-        # another copy for each layer of activations that it keeps already.
+        # Autocast casts an adapter's input in any case. peft would first make a float32 copy of it, and autograd would
+        # keep that copy for each layer, besides the activations that it keeps already.
         for module in model.modules():
             if isinstance(module, BaseTunerLayer):
                 module.cast_input_dtype_enabled = False

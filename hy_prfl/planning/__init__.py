@@ -1,4 +1,4 @@
-"""What a recipe will need: memory of a GPU, floating point operations, time. From model configurations alone."""
+"""Predicts what a recipe needs from model configurations: GPU memory, FLOPs and time. Needs no weights and no GPU."""
 
 from .plan import Plan, plan
 

@@ -1,4 +1,4 @@
-"""If a recipe does not fit: the cheapest changes with which it does."""
+"""Finds the cheapest changes of options that make a recipe fit into GPU memory."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,19 +14,19 @@ Change = tuple[str, Callable[[Request], Request]]
 
 def cheapest_changes(request: Request, *, capacity: float, reserved: float) -> tuple[list[str], Estimate | None]:
     """
-    Find changes with which a recipe fits.
+    Find changes of options that make a recipe fit.
 
-    They are taken up one after the other, the cheapest first, until it fits; then each that turns out not to be needed is
-    dropped again, the most expensive first.
+    Changes are added one after the other, the cheapest first, until the recipe fits. Then each change that is not
+    needed is removed again, the most expensive first.
 
     Args:
         capacity (`float`):
-            Bytes of a GPU.
+            Memory of a GPU in bytes.
         reserved (`float`):
-            See [`estimate`].
+            Bytes set aside, see [`estimate`].
 
     Returns:
-        The options to set, and the needs of the run with them; None if nothing helps.
+        The options to set, and the estimate with them. An empty list and None if no changes are enough.
     """
 
     def apply(changes: list[Change]) -> Estimate:
@@ -38,7 +38,7 @@ def cheapest_changes(request: Request, *, capacity: float, reserved: float) -> t
     taken: list[Change] = []
     possible = possible_changes(request)
     for change in possible:
-        # Of one option the later, more costly value takes the place of the earlier one.
+        # A later value of the same option costs more and replaces the earlier one.
         taken = [*(each for each in taken if _option(each) != _option(change)), change]
         if apply(taken).peak <= capacity:
             break
@@ -55,14 +55,15 @@ def cheapest_changes(request: Request, *, capacity: float, reserved: float) -> t
 
 
 def possible_changes(request: Request) -> list[Change]:
-    """Options that save memory, the cheapest first: those that cost little time, then much time, then quality."""
+    """Options that save memory, sorted by cost: first those that cost little time, then much time, then quality."""
     training, engine = request.training, request.engine
-    recompute = "--gradient_checkpointing true"
+    checkpointing = "--gradient_checkpointing true"
     changes: list[Change] = []
     if not training.gradient_checkpointing:
-        changes.append(_set(recompute, gradient_checkpointing=True))
+        changes.append(_set(checkpointing, gradient_checkpointing=True))
     if isinstance(training, PRFLTrainingConfig) and not (training.shard_reward_model or training.offload_reward_model):
-        # A copy from host memory for each reward; split weights are copied from other GPUs, block by block.
+        # Offloaded weights are copied from host memory for each reward. Sharded ones are gathered from other GPUs,
+        # block by block.
         option = "shard_reward_model" if engine.num_gpus > 1 else "offload_reward_model"
         changes.append(_set(f"--{option} true", **{option: True}))
     if request.experts.frozen(rolls_out=True, samples=False) and engine.num_gpus > 1:
@@ -75,7 +76,7 @@ def possible_changes(request: Request) -> list[Change]:
             changes.append(_spread(f"--zero_stage {stage}", zero_stage=stage))
     if not training.offload_activations:
         name = "--offload_activations true"
-        name = name if training.gradient_checkpointing else f"{recompute} {name}"
+        name = name if training.gradient_checkpointing else f"{checkpointing} {name}"
         changes.append(_set(name, gradient_checkpointing=True, offload_activations=True))
     if isinstance(training, PRFLTrainingConfig) and not training.rerun_gradient_step:
         changes.append(_set("--rerun_gradient_step true", rerun_gradient_step=True))
@@ -84,13 +85,13 @@ def possible_changes(request: Request) -> list[Change]:
     if training.lora_rank is None:
         changes.append(_set("--lora_rank 32", lora_rank=32))
     if engine.num_gpus == 1:
-        # Only here: on several GPUs the weights are split by ZeRO, which does not take quantised ones.
+        # On one GPU only: on several, ZeRO shards the weights, and it does not support quantised ones.
         changes += _quantizations(training)
     return changes
 
 
 def _quantizations(training: TrainingConfig) -> list[Change]:
-    """The frozen base of an adapter in 8 bits, then in 4."""
+    """Quantise the frozen base of an adapter to 8 bits, then to 4."""
     adapter = "" if training.lora_rank is not None else "--lora_rank 32 "
     return [
         _set(f"{adapter}--base_quantization {kind}", lora_rank=training.lora_rank or 32, base_quantization=kind)

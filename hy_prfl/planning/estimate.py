@@ -159,7 +159,7 @@ def _estimate_prfl(request: Request, training: PRFLTrainingConfig, reserved: flo
     # Also without reward updates: it scores the validation samples.
     judge = build_reward_model(request.reward_config)
     reward_sizes = _sizes(judge, numerics, numerics.compute, engine, training.reward_model_quantization)
-    whole, gathered = frozen_memory(reward_sizes, num_gpus=engine.num_gpus, is_split=training.shard_reward_model)
+    whole, gathered = frozen_memory(reward_sizes, num_gpus=engine.num_gpus, is_sharded=training.shard_reward_model)
     copied = whole if training.offload_reward_model else 0.0
     held |= {"reward model": whole - copied, "reward model, gathered": gathered}
     host_memory = {
@@ -186,8 +186,8 @@ def _estimate_prfl(request: Request, training: PRFLTrainingConfig, reserved: flo
     if experts.frozen(rolls_out=uses_reward, samples=training.validation_dataset is not None):
         other = build_transformer(config, training, frozen=True)
         other_sizes = _sizes(other, numerics, numerics.compute, engine, training.frozen_expert_quantization)
-        is_split = training.shard_frozen_expert
-        held["frozen expert"], gathered = frozen_memory(other_sizes, num_gpus=engine.num_gpus, is_split=is_split)
+        is_sharded = training.shard_frozen_expert
+        held["frozen expert"], gathered = frozen_memory(other_sizes, num_gpus=engine.num_gpus, is_sharded=is_sharded)
         phases["rollout"] = gathered + generator["rollout"].peak
     if training.validation_videos:
         held["VAE"], phases["validation videos"] = _decoding(request, training)

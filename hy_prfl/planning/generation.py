@@ -1,4 +1,4 @@
-"""`plan` for `generate`: forwards, time and memory of candidates and guidance beside those of plain sampling."""
+"""`plan` for `generate`: forwards, time and memory of candidates and reward guidance, compared with plain sampling."""
 
 import dataclasses
 import functools
@@ -28,26 +28,26 @@ from .workloads import UNUSED, Numerics, Shape, generator_phases, reward_phases,
 
 
 GIGA, TERA = 1e9, 1e12
-# UMT5-XXL, the text encoder of every Wan pipeline.
+# Configuration of UMT5-XXL, the text encoder of every Wan pipeline.
 UMT5_XXL = {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
 
 
 @dataclass(frozen=True)
 class SamplingCost:
     """
-    What one video takes. Forwards are counted for each candidate.
+    Cost of one video. A batched forward counts once per candidate.
 
     Args:
         forwards (`int`):
-            Of the generator; two a step under classifier-free guidance.
+            Forwards of the generator; two per step with classifier-free guidance.
         reward_forwards, reward_backwards (`int`):
-            Of the reward model.
+            Forwards and backwards of the reward model.
         teraflops (`float`):
-            Operations, in 10^12, without text encoder and VAE.
+            10^12 FLOPs, without text encoder and VAE.
         seconds (`float`):
-            Time of these at the rate that was given.
+            Time of these FLOPs at the given rate.
         peak (`float`):
-            Most gigabytes (10^9 bytes) on the GPU at a time.
+            Peak memory of the GPU in gigabytes (10^9 bytes).
     """
 
     forwards: int
@@ -61,17 +61,17 @@ class SamplingCost:
 @dataclass(frozen=True)
 class GenerationPlan:
     """
-    A recipe of `generate` beside plain sampling.
+    Cost of a recipe of `generate`, compared with plain sampling.
 
     Args:
         model (`str`):
             The pipeline.
         num_tokens (`int`):
-            Tokens of a video.
+            Tokens per video.
         plain, setting (`SamplingCost`):
-            One sample without a reward model, and a video as the recipe says.
+            Costs of one sample without a reward model, and of a video of the recipe.
         gpu_memory (`float`):
-            Gigabytes of the GPU.
+            Memory of the GPU in gigabytes.
     """
 
     model: str
@@ -82,7 +82,7 @@ class GenerationPlan:
 
     @property
     def fits(self) -> bool:
-        """Whether the setting fits."""
+        """Whether the recipe fits into the memory of the GPU."""
         return self.setting.peak <= self.gpu_memory
 
     def to_json(self) -> str:
@@ -120,16 +120,17 @@ def plan_generation(
     reward_config: Mapping[str, Any] | None = None,
 ) -> GenerationPlan:
     """
-    Plan a recipe of `generate`, without weights or a GPU. LoRAs add next to nothing, and are left out.
+    Plan a recipe of `generate`. Needs no weights and no GPU. LoRAs cost almost nothing and are left out.
 
     Args:
         gpu_memory, tflops, utilization, reserved (`float`):
             As in [`~hy_prfl.planning.plan`].
         reward_config (`Mapping[str, Any]`, *optional*):
-            Configuration of the reward model; that of the generator's first 8 blocks if left out.
+            Configuration of the reward model; one made from the generator's first 8 blocks if left out.
 
     Raises:
-        ValueError: If the size is none of the VAE's, or a step cache is asked for, whose savings depend on the video.
+        ValueError: If the VAE cannot encode the size, or if the recipe has a step cache: what it saves depends on the
+            video.
     """
     check(config.step_cache == "none", "step_cache", config.step_cache, "none: what it saves depends on the video")
     path, revision = config.pretrained_model_name_or_path, config.revision
@@ -219,32 +220,32 @@ def _cost(
     is_residual = generator["out_channels"] == RESIDUAL_VAE_CHANNELS
     decoding = pass_memory({"is_residual": is_residual}, "decode", **size)
     phases["vae"] = decoding if config.vae_tiling == "off" else min(decoding, tiled_decoding_memory(**size))
-    # Latents of all candidates, noisy and predicted, and the sampler's last ones.
+    # Noisy and predicted latents of all candidates, and the sampler's history.
     held = 6 * 4 * number * generator["out_channels"] * latents[0] * latents[1] * latents[2]
     peak = _peak(config, phases, weights, num_experts) + held + reserved * GIGA
     return SamplingCost(forwards, scores + guided, guided, flops / TERA, flops / rate, peak / GIGA)
 
 
 def _candidates_between(config: GenerateConfig, first: int, last: int) -> int:
-    """Steps from the first to the last, taken by each candidate that is there."""
+    """Sum over the steps `first` to `last` of the number of candidates at each step."""
     keep, number = parse_keep(config.keep), config.num_candidates
-    there = []
+    counts = []
     for step in range(1, config.num_inference_steps + 1):
-        there.append(number)
+        counts.append(number)
         number = next((each.num_kept * (2 if config.resample else 1) for each in keep if each.step == step), number)
-    return sum(there[first - 1 : last])
+    return sum(counts[first - 1 : last])
 
 
 def _peak(
     config: GenerateConfig, phases: Mapping[str, float], weights: Mapping[str, float], num_experts: int
 ) -> float:
-    """Bytes of weights and of the largest phase: all weights at once, or those of the model at work, or next to none."""
+    """Bytes of the largest phase and of the weights that `cpu_offload` leaves on the GPU meanwhile."""
     needed = ["generator", "vae", *(["reward"] if config.uses_reward else [])]
     if config.cpu_offload == "none":
         held = sum(weights[name] for name in (*needed, "text")) + (num_experts - 1) * weights["generator"]
         return held + max(phases.values())
     if config.cpu_offload == "model":
-        # The generator stays while the reward model comes; each other model leaves before the next one comes.
+        # Each model is moved off the GPU before the next one is loaded, but the generator stays with the reward model.
         at_work = {name: weights[name] + phases[name] for name in ("generator", "vae")}
         if config.uses_reward:
             at_work["reward"] = weights["generator"] + weights["reward"] + phases["reward"]

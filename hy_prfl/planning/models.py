@@ -1,4 +1,4 @@
-"""Models without weights: their configurations, published or on disk, and how many parameters of which type they hold."""
+"""Models on the meta device: their configurations, and the number and types of their parameters."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ from ..runtime.quantization import quantized_bytes, quantized_names
 def reward_model_config(
     transformer_config: Mapping[str, Any], training: RewardTrainingConfig | None = None
 ) -> dict[str, Any]:
-    """Configuration of the reward model that `train_reward` makes of a generator; 8 blocks, as the paper's, if not told."""
+    """Configuration of the reward model that `train_reward` makes from a generator; 8 blocks by default (paper)."""
     config = {name: transformer_config[name] for name in BACKBONE_CONFIG}
     if training is None:
         return {**config, "num_layers": min(8, transformer_config["num_layers"])}
@@ -30,7 +30,7 @@ def reward_model_config(
 def build_transformer(
     config: Mapping[str, Any], training: TrainingConfig, *, frozen: bool = False
 ) -> WanTransformer3DModel:
-    """A generator on the meta device, with what trains as `training` says, or frozen, without an adapter."""
+    """A generator on the meta device: with the trained parameters of `training`, or frozen and without an adapter."""
     with torch.device("meta"):
         transformer = WanTransformer3DModel.from_config(dict(config))
         if frozen:
@@ -40,7 +40,7 @@ def build_transformer(
 
 
 def build_reward_model(config: Mapping[str, Any], training: RewardTrainingConfig | None = None) -> WanRewardModel:
-    """A reward model on the meta device: frozen, or with what trains as `training` says."""
+    """A reward model on the meta device: frozen, or with the trained parameters of `training`."""
     with torch.device("meta"):
         reward_model = WanRewardModel.from_config(dict(config)).requires_grad_(False)
         if training is not None:
@@ -49,7 +49,7 @@ def build_reward_model(config: Mapping[str, Any], training: RewardTrainingConfig
 
 
 def materialize(model: nn.Module) -> None:
-    """Put the parameters and buffers of a model from the meta device to where new tensors are made."""
+    """Replace parameters and buffers on the meta device by new, uninitialised ones on the default device."""
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):
             if parameter is not None:
@@ -62,11 +62,11 @@ def materialize(model: nn.Module) -> None:
 
 def set_dtypes(model: Any, *, frozen: torch.dtype, trained: torch.dtype, keep_in_fp32: bool) -> None:
     """
-    Give the parameters the types that they have in a run.
+    Cast the parameters to the types that they have in a run.
 
     Args:
         keep_in_fp32 (`bool`):
-            Leave the frozen parts that the class names so in float32, as loading does and a DeepSpeed engine does not.
+            Keep frozen parameters in `_keep_in_fp32_modules` in float32. Loading does so, a DeepSpeed engine does not.
     """
     kept = set(model._keep_in_fp32_modules) if keep_in_fp32 else set()
     for name, parameter in model.named_parameters():
@@ -78,17 +78,17 @@ def set_dtypes(model: Any, *, frozen: torch.dtype, trained: torch.dtype, keep_in
 @dataclass(frozen=True)
 class ParameterSizes:
     """
-    Parameters of a model, counted.
+    Numbers and bytes of the parameters of a model.
 
     Args:
         total, trained (`int`):
-            Number of parameters, and of those that train.
+            Number of all parameters, and of the trained ones.
         num_bytes, trained_bytes (`int`):
-            Bytes of all of them, and of those that train, in the types that they are held in.
+            Bytes of all parameters, and of the trained ones, in their types.
         persistent (`int`):
-            Number in tensors too small for ZeRO-3 to split.
+            Number of parameters in tensors that are too small for ZeRO-3 to shard.
         block, rest (`int`):
-            Number in one transformer block, and in all that is outside of the blocks.
+            Number of parameters in one transformer block, and outside the blocks.
     """
 
     total: int
@@ -100,7 +100,7 @@ class ParameterSizes:
     rest: int
 
     def times(self, count: int) -> "ParameterSizes":
-        """Sizes of so many models of this kind; a block is still a block."""
+        """Sizes of `count` such models together. `block` stays the size of one block."""
         values = dataclasses.asdict(self)
         return ParameterSizes(**{name: size * (1 if name == "block" else count) for name, size in values.items()})
 
@@ -109,13 +109,13 @@ def count_parameters(
     model: nn.Module, *, persistence_threshold: int = 0, quantization: Quantization | None = None
 ) -> ParameterSizes:
     """
-    Count the parameters of a model, which may be on the meta device.
+    Count the parameters of a model. It may be on the meta device.
 
     Args:
         persistence_threshold (`int`, defaults to 0):
-            Numbers in the largest tensor that ZeRO-3 leaves whole.
+            Number of elements in the largest tensor that ZeRO-3 does not shard.
         quantization (`str`, *optional*):
-            How the frozen weights of the blocks' linear layers are held in a run; here they are not.
+            Quantisation of the frozen weights of the blocks' linear layers in a run. `model` itself is not quantised.
     """
     saved = 0.0
     if quantization is not None:

@@ -1,4 +1,4 @@
-"""`plan`: memory, operations and time of a recipe, whether it fits, and what would make it fit."""
+"""`plan`: memory, FLOPs and time of a recipe, whether it fits, and options with which it would fit."""
 
 import dataclasses
 import json
@@ -24,7 +24,7 @@ GIGA, TERA = 1e9, 1e12
 @dataclass(frozen=True)
 class Plan:
     """
-    What a run will need. Gigabytes are 10^9 bytes and per GPU.
+    What a run needs. Gigabytes are 10^9 bytes, per GPU.
 
     Args:
         command (`str`):
@@ -34,33 +34,34 @@ class Plan:
         engine (`str`):
             Single process, DDP, or the ZeRO stage.
         num_gpus, context_parallel_degree (`int`):
-            GPUs of the run, and how many of them share a clip.
+            GPUs of the run, and GPUs that share a clip.
         num_parameters, num_trained (`int`):
-            Of the model in training.
+            Parameters of the trained model, and how many of them are trained.
         num_tokens (`int`):
-            Tokens of a clip.
+            Tokens per clip.
         memory (`dict[str, float]`):
-            Gigabytes that are taken all the time, by part.
+            Gigabytes that are used all the time, by part.
         phases (`dict[str, float]`):
-            Gigabytes that each phase of an update takes in addition; only the largest counts.
+            Additional gigabytes of each phase of an update. Only the largest counts.
         reserved (`float`):
-            Gigabytes set aside for the CUDA context, communication buffers and fragmentation: an assumption.
+            Gigabytes assumed for the CUDA context, communication buffers and fragmentation.
         peak, gpu_memory (`float`):
-            Gigabytes needed, and there.
+            Gigabytes that are needed, and those of the GPU.
         host_memory (`dict[str, float]`), host_peak (`float`):
-            Gigabytes of host memory of each process by part, and the most at a time; `loading` is over before the others.
+            Gigabytes of host memory of each process, by part and at the peak. The memory of `loading` is freed before
+            the other parts are allocated.
         checkpoint (`float`), num_checkpoints (`int`, *optional*):
-            Gigabytes of a checkpoint on disk, and how many there are while one is written; None without a limit.
+            Gigabytes of a checkpoint on disk, and the largest number of checkpoints at a time; None without a limit.
         teraflops (`dict[str, float]`):
-            Operations of a step of the trainer, of one replica, in 10^12.
+            10^12 FLOPs of a step of the trainer for one replica, by part.
         seconds_per_step (`float`):
-            Time of these at the rate that was given. Communication is not in it.
+            Time of these FLOPs at the given rate, without communication.
         hours (`float`, *optional*):
-            Time of the run, if it is known how many steps it has.
+            Time of the run, if its number of steps is known.
         changes (`list[str]`):
-            If it does not fit, options with which it does; empty if there are none.
+            Options with which the run fits, if it does not fit as it is; empty if there are none.
         changed_peak, changed_seconds_per_step (`float`, *optional*):
-            Gigabytes and time with them.
+            Peak in gigabytes, and time of a step, with these options.
     """
 
     command: str
@@ -89,7 +90,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the run fits as it is."""
+        """Whether the run fits without changes."""
         return self.peak <= self.gpu_memory
 
     def to_json(self) -> str:
@@ -119,7 +120,7 @@ class Plan:
             kept = f"  {self.num_checkpoints * self.checkpoint:,.0f} for {self.num_checkpoints} at a time"
         lines += ["", "disk, GB", _row("a checkpoint", self.checkpoint, kept)]
         total = sum(self.teraflops.values())
-        lines += ["", "operations of a step, TFLOP"]
+        lines += ["", "FLOPs of a step, TFLOP"]
         lines += [_row(name, count, f"  {count / total:.0%}") for name, count in self.teraflops.items()]
         lines.append(_row("time of a step, s", self.seconds_per_step, "  compute only, at the rate given"))
         if self.hours is not None:
@@ -132,7 +133,7 @@ class Plan:
         if self.changed_peak is None:
             return [
                 "",
-                "No change of options makes it fit; it takes more or larger GPUs, fewer frames or a smaller size.",
+                "No change of options makes it fit. Use more or larger GPUs, fewer frames or a smaller size.",
             ]
         return [
             "",
@@ -162,10 +163,10 @@ def plan(
     engine: Engine | None = None,
 ) -> Plan:
     """
-    Plan a recipe, without weights, data or a GPU.
+    Plan a recipe. Needs no weights, no data and no GPU.
 
-    The models' own code runs on fake tensors to see what it allocates and computes; what engines and optimizers hold is
-    added by their rules. Communication and the loading of data take no time here.
+    The models' own code runs on fake tensors, which gives the memory that it allocates and its FLOPs. The memory of
+    engines and optimizers is computed from their rules. Time of communication and data loading is not included.
 
     Args:
         training (`PRFLTrainingConfig` or `RewardTrainingConfig`):
@@ -181,27 +182,29 @@ def plan(
         offload (`bool`, defaults to `False`):
             Keep weights and optimizer states in host memory, as `ds_configs/zero3_offload.json`.
         tflops (`float`, defaults to 989.0):
-            Peak rate of a GPU in 10^12 dense bfloat16 operations a second; the default is an H100's data sheet.
+            Peak rate of a GPU in 10^12 dense bfloat16 FLOPs per second. The default is from the data sheet of an H100.
         utilization (`float`, defaults to 0.4):
-            Share of that rate that is reached; an assumption to be replaced by a measurement.
+            Share of the peak rate that a run reaches. An assumption; replace it by a measurement.
         reserved (`float`, defaults to 3.0):
-            Gigabytes for the CUDA context, communication buffers and fragmentation, an assumption too.
+            Gigabytes assumed for the CUDA context, communication buffers and fragmentation.
         num_rows (`int`, *optional*):
-            Rows (pairs for `bt`) of the training dataset, to tell the time of `num_train_epochs`.
+            Rows of the training dataset, or pairs for `bt`. Needed to plan the time of `num_train_epochs`.
         text_tokens (`int`, defaults to 512):
             Length that prompts are padded to.
         first_frame (`bool`, defaults to `False`):
-            Whether clips of Wan2.2 TI2V 5B start with an image that is given.
+            Whether clips of Wan2.2 TI2V 5B start with a given image.
         transformer_config, reward_config (`Mapping[str, Any]`, *optional*):
-            Configurations to take instead of those of the recipe's pipeline, and of a reward model of its first 8 blocks.
+            Configurations of the generator and the reward model. If left out, they are those of the recipe's pipeline
+            and of a reward model made from its first 8 blocks.
         experts (`Experts`, *optional*):
-            To be given with `transformer_config` if there are two.
+            The experts. Needed with `transformer_config` if there are two.
         engine (`Engine`, *optional*):
             Replaces `num_gpus`, `zero_stage` and `offload`.
 
     Raises:
-        ValueError: If the clips do not divide over the GPUs, a size is not one of the VAE's, or a first frame is given
-            to a model that takes images in another way.
+        ValueError: If clips cannot be divided over the GPUs, if the VAE cannot encode a size, or if `first_frame` is
+        set
+            for a model that takes images in another way.
     """
     check(0 < utilization <= 1, "utilization", utilization, "in (0, 1]")
     config, stride, shift = transformer_config, VAE_STRIDE, 3.0
@@ -215,7 +218,10 @@ def plan(
                 shift = training.sampler_flow_shift or load_scheduler(path, revision=revision).config.flow_shift
     takes_channels = config["in_channels"] != config["out_channels"]
     check(
-        not (first_frame and takes_channels), "first_frame", first_frame, "false: the model has channels for the image"
+        not (first_frame and takes_channels),
+        "first_frame",
+        first_frame,
+        "false: this model has channels for the image",
     )
     frames_ok = num_frames % stride[0] == 1
     check(frames_ok, "num_frames", num_frames, f"of the form {stride[0]}k + 1")

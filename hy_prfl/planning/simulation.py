@@ -1,9 +1,9 @@
 """
-Runs the real models without memory and without arithmetic, and watches what they would need.
+Runs the real models on fake tensors and counts the memory and the FLOPs that they would need.
 
-The modules, the sampler, autograd and recomputation are those of a training run; only the tensors are torch's fake ones,
-which know their shape and type and hold nothing. Bytes are counted when a storage comes and goes, operations by the
-formulas of torch's own FLOP counter. So there is no formula here that could fall behind the models.
+Modules, sampler, autograd and activation checkpointing are those of a training run. Only the tensors are torch's fake
+tensors, which have a shape and a type but no data. Bytes are counted when a storage is allocated and freed, FLOPs by
+the formulas of torch's own FLOP counter. So a change of the models needs no change here.
 """
 
 import weakref
@@ -35,24 +35,26 @@ def _attention_backward_flops(
 
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-# Operations of each kernel. Fake tensors are on the CPU, whose attention torch does not count; it is a GPU's.
+# FLOPs of each kernel. Fake tensors are on the CPU. torch does not count the CPU's attention kernel, so it is added
+# here.
 FLOPS: dict[Any, Any] = {**flop_registry, _FLASH: _attention_flops, _FLASH_BACKWARD: _attention_backward_flops}
 
 
 @dataclass(frozen=True)
 class Phase:
     """
-    What one phase of an update needs.
+    Memory and FLOPs of one phase of an update.
 
     Args:
         peak (`float`):
-            Most bytes alive at a time, besides parameters, their gradients and what was alive before the simulation.
+            Peak of the allocated bytes, without parameters, their gradients and what was allocated before the
+            simulation.
         kept (`float`):
-            Bytes still alive at its end.
+            Bytes that are still allocated at the end of the phase.
         flops (`float`):
-            Floating point operations, two for each multiplication with its addition.
+            Floating-point operations. A multiplication with an addition counts as two.
         offloaded (`float`, defaults to 0.0):
-            Bytes in host memory at its end.
+            Bytes in host memory at the end of the phase.
     """
 
     peak: float
@@ -61,7 +63,7 @@ class Phase:
     offloaded: float = 0.0
 
     def extrapolate(self, other: "Phase", factor: float) -> "Phase":
-        """The straight line through `self` (at 0) and `other` (at 1), at `factor`."""
+        """Linear extrapolation: `self` at 0, `other` at 1, the result at `factor`."""
         pairs = zip(
             (self.peak, self.kept, self.flops, self.offloaded),
             (other.peak, other.kept, other.flops, other.offloaded),
@@ -72,13 +74,13 @@ class Phase:
 
 class MemoryMeter(TorchDispatchMode):
     """
-    Counts the bytes of all tensors that come into being while it is active, as long as they live.
+    Counts the bytes of all tensors that are allocated while it is active, until they are freed.
 
     Args:
         ignore (`list[torch.Tensor]`):
-            Tensors whose storage is not counted: parameters and inputs. They must outlive the meter.
+            Tensors that are not counted: parameters and inputs. They must live longer than the meter.
         on_gpu (`bool`):
-            Add the float32 sum of the queries' gradient that flash attention keeps during its backward on a GPU.
+            Add the float32 accumulator of the queries' gradient that flash attention's backward allocates on a GPU.
     """
 
     def __init__(self, ignore: list[torch.Tensor], *, on_gpu: bool) -> None:
@@ -92,7 +94,7 @@ class MemoryMeter(TorchDispatchMode):
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Record what is needed within the context as the phase of that name."""
+        """Record the memory and FLOPs of the context as the phase `name`."""
         self.peak, self.flops = self.live, 0
         yield
         self.phases[name] = Phase(self.peak, self.live, self.flops)
@@ -121,7 +123,7 @@ class MemoryMeter(TorchDispatchMode):
 
 
 class _FusedRMSNorm(torch.autograd.Function):
-    """Allocates what the fused kernel of a GPU does; the CPU has none, and is left with many intermediate tensors."""
+    """Allocates the same as the fused kernel of a GPU. The CPU's kernels make many intermediate tensors."""
 
     @staticmethod
     def forward(ctx: Any, hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -139,7 +141,7 @@ class _FusedRMSNorm(torch.autograd.Function):
 
 
 def use_gpu_kernels(model: nn.Module) -> None:
-    """Let the `RMSNorm` of a model on fake CPU tensors allocate what it does on a GPU, under autocast in float32."""
+    """Make each `RMSNorm` of a model on fake CPU tensors allocate the same as on a GPU, in float32 under autocast."""
     for module in model.modules():
         if isinstance(module, nn.RMSNorm):
             module.forward = partial(_rms_norm, module)  # type: ignore[method-assign]
@@ -153,7 +155,7 @@ def _rms_norm(module: nn.RMSNorm, hidden_states: torch.Tensor) -> torch.Tensor:
 
 
 class _FourBitLinear(torch.autograd.Function):
-    """Allocates what bitsandbytes' `MatMul4Bit` does: a weight is whole during one product, and not kept for another."""
+    """Allocates the same as bitsandbytes' `MatMul4Bit`: a weight is dequantised for one product and then freed."""
 
     @staticmethod
     def forward(
@@ -170,10 +172,10 @@ class _FourBitLinear(torch.autograd.Function):
 
 def use_quantized_layers(model: nn.Module, kind: Quantization) -> None:
     """
-    Let the linear layers of a model's blocks allocate what those with quantised weights do.
+    Make the linear layers of a model's blocks allocate the same as layers with quantised weights.
 
-    torchao casts a weight to the type of the activations for each product, and autograd keeps it until the backward
-    pass: with recomputation those of one block. bitsandbytes keeps none.
+    torchao casts a weight to the type of the activations for each product, and autograd keeps the cast weight until
+    the backward pass. With activation checkpointing these are the weights of one block. bitsandbytes keeps none.
     """
     for name in quantized_names(model):
         module = cast(nn.Linear, model.get_submodule(name.rpartition(".")[0]))
@@ -215,12 +217,12 @@ _LINEAR: dict[str, Callable[[nn.Linear, torch.Tensor], torch.Tensor]] = {
 
 
 def autocast(enabled: bool) -> AbstractContextManager[Any]:
-    """bfloat16 autocast, as Accelerate puts it around a model's forward."""
+    """bfloat16 autocast, as Accelerate uses it around a model's forward."""
     return torch.autocast("cpu", torch.bfloat16, enabled=enabled)
 
 
 def drop_gradients(model: nn.Module) -> None:
-    """Let every gradient of a parameter go as soon as it is there: the plan counts gradients by themselves."""
+    """Free each parameter's gradient as soon as it is computed. The plan counts gradients separately."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(_drop_gradient)
@@ -234,13 +236,13 @@ def extrapolated(
     simulate: Callable[[int], Mapping[str, Phase]], num_layers: int, *, first: int = 2
 ) -> dict[str, Phase]:
     """
-    Phases of a model of many equal blocks from those of it with `first` and with one block more.
+    Extrapolate the phases of a model with equal blocks from runs with `first` and `first + 1` blocks.
 
     Args:
         simulate (`Callable[[int], Mapping[str, Phase]]`):
             Runs the model with a number of blocks.
         num_layers (`int`):
-            Number of blocks of the model. Up to `first + 1` of them are really run.
+            Number of blocks of the model. A model with at most `first + 1` blocks is run as it is.
     """
     if num_layers <= first + 1:
         return dict(simulate(num_layers))

@@ -1,4 +1,4 @@
-"""The parts of an update that compute, run on fake tensors: the generator's, the reward's and the reward model's own."""
+"""Runs the phases of an update on fake tensors: of the generator, of the frozen reward model and of its training."""
 
 import functools
 import math
@@ -17,7 +17,7 @@ from ..losses import binary_reward_loss, bradley_terry_loss, reward_feedback_los
 from ..models.conditioning import Conditioning
 from ..models.reward_model import score_noised
 from ..rollout import denoise_to_step, predict_velocity
-from ..runtime.activation_checkpointing import recompute_blocks
+from ..runtime.activation_checkpointing import checkpoint_activations
 from .models import build_reward_model, build_transformer, materialize, set_dtypes
 from .simulation import (
     MemoryMeter,
@@ -30,11 +30,11 @@ from .simulation import (
 )
 
 
-# Length of the text, and tokens of CLIP's embedding of an image, that Wan was trained with.
+# Length of the text, and tokens of CLIP's image embedding, that Wan was trained with.
 TEXT_TOKENS, IMAGE_TOKENS = 512, 257
-# Options of a recipe that a simulation must be given and does not look at.
+# Required options of a recipe that a simulation does not use.
 UNUSED: dict[str, Any] = {"output_dir": "-", "pretrained_model_name_or_path": "-", "train_dataset": "-"}
-# What of a recipe the simulated models depend on.
+# Options of a recipe that the simulated models depend on.
 GENERATOR_OPTIONS = ("lora_rank", "lora_target_modules", "base_quantization")
 REWARD_OPTIONS = (*GENERATOR_OPTIONS, "freeze_blocks", "loss")
 
@@ -42,19 +42,19 @@ REWARD_OPTIONS = (*GENERATOR_OPTIONS, "freeze_blocks", "loss")
 @dataclass(frozen=True)
 class Numerics:
     """
-    Types of a run.
+    Types of parameters and computation in a run.
 
     Args:
         frozen, trained (`torch.dtype`):
-            Of parameters that do not train and of those that do.
+            Types of frozen and of trained parameters.
         compute (`torch.dtype`):
-            Of the models' inputs.
+            Type of the models' inputs.
         autocast (`bool`):
-            Whether matrix products are cast to bfloat16.
+            Whether matrix products run in bfloat16.
         keeps_in_fp32 (`bool`):
             Whether frozen parameters that are sensitive to rounding stay in float32.
         on_gpu (`bool`):
-            Whether kernels are a GPU's.
+            Whether to count allocations of a GPU's kernels instead of a CPU's.
     """
 
     frozen: torch.dtype
@@ -68,19 +68,19 @@ class Numerics:
 @dataclass(frozen=True)
 class Shape:
     """
-    Clips of a micro-batch.
+    Shape of the clips of a micro-batch.
 
     Args:
         batch_size (`int`):
-            Clips.
+            Number of clips.
         latents (`tuple[int, int, int]`):
             Frames, height and width of their latents.
         text_tokens (`int`):
-            Length of the prompt.
+            Length of the padded prompt.
         first_frame (`bool`):
-            Whether an image is given in place of the first frame, so that every token has a timestep of its own.
+            Whether a given image replaces the first frame. Then each token has its own timestep.
         num_parts (`int`):
-            GPUs that share each clip, of which these are the tokens of one.
+            Number of GPUs that share each clip. `latents` has the tokens of one GPU.
     """
 
     batch_size: int
@@ -94,7 +94,7 @@ class Shape:
         return math.prod(size // patch for size, patch in zip(self.latents, patch_size, strict=True))
 
     def part(self, degree: int, patch_size: Sequence[int]) -> "Shape":
-        """Clips with `1 / degree` of the tokens, whatever their sides: memory depends on nothing else."""
+        """Clips with `1 / degree` of the tokens. Height and width may change: memory depends only on the number."""
         if degree == 1:
             return self
         num_tokens = self.num_tokens(patch_size) // degree
@@ -107,13 +107,13 @@ class Shape:
 
 
 def images_of_clip(config: Mapping[str, Any]) -> tuple[int, int]:
-    """Images that an image-to-video model is given with a clip, one or two, and the tokens of each."""
+    """Number of images per clip (1 or 2) of an image-to-video model, and the tokens of each."""
     both = config["pos_embed_seq_len"]
     return (1, IMAGE_TOKENS) if both is None else (2, both // 2)
 
 
 class _GatherTokens(torch.autograd.Function):
-    """Allocates what gathering the tokens of all GPUs does: first one after the other, then side by side."""
+    """Allocates the same as gathering the tokens of all GPUs: a buffer stacked by rank, then one in token order."""
 
     @staticmethod
     def forward(ctx: Any, hidden_states: torch.Tensor, num_parts: int) -> torch.Tensor:
@@ -127,7 +127,7 @@ class _GatherTokens(torch.autograd.Function):
 
 
 def _gather_tokens(reward_model: Any, shape: Shape) -> None:
-    """Let pooling and head see the tokens of all GPUs, as they do in a run."""
+    """Give pooling and head the tokens of all GPUs, as in a run."""
     if shape.num_parts > 1:
         reward_model.token_gather.forward = lambda hidden_states: _GatherTokens.apply(hidden_states, shape.num_parts)
 
@@ -161,32 +161,32 @@ def generator_phases(
     config: Mapping[str, Any], training: PRFLTrainingConfig, numerics: Numerics, shape: Shape
 ) -> dict[str, Phase]:
     """
-    What the generator needs for a rollout step, and for the forward and the backward of its step with gradient.
+    Needs of the generator for a rollout step, and for the forward and backward of a step with gradient.
 
-    A flow-matching update is such a forward and backward too: the sampler multiplies no matrices.
+    A flow-matching update has the same forward and backward: the sampler has no matrix products.
     """
     run = _runner(_simulate_generator, config, training, GENERATOR_OPTIONS, numerics, shape)
-    return _with_recomputation(run, config, training, training.gradient_checkpointing_blocks)
+    return _with_activation_checkpointing(run, config, training, training.gradient_checkpointing_blocks)
 
 
 def reward_phases(
     config: Mapping[str, Any], training: PRFLTrainingConfig, numerics: Numerics, shape: Shape
 ) -> dict[str, Phase]:
-    """What the frozen reward model needs for its forward and its backward to the latents."""
+    """Needs of the frozen reward model for its forward and its backward to the latents."""
     run = _runner(_simulate_reward, config, training, ("reward_model_quantization",), numerics, shape)
-    return _with_recomputation(run, config, training, training.reward_gradient_checkpointing_blocks)
+    return _with_activation_checkpointing(run, config, training, training.reward_gradient_checkpointing_blocks)
 
 
 def reward_training_phases(
     config: Mapping[str, Any], training: RewardTrainingConfig, numerics: Numerics, shape: Shape
 ) -> dict[str, Phase]:
-    """What a micro-batch of the reward model's own training needs, forward and backward."""
+    """Needs of the forward and backward of a micro-batch in the reward model's own training."""
     run = _runner(_simulate_reward_training, config, training, REWARD_OPTIONS, numerics, shape)
-    return _with_recomputation(run, config, training, training.gradient_checkpointing_blocks)
+    return _with_activation_checkpointing(run, config, training, training.gradient_checkpointing_blocks)
 
 
 def scoring_phase(config: Mapping[str, Any], numerics: Numerics, shape: Shape) -> Phase:
-    """What a forward of the reward model without gradient needs."""
+    """Needs of a forward of the reward model without gradient."""
     values = _freeze({name: value for name, value in config.items() if name != "num_layers"})
     phases = extrapolated(
         lambda count: {"forward": _simulate_scoring(values, numerics, shape, count)}, config["num_layers"]
@@ -206,12 +206,12 @@ def _runner(
     numerics: Numerics,
     shape: Shape,
 ) -> Run:
-    """Phases as a function of the number of blocks and of whether they are recomputed. What was simulated is kept."""
+    """Phases as a function of the number of blocks, and of activation checkpointing. Simulations are cached."""
     values = _freeze({name: value for name, value in config.items() if name != "num_layers"})
     options = {name: getattr(training, name) for name in names}
 
-    def run(num_layers: int, recompute: bool) -> dict[str, Phase]:
-        frozen = _freeze({**options, "gradient_checkpointing": recompute})
+    def run(num_layers: int, checkpointing: bool) -> dict[str, Phase]:
+        frozen = _freeze({**options, "gradient_checkpointing": checkpointing})
         return extrapolated(lambda count: simulate(values, frozen, numerics, shape, count), num_layers)
 
     return run
@@ -225,32 +225,32 @@ def _thaw(frozen: Frozen) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in frozen}
 
 
-def _with_recomputation(
+def _with_activation_checkpointing(
     run: Run, config: Mapping[str, Any], training: TrainingConfig, num_blocks: int | None
 ) -> dict[str, Phase]:
     """
-    Phases of a model whose first blocks are recomputed and whose others keep their activations.
+    Phases of a model with activation checkpointing in its first blocks. The others keep their activations.
 
-    Two inputs of blocks are on the device at a time if they are kept in host memory: of the block at work, and of the
-    one that is copied meanwhile.
+    If the inputs of blocks are offloaded to host memory, two of them are on the device at a time: that of the current
+    block, and the one that is copied meanwhile.
     """
     num_layers = config["num_layers"]
     if not training.gradient_checkpointing:
         return run(num_layers, False)
-    num_recomputed = num_layers if num_blocks is None else num_blocks
-    phases = run(num_recomputed, True)
+    num_checkpointed = num_layers if num_blocks is None else num_blocks
+    phases = run(num_checkpointed, True)
     block_input = run(4, True)["forward"].kept - run(3, True)["forward"].kept
-    away = max(0, num_recomputed - 2) * block_input if training.offload_activations else 0.0
+    offloaded = max(0, num_checkpointed - 2) * block_input if training.offload_activations else 0.0
     for name in ("forward", "backward"):
-        kept = phases[name].kept - (away if name == "forward" else 0.0)
-        phases[name] = replace(phases[name], peak=phases[name].peak - away, kept=kept)
+        kept = phases[name].kept - (offloaded if name == "forward" else 0.0)
+        phases[name] = replace(phases[name], peak=phases[name].peak - offloaded, kept=kept)
     if training.offload_activations:
-        phases["forward"] = replace(phases["forward"], offloaded=num_recomputed * block_input)
-    return phases if num_recomputed == num_layers else _add_kept_blocks(run, phases, num_layers - num_recomputed)
+        phases["forward"] = replace(phases["forward"], offloaded=num_checkpointed * block_input)
+    return phases if num_checkpointed == num_layers else _add_kept_blocks(run, phases, num_layers - num_checkpointed)
 
 
 def _add_kept_blocks(run: Run, phases: dict[str, Phase], num_blocks: int) -> dict[str, Phase]:
-    """Blocks after the recomputed ones. Their activations are gone when the others are computed again."""
+    """Add blocks without checkpointing at the end. Their activations are freed before the other blocks run again."""
     shorter, longer = run(3, False), run(4, False)
     grown = {name: phase.extrapolate(phase, 0.0) for name, phase in phases.items()}
     for name, phase in phases.items():
@@ -287,7 +287,7 @@ def _run_generator(
         use_gpu_kernels(transformer)
     drop_gradients(transformer)
     if training.gradient_checkpointing:
-        recompute_blocks(transformer)
+        checkpoint_activations(transformer)
     inputs = Inputs(config, shape, numerics.compute)
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
     forward = transformer.forward
@@ -332,7 +332,7 @@ def _simulate_reward(
             use_gpu_kernels(reward_model)
         _gather_tokens(reward_model, shape)
         if dict(options)["gradient_checkpointing"]:
-            recompute_blocks(reward_model)
+            checkpoint_activations(reward_model)
         inputs = Inputs(values, shape, numerics.compute)
         leaf = inputs.noise.requires_grad_()
         state = [*reward_model.parameters(), *reward_model.buffers(), *inputs.tensors()]
@@ -367,7 +367,7 @@ def _run_reward_training(
     _gather_tokens(reward_model, shape)
     drop_gradients(reward_model)
     if training.gradient_checkpointing:
-        recompute_blocks(reward_model)
+        checkpoint_activations(reward_model)
     is_pair = training.loss == "bt"
     inputs = Inputs(config, replace(shape, batch_size=shape.batch_size * (2 if is_pair else 1)), numerics.compute)
     sigmas = torch.empty(inputs.noise.shape[0])

@@ -11,23 +11,22 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 
-def recompute_blocks(
+def checkpoint_activations(
     model: Any, *, num_blocks: int | None = None, offload: bool = False, buffers: "HostBuffers | None" = None
 ) -> None:
     """
-    Use activation checkpointing for the model's first blocks: only their inputs are kept for the backward pass, which
-    computes the rest again.
+    Use activation checkpointing for the model's first blocks.
 
-    The first blocks, because the backward pass starts with the last ones: the activations that those keep are freed
-    before the first blocks are computed again.
+    Only their inputs are kept. The backward pass runs their forward again. It starts at the last block, so the
+    activations that the last blocks keep are freed before the first blocks run again.
 
     Args:
         model (`ModelMixin`):
             A model with `blocks` that diffusers' `enable_gradient_checkpointing` knows.
         num_blocks (`int`, *optional*):
-            Number of blocks; all if left out.
+            Number of blocks to checkpoint; all if left out.
         offload (`bool`, defaults to `False`):
-            Whether to keep these inputs in host memory, see [`InputOffload`].
+            Keep the inputs of these blocks in host memory, see [`InputOffload`].
         buffers (`HostBuffers`, *optional*):
             Host memory to use; new buffers for this model if left out.
 
@@ -38,14 +37,14 @@ def recompute_blocks(
         raise ValueError(
             f"`num_blocks` must be in [0, {len(model.blocks)}] for this {type(model).__name__}, got {num_blocks}."
         )
-    recomputed = frozenset(list(model.blocks)[:num_blocks])
+    checkpointed = frozenset(list(model.blocks)[:num_blocks])
     input_offload = InputOffload(buffers or HostBuffers()) if offload else None
 
     def run(block: Callable[..., torch.Tensor], hidden_states: torch.Tensor, *args: Any) -> torch.Tensor:
-        if block not in recomputed:
+        if block not in checkpointed:
             return block(hidden_states, *args)
         with nullcontext() if input_offload is None else input_offload.of(hidden_states):
-            # Not reentrant: the reentrant kind fails with adapters and when losses are summed.
+            # The reentrant variant fails with adapters and with a sum of losses.
             return checkpoint(block, hidden_states, *args, use_reentrant=False)
 
     model.enable_gradient_checkpointing(run)
@@ -55,16 +54,16 @@ class InputOffload:
     """
     Keeps the inputs of checkpointed blocks in host memory between forward and backward pass.
 
-    At 75,600 tokens of width 5,120 an input has 0.77 GB in bfloat16, and a model of 40 blocks keeps 31 GB of them. Only
-    the hidden states move; what all blocks share (text, time and rotary embeddings) stays.
+    With 75,600 tokens of width 5,120 an input takes 0.77 GB in bfloat16, and the inputs of 40 blocks take 31 GB. Only
+    the hidden states are moved. Text, time and rotary embeddings, which all blocks share, stay on the device.
 
     With CUDA the host memory is pinned, and a separate stream copies while the blocks compute: an input is copied to
     the host during its block's forward pass, and back during the backward pass of the following block. Without CUDA
     plain copies are made.
 
-    All device memory belongs to the computing stream, which waits for a copy before it frees the tensor. With
-    `record_stream` memory would be free only when the device reaches that point, and the host, which is many blocks
-    ahead of the device, would allocate new memory for every input.
+    All device memory is allocated on the computing stream, which waits for a copy before the tensor is freed.
+    `record_stream` would free memory only when the device reaches that point. The host is many blocks ahead of the
+    device and would allocate new memory for every input.
     """
 
     def __init__(self, buffers: "HostBuffers") -> None:
@@ -74,7 +73,7 @@ class InputOffload:
 
     def of(self, hidden_states: torch.Tensor) -> saved_tensors_hooks:
         """Context in which autograd keeps these hidden states in host memory if it saves them."""
-        # Autograd keeps the functions below, so they must not hold a reference to the tensor.
+        # Autograd keeps the functions below. A reference to the tensor in them would keep it alive.
         address, shape = hidden_states.data_ptr(), hidden_states.shape
 
         def pack(tensor: torch.Tensor) -> "torch.Tensor | _HostTensor":
@@ -93,7 +92,7 @@ class InputOffload:
         if before is not None:
             before.let_go()
         stored = _HostTensor(tensor.detach(), self._stream, self._last, self._buffers)
-        # A weak reference: the stored tensor belongs to its graph and is freed with it.
+        # A weak reference, so that the stored tensor is freed with its graph.
         self._last = weakref.ref(stored)
         return stored
 
@@ -102,8 +101,8 @@ class HostBuffers:
     """
     Buffers in host memory that are reused by every update, page-locked for tensors of a GPU.
 
-    They are registered with CUDA at their own size. torch's allocator of pinned memory would round each of them up to a
-    power of two, 43 GB instead of 31 at 14B 720P.
+    Each is registered with CUDA at its own size. torch's allocator of pinned memory would round each size up to a
+    power of two: 43 GB instead of 31 for 14B at 720P.
     """
 
     def __init__(self) -> None:
@@ -116,7 +115,7 @@ class HostBuffers:
         return sum(buffer.nbytes for free in self.free.values() for buffer in free)
 
     def take(self, like: torch.Tensor) -> torch.Tensor:
-        """A buffer of the shape and type of a tensor, page-locked if that is on a GPU. Its content is undefined."""
+        """A buffer with the shape and type of `like`, page-locked if `like` is on a GPU. Its content is undefined."""
         free = self.free[like.shape, like.dtype]
         if free:
             return free.pop()
@@ -133,7 +132,7 @@ class HostBuffers:
 
 
 class _HostTensor:
-    """A tensor in host memory that knows which one will be needed after it: the one that was stored before."""
+    """A tensor in host memory, with a reference to the one stored before it, which the backward pass needs next."""
 
     def __init__(
         self,
@@ -169,7 +168,7 @@ class _HostTensor:
                 self.fetched.copy_(self.host, non_blocking=True)
 
     def take_back(self) -> torch.Tensor:
-        """The tensor on its device; starts fetching the one that will be needed next."""
+        """Return the tensor on its device, and start to fetch the one that is needed next."""
         if self.stream is None:
             return self.host.clone()
         self.let_go()
@@ -191,5 +190,5 @@ class _HostTensor:
         # A copy that nobody waited for may still be writing into memory that is about to be reused.
         if self.fetched is not None:
             self._wait()
-        # The next user writes into it on the same stream, after the copies that are still running.
+        # The buffer is written again on the same stream, after the copies that are still running.
         self.buffers.give_back(self.host)

@@ -1,4 +1,4 @@
-"""Files and folders that are replaced in one move: whoever reads one finds it whole, old or new."""
+"""Atomic writes: a reader finds either the complete old file or folder, or the complete new one."""
 
 import shutil
 from collections.abc import Iterator
@@ -7,12 +7,12 @@ from pathlib import Path
 
 
 def temporary_name(target: Path, tag: str = "") -> Path:
-    """What a file or folder is called while it is written."""
+    """Path of a file or folder while it is being written."""
     return target.with_name(f".{target.name}{tag}.tmp")
 
 
 def temporary_folder(target: Path) -> Path:
-    """Where a folder is written before `replace_folder` gives it its name. Leftovers of a killed run are removed."""
+    """Path to write a folder to before `replace_folder` renames it. Leftovers of a killed run are removed."""
     temporary = temporary_name(target)
     shutil.rmtree(temporary, ignore_errors=True)
     return temporary
@@ -20,10 +20,10 @@ def temporary_folder(target: Path) -> Path:
 
 def replace_folder(temporary: Path, target: Path) -> None:
     """
-    Give a finished temporary folder its final name; an older folder of that name disappears.
+    Give a finished temporary folder its final name, and remove an older folder of that name.
 
-    The older one is removed only after that, so a table that is memory-mapped from it may be written back to it. A
-    process killed between the two renames leaves no folder of that name; `recover_folder` brings the old one back.
+    The older folder is removed last, so the new one may hold tables that are memory-mapped from it. If the process is
+    killed between the two renames, there is no folder of that name until `recover_folder` restores the old one.
     """
     recover_folder(target)
     outdated = _outdated(target)
@@ -35,9 +35,9 @@ def replace_folder(temporary: Path, target: Path) -> None:
 
 def recover_folder(target: Path) -> None:
     """
-    Undo or finish the swap of `replace_folder` if it was cut off between its two renames, or after them.
+    Undo or finish a `replace_folder` that was interrupted between its two renames or after them.
 
-    Several processes may call it at once.
+    Several processes may call it at the same time.
     """
     outdated = _outdated(target)
     if outdated.exists() and target.exists():
@@ -47,7 +47,7 @@ def recover_folder(target: Path) -> None:
 
 
 def move(source: Path, target: Path) -> None:
-    """Rename a file or folder, unless another process has just done so."""
+    """Rename a file or folder. It is no error if another process has just done it."""
     try:
         source.rename(target)
     except FileNotFoundError:
@@ -64,11 +64,11 @@ def write_text(path: Path, text: str) -> None:
 @contextmanager
 def replacing(path: Path, *, tag: str = "") -> Iterator[Path]:
     """
-    Where to write a file that gets its name at the end of the context, and not if something was raised in it.
+    Yield a temporary path. The file is renamed to `path` at the end of the context, unless an exception was raised.
 
     Args:
         tag (`str`):
-            Part of the temporary name that tells apart processes that write the same file.
+            Part of the temporary name, to be different in each process that writes the same file.
     """
     temporary = temporary_name(path, tag)
     yield temporary

@@ -1,4 +1,4 @@
-"""Attention kernels by diffusers' names: checks that one works here, and sets it in a model."""
+"""Attention kernels by diffusers' names: check that a kernel works on this machine, and set it in a model."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,8 +15,8 @@ from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnP
 from torch import nn
 
 
-# Kernels with a backward pass when diffusers calls them. `_flash_3` is an operator without one, SageAttention has
-# none, and the others were not checked.
+# Kernels that have a backward pass when diffusers calls them. `_flash_3` and SageAttention have none; others were not
+# checked.
 TRAINABLE_BACKENDS = (
     "native",
     "_native_cudnn",
@@ -44,26 +44,26 @@ def check_attention_backend(
     autocast: AbstractContextManager[Any] | None = None,
 ) -> None:
     """
-    Refuse a kernel that is unknown, not installed, or does not work for this device and type; needs no model.
+    Check that a kernel is known, installed, and works for this device and type. Needs no model.
 
-    One of Wan's attention layers tries it on a few tokens: under autocast with float32 weights, queries and keys are
-    float32 and values half precision, which torch's kernels accept and others do not. A kernel from the Hub is
+    It is tried on a few tokens in one of Wan's attention layers. Under autocast with float32 weights, queries and keys
+    are float32 and values half precision: torch's kernels accept that, others do not. A kernel from the Hub is
     downloaded.
 
     Args:
         name (`str`):
             The kernel's name in `diffusers.models.attention_dispatch.AttentionBackendName`.
         option (`str`):
-            Name of the option, for the error.
+            Name of the option, for error messages.
         trains (`bool`):
             Whether a backward pass will follow.
         device (`torch.device`), dtype (`torch.dtype`):
-            Where the model's weights are, and their type.
+            Device and type of the model's weights.
         autocast (`ContextManager`, *optional*):
-            Context in which the model computes.
+            Context in which the model runs.
 
     Raises:
-        ValueError: If it is refused, with the reason and the names that are possible.
+        ValueError: If the kernel cannot be used, with the reason or the possible names.
     """
     known = sorted(backend.value for backend in _AttentionBackendRegistry.list_backends())
     if name not in known:
@@ -75,7 +75,7 @@ def check_attention_backend(
         )
     with torch.device("meta"):
         attention = WanAttention(dim=256, heads=2, dim_head=128, processor=WanAttnProcessor()).requires_grad_(trains)
-    # Without random numbers: those of the run must not depend on this option.
+    # Constant weights: random ones would change the random numbers of the run.
     attention.to_empty(device=device).to(dtype)
     for parameter in attention.parameters():
         nn.init.constant_(parameter, 0.01)
@@ -90,10 +90,10 @@ def check_attention_backend(
 
 def set_attention_backend(model: nn.Module, name: str) -> None:
     """
-    Let every attention layer of the model use a kernel that [`check_attention_backend`] has accepted.
+    Set the kernel of every attention layer of a model. Check it with [`check_attention_backend`] first.
 
-    Unlike `ModelMixin.set_attention_backend` it also takes a model that is wrapped by its engine, and does not change
-    the kernel of other models in the process.
+    Unlike `ModelMixin.set_attention_backend` it also accepts a model that is wrapped by its engine, and does not
+    change the kernel of other models in the process.
     """
     for processor in _processors(model):
         processor._attention_backend = AttentionBackendName(name)
@@ -101,7 +101,7 @@ def set_attention_backend(model: nn.Module, name: str) -> None:
 
 @contextmanager
 def use_attention_backend(model: nn.Module, name: str | None) -> Iterator[None]:
-    """Let the model use another kernel inside the context; `None` changes nothing."""
+    """Use another kernel in the model inside the context. `None` changes nothing."""
     if name is None:
         yield
         return

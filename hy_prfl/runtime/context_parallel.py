@@ -1,4 +1,4 @@
-"""Splits the tokens of one clip over several ranks (Ulysses, ring), in the generator and in the reward model."""
+"""Context parallelism (Ulysses, ring): the tokens of a clip are split over several ranks."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -18,21 +18,21 @@ from torch.distributed.device_mesh import DeviceMesh
 
 class ContextParallelGroup:
     """
-    The ranks that share a clip: `degree` neighbours. All of them get the same sample, noise, step and prompt.
+    The ranks that share a clip: `degree` consecutive ranks. All of them get the same sample, noise, step and prompt.
 
-    A rank's gradient is what its own tokens contribute, and data-parallel engines average over all ranks: the
-    generator's loss must be multiplied by `degree`. The reward model does that itself, below its pooling, whose weights
-    see all tokens on every rank.
+    Each rank computes the gradient of its own tokens, and data-parallel engines average gradients over all ranks. So
+    the generator's loss must be multiplied by `degree`. The reward model scales the gradient itself, at the input of
+    its pooling: pooling and head see all tokens on every rank.
 
     Args:
         degree (`int`):
-            Ranks in a group. Must divide the world size.
+            Number of ranks in a group. Must divide the world size.
         timeout (`timedelta`, *optional*):
-            How long a rank waits for the others of its group; torch's default (10 minutes under NCCL) if left out.
+            How long a rank waits for the others of its group; torch's default (10 minutes with NCCL) if left out.
         ring_degree (`int`, defaults to 1):
-            Parts that keys and values are exchanged in, all of them to every rank, by diffusers' ring attention; the other
-            `degree / ring_degree` divide the heads. Needs a kernel that returns the log-sum-exp. Only for inference:
-            diffusers' backward pass of it is not looked after here.
+            Number of ranks in a ring. With diffusers' ring attention each rank gets the keys and values of the others
+            in turn; the remaining factor `degree / ring_degree` divides the heads (Ulysses). Needs a kernel that
+            returns the log-sum-exp. For inference only: the backward pass of ring attention is not supported here.
 
     Raises:
         ValueError: If `degree` does not divide the world size, or `ring_degree` does not divide `degree`.
@@ -47,22 +47,22 @@ class ContextParallelGroup:
         if degree % ring_degree:
             raise ValueError(f"`ring_degree` {ring_degree} does not divide `context_parallel_degree` {degree}.")
         self.degree = degree
-        # Which of the groups of a run this is, and how many there are.
+        # Index of this group among the groups of the run.
         self.index, self.num_groups = dist.get_rank() // degree, world_size // degree
         self.is_first_rank = dist.get_rank() % degree == 0
         first = self.index * degree
-        # One group for each rank. A mesh over the world would make the groups of all its dimensions, hundreds of them.
+        # Each rank creates only its own group. A mesh over all ranks would create hundreds of groups.
         self.process_group = dist.new_group(
             list(range(first, first + degree)), timeout=timeout, use_local_synchronization=True
         )
-        # A run may use the CPU on a machine with GPUs.
+        # Not from `torch.cuda.is_available()`: a run may use the CPU on a machine with GPUs.
         device_type = "cpu" if dist.get_backend() == "gloo" else "cuda"
         ulysses_degree = degree // ring_degree
         self.config = ContextParallelConfig(ulysses_degree=ulysses_degree, ring_degree=ring_degree)
-        # All that diffusers' hooks look at.
+        # diffusers' hooks read only this attribute.
         self.mesh = self.config._flattened_mesh = DeviceMesh.from_group(self.process_group, device_type)
         if ring_degree > 1:
-            # And its attention at this: neighbours share their heads, as in the mesh that it would make.
+            # diffusers' attention reads these. As in diffusers' own mesh, consecutive ranks form a Ulysses group.
             ring, ulysses = divmod(dist.get_rank() - first, ulysses_degree)
             parts = {
                 "ring": [first + other * ulysses_degree + ulysses for other in range(ring_degree)],
@@ -79,10 +79,10 @@ class ContextParallelGroup:
 
     def split(self, model: ModelMixin) -> None:
         """
-        Make the model's forward split its tokens over the group and gather them at its end.
+        Make the model's forward split its tokens over the group, and gather them at its end.
 
-        Replaces `ModelMixin.enable_parallelism`, which does not work without an accelerator, and whose attention
-        computes its forward pass again in the backward pass in addition to activation checkpointing.
+        Used instead of `ModelMixin.enable_parallelism`, which does not work without an accelerator. Its attention
+        would also run its forward again in the backward pass, in addition to activation checkpointing.
         """
         for module in model.modules():
             if isinstance(module, WanAttention) and self.config.ring_degree > 1:
@@ -109,16 +109,16 @@ class ContextParallelGroup:
 
 class UlyssesAttnProcessor(WanAttnProcessor):
     """
-    Wan's attention for tokens that are split over a group: each rank attends over all tokens for its share of the
+    Wan's attention for tokens that are split over a group. Each rank attends over all tokens for its share of the
     heads.
 
-    The exchanges are autograd operators around the usual call of the kernel, so the kernel keeps output and
-    log-sum-exp for its backward pass, and every kernel that trains in one process trains here. Cross-attention needs
-    no exchange: every rank has the whole text, and its own tokens attend to it.
+    The exchanges are autograd operators around the usual call of the kernel. So the kernel keeps its output and
+    log-sum-exp for its backward pass, and every kernel that can be trained in one process can be trained here.
+    Cross-attention needs no exchange: every rank has the whole text.
 
     Args:
         group (`ProcessGroup`):
-            The ranks that share a clip. Their number divides the number of heads.
+            The ranks that share a clip. Their number must divide the number of heads.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -133,7 +133,7 @@ class UlyssesAttnProcessor(WanAttnProcessor):
         attention_mask: torch.Tensor | None = None,
         rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """Attend; `hidden_states` `(batch_size, num_tokens / group size, dim)` in and out."""
+        """Attention from and to `hidden_states` `(batch_size, num_tokens / group_size, dim)`."""
         if encoder_hidden_states is not None:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
         if attention_mask is not None or rotary_emb is None:
@@ -142,7 +142,7 @@ class UlyssesAttnProcessor(WanAttnProcessor):
         heads = (attn.heads, -1)
         query = rotate(attn.norm_q(attn.to_q(hidden_states)).unflatten(2, heads), rotary_emb)
         key = rotate(attn.norm_k(attn.to_k(hidden_states)).unflatten(2, heads), rotary_emb)
-        # CUDA's autocast computes the norms in float32 and projections in half precision; a kernel wants one type.
+        # CUDA's autocast computes norms in float32 and projections in half precision. Kernels need one type.
         query, key = query.to(value.dtype), key.to(value.dtype)
         query, key, value = (tokens_to_heads(states, self.group) for states in (query, key, value.unflatten(2, heads)))
         output = dispatch_attention_fn(query, key, value, backend=self._attention_backend)
@@ -154,13 +154,13 @@ class UlyssesAttnProcessor(WanAttnProcessor):
 
 def rotate(states: torch.Tensor, rotary_emb: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """
-    Rotary position embedding: pairs of neighbouring channels turned by their angles.
+    Rotary position embedding: rotate each pair of neighbouring channels.
 
     Args:
         states (`torch.Tensor` of shape `(batch_size, num_tokens, num_heads, head_dim)`):
             Queries or keys.
         rotary_emb (`tuple[torch.Tensor, torch.Tensor]`):
-            Cosines and sines `(1, num_tokens, 1, head_dim)`, each value twice, as `WanRotaryPosEmbed` returns them.
+            Cosines and sines `(1, num_tokens, 1, head_dim)`. Each value appears twice, as in `WanRotaryPosEmbed`.
     """
     cos, sin = rotary_emb[0][..., 0::2], rotary_emb[1][..., 1::2]
     real, imaginary = states.unflatten(-1, (-1, 2)).unbind(-1)
@@ -169,7 +169,7 @@ def rotate(states: torch.Tensor, rotary_emb: tuple[torch.Tensor, torch.Tensor]) 
 
 
 def tokens_to_heads(states: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """From own tokens of all heads, `(batch_size, tokens / n, heads, head_dim)`, to all tokens of own heads."""
+    """All-to-all from `(batch_size, tokens / n, heads, head_dim)` to `(batch_size, tokens, heads / n, head_dim)`."""
     degree = dist.get_world_size(group)
     # The dimension of the ranks, which is exchanged, comes first.
     by_rank = states.unflatten(2, (degree, -1)).permute(2, 0, 1, 3, 4)
@@ -184,17 +184,17 @@ def heads_to_tokens(states: torch.Tensor, group: dist.ProcessGroup) -> torch.Ten
 
 
 def _exchange(by_rank: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """Send part `r` to the `r`-th rank of the group; part `r` of the result came from it. Differentiable."""
+    """Send part `r` to rank `r` of the group, and receive part `r` of the result from it. Differentiable."""
     flat = by_rank.contiguous().flatten()
     return collectives.all_to_all_single_autograd(flat, None, None, group).view(by_rank.shape)
 
 
 class TokenGather(nn.Module):
     """
-    Marks the place in a model where all tokens are on every rank again; the identity in a single process.
+    Marks where a model gathers all tokens on every rank. In a single process it is the identity.
 
-    Layers after it compute the same on all ranks of a group, layers before it only their own tokens' part, so the
-    gradient is multiplied by the size of the group in the backward pass.
+    Layers after it compute the same on all ranks of a group. Layers before it compute only their own tokens. So the
+    backward pass multiplies the gradient by the size of the group.
     """
 
     def __init__(self) -> None:
@@ -202,7 +202,7 @@ class TokenGather(nn.Module):
         self.grad_scale = 1.0
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Return `hidden_states` `(batch_size, num_tokens, dim)` as it is."""
+        """Return `hidden_states` `(batch_size, num_tokens, dim)` unchanged."""
         return hidden_states if self.grad_scale == 1.0 else _ScaleGradient.apply(hidden_states, self.grad_scale)
 
 
@@ -227,16 +227,16 @@ def check_divisible(
     ring_degree: int = 1,
 ) -> None:
     """
-    Refuse clips that do not divide over the group, before anything large is loaded.
+    Check that heads and tokens of all clips are divisible by the degree, before anything large is loaded.
 
     Args:
         ring_degree (`int`, defaults to 1):
-            The part of the degree that heads need not divide over.
+            Number of ranks in a ring. The heads need not be divisible by it.
         shapes (`Iterable[Sequence[int]]`):
             Latent shapes `(num_channels, num_frames, height, width)`.
 
     Raises:
-        ValueError: Naming the shape, its number of tokens or the heads, and the degrees that would fit.
+        ValueError: If they are not; names the shape, its number of tokens, the heads, and the degrees that fit.
     """
     for shape in sorted({tuple(shape) for shape in shapes}):
         num_tokens = math.prod(size // patch for size, patch in zip(shape[1:], patch_size, strict=True))

@@ -1,4 +1,4 @@
-"""Sets up processes, and collectives by which they agree."""
+"""Sets up the processes of a run, and the collectives through which they agree on values."""
 
 import gc
 from datetime import timedelta
@@ -17,29 +17,29 @@ from accelerate.utils import (
 )
 
 
-# How long a rank waits for the others before the run ends with an error. NCCL and DeepSpeed would give up after ten
-# minutes, while one rank still downloads a model, writes 57 GB of weights or deletes an old checkpoint.
+# How long a rank waits for the others before the run ends with an error. The default of NCCL and DeepSpeed is ten
+# minutes: too short while one rank downloads a model, writes 57 GB of weights or deletes an old checkpoint.
 TRAINING_TIMEOUT = timedelta(hours=6)
-# Ranks that only divide work among them meet at its end, and one of them may have the longer clips.
+# For ranks that only share a list of work and wait for each other at its end. One of them may have longer clips.
 SHARED_WORK_TIMEOUT = timedelta(days=2)
 
 
 def on_cpu() -> bool:
-    """Whether this run is on the CPU, because there is no accelerator or because the launch configuration says so."""
+    """Whether this run uses the CPU: there is no accelerator, or the launch configuration asks for the CPU."""
     return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
 
 
 def process_state() -> PartialState:
     """
-    The processes of a run that divides work among them without training.
+    Set up the processes of a run that shares work without training.
 
-    Call it before anything else sets them up. On the CPU Accelerate must be asked to look for other processes.
+    Call it before any other code sets them up. On the CPU, Accelerate looks for other processes only if asked to.
     """
     return PartialState(cpu=on_cpu(), timeout=SHARED_WORK_TIMEOUT)
 
 
 def from_main_process(value: Any) -> Any:
-    """The value that the main process has, on all processes; it is pickled. A collective."""
+    """Return the main process's value on all processes. The value is pickled. A collective."""
     values = [value]
     broadcast_object_list(values)
     return values[0]
@@ -47,12 +47,12 @@ def from_main_process(value: Any) -> Any:
 
 def leave_processes() -> None:
     """
-    Destroy the process group. The last call of a script, when nothing else holds models or groups any more.
+    Destroy the process group. Call it last in a script, when no models or groups are referenced any more.
 
-    A thread of gloo may hold the tensors of a collective a moment longer than the code that waits for it. If the
-    interpreter exits in that moment, the process aborts after all its work is done (pytorch issue 190489). The threads
-    end with the process group, which ends with the last object that refers to it; some of these are in reference
-    cycles. Process groups that DeepSpeed creates on a CPU are not covered.
+    A thread of gloo may hold the tensors of a collective slightly longer than the code that waits for it. If the
+    interpreter exits at that moment, the process aborts after all its work is done (pytorch issue 190489). The threads
+    end with the process group, and that ends with the last reference to it. Some references are in cycles, so garbage
+    is collected. Process groups that DeepSpeed creates on a CPU are not covered.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -68,20 +68,19 @@ def build_accelerator(
     find_unused_parameters: bool = False,
 ) -> Accelerator:
     """
-    Accelerator for training, whatever the launch configuration says: one process, DDP or DeepSpeed.
+    Build the Accelerator for training, for any launch configuration: one process, DDP or DeepSpeed.
 
     Args:
         gradient_accumulation_steps (`int`):
-            Backward passes that add up to one update.
+            Backward passes per update.
         train_batch_size (`int`):
-            Samples per process and micro-batch. DeepSpeed needs both numbers; its JSON says "auto" for them.
+            Samples per process and micro-batch. DeepSpeed needs both numbers; its JSON has "auto" for them.
         log_with (`list[str]`):
             Names of trackers.
         find_unused_parameters (`bool`, defaults to `False`):
-            Let DDP search in every forward pass for parameters that were not used.
+            Let DDP search for unused parameters in every forward pass.
     """
-    # On the CPU Accelerate must be told that there are several processes: with DeepSpeed by a backend, otherwise by
-    # `cpu`.
+    # On the CPU, Accelerate looks for several processes only if a backend (DeepSpeed) or `cpu` (otherwise) is given.
     is_deepspeed = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
     needs_backend = is_deepspeed and on_cpu()
     accelerator = Accelerator(
@@ -90,9 +89,9 @@ def build_accelerator(
         log_with=log_with or None,
         project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
         kwargs_handlers=[
-            # Gradients are views of the buckets in which they are averaged, which saves a copy of all of them.
+            # Gradients are views of the buckets in which they are averaged. This saves a copy of all gradients.
             DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters, gradient_as_bucket_view=True),
-            # None lets Accelerate choose; its own default would be NCCL everywhere.
+            # With None Accelerate chooses. Its default is NCCL on every device.
             InitProcessGroupKwargs(backend="gloo" if needs_backend else None, timeout=TRAINING_TIMEOUT),
         ],
     )
@@ -103,18 +102,18 @@ def build_accelerator(
 
 
 def all_finite(accelerator: Accelerator, value: torch.Tensor) -> bool:
-    """Whether `value` is finite on every rank; the same answer on all of them. A collective."""
+    """Whether `value` is finite on every rank. All ranks get the same answer. A collective."""
     finite = torch.isfinite(value.detach()).all().to(torch.float32)
     return bool(accelerator.reduce(finite, reduction="sum") == accelerator.num_processes)
 
 
 def any_rank(accelerator: Accelerator, flag: bool) -> bool:
-    """Whether `flag` is set on at least one rank; the same answer on all of them. A collective."""
+    """Whether `flag` is set on at least one rank. All ranks get the same answer. A collective."""
     return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), reduction="sum") > 0)
 
 
 def mean_over_ranks(accelerator: Accelerator, metrics: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Mean of each scalar over the ranks, as Python floats. A collective; every rank passes the same keys."""
+    """Mean of each scalar over the ranks, as Python floats. A collective: every rank must pass the same keys."""
     if not metrics:
         return {}
     stacked = torch.stack([value.detach().float() for value in metrics.values()])

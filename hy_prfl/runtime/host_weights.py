@@ -1,4 +1,4 @@
-"""A frozen model that is on the device only while it is used."""
+"""Offloads a frozen model: its weights are on the device only while it is used."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,24 +11,24 @@ class HostWeights:
     """
     Keeps the weights of a frozen model in host memory, and copies them to the device inside a context.
 
-    A reward model of 8 of Wan 14B's 40 blocks has 6.4 GB in bfloat16. It is needed for less than a second of an update
-    that takes minutes, and not while the generator's backward pass and the optimizer's step need the most memory.
-    Nothing is copied back, because nothing has changed. With CUDA the host memory is pinned.
+    A reward model with 8 of Wan 14B's 40 blocks takes 6.4 GB in bfloat16. An update takes minutes and needs it for
+    less than a second, and not when memory is highest: in the generator's backward pass and the optimizer's step.
+    Nothing is copied back, because the weights do not change. With CUDA the host memory is pinned.
 
     Args:
         model (`nn.Module`):
-            The model, anywhere. Its parameters and buffers must not be written to from here on.
+            The model, on any device. Its parameters and buffers must not be written to afterwards.
         device (`torch.device`):
-            Where it computes.
+            Device on which the model runs.
 
     Raises:
-        ValueError: If one of its parameters takes gradient: what an optimizer changes on the device would be lost.
+        ValueError: If a parameter requires a gradient: an optimizer's changes on the device would be lost.
     """
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         if trained:
-            raise ValueError(f"Only a frozen model can be kept in host memory; {trained[0]!r} takes gradient.")
+            raise ValueError(f"Only a frozen model can be kept in host memory; {trained[0]!r} requires a gradient.")
         self.device = device
         self._tensors = [*model.parameters(), *model.buffers()]
         for tensor in self._tensors:

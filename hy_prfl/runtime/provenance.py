@@ -1,4 +1,4 @@
-"""Where a result comes from: identities of its files, and a record of how a run was started."""
+"""Provenance of results: identities of files, and a record of how a run was started."""
 
 import hashlib
 import importlib.metadata
@@ -22,7 +22,7 @@ from .atomic_writes import write_text
 
 logger = logging.getLogger(__name__)
 
-# Files of a run besides weights.
+# Files in the folder of a run, besides weights.
 CONFIG_FILE, METRICS_FILE = "config.yaml", "metrics.jsonl"
 RUN_FILE = "run.json"
 
@@ -45,10 +45,10 @@ LIBRARIES = (
 
 def path_identity(path: str, revision: str | None = None) -> str:
     """
-    Short text that changes when the files behind a path do, without reading them.
+    Short text that changes when the files of a path change. Their content is not read.
 
-    For a local file or folder it is a hash of the names, sizes and times of its files, so it stays the same if the
-    folder is moved or renamed. For a Hub id it is the id with its revision.
+    For a local file or folder it is a hash of names, sizes and modification times, so it does not change if the folder
+    is moved or renamed. For a Hub id it is the id with its revision.
     """
     root = Path(path)
     if not root.exists():
@@ -60,23 +60,23 @@ def path_identity(path: str, revision: str | None = None) -> str:
 
 def run_record(*, seed: int, num_processes: int = 1) -> dict[str, Any]:
     """
-    What a run was started with, as JSON values.
+    Record of how a run was started, as JSON values.
 
     | key | value |
     |---|---|
     | `started` | now, UTC, ISO 8601 |
-    | `command` | the command line, word by word; the values of tokens are left out |
+    | `command` | list of the words of the command line; access tokens are left out |
     | `seed`, `num_processes` | as given |
     | `hy_prfl`, `python`, `platform` | versions |
-    | `libraries` | versions by name, null for what is not installed |
-    | `devices` | type of the accelerator, `cpu` if there is none, and the names of those that this process sees |
-    | `git` | `commit` and `dirty` of the repository that the working directory is in, null if it is in none |
+    | `libraries` | versions by name, null if not installed |
+    | `devices` | type of the accelerator, `cpu` if there is none, and names of the devices that this process sees |
+    | `git` | `commit` and `dirty` of the working directory's repository, null if there is none |
 
     Args:
         seed (`int`):
             Seed of the run.
         num_processes (`int`, defaults to 1):
-            Processes that run it.
+            Processes of the run.
     """
     return {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -94,10 +94,10 @@ def run_record(*, seed: int, num_processes: int = 1) -> dict[str, Any]:
 
 def write_run_record(path: str | Path, record: Mapping[str, Any]) -> None:
     """
-    Add a record to a JSON list, which has one for each start or continuation of the run.
+    Append a record to the JSON list of a run. The list has one record for each start or continuation.
 
     Raises:
-        ValueError: If there is a file that is no such list.
+        ValueError: If the file exists and is not such a list.
     """
     path = Path(path)
     records = read_run_records(path)
@@ -106,7 +106,7 @@ def write_run_record(path: str | Path, record: Mapping[str, Any]) -> None:
 
 
 def finish_run_record(path: str | Path, global_step: int) -> None:
-    """Note in the last record that the run has ended, and written its result, after this many updates, and when."""
+    """Add to the last record that the run has finished: the number of updates, and the time."""
     path = Path(path)
     *earlier, last = read_run_records(path)
     end = {"finished_step": global_step, "finished": datetime.now(timezone.utc).isoformat(timespec="seconds")}
@@ -115,10 +115,10 @@ def finish_run_record(path: str | Path, global_step: int) -> None:
 
 def read_run_records(path: str | Path) -> list[dict[str, Any]]:
     """
-    What `write_run_record` wrote, oldest first; empty if there is no file.
+    Records that `write_run_record` wrote, oldest first; empty if there is no file.
 
     Raises:
-        ValueError: If there is a file that is no such list.
+        ValueError: If the file exists and is not such a list.
     """
     path = Path(path)
     if not path.exists():
@@ -134,12 +134,12 @@ def read_run_records(path: str | Path) -> list[dict[str, Any]]:
 
 def read_metric_lines(path: str | Path) -> list[tuple[int, str]]:
     """
-    Lines of a run's `metrics.jsonl`, each with its number of updates; empty if there is no file.
+    Lines of a run's `metrics.jsonl` as pairs of the number of updates and the line; empty if there is no file.
 
-    A last line that was cut off, by a full disk or a killed process, is left out with a warning.
+    If the last line was cut off by a full disk or a killed process, it is skipped with a warning.
 
     Raises:
-        ValueError: If another line is broken; names file and line.
+        ValueError: If another line is invalid; names the file and the line.
     """
     path = Path(path)
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
@@ -158,11 +158,11 @@ def read_metric_lines(path: str | Path) -> list[tuple[int, str]]:
 
 def git_state(directory: str | Path = ".") -> dict[str, Any] | None:
     """
-    Commit of the repository that a folder is in, and whether tracked files differ from it.
+    Commit of a folder's git repository, and whether tracked files differ from it.
 
     Returns:
-        `{"commit": ..., "dirty": ...}`, or None if there is no repository or commit, or if git is not installed, does
-        not answer or does not trust the owner of the folder.
+        `{"commit": ..., "dirty": ...}`. None if there is no repository or commit, or if git is not installed, does not
+        answer in time or does not trust the owner of the folder.
     """
     commit = _git(directory, "rev-parse", "--verify", "HEAD")
     changes = _git(directory, "status", "--porcelain", "--untracked-files=no")
@@ -172,7 +172,7 @@ def git_state(directory: str | Path = ".") -> dict[str, Any] | None:
 
 
 def _git(directory: str | Path, *arguments: str) -> str | None:
-    # Without optional locks: reading a repository must not disturb somebody who works in it.
+    # Without optional locks, so that other git commands in the repository are not disturbed.
     command = ["git", "--no-optional-locks", *arguments]
     try:
         finished = subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=30, check=False)
@@ -200,7 +200,7 @@ def _devices() -> dict[str, Any]:
 
 
 def _without_tokens(words: list[str]) -> list[str]:
-    """The command line with `...` for whatever follows an option that is, or ends in, `token`."""
+    """The command line, with `...` for the value of each option whose name is or ends in `token`."""
     kept = []
     for previous, word in pairwise(["", *words]):
         is_value = re.fullmatch(r"--?(\w+[-_])?token", previous) is not None

@@ -1,4 +1,4 @@
-"""Weights that are sharded over ranks: loaded block by block, gathered one at a time, written back."""
+"""Sharding of weights over ranks: loading block by block, gathering one parameter at a time, writing shards back."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,10 +15,10 @@ from .quantization import Quantizer, dequantized
 
 def forget_deepspeed_in_transformers() -> None:
     """
-    Let transformers and diffusers load and treat tensors as whole tensors although ZeRO-3 is on.
+    Make transformers and diffusers load and use whole tensors although ZeRO-3 is on.
 
-    Accelerate tells transformers that ZeRO-3 is on. Models loaded after that would be sharded, and diffusers'
-    `EMAModel` would try to gather the shards that it gets.
+    Accelerate informs transformers about ZeRO-3. Models loaded after that would be sharded, and diffusers' `EMAModel`
+    would try to gather shards.
     """
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -41,16 +41,16 @@ def fill_weights(
         model (`nn.Module`):
             The model. Parameters that are not on the meta device are left as they are.
         weights (`Mapping[str, torch.Tensor]`):
-            Weights by name; each is accessed once, so they may be read from disk on access.
+            Weights by name. Each is accessed once, so a mapping may read them from disk on access.
         dtype (`torch.dtype`):
             Type to convert to.
         keep_in_fp32 (`Sequence[str]`):
-            Names of modules and parameters whose weights become float32 instead.
+            Names of modules and parameters whose weights are converted to float32 instead.
         split (`Callable[[nn.Module], None]`, *optional*):
-            Called with every block as soon as it is loaded, and with the model at the end: `split_for_zero3` or
-            `split_frozen`. Then no rank ever holds more than one whole block.
+            `shard_for_zero3` or `shard_frozen`. Called with each block as soon as it is loaded, and with the model at
+            the end, so that no rank holds more than one whole block.
         quantizer (`Quantizer`, *optional*):
-            Takes the weights of the blocks' linear layers as they are read.
+            Quantises the weights of the blocks' linear layers when they are read.
 
     Raises:
         ValueError: If a weight is missing, left over, or of another shape.
@@ -74,7 +74,7 @@ def fill_weights(
                     f"'{full_name}' must have the shape {tuple(expected[full_name])}, got {tuple(tensor.shape)}."
                 )
             parent, _, leaf = name.rpartition(".")
-            # A copy: weights from a file are memory-mapped, and the file may be replaced.
+            # Copied, because weights from a file are memory-mapped and the file may be replaced.
             own_dtype = torch.float32 if set(keep_in_fp32) & set(full_name.split(".")) else dtype
             tensor = tensor.to(own_dtype, copy=True)
             if quantizer is not None and quantizer.place(full_name, tensor):
@@ -87,26 +87,27 @@ def fill_weights(
         quantizer.finish()
 
 
-def split_for_zero3(module: nn.Module, deepspeed_config: Mapping[str, Any]) -> None:
-    """Shard the weights of a module as the ZeRO-3 engine of this configuration expects them. A collective."""
+def shard_for_zero3(module: nn.Module, deepspeed_config: Mapping[str, Any]) -> None:
+    """Shard the weights of a module for the ZeRO-3 engine of this configuration. A collective."""
     import deepspeed
     from deepspeed.utils import groups
 
-    # With `zero_hpz_partition_size` the first call creates groups of ranks, which DeepSpeed refuses to create again.
+    # With `zero_hpz_partition_size` the first call creates groups of ranks. DeepSpeed does not allow to create them
+    # twice.
     group = groups._get_zero_param_intra_parallel_group()
     deepspeed.zero.Init(module=module, config_dict_or_path=dict(deepspeed_config), zero_param_parallel_group=group)
 
 
-def split_frozen(module: nn.Module, device: torch.device, mesh: DeviceMesh | None = None) -> None:
+def shard_frozen(module: nn.Module, device: torch.device, mesh: DeviceMesh | None = None) -> None:
     """
-    Shard the weights of a frozen module over ranks; they are gathered only while it computes. A collective of these ranks.
+    Shard the weights of a frozen module over ranks. They are gathered only while it runs. A collective of these ranks.
 
-    It uses torch's `fully_shard` and no engine, so it works the same with DDP, ZeRO-2 and ZeRO-3, is not part of their
-    checkpoints, and the module is called as before. All of these ranks must call it the same number of times.
+    It uses torch's `fully_shard` and no engine. So it works with DDP, ZeRO-2 and ZeRO-3, is not part of their
+    checkpoints, and the module is called as before. All of these ranks must call the module the same number of times.
 
     Args:
         mesh (`DeviceMesh`, *optional*):
-            The ranks, in one dimension; all of them if left out.
+            One-dimensional mesh of the ranks; all ranks if left out.
     """
     from torch.distributed.fsdp import fully_shard
 
@@ -115,30 +116,30 @@ def split_frozen(module: nn.Module, device: torch.device, mesh: DeviceMesh | Non
     fully_shard(module, mesh=mesh, reshard_after_forward=True)
 
 
-def split_frozen_model(
+def shard_frozen_model(
     model: nn.Module, block_classes: Sequence[str], device: torch.device, mesh: DeviceMesh | None = None
 ) -> None:
     """
-    Split the weights of a whole frozen model, see [`split_frozen`]; only one of its blocks is whole at a time.
+    Shard all weights of a frozen model, see [`shard_frozen`]. Only one of its blocks is gathered at a time.
 
     Args:
         block_classes (`Sequence[str]`):
-            Names of the classes of its blocks: `_no_split_modules` in diffusers and transformers.
+            Class names of its blocks: `_no_split_modules` in diffusers and transformers.
 
     Raises:
-        ValueError: If it has no such blocks.
+        ValueError: If the model has no such blocks.
     """
     blocks = [module for module in model.modules() if type(module).__name__ in block_classes]
     if not blocks:
         raise ValueError(f"{type(model).__name__} has no blocks of the classes {list(block_classes)}.")
     for block in blocks:
-        split_frozen(block, device, mesh)
-    split_frozen(model, device, mesh)
+        shard_frozen(block, device, mesh)
+    shard_frozen(model, device, mesh)
 
 
 @contextmanager
 def gathered(parameter: torch.Tensor) -> Iterator[None]:
-    """Gather a parameter that ZeRO-3 has sharded, inside the context. A collective."""
+    """Gather a parameter that ZeRO-3 has sharded inside the context. Other parameters are unchanged. A collective."""
     if not hasattr(parameter, "ds_id"):
         yield
         return
@@ -154,8 +155,8 @@ def full_state_dict(
     """
     Weights by name, on the CPU of the main process; empty on the other ranks. A collective.
 
-    Under DeepSpeed parameters are gathered one after the other, so no rank ever holds more than one besides its own
-    shard. Parameters in training are the float32 masters of the optimizer. Quantised weights are dequantised.
+    With DeepSpeed, parameters are gathered one after the other, so a rank holds one of them besides its own shard.
+    Trained parameters are taken from the optimizer's float32 masters. Quantised weights are dequantised.
     """
     state_dict = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -170,7 +171,7 @@ def full_state_dict(
 
 
 def full_master(parameter: torch.Tensor) -> torch.Tensor | None:
-    """The whole float32 master of a parameter in training under DeepSpeed, None for any other. A collective."""
+    """The whole float32 master of a trained parameter under DeepSpeed; None for other parameters. A collective."""
     if not hasattr(parameter, "ds_id") and not hasattr(parameter, "_hp_mapping"):
         return None
     if not parameter.requires_grad:
@@ -182,10 +183,10 @@ def full_master(parameter: torch.Tensor) -> torch.Tensor | None:
 
 def forget_gradients(optimizer: Any) -> None:
     """
-    Set this rank's shard of the gradients to zero, which ZeRO-3 keeps from one update to the next.
+    Set this rank's shard of the gradients to zero. ZeRO-3 keeps it from one update to the next.
 
-    ZeRO-3 overwrites a shard when its parameter gets a gradient, and uses it at the end of the update in any case:
-    without this call a parameter without a gradient would be moved by the gradient of an earlier update.
+    ZeRO-3 overwrites a parameter's part of the shard when the parameter gets a gradient, and the optimizer always uses
+    the shard. Without this call, a parameter that gets no gradient would be updated with one of an earlier update.
 
     Args:
         optimizer (`AcceleratedOptimizer`):
@@ -197,21 +198,20 @@ def forget_gradients(optimizer: Any) -> None:
 
 
 def fill_gradients(parameters: Iterable[torch.Tensor]) -> None:
-    """Give parameters without a gradient a gradient of zero. Not under DeepSpeed, which holds gradients itself."""
+    """Give parameters without a gradient a zero gradient. Not those of DeepSpeed, which holds gradients itself."""
     for parameter in parameters:
-        is_split = hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
-        if parameter.grad is None and not is_split:
+        is_sharded = hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
+        if parameter.grad is None and not is_sharded:
             parameter.grad = torch.zeros_like(parameter)
 
 
 class Masters:
     """
-    The float32 values of the parameters in training that this rank keeps: all of them without DeepSpeed, else its
-    shard.
+    The float32 values of the trained parameters on this rank: whole parameters without DeepSpeed, its shards with it.
 
     Args:
         named_parameters (`Mapping[str, nn.Parameter]`):
-            The parameters in training by name, after `Accelerator.prepare`.
+            The trained parameters by name, after `Accelerator.prepare`.
         optimizer (`torch.optim.Optimizer`):
             The prepared optimizer.
     """
@@ -221,7 +221,7 @@ class Masters:
         self.is_zero3 = any(hasattr(parameter, "ds_id") for parameter in named_parameters.values())
         self.is_zero2 = any(hasattr(parameter, "_hp_mapping") for parameter in named_parameters.values())
         self.shapes = {name: getattr(tensor, "ds_shape", tensor.shape) for name, tensor in named_parameters.items()}
-        # ZeRO-2 cuts one long buffer, so a rank has no part of most parameters.
+        # ZeRO-2 shards one flat buffer of all parameters, so a rank has no part of most of them.
         self.parameters = {
             name: parameter
             for name, parameter in named_parameters.items()
@@ -229,7 +229,7 @@ class Masters:
         }
 
     def values(self) -> list[nn.Parameter]:
-        """This rank's shard of each parameter of which it has one."""
+        """This rank's shards, one for each parameter that it has a part of."""
         if self.is_zero3:
             from deepspeed.utils import safe_get_local_fp32_param
 
@@ -240,10 +240,10 @@ class Masters:
 
     def share_of(self, weights: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         """
-        Cut whole weights, one for each parameter in training, into shards as in `values`.
+        This rank's shards, as in `values`, of the given whole weights.
 
         Raises:
-            ValueError: If one of them is missing, or has another shape than its parameter.
+            ValueError: If the weight of a trained parameter is missing or has another shape.
         """
         missing = sorted(set(self.shapes) - set(weights))
         if missing:
@@ -259,7 +259,7 @@ class Masters:
         return shares
 
     def write(self, values: Sequence[torch.Tensor]) -> None:
-        """Write values, shaped as `values`, into the parameters: masters and working copies. A collective."""
+        """Write shards, as from `values`, into the parameters: float32 masters and working copies. A collective."""
         for parameter, value in zip(self.parameters.values(), values, strict=True):
             if self.is_zero3:
                 from deepspeed.utils import safe_set_local_fp32_param

@@ -1,4 +1,4 @@
-"""Decides whether a pass of Wan's VAE is made in tiles, from the memory that it needs otherwise."""
+"""Decides whether Wan's VAE runs in tiles, from the memory that it would need without them."""
 
 import logging
 from collections.abc import Mapping
@@ -14,9 +14,9 @@ logger = logging.getLogger(__name__)
 VAETiling = Literal["auto", "on", "off"]
 Operation = Literal["encode", "decode"]
 
-# Bytes of a float32 pass for each pixel, and for each pixel of each frame, besides weights and input, by torch's own
-# allocations at 480P and 720P. The VAE of Wan2.1 and A14B, and that of TI2V 5B, which is residual. A pass takes four frames
-# at a time, so the number of frames adds only what is kept of each.
+# Bytes of a float32 pass per pixel, and per pixel and frame, without weights and input. Measured from torch's
+# allocations at 480P and 720P, for the VAE of Wan2.1 and A14B (False) and the residual one of TI2V 5B (True). A pass
+# processes four frames at a time, so each further frame adds only what is kept of it.
 PASS_BYTES: dict[tuple[bool, Operation], tuple[float, float]] = {
     (False, "encode"): (14_095, 0.35),
     (False, "decode"): (19_445, 12.5),
@@ -29,11 +29,11 @@ def pass_memory(
     config: Mapping[str, Any], operation: Operation, *, height: int, width: int, num_frames: int, batch_size: int = 1
 ) -> float:
     """
-    Bytes that a pass of the VAE takes in float32 without tiles, besides its weights and its input.
+    Bytes that a float32 pass of the VAE takes without tiles, without weights and input.
 
     Args:
         config (`Mapping`):
-            Configuration of an `AutoencoderKLWan`, assumed to have the width of a published Wan VAE.
+            Configuration of an `AutoencoderKLWan`. Its width is assumed to be that of a published Wan VAE.
         height, width, num_frames (`int`):
             Size of the video in pixels and frames.
     """
@@ -42,12 +42,12 @@ def pass_memory(
 
 
 def tiled_decoding_memory(*, height: int, width: int, num_frames: int, batch_size: int = 1) -> float:
-    """Bytes of decoding in tiles: of one tile, or of all frames while they are joined."""
+    """Bytes that decoding in tiles takes: the larger of one tile, and of all frames while tiles are joined."""
     return batch_size * max(1.4e9, 56.0 * height * width * num_frames)
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device, with those that torch has reserved; on the CPU those of the machine."""
+    """Free bytes of a device, including unused memory that torch has reserved; of the machine's memory on the CPU."""
     if device.type != "cuda":
         return psutil.virtual_memory().available
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -65,17 +65,16 @@ def set_tiling(
     batch_size: int = 1,
 ) -> bool:
     """
-    Let the VAE make its next pass in tiles, or not; call it just before that pass.
+    Turn the VAE's tiling on or off for its next pass. Call it just before that pass.
 
-    diffusers' tiles are 256 pixels wide and overlap by a quarter, where they are blended, so the result differs
-    slightly.
+    diffusers' tiles are 256 pixels wide, overlap by a quarter and are blended there, so the result differs slightly.
 
     Args:
         tiling (`str`):
-            `"auto"` uses tiles if the pass does not fit into the free memory of the VAE's device.
+            `"auto"` uses tiles if the pass does not fit into the free memory of the device.
 
     Returns:
-        `bool`: Whether there will be tiles.
+        `bool`: Whether tiling is on.
     """
     needed = pass_memory(
         vae.config, operation, height=height, width=width, num_frames=num_frames, batch_size=batch_size

@@ -22,7 +22,7 @@ from ..models.reward_model import WanRewardModel
 from ..models.starting_points import StartingPoint, check_starts_adapter, read_starting_point, start_adapter
 from ..models.trainable import select_trainable
 from ..rollout import mean_foreseen_gain
-from ..runtime.sharding import split_frozen
+from ..runtime.sharding import shard_frozen
 from .base import check_dataset
 from .run import Run
 
@@ -71,7 +71,7 @@ def open_models(config: PRFLTrainingConfig, run: Run) -> dict[str, Any]:
             load_reward_model,
             config.reward_model,
             dtype=run.weight_dtype,
-            split=partial(split_frozen, device=device) if config.shard_reward_model else None,
+            split=partial(shard_frozen, device=device) if config.shard_reward_model else None,
             quantizer=run.quantizer("reward_model_quantization"),
         ),
     )
@@ -96,7 +96,7 @@ def open_models(config: PRFLTrainingConfig, run: Run) -> dict[str, Any]:
         "vae": vae if config.validation_videos else None,
     }
     if frozen is not None:
-        split = partial(split_frozen, device=device) if config.shard_frozen_expert else None
+        split = partial(shard_frozen, device=device) if config.shard_frozen_expert else None
         quantizer = run.quantizer("frozen_expert_quantization")
         models["frozen_expert"] = transformer(
             frozen, dtype=run.weight_dtype, split=split, quantizer=quantizer, keep_in_fp32=True
@@ -169,14 +169,14 @@ def load_trained(transformer: AnyTransformer, config: PRFLTrainingConfig, run: R
     model = loaded(transformer)
     select_trainable(model, config, dtype=run.trained_dtype)
     start_adapter(model, start_of(transformer))
-    run.set_up_blocks(model, num_recomputed=config.gradient_checkpointing_blocks)
+    run.set_up_blocks(model, num_checkpointed=config.gradient_checkpointing_blocks)
     return model
 
 
 def load_frozen(transformer: AnyTransformer, run: Run) -> WanTransformer3DModel:
     """An expert that does not train, on the device, with its blocks set up."""
     model = loaded(transformer).requires_grad_(False).eval().to(run.accelerator.device)
-    run.set_up_blocks(model, num_recomputed=0)
+    run.set_up_blocks(model, num_checkpointed=0)
     return model
 
 

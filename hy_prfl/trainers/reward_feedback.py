@@ -157,5 +157,5 @@ def place_reward_model(
         in_use = HostWeights(reward_model, run.accelerator.device).on_device
     else:
         reward_model.to(run.accelerator.device)
-    run.set_up_blocks(reward_model, num_recomputed=config.reward_gradient_checkpointing_blocks)
+    run.set_up_blocks(reward_model, num_checkpointed=config.reward_gradient_checkpointing_blocks)
     return reward_model, in_use

@@ -120,7 +120,7 @@ class RewardTrainer(Trainer):
         model.register_to_config(task=config.task, vae_fingerprint=fingerprint)
         select_trainable(model, config, dtype=run.trained_dtype)
         start_adapter(model, start_of(reward_model))
-        run.set_up_blocks(model, num_recomputed=config.gradient_checkpointing_blocks)
+        run.set_up_blocks(model, num_checkpointed=config.gradient_checkpointing_blocks)
         super().__init__(
             config,
             run=run,

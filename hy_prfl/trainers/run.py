@@ -13,12 +13,12 @@ from torch import nn
 from ..configs.base import TrainingConfig, check
 from ..data.encoding import vae_fingerprint
 from ..formats.checkpoints import find_checkpoint
-from ..runtime.activation_checkpointing import recompute_blocks
+from ..runtime.activation_checkpointing import checkpoint_activations
 from ..runtime.attention import check_attention_backend, set_attention_backend
 from ..runtime.context_parallel import ContextParallelGroup
 from ..runtime.distributed import TRAINING_TIMEOUT, build_accelerator
 from ..runtime.quantization import Quantizer, check_quantization
-from ..runtime.sharding import split_for_zero3
+from ..runtime.sharding import shard_for_zero3
 from .reports import Reports, known_trackers
 from .resuming import check_checkpoint, model_identities
 
@@ -109,7 +109,7 @@ class Run:
             for name in ("zero_optimization", "bf16")
             if name in plugin.deepspeed_config
         }
-        return partial(split_for_zero3, deepspeed_config={"train_micro_batch_size_per_gpu": 1, **settings})
+        return partial(shard_for_zero3, deepspeed_config={"train_micro_batch_size_per_gpu": 1, **settings})
 
     @property
     def trained_dtype(self) -> torch.dtype:
@@ -136,19 +136,19 @@ class Run:
         )
         return vae_fingerprint(vae)
 
-    def set_up_blocks(self, model: Any, *, num_recomputed: int | None) -> None:
+    def set_up_blocks(self, model: Any, *, num_checkpointed: int | None) -> None:
         """
         Give a model's blocks what the options ask for: recomputation, attention kernel, share of the tokens, compiler.
 
         Args:
             model (`ModelMixin`):
                 The model, with its adapter if it gets one.
-            num_recomputed (`int`, *optional*):
+            num_checkpointed (`int`, *optional*):
                 How many blocks are recomputed with `gradient_checkpointing`, all if left out.
         """
         config = self.config
         if config.gradient_checkpointing:
-            recompute_blocks(model, num_blocks=num_recomputed, offload=config.offload_activations)
+            checkpoint_activations(model, num_blocks=num_checkpointed, offload=config.offload_activations)
         if config.attention_backend is not None:
             set_attention_backend(model, config.attention_backend)
         if self.context_parallel is not None:

@@ -1,4 +1,4 @@
-"""The benchmark's smallest case runs; its baseline and its counts are checked against torch itself."""
+"""The benchmark's smallest cases, and checks of its baseline and counts against torch itself."""
 
 import dataclasses
 import json
@@ -73,22 +73,22 @@ def gradient_of(decode: Any, latents: torch.Tensor) -> torch.Tensor:
     return grad
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(("decode", "num_frames"), [(decode_first_frame, 1), (decode_all_frames, 3)])
-def test_decoding_is_the_vaes_own(vae: AutoencoderKLWan, decode: Any, num_frames: int, recompute: bool) -> None:
+def test_decoding_is_the_vaes_own(vae: AutoencoderKLWan, decode: Any, num_frames: int, checkpointing: bool) -> None:
     latents = torch.randn(1, *CLIP.latents_shape)
     torch.testing.assert_close(
-        decode(vae, latents, recompute=recompute), vae.decode(latents[:, :, :num_frames]).sample
+        decode(vae, latents, checkpointing=checkpointing), vae.decode(latents[:, :, :num_frames]).sample
     )
     torch.testing.assert_close(
-        gradient_of(lambda leaf: decode(vae, leaf, recompute=recompute), latents),
+        gradient_of(lambda leaf: decode(vae, leaf, checkpointing=checkpointing), latents),
         gradient_of(lambda leaf: vae.decode(leaf[:, :, :num_frames]).sample, latents),
     )
 
 
 @pytest.mark.parametrize("method", [RGB_FIRST, RGB_ALL])
 def test_rgb_refl_has_the_gradient_of_plain_autograd(inputs: Path, tmp_path: Path, method: str) -> None:
-    """Noise, chain, foreseen latents, frames, reward, `backward()`, all in one graph."""
+    """RGB ReFL's gradient from one graph of noise, chain, predicted latents, frames, reward and one `backward()`."""
     trainer = dataclasses.replace(case(method), switch="no recomputation" if method == RGB_ALL else "")
     trainer = trainer.trainer(inputs, tmp_path, Measured)
     trainer.start_streams()
@@ -140,7 +140,7 @@ def count(function: Any) -> int:
 
 @pytest.fixture
 def counted(inputs: Path, vae: AutoencoderKLWan) -> dict[str, int]:
-    """FLOPs of the parts of an update, by torch's counter and functions of this file."""
+    """FLOPs of the parts of an update by torch's counter."""
     transformer = WanTransformer3DModel.from_pretrained(inputs / "pipeline", subfolder="transformer")
     transformer.enable_gradient_checkpointing()
     transformer.train()
@@ -158,11 +158,11 @@ def counted(inputs: Path, vae: AutoencoderKLWan) -> dict[str, int]:
         flow_matching_loss(predict_velocity(transformer, latents, time, Conditioning(text)), latents).backward()
 
     def reward() -> None:
-        # Not a leaf itself: the counter's hooks do not bear that.
+        # Not a leaf itself: the counter's hooks would fail.
         reward_model(latents.clone().requires_grad_() * 1, time, text).logits.sum().backward()
 
     def pixels(decodes: Any) -> None:
-        pixel_reward = PixelReward(vae, SIZE.image_reward, decodes=decodes, recompute=True)
+        pixel_reward = PixelReward(vae, SIZE.image_reward, decodes=decodes, checkpointing=True)
         pixel_reward(latents.clone().requires_grad_() * 1, text).sum().backward()
 
     return {
@@ -175,7 +175,7 @@ def counted(inputs: Path, vae: AutoencoderKLWan) -> dict[str, int]:
 
 @pytest.fixture(scope="module")
 def measured(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Measurement]:
-    """Measurements by method or switch."""
+    """Measurements by the name of the method or the switch."""
     results = {}
     for each in (case(PRFL), case(FLOW), case(RGB_FIRST), case(PRFL, RUN_TWICE), case(PRFL_REWARD, FOUR_STEPS)):
         trainer = each.trainer(inputs, tmp_path_factory.mktemp("run"), Measured)
@@ -184,10 +184,10 @@ def measured(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 
 def test_flops_and_calls_of_an_update(measured: dict[str, Measurement], counted: dict[str, int]) -> None:
-    """Steps without gradient, one with it, the reward's, the flow-matching update's: nothing else multiplies."""
+    """FLOPs of an update are exactly those of its rollout, gradient step, reward and flow-matching update."""
     forward, step, reward, pixels = (counted[name] for name in ("forward", "generator", "reward", "first"))
     expected = {
-        # FLOPs, calls of the models, backward passes: of the generator's, and of the reward's
+        # FLOPs, calls of the models, and backward passes of generator and reward model.
         PRFL: (3 * forward + 2 * step + reward, 1 + 4 + 1, 3),
         FLOW: (step, 1, 1),
         RGB_FIRST: (6 * forward + 2 * step + pixels, 1 + 7 + 1, 3),
@@ -203,7 +203,7 @@ def test_time_and_memory_of_an_update(inputs: Path, measured: dict[str, Measurem
     for result in measured.values():
         assert len(result.seconds) == 1
         assert 0 < result.optimizer < result.overhead < 1
-    # All weights, their gradients and two moments of Adam. The clip is small, the least of the methods needs little more.
+    # Weights, gradients and two moments of Adam. The clip is small, so the smallest method needs little more.
     parameters = WanTransformer3DModel.from_pretrained(inputs / "pipeline", subfolder="transformer").num_parameters()
     assert 16 * parameters < measured[FLOW].peak_bytes < 24 * parameters
     assert measured[FLOW].peak_bytes == min(result.peak_bytes for result in measured.values())
@@ -216,7 +216,7 @@ def test_short_updates_are_timed_for_a_while(inputs: Path, tmp_path: Path) -> No
 
 
 def test_every_switch_is_an_option_of_the_trainer() -> None:
-    """On each kind of device; the options are refused by the configuration if they do not go together."""
+    """All cases of each device type have valid options: the configuration checks them."""
     for device in ("cpu", "cuda"):
         cases = all_cases({"test": SIZE}, device=torch.device(device), num_inference_steps=8)
         assert len({each.label for each in cases}) == len(cases)
@@ -240,7 +240,7 @@ def test_steps_are_the_mean_of_random_ones() -> None:
 
 @pytest.mark.parametrize("name", ["tiny", "mid"])
 def test_vae_is_in_proportion(name: str) -> None:
-    """No other width comes closer to the share that decoding has at the published size."""
+    """No other width of the VAE is closer to the decoding share of the published size."""
     size, share = SIZES[name], PUBLISHED_DECODING_SHARES[{"tiny": "1.3b", "mid": "14b"}[name]]
 
     def distance(width: int) -> float:
@@ -261,7 +261,7 @@ def row(method: str, seconds: float, gigabytes: float, **more: Any) -> dict[str,
 
 
 def test_report(tmp_path: Path) -> None:
-    """Fastest updates, ratios and verdicts of made-up measurements, computed by hand."""
+    """Fastest updates, ratios and their bounds for made-up measurements, against figures computed by hand."""
     four = {"switch": "4 gradient steps", "options": {"update_schedule": "reward", "num_gradient_steps": 4}}
     rows = [
         row(PRFL, 2.0, 1.0, planned_bytes=1.11e9, planned_flops=1e9),
@@ -299,7 +299,7 @@ def test_report(tmp_path: Path) -> None:
 
 
 def test_command_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A case that is there is not measured again, one that is not is; another setting measures anew."""
+    """Only cases without a result are measured; with another setting all are measured again."""
     monkeypatch.chdir(ROOT)
 
     def run(*options: str) -> dict[str, Any]:
@@ -351,7 +351,7 @@ def test_a_run_that_ends_too_early_is_an_error(inputs: Path, tmp_path: Path) -> 
 
 
 def test_inputs_fit_together(tmp_path: Path) -> None:
-    """Models of a type, and rows that the trainer takes."""
+    """Models are written in a type, with rows that the trainer accepts."""
     write_models(tmp_path, num_reward_layers=1, dtype=torch.bfloat16, num_layers=2)
     write_rows(tmp_path, latents_shape=(16, 2, 4, 4), num_rows=2)
     transformer = WanTransformer3DModel.from_pretrained(tmp_path / "pipeline", subfolder="transformer")

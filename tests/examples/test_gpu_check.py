@@ -1,4 +1,4 @@
-"""The check of a GPU, as far as it goes without one: its steps at a tiny size, and what it says of results."""
+"""The GPU check without a GPU: its steps at a tiny size, and its report."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def test_the_command_writes_what_its_steps_found(tmp_path: Path) -> None:
 
 
 def test_tiny_steps_are_as_planned(tmp_path: Path) -> None:
-    """What a GPU does at the real sizes; the planner knows what a CPU allocates too."""
+    """The steps for a GPU at a tiny size on the CPU. The planner can count a CPU's allocations too."""
     steps = all_steps(SCALES["tiny"], tmp_path, tests=False)
     results = {name: step() for name, step in steps.items() if name in ("VAE", "text encoder") or "LoRA" in name}
     assert faults(results) == []
@@ -53,14 +53,14 @@ def test_tiny_steps_are_as_planned(tmp_path: Path) -> None:
 
 @pytest.mark.launch
 def test_without_a_gpu_it_says_what_it_would_do(tmp_path: Path) -> None:
-    told = run("--sizes=tiny", f"--output_dir={tmp_path / 'out'}")
-    assert "There is no CUDA GPU here." in told
-    assert "tiny, LoRA, int8 base" in told
+    output = run("--sizes=tiny", f"--output_dir={tmp_path / 'out'}")
+    assert "There is no CUDA GPU here." in output
+    assert "tiny, LoRA, int8 base" in output
     assert not (tmp_path / "out").exists()
 
 
 def test_real_sizes_are_expected_to_end_in_time() -> None:
-    """What `make gpu-check` promises, at the rate that the planner assumes."""
+    """The expected time is below the documented one, at the rate that the planner assumes."""
     expected = expectations("real")
     assert sum(what["seconds"] for what in expected.values()) < 15 * 60
     assert max(what.get("gigabytes", 0.0) for what in expected.values()) < 76

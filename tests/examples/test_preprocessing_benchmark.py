@@ -1,4 +1,4 @@
-"""The benchmark of reading ahead runs, and refuses datasets that differ. What it measures is not tested."""
+"""The benchmark of reading ahead runs, and fails if datasets differ. Its times are not tested."""
 
 import re
 from pathlib import Path

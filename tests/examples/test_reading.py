@@ -1,4 +1,4 @@
-"""The benchmark of reading runs, and both layouts hold the same clips. What it measures is not tested."""
+"""The benchmark of reading runs, and both layouts hold the same clips. Its times are not tested."""
 
 from pathlib import Path
 from typing import Any

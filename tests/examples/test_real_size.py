@@ -1,4 +1,4 @@
-"""Training steps at 14B on a pretended CUDA device: nothing that CUDA refuses, and what the planner says."""
+"""Training steps of 14B on a pretended CUDA device: they run, and need what the planner says."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ from examples.real_size.recipes import load_recipe, recipe_paths
 
 
 def pretends(test: Any) -> Any:
-    """Mark a test that starts the pretended device."""
+    """Mark for tests that start the pretended device."""
     test = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")(test)
     reason = "a build of torch with CUDA cannot pretend"
     return pytest.mark.launch(pytest.mark.skipif(torch.version.cuda is not None, reason=reason)(test))
@@ -32,7 +32,7 @@ def test_every_recipe_that_can_has_run() -> None:
 
 
 def test_page_is_what_the_results_say() -> None:
-    """Measured columns from the JSON file, the planner's computed again. `make real-size` writes both."""
+    """The page has the measured columns of the JSON file and the planner's, which are computed again here."""
     assert (ROOT / "docs" / "real_size.md").read_text(encoding="utf-8") == page(MEASURED)
 
 
@@ -50,7 +50,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pretends
 def test_a_step_at_real_size(library: Path) -> None:
-    """Autocast with block inputs in host memory; DeepSpeed's bfloat16 with context parallelism; pairs."""
+    """Autocast with offloaded block inputs; DeepSpeed's bfloat16 with context parallelism; preference pairs."""
     names = ["prfl/wan2.1_t2v_14b_720p_lora", "prfl/wan2.1_i2v_14b_480p_full", "reward/wan2.1_t2v_14b_480p_bt"]
     for name, measured in zip(names, measure_recipes([PATHS[name] for name in names], library), strict=True):
         assert "error" not in measured, measured["error"]
@@ -70,7 +70,7 @@ def test_a_recipe_that_fails_leaves_the_next_one_alone(library: Path, tmp_path: 
 
 @pretends
 def test_the_device_refuses_what_cuda_refuses(library: Path) -> None:
-    """Operands of different types, outside of autocast; and autocast computes norms in float32."""
+    """Errors of CUDA are raised: operands of different types without autocast. Autocast computes norms in float32."""
     program = (
         "import pathlib, sys\n"
         "from examples.real_size.library import load_library\n"

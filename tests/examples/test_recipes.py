@@ -1,4 +1,4 @@
-"""Every file in examples/ and accelerate_configs/ is read as the commands in it would read it."""
+"""Every file in examples/ and accelerate_configs/ can be read by the command that it is for."""
 
 import dataclasses
 import importlib.util
@@ -29,7 +29,7 @@ CONFIGS = {
 }
 TRAINING_RECIPES = recipe_paths()
 EXAMPLES = sorted(path for path in (ROOT / "examples").glob("*/*.yaml") if path.parent.name != "shapes")
-# What a command refuses to do without, beside its required options.
+# Options that a command needs, besides its required fields.
 NEEDED = {
     "preprocess": ["--manifest=x"],
     "generate": ["--prompts=x"],
@@ -44,7 +44,7 @@ def relative(path: Path) -> str:
 
 
 def head_commands(path: Path) -> list[list[str]]:
-    """The commands in the comment at the head of a recipe, as words."""
+    """The commands in the comment at the head of a recipe, as lists of words."""
     text = path.read_text(encoding="utf-8")
     comment = "\n".join(line.removeprefix("#").strip() for line in text.splitlines() if line.startswith("#"))
     commands = re.findall(r"^accelerate launch .*$", comment.replace("\\\n", " "), flags=re.MULTILINE)
@@ -52,7 +52,7 @@ def head_commands(path: Path) -> list[list[str]]:
 
 
 def head_module(path: Path) -> str:
-    """The command that the head of a recipe runs."""
+    """The training command in the head of a recipe."""
     words = next(iter(head_commands(path)))
     return words[words.index("-m") + 1].removeprefix("hy_prfl.scripts.")
 
@@ -64,7 +64,7 @@ def test_there_are_recipes() -> None:
 
 @pytest.mark.parametrize("path", RECIPES, ids=relative)
 def test_recipe_parses_with_the_command_in_its_head(path: Path) -> None:
-    """The config class takes the recipe together with the options that the head gives it."""
+    """The config class accepts the recipe with the options in its head."""
     commands = head_commands(path)
     assert commands, "the head of a recipe shows the command that runs it"
     for words in commands:
@@ -99,7 +99,7 @@ def test_accelerate_config_loads(path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_recipe_has_only_what_differs_from_the_defaults(path: Path) -> None:
     config_class = CONFIGS[head_module(path)]
     given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    # `plan` tells by these two whose recipe it is.
+    # `plan` infers the command of a recipe from these two.
     names = set(given) - {"update_schedule", "loss"}
     options = [f"--{option.name}=left_out" for option in dataclasses.fields(config_class) if is_required(option)]
     required = dataclasses.asdict(parse_config(config_class, [*options, *NEEDED.get(head_module(path), [])]))
@@ -113,7 +113,7 @@ def is_required(option: dataclasses.Field) -> bool:
 
 
 def test_page_of_recipes_is_what_the_planner_says() -> None:
-    """All of its figures are computed again. `python -m examples.real_size.recipes` writes it."""
+    """All figures of the page are computed again. `python -m examples.real_size.recipes` writes it."""
     assert (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8") == page()
 
 
@@ -131,7 +131,7 @@ def test_head_is_short_and_the_recipe_fits(path: Path) -> None:
 
 
 def test_recipes_for_one_gpu_fit_it() -> None:
-    """The table of docs/one_gpu.md has what the planner says, and that is less than the GPU has."""
+    """The table of docs/one_gpu.md has the planner's figures, and they fit into the GPU."""
     rows = re.findall(
         r"^\| (\d+) GB \|.*\((?:\.\./)(examples/.*?\.yaml)\) \| ([\d.]+) GB \|",
         (ROOT / "docs/one_gpu.md").read_text(encoding="utf-8"),
@@ -146,7 +146,7 @@ def test_recipes_for_one_gpu_fit_it() -> None:
 
 
 def test_recipes_cover_the_published_models() -> None:
-    """All published pipelines, each with a reward model and with PRFL of all weights and of an adapter."""
+    """All published pipelines have recipes for a reward model, and for PRFL with all weights and with an adapter."""
     trained = {"reward": set(), "full": set(), "lora": set()}
     for path in TRAINING_RECIPES:
         given = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -156,7 +156,7 @@ def test_recipes_cover_the_published_models() -> None:
 
 
 def test_shapes_recipes_agree() -> None:
-    """All stages of the demo pad to one length, and generation walks the grid that the reward updates walk."""
+    """All stages of the demo pad to one length, and generation has the same timesteps as the reward updates."""
     values = {name: yaml.safe_load((ROOT / f"examples/shapes/{name}.yaml").read_text()) for name in CONFIGS}
     assert len({values[name]["max_sequence_length"] for name in ("preprocess", "score", "generate")}) == 1
     assert values["generate"]["num_inference_steps"] == values["train_prfl"]["num_inference_steps"]

@@ -24,7 +24,7 @@ def test_channels_beside_the_latents() -> None:
 
 
 def test_first_frame_of_the_latents() -> None:
-    """As `WanImageToVideoPipeline` computes it with its mask."""
+    """The condition agrees with that of `WanImageToVideoPipeline`, which computes it with a mask."""
     latents, timestep, condition = torch.randn(2, 48, 3, 4, 6), torch.tensor([900.0, 3.0]), torch.randn(2, 48, 1, 4, 6)
     mask = torch.ones(1, 1, 3, 4, 6)
     mask[:, :, 0] = 0
@@ -37,7 +37,7 @@ def test_first_frame_of_the_latents() -> None:
 
 
 def test_embeddings_are_cast_and_the_condition_stays_in_float32() -> None:
-    """A first frame in half precision would be another image than the one that was encoded."""
+    """The first frame stays in float32: half precision would change the image that was encoded."""
     given = Conditioning(torch.randn(1, 7, 32), torch.randn(1, 5, 32), torch.randn(1, 20, 3, 4, 6))
     moved = given.to("cpu", torch.bfloat16)
     assert (moved.prompt_embeds.dtype, moved.image_embeds.dtype) == (torch.bfloat16, torch.bfloat16)  # type: ignore[union-attr]
@@ -54,7 +54,7 @@ def transformer() -> WanTransformer3DModel:
 
 
 def test_reward_model_sees_the_tokens_of_the_generator(transformer: WanTransformer3DModel) -> None:
-    """Its features, with a timestep for each token, are what the generator's second block puts out."""
+    """With one timestep per token, its features equal the output of the generator's second block."""
     model = WanRewardModel.from_transformer(transformer, num_layers=2).eval()
     seen: list[torch.Tensor] = []
     hook = transformer.blocks[1].register_forward_hook(lambda module, args, output: seen.append(output))

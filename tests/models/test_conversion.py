@@ -1,4 +1,4 @@
-"""Conversion of whole models. Native checkpoints are made here by renaming a diffusers model's weights backwards."""
+"""Conversion of whole models. Native checkpoints are made by renaming the weights of a diffusers model."""
 
 import json
 import math
@@ -67,7 +67,7 @@ class TestReadTransformer:
         transformer = make_transformer(kind).to(torch.bfloat16)
         transformer.save_pretrained(tmp_path / "model")
         read = read_transformer(tmp_path / "model")
-        # `from_pretrained` would make float32 of some weights.
+        # `from_pretrained` would cast some weights to float32.
         assert_equal_weights(read.state_dict(), transformer.state_dict())
 
     def test_types_survive(self, tmp_path: Path, weights: dict[str, torch.Tensor]) -> None:
@@ -91,7 +91,9 @@ class TestReadTransformer:
             save_file(weights, path)
         else:
             torch.save(weights, path)
-        with pytest.raises(FileNotFoundError, match="number of heads: give Wan's config.json as `transformer_config`"):
+        with pytest.raises(
+            FileNotFoundError, match="number of heads cannot be read from the weights: give Wan's config.json as"
+        ):
             read_transformer(path)
         config = tmp_path / "elsewhere" / "config.json"
         config.parent.mkdir()
@@ -132,7 +134,7 @@ class TestReadTransformer:
 
     @pytest.mark.parametrize("num_layers", [2, 4])
     def test_number_of_blocks(self, tmp_path: Path, weights: dict[str, torch.Tensor], num_layers: int) -> None:
-        with pytest.raises(ValueError, match=rf"counts {num_layers} blocks \(`num_layers`\), the weights have 3"):
+        with pytest.raises(ValueError, match=rf"has `num_layers` {num_layers}, but the weights have 3 blocks"):
             convert_transformer(write_native(tmp_path / "native", weights, num_layers=num_layers))
 
     def test_diffusers_folders_that_do_not_fit(self, tmp_path: Path, transformer: WanTransformer3DModel) -> None:
@@ -146,7 +148,7 @@ class TestReadTransformer:
         with pytest.raises(ValueError, match=r"model: keys do not fit: .* unexpected \(blocks\.2\."):
             read_transformer(tmp_path / "model")
         path.write_text(json.dumps({**entries, "_class_name": "WanRewardModel"}))
-        with pytest.raises(ValueError, match="a reward model, it goes to `reward_model`"):
+        with pytest.raises(ValueError, match="this is a reward model. Give it as `reward_model`"):
             read_transformer(tmp_path / "model")
         with pytest.raises(ValueError, match="`_class_name` must be WanTransformer3DModel, got 'WanRewardModel'"):
             read_diffusers(WanTransformer3DModel, tmp_path / "model")
@@ -209,7 +211,7 @@ class TestSaveNative:
 
 
 class TestPipelines:
-    """The tiny pipelines generate the same video with a transformer that has been through the native format."""
+    """A pipeline generates the same video after its transformer was converted to the native format and back."""
 
     OPTIONS = {
         "prompt": "a red circle", "height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 2,
@@ -240,7 +242,7 @@ class TestPipelines:
 
 
 class RewardParts:
-    """Upstream's three files, and the model that they must become."""
+    """Upstream's three files, and the expected model."""
 
     def __init__(
         self,
@@ -272,7 +274,7 @@ class RewardParts:
         return convert_reward_model(self.transformer, self.mlp_file, self.query_file, **options)
 
     def logits(self, features: torch.Tensor) -> torch.Tensor:
-        """Upstream's pooling and MLP, of torch's own modules."""
+        """Upstream's pooling and MLP, built from torch's own modules."""
         query = self.query.expand(len(features), 1, DIM)
         pooled = (self.attention(query, features, features)[0] + query)[:, 0]
         hidden = torch.relu(self.mlp["fc2"](torch.relu(self.mlp["fc1"](pooled))))
@@ -341,7 +343,7 @@ class TestRewardModel:
         again = convert_reward_model(*(tmp_path / "back" / name for name in ("checkpoint-0", *files[1:])))
         assert_equal_weights(again.state_dict(), parts.convert().state_dict())
         assert again.config.base_num_layers == 3
-        # The files hold what they are said to hold, and not the storage that a tensor was cut from.
+        # The files have the size of their tensors: views are not saved with their whole storage.
         assert (tmp_path / "back" / files[2]).stat().st_size < 4 * 4 * DIM * DIM + 4000
 
     @pytest.mark.parametrize(
@@ -354,7 +356,7 @@ class TestRewardModel:
                 r"out: `head_dims` must be \(1024, 512\), the widths .* `MLP`, got \(1024, 256\)",
             ),
             ({"kind": "wan2.2-ti2v"}, "out: upstream's code has no model of type 'ti2v'"),
-            ({"kind": "wan2.2-i2v"}, "out: .* layers for image embeddings .* this one has none .*, as Wan2.2 I2V"),
+            ({"kind": "wan2.2-i2v"}, "out: .* layers for image embeddings .* This model has none .*, like Wan2.2 I2V"),
         ],
     )
     def test_what_upstream_could_not_compute(self, tmp_path: Path, options: dict[str, Any], message: str) -> None:
@@ -367,7 +369,7 @@ class TestRewardModel:
 
     def test_too_many_blocks(self, parts: RewardParts) -> None:
         (parts.transformer / "config.json").write_text(json.dumps({**native_entries(), "num_layers": 1}))
-        with pytest.raises(ValueError, match="2 blocks, more than the 1"):
+        with pytest.raises(ValueError, match="2 blocks, more than `num_layers` 1 in config.json"):
             parts.convert()
 
     def test_generator_with_its_head_is_refused(self, parts: RewardParts, weights: dict[str, torch.Tensor]) -> None:
@@ -398,7 +400,7 @@ class TestRewardModel:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 class TestNumbersThatAreNotFinite:
-    """They are refused by the key of the file, so that no conversion carries them on."""
+    """A NaN or an infinity is an error that names the key in the file; it is never converted."""
 
     @pytest.mark.parametrize("key", ["blocks.1.self_attn.q.weight", "blocks.2.modulation", "head.head.bias"])
     def test_native_generator(self, tmp_path: Path, weights: dict[str, torch.Tensor], key: str, bad: float) -> None:

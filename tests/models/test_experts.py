@@ -18,7 +18,7 @@ EXPERTS = Experts(875.0, ("high_noise", "low_noise"))
 
 
 def edit_index(folder: Path, target: Path, **values: Any) -> str:
-    """A copy of a pipeline's index with some entries changed."""
+    """Copy a pipeline's model_index.json, with some entries changed."""
     target.mkdir()
     index = json.loads((folder / "model_index.json").read_text()) | values
     (target / "model_index.json").write_text(json.dumps(index))

@@ -29,7 +29,7 @@ if "HY_PRFL_GOLDEN" in os.environ:
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    """Relative error below 1e-4 of the expected tensor's norm."""
+    """Check that the relative error is below 1e-4 of the expected tensor's norm."""
     error = torch.linalg.vector_norm(actual.detach().double() - expected.double())
     assert error < 1e-4 * torch.linalg.vector_norm(expected.double()), f"relative error {error / expected.norm():.2e}"
 
@@ -56,7 +56,7 @@ class Golden:
 
 
 class RecordedGrid(UniPCMultistepScheduler):
-    """diffusers' solver on upstream's grid: the two differ in the last digits of their sigmas, not in the solver."""
+    """diffusers' solver with upstream's sigmas, which differ from its own in the last digits."""
 
     def __init__(self, sigmas: torch.Tensor, recorded_timesteps: torch.Tensor) -> None:
         super().__init__(prediction_type="flow_prediction", use_flow_sigmas=True)
@@ -110,7 +110,7 @@ def test_score_noised_is_what_was_recorded_but_for_the_rounded_timestep(golden: 
 
 
 def test_velocity(golden: Golden) -> None:
-    # Recorded on the clean latents, at timestep 600 all the same: a check of the network alone.
+    # Recorded on clean latents with timestep 600. This checks the network only.
     model_pred = predict_velocity(
         golden.transformer, golden.expected["latents"], torch.tensor([600.0]), golden.conditioning
     )

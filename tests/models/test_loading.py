@@ -15,7 +15,7 @@ from hy_prfl.models.reward_model import WanRewardModel
 
 
 def no_split(module: torch.nn.Module) -> None:
-    """Leaves everything where it is: what comes is what one rank would hold of all."""
+    """Shards nothing, as with a single rank."""
 
 
 def assert_equal(own: torch.nn.Module, other: torch.nn.Module) -> None:
@@ -73,7 +73,7 @@ def test_a_generator_filled_block_by_block_is_the_one_diffusers_loads(pipeline_d
         "timestep": torch.tensor([500.0]),
         "encoder_hidden_states": torch.randn(1, 3, 32, dtype=dtype),
     }
-    # The rotary buffers, which no file holds, are right too.
+    # The rotary buffers are not in the file, but must be correct too.
     with torch.no_grad():
         whole = WanTransformer3DModel.from_pretrained(pipeline_dir, subfolder="transformer")
         for name, buffer in whole.named_buffers():
@@ -98,7 +98,7 @@ def test_a_reward_model_is_made_from_the_blocks_it_keeps(pipeline_dir: Path, tmp
     transformer = WanTransformer3DModel.from_pretrained(pipeline_dir, subfolder="transformer")
     torch.manual_seed(5)
     expected = WanRewardModel.from_transformer(transformer, num_layers=2, task="blur_quality", pooling="query")
-    # Only what is kept is read: the rest need not even be there.
+    # Only the blocks that are kept are read: the other weights may be missing.
     shutil.copytree(pipeline_dir / "transformer", tmp_path / "transformer")
     file = tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"
     weights = load_file(file)
@@ -136,7 +136,7 @@ LOADERS: dict[str, tuple[str, Callable[[str], object]]] = {
 @pytest.mark.parametrize("loader", LOADERS)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_weights_that_are_not_finite(pipeline_dir: Path, tmp_path: Path, loader: str, bad: float) -> None:
-    """A key bias or a value that softmax hides would give finite rewards."""
+    """NaNs are found at loading, also where softmax would hide them and rewards would be finite."""
     folder, load = LOADERS[loader]
     shutil.copytree(pipeline_dir, tmp_path / "pipeline")
     transformer = WanTransformer3DModel.from_pretrained(pipeline_dir, subfolder="transformer")

@@ -38,7 +38,7 @@ def inputs(batch_size: int = 3) -> dict[str, torch.Tensor]:
 
 
 def test_output_survives_accelerates_autocast(transformer: WanTransformer3DModel) -> None:
-    """Accelerate takes the outputs of a prepared model apart and makes them anew in float32."""
+    """Accelerate rebuilds the output of a prepared model in float32."""
     model = WanRewardModel.from_transformer(transformer, num_layers=2)
     output = model(**inputs())
     assert output.features is None
@@ -51,7 +51,7 @@ def test_output_survives_accelerates_autocast(transformer: WanTransformer3DModel
 
 
 def test_head_keeps_its_precision_under_autocast(transformer: WanTransformer3DModel) -> None:
-    """Rounded to bfloat16, the gradients of a balanced batch's logits would cancel in the last bias."""
+    """If logits were rounded to bfloat16, their gradients would cancel in the last bias for a balanced batch."""
     model = WanRewardModel.from_transformer(transformer, num_layers=2)
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(**inputs()).logits
@@ -135,7 +135,7 @@ def test_gradient_reaches_the_input_and_no_weight_of_a_frozen_model(transformer:
 
 
 def test_gradient_agrees_with_finite_differences(transformer: WanTransformer3DModel) -> None:
-    # One layer norm of diffusers computes in float32 whatever it is given, so the step must not be too small.
+    # One layer norm of diffusers always computes in float32, so the step must not be too small.
     torch.manual_seed(2)  # with a kink of a ReLU in between, the difference says little
     model = WanRewardModel.from_transformer(transformer, num_layers=1, pooling="mean").requires_grad_(False)
     batch = inputs(1)

@@ -19,7 +19,7 @@ def transformer(pipeline_dir: Path) -> WanTransformer3DModel:
 
 @pytest.fixture
 def reward_model(transformer: WanTransformer3DModel) -> WanRewardModel:
-    """Frozen, as none trains yet."""
+    """A frozen transformer."""
     return WanRewardModel.from_transformer(transformer, num_layers=2, num_query_heads=2).requires_grad_(False)
 
 
@@ -61,7 +61,7 @@ def test_an_adapter_trains_in_its_type_and_changes_nothing_at_first(
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(model(*inputs)[0], before, rtol=0.02, atol=0.02)
     adapter = {name for name in trained(model) if "lora_" in name}
-    # A and B, of attn1.to_q, attn1.to_v and attn2.to_v; none in the pooling, whose layers have such names too.
+    # A and B of attn1.to_q, attn1.to_v and attn2.to_v. The pooling also has layers with these names, but no adapter.
     assert len(adapter) == 2 * 3 * len(model.blocks)
     assert all(name.startswith("blocks.") for name in adapter)
     assert {name.split(".")[0] for name in trained(model) - adapter} <= {"pooler", "head"}

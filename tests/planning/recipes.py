@@ -1,4 +1,4 @@
-"""Recipes for the planner, with what it does not look at filled in."""
+"""Recipes for the planner. Options that it does not use are filled in."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Operations agree with torch's FLOP counter on real models that really compute, and with a count by hand."""
+"""Planned FLOPs against torch's FLOP counter on real tensors, and against a count by hand."""
 
 import math
 from itertools import combinations
@@ -28,7 +28,7 @@ from tests.planning.recipes import prfl_recipe, reward_recipe
 TINY = {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 32, "num_layers": 5, "text_dim": 32}
 MIDDLE = {"num_attention_heads": 4, "attention_head_dim": 48, "ffn_dim": 768, "num_layers": 6, "text_dim": 64}
 I2V = {**TINY, "in_channels": 36, "image_dim": 32, "added_kv_proj_dim": 24}
-# As Wan2.2 TI2V 5B: the image is the first of the latent frames, and every token has a timestep of its own.
+# Like Wan2.2 TI2V 5B: the image is the first latent frame, and each token has its own timestep.
 FIRST_FRAME = {**MIDDLE, "in_channels": 48, "out_channels": 48}
 SIZES = {
     "tiny": (TINY, (2, 4, 4)),
@@ -38,7 +38,7 @@ SIZES = {
 }
 REWARD_LAYERS = 4
 aten = torch.ops.aten
-# torch leaves out the CPU's attention kernel; its own formulas for it.
+# torch's formulas for the CPU's attention kernel, which its counter leaves out.
 COUNT_ATTENTION = {
     aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *args, **kwargs: sdpa_flop_count(q, k, v),
     aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, v, *args, **kwargs: (
@@ -60,7 +60,7 @@ def full_config(sizes: dict[str, Any]) -> dict[str, Any]:
 def real_update(
     sizes: dict[str, Any], training: PRFLTrainingConfig, latents_shape: tuple[int, ...], step_index: int
 ) -> dict[str, float]:
-    """One update of each kind with real tensors, by the functions that the trainer calls."""
+    """One update of each kind with real tensors, through the functions that the trainer calls."""
     transformer = WanTransformer3DModel(**sizes)
     reward_model = WanRewardModel.from_transformer(transformer, num_layers=REWARD_LAYERS).requires_grad_(False)
     select_trainable(transformer, training, dtype=torch.float32)
@@ -90,7 +90,7 @@ def real_update(
     counted["gradient step"] = counter.get_total_flops() - counted["rollout"]
     leaf = latents.detach().requires_grad_()
     with count_flops() as counter:
-        # The counter's hooks cannot have the leaf itself for a module's input.
+        # The counter's hooks fail if a leaf is the input of a module.
         hidden_states = torch.cat([leaf, condition], dim=1) if is_i2v else leaf.clone()
         if first_frame is not None:
             hidden_states = torch.cat([first_frame, leaf[:, :, 1:]], dim=2)
@@ -150,7 +150,7 @@ def test_reward_training_agrees_with_the_flop_counter(options: dict[str, Any]) -
 
 
 def test_forward_agrees_with_a_count_by_hand() -> None:
-    """Of 14B at 720P: two operations for each weight and token, and two products of queries, keys and values."""
+    """14B at 720P, by hand: two FLOPs per weight and token, and two matrix products in attention."""
     config = PipelineInfo.known("Wan-AI/Wan2.1-T2V-14B-Diffusers").transformer
     dim, num_tokens, num_layers = 5120, 21 * 45 * 80, 40
     per_token = 6 * dim**2 + 2 * dim * config["ffn_dim"]  # self-attention, cross-attention's query and output
@@ -161,12 +161,12 @@ def test_forward_agrees_with_a_count_by_hand() -> None:
     engine = Engine(num_gpus=8, zero_stage=3)
     flops = estimate(Request(training, config, reward_model_config(config), engine, Shape(1, (21, 90, 160)))).flops
     assert flops["rollout"] == pytest.approx(linear + attention, rel=0.02)
-    # Forward, recomputation, and backward: twice the linear layers, and five products instead of two in attention.
+    # Forward, forward again, and backward: twice the linear layers, and five products instead of two in attention.
     assert flops["flow matching"] == pytest.approx(4 * linear + 4.5 * attention, rel=0.02)
 
 
 def test_rollout_is_the_mean_over_the_steps_that_are_drawn() -> None:
-    """Against every set of steps that can be drawn."""
+    """Against the mean over all sets of steps that can be drawn."""
     first, last, count = 2, 6, 2
     training = prfl_recipe(num_inference_steps=9, step_range=[first, last], num_gradient_steps=count)
     one = estimated(TINY, prfl_recipe(num_inference_steps=9, step_range=[1, 1]), (2, 4, 4))
@@ -189,14 +189,14 @@ def test_part_of_the_blocks_recomputed() -> None:
 
 
 def test_attention_of_the_math_kernel_is_counted_alike() -> None:
-    """The products themselves, without a formula for a fused kernel: its backward spares a recomputed one."""
+    """Attention as plain matrix products, without the formula of the fused kernel, which runs one product again."""
     query = torch.randn(1, 2, 24, 8, requires_grad=True)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         torch.nn.functional.scaled_dot_product_attention(query, query, query)
     assert counter.get_total_flops() == 4 * math.prod(query.shape) * 24
 
 
-def test_time_is_operations_over_rate() -> None:
+def test_time_is_flops_over_rate() -> None:
     made = plan(
         prfl_recipe("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", gradient_checkpointing=True, gradient_accumulation_steps=2),
         height=480, width=832, num_frames=81, num_gpus=4, tflops=100, utilization=0.5, num_rows=81,
@@ -208,10 +208,10 @@ def test_time_is_operations_over_rate() -> None:
 @pytest.mark.parametrize(
     ("options", "rollout", "gradient"),
     [
-        # A chain of 6 steps, of which 0 .. 4 may take gradient: 2 forwards before the one with gradient, on average.
+        # A chain of 6 steps. Steps 0 .. 4 may take gradient: on average 2 forwards come before the one with gradient.
         ({}, 2, 1),
         ({"rerun_gradient_step": True}, 3, 1),
-        # 5 states are stored, with the velocity at the last of them.
+        # 5 states are stored, each with its velocity.
         ({"rollout_interval": 4}, 5 / 4, 1),
         ({"rollout_interval": 4, "rerun_gradient_step": True}, 5 / 4 + 1, 1),
         # One state of five: the third on average.
@@ -225,7 +225,7 @@ def test_time_is_operations_over_rate() -> None:
     ids=str,
 )
 def test_forwards_of_rollouts_and_chains(options: dict[str, Any], rollout: float, gradient: float) -> None:
-    """Counted by hand; `tests/trainers/test_prfl_rollouts.py` counts them in a trainer."""
+    """Forwards counted by hand. `tests/trainers/test_prfl_rollouts.py` counts them in a trainer."""
     sizes, shape = SIZES["text"] if "text" in SIZES else next(iter(SIZES.values()))
     flops = estimated(sizes, prfl_recipe(num_inference_steps=6, **options), shape)
     single = estimated(sizes, prfl_recipe(num_inference_steps=6, step_range=[1, 1]), shape)

@@ -32,7 +32,7 @@ def recipe(folder: Path, **options: object) -> GenerateConfig:
     ],
 )
 def test_passes_and_flops_are_those_that_are_made(pipeline_dir: Path, options: dict[str, object]) -> None:
-    """Counted by torch in a real run."""
+    """FLOPs counted by torch in a real run."""
     config = recipe(pipeline_dir, reward_model="-", **options)
     pipeline, reward_model = models()
     counter = FlopCounterMode(display=False)

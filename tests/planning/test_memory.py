@@ -1,4 +1,4 @@
-"""Planned memory against what the allocator reports of the real trainer's updates."""
+"""Planned memory against the allocator's records in updates of the real trainer."""
 
 import dataclasses
 from pathlib import Path
@@ -49,7 +49,7 @@ def test_plan_agrees_with_the_allocator(
 
 
 def test_meter_counts_what_lives(tmp_path: Path) -> None:
-    """Against sizes that are known: views are free, what is dropped comes back."""
+    """Known sizes: views take no memory, and freed tensors are subtracted."""
     known = torch.zeros(100)
     with MemoryMeter([known], on_gpu=False) as meter:
         with meter.phase("first"):

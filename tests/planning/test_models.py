@@ -1,4 +1,4 @@
-"""Parameters are counted as the real models have them."""
+"""Counts of parameters against those of the real models."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ def test_published_models_are_counted_exactly(name: str) -> None:
     counted = count_parameters(build_transformer(config, prfl_recipe()))
     assert counted.total == counted.trained == sum(parameter.numel() for parameter in real.parameters())
     assert counted.total == counted.rest + config["num_layers"] * counted.block
-    # The names say how large they are; image-to-video models add image keys and values to "14B".
+    # The names give the size. Image-to-video models have image keys and values in addition to "14B".
     billions = counted.total / 1e9
     least, most = {"1.3B": (1.3, 1.5), "5B": (4.9, 5.1)}.get(name.split("-")[3], (14, 16.5))
     assert least < billions < most
@@ -63,7 +63,7 @@ def test_reward_model_is_counted_as_trained(pipeline_dir: Path, options: dict[st
 
 
 def test_bytes_follow_what_stays_in_float32(pipeline_dir: Path) -> None:
-    """As loading in bfloat16 does, with the adapter in float32."""
+    """The same types as after loading in bfloat16, with the adapter in float32."""
     model = build_transformer(PipelineInfo.known(str(pipeline_dir)).transformer, prfl_recipe(lora_rank=4))
     set_dtypes(model, frozen=torch.bfloat16, trained=torch.float32, keep_in_fp32=True)
     loaded = WanTransformer3DModel.from_pretrained(pipeline_dir, subfolder="transformer", dtype=torch.bfloat16)

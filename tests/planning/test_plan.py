@@ -1,4 +1,4 @@
-"""What the plan adds up, says and advises."""
+"""Sums, text and advice of the plan."""
 
 import dataclasses
 import json
@@ -41,7 +41,7 @@ def test_engines_default_sizes_are_deepspeeds() -> None:
 
 
 def test_sixteen_bytes_a_weight() -> None:
-    """All weights in mixed precision: 2 + 4 + 12 under ZeRO, split; 4 + 4 + 8 in one process and DDP."""
+    """Bytes per trained weight in mixed precision: 2 + 4 + 12 with ZeRO, sharded; 4 + 4 + 8 in one process or DDP."""
     sizes = count_parameters(build_transformer(PipelineInfo.known(SMALL).transformer, prfl_recipe(SMALL)))
     one = Engine(num_gpus=1).held(sizes)
     assert sum(one.values()) == 16 * NUM_PARAMETERS
@@ -65,7 +65,7 @@ def test_sixteen_bytes_are_those_of_the_configurations() -> None:
 
 
 def test_disk_and_host_memory_at_14b() -> None:
-    """171 GB of masters and moments and 57 GB of weights a checkpoint; eight processes that read 29 or 57 GB each."""
+    """A checkpoint has 171 GB of masters and moments and 57 GB of weights. Eight processes read 29 or 57 GB each."""
     options = {"gradient_checkpointing": True, "checkpoints_total_limit": 3}
     clip = {"height": 720, "width": 1280, "num_frames": 81}
     full = plan(prfl_recipe(LARGE, **options, context_parallel_degree=4), **clip, num_gpus=8, zero_stage=3)
@@ -168,7 +168,7 @@ A14B = "Wan-AI/Wan2.2-T2V-A14B-Diffusers"
 
 @pytest.mark.parametrize("expert", ["high_noise", "low_noise", "both"])
 def test_experts(expert: str) -> None:
-    """Weights of one or both, of which one may be frozen, and chains as long as the steps of those that train."""
+    """Weights of one or two experts, one of them perhaps frozen, and chains up to the steps of the trained ones."""
     options = {"expert": expert, "lora_rank": 32, "gradient_checkpointing": True, "sampler_flow_shift": 12.0}
     one = plan(prfl_recipe(lora_rank=32, gradient_checkpointing=True), **CLIP)
     made = plan(prfl_recipe(A14B, **options), **CLIP)
@@ -199,7 +199,7 @@ def test_two_experts_need_a_choice() -> None:
 
 
 def test_a_first_frame_gives_every_token_a_timestep() -> None:
-    """The projected timestep of TI2V 5B, six vectors of 3072 float32 numbers, is there once for each token."""
+    """TI2V 5B has one projected timestep per token: six vectors of 3072 float32 numbers."""
     training = prfl_recipe("Wan-AI/Wan2.2-TI2V-5B-Diffusers", lora_rank=16, gradient_checkpointing=True)
     clip = {"height": 704, "width": 1280, "num_frames": 121}
     without, with_frame = (plan(training, **clip, first_frame=given) for given in (False, True))

@@ -31,7 +31,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class _AsItIs:
-    """No change to the trainer."""
+    """Mixin that changes nothing."""
 
 
 @pytest.mark.parametrize(
@@ -42,11 +42,11 @@ class _AsItIs:
     ],
 )
 def test_plan_agrees_with_the_allocator(inputs: Path, tmp_path: Path, method: str, options: dict[str, Any]) -> None:
-    """Without recomputation torchao's casts of all weights live until the backward pass."""
+    """Without activation checkpointing, torchao's cast weights are kept until the backward pass."""
     case = Case("test", dataclasses.replace(SIZE, options={"lora_rank": 4, **options}), CLIP, method, "", 8)
     trainer = case.trainer(inputs, tmp_path, _AsItIs)
     trainer.start_streams()
-    # The optimizer's states come with the first step.
+    # The first step allocates the optimizer's states.
     trainer.train_step()
     measured = most_bytes_alive(trainer, trainer.train_step)
     assert planned(case, trainer.config)["planned_bytes"] == pytest.approx(measured, rel=0.03)
@@ -54,7 +54,7 @@ def test_plan_agrees_with_the_allocator(inputs: Path, tmp_path: Path, method: st
 
 @pytest.mark.parametrize(("kind", "per_weight"), [("int8", 1.0), ("float8", 1.0), ("nf4", 4.127 / 8)])
 def test_bytes_of_14b(kind: Any, per_weight: float) -> None:
-    """By hand: 8 attention and 2 feed-forward matrices a block; all else as before."""
+    """By hand: 8 attention and 2 feed-forward matrices per block are quantised, nothing else."""
     transformer = build_transformer(PipelineInfo.known(LARGE).transformer, prfl_recipe(LARGE, lora_rank=32))
     set_dtypes(transformer, frozen=torch.bfloat16, trained=torch.float32, keep_in_fp32=True)
     in_matrices = 40 * (8 * 5120**2 + 2 * 5120 * 13824)

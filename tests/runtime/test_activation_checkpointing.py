@@ -9,7 +9,7 @@ from diffusers import WanTransformer3DModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from hy_prfl.models.reward_model import WanRewardModel
-from hy_prfl.runtime.activation_checkpointing import HostBuffers, recompute_blocks
+from hy_prfl.runtime.activation_checkpointing import HostBuffers, checkpoint_activations
 
 
 INPUTS = torch.randn(2, 16, 2, 4, 4), torch.tensor([900.0, 300.0]), torch.randn(2, 16, 32)
@@ -17,7 +17,7 @@ INPUTS = torch.randn(2, 16, 2, 4, 4), torch.tensor([900.0, 300.0]), torch.randn(
 
 @pytest.fixture(params=["generator", "reward model"])
 def load(request: pytest.FixtureRequest, pipeline_dir: Path) -> Callable[[], Any]:
-    """Function that makes a model of 3 blocks, always the same."""
+    """Function that makes a model with 3 blocks and the same weights in every call."""
 
     def make() -> Any:
         torch.manual_seed(0)
@@ -28,7 +28,7 @@ def load(request: pytest.FixtureRequest, pipeline_dir: Path) -> Callable[[], Any
 
 
 def gradients(model: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Gradients of a scalar in the latents and in the weights."""
+    """Gradients of a scalar with respect to latents and weights."""
     latents = INPUTS[0].clone().requires_grad_()
     model(latents, *INPUTS[1:], return_dict=False)[0].square().sum().backward()
     assert latents.grad is not None
@@ -39,7 +39,7 @@ def gradients(model: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
 @pytest.mark.parametrize("num_blocks", [None, 1, 2])
 def test_gradients_are_those_without(load: Callable[[], Any], num_blocks: int | None, offload: bool) -> None:
     model = load()
-    recompute_blocks(model, num_blocks=num_blocks, offload=offload)
+    checkpoint_activations(model, num_blocks=num_blocks, offload=offload)
     for _ in range(2):
         latents_grad, grads = gradients(model)
         expected_latents_grad, expected = gradients(load())
@@ -52,7 +52,7 @@ def test_gradients_are_those_without(load: Callable[[], Any], num_blocks: int | 
 
 @pytest.mark.parametrize("offload", [False, True])
 def test_gradients_of_an_adapter_are_those_without(pipeline_dir: Path, offload: bool) -> None:
-    """Of the first block not even the input takes gradient here."""
+    """Not even the input of the first block requires a gradient here."""
     from peft import LoraConfig
 
     model = WanTransformer3DModel.from_pretrained(pipeline_dir, subfolder="transformer").requires_grad_(False)
@@ -60,7 +60,7 @@ def test_gradients_of_an_adapter_are_those_without(pipeline_dir: Path, offload: 
     model(*INPUTS).sample.square().sum().backward()
     expected = {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
     model.zero_grad()
-    recompute_blocks(model, offload=offload)
+    checkpoint_activations(model, offload=offload)
     model(*INPUTS).sample.square().sum().backward()
     assert set(expected) == {name for name, value in model.named_parameters() if value.requires_grad}
     assert all(torch.equal(model.get_parameter(name).grad, grad) for name, grad in expected.items())
@@ -68,7 +68,7 @@ def test_gradients_of_an_adapter_are_those_without(pipeline_dir: Path, offload: 
 
 @pytest.mark.parametrize("num_blocks", [1, 2, 3])
 def test_exactly_the_first_blocks_run_twice(pipeline_dir: Path, num_blocks: int) -> None:
-    """A block more costs a forward of a block more, by torch's own count of floating-point operations."""
+    """Each checkpointed block adds the FLOPs of one forward of a block, by torch's own counter."""
     model = WanTransformer3DModel.from_pretrained(pipeline_dir, subfolder="transformer")
     flops = []
     block_inputs: list[tuple[Any, ...]] = []
@@ -79,7 +79,7 @@ def test_exactly_the_first_blocks_run_twice(pipeline_dir: Path, num_blocks: int)
         model.blocks[0](*block_inputs[0])
     for count in (None, num_blocks):
         if count is not None:
-            recompute_blocks(model, num_blocks=count)
+            checkpoint_activations(model, num_blocks=count)
         with FlopCounterMode(display=False) as counter:
             model(*INPUTS).sample.sum().backward()
         flops.append(counter.get_total_flops())
@@ -87,11 +87,11 @@ def test_exactly_the_first_blocks_run_twice(pipeline_dir: Path, num_blocks: int)
 
 
 def test_offloaded_inputs_are_not_on_the_device_between_forward_and_backward(pipeline_dir: Path) -> None:
-    """Here host and device are one, so the tensors themselves are watched: what is kept must be copies."""
+    """Host and device are the same here, so the test checks that the kept tensors are copies."""
     alive = {}
     for offload in (False, True):
         model = WanTransformer3DModel.from_pretrained(pipeline_dir, subfolder="transformer")
-        recompute_blocks(model, offload=offload)
+        checkpoint_activations(model, offload=offload)
         seen: list[weakref.ref[torch.Tensor]] = []
         for block in model.blocks:
             block.register_forward_hook(lambda module, args, output, seen=seen: seen.append(weakref.ref(output)))
@@ -107,10 +107,10 @@ def test_offloaded_inputs_are_not_on_the_device_between_forward_and_backward(pip
 def test_the_buffers_of_one_update_serve_the_next(pipeline_dir: Path) -> None:
     model = WanTransformer3DModel.from_pretrained(pipeline_dir, subfolder="transformer")
     buffers = HostBuffers()
-    recompute_blocks(model, offload=True, buffers=buffers)
+    checkpoint_activations(model, offload=True, buffers=buffers)
     for _ in range(3):
         model(*INPUTS).sample.sum().backward()
-        # One for each of three blocks, and all of them free again.
+        # One buffer for each of three blocks, and all of them are free again.
         assert [len(free) for free in buffers.free.values()] == [3]
     with torch.no_grad():
         model(*INPUTS)
@@ -119,4 +119,4 @@ def test_the_buffers_of_one_update_serve_the_next(pipeline_dir: Path) -> None:
 
 def test_more_blocks_than_there_are_is_refused(load: Callable[[], Any]) -> None:
     with pytest.raises(ValueError, match=r"must be in \[0, 3\]"):
-        recompute_blocks(load(), num_blocks=4)
+        checkpoint_activations(load(), num_blocks=4)

@@ -40,7 +40,7 @@ def test_a_kill_after_the_two_renames_is_finished(tmp_path: Path) -> None:
 
 
 def test_replacing_does_not_lose_the_only_good_folder(tmp_path: Path) -> None:
-    """Killed between the renames once: the next replacement finds the old folder under its other name."""
+    """After a kill between the two renames, the next replacement finds the old folder under its temporary name."""
     make(tmp_path / ".target.old", "old")
     replace_folder(make(tmp_path / "new", "new"), tmp_path / "target")
     assert files(tmp_path) == ["target", "target/new"]

@@ -18,7 +18,7 @@ FUSED = "aten._scaled_dot_product_flash_attention_for_cpu.default"
 
 
 class FusedCalls(TorchDispatchMode):
-    """Counts calls of torch's fused attention, which `_native_math` does without."""
+    """Counts calls of torch's fused attention, which `_native_math` does not use."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ def test_kernels_that_work_here_are_let_through() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kernels_are_tried_in_the_context_that_the_model_computes_in(dtype: torch.dtype) -> None:
-    """Wan's query norm leaves float32 under autocast if its weight has it: torch's attention casts, others do not."""
+    """Under autocast, Wan's query norm with a float32 weight returns float32. Not all kernels cast it."""
     options: dict[str, Any] = {"option": "kernel", "trains": True, "device": torch.device("cpu"), "dtype": dtype}
     for name in ("native", "_native_math"):
         check_attention_backend(name, autocast=torch.autocast("cpu", dtype=torch.bfloat16), **options)
@@ -76,7 +76,7 @@ def test_the_rollout_and_the_step_with_gradient_use_different_kernels(pipeline_d
         transformer, load_scheduler(str(pipeline_dir)), noise=torch.randn(1, 16, 2, 4, 4), step_indices=[2, 4],
         num_inference_steps=7, conditioning=Conditioning(torch.randn(1, 16, 32)), rollout_attention_backend="native",
     )  # fmt: skip
-    # 3 blocks with 2 attentions each; 2 steps before the first step with gradient, 1 before the second.
+    # 3 blocks with 2 attention layers each; 2 steps before the first step with gradient, 1 before the second.
     for expected in (2 * 3 * 2, 1 * 3 * 2):
         with FusedCalls() as calls:
             step = next(chain)

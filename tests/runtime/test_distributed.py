@@ -1,4 +1,4 @@
-"""Processes end well: whatever joins them is gone before the interpreter goes."""
+"""Process groups and their threads end before the interpreter exits."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import pytest
 
 
 ROOT = Path(__file__).parents[2]
-# Runs a script as `accelerate launch -m` does, and then writes down which threads of the process are left.
+# Runs a script as `accelerate launch -m` does, then writes the names of the remaining threads to a file.
 PROGRAM = """
 import os, pathlib, runpy, sys
 script, folder = sys.argv.pop(1), pathlib.Path(sys.argv.pop(1))
@@ -20,7 +20,7 @@ names = [path.read_text().strip() for path in pathlib.Path("/proc/self/task").gl
 (folder / f"threads_{os.environ['RANK']}").write_text("\\n".join(names))
 """
 
-# Writes how long ranks wait for each other, in hours.
+# Writes the timeout of each group in hours.
 TIMEOUTS = """
 import json, pathlib, sys, torch
 import torch.distributed as dist
@@ -37,7 +37,7 @@ if dist.get_rank() == 0:
 
 @pytest.fixture
 def threads_left(tmp_path: Path) -> Callable[..., list[list[str]]]:
-    """Function that runs a script on two processes and returns the names of the threads that each has at its end."""
+    """Function that runs a script on two processes and returns the names of the threads left in each at its end."""
 
     def run(script: str, *options: object) -> list[list[str]]:
         program = tmp_path / "program.py"
@@ -56,7 +56,7 @@ def threads_left(tmp_path: Path) -> Callable[..., list[list[str]]]:
 @pytest.mark.launch
 @pytest.mark.parametrize("engine", ["ddp", "zero2"])
 def test_ranks_wait_for_hours(engine: str, tmp_path: Path) -> None:
-    """While one writes 57 GB or deletes them, the others wait, also the ranks that share a clip."""
+    """Ranks wait long enough while one writes or deletes 57 GB, also within a context-parallel group."""
     (tmp_path / "program.py").write_text(TIMEOUTS)
     config = f"accelerate_configs/{engine}_cpu.yaml"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, tmp_path / "program.py"]
@@ -74,7 +74,7 @@ def test_ranks_wait_for_hours(engine: str, tmp_path: Path) -> None:
 def test_no_thread_of_a_process_group_outlives_a_script(
     tmp_path: Path, pipeline_dir: Path, threads_left: Callable[..., list[list[str]]], script: str
 ) -> None:
-    """A thread of gloo that lets go of a tensor while the interpreter ends aborts the process."""
+    """A thread of gloo that frees a tensor while the interpreter exits would abort the process."""
     (tmp_path / "prompts.json").write_text(
         json.dumps([{"id": "a", "caption": "a dog"}, {"id": "b", "caption": "a cat"}])
     )

@@ -1,4 +1,4 @@
-"""What a single process can show; the split of weights over ranks is tested by the launches in tests/distributed."""
+"""Loading and reading weights in a single process. Sharding over ranks is tested in tests/distributed."""
 
 from pathlib import Path
 
@@ -42,7 +42,7 @@ def test_each_block_is_split_once_it_is_whole_and_the_model_last(
     def split(module: torch.nn.Module) -> None:
         assert not any(parameter.is_meta for parameter in module.parameters())
         whole.append(module)
-        # No block is filled before the one in front of it was handed over.
+        # No block is filled before the previous one was sharded.
         filled = [not next(block.parameters()).is_meta for block in empty.blocks]
         assert filled == [index < len(whole) for index in range(len(filled))]
 

@@ -56,10 +56,10 @@ def test_tiles_only_where_a_pass_does_not_fit(pipeline_dir: Path, caplog: pytest
 
 @pytest.mark.parametrize("kind", ["pipeline_dir", "i2v_pipeline_dir"])
 def test_tiles_show_the_same_clip(kind: str, request: pytest.FixtureRequest) -> None:
-    """Frames larger than a tile of 256 pixels, encoded and decoded in one piece and in tiles."""
+    """Frames larger than a tile of 256 pixels, encoded and decoded with and without tiles."""
     folder = str(request.getfixturevalue(kind))
     torch.manual_seed(0)
-    # Smooth, as pictures are: what differs is next to the seams.
+    # A smooth picture: differences are then only near the seams of the tiles.
     frames = torch.nn.functional.interpolate(torch.randn(3, 1, 5, 6, 8), (5, 288, 320), mode="trilinear")[:, 0]
     frames = frames.permute(1, 0, 2, 3).clamp(-1, 1)
     whole, tiled = (LatentEncoder.from_pretrained(folder, vae_tiling=mode) for mode in ("off", "on"))  # type: ignore[arg-type]

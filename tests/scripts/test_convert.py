@@ -230,7 +230,9 @@ class TestMergeLora:
             main(options(lora=lora, merge_lora=lora, output_dir=tmp_path / "out"))
         for expert, name in LORA_FILES.items():
             write_lora(tmp_path / "run" / name, 0, expert=expert)
-        with pytest.raises(ValueError, match="has a LoRA for each of two experts. Give the folder of the pipeline"):
+        with pytest.raises(
+            ValueError, match="has LoRAs for two experts, but there is one transformer. Give the pipeline's folder"
+        ):
             main(options(**out, merge_lora=tmp_path / "run"))
         weights = {key.replace("blocks.2", "blocks.7"): tensor for key, tensor in load_file(lora).items()}
         save_file(weights, lora)
