@@ -1,4 +1,4 @@
-"""Folders of a run: its checkpoints, which are complete or absent, and what an earlier start has left."""
+"""The folders of a run: finds, checks and deletes checkpoints, and sets aside results that a resumed run replaces."""
 
 import json
 import logging
@@ -25,7 +25,7 @@ PRFL_RESULTS = (VALIDATION_FOLDER, *EXPERT_FOLDERS.values(), *LORA_FILES.values(
 CHECKPOINT_NAME = re.compile(r"checkpoint-([0-9]+)")
 VALIDATION_NAME = re.compile(r"step-([0-9]+)")
 ABANDONED_NAME = re.compile(r"abandoned-([0-9]+)")
-# Lists the files that are being moved into an `abandoned-<n>`, in case the process dies meanwhile.
+# Lists the files that are being moved into an `abandoned-<n>`. If the process dies, the next start finishes the move.
 ABANDONING_FILE = ".abandoning.json"
 
 
@@ -61,7 +61,7 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | None) -> Pat
         ValueError: If `output_dir` already holds checkpoints, and nothing or a checkpoint from another folder is
             resumed; or if a checkpoint's name and its state have different steps.
     """
-    # Left by a run that was killed while it renamed a finished folder or moved abandoned results.
+    # Finish what a killed run began: the renaming of a finished folder, or the move of abandoned results.
     for outdated in output_dir.glob(".*.old"):
         recover_folder(output_dir / outdated.name.removeprefix(".").removesuffix(".old"))
     _finish_abandoning(output_dir)
@@ -106,17 +106,18 @@ def _check_step(checkpoint: Path) -> None:
 
 def abandon(output_dir: Path, step: int, results: Sequence[str]) -> Path | None:
     """
-    Move results of later steps away when a run continues from an earlier step.
+    Move results of later steps into a new folder when a run continues from an earlier step.
 
     These are checkpoints, the best model, results and validation videos of more than `step` updates. Lines of
-    `metrics.jsonl` are copied. Nothing is deleted, and the new folder is not used again, except that its checkpoints
-    count towards the limit of `delete_old_checkpoints`.
+    `metrics.jsonl` are copied. Nothing is deleted. Later starts do not read the new folder, but its checkpoints count
+    towards the limit of `delete_old_checkpoints`.
 
     Args:
         step (`int`):
             Updates after which the run continues, 0 if it starts from the beginning.
         results (`Sequence[str]`):
-            Results of the run's trainer besides checkpoints; the folder may hold results of the other trainer.
+            Names of the results that this trainer writes besides checkpoints. Results of the other trainer, which may
+            be in the same folder, stay.
 
     Returns:
         `Path`, *optional*: The new folder `output_dir/abandoned-<n>`, None if there was nothing.
@@ -149,7 +150,7 @@ def abandon(output_dir: Path, step: int, results: Sequence[str]) -> Path | None:
 
 
 def _finish_abandoning(output_dir: Path) -> None:
-    """Move the files in the list, if there is one. Several processes may call it at once."""
+    """Move the files that `ABANDONING_FILE` lists, if it exists. Several processes may call this at once."""
     try:
         record = json.loads((output_dir / ABANDONING_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -204,12 +205,12 @@ def check_files(checkpoint: Path, *, with_optimizer: bool) -> None:
 
     Args:
         with_optimizer (`bool`):
-            Whether the states of optimizer and random numbers must be there too.
+            Whether the states of the optimizer and the random number generators must be complete too.
 
     Raises:
-        ValueError: If a file is missing or has another size than when it was saved; names it.
+        ValueError: If a file is missing or its size has changed since it was saved. The message names the file.
     """
-    # Older versions made no list.
+    # Older versions wrote no list of files.
     if not (checkpoint / FILES_FILE).is_file():
         return
     sizes = json.loads((checkpoint / FILES_FILE).read_text(encoding="utf-8"))

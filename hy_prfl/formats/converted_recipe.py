@@ -13,7 +13,7 @@ from ..runtime.atomic_writes import write_text
 
 PROJECT = Path(__file__).parents[2]
 LAUNCH_FOLDERS = ("accelerate_configs", "ds_configs")
-# The page with every key and flag of upstream's.
+# The page with every key and flag of upstream.
 TABLE = "docs/upstream.md"
 
 
@@ -23,14 +23,14 @@ class ConvertedRecipe:
     The result of converting one of upstream's files.
 
     Args:
-        source (`Path`): That file.
+        source (`Path`): Upstream's file.
         command (`str`): The command that takes the options: `preprocess`, `train_reward`, `train_prfl` or `score`.
-        options (`dict[str, Any]`): Names and values of that command's configuration.
-        origins (`dict[str, str]`): For each option where its value comes from.
+        options (`dict[str, Any]`): Names and values of that command's options.
+        origins (`dict[str, str]`): For each option, where its value comes from.
         notes (`list[str]`): What was not carried over, with the reason.
-        first (`list[str]`): Shell commands that create the files in the options, to run first, in this order.
-        launch_config (`str`, *optional*): Name of the file in `accelerate_configs/` that shards as the recipe did; if
-            left out, the command runs in one process, without `accelerate launch`.
+        first (`list[str]`): Shell commands to run before, in this order. They create the files that the options name.
+        launch_config (`str`, *optional*): Name of the file in `accelerate_configs/` with the same sharding. If left
+            out, the command runs in one process, without `accelerate launch`.
         launch_options (`str`): Options that the command needs besides the YAML file.
         folder (`str`): Folder that the command runs in.
     """
@@ -63,7 +63,7 @@ class ConvertedRecipe:
         return [*self._links(), *self.first, f"{launch} --config {shlex.quote(name)}{self.launch_options}"]
 
     def plan(self, name: str) -> str | None:
-        """Shell command that predicts what the recipe needs of each GPU; None if it is not for training."""
+        """Shell command that estimates memory and time on each GPU; None if the recipe is not for training."""
         if self.launch_config is None or not self.command.startswith("train"):
             return None
         degree = self.options["context_parallel_degree"]
@@ -82,19 +82,19 @@ class ConvertedRecipe:
 
         Args:
             name (`str`, defaults to `"recipe.yaml"`):
-                Path of that file, for the commands in its head.
+                Path of the YAML file, for the commands in its first lines.
         """
         lines = [f"# From HY-Video-PRFL's {self.source.name}. Run in this folder, in this order:"]
         lines += [f"#   {command}" for command in self.commands(name)]
         plan = self.plan(name)
         if plan is not None:
-            lines += ["# Memory and time beforehand:", f"#   {plan}"]
+            lines += ["# Estimate memory and time before you start:", f"#   {plan}"]
         for option, value in self.options.items():
             text = yaml.safe_dump([value], default_flow_style=True, width=10_000, allow_unicode=True).strip()[1:-1]
             lines.append(f"{option}: {text}  # {self.origins[option]}")
-        lines += ["", "# Not carried over, or not as it was:"]
+        lines += ["", "# Not carried over, or changed:"]
         lines += [f"# - {note}" for note in self.notes]
-        lines += [f"# Every key and flag of upstream's: {TABLE} of hy_prfl."]
+        lines += [f"# All of upstream's keys and flags: {TABLE} of hy_prfl."]
         return "\n".join(lines) + "\n"
 
     def save(self, path: str | Path) -> None:

@@ -117,7 +117,7 @@ def find_lora_files(path: str | Path) -> list[Path]:
     """
     The files to read LoRAs from: the path itself, or the files of diffusers, upstream or `save_adapters` in a folder.
 
-    Two files, if there is one for each expert of a pipeline with two.
+    There are two files if a pipeline has two experts and each has its own.
 
     Raises:
         FileNotFoundError: If there is none, or if it is ambiguous which file to read.
@@ -153,7 +153,7 @@ def read_adapters(path: str | Path) -> list[Adapter]:
 
     Raises:
         FileNotFoundError: If there is no such file, or if it is ambiguous which file of the folder to read.
-        ValueError: As [`read_adapter`], and if two files are for the same expert.
+        ValueError: For the reasons in [`read_adapter`], or if two files are for the same expert.
     """
     adapters = [read_adapter(file) for file in find_lora_files(path)]
     if len({adapter.expert for adapter in adapters}) < len(adapters):
@@ -170,8 +170,8 @@ def read_adapter(path: str | Path) -> Adapter:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is not a LoRA of a Wan transformer, or if a key is unknown, empty, without its other half, of
-            another shape or not finite; names the key.
+        ValueError: If it is not a LoRA of a Wan transformer. Or if a key is unknown, or its tensor is empty, has no
+            counterpart (`lora_A` without `lora_B`), has the wrong shape or is not finite; the message names the key.
     """
     header = read_header(path) if Path(path).suffix == ".safetensors" else {}
     weights, config = read_weights(path), read_lora_config(path, header)
@@ -205,8 +205,8 @@ def _build_adapter(
     layers = {}
     for name, found in parts.items():
         stem = _stem(keys_of[name][0])
-        told = None if lora_config is None else rank_and_alpha(lora_config, stem.removeprefix(keys.prefix))
-        layers[name] = _build_layer(name, found, told, f"{source}: '{stem}'")
+        expected = None if lora_config is None else rank_and_alpha(lora_config, stem.removeprefix(keys.prefix))
+        layers[name] = _build_layer(name, found, expected, f"{source}: '{stem}'")
         for bias in (layers[name].bias, differences.get(f"{name}.bias")):
             if bias is not None and bias.shape != layers[name].up.shape[:1]:
                 raise ValueError(
@@ -241,24 +241,28 @@ def _check_switches(
             )
 
 
-def _warn_of_kohyas_alpha(parts: Mapping[str, Mapping[str, torch.Tensor]], told: str, source: str) -> None:
+def _warn_of_kohyas_alpha(parts: Mapping[str, Mapping[str, torch.Tensor]], header_alpha: str, source: str) -> None:
     ranks = {len(found["down"]) for found in parts.values() if "down" in found and "alpha" not in found}
-    if any(told not in ("None", f"{rank}", f"{rank:.1f}") for rank in ranks):
+    if any(header_alpha not in ("None", f"{rank}", f"{rank:.1f}") for rank in ranks):
         logger.warning(
             "%s: the header has `%s` %s, but the file has no alpha for layers of rank %s; there the rank is used as "
             "alpha, as kohya's own loaders and ComfyUI do. If %s was meant, choose the strength accordingly: alpha / rank.",
             source,
             KOHYA_ALPHA,
-            told,
+            header_alpha,
             ", ".join(str(rank) for rank in sorted(ranks)),
-            told,
+            header_alpha,
         )
 
 
 def _sort_tensors(
     weights: StateDict, keys: LoraKeys, source: str
 ) -> tuple[dict[str, dict[str, torch.Tensor]], StateDict, dict[str, list[str]]]:
-    """Parts of each layer, differences by parameter, and the keys of both; differences that are all zeros are left out."""
+    """
+    Parts of each layer, differences by parameter, and the keys of both.
+
+    Differences that are all zeros are left out.
+    """
     parts: dict[str, dict[str, torch.Tensor]] = {}
     differences: StateDict = {}
     keys_of: dict[str, list[str]] = {}
@@ -271,7 +275,7 @@ def _sort_tensors(
             )
         if not tensor.is_floating_point() and part != "alpha":
             raise ValueError(f"{source}: '{key}' must have floating-point numbers, got {tensor.dtype}.")
-        # An alpha is checked as a number.
+        # `_build_layer` checks that an alpha is finite.
         if part != "alpha":
             check_finite([(key, tensor)], source=source)
         if part in DIFFERENCES and not tensor.double().any():
@@ -293,13 +297,13 @@ def _stem(key: str) -> str:
 
 
 def _build_layer(
-    name: str, parts: Mapping[str, torch.Tensor], told: tuple[int, float] | None, source: str
+    name: str, parts: Mapping[str, torch.Tensor], expected: tuple[int, float] | None, source: str
 ) -> LoraLayer:
     """
     The adapter of one layer.
 
     Args:
-        told (`tuple[int, float]`, *optional*):
+        expected (`tuple[int, float]`, *optional*):
             Rank and alpha in peft's configuration.
     """
     for part, word in (("down", "lora_A (lora_down)"), ("up", "lora_B (lora_up)")):
@@ -318,12 +322,12 @@ def _build_layer(
         if parts["alpha"].numel() != 1:
             raise ValueError(f"{source}: alpha must be one number, got {tuple(parts['alpha'].shape)}.")
         alpha = parts["alpha"].item()
-    if told is not None:
+    if expected is not None:
         if "alpha" in parts:
             raise ValueError(f"{source} has an alpha, but so has peft's configuration: it is unclear which counts.")
-        if told[0] != rank:
-            raise ValueError(f"{source} has rank {rank}, but peft's configuration says {told[0]}.")
-        alpha = told[1]
+        if expected[0] != rank:
+            raise ValueError(f"{source} has rank {rank}, but peft's configuration says {expected[0]}.")
+        alpha = expected[1]
     if not math.isfinite(alpha) or alpha == 0:
         raise ValueError(f"{source}: alpha must be a number other than 0, got {alpha}.")
     return LoraLayer(down=down, up=up, alpha=alpha, bias=parts.get("bias"), magnitude=parts.get("magnitude"))

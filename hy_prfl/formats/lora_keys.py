@@ -1,8 +1,8 @@
 """
-Names of the tensors in LoRA files of various programs: which layer of the model, and which part.
+Finds the layer and the part, such as `lora_A`, of each tensor in a LoRA file by its key.
 
-A name is a prefix, the layer by Wan's or diffusers' name, with dots or underscores, and the part. All combinations are
-read. A file that is not a LoRA of a Wan transformer is refused with a sentence that says what it is.
+A key consists of a prefix, the layer and the part. The layer has Wan's or diffusers' name, with dots or underscores.
+All combinations are read. For a file that is not a LoRA of a Wan transformer, the error says what the file is.
 """
 
 import re
@@ -106,21 +106,21 @@ def parse_keys(keys: Iterable[str], *, source: str) -> LoraKeys:
     Find the layer and the part of each tensor of a LoRA file.
 
     Raises:
-        ValueError: If it is no LoRA of a Wan transformer; the message names keys and says what the file is.
+        ValueError: If it is not a LoRA of a Wan transformer. The message names keys and says what the file is.
     """
     keys = list(keys)
     if not keys:
-        raise ValueError(f"{source}: there is no tensor in it.")
+        raise ValueError(f"{source}: the file has no tensors.")
     _refuse_other_methods(keys, source)
     _refuse_scaled_weights(keys, source)
-    split = {key: _split(key) for key in keys}
-    if not any(split.values()):
+    parsed = {key: _parse(key) for key in keys}
+    if not any(parsed.values()):
         raise ValueError(f"{source}: {_describe_without_parts(keys)}")
     blocks = tuple(sorted({int(index) for key in keys for index in re.findall(r"(?<![a-z])blocks[._](\d+)", key)}))
     names = _names(blocks)
     entries: dict[str, tuple[str, str]] = {}
     unknown: list[str] = []
-    for key, found in split.items():
+    for key, found in parsed.items():
         target = None if found is None else names.find(*found[1:])
         if found is None or target is None:
             unknown.append(key)
@@ -128,16 +128,16 @@ def parse_keys(keys: Iterable[str], *, source: str) -> LoraKeys:
             entries[key] = (target, found[2])
     if unknown:
         raise ValueError(f"{source}: {_describe_unknown(unknown, keys)}")
-    prefixes = {key: found[0] for key, found in split.items() if found is not None}
+    prefixes = {key: found[0] for key, found in parsed.items() if found is not None}
     prefix = prefixes[keys[0]]
-    strange = [key for key in keys if prefixes[key] != prefix]
-    if strange:
-        raise ValueError(f"{source}: unknown {_list(strange)} in a LoRA whose keys start with '{prefix}'.")
-    return LoraKeys(prefix, any(_plain(found[1]) in names.native for found in split.values() if found), entries)
+    others = [key for key in keys if prefixes[key] != prefix]
+    if others:
+        raise ValueError(f"{source}: unknown {_list(others)} in a LoRA whose keys start with '{prefix}'.")
+    return LoraKeys(prefix, any(_plain(found[1]) in names.native for found in parsed.values() if found), entries)
 
 
-def _split(key: str) -> tuple[str, str, str] | None:
-    """Prefix, name and part of a key."""
+def _parse(key: str) -> tuple[str, str, str] | None:
+    """Prefix, name of the layer, and part of a key; None if it does not end in a known part."""
     for part, pattern in PARTS.items():
         match = pattern.search(key)
         if match is not None:
@@ -160,10 +160,10 @@ class _Names:
     native: set[str]
 
     def find(self, name: str, part: str) -> str | None:
-        """The layer, or the parameter that a difference is added to."""
+        """The layer of a LoRA's tensor, or the parameter that a difference is added to; None if there is none."""
         if part not in DIFFERENCES:
             return self.layers.get(_plain(name))
-        # A modulation belongs to no layer: ComfyUI uses its own name, LightX2V that of the block.
+        # A modulation belongs to no layer. ComfyUI writes the name of the modulation, LightX2V that of its block.
         ends = {"diff": ("_weight", ""), "diff_b": ("_bias",), "diff_m": ("_modulation", "_scale_shift_table")}[part]
         found = (self.parameters.get(f"{_plain(name)}{end}") for end in ends)
         return next((parameter for parameter in found if parameter is not None), None)
@@ -191,7 +191,7 @@ def _refuse_other_methods(keys: Sequence[str], source: str) -> None:
 
 def _refuse_scaled_weights(keys: Sequence[str], source: str) -> None:
     scales = [key for key in keys if SCALES.search(key)]
-    if scales and any(_split(key) is not None for key in set(keys) - set(scales)):
+    if scales and any(_parse(key) is not None for key in set(keys) - set(scales)):
         raise ValueError(
             f"{source}: {_list(scales)} belong{'s' * (len(scales) == 1)} to a LoRA in scaled float8, which is not supported. Use "
             "the same LoRA in bfloat16 or float16, or save it again with each weight multiplied by its scale."
@@ -204,7 +204,7 @@ def _describe_without_parts(keys: Sequence[str]) -> str:
             f"these are whole weights ({_list(keys)}), not a LoRA. Pass a transformer as `transformer_path`; `convert "
             "--transformer` makes the folder for it."
         )
-    return f"none of its keys ends like one of a LoRA, such as `.lora_A.weight` or `.lora_up.weight`: {_list(keys)}."
+    return f"no key has an ending of a LoRA, such as `.lora_A.weight` or `.lora_up.weight`: {_list(keys)}."
 
 
 def _describe_unknown(unknown: Sequence[str], keys: Sequence[str]) -> str:
@@ -223,14 +223,14 @@ def _describe_unknown(unknown: Sequence[str], keys: Sequence[str]) -> str:
     second = [key for key in unknown if key.startswith("transformer_2.")]
     if second:
         return f"{_list(second)} belong to the second transformer: save them in a separate file for `lora_2_path`."
-    found = _split(unknown[0])
+    found = _parse(unknown[0])
     if found is None:
-        prefix = next((split[0] for key in keys if (split := _split(key)) is not None), "")
+        prefix = next((parsed[0] for key in keys if (parsed := _parse(key)) is not None), "")
         return f"unknown {_list(unknown)} in a LoRA whose keys start with '{prefix}'."
     return f"{_list(unknown)}: there is no layer '{found[1]}' in a Wan transformer."
 
 
 def _list(keys: Sequence[str]) -> str:
-    """The first keys, and how many there are."""
+    """The first five keys, and how many there are in all."""
     shown = ", ".join(f"'{key}'" for key in keys[:5])
     return f"key {shown}" if len(keys) == 1 else f"{len(keys)} keys, {shown}{', ...' * (len(keys) > 5)}"

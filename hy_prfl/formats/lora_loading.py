@@ -1,8 +1,8 @@
 """
 Loads a LoRA into a transformer, completely or not at all.
 
-diffusers' `load_lora_weights` ignores tensors for which it has no rule. Here all names and shapes are compared with
-the model's before anything is changed, and the loaded weights are compared with the file afterwards.
+diffusers' `load_lora_weights` ignores tensors that it has no rule for. Here all names and shapes are compared with
+the model before anything is changed. Afterwards the loaded weights are compared with the file.
 """
 
 import math
@@ -24,7 +24,8 @@ def check_adapter_fits(adapter: Adapter, transformer: WanTransformer3DModel, *, 
     Check that each tensor of a LoRA has a place in a model, which may be on the meta device.
 
     Raises:
-        ValueError: Naming the keys of the file that have no place, or one of another shape.
+        ValueError: If tensors have no place in the model, or one has the wrong shape or is not finite. The message
+            names their keys in the file.
     """
     shapes = {_without_adapters(name): tuple(tensor.shape) for name, tensor in transformer.state_dict().items()}
     wanted = {f"{name}.weight": name for name in adapter.layers} | {name: name for name in adapter.differences}
@@ -51,7 +52,7 @@ def check_adapter_fits(adapter: Adapter, transformer: WanTransformer3DModel, *, 
 
 
 def _without_adapters(name: str) -> str:
-    """Name of a parameter in the model itself: a layer that has an adapter of peft keeps its own in `base_layer`."""
+    """Name of a parameter without an adapter: peft moves the layer's own parameters into `base_layer`."""
     return name.replace(".base_layer.", ".")
 
 
@@ -62,9 +63,7 @@ def _why_missing(names: Sequence[str], transformer: WanTransformer3DModel) -> st
     if blocks and max(blocks) >= num_layers:
         reasons.append(f"The model has {num_layers} blocks, from 0 on; the file has block {max(blocks)}.")
     if any(re.search(r"add_[kv]_proj|norm_added_k|image_embedder", name) for name in names):
-        reasons.append(
-            "Layers for an image (`k_img`, `v_img`, `img_emb`) are in image-to-video models of Wan2.1 alone."
-        )
+        reasons.append("Only image-to-video models of Wan2.1 have layers for an image (`k_img`, `v_img`, `img_emb`).")
     return "".join(f" {reason}" for reason in reasons)
 
 
@@ -91,18 +90,19 @@ def load_adapter(
     """
     Load a LoRA into a transformer.
 
-    Its layers become an adapter of peft, beside those that the model already has, whose strength is set with
-    `set_adapters` as usual. Differences of whole weights and biases are added immediately, multiplied by `scale`.
+    Its layers become a new adapter of peft, in addition to those that the model already has. Its strength is set with
+    `set_adapters` as usual. Differences of whole weights and biases are multiplied by `scale` and added immediately.
 
     Args:
         source (`str`):
             Where the LoRA comes from, for errors.
 
     Returns:
-        `bool`: Whether there is an adapter of peft now; a file may hold differences only.
+        `bool`: Whether an adapter of peft was added. A file may hold nothing but differences.
 
     Raises:
-        ValueError: If a part of it has no place in the model, in which case nothing is changed, or was not loaded.
+        ValueError: If a part of the LoRA has no place in the model; the model is unchanged then. Or if peft or diffusers
+            did not load a part.
     """
     check_adapter_fits(adapter, transformer, source=source)
     parameters = {_without_adapters(name): parameter for name, parameter in transformer.named_parameters()}
@@ -147,7 +147,7 @@ def _check_arrived(
     source: str,
 ) -> None:
     """Compare the weights in the model with those of the file, and the scale of each layer."""
-    # With the model's weights peft does not mistake a bias for a weight that was saved in pieces.
+    # Without the model's own weights, peft would take a bias for a part of a sharded weight.
     arrived = get_peft_model_state_dict(transformer, transformer.state_dict(), adapter_name=adapter_name)
     lost = [
         name

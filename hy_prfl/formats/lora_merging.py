@@ -1,7 +1,7 @@
 """
-Adds LoRAs to the weights that they are for, one layer at a time, by peft's own merge.
+Adds LoRAs to a model's weights, one layer at a time, by peft's own merge.
 
-No more than one layer is ever there in float32, so a model may be read piece by piece, and split as it is.
+Only one layer is in float32 at any time, so a model can be read and sharded layer by layer.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +23,7 @@ class ScaledAdapter:
 
     Args:
         scale (`float`):
-            What the update is multiplied by, beside the LoRA's own `alpha / rank`.
+            Factor of the update, in addition to the LoRA's own `alpha / rank`.
     """
 
     adapter: Adapter
@@ -32,17 +32,17 @@ class ScaledAdapter:
 
 class MergedWeights(Mapping[str, torch.Tensor]):
     """
-    Weights of a `WanTransformer3DModel` by name, with LoRAs added to them when one is asked for.
+    Weights of a `WanTransformer3DModel` by name. LoRAs are added to a weight when it is read.
 
-    A weight that a LoRA changes is float32, whatever it was; the others come as they are. That each LoRA has its place in
-    the model is checked before, see [`~hy_prfl.formats.lora_loading.check_adapter_fits`]: layers that `weights` lacks are
-    passed over here, so weights of the first blocks will do.
+    A weight that a LoRA changes is returned as float32; the others are returned unchanged. Layers of a LoRA that are not
+    in `weights` are ignored, so that `weights` may be only the first blocks. Check before that each LoRA fits the whole
+    model, see [`~hy_prfl.formats.lora_loading.check_adapter_fits`].
 
     Args:
         weights (`Mapping[str, torch.Tensor]`):
-            By the names of the parameters in `WanTransformer3DModel`.
+            Weights by the names of the parameters in `WanTransformer3DModel`.
         adapters (`Sequence[ScaledAdapter]`):
-            LoRAs, in the order in which they are added. For a DoRA, whose update depends on the weight, the order counts.
+            LoRAs, in the order in which they are added. The order matters for a DoRA: its update depends on the weight.
     """
 
     def __init__(self, weights: Mapping[str, torch.Tensor], adapters: Sequence[ScaledAdapter]) -> None:
@@ -82,10 +82,12 @@ def _merge(each: ScaledAdapter, name: str, part: str, weight: torch.Tensor, valu
     Weight or bias of one layer after peft has merged a LoRA into it, float32.
 
     Args:
+        part (`str`):
+            `"weight"` or `"bias"`.
         weight (`torch.Tensor`):
-            The layer's weight in the model, for its shape.
+            The layer's weight in the model. Only its shape is used.
         value (`torch.Tensor`):
-            What the LoRA is added to: its weight, or its bias.
+            The weight or bias that the LoRA is added to.
     """
     layer = each.adapter.layers[name]
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""Metadata of a LoRA file: our entries and peft's configuration, in its header or in a file beside it."""
+"""Metadata of a LoRA file: this package's entries in its header, and peft's configuration in the header or beside it."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ PREFIX = "hy_prfl."
 # Entries that are written again for each format; a conversion keeps all others.
 DERIVED = ("format", LORA_ADAPTER_METADATA_KEY, *(f"{PREFIX}{name}" for name in ("format", "rank", "alpha")))
 
-# Files of peft's `save_pretrained`: the weights, and the configuration, which is the only place of the alpha.
+# Files of peft's `save_pretrained`: the weights, and the configuration. Only the configuration holds the alpha.
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # Fields of peft's configuration that do not change the meaning of the saved weights, or that are read here.
 NEUTRAL_FIELDS = {
@@ -47,25 +47,25 @@ def lora_metadata(
     base_quantization: str | None = None,
 ) -> dict[str, str]:
     """
-    The origin of a LoRA, as entries for the header of its file; conversions keep it.
+    The origin of a LoRA, as entries for the header of its file. Conversions keep these entries.
 
     Args:
         base_model (`str`):
-            The pipeline that it was trained on, and has to be loaded into.
+            The pipeline that the LoRA was trained on and must be loaded into.
         step (`int`):
             Updates so far.
         base_on_hub (`bool`, *optional*):
-            Whether `base_model` is a repository of the Hub; `data/wan` may be one or a path.
+            Whether `base_model` is a repository on the Hub; a name such as `data/wan` may be a repository or a path.
         reward_model (`str`, *optional*):
-            The reward model that it was trained with.
+            The reward model that the LoRA was trained with.
         run (`str`, *optional*):
             Name of the run.
         config (`Mapping[str, Any]`, *optional*):
-            The run's resolved options. Their hash is kept: equal hashes mean equal recipes.
+            The run's resolved options. Only their hash is stored: equal hashes mean equal recipes.
         expert (`str`, *optional*):
             `high_noise` or `low_noise`, for a pipeline of two experts.
         base_quantization (`str`, *optional*):
-            `int8`, `float8` or `nf4`, if the base was held in so few bits while the adapter trained.
+            `int8`, `float8` or `nf4`, if the base weights were quantized while the adapter was trained.
     """
     entries: dict[str, str | None] = {
         "version": __version__,
@@ -85,7 +85,7 @@ def lora_metadata(
 
 def read_lora_metadata(path: str | Path) -> dict[str, str]:
     """
-    The entries of [`lora_metadata`], with `rank`, `alpha` and `format`, of a LoRA file of this project.
+    The entries of [`lora_metadata`] and `rank`, `alpha` and `format` of a LoRA file that this package wrote.
 
     Where layers differ, `rank` and `alpha` list all values, such as `"8,16"`. A file of another program gives `{}`.
 
@@ -103,8 +103,8 @@ def lora_header(lora_config: Mapping[str, Any], metadata: Mapping[str, str]) -> 
 
     Args:
         lora_config (`Mapping[str, Any]`):
-            peft's configuration, `LoraConfig.to_dict()`. diffusers rebuilds the adapter from it; without it, the rank
-            would be used as alpha.
+            peft's configuration, `LoraConfig.to_dict()`. diffusers rebuilds the adapter from it. Without it, diffusers
+            would use the rank as alpha.
         metadata (`Mapping[str, str]`):
             See [`lora_metadata`].
     """
@@ -127,13 +127,14 @@ def _with_image_layers(targets: Iterable[str]) -> list[str]:
     """
     Targets, with the image projections added for each key projection of the cross-attention.
 
-    To a LoRA without them diffusers adds zeros for `add_k_proj` and `add_v_proj` when it loads it into an image-to-video
-    model, and peft warns of a layer that its configuration does not name. Other models have no such layers.
+    When diffusers loads a LoRA without them into an image-to-video model, it adds zeros for `add_k_proj` and
+    `add_v_proj`. peft then warns of layers that its configuration does not name. Other models have no such layers, so
+    the names change nothing there.
     """
     targets = sorted(targets)
     if any(name.endswith("add_k_proj") for name in targets) and any(name.endswith("add_v_proj") for name in targets):
         return targets
-    # diffusers goes through as many blocks as the LoRA has, from the first on.
+    # diffusers counts the LoRA's blocks and adds zeros to as many blocks of the model, from the first on.
     blocks = {match.group(1) for name in targets if (match := re.match(r"blocks\.(\d+)\.", name))}
     added = set()
     for name in targets:
@@ -145,10 +146,10 @@ def _with_image_layers(targets: Iterable[str]) -> list[str]:
 
 def read_lora_config(path: str | Path, header: Mapping[str, str]) -> dict[str, Any] | None:
     """
-    peft's configuration of a LoRA file, from its header or, for a file that peft itself saved, from beside it.
+    peft's configuration of a LoRA file: from its header, or from the file beside it if peft itself saved the LoRA.
 
     Raises:
-        ValueError: If it is broken, or says that the file is more than a LoRA of the model's own weights.
+        ValueError: If it is broken, or describes more than a plain LoRA of the model's weights.
     """
     beside = Path(path).with_name(PEFT_CONFIG)
     if LORA_ADAPTER_METADATA_KEY in header:
@@ -176,7 +177,7 @@ def _check_lora_config(entries: Mapping[str, Any], *, source: str) -> dict[str, 
     config = dict(defaults)
     for key, value in entries.items():
         name = key.removeprefix("transformer.")
-        # Options of a newer peft that are off change nothing.
+        # An unknown option of a newer peft does not matter while it is off.
         if name not in NEUTRAL_FIELDS and value and value != defaults.get(name):
             raise ValueError(
                 f"{source}: peft's metadata has `{key}` = {value!r}: not a plain LoRA of the transformer."
@@ -193,8 +194,8 @@ def _check_lora_config(entries: Mapping[str, Any], *, source: str) -> dict[str, 
             _check_pattern(name, f"{source}: peft's `{pattern}`")
     if str(config.get("init_lora_weights")).startswith(CHANGED_BASE):
         raise ValueError(
-            f"{source}: `init_lora_weights` is {config['init_lora_weights']!r}: it belongs to a changed base model. "
-            "Where it was trained, convert it to a plain LoRA with peft, or merge it."
+            f"{source}: `init_lora_weights` is {config['init_lora_weights']!r}: this LoRA belongs to a base model whose "
+            "weights peft changed before training. Convert it to a plain LoRA with peft where it was trained, or merge it."
         )
     return config
 
@@ -209,9 +210,9 @@ def _check_pattern(pattern: str, source: str) -> None:
 
 def rank_and_alpha(lora_config: Mapping[str, Any], layer: str) -> tuple[int, float]:
     """
-    Rank of a layer in peft's configuration, and the alpha that scales its update by `alpha / rank`.
+    Rank and alpha of a layer in peft's configuration; its update is scaled by `alpha / rank`.
 
-    rsLoRA scales by `alpha / sqrt(rank)`, which is returned as a larger alpha.
+    rsLoRA scales by `alpha / sqrt(rank)`. There the returned alpha is multiplied by `sqrt(rank)`, for the same scale.
     """
     rank, alpha = (
         (lora_config[pattern] or {}).get(get_pattern_key(lora_config[pattern] or {}, layer), lora_config[name])

@@ -1,8 +1,8 @@
 """
 Writes LoRAs in the formats of diffusers, ComfyUI, kohya and upstream.
 
-Weights are copied bit for bit, with the rank and the alpha of each layer. Content that a format cannot hold is an
-error.
+Weights, ranks and alphas are copied exactly, except that upstream's format stores no alpha. Content that a format
+cannot hold is an error.
 """
 
 import dataclasses
@@ -28,16 +28,16 @@ PREFIXES: dict[str, tuple[str, bool]] = {
     "kohya": ("lora_unet_", True),
 }
 
-# Layers, by diffusers' names, that upstream's loader does not get through.
+# Layers, by diffusers' names, that upstream's loader cannot apply.
 NOT_IN_UPSTREAM = re.compile(r"\.add_[kv]_proj$|^patch_embedding$")
 
 
 def save_adapters(adapters: Sequence[Adapter], output_dir: str | Path, lora_format: LoraFormat) -> list[str]:
     """
-    Write a LoRA, or one for each expert, to a new folder: one file each, or upstream's three.
+    Write a LoRA, or one for each expert, to a new folder: one file for each LoRA, or upstream's three files.
 
-    Upstream's files hold no alpha: there `up` is multiplied by `alpha / rank`, and everything is float32, as upstream
-    writes it.
+    Upstream's files hold no alpha: `up` is multiplied by `alpha / rank` instead, and all weights become float32, as in
+    upstream's own files.
 
     Returns:
         Names of the files.
@@ -93,7 +93,7 @@ def _files_of(adapter: Adapter, lora_format: LoraFormat) -> dict[str, tuple[Stat
 
 
 def _check_upstream_applies(adapter: Adapter) -> None:
-    """Refuse layers that upstream's `load_lora_for_model` ends with an error of Python at."""
+    """Refuse layers that make upstream's `load_lora_for_model` crash."""
     found = [name for name in adapter.layers if NOT_IN_UPSTREAM.search(name)]
     if found:
         raise ValueError(
@@ -105,20 +105,20 @@ def _check_upstream_applies(adapter: Adapter) -> None:
 
 
 def upstream_use(adapter: Adapter) -> str:
-    """Which of upstream's three files goes to which of its flags, and what must be told to it."""
+    """Which of upstream's three files goes to which of its flags, and which other settings upstream needs."""
     trained, kohya, other = UPSTREAM_FILES
     ranks = sorted({layer.rank for layer in adapter.layers.values()})
     layers = layer_names({int(name.split(".")[1]) for name in adapter.layers if name.startswith("blocks.")})
     targets = sorted({re.sub(r"^blocks\.\d+\.", "", layers[name]) for name in adapter.layers})
     resumed = (
-        f"of a folder whose name ends in a step, such as checkpoint-0, with `lora_rank: {ranks[0]}` and `target_modules: "
+        f"in a folder whose name ends in a step, such as checkpoint-0, with `lora_rank: {ranks[0]}` and `target_modules: "
         f"[{', '.join(targets)}]`"
     )
     if len(ranks) > 1:
-        resumed = f"nothing: it has layers of rank {', '.join(map(str, ranks))}, upstream trains one rank"
+        resumed = f"not usable: it has layers of rank {', '.join(map(str, ranks))}, but upstream trains a single rank"
     return (
-        f"{kohya} is for `--lora_path` of upstream's inference (`--distill_lora_path` reads the same); {trained} for "
-        f"`model.lora.resume_lora_path` of its trainings: {resumed}; {other} is read by no code of upstream, but by ComfyUI."
+        f"{kohya} is for `--lora_path` of upstream's inference (`--distill_lora_path` reads the same); {trained} is for "
+        f"`model.lora.resume_lora_path` of its trainings: {resumed}; {other} is for ComfyUI, upstream's code does not read it."
     )
 
 
@@ -159,7 +159,7 @@ def _state_dict(adapter: Adapter, lora_format: LoraFormat, prefix: str, *, under
 
 
 def _with_biases(adapter: Adapter) -> Adapter:
-    """The same adapter with its differences of biases moved into the biases of `lora_B`, which peft supports."""
+    """The same adapter with its differences of biases moved into the biases of `lora_B`, the form that peft supports."""
     layers, differences = dict(adapter.layers), dict(adapter.differences)
     for name, layer in adapter.layers.items():
         if f"{name}.bias" in differences and layer.bias is None:
@@ -169,7 +169,7 @@ def _with_biases(adapter: Adapter) -> Adapter:
 
 
 def _scale_exactly(bias: torch.Tensor, factor: float, source: str) -> torch.Tensor:
-    """peft scales the bias like the update, ComfyUI does not; a conversion must be able to go back."""
+    """Scale a bias for the other format: peft scales it like the update, ComfyUI does not. Refuse it if that rounds."""
     scaled = (bias.double() * factor).to(bias.dtype)
     if not torch.equal((scaled.double() / factor).to(bias.dtype).double(), bias.double()):
         raise ValueError(f"{source}: its bias cannot be scaled by {factor:g} and back without rounding.")
@@ -177,7 +177,7 @@ def _scale_exactly(bias: torch.Tensor, factor: float, source: str) -> torch.Tens
 
 
 def _fold_alpha(adapter: Adapter) -> Adapter:
-    """The same adapter in float32 with alpha equal to the rank, as a file without alpha means."""
+    """The same adapter in float32 with alpha equal to the rank: readers assume this for a file without alpha."""
     layers = {
         name: LoraLayer(down=layer.down.float(), up=layer.up.float() * layer.scale, alpha=layer.rank, bias=layer.bias)
         for name, layer in adapter.layers.items()
@@ -186,7 +186,7 @@ def _fold_alpha(adapter: Adapter) -> Adapter:
 
 
 def lora_config(adapter: Adapter) -> LoraConfig:
-    """peft's configuration of an adapter: the usual rank and alpha, and patterns for the layers that differ."""
+    """peft's configuration of an adapter: the most common rank and alpha, and patterns for the layers that differ."""
     rank = Counter(layer.rank for layer in adapter.layers.values()).most_common(1)[0][0]
     alpha = Counter(layer.alpha for layer in adapter.layers.values()).most_common(1)[0][0]
     return LoraConfig(

@@ -1,4 +1,4 @@
-"""Files of trained models that diffusers loads: whole models and LoRA adapters, written in one move."""
+"""Writes trained models and LoRA adapters as files that diffusers loads. A file or folder is complete or absent."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,7 +31,7 @@ def save_pretrained(
         state_dict (`dict[str, torch.Tensor]`):
             All weights, gathered; those of `model` itself may be sharded.
         extra (`Mapping[str, str]`):
-            Text files to put beside them, by name.
+            Text files to write into the same folder, by name.
     """
     temporary = temporary_folder(directory)
     model.save_config(temporary)
@@ -52,18 +52,18 @@ def save_lora(
     """
     Write a transformer's adapter as diffusers reads it.
 
-    Rank, alpha and targets go into the file's metadata; without it diffusers assumes that alpha equals the rank.
+    Rank, alpha and targets go into the file's metadata. Without it, diffusers assumes that alpha equals the rank.
 
     Args:
         state_dict (`dict[str, torch.Tensor]`):
-            Weights of the adapter, whole, by their names in `transformer`.
+            Weights of the adapter, gathered, by their names in `transformer`.
         file (`Path`):
             `<folder>/pytorch_lora_weights.safetensors`, or another of `LORA_FILES`.
         metadata (`Mapping[str, str]`):
-            Where it comes from, see [`~hy_prfl.formats.lora_metadata.lora_metadata`].
+            The LoRA's origin, see [`~hy_prfl.formats.lora_metadata.lora_metadata`].
 
     Raises:
-        ValueError: If a weight is empty or half of a pair is missing; nothing is written then.
+        ValueError: If a weight is empty, or a layer has `lora_A` without `lora_B` or the reverse. Nothing is written then.
     """
     layers = get_peft_model_state_dict(transformer, state_dict=state_dict)
     header = lora_header(transformer.peft_config["default"].to_dict(), metadata)
@@ -97,7 +97,7 @@ def merge_adapter(model: ModelMixin, state_dict: Mapping[str, torch.Tensor]) -> 
         model (`ModelMixin`):
             A model with an adapter. Only its configuration is used.
         state_dict (`Mapping[str, torch.Tensor]`):
-            All its weights, whole. The result is float32.
+            All its weights, gathered. The result is float32.
     """
     with init_empty_weights(include_buffers=False):
         merged = type(model).from_config(model.config)

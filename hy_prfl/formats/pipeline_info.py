@@ -1,4 +1,4 @@
-"""What a Wan pipeline is: told by its `model_index.json` and the configurations of its parts, never by its name."""
+"""Properties of a Wan pipeline, read from its `model_index.json` and the configurations of its parts."""
 
 import inspect
 from collections.abc import Mapping
@@ -20,9 +20,9 @@ from .layout import EXPERT_FOLDERS
 
 LastImage = Literal["none", "optional", "required"]
 
-# Sizes of the transformers as published in the Wan 2.1 and 2.2 repositories (`wan/configs/wan_{t2v,i2v,ti2v}_*.py`, FLF2V
-# as I2V) and as diffusers' conversion of them names them (`scripts/convert_wan_to_diffusers.py`); all else is a default of
-# the class.
+# Sizes of the published transformers. The values are from the Wan 2.1 and 2.2 repositories
+# (`wan/configs/wan_{t2v,i2v,ti2v}_*.py`; FLF2V has those of I2V), the names from diffusers' converter
+# (`scripts/convert_wan_to_diffusers.py`). All other entries have the class's defaults.
 _T2V_1_3B = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
 _T2V_14B = {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40}
 _I2V_14B = {**_T2V_14B, "in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120}
@@ -37,19 +37,19 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "Wan-AI/Wan2.2-I2V-A14B-Diffusers": {**_T2V_14B, "in_channels": 36},
     "Wan-AI/Wan2.2-TI2V-5B-Diffusers": _TI2V_5B,
 }
-# `boundary_ratio` of those that have a second transformer, of the same size.
+# `boundary_ratio` of the pipelines with a second transformer, which has the same size as the first.
 BOUNDARY_RATIOS = {"Wan-AI/Wan2.2-T2V-A14B-Diffusers": 0.875, "Wan-AI/Wan2.2-I2V-A14B-Diffusers": 0.9}
-# Strides over frames, height and width of Wan 2.1's VAE, and of that of the published pipelines that have another.
+# Strides of the VAE over frames, height and width: of Wan 2.1's, and of the published pipelines with another VAE.
 VAE_STRIDE = (4, 8, 8)
 OTHER_STRIDES = {"Wan-AI/Wan2.2-TI2V-5B-Diffusers": (4, 16, 16)}
 
 
 def with_defaults(model_class: Any, config: Mapping[str, Any]) -> dict[str, Any]:
     """
-    Every argument of a diffusers model, by the configuration of one and the class's defaults for what it leaves out.
+    A value for every argument of a diffusers model class: from `config`, or the class's default.
 
-    No model is made for it, not even without weights: that would draw random numbers, as for Wan's tables of scales and
-    shifts, and a run that asks about its pipeline would go on with other ones.
+    This reads the signature and creates no model, not even one without weights. Creating one would draw random numbers,
+    for example for Wan's `scale_shift_table`, and so change the numbers of the run that follows.
     """
     parameters = list(inspect.signature(model_class.__init__).parameters.values())[1:]
     return {each.name: config.get(each.name, each.default) for each in parameters}
@@ -58,15 +58,15 @@ def with_defaults(model_class: Any, config: Mapping[str, Any]) -> dict[str, Any]
 @dataclass(frozen=True)
 class PipelineInfo:
     """
-    What is asked about a pipeline without loading it. Configurations of its parts are read when they are first needed.
+    Properties of a pipeline, without loading it. Configurations of its parts are read when they are first needed.
 
     Args:
         source (`str`):
-            Its folder, or its id on the Hub.
+            Folder of the pipeline, or its id on the Hub.
         index (`Mapping[str, Any]`):
-            Its `model_index.json`.
+            Content of its `model_index.json`.
         revision (`str`, *optional*):
-            Hub revision.
+            Revision on the Hub.
     """
 
     source: str
@@ -75,12 +75,12 @@ class PipelineInfo:
 
     @classmethod
     def read(cls, source: str, revision: str | None = None) -> "PipelineInfo":
-        """Read the index of a pipeline on disk or on the Hub; an `OSError` says that there is none."""
+        """Read the index of a pipeline on disk or on the Hub. Raises an `OSError` if there is none."""
         return cls(source, DiffusionPipeline.load_config(source, revision=revision), revision)
 
     @classmethod
     def known(cls, source: str, revision: str | None = None) -> "PipelineInfo":
-        """As [`read`], but the published Wan pipelines are known without asking the Hub, which a revision needs."""
+        """Like [`read`], but the published Wan pipelines need no access to the Hub, unless a revision is given."""
         if source not in PUBLISHED or revision is not None or Path(source).exists():
             return cls.read(source, revision)
         config, ratio = PUBLISHED[source], BOUNDARY_RATIOS.get(source)
@@ -123,12 +123,12 @@ class PipelineInfo:
 
     @property
     def boundary_ratio(self) -> float | None:
-        """Noise level, in (0, 1), from which on the first of two transformers is called."""
+        """Noise level in (0, 1): the first of two transformers is used at and above it, the second below."""
         return self.index.get("boundary_ratio")
 
     @property
     def takes_first_frame(self) -> bool:
-        """Whether its transformer can take the first frame clean, told by timesteps of each token (TI2V 5B)."""
+        """Whether its transformer takes one timestep per token, so that the first frame can be clean (TI2V 5B)."""
         return bool(self.index.get("expand_timesteps"))
 
     @property
@@ -136,9 +136,10 @@ class PipelineInfo:
         """
         Whether it takes a last image: `"none"`, `"optional"` or `"required"`.
 
-        A transformer with positions for the tokens of two images needs two (Wan2.1 FLF2V); without them its image tokens
-        are those of one (Wan2.1 I2V). One without image tokens sees the last image in the condition alone (Wan2.2 A14B),
-        but for one that takes the first frame of the latents for a condition (Wan2.2 TI2V 5B).
+        - `"required"` (Wan2.1 FLF2V): the transformer has position embeddings for the tokens of two images.
+        - `"none"` (Wan2.1 I2V): it takes the tokens of one image. Or the condition is the first frame of the latents
+          (Wan2.2 TI2V 5B). Or it is a text-to-video pipeline.
+        - `"optional"` (Wan2.2 A14B): it takes no image tokens, and the condition may contain a last image.
         """
         if not self.is_image_to_video or self.takes_first_frame:
             return "none"
@@ -148,7 +149,7 @@ class PipelineInfo:
 
     @cached_property
     def transformer(self) -> dict[str, Any]:
-        """Configuration of its transformer, the first of two, every argument of `WanTransformer3DModel` in it."""
+        """Configuration of its (first) transformer, with a value for every argument of `WanTransformer3DModel`."""
         return with_defaults(WanTransformer3DModel, self._transformer_config())
 
     @cached_property
@@ -164,7 +165,7 @@ class PipelineInfo:
 
 
 class _Published(PipelineInfo):
-    """A pipeline of the table above."""
+    """A pipeline in `PUBLISHED`, whose configurations need not be read."""
 
     @property
     def vae_stride(self) -> tuple[int, int, int]:

@@ -1,4 +1,4 @@
-"""Saves and restores everything that `Accelerator.save_state` covers, as a checkpoint that is complete or absent."""
+"""Saves and restores the state of a training run. A checkpoint is complete or absent."""
 
 import json
 from collections.abc import Callable
@@ -26,9 +26,9 @@ def save_checkpoint(
     """
     Save everything that `Accelerator.save_state` covers as `output_dir/checkpoint-<step>`. A collective.
 
-    All ranks write into a temporary folder, which is renamed when the last one is done, so `latest` is good whenever
-    the run is killed. Checkpoints beyond `total_limit` are deleted after that, never this one; with `delete_first`
-    they are deleted before anything is written, so that there are never more than `total_limit`.
+    All ranks write into a temporary folder. It is renamed when the last rank is done, so a checkpoint is complete even
+    if the run is killed at any time. Checkpoints beyond `total_limit` are deleted after that, but never this one. With
+    `delete_first` they are deleted before anything is written, so that there are never more than `total_limit`.
     """
     target = output_dir / f"checkpoint-{step}"
     temporary = temporary_name(target)
@@ -39,7 +39,7 @@ def save_checkpoint(
             delete_old_checkpoints(output_dir, target, total_limit)
         temporary.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    # DeepSpeed does not save the base model under an adapter again; otherwise `save_model` decides.
+    # DeepSpeed is told to leave out frozen weights, such as the base model of a LoRA. Otherwise `save_model` decides.
     is_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
     accelerator.save_state(str(temporary), **({"exclude_frozen_parameters": True} if is_deepspeed else {}))
     accelerator.wait_for_everyone()
@@ -59,11 +59,11 @@ def save_checkpoint(
 
 def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> None:
     """Restore everything that `save_checkpoint` saved except its `state`. A collective."""
-    # Frozen weights are not in the checkpoint and come from the pipeline; all others must be there.
+    # Frozen weights are not in the checkpoint: they come from the pipeline.
     is_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
     accelerator.load_state(str(checkpoint), **({"load_module_strict": False} if is_deepspeed else {}))
 
 
 def read_schedule(checkpoint: Path) -> dict[str, Any]:
-    """The state of the learning rate's schedule, the only object that the trainers register with Accelerate."""
+    """State of the learning rate schedule, the only object that the trainers register for checkpointing."""
     return torch.load(checkpoint / SCHEDULE_FILE, weights_only=True)

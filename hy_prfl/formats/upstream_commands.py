@@ -21,7 +21,7 @@ LABELS = {
 
 def mirrored(folder: str, path: str) -> str:
     """
-    A path below `folder` for what is made from a file or folder: different for every path.
+    Where to write the result of converting `path`: a path below `folder`, different for every `path`.
 
     `("data", "lists/train/meta.list")` -> `"data/lists/train/meta"`
     """
@@ -30,7 +30,7 @@ def mirrored(folder: str, path: str) -> str:
 
 
 def convert_lists(keys: RecipeKeys, key: str, option: str) -> None:
-    """Replace list files by the dataset that `preprocess` imports them into; the same lists give the same dataset."""
+    """Set `option` to the dataset that `preprocess` imports list files into. Equal lists share one dataset."""
     lists = read_lists(keys, key)
     if lists not in keys.datasets:
         if len(lists) == 1:
@@ -82,12 +82,12 @@ def note_null_prompt(keys: RecipeKeys) -> None:
 
 
 def convert_pairs(keys: RecipeKeys) -> None:
-    """Upstream compares each clip of one list with a random clip of another; here labels distinguish the clips."""
+    """Convert upstream's lists of good and of poor clips to one dataset, whose labels say which clips are good."""
     better, worse = (read_lists(keys, f"dataset.meta_file{part}_list") for part in ("", "_lose"))
     task = keys.recipe.options["task"]
     keys.option("allow_unpaired", True, "dataset.meta_file_lose_list: upstream compares with any clip of that list")
     keys.note(
-        "allow_unpaired: where good and poor clips share a prompt, only such pairs are compared; upstream looks at no prompt."
+        "allow_unpaired: where good and poor clips share a prompt, only such pairs are compared; upstream ignores prompts."
     )
     if better == worse:
         convert_lists(keys, "dataset.meta_file_list", "train_dataset")
@@ -99,7 +99,7 @@ def convert_pairs(keys: RecipeKeys) -> None:
     target = f"{keys.data_folder}/{keys.path.stem}/train_dataset"
     import_lists(keys, (*better, *worse), target)
     columns = LABELS[task]
-    # Upstream's meta files have the name of their clip.
+    # The name of a meta file contains the id of its clip.
     rows = [
         'awk -F/ \'NF && !seen[$NF]++ {sub(/(_meta_v1)?\\.json$/, "", $NF); '
         f'print $NF "{f",{label}" * len(columns)}"}}\' {quoted(keys, lists)}'
@@ -112,13 +112,13 @@ def convert_pairs(keys: RecipeKeys) -> None:
     )
     keys.option("train_dataset", f"{target}_labelled", "dataset.meta_file_list and meta_file_lose_list: see above")
     keys.note(
-        f"dataset.meta_file_lose_list: {', '.join(worse)}: both lists go into one dataset, where the labels for {task} tell "
-        "them apart: good for the clips of meta_file_list, poor for these, whatever the meta files say."
+        f"dataset.meta_file_lose_list: {', '.join(worse)}: both lists go into one dataset. Its labels for {task} are good for "
+        "the clips of meta_file_list and poor for these clips, and replace the labels in the meta files."
     )
 
 
 def convert_reward_parts(keys: RecipeKeys, prefix: str) -> bool:
-    """Whether the recipe names the three files of a reward model; if so, set the option to their conversion."""
+    """Set the option for the reward model to the conversion of its three files. Returns False if none is named."""
     parts = {"reward_transformer": "transformer", "mlp": "mlp", "query_attention": "query_attention"}
     names = {option: f"model.{prefix}_{part}_path" for option, part in parts.items()}
     paths = {option: keys.take(name) for option, name in names.items()}
@@ -127,11 +127,11 @@ def convert_reward_parts(keys: RecipeKeys, prefix: str) -> bool:
     for option, path in paths.items():
         if path is None:
             raise ValueError(
-                f"{keys.path}: `{names[option]}` is empty, and another of `model.{prefix}_*_path` is not: a reward model "
-                "is converted from all three of its files. Name all three, or none."
+                f"{keys.path}: `{names[option]}` is empty, but another of `model.{prefix}_*_path` is not. A reward model "
+                "is converted from three files: name all three, or none."
             )
     if keys.values.get("lrm.pool") != "q_attn":
-        keys.refuse("lrm.pool", "q_attn, as the reward model was trained that model.*_query_attention_path is part of")
+        keys.refuse("lrm.pool", "q_attn: the reward model has a file in model.*_query_attention_path")
     target = f"converted/{keys.path.stem}/reward_model"
     options = " ".join(f"--{name} {shlex.quote(keys.locate(path))}" for name, path in paths.items())
     if (heads := keys.whole("lrm.query_attention.num_heads", 8)) != 8:
@@ -147,13 +147,13 @@ def convert_reward_parts(keys: RecipeKeys, prefix: str) -> bool:
 
 
 def start_from(keys: RecipeKeys, key: str, path: Any) -> None:
-    """Let training start from a transformer in upstream's format, which is the native one."""
+    """Set the transformer that training starts from. Upstream stores it in Wan's native format."""
     if "reward_model" in keys.recipe.options and keys.recipe.command == "train_reward":
-        keys.note(f"{key}: {path}: all of its weights would be replaced by those of model.resume_transformer_path.")
+        keys.note(f"{key}: {path}: not needed, because model.resume_transformer_path replaces all of its weights.")
     else:
         keys.option("transformer_path", keys.locate(path), key)
 
 
 def quoted(keys: RecipeKeys, lists: tuple[str, ...]) -> str:
-    """List files as words of a shell command."""
+    """List files as arguments of a shell command."""
     return " ".join(shlex.quote(keys.locate(each)) for each in lists)

@@ -1,4 +1,4 @@
-"""The keys of HY-Video-PRFL's YAML files: which of them its code reads, and the state of converting one file."""
+"""The keys of HY-Video-PRFL's YAML files: which ones its code reads, and which ones of a file are converted so far."""
 
 import difflib
 import os
@@ -14,7 +14,7 @@ def _names(section: str, names: str) -> list[str]:
     return [f"{section}.{name}" if section else name for name in names.split()]
 
 
-# Read by all scripts but the preprocessing.
+# Read by all scripts except preprocessing.
 _READ_BY_ALL = [
     *_names("", "task train_id save.output_dir"),
     *_names("model", "base_path init_transformer_path resume_transformer_path patch_size"),
@@ -56,7 +56,7 @@ READ_KEYS: Mapping[str, frozenset[str]] = {
 }
 _UNREAD = "no line of upstream's code reads it"
 _REPLACED = "upstream's code puts a path of its own in its place"
-# In upstream's files, but read by none of its scripts; so is `task` in those of the preprocessing.
+# Keys in upstream's files that none of its scripts reads. `task` in its preprocessing files is not read either.
 DEAD_KEYS: Mapping[str, str] = {
     **dict.fromkeys(_names("", "base_dir batch_size end_idx fps sample_n_frames"), _UNREAD),
     "extra_model.vae.vae_stride": "a constant of the VAE; " + _UNREAD,
@@ -93,7 +93,7 @@ class RecipeKeys:
         self.root = root
         self.values = flatten(values)
         self.recipe = ConvertedRecipe(path, "")
-        # The model in diffusers' format, and the folder for datasets made with its encoders.
+        # The pipeline in diffusers' format, and the folder for datasets that its encoders make.
         self.pipeline = ""
         self.data_folder = "data"
         # Keys that are left out, by reason, and the dataset of each group of imported lists.
@@ -101,12 +101,12 @@ class RecipeKeys:
         self.datasets: dict[tuple[str, ...], str] = {}
         for key in ignore:
             if key not in self.values:
-                raise ValueError(f"{path}: `ignore_keys` names '{key}', which is no key of the file.")
+                raise ValueError(f"{path}: `ignore_keys` names '{key}', which is not in the file.")
             self.note(f"{key}: {self.values.pop(key)}: left out because of ignore_keys.")
         self.left = set(self.values)
         for key, value in self.values.items():
             if "${" in str(value):
-                self.refuse(key, "a value; `${...}` is not filled in here")
+                self.refuse(key, "a plain value; `${...}` is not resolved here")
 
     def drop_unread(self, command: str) -> None:
         """Note the keys that upstream's script for a command does not read."""
@@ -118,7 +118,7 @@ class RecipeKeys:
             else:
                 close = difflib.get_close_matches(key, sorted(READ_KEYS[command] - set(self.values)), n=1)
                 hint = f"; did you mean `{close[0]}`?" if close else ""
-                self.drop(key, f"a key that upstream does not have: neither its files nor its code name it{hint}")
+                self.drop(key, f"not a key of upstream: neither its files nor its code name it{hint}")
 
     def take(self, key: str, default: Any = None) -> Any:
         """Value of a key, `default` if it is missing or null."""
@@ -136,7 +136,7 @@ class RecipeKeys:
         return value
 
     def number(self, key: str, default: Any = None) -> Any:
-        """A number; PyYAML takes `1e-6` for a string, and upstream writes `5.` where it means 5."""
+        """A number: PyYAML reads `1e-6` as a string, and upstream writes `5.` for 5."""
         value = self.take(key, default)
         if value is None:
             return None
@@ -161,7 +161,7 @@ class RecipeKeys:
         return bool(value)
 
     def choice(self, key: str, choices: Mapping[str, Any]) -> Any:
-        """What a value stands for; None if the key is missing or null."""
+        """The entry of `choices` for a key's value; None if the key is missing or null."""
         value = self.take(key)
         if value is not None and value not in choices:
             self.refuse(key, f"one of {', '.join(choices)}")
@@ -179,13 +179,13 @@ class RecipeKeys:
         self.option(name, self.take(key) if read is None else read(key), key)
 
     def expect(self, key: str, value: Any, wanted: str, reason: str) -> None:
-        """Refuse all values of a key except one, and note why that one needs no option."""
+        """Refuse all values of a key except `value`, and note why that value needs no option."""
         if self.values.get(key) not in (None, value):
             self.refuse(key, wanted)
         self.drop(key, reason)
 
     def drop(self, key: str, reason: str) -> None:
-        """Note that a key, or all keys of a section, are not carried over; a null needs no note."""
+        """Note that a key, or all keys of a section, are not carried over. Keys without a value need no note."""
         for name in sorted(self.left):
             if name == key or name.startswith(f"{key}."):
                 self.left.discard(name)
@@ -193,18 +193,18 @@ class RecipeKeys:
                     self.dropped.setdefault(reason, []).append(f"{name}: {self.values[name]}")
 
     def finish(self) -> ConvertedRecipe:
-        """The recipe, with its notes: first those that the user may have to act on, then the keys that are left out, by reason."""
+        """The recipe with its notes. Keys that were left out come last, grouped by reason."""
         assert not self.left, self.left
         for reason, dropped in self.dropped.items():
             self.note(f"{'; '.join(dropped)}: {reason}.")
         return self.recipe
 
     def note(self, text: str) -> None:
-        """Tell the user something, on one line."""
+        """Add a note for the user, on one line."""
         self.recipe.notes.append(" ".join(text.split()))
 
     def run_first(self, command: str) -> None:
-        """Add a shell command that is to be run before the recipe, unless it is there already."""
+        """Add a shell command to run before the recipe, unless it is in the list already."""
         if command not in self.recipe.first:
             self.recipe.first.append(command)
 
@@ -213,7 +213,7 @@ class RecipeKeys:
         return str(path) if self.root == "." else os.path.join(self.root, str(path))
 
     def refuse(self, key: str, wanted: str) -> NoReturn:
-        """Stop at a value that has no counterpart."""
+        """Raise a `ValueError` for a value without a counterpart."""
         raise ValueError(f"{self.path}: `{key}` must be {wanted}, got {self.values.get(key)!r}.")
 
 

@@ -32,7 +32,7 @@ LAYERS = {
 
 def find_pipeline(keys: RecipeKeys, pipeline: str | None) -> None:
     """
-    Set the option for the pipeline: by the name of upstream's weights, or else by its task.
+    Set the option for the pipeline, from the name of upstream's weights, or from its task if the name says nothing.
 
     Args:
         pipeline (`str`, *optional*): Pipeline to use instead.
@@ -41,8 +41,8 @@ def find_pipeline(keys: RecipeKeys, pipeline: str | None) -> None:
     if task == "i2v-1.3b":
         keys.refuse(
             "task",
-            "an image-to-video model that is published, such as i2v-14b-480p: i2v-1.3b is the text-to-video model with "
-            "input channels added that start at zero, and no pipeline in diffusers' format has them",
+            "a published image-to-video model, such as i2v-14b-480p: upstream makes i2v-1.3b from the text-to-video model "
+            "by adding input channels of zeros, and there is no such pipeline in diffusers' format",
         )
     task = keys.choice("task", {name: name for name in PIPELINES})
     base_path = str(keys.require("model.base_path"))
@@ -51,12 +51,12 @@ def find_pipeline(keys: RecipeKeys, pipeline: str | None) -> None:
         keys.refuse("task", f"a task of the model in `model.base_path`, {base_path!r}, such as {named}")
     keys.data_folder = f"data/{named or task}"
     keys.pipeline = pipeline or PIPELINES[named or task]
-    origin = "as asked for; the recipe has" if pipeline else "in diffusers' format:"
+    origin = "the given pipeline; the recipe has" if pipeline else "in diffusers' format:"
     keys.option("pretrained_model_name_or_path", keys.pipeline, f"{origin} task {task}, model.base_path {base_path}")
     if named is None:
         keys.note(
-            f"model.base_path: {base_path}: assumed to be the published weights of {task}. If they are your own, name them as "
-            "`model.init_transformer_path`, which training starts from."
+            f"model.base_path: {base_path}: assumed to be the published weights of {task}. If they are your own, name them in "
+            "`model.init_transformer_path`: training then starts from them."
         )
 
 
@@ -70,7 +70,7 @@ def named_task(path: str) -> str | None:
 
 
 def num_blocks(keys: RecipeKeys) -> int:
-    """Number of blocks of the generator: from its folder, or the published number."""
+    """Number of blocks of the generator: from its folder, or as published."""
     config = Path(keys.pipeline) / "transformer" / "config.json"
     if config.is_file():
         return int(json.loads(config.read_text(encoding="utf-8"))["num_layers"])
@@ -78,7 +78,7 @@ def num_blocks(keys: RecipeKeys) -> int:
 
 
 def read_reward_blocks(keys: RecipeKeys) -> int:
-    """Number of blocks of the reward model, the generator's first ones; `feature_layer` counts them from 1."""
+    """Number of blocks of the reward model: it has the generator's first ones. `feature_layer` counts from 1."""
     blocks = keys.require("lrm.trainable_blocks")
     if not isinstance(blocks, list) or not blocks or set(blocks) != set(range(len(set(blocks)))):
         keys.refuse("lrm.trainable_blocks", "the first blocks of the generator, [0, 1, ...]")
@@ -87,23 +87,23 @@ def read_reward_blocks(keys: RecipeKeys) -> int:
     if features not in (last, [last]):
         keys.refuse(
             "lrm.feature_layer",
-            f"[{last}], the output of the last of the {last} blocks of lrm.trainable_blocks, counted from 1 as upstream "
-            "does (one layer is scored here; for an earlier one, shorten lrm.trainable_blocks to end there)",
+            f"[{last}]: the last of the {last} blocks in lrm.trainable_blocks, counted from 1 as in upstream. Only the "
+            "output of the last block is scored here; to score an earlier one, shorten lrm.trainable_blocks",
         )
     keys.expect(
         "lrm.query_attention.num_queries",
         1,
-        "1: with more, upstream's code gives a score for each query and not one for the clip; the reward model has one",
+        "1: with more, upstream's code gives one score for each query; the reward model here gives one for the clip",
         "a constant here",
     )
     return last
 
 
 def read_layer(keys: RecipeKeys, name: str) -> str:
-    """A layer of the native model by diffusers' name, with or without its attention in front."""
+    """diffusers' name of a native layer, with or without the name of its attention in front."""
     attention, _, layer = name.rpartition(".") if not name.startswith("ffn") else ("", "", name)
     if layer not in LAYERS or (attention and attention not in ATTENTIONS):
-        keys.refuse("model.lora.target_modules", f"layers out of {', '.join(LAYERS)}, '{name}' is none")
+        keys.refuse("model.lora.target_modules", f"a list of {', '.join(LAYERS)}; '{name}' is not one of them")
     return f"{ATTENTIONS[attention]}.{LAYERS[layer]}" if attention else LAYERS[layer]
 
 
@@ -116,7 +116,7 @@ def checkpointed_blocks(total: int, ratio: float) -> int:
 
 
 def read_ratio(keys: RecipeKeys, key: str) -> float:
-    """A share such as 0.5, or "1/3" as upstream evaluates it; 1 if the key is missing."""
+    """A share such as 0.5, or a fraction as text such as "1/3", which upstream allows; 1 if the key is missing."""
     value: Any = keys.take(key, 1.0)
     match = re.fullmatch(r"\s*([\d.]+)\s*/\s*([\d.]+)\s*", str(value))
     try:

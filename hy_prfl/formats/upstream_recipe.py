@@ -1,8 +1,8 @@
 """
 Converts recipes of HY-Video-PRFL, nested YAML files, into options of this package.
 
-A key that upstream's code reads is converted with its unit and meaning. A value without a counterpart here is refused
-with advice. A key that upstream's code does not read is named in a note. `docs/upstream.md` lists all keys.
+A key that upstream's code reads is converted with its unit and meaning. A value without a counterpart here is an error
+with advice. A key that upstream's code does not read is listed in a note. `docs/upstream.md` lists all keys.
 """
 
 import os
@@ -40,30 +40,30 @@ def convert_recipe(
     upstream_root: str | Path | None = None,
 ) -> ConvertedRecipe:
     """
-    Translate one of upstream's YAML files.
+    Convert one of upstream's YAML files.
 
     Args:
         path (`str` or `Path`):
             The file.
         command (`str`, *optional*):
-            Command for the file: `preprocess`, `train_reward`, `train_prfl` or `score`. If left out, inferred from its
-            keys. A reward model's training and evaluation have the same keys; it is `score` if there are no clips to
-            train on or if the name of the file begins with `infer`.
+            Command for the file: `preprocess`, `train_reward`, `train_prfl` or `score`. If left out, inferred from the
+            file's keys. Training and evaluation of a reward model have the same keys: the command is `score` if the
+            file names no clips to train on, or if its name begins with `infer`.
         ignore (`Sequence[str]`):
-            Keys, as `section.key`, to ignore: for values that are refused.
+            Keys to ignore, as `section.key`, for example because their values are refused.
         pipeline (`str`, *optional*):
-            Pipeline in diffusers' format, a folder or a Hub id, instead of the published one of the recipe's model.
+            Folder or Hub id of a pipeline in diffusers' format, to use instead of the published one.
         upstream_root (`str` or `Path`, *optional*):
-            Folder in which upstream ran, where its relative paths start. If left out, the folder above `configs` if
-            the file is in a folder of that name, else the current one.
+            Folder in which upstream ran: relative paths in the file start there. If left out, the folder above
+            `configs` if the file is in a folder of that name, else the current one.
 
     Returns:
-        Options, commands and notes. Commands are for the current folder.
+        Options, commands and notes. The commands are to be run in the current folder.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If it is not a YAML mapping, lacks a key that upstream's code requires, or has a value without a
-            counterpart here. Names file, key and value, and says what to do.
+            counterpart here. The message names file, key and value, and says what to do.
     """
     path = Path(path)
     if upstream_root is None:
@@ -119,10 +119,10 @@ def _convert_preprocess(keys: RecipeKeys, pipeline: str | None) -> None:
     if pipeline is not None and keys.root != "." and Path(pipeline).is_dir():
         pipeline = os.path.abspath(pipeline)  # the command runs in another folder
     keys.pipeline = pipeline or PIPELINES[task]
-    origin = "as asked for" if pipeline else "the model of the *_path keys in diffusers' format"
+    origin = "the given pipeline" if pipeline else "the model of the *_path keys in diffusers' format"
     keys.option("pretrained_model_name_or_path", keys.pipeline, origin)
     keys.option("manifest", keys.require("json_path"), "json_path")
-    # Video paths in that file start where upstream ran.
+    # Relative paths of videos in the manifest start in the folder where upstream ran.
     keys.recipe.folder = keys.root
     save_dir = str(keys.require("save_dir"))
     keys.option(
@@ -130,8 +130,8 @@ def _convert_preprocess(keys: RecipeKeys, pipeline: str | None) -> None:
     )
     keys.carry("extract_fps", "fps", keys.number)
     keys.carry("num_frames", "num_frames", keys.whole)
-    keys.option("min_num_frames", 1, "upstream takes shorter clips as well")
-    keys.option("resolution", short_side, "resolution, its first number; upstream reads no other")
+    keys.option("min_num_frames", 1, "upstream accepts shorter clips too")
+    keys.option("resolution", short_side, "resolution, its first number; upstream ignores the others")
     keys.carry("aspect_ratio", "max_aspect_ratio", keys.number)
     keys.carry("max_sequence_length", "max_sequence_length", keys.whole)
     keys.require("precision")
@@ -141,11 +141,11 @@ def _convert_preprocess(keys: RecipeKeys, pipeline: str | None) -> None:
     keys.expect("start_idx", 0, "0: clips begin at the first frame here; cut the videos before", "as here")
     for path in paths:
         keys.drop(path, "the pipeline brings its encoders")
-    keys.expect("model_type", "wanx", "wanx, the encoders of Wan", "the pipeline says what it is")
+    keys.expect("model_type", "wanx", "wanx, the encoders of Wan", "known from the pipeline")
     keys.drop("seed", "nothing is random here")
     keys.note("tensors are stored in float16; upstream's .npy files are float32: --tensor_dtype float32.")
     keys.note(
-        "the training recipes import what upstream's preprocessing wrote; --train_dataset gives them this dataset instead."
+        "the training recipes import what upstream's preprocessing wrote; to train on this dataset, use --train_dataset."
     )
 
 
@@ -163,7 +163,7 @@ def _convert_score(keys: RecipeKeys, pipeline: str | None) -> None:
     if not convert_reward_parts(keys, "resume"):
         suggest_reward_model(keys, f"outputs/{keys.take('train_id', 'pavrm')}", "resume")
     if keys.take("model.init_transformer_path") is not None:
-        keys.note("model.init_transformer_path: the file of the reward model's transformer takes its place.")
+        keys.note("model.init_transformer_path: not needed, because the reward model has its own transformer.")
     convert_lists(keys, "dataset.val_meta_file_list", "dataset")
     keys.option("output", f"{output_dir(keys)}/scores.csv", "save.output_dir, train_id")
     keys.carry("dataset.batch_size", "batch_size", keys.whole)
@@ -172,7 +172,7 @@ def _convert_score(keys: RecipeKeys, pipeline: str | None) -> None:
     keys.carry("eval.seed", "seed", keys.whole)
     keys.option("timesteps", [201, 400, 600, 800, 1000], "upstream draws a timestep in each fifth for every clip")
     drop_reward_model(keys)
-    keys.drop("dataset.sp_size", "processes divide the clips among them, each scores whole clips")
+    keys.drop("dataset.sp_size", "the clips are divided among the processes, and each scores whole clips")
     keys.drop("model.fsdp", "each process has the whole reward model")
     for section in ("model", "extra_model", "dataset", "train"):
         keys.drop(section, "scoring does not need it")

@@ -8,23 +8,23 @@ from .upstream_keys import RecipeKeys
 from .upstream_models import checkpointed_blocks, find_pipeline, num_blocks, read_layer, read_ratio, read_reward_blocks
 
 
-# Upstream's `fsdp_sharding_startegy` -> file in accelerate_configs/, and what to know about it.
+# Upstream's `fsdp_sharding_startegy` -> file in accelerate_configs/, and what it shards.
 SHARDING = {
     "full": ("zero3", "weights, gradients and optimizer states are sharded"),
     "shard_grad_op": ("zero2", "gradients and optimizer states are sharded, weights are whole"),
     "hybrid_full": (
         "multi_node_zero3_hpz",
-        "ZeRO-3 with zero_hpz_partition_size 8: weights are sharded over the GPUs of a machine, each machine has all of "
-        "them; gradients and optimizer states are sharded over all machines, while upstream keeps them on each",
+        "ZeRO-3 with zero_hpz_partition_size 8: each machine has all weights, sharded over its GPUs; gradients and "
+        "optimizer states are sharded over all machines, while upstream shards them within each machine",
     ),
     "hybrid_zero2": (
         "multi_node_zero3_hpz",
-        "ZeRO-3 with zero_hpz_partition_size 8, which needs ZeRO-3: each machine has all weights, sharded over "
-        "its GPUs; upstream keeps them whole between forward and backward pass",
+        "ZeRO-3 with zero_hpz_partition_size 8, which needs ZeRO-3: each machine has all weights, sharded over its GPUs; "
+        "upstream keeps them whole between forward and backward pass",
     ),
     "none": ("ddp", "a whole copy on each GPU"),
 }
-RUNS_ON = "upstream counts the steps in the name of that file as done, and its max_train_steps with them; here a run starts at 0"
+RUNS_ON = "upstream counts the step in that file's name towards max_train_steps; here a run starts at step 0"
 
 
 def convert_reward(keys: RecipeKeys, pipeline: str | None) -> None:
@@ -67,14 +67,14 @@ def convert_reward(keys: RecipeKeys, pipeline: str | None) -> None:
         if "lora_path" in keys.recipe.options:
             keys.refuse(
                 "model.lora.resume_lora_path",
-                "empty beside model.resume_*_path: a LoRA that trains on has the published transformer under it here. Merge it "
-                "with `hy-prfl convert --transformer ... --merge_lora ... --output_format native` into the file of "
+                "empty if model.resume_*_path is given: here training can continue a LoRA only on the published transformer. "
+                "Merge it with `hy-prfl convert --transformer ... --merge_lora ... --output_format native` into the file of "
                 "model.resume_transformer_path",
             )
     if "lrm.timestep" in keys.values:
         keys.refuse(
             "lrm.timestep",
-            "left out: noise levels are drawn from a distribution here, flow_shift and weighting_scheme",
+            "left out: here noise levels are drawn from the distribution that flow_shift and weighting_scheme define",
         )
     if "optimizer.learning_rate_mlp" in keys.values:
         keys.carry("optimizer.learning_rate_mlp", "head_learning_rate", keys.number)
@@ -89,7 +89,7 @@ def convert_reward(keys: RecipeKeys, pipeline: str | None) -> None:
     if not isinstance(levels, list) or not all(isinstance(level, int) for level in levels):
         keys.refuse("eval.timestep", "whole numbers in (0, 1000]")
     keys.option("validation_timesteps", levels, "eval.timestep, or upstream's default")
-    keys.note("metric_for_best_model: upstream keeps no best model; here it is chosen by accuracy or pair_accuracy.")
+    keys.note("metric_for_best_model: upstream keeps no best model; here accuracy or pair_accuracy selects it.")
     if keys.take("model.init_transformer_path") is not None:
         start_from(keys, "model.init_transformer_path", keys.values["model.init_transformer_path"])
 
@@ -157,22 +157,22 @@ def convert_prfl(keys: RecipeKeys, pipeline: str | None) -> None:
 
 
 def note_reward_keys(keys: RecipeKeys) -> None:
-    """Note keys of the reward model that do not change it."""
+    """Note keys of the reward model that have no effect."""
     keys.drop("lrm.mlp_dim", "the width of the transformer")
-    keys.drop("lrm.query_attention.layer_norm", "upstream reads it and passes it to nothing")
-    keys.drop("lrm.query_attention.product_text", "upstream's scores never get a text to multiply with")
+    keys.drop("lrm.query_attention.layer_norm", "upstream reads it but does not use it")
+    keys.drop("lrm.query_attention.product_text", "upstream never passes a text to multiply with")
     keys.drop("lrm.query_attention.text_dim", "belongs to product_text")
 
 
 def drop_reward_model(keys: RecipeKeys) -> None:
-    """Note the keys of a finished reward model; those that must have a certain value were checked before."""
+    """Note the keys that describe a trained reward model. Keys that need a certain value were checked before."""
     note_reward_keys(keys)
     keys.left |= {key for key in ("lrm.trainable_blocks", "lrm.feature_layer") if key in keys.values}
-    keys.drop("lrm", "the reward model's own file has it")
+    keys.drop("lrm", "stored in the reward model's own files")
 
 
 def suggest_reward_model(keys: RecipeKeys, run: str, prefix: str) -> None:
-    """Use the reward model that the converted training recipe would write, if upstream's file names none."""
+    """Use the reward model that the converted training recipe would write, for files that name none."""
     keys.recipe.launch_options = f" --reward_model {run}/best"
     keys.note(
         f"model.{prefix}_*_path: empty; upstream would continue with a head that was never trained. The command uses "
@@ -200,16 +200,19 @@ def _convert_launch(keys: RecipeKeys) -> None:
     if keys.values.get("train.precision", "bf16") != "bf16":
         keys.refuse(
             "train.precision",
-            "bf16, which the files of accelerate_configs/ and ds_configs/ have. float16 does not train here; for float32 "
-            "name the key in --ignore_keys and start with --mixed_precision no and ddp.yaml",
+            "bf16, as in the files of accelerate_configs/ and ds_configs/. Training in float16 is not supported; for float32, "
+            "name the key in --ignore_keys and launch with ddp.yaml and --mixed_precision no",
         )
-    keys.drop("train.precision", "chosen at launch, accelerate_configs/ and ds_configs/ have it")
+    keys.drop("train.precision", "chosen at launch, in accelerate_configs/ and ds_configs/")
     if keys.flag("train.allow_tf32"):
         keys.carry("train.allow_tf32", "allow_tf32")
-    keys.drop("train.sanity_check_interval", "decodes training clips to look at; --validation_videos shows samples")
+    keys.drop(
+        "train.sanity_check_interval",
+        "upstream decodes training clips for inspection; --validation_videos shows samples",
+    )
     keys.drop("extra_model.vae.name", "the pipeline brings its VAE")
     keys.expect("extra_model.scheduler.num_train_timesteps", 1000, "1000", "a constant here")
-    keys.expect("model.patch_size", [1, 2, 2], "[1, 2, 2], that of all Wan models", "the model's own file has it")
+    keys.expect("model.patch_size", [1, 2, 2], "[1, 2, 2], as in all Wan models", "stored in the model's own files")
 
 
 def _convert_run(keys: RecipeKeys, iterations_per_step: int, *, ticks_per_step: int = 1) -> None:
@@ -217,8 +220,8 @@ def _convert_run(keys: RecipeKeys, iterations_per_step: int, *, ticks_per_step: 
     Optimizer, noise levels, data and checkpoints.
 
     Args:
-        iterations_per_step (`int`): Iterations of upstream's loop that make one step here.
-        ticks_per_step (`int`): How often upstream's learning rate schedule advances meanwhile.
+        iterations_per_step (`int`): Iterations of upstream's loop for one step here.
+        ticks_per_step (`int`): How often upstream's learning rate schedule advances in one step here.
     """
     keys.option("output_dir", output_dir(keys), "save.output_dir, train_id")
     keys.carry("train.seed", "seed", keys.whole)
@@ -229,7 +232,7 @@ def _convert_run(keys: RecipeKeys, iterations_per_step: int, *, ticks_per_step: 
     if degree <= 1 and keys.take("dataset.crop_ratio", [1, 1, 1]) != [1, 1, 1]:
         keys.refuse("dataset.crop_ratio", "[1, 1, 1]: clips are cropped once, when `preprocess` encodes them")
     for key in ("dataset.crop_ratio", "dataset.crop_type"):
-        keys.drop(key, "crops nothing: upstream crops without sequence parallelism, and by crop_ratio, only")
+        keys.drop(key, "has no effect: upstream crops only without sequence parallelism and with another crop_ratio")
 
     keys.carry("optimizer.learning_rate", "learning_rate", keys.number)
     keys.carry("optimizer.adam_beta1", "adam_beta1", keys.number)
@@ -240,27 +243,27 @@ def _convert_run(keys: RecipeKeys, iterations_per_step: int, *, ticks_per_step: 
     iterations = keys.whole("optimizer.max_train_steps")
     origin = "optimizer.max_train_steps"
     if iterations_per_step > 1:
-        origin += f": {iterations} iterations, {iterations_per_step} of them a step here"
+        origin += f": {iterations} iterations, {iterations_per_step} of them are one step here"
     keys.option("max_train_steps", max(1, iterations // iterations_per_step), origin)
     _convert_schedule(keys, iterations_per_step, ticks_per_step)
     interval = keys.whole("train.save_interval", 0)
     if interval > 0:
         keys.option("checkpointing_steps", -(-interval // iterations_per_step), "train.save_interval, in steps")
     else:
-        keys.note(f"train.save_interval: {interval}: upstream never saves; here the end of a run always is.")
+        keys.note(f"train.save_interval: {interval}: upstream never saves; here the end of a run is always saved.")
 
     keys.carry("extra_model.scheduler.flow_shift", "flow_shift", keys.number)
     scheme = keys.require("extra_model.scheduler.weighting_scheme")
     distribution = "logit_normal" if scheme == "logit_normal" else "uniform"
     keys.option("weighting_scheme", distribution, f"extra_model.scheduler.weighting_scheme: {scheme}")
     mean = keys.number("extra_model.scheduler.logit_mean", 0)
-    origin = "minus extra_model.scheduler.logit_mean: upstream's distribution is that of 1 - sigma"
+    origin = "minus extra_model.scheduler.logit_mean: upstream draws 1 - sigma"
     keys.option("logit_mean", -mean if mean else 0, origin)
     keys.carry("extra_model.scheduler.logit_std", "logit_std", keys.number)
 
 
 def _convert_schedule(keys: RecipeKeys, iterations_per_step: int, ticks_per_step: int) -> None:
-    """Warm-up and decay of the learning rate; upstream counts updates, but its end is a number of iterations."""
+    """Warm-up and decay of the learning rate. Upstream's schedule counts updates, but its length is in iterations."""
     names = {name: name for name in get_args(LRScheduler)}
     keys.require("optimizer.lr_scheduler")
     schedule = keys.choice("optimizer.lr_scheduler", names)
@@ -275,14 +278,14 @@ def _convert_schedule(keys: RecipeKeys, iterations_per_step: int, ticks_per_step
     keys.carry("optimizer.lr_power", "lr_power", keys.number)
     if not schedule.startswith("constant") and iterations_per_step != ticks_per_step:
         keys.note(
-            f"optimizer.lr_scheduler: {schedule}: reaches its end with max_train_steps; upstream's advances "
-            f"{ticks_per_step} times in {iterations_per_step} iterations and is made for as many ticks as iterations."
+            f"optimizer.lr_scheduler: {schedule}: here it ends at max_train_steps. Upstream's has a length of "
+            f"max_train_steps but advances {ticks_per_step} times in {iterations_per_step} iterations."
         )
 
 
 def _convert_checkpointing(keys: RecipeKeys, blocks: dict[str, int]) -> None:
     """
-    Activation checkpointing, of as many blocks as in upstream's recipe.
+    Activation checkpointing of as many blocks as in upstream's recipe.
 
     Args:
         blocks (`dict[str, int]`): Option for the number of checkpointed blocks -> number of blocks of that model.
@@ -299,7 +302,7 @@ def _convert_checkpointing(keys: RecipeKeys, blocks: dict[str, int]) -> None:
         keys.note(f"{share}: all blocks use activation checkpointing, the default of gradient_checkpointing.")
         return
     for name, total in blocks.items():
-        origin = f"{share} of {total} blocks; the first ones here, spread over the depth upstream"
+        origin = f"{share} of {total} blocks; here the first ones, upstream spreads them over the depth"
         if counts[name] == 0:
             origin = f"{share} of {total} blocks would be none; 1 is the minimum"
         if counts[name] < total:
@@ -317,7 +320,7 @@ def _convert_lora(keys: RecipeKeys) -> None:
         path = keys.take("model.lora.resume_lora_path")
         if path is not None:
             keys.option("lora_path", keys.locate(path), "model.lora.resume_lora_path")
-            keys.option("lora_start", "continue", "as upstream goes on training that LoRA")
+            keys.option("lora_start", "continue", "upstream continues to train that LoRA")
             keys.note(f"model.lora.resume_lora_path: {RUNS_ON}.")
     keys.drop("model.lora", "`use_lora` is false")
 

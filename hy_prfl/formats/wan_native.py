@@ -1,8 +1,8 @@
 """
 Wan's native format, used by Wan's and upstream's code and by ComfyUI: names of weights, and configuration.
 
-Only native names are listed here. diffusers' names come from diffusers' own converter, so that the two directions
-cannot drift apart.
+Only native names are listed here. diffusers' names come from diffusers' own converter, so that both directions of a
+conversion use the same names.
 """
 
 import math
@@ -41,18 +41,18 @@ LINEARS = (
 )
 NORMS = ("img_emb.proj.0", "img_emb.proj.4")
 
-# Missing in diffusers' converter; only first-last-frame models have it.
+# Missing in diffusers' converter. Only models that take a first and a last frame have this weight.
 POSITIONS = {"condition_embedder.image_embedder.pos_embed": "img_emb.emb_pos"}
 
-# Prefix of the transformer in whole checkpoints.
+# Prefix of the transformer's weights in checkpoints of a whole pipeline.
 CHECKPOINT_PREFIX = "model.diffusion_model."
 
 MODEL_TYPES = ("t2v", "i2v", "ti2v", "flf2v")
 
-# Entries of a native config.json that are the same in every Wan model; another value is another architecture.
+# Entries of a native config.json with the same value in every Wan model. Another value means another architecture.
 FIXED_ENTRIES: dict[str, Any] = {"window_size": [-1, -1], "qk_norm": True, "cross_attn_norm": True}
 FIXED_CONFIG = {"qk_norm": "rms_norm_across_heads", "cross_attn_norm": True}
-# Entries of the library that wrote the file; upstream's trainer writes all of them.
+# Entries that do not describe the model. Upstream's trainer writes all of them.
 IGNORED_ENTRIES = ("_class_name", "_diffusers_version", "_name_or_path", "_use_default_values", "text_len")
 
 # Native name of an entry -> name in `WanTransformer3DModel.config`; compared with the weights where possible.
@@ -73,7 +73,7 @@ def key_names(blocks: Iterable[int]) -> dict[str, str]:
     """
     Keys of `WanTransformer3DModel` -> native keys, for the weights outside of the blocks and in `blocks`.
 
-    It covers all kinds of models; no model has all of these keys.
+    The names are for all kinds of models; no single model has all of these keys.
     """
     return dict(_key_names(tuple(sorted(set(blocks)))))
 
@@ -96,7 +96,7 @@ def layer_names(blocks: Iterable[int]) -> dict[str, str]:
 
 
 def strip_prefix(weights: Mapping[str, Any]) -> StateDict:
-    """Native weights without the prefix that they have in whole checkpoints, if all have it."""
+    """Native weights without the prefix of whole checkpoints, if all of them have it."""
     if all(key.startswith(CHECKPOINT_PREFIX) for key in weights):
         return {key.removeprefix(CHECKPOINT_PREFIX): tensor for key, tensor in weights.items()}
     return dict(weights)
@@ -135,10 +135,10 @@ def read_native_config(path: str | Path) -> dict[str, Any]:
 
 def transformer_config(native_config: Mapping[str, Any], weights: StateDict, *, source: str) -> dict[str, Any]:
     """
-    diffusers' configuration, inferred from native weights and, where these are not enough, from `native_config`.
+    diffusers' configuration, inferred from native weights and, where they are not enough, from `native_config`.
 
-    For example, `image_dim` and `added_kv_proj_dim` are not in Wan's config.json. `num_layers` is the number of blocks
-    in the weights.
+    Wan's config.json is not enough either: it lacks `image_dim` and `added_kv_proj_dim`, for example. `num_layers` is
+    the number of blocks in the weights.
 
     Raises:
         ValueError: If a weight that determines a size is missing, or weights and `native_config` disagree.
@@ -172,14 +172,14 @@ def transformer_config(native_config: Mapping[str, Any], weights: StateDict, *, 
         "added_kv_proj_dim": dim if "blocks.0.cross_attn.k_img.weight" in weights else None,
         "pos_embed_seq_len": weights[position_key].shape[1] if position_key in weights else None,
     }
-    told = {
+    sizes = {
         native_name: (native_config.get(native_name, config[name]), config[name])
         for native_name, name in ENTRIES.items()
     }
-    told["dim"] = native_config["dim"], dim
+    sizes["dim"] = native_config["dim"], dim
     if "head.head.weight" in weights:
-        told["out_dim"] = native_config["out_dim"], weights["head.head.weight"].shape[0] // math.prod(patch_size)
-    for native_name, (expected, found) in told.items():
+        sizes["out_dim"] = native_config["out_dim"], weights["head.head.weight"].shape[0] // math.prod(patch_size)
+    for native_name, (expected, found) in sizes.items():
         if (tuple(expected) if isinstance(expected, list) else expected) != found:
             raise ValueError(f"{source}: config.json says `{native_name}` {expected}, the weights have {found}.")
     return config
@@ -193,10 +193,10 @@ def native_config(config: Mapping[str, Any], *, text_len: int = 512, source: str
         config (`Mapping`):
             Configuration of a `WanTransformer3DModel`, or of a reward model made from one.
         text_len (`int`, defaults to 512):
-            Tokens that native code pads a prompt to; diffusers' files do not contain it, and every Wan model has 512.
+            Tokens that native code pads a prompt to. It is not in diffusers' files; every Wan model has 512.
 
     Raises:
-        ValueError: If an entry has no native counterpart; names it.
+        ValueError: If an entry has no native counterpart. The message names it.
     """
     dim = config["num_attention_heads"] * config["attention_head_dim"]
     image_to_video = config["image_dim"] is not None

@@ -1,4 +1,4 @@
-"""Reads and writes files of weights, with errors that name what is wrong. Independent of any model."""
+"""Reads and writes files of weights, with errors that name file and tensor. Knows nothing about models."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ from ..runtime.atomic_writes import temporary_folder
 
 StateDict = dict[str, torch.Tensor]
 
-# Keys under which upstream's own loaders look for weights in a pickled checkpoint.
+# Keys that upstream's own loaders unwrap in a pickled checkpoint.
 CHECKPOINT_WRAPPERS = ("module", "state_dict")
 
 
@@ -35,14 +35,14 @@ def check_keys(found: Iterable[str], expected: Iterable[str], *, source: str) ->
 
 
 def check_finite(weights: Iterable[tuple[str, torch.Tensor]], *, source: str) -> None:
-    """Raise a `ValueError` that names the first tensor, by its name, with a NaN or an infinity in it."""
+    """Raise a `ValueError` that names the first tensor with a NaN or an infinity in it."""
     for key, tensor in weights:
         if not is_finite(tensor):
             raise ValueError(f"{source}: '{key}' holds a NaN or an infinity.")
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether all numbers of a tensor of any type are finite. Makes no copy of it, unless it is of float8."""
+    """Whether all values of a tensor of any type are finite. Only a float8 tensor is copied for this."""
     if not tensor.numel() or tensor.is_meta or not (tensor.is_floating_point() or tensor.is_complex()):
         return True
     if tensor.is_complex():
@@ -59,7 +59,7 @@ def read_weights(path: str | Path) -> StateDict:
 
     Raises:
         FileNotFoundError: If the file, the folder, its weights or one shard is missing.
-        ValueError: If it is ambiguous which file to read, or a file has the wrong content.
+        ValueError: If it is ambiguous which file to read, or a file is broken.
     """
     path = Path(path)
     if path.is_file():
@@ -128,7 +128,7 @@ def read_checkpoint(path: str | Path) -> StateDict:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it holds anything but tensors by name, bare or under `module` or `state_dict`.
+        ValueError: If it is not a mapping of names to tensors, either directly or under `module` or `state_dict`.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no file '{path}'.")
@@ -177,7 +177,7 @@ def check_output_dir(output_dir: str | Path) -> None:
 @contextmanager
 def new_folder(output_dir: str | Path) -> Iterator[Path]:
     """
-    A temporary folder to write into, which becomes `output_dir` when the block ends without an error.
+    A temporary folder to write into. It is renamed to `output_dir` when the block ends without an error.
 
     Raises:
         ValueError: If `output_dir` exists and is not an empty folder.

@@ -529,7 +529,10 @@ class TestRefusals:
             ({"transformer.peft_type": "LOHA"}, "`transformer.peft_type` = 'LOHA'"),
             ({"transformer.modules_to_save": ["x"]}, "`transformer.modules_to_save`"),
             ({"text_encoder.r": 4}, "`text_encoder.r` = 4"),
-            ({"transformer.init_lora_weights": "pissa"}, "it belongs to a changed base model"),
+            (
+                {"transformer.init_lora_weights": "pissa"},
+                "this LoRA belongs to a base model whose weights peft changed",
+            ),
             ({"transformer.lora_alpha": None}, "peft's `lora_alpha` must be a number, got None for `lora_alpha`"),
             ({"transformer.alpha_pattern": {"to_q": "1"}}, "`lora_alpha` must be a number, got '1' for `to_q`"),
             ({"transformer.rank_pattern": [3]}, r"peft's `rank_pattern` must be a mapping, got \[3\]"),

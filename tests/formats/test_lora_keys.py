@@ -73,7 +73,7 @@ def test_parts(end: str, part: str) -> None:
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ([], "there is no tensor in it"),
+        ([], "the file has no tensors"),
         (["lora_unet_blocks_0_self_attn_q.lokr_w1", "lora_unet_blocks_0_self_attn_q.alpha"], "belongs to LoKr.*Merge it"),
         (["diffusion_model.blocks.0.self_attn.q.lokr_w2_a"], "belongs to LoKr"),
         (["lycoris_blocks_0_attn1_to_q.hada_w1_a"], "belongs to LoHa"),
@@ -104,7 +104,7 @@ def test_parts(end: str, part: str) -> None:
         (["diffusion_model.head.head.lora_up.weight", "diffusion_model.head.head.scale_input"], "in scaled float8"),
         (["blocks.0.self_attn.q.weight", "blocks.0.self_attn.q.scale_weight"], "whole weights"),
         (["text_model.lora_A.weight"], "this is a LoRA of a text encoder"),
-        (["a.b"], r"none of its keys ends like one of a LoRA.*'a\.b'"),
+        (["a.b"], r"no key has an ending of a LoRA.*'a\.b'"),
         (["blocks.0.self_attn.q.weight", "blocks.0.modulation"], "whole weights .*not a LoRA.*`transformer_path`"),
         (["condition_embedder.time_proj.bias", "scale_shift_table"], "whole weights .*not a LoRA"),
         (["transformer_2.blocks.0.attn1.to_q.lora_A.weight"], "second transformer.*`lora_2_path`"),

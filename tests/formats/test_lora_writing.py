@@ -201,10 +201,10 @@ class TestForUpstreamsFlags:
         example = Example(pipeline_dir, tmp_path, ["attn1.to_q", "ffn.net.2", "proj_out"], r=4)
         use = upstream_use(read_adapter(example.file))
         assert "pytorch_lora_kohya_weights.safetensors is for `--lora_path`" in use
-        assert "pytorch_lora_transformers_weights.safetensors for `model.lora.resume_lora_path`" in use
+        assert "pytorch_lora_transformers_weights.safetensors is for `model.lora.resume_lora_path`" in use
         assert "`lora_rank: 4` and `target_modules: [ffn.2, head.head, self_attn.q]`" in use
         example = Example(pipeline_dir, tmp_path / "two", ["to_q"], r=4, rank_pattern={"blocks.0.attn1.to_q": 3})
-        assert "nothing: it has layers of rank 3, 4, upstream trains one rank" in upstream_use(
+        assert "not usable: it has layers of rank 3, 4, but upstream trains a single rank" in upstream_use(
             read_adapter(example.file)
         )
 

@@ -118,7 +118,7 @@ def test_no_reward_model_is_not_passed_over(name: str, convert: Convert) -> None
     assert config.reward_model == f"outputs/pavrm_{name[-7:]}/best"
     assert any("never trained" in note and config.reward_model in note for note in converted.notes)
     prefix = "lrm" if "prfl" in name else "resume"
-    with pytest.raises(ValueError, match=rf"`model\.{prefix}_mlp_path` is empty, .* Name all three, or none"):
+    with pytest.raises(ValueError, match=rf"`model\.{prefix}_mlp_path` is empty, .* name all three, or none"):
         convert(name, reward_parts(prefix) | {f"model.{prefix}_mlp_path": None})
 
 

@@ -22,9 +22,7 @@ def test_feature_layer_counts_from_one(blocks: list[int], layer: Any, expected: 
 @pytest.mark.parametrize("name", ["train_pavrm_t2v_480", "train_prfl_t2v_480", "infer_pavrm_i2v_720"])
 @pytest.mark.parametrize("layer", [[7], 7, [6, 7], [4], [9], [7, 8], [], "8"])
 def test_other_feature_layers_are_refused(name: str, layer: Any, convert: Convert) -> None:
-    with pytest.raises(
-        ValueError, match=r"`lrm\.feature_layer` must be \[8\], the output of the last of the 8 blocks"
-    ):
+    with pytest.raises(ValueError, match=r"`lrm\.feature_layer` must be \[8\]: the last of the 8 blocks"):
         convert(name, {"lrm.feature_layer": layer})
 
 
@@ -93,9 +91,9 @@ def test_adapters_are_not_dropped(convert: Convert) -> None:
     for name in ("train_prfl_t2v_480", "train_pavrm_t2v_480"):
         converted, config = convert(name, resumed)
         assert (config.lora_path, config.lora_start, config.lora_rank) == ("run/checkpoint-1", "continue", 64)
-        assert any("steps in the name of that file" in note for note in converted.notes)
+        assert any("counts the step in that file's name" in note for note in converted.notes)
     parts = {f"model.resume_{part}_path": f"run/{part}" for part in ("transformer", "mlp", "query_attention")}
     with pytest.raises(
-        ValueError, match=r"resume_lora_path` must be empty beside model\.resume_\*_path: .*--merge_lora"
+        ValueError, match=r"resume_lora_path` must be empty if model\.resume_\*_path is given: .*--merge_lora"
     ):
         convert("train_pavrm_t2v_480", resumed | parts)

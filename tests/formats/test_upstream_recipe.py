@@ -246,7 +246,7 @@ def test_keys_that_upstream_needs_are_asked_for(name: str, convert: Convert) -> 
 @pytest.mark.parametrize(
     ("name", "key", "value", "message"),
     [
-        ("train_pavrm_t2v_480", "task", "i2v-1.3b", "`task` must be an image-to-video model that is published, .*got 'i2v-1.3b'"),
+        ("train_pavrm_t2v_480", "task", "i2v-1.3b", "`task` must be a published image-to-video model, .*got 'i2v-1.3b'"),
         ("train_pavrm_t2v_480", "task", "v2v", "`task` must be one of t2v-1.3b, .*got 'v2v'"),
         ("train_pavrm_t2v_480", "lrm.trainable_blocks", [4, 5], "`lrm.trainable_blocks` must be the first blocks"),
         ("train_pavrm_t2v_480", "lrm.query_attention.num_queries", 4, "num_queries` must be 1: .*got 4"),
@@ -305,7 +305,9 @@ def test_refused_values_may_be_ignored(convert: Convert) -> None:
 
 def test_schedules_that_end_elsewhere_are_noted(convert: Convert) -> None:
     converted, _ = convert("train_prfl_t2v_480", {"optimizer.lr_scheduler": "cosine"})
-    assert any(note.startswith("optimizer.lr_scheduler: cosine: reaches its end") for note in converted.notes)
+    assert any(
+        note.startswith("optimizer.lr_scheduler: cosine: here it ends at max_train_steps") for note in converted.notes
+    )
 
 
 def test_file_is_written_once(convert: Convert, tmp_path: Path) -> None:

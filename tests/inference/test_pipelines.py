@@ -527,7 +527,7 @@ class TestRefusals:
 
     def test_empty_file(self, config_dir: Path, tmp_path: Path) -> None:
         save_file({}, tmp_path / "a.safetensors")
-        self.refuse(config_dir, tmp_path / "a.safetensors", "there is no tensor in it")
+        self.refuse(config_dir, tmp_path / "a.safetensors", "the file has no tensors")
 
     def test_cut_file(self, config_dir: Path, pipeline_dir: Path, tmp_path: Path) -> None:
         write(tmp_path / "a.safetensors", "comfyui", factors(pipeline_dir, LINEARS))
