@@ -20,19 +20,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, concatenate_datasets, load_from_disk
+from datasets import concatenate_datasets, load_from_disk
 
-from examples.shapes.annotate import labels_of
 from examples.shapes.clips import split_captions
 from examples.shapes.experiments.candidates_results import summarize_chains, write_results
 from examples.shapes.experiments.runs import RESULTS_DIR, run_all
-from examples.shapes.experiments.sampling import BATCH_SIZE, NUM_STEPS, SHAPE, load_generator, walk_chains
+from examples.shapes.experiments.sampling import BATCH_SIZE, NUM_STEPS, SHAPE, load_generator, own_videos, walk_chains
 from examples.shapes.judge import judge_videos
 from examples.shapes.pretrain import MAX_SEQUENCE_LENGTH, PRETRAINED_DIR
 from examples.shapes.stages import Stage, launch
 from hy_prfl.configs.keep import parse_keep
 from hy_prfl.configs.parser import parse_config
-from hy_prfl.data.schema import pack_tensor, rows_to_table, table_to_rows
 from hy_prfl.flow_matching import row_noise
 from hy_prfl.inference.candidates import CandidateSettings, RewardGuidance, sample_candidates
 from hy_prfl.inference.generation import decode_latents
@@ -101,31 +99,16 @@ def taught_stage(root: Path, demo: Path) -> Stage:
     return Stage("taught", "taught", [launch("train_reward", options)], ["reward_models/taught"])
 
 
-@torch.no_grad()
 def make_own_videos(root: Path, demo: Path) -> None:
     """Latent datasets of the generator's own videos, with the judge's labels: a fifth of them for validation."""
     if (root / "own_validation").is_dir():
         return
-    pipeline = load_generator()
-    captions = [str(caption) for caption in split_captions("train")]
     labelled = load_from_disk(str(demo / "latents" / "labelled"))
-    (template,) = table_to_rows(labelled.with_format("arrow")[0])
-    rows = []
-    for start in range(0, NUM_OWN, BATCH_SIZE):
-        numbers = range(start, min(NUM_OWN, start + BATCH_SIZE))
-        texts = [captions[number % len(captions)] for number in numbers]
-        found = walk_chains(pipeline, texts, [500_000 + number for number in numbers])
-        parts = (found[name] for name in ("kind", "latents", "text"))
-        for number, caption, kind, chain, embeds in zip(numbers, texts, *parts, strict=True):
-            real_tokens = embeds[np.abs(embeds).sum(axis=-1) > 0]
-            packed = pack_tensor("latents", chain[-1], "float16", source=caption)
-            packed |= pack_tensor("prompt_embeds", real_tokens, "float16", source=caption)
-            row_id = f"own-{number:04d}"
-            rows.append({**template, "id": row_id, "prompt": caption, "source": row_id, **labels_of(kind), **packed})
+    own = own_videos(load_generator(), labelled, range(500_000, 500_000 + NUM_OWN), prefix="own")
     num_train = NUM_OWN * 4 // 5
-    own = [Dataset(rows_to_table(part)) for part in (rows[:num_train], rows[num_train:])]
-    concatenate_datasets([labelled, own[0].cast(labelled.features)]).save_to_disk(str(root / "own_and_real"))
-    own[1].save_to_disk(str(root / "own_validation"))
+    train, validation = own.select(range(num_train)), own.select(range(num_train, NUM_OWN))
+    concatenate_datasets([labelled, train]).save_to_disk(str(root / "own_and_real"))
+    validation.save_to_disk(str(root / "own_validation"))
 
 
 @torch.no_grad()

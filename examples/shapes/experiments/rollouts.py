@@ -129,12 +129,13 @@ def reward_command(root: Path, demo: Path, seed: int) -> list[str]:
     return launch("train_reward", options)
 
 
-def tuning_stage(root: Path, demo: Path, name: str, arm: Arm, seed: int) -> Stage:
-    """Tune the generator."""
+def tuning_stage(root: Path, demo: Path, name: str, arm: Arm, seed: int, reward_model: Path | None = None) -> Stage:
+    """Tune the generator, on the reward model of its seed unless another is given."""
+    reward_model = reward_model_dir(root, seed) / "best" if reward_model is None else reward_model
     output_dir = arm_dir(root, name, seed)
     clips = demo / "latents" / "train" if arm.clips == "train" else root / "latents" / arm.clips
     options = [
-        *("--train_dataset", str(clips), "--reward_model", str(reward_model_dir(root, seed) / "best")),
+        *("--train_dataset", str(clips), "--reward_model", str(reward_model)),
         *("--output_dir", str(output_dir), "--seed", str(seed), "--max_train_steps", str(arm.num_steps)),
         *("--checkpointing_steps", str(arm.num_steps), *arm.options),
     ]
