@@ -55,7 +55,6 @@ CLIMB = Arm([*REUSED, *FORESEEN])
 # After each round; the others after the last one only.
 TUNED = Arm(REUSED, num_steps=160)
 LAST = {
-    "every_update_160": Arm(num_steps=160),
     "foreseen_160": Arm([*REUSED, *FORESEEN], num_steps=160),
     "curated_160": Arm(REUSED, clips="good", num_steps=160),
 }
@@ -83,6 +82,11 @@ def videos_dir(root: Path, number: int, seed: int) -> Path:
 
 def climb_name(number: int) -> str:
     return f"climb_{number}"
+
+
+def tuned_name(number: int) -> str:
+    """Without rounds it is an arm of `rollouts.py`, which is not run again."""
+    return f"round_{number}" if number else "reused_160"
 
 
 def climb_stage(root: Path, demo: Path, number: int, seed: int) -> Stage:
@@ -172,9 +176,9 @@ def run_seed(config: RoundsConfig, seed: int) -> None:
             make_videos(root, demo, number, seed)
             run_all([reward_stage(root, demo, number, seed)], root, 1)
             make_auc(root, number, seed)
-        arms = {f"round_{number}": TUNED}
+        arms = {tuned_name(number): TUNED}
         if number == config.num_rounds:
-            arms |= {f"round_{number}_{name}": arm for name, arm in LAST.items()}
+            arms |= {f"{tuned_name(number)}_{name}": arm for name, arm in LAST.items()}
         climbed = reward_model_after(root, number, seed)
         for name, arm in arms.items():
             run_all([tuning_stage(root, demo, name, arm, seed, reward_model=climbed)], root, 1)
@@ -184,13 +188,13 @@ def run_seed(config: RoundsConfig, seed: int) -> None:
 
 def summarize(root: Path, num_rounds: int, seeds: Sequence[int]) -> dict[str, Any]:
     """Verdicts after each round, and what the reward models see of the videos of each round."""
-    names = [f"round_{number}" for number in range(num_rounds + 1)]
-    names += [f"round_{num_rounds}_{name}" for name in LAST]
+    names = {tuned_name(number): number for number in range(num_rounds + 1)}
+    names |= {f"{tuned_name(num_rounds)}_{name}": num_rounds for name in LAST}
     arms: dict[str, Any] = {}
-    for name in names:
+    for name, number in names.items():
         verdicts = [read_json(verdicts_file(root, name, seed)) for seed in seeds]
         arms[name] = {kind: mean_and_spread([each[kind] for each in verdicts]) for kind in KINDS}
-        arms[name]["num_labels"] = int(name.split("_")[1]) * NUM_LABELS
+        arms[name]["num_labels"] = number * NUM_LABELS
     rounds = []
     for number in range(1, num_rounds + 1):
         found = [read_json(auc_file(root, number, seed)) for seed in seeds]
@@ -204,7 +208,7 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
     verdicts, aucs = figure.subplots(1, 2)
     numbers = range(len(results["rounds"]) + 1)
     for kind in ("good", "beyond", "frozen", "vanishing", "jittering"):
-        plot_spread(verdicts, numbers, [results["arms"][f"round_{number}"][kind] for number in numbers], kind)
+        plot_spread(verdicts, numbers, [results["arms"][tuned_name(number)][kind] for number in numbers], kind)
     verdicts.set(title="Tuned for 160 steps, by the judge", xlabel="rounds of labels", ylim=(0, 1.02), xticks=numbers)
     for name in ("before", "after"):
         label = f"reward model {name} the round"
