@@ -122,8 +122,7 @@ def check_dataset_fits(reward_model: WanRewardModel, dataset: Dataset, source: s
     Check that a reward model can score a latent dataset.
 
     Raises:
-        ValueError: If the dataset comes from another VAE, or has rows without latents or rows that [`check_rows_fit`]
-        rejects.
+        ValueError: If the dataset comes from another VAE, has rows without latents, or fails [`check_rows_fit`].
     """
     check_vae(dataset, source, reward_model.config.vae_fingerprint, of=REWARD_LATENTS)
     require_latents(dataset, source)

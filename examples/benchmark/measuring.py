@@ -172,8 +172,7 @@ class Recorder:
         self.trainer = trainer
         self.stopwatch = Stopwatch(trainer.accelerator.device)
         self.spans = Spans(self.stopwatch)
-        # The second update compiles: the first runs without compilation, because the FLOP meter cannot see compiled
-        # code.
+        # The second update compiles. The first does not, because the FLOP meter cannot see compiled code.
         self.first = 2 if trainer.config.compile else 1
         self.num_updates, self.min_seconds = num_updates, min_seconds
         self.index = -1

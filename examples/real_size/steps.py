@@ -82,8 +82,7 @@ class Measurement:
         sync_places (`dict[str, int]`):
             Number of waits by file and line.
         step_range (`tuple[int, int]`, *optional*):
-            For PRFL: first and last step of a chain that may take gradient. The measured gradient is that of the
-            second.
+            PRFL: first and last step of a chain that may take gradient. The gradient is that of the second.
         host_buffers (`int`):
             Bytes of page-locked host memory.
         metrics (`dict[str, str]`):

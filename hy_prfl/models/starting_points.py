@@ -30,8 +30,7 @@ class StartingPoint:
 
     Args:
         weights (`Mapping[str, torch.Tensor]`, *optional*):
-            Its weights by their names in `WanTransformer3DModel`, memory-mapped from files; the pipeline's own if left
-            out.
+            Weights by their names in `WanTransformer3DModel`, memory-mapped; the pipeline's own if left out.
         merged (`Adapter`, *optional*):
             LoRA that is added to the weights.
         continued (`Adapter`, *optional*):

@@ -14,7 +14,7 @@ from .reward_model import WanRewardModel
 
 def select_trainable(model: Any, training: TrainingConfig, *, dtype: torch.dtype) -> None:
     """
-    Freeze what is not trained, and add a LoRA adapter if the options ask for one. The new adapter is the identity.
+    Freeze what is not trained, and add a LoRA adapter if the options ask for one. A new adapter has no effect at first.
 
     Args:
         model (`WanTransformer3DModel` or `WanRewardModel`):

@@ -104,8 +104,7 @@ class Engine:
 
     def step_memory(self, sizes: ParameterSizes) -> float:
         """Bytes that the optimizer's step allocates, after the activations are freed."""
-        # The fused AdamW makes no copies. ZeRO-2 passes it the accumulated gradients, ZeRO-3 a copy of one group of
-        # them.
+        # The fused AdamW makes no copies. ZeRO-2 passes it the accumulated gradients, ZeRO-3 a copy of one group.
         if self.zero_stage != 3 or not self.on_gpu or self.offload:
             return 0
         return FLOAT32 * min(sizes.trained / self.num_gpus, self.zero3_sub_group)
@@ -136,8 +135,7 @@ class Engine:
         if self.zero_stage == 3:
             return BFLOAT16 * sizes.block
         if is_quantized:
-            # Quantised weights are moved to the GPU one by one. Weights outside the blocks stay in host memory until
-            # the end.
+            # Quantised weights are moved to the GPU one by one, those outside the blocks stay in host memory.
             return FLOAT32 * sizes.rest
         return sizes.num_bytes if self.zero_stage == 0 else sizes.total * (BFLOAT16 if is_frozen else FLOAT32)
 

@@ -202,9 +202,8 @@ def plan(
             Replaces `num_gpus`, `zero_stage` and `offload`.
 
     Raises:
-        ValueError: If clips cannot be divided over the GPUs, if the VAE cannot encode a size, or if `first_frame` is
-        set
-            for a model that takes images in another way.
+        ValueError: If clips cannot be divided over the GPUs, the VAE cannot encode a size, or `first_frame` is set for
+            a model that takes images in another way.
     """
     check(0 < utilization <= 1, "utilization", utilization, "in (0, 1]")
     config, stride, shift = transformer_config, VAE_STRIDE, 3.0

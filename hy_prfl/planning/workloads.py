@@ -1,4 +1,4 @@
-"""Runs the phases of an update on fake tensors: of the generator, of the frozen reward model and of its training."""
+"""Runs the phases of an update on fake tensors: generator, frozen reward model, and training of a reward model."""
 
 import functools
 import math

@@ -92,8 +92,7 @@ def shard_for_zero3(module: nn.Module, deepspeed_config: Mapping[str, Any]) -> N
     import deepspeed
     from deepspeed.utils import groups
 
-    # With `zero_hpz_partition_size` the first call creates groups of ranks. DeepSpeed does not allow to create them
-    # twice.
+    # With `zero_hpz_partition_size` the first call creates groups of ranks. It raises if they are created again.
     group = groups._get_zero_param_intra_parallel_group()
     deepspeed.zero.Init(module=module, config_dict_or_path=dict(deepspeed_config), zero_param_parallel_group=group)
 
@@ -139,7 +138,7 @@ def shard_frozen_model(
 
 @contextmanager
 def gathered(parameter: torch.Tensor) -> Iterator[None]:
-    """Gather a parameter that ZeRO-3 has sharded inside the context. Other parameters are unchanged. A collective."""
+    """Inside the context, gather a parameter if ZeRO-3 has sharded it. A collective."""
     if not hasattr(parameter, "ds_id"):
         yield
         return
