@@ -18,7 +18,7 @@ class FileHashes(dict[Path, str]):
 
 
 def hash_files(paths: Iterable[Path]) -> FileHashes:
-    """Hashes of the files that exist. All processes must call it; each reads a part of them."""
+    """Hashes of those files that exist. All processes must call this; each reads a part of the files."""
     state = process_state()
     present = sorted({path for path in paths if path.is_file()})
     share = [(path, hash_file(path)) for path in present[state.process_index :: state.num_processes]]
