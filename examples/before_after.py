@@ -1,5 +1,6 @@
 r"""
-Samples the same prompts with the same noise without and with a LoRA: two videos side by side, and their rewards.
+Samples the same prompts from the same noise, without and with a LoRA. Writes both videos side by side, and prints their
+rewards.
 
     python examples/before_after.py --prompts prompts.txt --lora_path outputs/prfl --reward_model outputs/reward/best \
         --pretrained_model_name_or_path Wan-AI/Wan2.1-T2V-1.3B-Diffusers --output_dir outputs/before_after
@@ -26,7 +27,7 @@ DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 
 @dataclass(kw_only=True)
 class Config:
-    prompts: str = field(metadata={"help": "Text file with a prompt on each line."})
+    prompts: str = field(metadata={"help": "Text file with one prompt per line."})
     lora_path: str = field(metadata={"help": "Folder of `train_prfl`, a file or a Hub id."})
     reward_model: str = field(metadata={"help": "Reward model: a folder or a Hub id."})
     pretrained_model_name_or_path: str = field(metadata={"help": "Wan text-to-video pipeline."})
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[float]]:
     )
     rewards: dict[str, list[float]] = {"before": [], "after": []}
     for index, prompt in enumerate(prompts):
-        # 512 tokens, padded with zeros, are what reward models are trained on.
+        # Reward models are trained on 512 tokens, padded with zeros.
         prompt_embeds, _ = pipeline.encode_prompt(prompt, do_classifier_free_guidance=False, max_sequence_length=512)
         frames = []
         for version, switch_lora in (("before", pipeline.disable_lora), ("after", pipeline.enable_lora)):
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[float]]:
                 output_type="latent",
             ).frames
             frames.append(decode_latents(pipeline.vae, latents)[0])
-            # Both videos are judged under the same noise, which belongs to the name of the row.
+            # The noise is drawn from the row id, so both videos are scored with the same noise.
             logits = score_latents(
                 reward_model,
                 latents.to(reward_model.dtype),

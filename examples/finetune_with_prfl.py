@@ -1,5 +1,5 @@
 r"""
-Fine-tunes a generator with PRFL from Python, and loads the result into a stock diffusers pipeline.
+Fine-tunes a generator with PRFL from Python, and loads the result into an unmodified diffusers pipeline.
 
     python examples/finetune_with_prfl.py --train_dataset data/train --reward_model outputs/reward/best \
         --pretrained_model_name_or_path Wan-AI/Wan2.1-T2V-1.3B-Diffusers --output_dir outputs/prfl
@@ -23,15 +23,15 @@ from hy_prfl.models.loading import load_reward_model, load_transformer
 class Config:
     pretrained_model_name_or_path: str = field(metadata={"help": "Wan pipeline to tune."})
     train_dataset: str = field(metadata={"help": "Clips, encoded by `hy-prfl preprocess`."})
-    reward_model: str = field(metadata={"help": "Reward model to climb: a folder or a Hub id."})
+    reward_model: str = field(metadata={"help": "Reward model: a folder or a Hub id."})
     output_dir: str = field(metadata={"help": "Folder of the run."})
     lora_rank: int = field(default=32, metadata={"help": "Rank of the adapter."})
-    num_inference_steps: int = field(default=40, metadata={"help": "Steps of the chain that is rolled out."})
-    max_train_steps: int = field(default=200, metadata={"help": "Steps, each of two updates."})
+    num_inference_steps: int = field(default=40, metadata={"help": "Steps of the denoising chain in a rollout."})
+    max_train_steps: int = field(default=200, metadata={"help": "Training steps, of two updates each."})
 
 
 class PrintingTrainer(PRFLTrainer):
-    """A trainer is a class: what it does is changed in a subclass, here only what it prints."""
+    """A subclass changes what a trainer does. This one only prints more."""
 
     def train_step(self) -> dict[str, torch.Tensor]:
         metrics = super().train_step()
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> WanPipeline:
         checkpoints_total_limit=2,
         report_to=["none"],
     )
-    # `PrintingTrainer.from_config(options)` does the same. Models and datasets of your own take the place of these.
+    # `PrintingTrainer.from_config(options)` does the same. Pass your own models and datasets here to use them instead.
     run = PrintingTrainer.set_up_run(options)
     trainer = PrintingTrainer(
         options,

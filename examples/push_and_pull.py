@@ -1,5 +1,5 @@
 r"""
-Shares a reward model and a latent dataset on the Hugging Face Hub, and gets them back.
+Pushes a reward model and a latent dataset to the Hugging Face Hub, and loads them from there.
 
     hf auth login
     python examples/push_and_pull.py --user YOU --reward_model outputs/reward/best --dataset data/train
@@ -19,7 +19,7 @@ from hy_prfl.data.dataset import load_latent_dataset
 
 @dataclass(kw_only=True)
 class Config:
-    user: str = field(metadata={"help": "Your name, or your organisation's, on the Hub."})
+    user: str = field(metadata={"help": "Your name on the Hub, or that of your organisation."})
     reward_model: str = field(metadata={"help": "Folder of a reward model."})
     dataset: str = field(metadata={"help": "Folder of a latent dataset."})
     model_name: str = field(default="my-reward-model", metadata={"help": "Name of the model's repository."})
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> tuple[WanRewardModel, Dataset]:
     WanRewardModel.from_pretrained(config.reward_model).push_to_hub(model_id, private=config.private)
     load_latent_dataset(config.dataset).push_to_hub(dataset_id, private=config.private)
 
-    # 2. Pull, anywhere; the ids also go where a command takes a folder: --reward_model, --train_dataset
+    # 2. Pull, on any machine. Commands also accept these ids instead of a folder: --reward_model, --train_dataset
     reward_model = WanRewardModel.from_pretrained(model_id)
     dataset = load_dataset(dataset_id, split="train")
     print(f"{model_id}: judges {reward_model.config.task} with {reward_model.config.num_layers} blocks")

@@ -1,11 +1,11 @@
 r"""
-Watches the reward while a stock diffusers pipeline samples, and gives up on bad seeds before they are paid for.
+Computes the reward while an unmodified diffusers pipeline samples, and stops bad seeds early to save their cost.
 
     python examples/reward_in_diffusers_loop.py --prompt "A woman waves." --reward_model outputs/reward/best \
         --pretrained_model_name_or_path Wan-AI/Wan2.1-T2V-1.3B-Diffusers --num_candidates 8 --output best.mp4
 
-A candidate whose reward at `--decide_at` lies below that of the best so far is stopped there; only the winner is
-decoded. Nothing in the pipeline is changed: a callback reads the latents after each step.
+A candidate is stopped after step `--decide_at` if its reward is below that of the best so far. Only the best candidate is
+decoded. The pipeline is not changed: a callback reads the latents after each step.
 """
 
 from collections.abc import Sequence
@@ -27,12 +27,12 @@ DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 
 @dataclass(kw_only=True)
 class Config:
-    prompt: str = field(metadata={"help": "What the video shall show."})
+    prompt: str = field(metadata={"help": "What the video should show."})
     pretrained_model_name_or_path: str = field(metadata={"help": "Wan text-to-video pipeline."})
     reward_model: str = field(metadata={"help": "Reward model: a folder or a Hub id."})
     output: str = field(default="best.mp4", metadata={"help": "Video to write."})
-    num_candidates: int = field(default=8, metadata={"help": "Seeds that are tried."})
-    decide_at: int = field(default=20, metadata={"help": "Step after which a candidate has to lead."})
+    num_candidates: int = field(default=8, metadata={"help": "Number of seeds to try."})
+    decide_at: int = field(default=20, metadata={"help": "Step after which a candidate must be the best so far."})
     num_inference_steps: int = field(default=40, metadata={"help": "Steps of the chain."})
     guidance_scale: float = field(default=5.0, metadata={"help": "Classifier-free guidance."})
     height: int = field(default=480, metadata={"help": "Pixels."})
@@ -40,11 +40,16 @@ class Config:
     num_frames: int = field(default=81, metadata={"help": "Frames, 4k + 1."})
 
     def __post_init__(self) -> None:
-        check(0 <= self.decide_at < self.num_inference_steps - 1, "decide_at", self.decide_at, "a step but the last")
+        check(
+            0 <= self.decide_at < self.num_inference_steps - 1,
+            "decide_at",
+            self.decide_at,
+            "a step before the last one",
+        )
 
 
 class RewardCallback:
-    """Scores the latents after every step, and stops the chain if it trails after step `decide_at`."""
+    """Scores the latents after every step. Stops the chain if the reward after step `decide_at` is too low."""
 
     def __init__(self, reward_model: WanRewardModel, decide_at: int, reward_to_beat: float) -> None:
         self.reward_model, self.decide_at, self.reward_to_beat = reward_model, decide_at, reward_to_beat
@@ -53,7 +58,7 @@ class RewardCallback:
 
     @torch.no_grad()
     def __call__(self, pipeline: WanPipeline, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        # After step i the latents have the noise of step i + 1. After the last they are clean: nothing to judge.
+        # After step i the latents have the noise level of step i + 1. After the last step they are clean and not scored.
         if step + 1 < len(pipeline.scheduler.timesteps):
             next_timestep = pipeline.scheduler.timesteps[step + 1].to(tensors["latents"].device)
             latents = tensors["latents"].to(self.reward_model.dtype)

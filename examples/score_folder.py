@@ -1,10 +1,10 @@
 r"""
-Scores the videos of a folder with a reward model and prints a table, the best first.
+Scores the videos in a folder with a reward model, and prints a table with the best ones first.
 
     python examples/score_folder.py --folder my_videos --reward_model outputs/reward/best \
         --pretrained_model_name_or_path Wan-AI/Wan2.1-T2V-1.3B-Diffusers
 
-What a video shows is read from a text file beside it, `cat.txt` for `cat.mp4`, or is `--caption` for all.
+The caption of a video is read from a text file beside it, `cat.txt` for `cat.mp4`. Videos without one get `--caption`.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ class Config:
     pretrained_model_name_or_path: str = field(metadata={"help": "Pipeline whose VAE and text encoder are used."})
     caption: str = field(default="", metadata={"help": "Caption of videos that have no text file."})
     timesteps: list[int] = field(default_factory=lambda: [201, 400, 600, 800], metadata={"help": "Noise levels."})
-    num_frames: int = field(default=81, metadata={"help": "Frames that are judged, 4k + 1."})
+    num_frames: int = field(default=81, metadata={"help": "Frames of a clip, 4k + 1."})
     resolution: int = field(default=480, metadata={"help": "Short side that videos are resized to."})
 
 
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[float]]:
 
     reward_model = load_reward_model(config.reward_model).to(DEVICE)
     encoder = LatentEncoder.from_pretrained(config.pretrained_model_name_or_path, device=DEVICE)
-    # The clips must be cut as those that the reward model was trained on.
+    # Use the same settings as for the clips that the reward model was trained on.
     settings = ClipSettings(num_frames=config.num_frames, min_num_frames=5, resolution=config.resolution)
     logits = score_videos(reward_model, encoder, videos, captions, config.timesteps, clip_settings=settings)
 

@@ -1,12 +1,12 @@
 r"""
-Trains a reward model on videos that you labelled yourself.
+Trains a reward model on your own labelled videos.
 
     python examples/train_reward_on_your_labels.py --labels my_videos/labels.csv --output_dir outputs/my_reward \
         --pretrained_model_name_or_path Wan-AI/Wan2.1-T2V-1.3B-Diffusers --task blur_quality
 
-The CSV file has a line for each video: `video,caption,blur_quality`, with 1 or 0, good or poor, or nothing where you
-could not tell. Paths are relative to the working directory or else to the file. Run under `accelerate
-launch` to use several GPUs.
+The CSV file has the columns `video,caption,blur_quality` and a line for each video. A label is 1 or 0, good or poor, or
+empty if unknown. Relative paths are looked up in the working directory, then in the folder of the file. Run under
+`accelerate launch` to use several GPUs.
 """
 
 from collections.abc import Sequence
@@ -26,13 +26,13 @@ from hy_prfl.scripts.preprocess import main as preprocess
 class Config:
     labels: str = field(metadata={"help": "CSV, JSON or JSON Lines: video, caption, label."})
     output_dir: str = field(metadata={"help": "Folder for the dataset and the model."})
-    pretrained_model_name_or_path: str = field(metadata={"help": "Pipeline whose first blocks judge."})
+    pretrained_model_name_or_path: str = field(metadata={"help": "Pipeline whose first blocks are used."})
     task: Literal["text_alignment", "blur_quality", "physics_quality", "human_quality", "motion_quality"] = field(
         default="motion_quality", metadata={"help": "Label to learn."}
     )
     num_frames: int = field(default=81, metadata={"help": "Frames of a clip, 4k + 1."})
     resolution: int = field(default=480, metadata={"help": "Short side of a clip."})
-    num_layers: int = field(default=8, metadata={"help": "Blocks of the generator that are kept."})
+    num_layers: int = field(default=8, metadata={"help": "Number of the generator's blocks that are used."})
     max_train_steps: int = field(default=1000, metadata={"help": "Updates."})
     validation_share: float = field(default=0.1, metadata={"help": "Share of the videos that is held out."})
 
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> RewardTrainer:
     config = parse_config(Config, argv, description=__doc__)
     folder = Path(config.output_dir)
 
-    # 1. Videos and captions become latents and prompt embeddings; what is there already is not encoded again.
+    # 1. Encode videos and captions. Clips that are encoded already are not encoded again.
     preprocess(
         [
             f"--manifest={config.labels}",
@@ -53,10 +53,10 @@ def main(argv: Sequence[str] | None = None) -> RewardTrainer:
         ]
     )
 
-    # 2. Some are held out; the model that judges those best is kept. Any dataset with these columns will do.
+    # 2. Hold out some rows, to select the best model. You may use any dataset with these columns.
     rows = load_from_disk(folder / "data").train_test_split(config.validation_share, seed=0)
 
-    # 3. A model that predicts the label from latents at any noise level, in the type that the launch asks for
+    # 3. Make a model that predicts the label from latents at any noise level. The launch determines its type.
     options = RewardTrainingConfig(
         output_dir=str(folder),
         pretrained_model_name_or_path=config.pretrained_model_name_or_path,
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> RewardTrainer:
         options, reward_model=reward_model, train_dataset=rows["train"], validation_dataset=rows["test"], run=run
     )
     trainer.train()
-    print(f"The model is in {folder / 'best'}: accuracy {trainer.best_metric:.2f} on videos it has not seen.")
+    print(f"The model is in {folder / 'best'}: accuracy {trainer.best_metric:.2f} on the held-out videos.")
     return trainer
 
 

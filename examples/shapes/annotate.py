@@ -1,10 +1,10 @@
 """
-Labels videos as annotators would: the judge stands in for the people. For training a reward model on a generator's own
-videos, which are never evaluated.
+Labels a generator's own videos with the judge instead of people, to train a reward model on them. Do not use these videos
+for evaluation.
 
     python -m examples.shapes.annotate --manifest outputs/demo/samples/manifest.json --output_dir outputs/demo/labels
 
-The last videos of the manifest become `validation.json`, the others `train.json`, both as `preprocess` reads them.
+The last videos of the manifest go into `validation.json`, the others into `train.json`. Both are manifests for `preprocess`.
 """
 
 import json
@@ -22,7 +22,7 @@ from hy_prfl.configs.parser import parse_config
 
 @dataclass(kw_only=True)
 class AnnotateConfig:
-    """What to label."""
+    """Options of `annotate`."""
 
     manifest: str = field(metadata={"help": "manifest.json of `generate`."})
     output_dir: str = field(metadata={"help": "Folder for the two manifests with labels."})
@@ -33,13 +33,13 @@ class AnnotateConfig:
 
 
 def labels_of(kind: str) -> dict[str, int]:
-    """Labels of a verdict: what moves wrongly, or faster than anything real, fails as motion, all else as a body."""
+    """Labels for a verdict: a wrong or too fast motion fails `physics_quality`, other failures fail `human_quality`."""
     is_motion = kind in (*MOTION_FAILURES, "beyond")
     return {"physics_quality": int(not is_motion), "human_quality": int(kind == "good" or is_motion)}
 
 
 def annotate(manifest: Path, output_dir: Path, validation_share: float) -> dict[str, list[dict[str, Any]]]:
-    """Judge the videos of a manifest and write the two labelled ones; returns their rows."""
+    """Judge the videos of a manifest and write the two labelled manifests. Returns their rows."""
     source = {row["id"]: row for row in json.loads(manifest.read_text(encoding="utf-8"))}
     verdicts, _ = judge_manifest(manifest)
     output_dir.mkdir(parents=True, exist_ok=True)

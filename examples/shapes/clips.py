@@ -3,9 +3,8 @@ Writes short mp4 clips of coloured shapes that move over a wall, with captions a
 
     python -m examples.shapes.clips --output_dir outputs/clips/train --num_clips 96 --split train
 
-A good clip does what its caption says: the shape moves steadily in the named direction and stays what it is. A bad
-one fails in one of five ways. Nothing about a clip is left to chance: clip `index` of a seed is always the same,
-however many clips are written.
+A good clip shows what its caption says: the shape moves steadily in the named direction and does not change. A bad clip
+fails in one of five ways. Clip `index` of a seed is always the same, however many clips are written.
 """
 
 import json
@@ -35,7 +34,7 @@ FAILURES = (*MOTION_FAILURES, *BODY_FAILURES)
 
 @dataclass(frozen=True)
 class Caption:
-    """What a clip is meant to show."""
+    """What a clip should show."""
 
     shape: str
     color: str
@@ -49,10 +48,10 @@ class Caption:
 @dataclass(frozen=True)
 class Clip:
     """
-    Everything that decides the pixels of one clip; lengths are pixels, times are frames.
+    Everything that determines the pixels of one clip. Lengths are in pixels, times in frames.
 
-    `positions` `(NUM_FRAMES, 2)` are the centres (x, y), `stretch` `(NUM_FRAMES,)` the factor by which the shape is
-    wider than high, `opacity` `(NUM_FRAMES,)` how much of it is there.
+    `positions` `(NUM_FRAMES, 2)` are the centres (x, y), `stretch` `(NUM_FRAMES,)` is the width divided by the height of
+    the shape, `opacity` `(NUM_FRAMES,)` is in [0, 1].
     """
 
     caption: Caption
@@ -68,8 +67,8 @@ class Clip:
         """
         Exact labels of the clip.
 
-        `physics_quality` judges the motion, `human_quality` the integrity of the body. `text_alignment` is 0 if the
-        promised motion is not there, and unknown if the body dissolves. Blur is not judged.
+        `physics_quality` is about the motion, `human_quality` about the shape itself. `text_alignment` is 0 if the motion
+        is not that of the caption, and unknown if the shape deforms or vanishes. `blur_quality` is always unknown.
         """
         return {
             "text_alignment": None if self.failure in BODY_FAILURES else int(self.failure is None),
@@ -80,7 +79,7 @@ class Clip:
 
 
 def split_captions(split: Literal["train", "held_out"], num_held_out_captions: int = 24) -> list[Caption]:
-    """The captions of a split. Which ones are held out is the same for every seed of the clips."""
+    """The captions of a split. The held-out captions are the same for every seed of the clips."""
     captions = [
         Caption(shape, color, direction, wall)
         for shape in SHAPES
@@ -99,7 +98,7 @@ def draw_clip(
     """
     Clip number `index` of an endless list.
 
-    Of any number of first clips the share `good_share` is good, and the bad ones go through `failures` in turn.
+    The share `good_share` of the first N clips is good, for any N. The bad ones take the `failures` in turn.
     """
     rng = np.random.default_rng([seed, index])
     num_good_before = int(index * good_share + 1e-9)
@@ -143,7 +142,7 @@ def render_clip(clip: Clip) -> np.ndarray:
 
 
 def render_wall(wall: str, brightness: float) -> np.ndarray:
-    """Grey wall of shape `(SIZE, SIZE)`; only the shapes have a colour."""
+    """Grey wall, an array of shape `(SIZE, SIZE)`. Only the moving shapes have a colour."""
     y, x = np.mgrid[:SIZE, :SIZE]
     if wall == "striped":
         light = (x // 8) % 2 == 0
@@ -157,7 +156,7 @@ def render_wall(wall: str, brightness: float) -> np.ndarray:
 
 
 def shape_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
-    """Signed distance to the outline of a shape that fits a circle of about `radius`; negative inside."""
+    """Signed distance to the outline of a shape with a circumscribed circle of about `radius`. Negative inside."""
     if shape == "circle":
         return np.hypot(x, y) - 0.9 * radius
     if shape == "square":
@@ -168,18 +167,18 @@ def shape_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> n
 
 @dataclass(kw_only=True)
 class ClipsConfig:
-    """Which clips to write."""
+    """Options of `clips`."""
 
     output_dir: str = field(metadata={"help": "Folder for the clips and their manifest.json."})
-    num_clips: int = field(default=96, metadata={"help": "How many clips."})
+    num_clips: int = field(default=96, metadata={"help": "Number of clips."})
     good_share: float = field(default=0.5, metadata={"help": "Share of good clips, 0 to 1."})
     failures: list[str] = field(
-        default_factory=lambda: list(FAILURES), metadata={"help": f"How the bad clips fail: {', '.join(FAILURES)}."}
+        default_factory=lambda: list(FAILURES), metadata={"help": f"Failures of the bad clips: {', '.join(FAILURES)}."}
     )
     split: Literal["train", "held_out"] = field(
-        default="train", metadata={"help": "Take the captions of training, or those held out from it."}
+        default="train", metadata={"help": "Use the captions for training, or the held-out ones."}
     )
-    num_held_out_captions: int = field(default=24, metadata={"help": "How many of the 192 captions are held out."})
+    num_held_out_captions: int = field(default=24, metadata={"help": "Number of held-out captions, of 192."})
     seed: int = field(default=0, metadata={"help": "Seed of the clips."})
 
     def __post_init__(self) -> None:
@@ -194,7 +193,7 @@ class ClipsConfig:
 
 
 def write_clips(config: ClipsConfig) -> Path:
-    """Write the clips and `manifest.json`, which comes last: where it is, the clips are complete."""
+    """Write the clips, and then `manifest.json`: if it exists, the clips are complete."""
     output_dir = Path(config.output_dir)
     (output_dir / "videos").mkdir(parents=True, exist_ok=True)
     captions = split_captions(config.split, config.num_held_out_captions)

@@ -1,13 +1,13 @@
 """
-The whole method on small videos, in a few minutes on a CPU: `make demo`, or
+Runs the whole method on small videos, in a few minutes on a CPU: `make demo`, or
 
     python -m examples.shapes.demo
 
-Starts from the pretrained pipeline of this folder, which makes good and bad videos of moving shapes. A reward model
-learns from labelled clips, good and bad, what is good, and learns it from noisy latents (PAVRM); the generator climbs
-that reward (PRFL, LoRA), and for comparison trains for as many updates without it. The judge, which never saw the
-reward model, then looks at new videos of captions that nobody has trained on. Every stage is a command that a user of
-the 14B model types as well, with a recipe of this folder. Stages that are complete are not run again.
+It starts from the pretrained pipeline in this folder, which generates good and bad videos of moving shapes. A reward model
+is trained on noisy latents of clips that are labelled good or bad (PAVRM). The generator is fine-tuned on that reward
+(PRFL, LoRA). For comparison, it is also fine-tuned for as many updates without a reward. Then the judge, which never uses
+the reward model, labels new videos of held-out captions. Every stage is a command that is also used for the 14B model, with
+a recipe from this folder. Completed stages are not run again.
 """
 
 import sys
@@ -26,24 +26,26 @@ from hy_prfl.configs.base import check
 from hy_prfl.configs.parser import parse_config
 
 
-# Labelled clips with held-out captions: for the validation of the reward model, and prompts for that of PRFL.
+# Number of labelled clips with held-out captions. The reward model is validated on them, PRFL on their captions.
 NUM_HELD_OUT = 96
 
 
 @dataclass(kw_only=True)
 class DemoConfig:
-    """Size of the demo."""
+    """Options of the demo."""
 
-    output_dir: str = field(default="outputs/demo", metadata={"help": "Folder for everything the demo makes."})
-    fresh: bool = field(default=False, metadata={"help": "Run all stages again, also those that are complete."})
+    output_dir: str = field(default="outputs/demo", metadata={"help": "Folder for all outputs of the demo."})
+    fresh: bool = field(default=False, metadata={"help": "Run all stages again, also completed ones."})
     pipeline: str = field(default="examples/shapes/pretrained", metadata={"help": "The pretrained pipeline."})
     num_labelled_clips: int = field(default=2048, metadata={"help": "Clips with labels, for the reward model."})
-    num_clips: int = field(default=256, metadata={"help": "Clips of the pretraining's kind, for flow matching."})
-    num_prompts: int = field(default=48, metadata={"help": "Videos of held-out captions to judge, each arm."})
-    reward_steps: int | None = field(
-        default=None, metadata={"help": "Updates of the reward model, if not the recipe's."}
+    num_clips: int = field(default=256, metadata={"help": "Clips for flow matching, like those of the pretraining."})
+    num_prompts: int = field(
+        default=48, metadata={"help": "Videos of held-out captions to judge, for each generator."}
     )
-    prfl_steps: int = field(default=80, metadata={"help": "Steps of PRFL, each of two updates."})
+    reward_steps: int | None = field(
+        default=None, metadata={"help": "Updates of the reward model; those of the recipe if left out."}
+    )
+    prfl_steps: int = field(default=80, metadata={"help": "Steps of PRFL, of two updates each."})
     seed: int = field(default=0, metadata={"help": "Seed of clips, videos and training."})
 
     def __post_init__(self) -> None:
@@ -57,7 +59,7 @@ def plan(config: DemoConfig) -> list[Stage]:
     base = ["--pretrained_model_name_or_path", config.pipeline]
     seed = ["--seed", str(config.seed)]
     best = ["--reward_model", str(root / "reward" / "best")]
-    # Each with its number, and with seeds of its own; the captions of `held_out` are in none of the others.
+    # Options of each set of clips: number and seed. The captions of `held_out` are in no other set.
     clips = {
         "labelled": [str(config.num_labelled_clips), "--good_share", "0.5", "--seed", str(3 * config.seed)],
         "train": [str(config.num_clips), *clips_options(), "--seed", str(3 * config.seed + 1)],
@@ -65,7 +67,7 @@ def plan(config: DemoConfig) -> list[Stage]:
     }
     manifests = {name: root / "clips" / name / "manifest.json" for name in clips}
     latents = {name: str(root / "latents" / name) for name in manifests}
-    # PRFL takes two updates a step. Two processes share the batches of the recipes.
+    # A step of PRFL has two updates. The two processes share the recipes' batches.
     steps = {"flow_matching": 2 * config.prfl_steps, "prfl": config.prfl_steps}
     schedules = {"flow_matching": "flow_matching", "prfl": "alternate"}
     tuned = {
@@ -168,7 +170,7 @@ def steps_option(steps: int | None) -> list[str]:
 def write_prompts(
     path: Path, split: Literal["train", "held_out"], num_prompts: int, first_seed: int, prefix: str = ""
 ) -> None:
-    """Captions of a split in turn, with a seed each, as `generate` reads them; ids are numbers behind a prefix."""
+    """Write prompts for `generate`: captions of a split in turn, each with its own seed. An id is `prefix` and a number."""
     captions = split_captions(split)
     rows = [
         {"id": f"{prefix}{index:04d}", "caption": str(captions[index % len(captions)]), "seed": first_seed + index}

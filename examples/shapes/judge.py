@@ -1,11 +1,11 @@
 """
-Judges clips of moving shapes from their decoded pixels alone; it never sees a reward model.
+Judges clips of moving shapes only from their decoded pixels, independently of any reward model.
 
     python -m examples.shapes.judge --manifest outputs/videos/manifest.json --output outputs/verdicts.json
 
-The shape of a clip is tracked and measured (`tracking.py`), and held against what good clips of the world show: a clip
-that is far outside of their ranges fails, and so does one that is *better* than they ever are (faster, larger, more
-saturated), as over-optimised videos are. The ranges are measured by `calibrate` and stored in `judge_calibration.json`:
+The shape of a clip is tracked and measured (`tracking.py`), and compared with the ranges of good clips. A clip far outside
+of these ranges fails. A clip also fails if it exceeds all good clips (faster, larger, more saturated), as over-optimised
+videos do. `calibrate` measures the ranges and stores them in `judge_calibration.json`:
 
     python -m examples.shapes.judge --calibrate
 """
@@ -54,19 +54,19 @@ CALIBRATION = Path(__file__).with_name("judge_calibration.json")
 
 KINDS = ("good", *FAILURES, "beyond", "unrecognisable")
 
-# A value fails that is further from the good clips of the calibration than this share of the way from the outermost of
-# them to the mildest clip that fails so. Generated videos are softer than the calibration's clips: leave them some room.
-# All of a small generator's motion trembles more or less; half of the way leaves room for that, and still less than a
-# clip needs that stops halfway (1.1 pixels off a steady path).
+# Position of the bound of a measurement between the outermost good clip (0) and the mildest clip with that failure (1).
+# Generated videos are softer than the calibration's clips, so the bound is not at 0. The motion of a small generator always
+# trembles a little, so the bound of `unsteadiness` is higher. It is still lower than the value of a clip that stops halfway
+# (1.1 pixels off a steady path).
 FAILURE_SHARE = 1 / 3
 FAILURE_SHARES = {"unsteadiness": 1 / 2}
 
-# Being beyond the real is a matter of degree, so there is no mildest failure: this much past the outermost good clip.
-# Soft edges make a small shape look larger, so its size gets more.
+# Bound of the failure `beyond`, relative to the outermost good clip: there is no mildest clip with this failure. Soft
+# edges make a small shape look larger, so `radius` has a larger value.
 BEYOND_SHARE = {"speed": 0.05, "radius": 0.08, "saturation": 0.05, "wall_light": 0.05, "wall_contrast": 0.05}
 
-# What is checked, in this order: measurement, side, kind of the failure. The first one decides, so what makes later
-# measurements meaningless comes first; last comes what is too much in a clip that is good otherwise.
+# The checks in their order: measurement, side, kind of failure. The first check that fails decides. Failures that make
+# other measurements meaningless come first. `beyond` comes last, for clips that are good otherwise.
 CHECKS = (
     ("saturation", "low", "unrecognisable"),
     ("hue_error", "high", "unrecognisable"),
@@ -95,11 +95,11 @@ PATTERN = re.compile(
 @dataclass(frozen=True)
 class Verdict:
     """
-    What the judge says about one clip.
+    The judge's result for one clip.
 
-    `kind` is "good" or how the clip fails, `reason` the measurement that decided, its value and the bound. `shape` and
-    `color` are what is seen, whatever the caption says; a clip of another colour can be good, as in the labels of
-    `physics_quality` and `human_quality`. All measurements are there, lengths in pixels, times in frames.
+    `kind` is "good" or the kind of failure. `reason` names the measurement that decided, its value and the bound. `shape`
+    and `color` are recognised in the video. They need not be those of the caption: as in `physics_quality` and
+    `human_quality`, a clip with another colour can be good. `measurements` has lengths in pixels and times in frames.
     """
 
     kind: str
@@ -113,13 +113,13 @@ class Verdict:
         return self.kind == "good"
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: measurements are rounded, those that do not exist are null."""
+        """Values for JSON: measurements are rounded, and null if they do not exist."""
         rounded = {name: round(value, 4) if np.isfinite(value) else None for name, value in self.measurements.items()}
         return {**vars(self), "good": self.good, "measurements": rounded}
 
 
 def parse_caption(text: str) -> Caption:
-    """The caption whose text this is; a `ValueError` if it is none of this world's."""
+    """Parse the text of a caption. Raises a `ValueError` if it is not one of this dataset's captions."""
     match = PATTERN.fullmatch(text.strip())
     if match is None:
         raise ValueError(f"`caption` must read like '{Caption('circle', 'red', 'up', 'plain')}', got {text!r}.")
@@ -135,10 +135,10 @@ def judge_video(frames: np.ndarray, caption: Caption | str) -> Verdict:
         frames (`np.ndarray` of shape `(num_frames, SIZE, SIZE, 3)`):
             RGB, uint8 or float in [0, 1]; at least 5 frames.
         caption (`Caption` or `str`):
-            What the clip is meant to show; only its direction is held against the clip.
+            What the clip should show. Only its direction is compared with the clip.
 
     Raises:
-        ValueError: If the frames have another shape, or the caption is none of this world's.
+        ValueError: If the frames have another shape, or the caption is not one of this dataset's.
     """
     caption = parse_caption(caption) if isinstance(caption, str) else caption
     calibration = load_calibration()
@@ -149,7 +149,7 @@ def judge_video(frames: np.ndarray, caption: Caption | str) -> Verdict:
     for name, side, kind in CHECKS:
         bound = bound_of(name, calibration["ranges"][name], side, kind)
         value = measured.get(name, np.nan)
-        # Written so that a measurement that does not exist fails.
+        # A missing measurement is NaN, for which both comparisons are false, so it fails.
         passed = value >= bound if side == "low" else value <= bound
         if not passed:
             return Verdict(kind, f"{name} {value:.3g}, {side} bound {bound:.3g}", shape, color, measured)
@@ -157,15 +157,15 @@ def judge_video(frames: np.ndarray, caption: Caption | str) -> Verdict:
 
 
 def judge_videos(videos: Iterable[np.ndarray], captions: Iterable[Caption | str]) -> list[Verdict]:
-    """Judge clips one by one; as many captions as videos."""
+    """Judge clips, each with its caption."""
     return [judge_video(frames, caption) for frames, caption in zip(videos, captions, strict=True)]
 
 
 def summarize_verdicts(verdicts: Sequence[Verdict], captions: Sequence[Caption | str]) -> dict[str, Any]:
     """Share of good clips, count of each failure, and the share that shows the caption's shape and colour."""
     counts = Counter(verdict.kind for verdict in verdicts)
-    asked = [parse_caption(caption) if isinstance(caption, str) else caption for caption in captions]
-    pairs = list(zip(verdicts, asked, strict=True))
+    parsed = [parse_caption(caption) if isinstance(caption, str) else caption for caption in captions]
+    pairs = list(zip(verdicts, parsed, strict=True))
     return {
         "good": counts["good"] / len(verdicts),
         "failures": {kind: counts[kind] for kind in KINDS[1:]},
@@ -176,33 +176,33 @@ def summarize_verdicts(verdicts: Sequence[Verdict], captions: Sequence[Caption |
 
 
 def bound_of(name: str, values: Mapping[str, float], side: str, kind: str) -> float:
-    """The outermost value of a measurement, on the side "low" or "high", that is no failure of this kind."""
+    """The last value of a measurement, on the side "low" or "high", that still passes the check for this failure."""
     outermost = values[side]
     if kind == "beyond":
         return outermost * (1 + BEYOND_SHARE[name] if side == "high" else 1 - BEYOND_SHARE[name])
     return outermost + FAILURE_SHARES.get(name, FAILURE_SHARE) * (values["fails"] - outermost)
 
 
-# What the mildest failure is where the world makes no such clips: no colour, half the way to another colour, all of it
-# elsewhere, spread over the whole window, half the smallest radius, the area of two, another colour.
+# Values of the mildest failure, for failures that no rendered clip has.
 FAILS = {
-    "saturation": 0.0,
-    "hue_error": smallest_angle() / 2,
-    "clutter": 1.0,
-    "spread": WINDOW**2 / (2 * np.pi),
-    "radius": 3.5,
-    "area_change": 1.0,
-    "hue_change": smallest_angle(),
+    "saturation": 0.0,  # no colour
+    "hue_error": smallest_angle() / 2,  # halfway to another colour
+    "clutter": 1.0,  # all of the colour is elsewhere
+    "spread": WINDOW**2 / (2 * np.pi),  # spread over the whole window
+    "radius": 3.5,  # half of the smallest radius
+    "area_change": 1.0,  # twice the area
+    "hue_change": smallest_angle(),  # another colour
 }
 
 
 def calibrate(num_clips: int = 240, num_failures: int = 48, seed: int = 900_000) -> dict[str, Any]:
     """
-    Measure clips of the world, as they are rendered and as codecs leave them (see `views`).
+    Measure rendered clips in all `views`, such as after video compression.
 
     Returns:
-        `dict` with `ranges`: for each measurement the lowest and the highest value of good clips, and what the mildest
-        clip `fails` with; and `shapes`: for each shape the median skewness and cross moment, by which it is recognised.
+        `dict` with `ranges` and `shapes`. `ranges` has for each measurement the lowest and the highest value of good
+        clips, and in `fails` the value of the mildest failure. `shapes` has for each shape the median skewness and cross
+        moment, by which it is recognised.
     """
     good = measure_clips(num_clips, good_share=1.0, failures=FAILURES, seed=seed)
     fails = dict(FAILS)
@@ -227,7 +227,7 @@ def calibrate(num_clips: int = 240, num_failures: int = 48, seed: int = 900_000)
 
 
 def measure_clips(num_clips: int, *, good_share: float, failures: Sequence[str], seed: int) -> list[dict[str, Any]]:
-    """Measurements of clips of the world in all `views`, with the radius of the shape that is really there."""
+    """Measurements of rendered clips in all `views`. The radius is that of the shape in the caption."""
     captions = split_captions("train")
     measured: list[dict[str, Any]] = []
     with TemporaryDirectory() as folder:
@@ -241,16 +241,16 @@ def measure_clips(num_clips: int, *, good_share: float, failures: Sequence[str],
 
 
 def views(clip: Clip, folder: Path) -> list[np.ndarray]:
-    """A clip as it is rendered, through H.264, and softened as a small VAE leaves it; frames are uint8."""
+    """Frames (uint8) of a clip as rendered, after H.264 compression, and softened like the output of a small VAE."""
     frames = render_clip(clip)
     write_video(folder / "clip.mp4", frames, FPS)
     return [frames, read_video(folder / "clip.mp4", fps=FPS, num_frames=NUM_FRAMES), soften(frames)]
 
 
 def soften(frames: np.ndarray) -> np.ndarray:
-    """Blur by a pixel and by part of a frame, and take a tenth off the colours, as a small VAE does."""
+    """Blur in space and time and reduce the saturation by a tenth, like a small VAE."""
     pixels = frames.astype(float)
-    for axis in (0, 1, 1, 2, 2):  # two passes of 1 2 1 have a deviation of one pixel
+    for axis in (0, 1, 1, 2, 2):  # two passes of the kernel (1, 2, 1) have a standard deviation of one pixel
         edges = [(1, 1) if dimension == axis else (0, 0) for dimension in range(4)]
         padded = np.moveaxis(np.pad(pixels, edges, mode="edge"), axis, 0)
         pixels = np.moveaxis((padded[:-2] + 2 * padded[1:-1] + padded[2:]) / 4, 0, axis)
@@ -260,7 +260,7 @@ def soften(frames: np.ndarray) -> np.ndarray:
 
 @cache
 def load_calibration() -> dict[str, Any]:
-    """What `calibrate` returned when it was last stored."""
+    """The stored result of `calibrate`."""
     return json.loads(CALIBRATION.read_text(encoding="utf-8"))
 
 
@@ -269,10 +269,10 @@ def judge_manifest(path: Path | str) -> tuple[list[dict[str, Any]], dict[str, An
     Judge the mp4 files of a manifest of `examples.shapes.clips` or of `generate`.
 
     Returns:
-        A row for each clip, `{"id", "caption", "kind", "good", ...}`, and what `summarize_verdicts` says.
+        A row for each clip, `{"id", "caption", "kind", "good", ...}`, and the result of `summarize_verdicts`.
 
     Raises:
-        ValueError: If the manifest is broken, a video cannot be read, or a caption is none of this world's.
+        ValueError: If the manifest is broken, a video cannot be read, or a caption is not one of this dataset's.
     """
     rows = read_manifest(path)
     videos = (read_video(row.video, fps=FPS, num_frames=NUM_FRAMES) for row in rows if row.video is not None)
@@ -286,11 +286,11 @@ def judge_manifest(path: Path | str) -> tuple[list[dict[str, Any]], dict[str, An
 
 @dataclass(kw_only=True)
 class JudgeConfig:
-    """What to judge."""
+    """Options of `judge`."""
 
     manifest: str | None = field(default=None, metadata={"help": "manifest.json of `generate` or of the clips."})
     output: str | None = field(default=None, metadata={"help": "JSON file for the verdicts and their summary."})
-    calibrate: bool = field(default=False, metadata={"help": "Measure good clips anew and store their ranges."})
+    calibrate: bool = field(default=False, metadata={"help": "Measure the ranges of good clips and store them."})
 
     def __post_init__(self) -> None:
         given = (self.manifest is not None, self.output is not None)

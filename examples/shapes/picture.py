@@ -1,10 +1,10 @@
 """
-The picture and the figures of the demo that README and docs/costs.md show, from a finished `make demo`:
+Makes the picture and the figures of the demo in README and docs/costs.md from a finished `make demo`:
 
     python -m examples.shapes.picture --demo_dir outputs/demo
 
-The first held-out captions, whatever the judge says of them: a row before PRFL, a row after it, the same noise in each
-column. `summary.json` of the same run is copied beside it, without the seconds, which depend on the machine.
+The picture shows the first held-out captions, not selected by their verdicts: a row before PRFL and a row after it, with
+the same noise in each column. `summary.json` of the same run is copied without its seconds, which depend on the machine.
 """
 
 import json
@@ -26,16 +26,16 @@ from hy_prfl.runtime.atomic_writes import write_text
 
 RESULTS_DIR = Path(__file__).with_name("results")
 ROWS = {"base": "before", "prfl": "after PRFL"}
-# Pixels: the side of a video, the gap between two, the height of a line of text, the width of the names of the rows.
+# In pixels: side of a video, gap between two videos, height of a line of text, width of the row names.
 SIDE, GAP, LINE, NAMES = 96, 6, 18, 84
 GOOD, BAD = "#2c8a57", "#b3402f"
-HOLD = 5  # frames that the last picture stays
+HOLD = 5  # number of frames that the last frame is shown for
 NUM_COLORS = 64
 
 
 @dataclass(kw_only=True)
 class PictureConfig:
-    """Where the demo is and how many of its videos to show."""
+    """Options of `picture`."""
 
     demo_dir: str = field(default="outputs/demo", metadata={"help": "Folder of a finished demo."})
     output_dir: str = field(default=str(RESULTS_DIR), metadata={"help": "Folder for picture and figures."})
@@ -47,13 +47,13 @@ class PictureConfig:
 
 def draw(videos: Sequence[Sequence[np.ndarray]], verdicts: Sequence[Sequence[str]]) -> list[Image.Image]:
     """
-    One picture for each frame.
+    One picture for each frame of the videos.
 
     Args:
         videos:
-            For each row of `ROWS` its videos, uint8 arrays `(num_frames, height, width, 3)`.
+            For each row in `ROWS` its videos, uint8 arrays `(num_frames, height, width, 3)`.
         verdicts:
-            For each of them what the judge says, "good" or the kind of failure.
+            For each video the judge's verdict, "good" or the kind of failure.
     """
     columns = len(videos[0])
     size = (NAMES + columns * (SIDE + GAP), len(videos) * (SIDE + LINE + GAP))
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         videos.append([read_video(path, fps=FPS, num_frames=NUM_FRAMES) for path in files])
         verdicts.append([kinds[row["id"]] for row in rows])
     frames = draw(videos, verdicts)
-    # One palette without dithering: a third of the bytes.
+    # One palette without dithering makes the file three times smaller.
     palette = frames[-1].quantize(NUM_COLORS, dither=Image.Dither.NONE)
     first, *others = (frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames)
     duration = 1000 // FPS

@@ -1,4 +1,4 @@
-"""Builds a tiny Wan pipeline, with random weights, from the classes that the 14B model is made of."""
+"""Builds a tiny Wan pipeline with random weights, from the same classes as the 14B model."""
 
 import string
 from collections.abc import Iterable, Mapping
@@ -28,7 +28,7 @@ WORDS = (
 ).split()
 
 
-# What the VAE of Wan 2.2 TI2V 5B has besides its width.
+# Configuration of the VAE of Wan 2.2 TI2V 5B, without its width.
 VAE_OF_5B: dict[str, object] = {
     "is_residual": True,
     "in_channels": 12,
@@ -41,7 +41,7 @@ VAE_OF_5B: dict[str, object] = {
 
 
 def build_tokenizer(words: Iterable[str] = WORDS) -> T5Tokenizer:
-    """T5 tokenizer with one piece for each word and each printable character."""
+    """T5 tokenizer with one token for each word and each printable character."""
     whole_words = [(f"▁{word}", -2.0) for word in words]
     characters = [(character, -8.0) for character in ("▁", *string.ascii_letters, *string.digits, *string.punctuation)]
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0)]
@@ -65,20 +65,23 @@ def build_pipeline(
     seed: int = 0,
 ) -> WanPipeline | WanImageToVideoPipeline:
     """
-    Wan pipeline of toy size: a Wan 2.1, with a boundary a Wan 2.2 A14B, with timesteps per token a Wan 2.2 TI2V 5B.
+    Wan pipeline of tiny size.
+
+    It is like Wan 2.1 by default, like Wan 2.2 A14B with `boundary_ratio`, and like Wan 2.2 TI2V 5B with
+    `expand_timesteps`.
 
     Args:
         image_to_video (`bool`, defaults to `False`):
-            Build a `WanImageToVideoPipeline` with a CLIP image encoder, its transformer taking 16 + 20 channels.
+            Build a `WanImageToVideoPipeline` with a CLIP image encoder. Its transformer takes 16 + 20 channels.
         boundary_ratio (`float`, *optional*):
-            Add a second transformer for the noise levels below it; an image-to-video pipeline has no image encoder then.
+            Add a second transformer for noise levels below this. An image-to-video pipeline then has no image encoder.
         expand_timesteps (`bool`, defaults to `False`):
-            Give every token a timestep of its own, and the VAE 48 channels and a stride of 16 pixels; an image-to-video
-            pipeline takes the image as first frame.
+            Use one timestep per token, and a VAE with 48 channels and a stride of 16 pixels. An image-to-video pipeline
+            then takes the image as first frame.
         vae_config (`Mapping`, *optional*):
-            Arguments of `AutoencoderKLWan` to use instead of those of this function.
+            Arguments of `AutoencoderKLWan` that replace those of this function.
         transformer_config (`Mapping`, *optional*):
-            The same for `WanTransformer3DModel`.
+            Arguments of `WanTransformer3DModel` that replace those of this function.
         seed (`int`, defaults to 0):
             Seed of the random weights.
     """

@@ -1,14 +1,14 @@
 """
-Trains the tiny Wan pipeline on shapes, VAE first and generator next, and saves it as an ordinary pipeline folder.
+Trains the tiny Wan pipeline on shapes, first the VAE and then the generator, and saves it as an ordinary pipeline folder.
 
     python -m examples.shapes.pretrain --output_dir outputs/shapes/pipeline
 
-Like a real base model the generator sees good and bad clips alike, so it makes both. The text encoder stays random:
-its embeddings tell the few words of the captions apart, which is all that is needed here. Every update draws its own
-clips and its own noise from the seed and its number, so a run that was stopped goes on as if it had not been; its
-state is in `<output_dir>.training` until the run is complete.
+Like a real base model, the generator is trained on good and bad clips, so it generates both. The text encoder keeps its
+random weights: its embeddings distinguish the few words of the captions, and no more is needed here. Every update draws
+its clips and noise from the seed and the number of the update. So a run that was stopped continues with the same result.
+Its state is in `<output_dir>.training` until the run is complete.
 
-`PRETRAINED_DIR` is what this script made with its defaults; `pretraining.json` in it tells how.
+This script made `PRETRAINED_DIR` with its default options. `pretraining.json` there records them.
 """
 
 import importlib.metadata
@@ -43,19 +43,20 @@ LIBRARIES = ("torch", "diffusers", "transformers")
 MAX_SEQUENCE_LENGTH = 16
 ATTENTION_HEAD_DIM = 32
 
-# Layers at the edges of VAE and transformer; Muon is for the matrices between them, which take larger steps.
+# First and last layers of VAE and transformer, which AdamW trains. Muon trains the matrices between them, with a learning
+# rate that is larger by this factor.
 OUTER_LAYERS = ("conv_in", "conv_out", "patch_embedding", "condition_embedder", "proj_out")
 MUON_FACTOR = 2.5
 
-# First words of the keys of random generators, so that no two draws are the same.
+# First part of the keys of the random generators, so that all of their seeds differ.
 VAE_CLIPS, VAE_NOISE, GENERATOR_NOISE = 1, 2, 3
 
-# Stages of the VAE's training: share of the steps, frames of a crop, crops in an update. Pictures are cheap and teach
-# shapes and colours; short crops teach motion; whole clips, last, the long range.
+# Stages of the VAE's training: share of the steps, frames of a crop, crops in an update. Single frames are cheap and
+# enough for shapes and colours, short crops for motion. Whole clips come last, for long-range motion.
 VAE_STAGES = ((0.4, 1, 4), (0.3, 5, 2), (0.15, 9, 1), (0.15, NUM_FRAMES, 1))
 
-# The VAE is built like that of Wan 2.2, with shortcuts around its levels and 2x2 patches as its pixels, but with one
-# level less: the same stride 4 x 8 x 8 and 16 channels as Wan 2.1, at a quarter of the cost.
+# The VAE is built like that of Wan 2.2, with residual shortcuts and 2x2 patches, but with one level less. So it has
+# the stride 4 x 8 x 8 and the 16 channels of Wan 2.1, at a quarter of the cost.
 VAE_CONFIG = {
     "is_residual": True,
     "base_dim": 16,
@@ -67,24 +68,26 @@ VAE_CONFIG = {
 }
 
 
-# Failures that a generator of this size learns as what they are. Where jittering is among the clips, which is random in
-# every frame, or a direction that is not the caption's, all of its motion trembles.
+# Failures that a generator of this size can learn. With "jittering" (random in every frame) or "wrong_direction" among its
+# clips, all of its motion trembles.
 CRISP_FAILURES = ("frozen", "deforming", "vanishing")
-# Those that what ships is to make as often as not.
+# Failures of the pretrained pipeline in this folder.
 SHIPPED_FAILURES = ("frozen", "vanishing")
 
 
 @dataclass(kw_only=True)
 class PretrainConfig:
-    """Size and length of the pretraining."""
+    """Options of `pretrain`."""
 
     output_dir: str = field(metadata={"help": "Folder for the pipeline."})
     num_clips: int = field(
-        default=5000, metadata={"help": "Clips for the generator to learn from; drawn, not read, and encoded once."}
+        default=5000, metadata={"help": "Clips for the generator. They are rendered, not read, and encoded once."}
     )
     good_share: float = field(default=0.5, metadata={"help": "Share of good clips among all."})
-    failures: list[str] = field(default_factory=lambda: list(FAILURES), metadata={"help": "How the others fail."})
-    vae_steps: int = field(default=1600, metadata={"help": "Updates of the VAE, each on clips of its own."})
+    failures: list[str] = field(
+        default_factory=lambda: list(FAILURES), metadata={"help": "Failures of the bad clips."}
+    )
+    vae_steps: int = field(default=1600, metadata={"help": "Updates of the VAE, each on new clips."})
     vae_learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate of the VAE."})
     kl_weight: float = field(default=5e-5, metadata={"help": "Weight of the KL divergence in the VAE's loss."})
     generator_steps: int = field(default=6000, metadata={"help": "Updates of the generator."})
@@ -96,20 +99,20 @@ class PretrainConfig:
     refinement_ema_decay: float = field(default=0.998, metadata={"help": "Decay of the average in that phase."})
     refinement_good_share: float = field(default=0.6, metadata={"help": "Share of good clips in that phase."})
     refinement_failures: list[str] = field(
-        default_factory=lambda: list(CRISP_FAILURES), metadata={"help": "How its other clips fail."}
+        default_factory=lambda: list(CRISP_FAILURES), metadata={"help": "Failures of the bad clips in that phase."}
     )
     settling_steps: int = field(default=900, metadata={"help": "Updates of the generator's third phase."})
     settling_learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of that phase."})
     settling_ema_decay: float = field(default=0.99, metadata={"help": "Decay of the average in that phase."})
     settling_good_share: float = field(default=0.5, metadata={"help": "Share of good clips in that phase."})
     settling_failures: list[str] = field(
-        default_factory=lambda: list(SHIPPED_FAILURES), metadata={"help": "How its other clips fail."}
+        default_factory=lambda: list(SHIPPED_FAILURES), metadata={"help": "Failures of the bad clips in that phase."}
     )
     num_layers: int = field(default=6, metadata={"help": "Transformer blocks of the generator."})
     num_attention_heads: int = field(default=4, metadata={"help": "Attention heads, 32 channels each."})
     flow_shift: float = field(default=3.0, metadata={"help": "Shift of noise levels, in training and sampling."})
     prompt_dropout: float = field(default=0.1, metadata={"help": "Share of prompts replaced by the empty one."})
-    checkpointing_steps: int = field(default=200, metadata={"help": "Updates between two saves of the run's state."})
+    checkpointing_steps: int = field(default=200, metadata={"help": "The run's state is saved every so many updates."})
     seed: int = field(default=0, metadata={"help": "Seed of weights, clips and noise."})
 
     def __post_init__(self) -> None:
@@ -129,7 +132,7 @@ class PretrainConfig:
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of the generator's training, on clips of its own."""
+    """A phase of the generator's training, with its own clips."""
 
     name: str
     num_steps: int
@@ -140,7 +143,7 @@ class Phase:
     seed: int
 
     def draw_clip(self, index: int) -> Clip:
-        """Clip of the mixture; none of `examples.shapes.clips` has its seed."""
+        """Clip of this phase. Its seed is never used by `examples.shapes.clips`."""
         return draw_clip(
             index,
             captions=split_captions("train"),
@@ -151,7 +154,7 @@ class Phase:
 
 
 def phases_of(config: PretrainConfig) -> list[Phase]:
-    """First everything that a clip can be, then failures that stay what they are, then those that ship."""
+    """The phases in order: with all failures, with `CRISP_FAILURES`, with `SHIPPED_FAILURES`, unless options differ."""
     phases = [
         Phase(
             "generator",
@@ -173,7 +176,7 @@ def phases_of(config: PretrainConfig) -> list[Phase]:
 
 
 def clips_options() -> list[str]:
-    """Options of `examples.shapes.clips` for clips like those that the shipped pipeline saw last."""
+    """Options of `examples.shapes.clips` for clips like those of the last phase of the pretrained pipeline."""
     phase = phases_of(PretrainConfig(output_dir=""))[-1]
     return ["--good_share", str(phase.good_share), "--failures", *phase.failures]
 
@@ -183,7 +186,7 @@ def pretrain(config: PretrainConfig) -> WanPipeline:
     Build the pipeline, train its VAE and its transformer, save it with a record of the run, and return it.
 
     Raises:
-        ValueError: If a run with other options was stopped in the same folder.
+        ValueError: If the folder has the state of a stopped run with other options.
     """
     output_dir = Path(config.output_dir)
     state_dir = output_dir.with_name(f"{output_dir.name}.training")
@@ -225,7 +228,7 @@ def pretrain(config: PretrainConfig) -> WanPipeline:
 
 
 def open_state(state_dir: Path, options: dict[str, Any]) -> None:
-    """Folder for the state of a run; one that is there must have the same options."""
+    """Create the folder for the state of a run. If it exists, its options must be the same."""
     path = state_dir / "options.json"
     if path.is_file():
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -240,13 +243,13 @@ def open_state(state_dir: Path, options: dict[str, Any]) -> None:
 
 
 def train_vae(vae: AutoencoderKLWan, config: PretrainConfig, state_dir: Path) -> dict[str, Any]:
-    """Train the VAE to rebuild crops of clips that are drawn as they are needed."""
+    """Train the VAE to reconstruct crops of clips that are rendered for each update."""
     num_steps = config.vae_steps
     ends = [sum(stage[0] for stage in VAE_STAGES[: index + 1]) * num_steps for index in range(len(VAE_STAGES))]
     with torch.no_grad():
-        # Start with little posterior noise: at its usual deviation of 1 the first thousand updates learn nothing else.
+        # Start with little posterior noise: with the usual deviation of 1, the first thousand updates learn only to reduce it.
         vae.quant_conv.bias[vae.config.z_dim :] = -6.0
-        # Pictures leave the past of causal kernels untrained; from zero it does no harm when clips come.
+        # Single frames do not train the past of causal kernels. Zeros there do no harm when the clips come.
         for name, parameter in vae.named_parameters():
             if parameter.ndim == 5 and "time_conv" not in name:
                 parameter[:, :, :-1] = 0.0
@@ -257,7 +260,7 @@ def train_vae(vae: AutoencoderKLWan, config: PretrainConfig, state_dir: Path) ->
         pixels = draw_crops(config, step, num_frames, batch_size)
         posterior = vae.encode(pixels).latent_dist
         rebuilt = vae.decode(posterior.sample(make_generator(VAE_NOISE, config.seed, step))).sample
-        # The shapes are a twentieth of the pixels and the only ones with a colour; they count as much as the wall.
+        # The shapes cover a twentieth of the pixels. Colour increases the weight, so that they count as much as the wall.
         weight = 1 + 3 * (pixels.amax(dim=1, keepdim=True) - pixels.amin(dim=1, keepdim=True))
         reconstruction = (weight * (rebuilt - pixels) ** 2).mean()
         return reconstruction + config.kl_weight * posterior.kl().sum() / posterior.mean.numel()
@@ -274,7 +277,7 @@ def train_vae(vae: AutoencoderKLWan, config: PretrainConfig, state_dir: Path) ->
 
 
 def draw_crops(config: PretrainConfig, step: int, num_frames: int, batch_size: int) -> torch.Tensor:
-    """`num_frames` frames, in [-1, 1], of each of the clips of one update."""
+    """Crops `(batch_size, 3, num_frames, height, width)` in [-1, 1] for one update, each from another clip."""
     generator = make_generator(VAE_CLIPS, config.seed, step)
     phase = phases_of(config)[0]
     crops = []
@@ -296,7 +299,7 @@ def to_pixels(videos: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def encode_clips(vae: AutoencoderKLWan, clips: Sequence[Clip], path: Path) -> torch.Tensor:
-    """Latents of clips as the VAE makes them, kept in a file."""
+    """Latents of clips before normalization. They are stored in `path` and read from there the next time."""
     if not path.is_file():
         batches = [
             vae.encode(
@@ -309,13 +312,13 @@ def encode_clips(vae: AutoencoderKLWan, clips: Sequence[Clip], path: Path) -> to
 
 
 def set_statistics(vae: AutoencoderKLWan, latents: torch.Tensor) -> None:
-    """Write mean and deviation of latents into the VAE's config, as real VAEs have them."""
+    """Write mean and standard deviation of the latents into the VAE's config, as in Wan's VAE."""
     mean, std = latents.mean(dim=(0, 2, 3, 4)), latents.std(dim=(0, 2, 3, 4))
     vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
 
 
 def normalize(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
-    """Latents as the transformer takes them."""
+    """Normalized latents, the input of the transformer."""
     mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
     std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
     return (latents - mean) / std
@@ -323,7 +326,7 @@ def normalize(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def encode_prompts(pipeline: WanPipeline, prompts: list[str]) -> torch.Tensor:
-    """Embeddings `(num_prompts, MAX_SEQUENCE_LENGTH, text_dim)`, padded with zeros as the pipeline does."""
+    """Embeddings `(num_prompts, MAX_SEQUENCE_LENGTH, text_dim)`, padded with zeros as in the pipeline."""
     return pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=MAX_SEQUENCE_LENGTH)[
         0
     ]
@@ -338,7 +341,7 @@ def train_generator(
     config: PretrainConfig,
     state_dir: Path,
 ) -> dict[str, Any]:
-    """Train the generator by flow matching; it ends with the average of its weights."""
+    """Train the generator by flow matching. It ends with the moving average of its weights."""
 
     def loss_at(step: int) -> torch.Tensor:
         generator = make_generator(GENERATOR_NOISE, phase.seed, step)
@@ -375,16 +378,16 @@ def run_training(
     checkpointing_steps: int,
 ) -> dict[str, Any]:
     """
-    Train a model with Muon and AdamW, linear warm-up and linear decay, from where `state_path` left off.
+    Train a model with Muon and AdamW, linear warm-up and linear decay. Continues from `state_path` if it exists.
 
     Args:
         loss_at (`Callable`):
-            The loss of an update, from its number.
+            Returns the loss of an update, given its number.
         ema_decay (`float`, *optional*):
-            The model ends with the average of its weights; without it, with the last ones.
+            If given, the model ends with the moving average of its weights, otherwise with the last weights.
 
     Returns:
-        `dict`: `seconds` and `losses`, means over fiftieths of the run.
+        `dict`: `seconds`, and `losses` of all updates.
     """
     matrices, optimizers = build_optimizers(model, learning_rate)
     schedules = [warm_up_and_decay(optimizer, num_steps) for optimizer in optimizers]
@@ -428,13 +431,13 @@ def build_optimizers(
     model: torch.nn.Module, learning_rate: float
 ) -> tuple[list[tuple[torch.nn.Parameter, torch.Tensor]], list[torch.optim.Optimizer]]:
     """
-    Muon for the inner matrices, kernels of convolutions among them, and AdamW for the rest.
+    Muon for the inner matrices, which include kernels of convolutions, and AdamW for the rest.
 
-    An update of the VAE by Muon is worth more than two by AdamW. Muon takes matrices only, so it gets views of the
+    For the VAE, one update by Muon gains more than two by AdamW. Muon accepts only matrices, so it gets views of the
     weights.
 
     Returns:
-        The weights that Muon trains, each with its view, whose `.grad` is the caller's to set; and both optimizers.
+        The weights that Muon trains, each with its view, and both optimizers. The caller must set `.grad` of the views.
     """
     matrices = [
         (parameter, parameter.detach().view(len(parameter), -1).requires_grad_())
@@ -465,7 +468,7 @@ def warm_up_and_decay(optimizer: torch.optim.Optimizer, num_steps: int) -> torch
 
 
 def save_state(state: Any, path: Path) -> None:
-    """Write a file completely or not at all."""
+    """Write a file atomically."""
     temporary = path.with_name(f".{path.name}")
     torch.save(state, temporary)
     temporary.replace(path)
@@ -485,7 +488,7 @@ def write_record(output_dir: Path, options: dict[str, Any], runs: dict[str, Any]
 
 
 def summarize_losses(losses: Sequence[float], num_means: int = 20) -> list[dict[str, float]]:
-    """Means of the loss over equal parts of a run, each with the number of updates at its end."""
+    """Means of the loss over equal parts of a run, each with the number of updates at the end of its part."""
     ends = sorted({round(len(losses) * part / num_means) for part in range(1, num_means + 1)} - {0})
     parts = pairwise([0, *ends])
     return [{"step": end, "loss": round(sum(losses[first:end]) / (end - first), 5)} for first, end in parts]

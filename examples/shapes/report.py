@@ -1,8 +1,8 @@
 """
-Writes what the demo found as one HTML page that needs nothing else: plots and videos are inside it.
+Writes the results of the demo as one self-contained HTML page: plots and videos are inside it.
 
-The page is made of the parts that pages of runs are made of (`hy_prfl.pages`), from files that the runs leave behind, and
-computes nothing but averages.
+It uses the same parts as the pages of runs (`hy_prfl.pages`) and reads the files that the runs wrote. It computes nothing
+but averages.
 """
 
 import json
@@ -22,10 +22,10 @@ from hy_prfl.runtime.atomic_writes import write_text
 ARMS = {"base": "Before", "flow_matching": "Flow matching only", "prfl": "PRFL"}
 ARM_COLORS = {"base": "#8a93a0", "flow_matching": "#3b82c4", "prfl": "#e0762f"}
 
-# Timesteps of the chain by thirds: it starts at 1000, pure noise.
+# Thirds of the denoising chain by their timesteps. The chain starts at 1000, pure noise.
 THIRDS = {"early": (2000 / 3, 1000), "middle": (1000 / 3, 2000 / 3), "late": (0, 1000 / 3)}
 
-# Title of a plot -> the metrics it shows; "judge/good" is what whoever samples during training may write as well.
+# Title of a plot -> the metrics it shows. "judge/good" is added by `summary.curves` for runs with validation videos.
 CURVES = {
     "Reward of the clips in training": ("train/reward",),
     "Judge: share of good clips": ("judge/good",),
@@ -34,14 +34,14 @@ CURVES = {
     "Loss of the reward model": ("train/loss", "validation/loss"),
 }
 
-# Metrics that lie between 0 and 1, and are drawn on that scale.
+# Metrics in [0, 1]; they are drawn on that scale.
 SHARES = {"train/reward", "judge/good"}
 
 RESULTS_NOTE = (
-    "The same held-out captions and seeds for all. Good is the share of clips that pass the independent judge, "
-    "which tracks the shape in the decoded pixels and never sees the reward model; how many of the others fail in which "
-    "way stands behind it. The mean reward is the reward model's own view, with much noise (early), some, and little "
-    "(late): that it rises does not prove the videos better."
+    "All generators use the same held-out captions and seeds. Good is the share of clips that pass the independent judge, "
+    "which tracks the shape in the decoded pixels and never uses the reward model. The columns after it count the failures "
+    "of the other clips. The mean reward is the reward model's own score, at high (early), middle and low (late) noise "
+    "levels: a higher reward does not prove that the videos are better."
 )
 
 
@@ -54,7 +54,7 @@ class Comparison:
         videos (`Mapping[str, Path]`):
             mp4 file of each arm ("base", "flow_matching", "prfl").
         verdicts (`Mapping[str, str]`):
-            What the judge said about each, "good" or the kind of failure.
+            The judge's verdict on each, "good" or the kind of failure.
     """
 
     caption: str
@@ -80,10 +80,10 @@ def write_report(
             The HTML file.
         summary (`Mapping`, `Path` or `str`):
             The demo's `summary.json` or its content: for each arm `{"good": share, "reward": mean, "failures":
-            {kind: count}, "rewards_by_timestep": {timestep: mean}}`, and `{"seconds": {stage: seconds}}`. Optional
-            `reward_model.majority_accuracy` is drawn under the accuracy.
+            {kind: count}, "rewards_by_timestep": {timestep: mean}}`, and `{"seconds": {stage: seconds}}`. If it has
+            `reward_model.majority_accuracy`, that is drawn as a line below the accuracy.
         runs (`Mapping[str, Path | str]`):
-            `metrics.jsonl` of each run by its name; those called like an arm get its colour.
+            `metrics.jsonl` of each run by its name. A run with the name of an arm gets its colour.
         videos (`Sequence[Comparison]`):
             Videos to show side by side.
         config (`Mapping[str, Mapping]`):
@@ -93,7 +93,7 @@ def write_report(
         The path of the page.
 
     Raises:
-        FileNotFoundError: If a video or a metrics file is not there.
+        FileNotFoundError: If a video or a metrics file does not exist.
         ValueError: If the summary has none of the arms, or a timestep is neither a number nor a third of the chain.
     """
     if isinstance(summary, (str, Path)):
@@ -130,7 +130,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 
 def judged_rows(summary: Mapping[str, Any], arms: Mapping[str, str]) -> list[list[str]]:
-    """The judge's view of each arm, under a head."""
+    """A table of the judge's results for each arm. The first row is the header."""
     kinds = list(dict.fromkeys(kind for arm in arms for kind in summary[arm].get("failures", {})))
     shares = ["good", *(name for name in ("right_shape", "right_color") if any(name in summary[arm] for arm in arms))]
     rows = [
@@ -142,7 +142,7 @@ def judged_rows(summary: Mapping[str, Any], arms: Mapping[str, str]) -> list[lis
 
 
 def reward_rows(summary: Mapping[str, Any], arms: Mapping[str, str]) -> list[list[str]]:
-    """The reward model's view of each arm, under a head."""
+    """A table of the rewards of each arm. The first row is the header."""
     rows = [
         [name, decimal(summary[arm].get("reward"))] + [decimal(thirds.get(third)) for third in THIRDS]
         for arm, name in arms.items()
@@ -152,7 +152,7 @@ def reward_rows(summary: Mapping[str, Any], arms: Mapping[str, str]) -> list[lis
 
 
 def rewards_by_third(rewards: Mapping[str, float]) -> dict[str, float]:
-    """Mean reward in each third of the chain, from rewards by timestep (or by third, taken as they are)."""
+    """Mean reward in each third of the chain, from rewards by timestep. Rewards by third are not changed."""
     found: dict[str, list[float]] = {}
     for name, reward in rewards.items():
         third = name
@@ -167,7 +167,7 @@ def rewards_by_third(rewards: Mapping[str, float]) -> dict[str, float]:
 
 
 def curve_figures(records: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, Figure]:
-    """Metrics against updates, all runs that have one in one plot."""
+    """Plots of metrics against the step. A plot shows all runs with that metric."""
     figures = {}
     for title, names in CURVES.items():
         found = {
@@ -196,7 +196,7 @@ def curve_figures(records: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[
 def sigma_figures(
     records: Mapping[str, Sequence[Mapping[str, float]]], summary: Mapping[str, Any]
 ) -> dict[str, Figure]:
-    """Accuracy and AUC of the reward model against sigma, as the last validation of each run found them."""
+    """Accuracy and AUC of the reward model against sigma, from the last validation of each run."""
     figures = {}
     for name, title in (("accuracy", "Accuracy"), ("auc", "AUC")):
         curves = {run: last_by_sigma(lines, f"validation/{name}/t") for run, lines in records.items()}
@@ -214,7 +214,7 @@ def sigma_figures(
 
 
 def last_by_sigma(lines: Sequence[Mapping[str, float]], prefix: str) -> list[tuple[float, float]]:
-    """(sigma, value) of the last line that has such metrics."""
+    """Points (sigma, value) from the last line with metrics of this prefix."""
     found = [[name for name in line if name.startswith(prefix)] for line in lines]
     last = next((index for index in reversed(range(len(lines))) if found[index]), None)
     if last is None:

@@ -1,4 +1,4 @@
-"""Runs commands in stages, each once: a stage that is complete, and has not changed since, is not run again."""
+"""Runs commands in stages. A stage that is complete and has not changed since is not run again."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ class StageError(RuntimeError):
 
 @dataclass(frozen=True)
 class Stage:
-    """Commands that make `outputs`, files or folders below the folder that the stages are run for."""
+    """Commands that write `outputs`, which are paths below the root folder of the stages."""
 
     name: str
     title: str
@@ -33,7 +33,7 @@ class Stage:
     outputs: list[str]
 
     def digest(self) -> str:
-        """Changes with the commands and the recipes they read."""
+        """Hash of the commands and of the recipes that they read."""
         recipes = [Path(word) for command in self.commands for word in command if word.endswith(".yaml")]
         text = json.dumps(self.commands) + "".join(path.read_text(encoding="utf-8") for path in recipes)
         return hashlib.sha256(text.encode()).hexdigest()
@@ -42,17 +42,17 @@ class Stage:
         return root / "stages" / f"{self.name}.json"
 
     def is_complete(self, root: Path) -> bool:
-        """Whether the same commands have made these outputs before."""
+        """Whether the same commands have written these outputs before."""
         record = self.record(root)
         return record.is_file() and json.loads(record.read_text(encoding="utf-8"))["digest"] == self.digest()
 
     def run(self, root: Path, log: Path | None = None) -> None:
         """
-        Run the commands, and note that they are complete and how many seconds they took.
+        Run the commands, then write a record that they are complete, with the seconds that they took.
 
         Args:
             log (`Path`, *optional*):
-                File for their output, instead of the terminal.
+                File for the commands' output, instead of the terminal.
 
         Raises:
             StageError: If a command fails.
@@ -66,16 +66,16 @@ class Stage:
         write_json(self.record(root), {"digest": self.digest(), "seconds": time.monotonic() - start})
 
     def seconds(self, root: Path) -> float:
-        """How long it took when it was run."""
+        """Seconds that the stage took, from its record."""
         return json.loads(self.record(root).read_text(encoding="utf-8"))["seconds"]
 
 
 def run_stages(stages: Sequence[Stage], root: Path, fresh: bool) -> dict[str, float]:
     """
-    Run what is not complete, and all that comes after it; returns the seconds that each stage took.
+    Run the first stage that is not complete, and all stages after it. Returns the seconds that each stage took.
 
     Raises:
-        StageError: If a command fails; its stage is not complete then.
+        StageError: If a command fails. Its stage is then not complete.
     """
     for number, stage in enumerate(stages, 1):
         fresh = fresh or not stage.is_complete(root)
@@ -86,14 +86,14 @@ def run_stages(stages: Sequence[Stage], root: Path, fresh: bool) -> dict[str, fl
 
 
 def run_command(command: list[str], log: Path | None = None) -> None:
-    """Run one command on the CPU with its output on the terminal, or at the end of a file."""
+    """Run one command on the CPU. Its output goes to the terminal, or is appended to a file."""
     shown = (
         " ".join(command)
         .replace(sys.executable, "python")
         .replace("python -m accelerate.commands.launch", "accelerate launch")
     )
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "ACCELERATE_USE_CPU": "true"}
-    # Operations this small gain nothing from a second thread, and lose a lot if it has to share its core.
+    # A second thread does not speed up operations this small, and makes them much slower if it shares a core.
     environment.setdefault("OMP_NUM_THREADS", "1")
     if log is not None or not sys.stderr.isatty():
         environment.setdefault("TQDM_MININTERVAL", "20")
@@ -106,12 +106,12 @@ def run_command(command: list[str], log: Path | None = None) -> None:
 
 
 def python(module: str, options: list[str]) -> list[str]:
-    """Command of one of the scripts in this folder."""
+    """Command that runs a script in this folder."""
     return [sys.executable, "-m", f"examples.shapes.{module}", *options]
 
 
 def launch(verb: str, options: list[str], *, two_processes: bool = False, recipes: Path = RECIPES) -> list[str]:
-    """What a user types to run one of the package's scripts with its recipe, of this folder if not of another."""
+    """Command that runs one of the package's scripts with its recipe in `recipes`, this folder by default."""
     accelerate_config = TWO_PROCESSES if two_processes else ONE_PROCESS
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(accelerate_config)]
     return [*accelerate, "-m", f"hy_prfl.scripts.{verb}", "--config", str(recipes / f"{verb}.yaml"), *options]

@@ -1,4 +1,4 @@
-"""What the demo found: numbers from the files that its stages wrote, a table and a page."""
+"""Summarises the demo from the files that its stages wrote: a JSON file, a table and a page."""
 
 import json
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ def read_json(path: Path) -> Any:
 
 
 def summarize(root: Path, seconds: Mapping[str, float]) -> dict[str, Any]:
-    """Share of good videos, failures and rewards of each arm, and how good the reward model is."""
+    """Share of good videos, failures and rewards of each arm, and metrics of the reward model."""
     summary: dict[str, Any] = {}
     for arm in ARMS:
         verdicts = read_json(root / "verdicts" / f"{arm}.json")["summary"]
@@ -47,7 +47,7 @@ def summarize(root: Path, seconds: Mapping[str, float]) -> dict[str, Any]:
 
 
 def curves(root: Path, run: str) -> Path:
-    """Metrics of a run, with the judge's view of what it sampled on the way."""
+    """Write the metrics of a run, with the judge's results for its validation videos. Returns the file."""
     lines = read_metrics(root / run / "metrics.jsonl")
     judged = judge_validations(root / run, root / "clips" / "held_out" / "manifest.json")
     lines += [{"step": step, "judge/good": good} for step, good in judged.items()]
@@ -66,7 +66,7 @@ def judge_validations(run_dir: Path, manifest: Path) -> dict[int, float]:
         run_dir (`Path`):
             Output folder of the run, with videos of its validations.
         manifest (`Path`):
-            The clips of its validation dataset, whose captions were sampled.
+            Manifest of its validation dataset, with the captions of the videos.
     """
     captions = [row["caption"] for row in read_json(manifest)]
     shares = {}
@@ -79,7 +79,7 @@ def judge_validations(run_dir: Path, manifest: Path) -> dict[int, float]:
 
 
 def write_page(root: Path, summary: Mapping[str, Any], num_videos: int = 12) -> Path:
-    """`report.html`: everything on one page."""
+    """Write `report.html`, a page with all results."""
     verdicts = {
         arm: {row["id"]: row["kind"] for row in read_json(root / "verdicts" / f"{arm}.json")["verdicts"]}
         for arm in ARMS
@@ -112,7 +112,7 @@ def write_page(root: Path, summary: Mapping[str, Any], num_videos: int = 12) -> 
 
 
 def print_summary(summary: Mapping[str, Any]) -> None:
-    """The table at the end of the demo."""
+    """Print the tables at the end of the demo."""
     print(f"\n{'stage':<14}{'seconds':>8}")
     for name, value in summary["seconds"].items():
         print(f"{name:<14}{value:>8.0f}")
@@ -122,7 +122,7 @@ def print_summary(summary: Mapping[str, Any]) -> None:
     print(f"\n{'reward model, held-out samples':<32}" + "".join(f"{f't {timestep}':>8}" for timestep in timesteps))
     for kind in ("accuracy", "auc"):
         print(f"{kind:<32}" + "".join(f"{metrics[f'{kind}/t{timestep}']:>8.2f}" for timestep in timesteps))
-    print(f"always the commoner label is right for {summary['reward_model']['majority_accuracy']:.2f}")
+    print(f"always guessing the majority label has accuracy {summary['reward_model']['majority_accuracy']:.2f}")
 
     failures = list(summary["base"]["failures"])
     print(f"\n{'held-out captions':<20}{'good':>6}{'reward':>8}{'early':>7}{'middle':>8}{'late':>6}", end="")
@@ -133,7 +133,7 @@ def print_summary(summary: Mapping[str, Any]) -> None:
         print(f"{title:<20}{row['good']:>6.0%}{row['reward']:>8.2f}", end="")
         print(f"{thirds['early']:>7.2f}{thirds['middle']:>8.2f}{thirds['late']:>6.2f}", end="")
         print("".join(f"{row['failures'][name]:>17}" for name in failures))
-    print("`good` is the judge's verdict on the pixels; it never saw the reward model, whose own view is `reward`.")
+    print("`good` is the verdict of the judge, which sees only pixels. `reward` is the score of the reward model.")
 
 
 def finish(root: Path, seconds: Mapping[str, float]) -> None:

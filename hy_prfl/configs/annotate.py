@@ -11,63 +11,63 @@ from .serving import ServingConfig
 @dataclass(kw_only=True)
 class AnnotateConfig(ServingConfig):
     """
-    Options of `annotate`: a page on which people label the clips of a manifest.
+    Options of `annotate`: a web page on which people label the clips of a manifest.
 
     > Parameters of the input and output
-    > Parameters of what is asked
-    > Parameters of who judges what
+    > Parameters of the questions
+    > Parameters of the assignment of clips to people
     > Parameters of the votes
     """
 
     # Parameters of the input and output
     manifest: str = field(
-        metadata={"help": "Clips to label: .json, .jsonl or .csv, as for `preprocess` or by `generate`."}
+        metadata={"help": "Clips to label: .json, .jsonl or .csv, as for `preprocess` or written by `generate`."}
     )
     output: str = field(
         metadata={
-            "help": "JSON file to write, which `label` and `preprocess` read. Beside it are <output>.journal.jsonl, "
-            "with every answer, and <output>.summary.json, with agreement and pace."
+            "help": "JSON file to write, for `label` and `preprocess`. <output>.journal.jsonl is written too, with every "
+            "answer, and <output>.summary.json, with agreement and pace."
         }
     )
     import_label_studio: str | None = field(
-        default=None, metadata={"help": "JSON export of Label Studio, whose annotations are added to the journal."}
+        default=None, metadata={"help": "JSON export of Label Studio. Its annotations are added to the journal."}
     )
     export_label_studio: str | None = field(
         default=None, metadata={"help": "JSON file to write clips and answers to, for Label Studio's import."}
     )
 
-    # Parameters of what is asked
+    # Parameters of the questions
     mode: Literal["clips", "pairs"] = field(
         default="clips", metadata={"help": "Judge single clips, or compare the two clips of each `pair_id`."}
     )
     tasks: list[str] = field(
         default_factory=lambda: ["physics_quality", "human_quality"],
         metadata={
-            "help": "What is good or poor about a clip: text_alignment, blur_quality, physics_quality, human_quality, or "
-            "names of your own. Not used for pairs."
+            "help": "Qualities of a clip to label: text_alignment, blur_quality, physics_quality, human_quality, or your "
+            "own names. Not used for pairs."
         },
     )
 
-    # Parameters of who judges what
-    labels_per_clip: int = field(default=1, metadata={"help": "People who judge each clip or pair."})
+    # Parameters of the assignment of clips to people
+    labels_per_clip: int = field(default=1, metadata={"help": "Number of people who judge each clip or pair."})
     order: Literal["random", "uncertain", "manifest"] = field(
         default="random",
-        metadata={"help": "Order of the clips: random, those first that the scores say least about, or as listed."},
+        metadata={"help": "Order of the clips: random, those with the most uncertain scores first, or as listed."},
     )
     scores: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Tables of `score` for order `uncertain`. With one, rewards near 0.5 come first; with several, of "
-            "an ensemble, those that differ most."
+            "help": "Tables of `score` for order `uncertain`. With one table, clips with a reward near 0.5 come first; with "
+            "several, from an ensemble, clips whose rewards differ most."
         },
     )
     seed: int = field(default=0, metadata={"help": "Seed of the random order."})
     gold: str | None = field(
         default=None,
         metadata={
-            "help": "File as for `label` with the right labels of some clips of the manifest; for mode pairs, as this command "
-            "writes it: the better clip of a pair has the other one as `rejected_id`. They are mixed in and shown to "
-            "everybody, to measure annotators."
+            "help": "File, as for `label`, with the correct labels of some clips of the manifest; for mode pairs, as this command "
+            "writes it, with the worse clip of a pair as `rejected_id`. These clips are shown to everybody among the others, to "
+            "measure annotators."
         },
     )
     gold_share: float = field(default=0.1, metadata={"help": "Share of gold clips among those shown."})
@@ -75,11 +75,14 @@ class AnnotateConfig(ServingConfig):
     # Parameters of the votes
     vote: Literal["majority", "unanimous"] = field(
         default="majority",
-        metadata={"help": "A label is what most say, or what all say; otherwise it stays missing."},
+        metadata={"help": "A label is the answer of the majority, or of everybody; otherwise it stays missing."},
     )
-    min_votes: int = field(default=1, metadata={"help": "Answers that a label needs; with fewer it stays missing."})
+    min_votes: int = field(
+        default=1, metadata={"help": "Fewest answers for a label; with fewer answers it stays missing."}
+    )
     min_gold_accuracy: float | None = field(
-        default=None, metadata={"help": "Leave out the labels of people who are right about gold clips less often."}
+        default=None,
+        metadata={"help": "Leave out the labels of people whose accuracy on gold clips is below this, in (0, 1]."},
     )
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""How clips are cut out of videos. `preprocess` and `score` share these options, so that both see the same clips."""
+"""Options for reading clips from videos. `preprocess` and `score` share them, so that both use the same clips."""
 
 import re
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ from typing import Literal
 from .base import Config, check
 
 
-# What `file_identity` compares, in words.
+# The values of `file_identity`, in words.
 FILE_IDENTITIES = {"time": "size and time stamp", "content": "content"}
 
 
@@ -24,13 +24,13 @@ class ClipConfig(Config):
     num_frames: int = field(default=81, metadata={"help": "Frames per clip, 4k + 1. Longer clips are cut."})
     min_num_frames: int | None = field(
         default=None,
-        metadata={"help": "Accept clips with at least this many frames, cut to 4k + 1; num_frames if left out."},
+        metadata={"help": "Accept clips of at least this many frames and cut them to 4k + 1. num_frames if left out."},
     )
     buckets: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "Sizes HEIGHTxWIDTH such as 480x832 832x480; a clip gets the one with the nearest aspect ratio. If left "
-            "out, resolution and max_aspect_ratio decide."
+            "help": "Sizes HEIGHTxWIDTH such as 480x832 832x480. A clip gets the one with the nearest aspect ratio. If left "
+            "out, the size follows from resolution and max_aspect_ratio."
         },
     )
     resolution: int = field(
@@ -38,43 +38,43 @@ class ClipConfig(Config):
         metadata={"help": "Short side in pixels, a multiple of 32 (upstream: 480 and 704). Sides round up to 32."},
     )
     max_aspect_ratio: float = field(
-        default=1.78, metadata={"help": "The long side is cut to resolution times this, rounded up to 32."}
+        default=1.78, metadata={"help": "The long side is cropped to resolution times this, rounded up to 32."}
     )
     hdr: Literal["refuse", "tone_map"] = field(
         default="refuse",
         metadata={
-            "help": "Clips in HDR (PQ, HLG) or BT.2020: leave them out, or convert them to BT.709 with bright parts compressed."
+            "help": "For clips in HDR (PQ, HLG) or BT.2020: leave them out, or convert them to BT.709 with compressed highlights."
         },
     )
     max_frame_duration: float = field(
         default=10.0,
         metadata={
-            "help": "Seconds that one frame may stay on the screen; if it stays longer, the clock has jumped.",
+            "help": "Longest time in seconds that one frame may stay on the screen. A longer time counts as a clock jump.",
             "may_be_infinite": True,
         },
     )
     clock_jumps: Literal["refuse", "join"] = field(
         default="refuse",
         metadata={
-            "help": "Clips whose clock jumps, as in a paused recording, or runs backwards: leave them out, or join the "
+            "help": "For clips whose clock jumps, as in a paused recording, or runs backwards: leave them out, or join the "
             "parts and report it."
         },
     )
     file_identity: Literal["time", "content"] = field(
         default="time",
         metadata={
-            "help": "How a finished job recognises that its files are unchanged: by size and time stamp, or by their "
-            "content, which reads all of them."
+            "help": "How a finished job recognises unchanged files: by size and time stamp, or by content, which means to "
+            "read all of them."
         },
     )
     vae_tiling: Literal["auto", "on", "off"] = field(
         default="auto",
         metadata={
-            "help": "Let the VAE work in tiles, which changes the result slightly: auto does so if a pass would not fit into "
-            "free memory."
+            "help": "Run the VAE in tiles, which changes the result slightly. auto does this only if a pass would not fit "
+            "into free memory."
         },
     )
-    max_sequence_length: int = field(default=512, metadata={"help": "Tokens after which a prompt is cut."})
+    max_sequence_length: int = field(default=512, metadata={"help": "Most tokens of a prompt; the rest is cut off."})
     text_encoder_dtype: Literal["float32", "bfloat16"] = field(
         default="float32", metadata={"help": "Type of the text encoder. VAE and image encoder are always float32."}
     )

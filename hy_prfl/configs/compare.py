@@ -11,7 +11,7 @@ from .serving import ServingConfig
 @dataclass(kw_only=True)
 class CompareConfig(ServingConfig):
     """
-    Options of `compare`: a page on which people compare two generators without knowing which is which.
+    Options of `compare`: a web page on which people compare two generators, without knowing which is which.
 
     > Parameters of the input and output
     > Parameters of the study
@@ -23,17 +23,17 @@ class CompareConfig(ServingConfig):
     output: str | None = field(
         default=None,
         metadata={
-            "help": "JSON file for the result, comparison.json in the right folder if left out. Beside it is "
-            "<output>.journal.jsonl with every answer."
+            "help": "JSON file for the result; comparison.json in the folder of `right` if left out. "
+            "<output>.journal.jsonl is written too, with every answer."
         },
     )
 
     # Parameters of the study
     criteria: list[str] = field(
-        default_factory=lambda: ["preference"], metadata={"help": "Names of what the clips are compared in."}
+        default_factory=lambda: ["preference"], metadata={"help": "Names of the criteria that clips are compared by."}
     )
     labels_per_pair: int | None = field(
-        default=None, metadata={"help": "People who judge each pair; everybody judges all if left out."}
+        default=None, metadata={"help": "Number of people who judge each pair. Everybody judges all if left out."}
     )
     seed: int = field(default=0, metadata={"help": "Seed of the order of the pairs."})
 

@@ -7,7 +7,7 @@ from typing import Literal
 from .base import Config, check
 
 
-# What is converted -> formats that it can be written in.
+# Option that names the input -> formats that it can be written in.
 OUTPUT_FORMATS = {
     "transformer": ("diffusers", "native"),
     "lora": ("diffusers", "comfyui", "kohya", "upstream"),
@@ -20,7 +20,7 @@ REWARD_PARTS = ("reward_transformer", "mlp", "query_attention")
 @dataclass(kw_only=True)
 class ConvertConfig(Config):
     """
-    Options of `convert`. One call converts one thing: a generator, a LoRA, or a reward model.
+    Options of `convert`. One call converts a generator, a LoRA, or a reward model.
 
     > Parameters of the output
     > Parameters of the generator
@@ -44,31 +44,33 @@ class ConvertConfig(Config):
         default=None,
         metadata={
             "help": "Generator in Wan's native or diffusers' format: a folder with config.json and safetensors (one "
-            "file or shards), or a file (safetensors, pt, pth, ckpt, bin). With `merge_lora` also the folder of a whole "
-            "pipeline, of which the transformers are read."
+            "file or shards), or a file (safetensors, pt, pth, ckpt, bin). With `merge_lora` it may also be the folder of a "
+            "whole pipeline; only its transformers are read."
         },
     )
     merge_lora: list[str] | None = field(
         default=None,
         metadata={
-            "help": "LoRAs to merge into `transformer`, one or several, in any format that `lora` takes. In a pipeline of "
-            "two experts each goes into the one that its header names."
+            "help": "LoRAs to merge into `transformer`, one or several, in any format that `lora` takes. In a pipeline with "
+            "two experts, each is merged into the expert that its header names."
         },
     )
     merge_lora_scale: list[float] | None = field(
-        default=None, metadata={"help": "Strength of each of them, or one for all; 1 if left out."}
+        default=None, metadata={"help": "Strength of each LoRA in `merge_lora`, or one number for all; 1 if left out."}
     )
     transformer_config: str | None = field(
         default=None, metadata={"help": "config.json for a single file, if it is not in the same folder."}
     )
     max_shard_size: str | None = field(
         default=None,
-        metadata={"help": "Largest weight file, e.g. 5GB. Left out: one file (native), 10GB (diffusers)."},
+        metadata={
+            "help": "Largest size of a weight file, e.g. 5GB. If left out: one file (native), 10GB (diffusers)."
+        },
     )
     text_len: int | None = field(
         default=None,
         metadata={
-            "help": "Tokens that native code pads a prompt to; 512 if left out. diffusers' files do not contain it."
+            "help": "Tokens that native code pads a prompt to, not stored in diffusers' files. 512 if left out."
         },
     )
 
@@ -77,13 +79,13 @@ class ConvertConfig(Config):
         default=None,
         metadata={
             "help": "LoRA of diffusers, peft, ComfyUI, kohya, DiffSynth, VideoX-Fun or upstream, recognised by its keys: a "
-            "file, or a folder of diffusers', peft's or upstream's. From a folder with one for each expert, both."
+            "file, or a folder of diffusers, peft or upstream. If a folder has one for each expert, both are converted."
         },
     )
 
     # Parameters of the reward model
     reward_model: str | None = field(
-        default=None, metadata={"help": "Reward model of this project, to write as upstream's three parts."}
+        default=None, metadata={"help": "Reward model of this package, to write as upstream's three parts."}
     )
     reward_transformer: str | None = field(
         default=None, metadata={"help": "Upstream reward model: folder of its transformer, `checkpoint-N`."}
@@ -93,7 +95,7 @@ class ConvertConfig(Config):
         default=None, metadata={"help": "Upstream reward model: `query_attention_step_N.ckpt`."}
     )
     num_query_heads: int = field(
-        default=8, metadata={"help": "Heads of the query attention; upstream's code has 8, and its files do not say."}
+        default=8, metadata={"help": "Heads of the query attention, not stored in upstream's files. Its code has 8."}
     )
     query_residual: bool = field(
         default=True, metadata={"help": "Whether the query is added to the pooled vector, as in upstream's code."}
@@ -132,7 +134,7 @@ class ConvertConfig(Config):
         check(self.num_query_heads >= 1, "num_query_heads", self.num_query_heads, "at least 1")
 
     def _kind(self) -> str:
-        """What is to be converted; the three parts of upstream's reward model count as one thing."""
+        """The key of `OUTPUT_FORMATS` for the given options; the three parts of a reward model count as one."""
         names = dict.fromkeys((*OUTPUT_FORMATS, *REWARD_PARTS))
         given = [name for name in names if getattr(self, name) is not None]
         if not given:

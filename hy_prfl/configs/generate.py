@@ -7,14 +7,14 @@ from .base import Config, check
 from .keep import check_keep, parse_keep
 
 
-# Names of negative prompts. `wan` is `sample_neg_prompt` of Wan's `wan/configs/shared_config.py`.
+# Negative prompts by name. `wan` is `sample_neg_prompt` of Wan's `wan/configs/shared_config.py`.
 NEGATIVE_PROMPTS = {
     "wan": "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，"
     "画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
 }
 
 
-# Attention kernels that give diffusers' ring attention the log-sum-exp of their part, which torch's own choice does not.
+# Attention kernels that return the log-sum-exp, which diffusers' ring attention needs. torch's own choice does not.
 RING_BACKENDS = (
     "_native_cudnn",
     "_native_flash",
@@ -36,7 +36,7 @@ class GenerateConfig(Config):
     > Parameters of the input and output
     > Parameters of the model
     > Parameters of the sampling
-    > Parameters of candidates, which a reward model chooses from
+    > Parameters of candidates and reward guidance
     > Parameters of the video
     > Parameters of memory and speed
     """
@@ -44,25 +44,25 @@ class GenerateConfig(Config):
     # Parameters of the input and output
     prompts: str = field(
         metadata={
-            "help": "Prompts: rows {caption, id, seed, image, last_image} in JSON, JSONL or CSV, of which only caption is "
-            "required, or a .txt with one prompt per line. Field names of upstream's temp_prfl_infer_data.json work too."
+            "help": "Prompts: rows {caption, id, seed, image, last_image} in JSON, JSONL or CSV; only caption is required. Or "
+            "a .txt with one prompt per line. Field names of upstream's temp_prfl_infer_data.json work too."
         }
     )
     output_dir: str = field(metadata={"help": "Folder for <id>_seed_<seed>.mp4 and manifest.json."})
-    seed: int | None = field(default=None, metadata={"help": "Seed of rows without one; 0 if left out."})
+    seed: int | None = field(default=None, metadata={"help": "Seed of rows without their own; 0 if left out."})
     random_seed: bool = field(
         default=False,
         metadata={
-            "help": "Draw that seed at random, once for an output_dir: it is recorded in generate.yaml, and the same command "
+            "help": "Draw the seed at random, once for an output_dir. It is recorded in generate.yaml, and the same command "
             "uses it again."
         },
     )
     num_videos_per_prompt: int = field(
-        default=1, metadata={"help": "Videos per row, with the seeds seed, seed + 1, ..."}
+        default=1, metadata={"help": "Videos for each row, with seeds seed, seed + 1, ..."}
     )
     overwrite: bool = field(
         default=False,
-        metadata={"help": "Make videos again that were made with other settings; without it that is an error."},
+        metadata={"help": "Replace videos that were made with other settings; without it such videos are an error."},
     )
 
     # Parameters of the model
@@ -77,25 +77,26 @@ class GenerateConfig(Config):
     lora_path: list[str] | None = field(
         default=None,
         metadata={
-            "help": "One LoRA or several, in any format that `convert` reads: files, folders or Hub ids. Their updates "
-            "are added up."
+            "help": "One or several LoRAs, in any format that `convert` reads: files, folders or Hub ids. Their updates "
+            "are summed."
         },
     )
     lora_weights: list[float] | None = field(
-        default=None, metadata={"help": "Strength of each LoRA of lora_path, in their order."}
+        default=None, metadata={"help": "Strength of each LoRA of lora_path, in the same order."}
     )
     transformer_2_path: str | None = field(
         default=None,
-        metadata={"help": "The same for the low-noise expert of a pipeline with two experts (Wan2.2 A14B)."},
+        metadata={"help": "Like transformer_path, for the low-noise expert of a pipeline with two (Wan2.2 A14B)."},
     )
     lora_2_path: list[str] | None = field(
-        default=None, metadata={"help": "LoRAs of the low-noise expert of a pipeline with two experts."}
+        default=None, metadata={"help": "Like lora_path, for the low-noise expert of a pipeline with two."}
     )
     lora_2_weights: list[float] | None = field(
         default=None, metadata={"help": "Strength of each LoRA of lora_2_path, in the same order."}
     )
     lora_scale: float | None = field(
-        default=None, metadata={"help": "One strength for all LoRAs; 1 if this and the weights are left out."}
+        default=None,
+        metadata={"help": "One strength for all LoRAs, instead of lora_weights and lora_2_weights. 1 by default."},
     )
     dtype: Literal["bfloat16", "float16", "float32"] = field(
         default="bfloat16",
@@ -106,8 +107,8 @@ class GenerateConfig(Config):
     sample_solver: Literal["unipc", "dpm++", "euler"] | None = field(
         default=None,
         metadata={
-            "help": "UniPC, DPM-Solver++ (multistep) or Euler, with the same shift. The pipeline's scheduler if left out, "
-            "which is UniPC in Wan's."
+            "help": "UniPC, DPM-Solver++ (multistep) or Euler, with the same shift. If left out, the pipeline's own "
+            "scheduler, which is UniPC for Wan."
         },
     )
     num_inference_steps: int = field(default=50, metadata={"help": "Denoising steps."})
@@ -121,65 +122,71 @@ class GenerateConfig(Config):
     negative_prompt: str | None = field(
         default=None,
         metadata={
-            "help": "Text of what the videos should not show. `wan` stands for the Chinese text of Wan's own code.",
+            "help": "What the videos should not show. `wan` stands for the Chinese text in Wan's own code.",
             "may_be_empty": True,
         },
     )
-    max_sequence_length: int = field(default=512, metadata={"help": "Text tokens the prompt is padded or cut to."})
+    max_sequence_length: int = field(
+        default=512, metadata={"help": "Number of tokens that the prompt is padded or cut to."}
+    )
 
-    # Parameters of candidates, which a reward model chooses from
+    # Parameters of candidates and reward guidance
     reward_model: str | None = field(
         default=None,
         metadata={
-            "help": "Reward model that chooses among candidates or guides: a folder of train_reward, or a Hub id."
+            "help": "Reward model that selects among candidates, or guides: a folder of train_reward, or a Hub id."
         },
     )
     reward_model_revision: str | None = field(default=None, metadata={"help": "Hub revision of the reward model."})
     reward_dtype: Literal["bfloat16", "float16", "float32"] | None = field(
-        default=None, metadata={"help": "Type of the reward model, that of dtype if left out."}
+        default=None, metadata={"help": "Type of the reward model; dtype if left out."}
     )
     num_candidates: int = field(
         default=1,
-        metadata={"help": "Samples of each video, with the seeds seed, seed + 1, ...; the reward model keeps one."},
+        metadata={"help": "Samples of each video, with seeds seed, seed + 1, ... The reward model selects one."},
     )
     keep: str | None = field(
         default=None,
         metadata={
-            "help": "How many candidates go on after which step, such as 6:4,12:2,20:1. All of them go to the end if left "
-            "out."
+            "help": "How many candidates continue after which step: 6:4,12:2,20:1 keeps 4 after step 6, and so on. If left "
+            "out, all of them continue to the end."
         },
     )
     candidate_batch_size: int = field(
         default=1,
-        metadata={"help": "Candidates that a model takes at once. With 1, each is bit for bit the plain sample."},
+        metadata={
+            "help": "Candidates in one batch. With 1, each candidate is bit for bit the plain sample of its seed."
+        },
     )
     final_timesteps: list[int] = field(
         default_factory=lambda: [400, 600, 800],
-        metadata={"help": "Noise levels, 1000 * sigma, at which candidates are scored that have reached the end."},
+        metadata={"help": "Noise levels, 1000 * sigma, at which candidates are scored at the end."},
     )
     resample: bool = field(
         default=False,
-        metadata={"help": "Candidates that are kept go on twice, as they are and with part of their noise drawn new."},
+        metadata={"help": "Each kept candidate continues twice: unchanged, and with a part of its noise replaced."},
     )
     renoise: float = field(
-        default=0.5, metadata={"help": "That part, as standard deviation of the new noise, in (0, 1]."}
+        default=0.5, metadata={"help": "For resample: standard deviation of the new noise, in (0, 1]."}
     )
     reward_guidance: float | None = field(
         default=None,
-        metadata={"help": "Follow the reward's gradient: its length as a share of the velocity's; none if left out."},
+        metadata={
+            "help": "Add the reward's gradient to the velocity, with this norm relative to the velocity's. No guidance if left out."
+        },
     )
     reward_guidance_steps: list[int] | None = field(
-        default=None, metadata={"help": "First and last step that is guided, from 1. Needed with reward_guidance."}
+        default=None, metadata={"help": "First and last guided step, counted from 1. Required with reward_guidance."}
     )
     calibrate: bool = field(
         default=False,
         metadata={
-            "help": "Take all candidates to the end, score them after every step, and write the cheapest keep to "
+            "help": "Sample all candidates to the end, score them after every step, and write the cheapest keep to "
             "calibration.json."
         },
     )
     calibrate_share: float = field(
-        default=0.95, metadata={"help": "Share of best-of-N's gain in reward that this keep has to reach, in (0, 1]."}
+        default=0.95, metadata={"help": "Share of best-of-N's gain in reward that this keep must reach, in (0, 1]."}
     )
 
     # Parameters of the video
@@ -202,53 +209,54 @@ class GenerateConfig(Config):
     context_parallel_degree: int = field(
         default=1,
         metadata={
-            "help": "Processes that make one video together: each has a share of its tokens. Divides the number of "
-            "processes and of tokens, and, divided by ring_degree, that of attention heads (Ulysses)."
+            "help": "Processes that make one video together, each with a share of its tokens. The number of processes and "
+            "the number of tokens must be multiples of it; the number of attention heads must be a multiple of it divided "
+            "by ring_degree (Ulysses)."
         },
     )
     ring_degree: int = field(
         default=1,
         metadata={
-            "help": "The part of context_parallel_degree that does ring attention, which heads need not divide over. "
-            "Needs an attention_backend that can."
+            "help": "The factor of context_parallel_degree that uses ring attention, which does not divide the heads. Needs "
+            "an attention_backend that supports it."
         },
     )
     shard_weights: list[Literal["transformer", "text_encoder"]] | None = field(
         default=None,
         metadata={
-            "help": "Models whose weights are split over the processes of a video, block by block (FSDP2). Needs a "
+            "help": "Models whose weights are sharded over the processes of a video, block by block (FSDP2). Needs a "
             "context_parallel_degree above 1."
         },
     )
     text_encoder_on_cpu: bool = field(
         default=False,
-        metadata={"help": "Encode prompts on the CPU: slow, and no GPU memory for it (11 GB in bfloat16)."},
+        metadata={"help": "Encode prompts on the CPU: slow, but saves GPU memory (11 GB in bfloat16)."},
     )
     attention_backend: str | None = field(
         default=None,
         metadata={
             "help": "Attention kernel of the transformers, by diffusers' name: native, _native_cudnn, flash, _flash_3_hub, "
-            "sage, ...; torch's own choice if left out."
+            "sage, ... If left out, torch chooses."
         },
     )
     vae_tiling: Literal["auto", "on", "off"] = field(
         default="auto",
         metadata={
-            "help": "Let the VAE work in tiles, which changes the result slightly: auto does so if a pass would not fit into "
-            "free memory."
+            "help": "Run the VAE in tiles, which changes the result slightly. auto does this only if a pass would not fit "
+            "into free memory."
         },
     )
     cpu_offload: Literal["none", "model", "sequential"] = field(
         default="none",
         metadata={
-            "help": "Keep weights in CPU memory: whole models (slower start) or single layers (slow, least memory)."
+            "help": "Keep weights in CPU memory and move them to the GPU by model (slower start) or by layer (slow, least memory)."
         },
     )
     step_cache: Literal["none", "first_block", "taylorseer", "sea"] = field(
         default="none",
         metadata={
-            "help": "diffusers' step caching, which skips work where steps hardly differ: FirstBlockCache, TaylorSeer, "
-            "or SeaCache (text-to-video only). Faster, but not the same video."
+            "help": "diffusers' step caching, which skips computations where steps hardly differ: FirstBlockCache, "
+            "TaylorSeer, or SeaCache (text-to-video only). Faster, but the video changes."
         },
     )
     step_cache_threshold: float | None = field(
@@ -256,7 +264,7 @@ class GenerateConfig(Config):
         metadata={"help": "Tolerance of first_block (0.05 if left out) or sea (0.25); larger is faster and worse."},
     )
     step_cache_interval: int | None = field(
-        default=None, metadata={"help": "taylorseer: steps from one full computation to the next (5 if left out)."}
+        default=None, metadata={"help": "For taylorseer: steps between full computations (5 if left out)."}
     )
 
     def __post_init__(self) -> None:
@@ -276,7 +284,7 @@ class GenerateConfig(Config):
         check(self.guidance_scale >= 0, "guidance_scale", self.guidance_scale, "at least 0")
         check(
             self.negative_prompt is None or self.guidance_scale > 1,
-            "negative_prompt", self.negative_prompt, f"left out with `guidance_scale` {self.guidance_scale:g}, which is none",
+            "negative_prompt", self.negative_prompt, f"left out without guidance (`guidance_scale` {self.guidance_scale:g})",
         )  # fmt: skip
         check(self.flow_shift is None or self.flow_shift > 0, "flow_shift", self.flow_shift, "greater than 0")
         self._check_candidates()
@@ -324,7 +332,7 @@ class GenerateConfig(Config):
         )
 
     def _check_parallelism(self) -> None:
-        """What the options about several processes and about where weights are allow together."""
+        """Check the options about several processes and about the place of the weights against each other."""
         degree, sharded = self.context_parallel_degree, self.shard_weights
         check(degree >= 1, "context_parallel_degree", degree, "at least 1")
         ring, kernel = self.ring_degree, self.attention_backend
@@ -332,7 +340,7 @@ class GenerateConfig(Config):
         check(fits, "ring_degree", ring, f"a divisor of `context_parallel_degree`, {degree}")
         fits = ring == 1 or kernel in RING_BACKENDS
         check(fits, "attention_backend", kernel, f"with `ring_degree` one of {', '.join(RING_BACKENDS)}")
-        # What a cache skips depends on a process's own tokens, and the others would wait for it.
+        # Each process would skip other steps, because a cache decides by the tokens of its process; the others would hang.
         fits = degree == 1 or self.step_cache == "none"
         check(fits, "step_cache", self.step_cache, "none with `context_parallel_degree` above 1")
         check(sharded is None or degree > 1, "shard_weights", sharded, "left out with `context_parallel_degree` 1")
@@ -340,18 +348,18 @@ class GenerateConfig(Config):
         check(fits, "cpu_offload", self.cpu_offload, "none with `shard_weights`")
         on_cpu = self.text_encoder_on_cpu
         fits = not (on_cpu and sharded is not None and "text_encoder" in sharded)
-        check(fits, "shard_weights", sharded, "without text_encoder if there is `text_encoder_on_cpu`")
+        check(fits, "shard_weights", sharded, "without text_encoder if `text_encoder_on_cpu` is set")
         fits = not on_cpu or self.cpu_offload == "none"
         check(
             fits,
             "text_encoder_on_cpu",
             on_cpu,
-            f"left out with `cpu_offload` {self.cpu_offload}, which moves the encoder",
+            f"left out with `cpu_offload` {self.cpu_offload}, which moves the text encoder to the GPU",
         )
 
     @property
     def uses_reward(self) -> bool:
-        """Whether there is something for a reward model to do."""
+        """Whether an option needs a reward model."""
         return self.num_candidates > 1 or self.reward_guidance is not None
 
     def _check_candidates(self) -> None:
@@ -363,14 +371,14 @@ class GenerateConfig(Config):
             self.uses_reward or not given,
             "reward_model",
             self.reward_model,
-            "left out with nothing to choose or guide",
+            "left out without `num_candidates` above 1 and without `reward_guidance`",
         )
         for name in ("reward_model_revision", "reward_dtype"):
             check(given or getattr(self, name) is None, name, getattr(self, name), "left out without `reward_model`")
         several = self.num_candidates > 1
         for name in ("keep", "resample", "calibrate"):
             value = getattr(self, name)
-            check(several or not value, name, value, "left out with one candidate, see `num_candidates`")
+            check(several or not value, name, value, "left out with `num_candidates` 1")
         number = self.num_videos_per_prompt
         check(not several or number == 1, "num_videos_per_prompt", number, "1 with several candidates of each video")
         check(not self.uses_reward or self.step_cache == "none", "step_cache", self.step_cache, "none with candidates")
@@ -379,13 +387,13 @@ class GenerateConfig(Config):
             degree == 1 or not given,
             "context_parallel_degree",
             degree,
-            "1 with a `reward_model`, which needs all tokens",
+            "1 with a `reward_model`, which needs all tokens of a video",
         )
         check(
             not (self.resample and self.keep is None),
             "resample",
             self.resample,
-            "false without `keep`, which says when",
+            "false without `keep`, whose steps it needs",
         )
         for name in ("keep", "resample", "reward_guidance"):
             value = getattr(self, name)

@@ -7,7 +7,7 @@ from typing import Any
 from .native import check_not_native
 
 
-# A name that the Hub might know: `name` or `user/name`.
+# Form of a Hub id: `name` or `user/name`.
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 PIPELINE = "pretrained_model_name_or_path"
 
@@ -25,7 +25,7 @@ def check_files(config: Any, *names: str) -> None:
 
 
 def check_paths(config: Any, *names: str) -> None:
-    """Raise a `FileNotFoundError` if one of these options is given and there is neither such a file nor such a folder."""
+    """Raise a `FileNotFoundError` if one of these options is given and there is no such file or folder."""
     for name in names:
         path = getattr(config, name)
         if path is not None and not Path(path).exists():
@@ -34,10 +34,9 @@ def check_paths(config: Any, *names: str) -> None:
 
 def check_sources(config: Any, *names: str, or_file: bool = False) -> None:
     """
-    Raise a `FileNotFoundError` if one of these options is given and is neither a folder nor a possible Hub id; an option
-    with several values is checked value by value.
+    Raise a `FileNotFoundError` if one of these options is given and is neither a folder nor a possible Hub id.
 
-    This does not ask whether the Hub has it. A pipeline in Wan's native format is a `ValueError`.
+    Each value of a list is checked. The Hub is not contacted. A pipeline in Wan's native format is a `ValueError`.
 
     Args:
         or_file (`bool`, defaults to `False`):

@@ -1,4 +1,4 @@
-"""How many candidates go on after which step, as it is written in options: `6:4,12:2,20:1`."""
+"""Parses the option `keep`: how many candidates continue after which step, such as `6:4,12:2,20:1`."""
 
 import re
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from .base import check
 
 @dataclass(frozen=True)
 class Decision:
-    """After this many steps of the chain, the best `num_kept` candidates go on; both at least 1."""
+    """After `step` steps of the denoising chain, the best `num_kept` candidates continue. Both are at least 1."""
 
     step: int
     num_kept: int
@@ -16,10 +16,10 @@ class Decision:
 
 def parse_keep(text: str | None) -> tuple[Decision, ...]:
     """
-    Decisions in the order of the chain; none for None.
+    Decisions in the order of their steps; an empty tuple for None.
 
     Raises:
-        ValueError: If it is not a list of `step:number` with both at least 1 and steps that ascend.
+        ValueError: If it is not a list of `step:number`, both at least 1, with ascending steps.
     """
     if text is None:
         return ()
@@ -28,46 +28,51 @@ def parse_keep(text: str | None) -> tuple[Decision, ...]:
     check(valid, "keep", text, "a list of step:number, both at least 1, such as 6:4,12:2,20:1")
     decisions = tuple(Decision(*map(int, part.split(":"))) for part in parts)
     steps = [decision.step for decision in decisions]
-    check(steps == sorted(set(steps)), "keep", text, "a list whose steps ascend")
+    check(steps == sorted(set(steps)), "keep", text, "a list with ascending steps")
     return decisions
 
 
 def check_keep(
     decisions: tuple[Decision, ...], *, num_candidates: int, num_inference_steps: int, resample: bool = False
 ) -> None:
-    """Raise a `ValueError` unless every decision is within the chain and drops at least one candidate."""
-    there = num_candidates
+    """Raise a `ValueError` unless every decision is before the last step and drops at least one candidate."""
+    num_left = num_candidates
     for decision in decisions:
         shown = f"{decision.step}:{decision.num_kept}"
-        # After the last step nothing is left to be saved: the best of all is taken there anyway.
+        # After the last step a decision saves nothing: the best candidate is selected there anyway.
         in_chain = decision.step < num_inference_steps
-        check(in_chain, "keep", shown, f"after a step before the last of `num_inference_steps` {num_inference_steps}")
-        check(decision.num_kept < there, "keep", shown, f"fewer than the {there} candidates that are there by then")
-        there = decision.num_kept * (2 if resample else 1)
+        check(in_chain, "keep", shown, f"before the last step of `num_inference_steps` {num_inference_steps}")
+        check(decision.num_kept < num_left, "keep", shown, f"fewer than the {num_left} candidates before this step")
+        num_left = decision.num_kept * (2 if resample else 1)
 
 
 def format_keep(decisions: tuple[Decision, ...]) -> str:
-    """What `parse_keep` reads."""
+    """The text for decisions, as `parse_keep` reads it."""
     return ",".join(f"{decision.step}:{decision.num_kept}" for decision in decisions)
 
 
 def num_forwards(
     decisions: tuple[Decision, ...], *, num_candidates: int, num_inference_steps: int, resample: bool = False
 ) -> int:
-    """Steps that all candidates of a prompt take together. Classifier-free guidance takes two forwards for each."""
-    total, there, before = 0, num_candidates, 0
+    """Sum of the steps of all candidates of a prompt. With classifier-free guidance, a step takes two forwards."""
+    total, num_left, before = 0, num_candidates, 0
     for decision in decisions:
-        total += there * (decision.step - before)
-        there, before = decision.num_kept * (2 if resample else 1), decision.step
-    return total + there * (num_inference_steps - before)
+        total += num_left * (decision.step - before)
+        num_left, before = decision.num_kept * (2 if resample else 1), decision.step
+    return total + num_left * (num_inference_steps - before)
 
 
 def num_scores(
     decisions: tuple[Decision, ...], *, num_candidates: int, num_final_timesteps: int, resample: bool = False
 ) -> int:
-    """Forwards of the reward model for all candidates of a prompt: one for each at a decision, and those at the end."""
-    total, there = 0, num_candidates
+    """
+    Forwards of the reward model for all candidates of a prompt.
+
+    That is one for each candidate at each decision. If more than one is left at the end, it is also one for each of them
+    at each final timestep.
+    """
+    total, num_left = 0, num_candidates
     for decision in decisions:
-        total += there
-        there = decision.num_kept * (2 if resample else 1)
-    return total + (there * num_final_timesteps if there > 1 else 0)
+        total += num_left
+        num_left = decision.num_kept * (2 if resample else 1)
+    return total + (num_left * num_final_timesteps if num_left > 1 else 0)

@@ -8,7 +8,7 @@ from .base import Config
 
 @dataclass(kw_only=True)
 class LabelConfig(Config):
-    """Options of `label`: merge annotations into an existing latent dataset without encoding anything."""
+    """Options of `label`: merge annotations into an existing latent dataset. Nothing is encoded again."""
 
     dataset: str = field(metadata={"help": "Latent dataset written by `preprocess`: a folder or a Hub id."})
     annotations: str = field(
@@ -19,9 +19,9 @@ class LabelConfig(Config):
     )
     output_dir: str = field(metadata={"help": "Folder for the labelled dataset; may be `dataset` itself."})
     unknown_ids: Literal["error", "ignore"] = field(
-        default="error", metadata={"help": "What to do with annotations of clips that are not in the dataset."}
+        default="error", metadata={"help": "How to treat annotations of clips that are not in the dataset."}
     )
     overwrite: bool = field(
         default=False,
-        metadata={"help": "Let annotations replace different labels; without it a difference is an error."},
+        metadata={"help": "Replace labels that differ from the annotations; without it a difference is an error."},
     )

@@ -1,4 +1,4 @@
-"""Tells Wan's native repositories, which nothing here reads as a pipeline, from those in diffusers' format."""
+"""Recognises pipelines in Wan's native format, which are not supported, and names the same model in diffusers' format."""
 
 import json
 import re
@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 
-# Native repository of `Wan-AI` -> the same model in diffusers' format, and what its config.json says (`model_type`, `dim`,
-# `in_dim`); A14B has one in the folder of each expert.
+# Native repository of `Wan-AI` -> the same model in diffusers' format, and (`model_type`, `dim`, `in_dim`) in its
+# config.json. A14B has a config.json in the folder of each expert.
 REPOSITORIES: dict[str, tuple[str, tuple[str, int, int]]] = {
     "Wan2.1-T2V-1.3B": ("Wan2.1-T2V-1.3B-Diffusers", ("t2v", 1536, 16)),
     "Wan2.1-T2V-14B": ("Wan2.1-T2V-14B-Diffusers", ("t2v", 5120, 16)),
@@ -29,12 +29,12 @@ def check_not_native(name: str, source: str) -> None:
 
     Args:
         name (`str`):
-            Option that has it.
+            Name of the option.
         source (`str`):
-            Folder or Hub id.
+            Its value, a folder or Hub id.
 
     Raises:
-        ValueError: If it is native; names the repository in diffusers' format.
+        ValueError: If it is native. The message names the repository in diffusers' format.
     """
     folder = Path(source)
     if not folder.is_dir():
@@ -58,13 +58,13 @@ def check_not_native(name: str, source: str) -> None:
         f"Give the same model in diffusers' format: {fitting}." if fitting else "Give a pipeline in diffusers' format."
     )
     raise ValueError(
-        f"`{name}`: '{source}' has Wan's native files. {same} If the transformer in it is your own, `hy-prfl convert "
-        "--transformer` makes one for `--transformer_path` of it."
+        f"`{name}`: '{source}' has Wan's native files. {same} If its transformer is your own, `hy-prfl convert "
+        "--transformer` converts it for `--transformer_path`."
     )
 
 
 def _fitting(folder: Path, entries: list[dict[str, Any]]) -> list[str]:
-    """Published models in diffusers' format of this kind and size; only the one that the path names, if it names one."""
+    """Published models of this kind and size, in diffusers' format. Only one if the path contains its name."""
     has_experts = any((folder / each).is_dir() for each in EXPERTS)
     found = [(each.get("model_type"), each.get("dim"), each.get("in_dim")) for each in entries]
     fitting = {

@@ -1,4 +1,4 @@
-"""Reads a config dataclass from a YAML file and the command line; the command line wins."""
+"""Builds a config dataclass from a YAML file and the command line. The command line has priority."""
 
 import argparse
 import dataclasses
@@ -14,13 +14,13 @@ from .yaml_file import TextLoader, read_yaml
 
 ConfigT = TypeVar("ConfigT")
 
-# Environment variable that shows tracebacks of mistakes; see `scripts/running.py`.
+# Environment variable that makes commands print tracebacks of mistakes; see `scripts/running.py`.
 TRACEBACK_VARIABLE = "HY_PRFL_TRACEBACK"
 EPILOG = (
     "A mistake in options or input ends in one line, `error: ...`, and exit code 2.\n"
-    f"With {TRACEBACK_VARIABLE}=1 in the environment its traceback is shown."
+    f"Set {TRACEBACK_VARIABLE}=1 in the environment to see its traceback."
 )
-# Words for true and false, and names of the types of fields.
+# Texts for true and false, and names of the types of fields in errors.
 TRUE, FALSE = ("true", "yes", "on", "t", "y", "1"), ("false", "no", "off", "f", "n", "0")
 KINDS = {int: ("an integer", "integers"), float: ("a number", "numbers"), str: ("a text", "texts")}
 
@@ -38,30 +38,30 @@ def parse_config(
     """
     Build `config_class` from `--config FILE.yaml` and the remaining command line options.
 
-    The YAML file is a flat mapping of field names; `null` leaves a field at its default. Values from both go through
-    the same type conversion (`learning_rate: 5e-6` is a float although YAML reads it as a string). The command line
-    wins.
+    The YAML file is a flat mapping of field names to values; `null` leaves a field at its default. Values from both
+    sources are converted in the same way (`learning_rate: 5e-6` is a float, although YAML reads it as a string). The
+    command line has priority.
 
     Fields have the type str, int, float, bool or `Literal`, another type that is made from one string, or a list of
-    one of these; each may be optional. A flag is `--flag`, `--flag true` or `--flag false`, one that is on by default
-    also `--no_flag`.
+    one of these. Each may be optional. A flag is given as `--flag`, `--flag true` or `--flag false`. A flag that is on by
+    default is also turned off by `--no_flag`.
 
     Args:
         config_class (`type`):
             A dataclass whose fields are the options. Its `__post_init__` checks the values.
         argv (`Sequence[str]`, *optional*):
-            The options, `sys.argv[1:]` if not given.
+            The command line options, `sys.argv[1:]` if not given.
         description (`str`, *optional*):
             Text at the top of `--help`.
 
     Raises:
-        ValueError: If the YAML file is not a flat mapping, holds a key that is no field, or if any value has the
-            wrong type or is refused by the dataclass. The message names the field.
+        ValueError: If the YAML file is not a flat mapping, if a name is not a field, or if a value has the wrong type or
+            is refused by the dataclass. The message names the field.
         FileNotFoundError: If the YAML file does not exist.
     """
     argv = [_with_underscores(word) for word in (sys.argv[1:] if argv is None else argv)]
     if not {"-h", "--help"} & set(argv):
-        # First, so that the error names the misspelt option and not the required one that is missing because of it.
+        # Checked first: otherwise the error could name the required option that is missing because another is misspelt.
         for name in (word.removeprefix("--").partition("=")[0] for word in argv if word.startswith("--")):
             positive = name.removeprefix("no_")  # `--no_flag` turns off a flag that is on by default
             if name != "config":
@@ -88,7 +88,7 @@ def _is_required(field: dataclasses.Field[Any]) -> bool:
 
 
 def _with_underscores(word: str) -> str:
-    """An option by the name of its field: `--output-dir=a-b` -> `--output_dir=a-b`. Other words stay as they are."""
+    """An option with the name of its field: `--output-dir=a-b` -> `--output_dir=a-b`. Other words are unchanged."""
     name, equals, value = word.partition("=")
     return f"--{name[2:].replace('-', '_')}{equals}{value}" if word.startswith("--") else word
 
@@ -102,8 +102,8 @@ def _check_name(name: str, config_class: type, *, source: str) -> None:
 
 
 def _build_parser(config_class: type, types: dict[str, Any], description: str | None) -> ConfigParser:
-    """A parser that assigns words to options. It converts no types, because values of the YAML file need that too."""
-    # `hy-prfl train_prfl`; argparse alone would say `hy-prfl`.
+    """A parser that assigns texts to options. Types are converted later, together with the values of the YAML file."""
+    # For `hy-prfl train_prfl`: argparse would show only `hy-prfl`.
     command = [word for word in sys.argv[1:2] if not word.startswith("-")]
     parser = ConfigParser(
         prog=" ".join([Path(sys.argv[0]).name, *command]),
@@ -172,7 +172,7 @@ def _scalar_type(hint: Any) -> tuple[Any, bool]:
 
 
 def _convert(name: str, value: str | list[str], hint: Any, source: str) -> Any:
-    """Convert the text of a field; a single value counts as a list of one."""
+    """Convert the text of a field to its type. For a list, a single value is a list of one item."""
     kind, is_list = _scalar_type(hint)
     if not is_list and isinstance(value, list):
         raise ValueError(f"{source}: `{name}` must be a single value, got the list {value!r}.")

@@ -8,10 +8,10 @@ from .base import Config, check
 
 @dataclass(kw_only=True)
 class PlanConfig(Config):
-    """Options of `plan --config recipe.yaml`. Options of the recipe may be given too, and replace its values."""
+    """Options of `plan --config recipe.yaml`. Options of the recipe may be given too; they replace its values."""
 
     recipe: str = field(
-        metadata={"help": "Recipe of train_prfl, train_reward or generate; on the command line also `--config`."}
+        metadata={"help": "Recipe of train_prfl, train_reward or generate. On the command line also `--config`."}
     )
     recipe_command: Literal["train_prfl", "train_reward", "generate"] | None = field(
         default=None, metadata={"help": "Command that the recipe is for; inferred from its keys if left out."}
@@ -25,11 +25,11 @@ class PlanConfig(Config):
     first_frame: bool = field(
         default=False,
         metadata={
-            "help": "Clips start from a given image, for Wan2.2 TI2V 5B; for other models it is inferred from the weights."
+            "help": "For Wan2.2 TI2V 5B: clips start from a given image. For other models this is inferred from the pipeline."
         },
     )
     num_rows: int | None = field(
-        default=None, metadata={"help": "Clips, or pairs, in the training dataset, to predict the hours of a run."}
+        default=None, metadata={"help": "Clips, or pairs, in the training dataset, to estimate the hours of a run."}
     )
 
     # Parameters of the machine
@@ -45,10 +45,10 @@ class PlanConfig(Config):
     tflops: float = field(
         default=989.0, metadata={"help": "Peak of a GPU in dense bfloat16 TFLOP/s; the default is an H100's."}
     )
-    utilization: float = field(default=0.4, metadata={"help": "Share of that peak that is reached; an assumption."})
+    utilization: float = field(default=0.4, metadata={"help": "Assumed share of that peak that is reached."})
     reserved_memory: float = field(
         default=3.0,
-        metadata={"help": "GB for the CUDA context, communication buffers and fragmentation; an assumption."},
+        metadata={"help": "Assumed GB for the CUDA context, communication buffers and fragmentation."},
     )
 
     def __post_init__(self) -> None:

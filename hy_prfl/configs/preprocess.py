@@ -10,7 +10,7 @@ from .clips import ClipConfig
 @dataclass(kw_only=True)
 class PreprocessConfig(ClipConfig):
     """
-    Options of `preprocess`: turn the clips of a manifest, or folders of upstream's preprocessing, into a latent
+    Options of `preprocess`: encode the clips of a manifest, or import upstream's preprocessed clips, into a latent
     dataset.
 
     > Parameters of the input and output
@@ -34,11 +34,11 @@ class PreprocessConfig(ClipConfig):
     )
     upstream_root: str = field(
         default=".",
-        metadata={"help": "Folder in which upstream ran: paths in its files are looked up there and beside the file."},
+        metadata={"help": "Folder in which upstream ran. Paths in its files are looked up there and beside the file."},
     )
     null_prompt_path: str | None = field(
         default=None,
-        metadata={"help": "Upstream's null.npy, the embedding of the empty prompt; encoded here if left out."},
+        metadata={"help": "Upstream's null.npy, the embedding of the empty prompt. If left out, it is encoded here."},
     )
     overwrite: bool = field(
         default=False,
@@ -54,8 +54,8 @@ class PreprocessConfig(ClipConfig):
     prompts_only: bool = field(
         default=False,
         metadata={
-            "help": "Encode no latents, only prompts for reward updates, with first images for image-to-video. For "
-            "text-to-video, buckets must name one size."
+            "help": "Encode only prompts for reward updates, and first images for image-to-video, but no latents. For "
+            "text-to-video, buckets must have exactly one size."
         },
     )
 
@@ -65,20 +65,20 @@ class PreprocessConfig(ClipConfig):
     batch_size: int = field(
         default=1,
         metadata={
-            "help": "Clips of one size and length that the VAE encodes at once; more is faster for small clips."
+            "help": "Clips of one size and length that the VAE encodes together. More is faster for small clips."
         },
     )
     num_workers: int = field(
         default=2,
         metadata={
-            "help": "Threads of each process that read the next clips while the VAE encodes; 0 reads and encodes in turn. "
-            "A thread takes twice the frames of a clip at the file's size, 1 GB for 81 frames of 1080p, and up to "
-            "num_workers or batch_size clips, whichever is more, wait at their final size, 0.2 GB each at 720P."
+            "help": "Threads in each process that read the next clips while the VAE encodes. With 0, reading and encoding "
+            "alternate. A thread needs memory for twice the frames of a clip at the file's size: 1 GB for 81 frames of 1080p. "
+            "Up to max(num_workers, batch_size) clips are read in advance, at their final size: 0.2 GB each at 720P."
         },
     )
     shard_size: int = field(
         default=8,
-        metadata={"help": "Clips that are stored at once: at most this many are lost if the process is killed."},
+        metadata={"help": "Clips that are stored together. At most this many are lost if the process is killed."},
     )
 
     def __post_init__(self) -> None:

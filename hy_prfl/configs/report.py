@@ -9,17 +9,20 @@ from .base import Config, check
 class ReportConfig(Config):
     """Options of `report`: one HTML file that shows a run."""
 
-    run: str = field(metadata={"help": "Folder of a reward or PRFL run; on the command line its name alone will do."})
-    output: str | None = field(
-        default=None, metadata={"help": "HTML file to write, report.html in the run's folder if left out."}
+    run: str = field(
+        metadata={"help": "Folder of a reward or PRFL run. On the command line, `--run` may be left out before it."}
     )
-    title: str | None = field(default=None, metadata={"help": "Headline, the folder's name if left out."})
+    output: str | None = field(
+        default=None, metadata={"help": "HTML file to write; report.html in the run's folder if left out."}
+    )
+    title: str | None = field(default=None, metadata={"help": "Headline; the folder's name if left out."})
     plan: str | None = field(
-        default=None, metadata={"help": "File that `plan --output` wrote for the recipe, to compare the cost with."}
+        default=None,
+        metadata={"help": "File that `plan --output` wrote for the recipe. The measured cost is compared with it."},
     )
     scores: str | None = field(
         default=None,
-        metadata={"help": "Table of `score` of labelled clips by the run's reward model, for its calibration."},
+        metadata={"help": "Table of `score` for labelled clips with the run's reward model, to show its calibration."},
     )
     before: str | None = field(default=None, metadata={"help": "Folder of `generate`, before the run."})
     after: str | None = field(
@@ -27,10 +30,10 @@ class ReportConfig(Config):
     )
     comparisons: list[str] | None = field(
         default=None,
-        metadata={"help": "Results of `compare`. The run's own comparison.json, if there is one, is shown anyway."},
+        metadata={"help": "Results of `compare`. comparison.json in the run's folder is always shown if it exists."},
     )
-    num_samples: int = field(default=6, metadata={"help": "Prompts whose videos are shown at most."})
-    max_megabytes: float = field(default=50.0, metadata={"help": "Videos that are put into the page at most, in MB."})
+    num_samples: int = field(default=6, metadata={"help": "Largest number of prompts whose videos are shown."})
+    max_megabytes: float = field(default=50.0, metadata={"help": "Largest size of all videos in the page, in MB."})
 
     def __post_init__(self) -> None:
         super().__post_init__()

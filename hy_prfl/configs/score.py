@@ -10,7 +10,7 @@ from .clips import ClipConfig
 @dataclass(kw_only=True)
 class ScoreConfig(ClipConfig):
     """
-    Options of `score`: turn videos with captions, or a latent dataset, into a table of rewards at chosen noise levels.
+    Options of `score`: write a table of rewards at given noise levels, for videos with captions or a latent dataset.
 
     > Parameters of the input and output
     > Parameters of the scores
@@ -21,7 +21,7 @@ class ScoreConfig(ClipConfig):
     reward_model_revision: str | None = field(default=None, metadata={"help": "Hub revision of the reward model."})
     manifest: str | None = field(
         default=None,
-        metadata={"help": "Videos to score: .json, .jsonl or .csv, as for `preprocess` or as `generate` writes it."},
+        metadata={"help": "Videos to score: .json, .jsonl or .csv, as for `preprocess` or written by `generate`."},
     )
     dataset: str | None = field(
         default=None, metadata={"help": "Instead of a manifest: a latent dataset, a folder or a Hub id."}
@@ -36,7 +36,8 @@ class ScoreConfig(ClipConfig):
         metadata={"help": "Table to write: .csv, .json or .jsonl. A summary is written to <output>.summary.json."}
     )
     overwrite: bool = field(
-        default=False, metadata={"help": "Replace a table of different scores; without it that is an error."}
+        default=False,
+        metadata={"help": "Replace a table that was made with other options; without it such a table is an error."},
     )
 
     # Parameters of the scores
@@ -49,9 +50,9 @@ class ScoreConfig(ClipConfig):
     )
     seed: int = field(
         default=0,
-        metadata={"help": "Seed of the noise; the seed of a training run gives the noise of its evaluation."},
+        metadata={"help": "Seed of the noise. With the seed of a training run, the noise is that of its evaluation."},
     )
-    batch_size: int = field(default=1, metadata={"help": "Rows of a dataset that are scored at once, per process."})
+    batch_size: int = field(default=1, metadata={"help": "Rows of a dataset in one batch, per process."})
     dtype: Literal["bfloat16", "float16", "float32"] = field(
         default="float32", metadata={"help": "Type of the reward model."}
     )

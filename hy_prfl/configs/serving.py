@@ -1,4 +1,4 @@
-"""Options of commands that serve a page."""
+"""Options of commands that serve a web page."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,33 +9,33 @@ from .base import Config, check
 
 @dataclass(kw_only=True)
 class ServingConfig(Config):
-    """Where a page is served, to whom, and who may take part."""
+    """Options of the page, of the server, and of the people who may take part."""
 
     title: str | None = field(default=None, metadata={"help": "Headline of the page."})
     instructions: str | None = field(
         default=None, metadata={"help": "Text file with instructions, shown beside the clips."}
     )
     annotators: list[str] | None = field(
-        default=None, metadata={"help": "Names of the people who may take part; anybody if left out."}
+        default=None, metadata={"help": "Names of the people who may take part. Anybody may if left out."}
     )
     host: str = field(default="127.0.0.1", metadata={"help": "Address to listen on."})
-    port: int = field(default=8765, metadata={"help": "Port to listen on; 0 is any that is free."})
+    port: int = field(default=8765, metadata={"help": "Port to listen on; 0 for any free port."})
     allowed_hosts: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Names and addresses, without a port, that browsers may call the server by, besides this machine's "
-            "own loopback names and `host`. Needed if `host` is 0.0.0.0 or ::."
+            "help": "Names and addresses, without a port, under which browsers may reach the server, besides this machine's "
+            "loopback names and `host`. Required if `host` is 0.0.0.0 or ::."
         },
     )
     token: str | None = field(
         default=None,
         metadata={
-            "help": "Secret that the address must end in. If `host` is not of the loopback, one is made up at each start "
-            "and printed if none is given."
+            "help": "Secret at the end of the address. If left out and `host` is not a loopback address, a random one is "
+            "used and printed at each start."
         },
     )
     serve: bool = field(
-        default=True, metadata={"help": "Serve the page. Without it, write the result from the journal and end."}
+        default=True, metadata={"help": "Serve the page. Without it, write the result from the journal and exit."}
     )
 
     def __post_init__(self) -> None:
@@ -45,7 +45,7 @@ class ServingConfig(Config):
             self.host not in ("0.0.0.0", "::") or bool(self.allowed_hosts),
             "allowed_hosts",
             self.allowed_hosts,
-            f"given if `host` is {self.host}: the names that browsers call this machine by",
+            f"given if `host` is {self.host}: the names under which browsers reach this machine",
         )
         check(self.token is None or len(self.token) >= 8, "token", "...", "at least 8 characters long")
         names = self.annotators or []
@@ -56,10 +56,10 @@ class ServingConfig(Config):
 
 def check_overwrites(inputs: Mapping[str, str | None], outputs: Mapping[str, str | None]) -> None:
     """
-    Raise a `ValueError` if a file that is written is one that is read, or two outputs are one file.
+    Raise a `ValueError` if an output file is also an input file, or if two outputs are the same file.
 
     Args:
-        inputs, outputs (`Mapping[str, str | None]`): Files by the name they have for the user; None where not given.
+        inputs, outputs (`Mapping[str, str | None]`): Files by their names in error messages; None where not given.
     """
     known = {Path(path).resolve(): name for name, path in inputs.items() if path is not None}
     for name, path in outputs.items():

@@ -1,4 +1,4 @@
-"""Reads YAML files strictly; errors have one line and name the place."""
+"""Reads YAML files strictly. Errors have one line and name the place in the file."""
 
 import math
 from collections.abc import Hashable
@@ -9,7 +9,7 @@ import yaml
 
 
 class StrictLoader(yaml.SafeLoader):
-    """Refuses repeated keys; PyYAML silently keeps the last one."""
+    """Refuses repeated keys. PyYAML alone would silently keep the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
@@ -25,10 +25,9 @@ class StrictLoader(yaml.SafeLoader):
 
 class TextLoader(StrictLoader):
     """
-    Leaves scalars as they are written, except null.
+    Leaves scalars as text, except null, because the field decides the type of a value.
 
-    The field decides the type of a value. YAML 1.1 would read `010` as an octal number, `on` as true and `12:30` as
-    750.
+    YAML 1.1 would read `010` as an octal number, `on` as true and `12:30` as 750.
     """
 
 
@@ -52,7 +51,7 @@ def read_yaml(path: Path, loader: type[StrictLoader] = StrictLoader) -> Any:
 
     Args:
         loader (`type`, defaults to `StrictLoader`):
-            `TextLoader` to leave the types of values to the caller.
+            `TextLoader` returns values as text, for the caller to convert.
 
     Raises:
         FileNotFoundError: If there is no such file.

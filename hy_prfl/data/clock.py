@@ -15,16 +15,16 @@ from .pixels import VideoError
 
 ClockJumps = Literal["refuse", "join"]
 
-# Error of times in seconds, for any clock: some containers round to milliseconds (WebM).
+# Smallest error, in seconds, to allow for the times of any container: some round to milliseconds (WebM).
 MILLISECOND = 1e-3
 
-# Relative difference of a source's rate from the wanted one at which every frame is still used: NTSC has 24 / 1.001.
+# Relative difference between the source's and the wanted rate up to which every frame is used: NTSC has 24 / 1.001.
 DRIFT = 1.5e-3
 
 # Rounding error of the arithmetic, in seconds.
 EPSILON = 1e-6
 
-# Frames that are read before one is passed on. H.264 shows a frame at most 16 places from where it was coded.
+# Frames that are read before one is passed on. In H.264, display order and coding order differ by at most 16 frames.
 WINDOW = 18
 
 
@@ -52,14 +52,14 @@ class Clock:
     """
     Computes when the frames of a stream, in the order of the decoder, are on the screen. Times are in seconds.
 
-    - Times that are missing follow from the durations before them.
-    - Times in the order of coding, as a container without presentation times gives them (AVI), are sorted.
-    - Times that were rounded (to 10 ms in a GIF) become those of the constant rate that they come from, if there is one:
-      the wanted rate, its double, its triple or `base_rate`, from which no time may be more than a tick, or a
-      millisecond, away. If none fits, a frame may be a tick late, or a millisecond if that is less.
-    - A source whose rate is that of NTSC beside the wanted one (29.97 and 30) gives every frame.
-    - A clock that runs back, or a frame that stays longer than `max_frame_duration`, is an error, or the parts are
-      joined: the last frame before the jump stays as long as the one before it.
+    - Missing times are computed from the durations of the frames before.
+    - Times in coding order are sorted. Containers without presentation times (AVI) give such times.
+    - Rounded times (to 10 ms in a GIF) are replaced by those of a constant rate, if one fits: the wanted rate, twice or
+      three times this rate, or `base_rate`. A rate fits if no time is more than a tick, or a millisecond if that is more,
+      away from it. If no rate fits, a frame may be a tick late, or a millisecond if that is less.
+    - If the source has the NTSC variant of the wanted rate (29.97 for 30), every frame is used.
+    - If the clock runs back, or a frame stays longer than `max_frame_duration`, that is an error. With `"join"` the parts
+      are joined instead: the last frame before the jump stays as long as the one before it.
 
     Args:
         tick (`float`): Resolution of the clock, the stream's time base.
@@ -70,8 +70,8 @@ class Clock:
         jumps (`str`, defaults to `"refuse"`): `"refuse"` or `"join"`.
 
     Attributes:
-        joined (`list[str]`): The jumps that were joined, in words.
-        skipped (`float`): Seconds that they took by the file's clock.
+        joined (`list[str]`): A description of each jump that was joined.
+        skipped (`float`): Seconds of the file's clock that these jumps skipped.
     """
 
     tick: float
@@ -88,7 +88,7 @@ class Clock:
         Frames with the times at which they appear and disappear, in display order.
 
         Raises:
-            VideoError: If the clock jumps and that is refused; raised only when a frame after the jump is requested.
+            VideoError: If the clock jumps and `jumps` is `"refuse"`. It is raised when a frame after the jump is requested.
         """
         part, before, start, usual = _Part(self, 0.0), None, 0.0, self.interval
         for timed in self._sort(frames):
@@ -113,7 +113,7 @@ class Clock:
 
     def _sort(self, frames: Iterable[av.VideoFrame]) -> Iterator[_Timed]:
         """
-        Frames with their times, in order if no frame is more than a window away from its place.
+        Frames with their times in ascending order, if no time is more than `WINDOW` frames away from its place.
 
         The decoder returns frames in display order, so only the times are sorted.
         """
@@ -129,7 +129,7 @@ class Clock:
             time = end if frame.pts is None else float(frame.pts * frame.time_base)
             end = time + (self._duration(frame) or self.interval)
             if time < latest - 2 * WINDOW * self.interval:
-                # Not the order of coding but another clock: no earlier frame belongs after it.
+                # This far back it is not coding order but a new clock: all frames before it come first.
                 while waiting:
                     yield pop()
                 latest = time
@@ -143,9 +143,9 @@ class Clock:
             yield pop()
 
     def _find_jump(self, before: float, timed: _Timed) -> str | None:
-        """What is wrong with the step from the previous frame to this one, None if nothing is."""
+        """Description of a jump between the previous frame and this one, None if there is none."""
         step = timed.time - before
-        # Times that had to be sorted in a single place come from two clocks, not from the order of coding.
+        # In a sorted stream, times that nearly coincide come from two clocks, not from coding order.
         if step < 0 or (timed.was_sorted and step < self.interval / 2):
             return f"its clock runs back at {before:.3f} s"
         return self._stays(before, step) if step > self.max_frame_duration else None

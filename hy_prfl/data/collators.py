@@ -1,4 +1,4 @@
-"""Rows to batches of tensors."""
+"""Collates rows of a latent dataset into batches of tensors."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -19,9 +19,9 @@ class Batch:
 
     def to(self: BatchT, device: torch.device, embeds_dtype: torch.dtype = torch.float32) -> BatchT:
         """
-        Copy on `device`, in the types in which models and losses compute.
+        Copy on `device`, in the types that models and losses compute in.
 
-        Batches hold tensors in the type of the dataset, usually float16, and are cast only here, on the device.
+        Batches hold tensors in the type of the dataset, usually float16. They are cast only here, on the device.
         DeepSpeed in bfloat16 casts no inputs and has no autocast, so embeddings must have the model's type.
 
         Args:
@@ -34,7 +34,7 @@ class Batch:
         )
 
     def pin_memory(self: BatchT) -> BatchT:
-        """Copy with every tensor in page-locked memory; called by the data loader."""
+        """Copy with every tensor in page-locked memory. The data loader calls this."""
         return self._map(lambda name, value: value.pin_memory(), lambda batch: batch.pin_memory())
 
     @property
@@ -61,7 +61,7 @@ class Batch:
 @dataclass(kw_only=True)
 class LatentBatch(Batch):
     """
-    Clips of one shape, or only their prompts. Tensors come in the dataset's storage type until [`~Batch.to`] casts them.
+    Clips of one shape, or only their prompts. Tensors have the dataset's storage type until [`~Batch.to`] casts them.
 
     Args:
         ids (`list[str]`):
@@ -72,16 +72,17 @@ class LatentBatch(Batch):
             Clean normalised latents. None in a prompt-only batch.
         prompt_embeds, long_prompt_embeds, null_prompt_embeds
             (`torch.Tensor` of shape `(batch_size, max_sequence_length, text_dim)`):
-            Embeddings of caption, long caption (the caption where a row has none) and empty prompt, zero-padded.
+            Embeddings of the caption, the long caption (or the caption, where a row has no long one) and the empty
+            prompt, zero-padded.
         num_tokens (`int`):
-            Tokens of the longest prompt. The padding after them is neither sent from a worker process nor copied to a
-            device, but added again there.
+            Tokens of the longest prompt. Only these tokens are sent from worker processes and copied to a device; the
+            padding is added again afterwards.
         image_embeds (`torch.Tensor` of shape `(batch_size, num_image_tokens, image_dim)`, *optional*):
-            CLIP embeddings of the first frame, for image-to-video models. Models of first and last frame take `2 *
-            batch_size` of them, two in a row for each clip.
+            CLIP embeddings of the first frame, for image-to-video models. For models that take a first and a last frame,
+            the first dimension is `2 * batch_size`, with the two embeddings of a clip next to each other.
         condition (`torch.Tensor` of shape `(batch_size, 20, num_frames, height, width)`, *optional*):
-            Mask and latents of the images, for image-to-video models; for Wan2.2 TI2V 5B `(batch_size, 48, 1, height,
-            width)`, the clean first frame.
+            Mask and latents of the images, for image-to-video models. For Wan2.2 TI2V 5B the latents of the clean first
+            frame, `(batch_size, 48, 1, height, width)`.
     """
 
     ids: list[str]
@@ -109,7 +110,7 @@ class LatentBatch(Batch):
         return super().nbytes - padded + sum(value.nbytes for value in self._trimmed_prompts().values())
 
     def __getstate__(self) -> dict[str, Any]:
-        """State that a worker process sends, with copies of slices: a slice would be sent with its whole memory."""
+        """State that a worker process sends. Slices are copied, because a slice would be sent with its whole memory."""
         prompts = {name: value.clone() for name, value in self._trimmed_prompts().items()}
         return vars(self) | prompts | {"max_sequence_length": self.prompt_embeds.shape[1]}
 
@@ -169,7 +170,7 @@ def collate_latents(rows: Sequence[dict[str, Any]]) -> LatentBatch:
         raise ValueError(f"Rows {[row['id'] for row in rows]} have latents of different shapes: {sorted(shapes)}.")
     length = rows[0]["max_sequence_length"]
     prompts = {name: [unpack_tensor(row, name) for row in rows] for name in PROMPTS}
-    # The caption, if a row has no long one.
+    # A row without a long caption uses its caption.
     prompts["long_prompt_embeds"] = [
         short if long is None else long
         for short, long in zip(prompts["prompt_embeds"], prompts["long_prompt_embeds"], strict=True)
@@ -230,7 +231,7 @@ def _stack_prompts(rows: Sequence[dict[str, Any]], embeds: Sequence[np.ndarray |
 
 
 def _padded_prompts(prompts: Mapping[str, Any], length: int) -> dict[str, Any]:
-    """Prompts of a batch, or its fields, padded with zeros to `length` again."""
+    """Prompt embeddings of a batch, padded with zeros to `length` tokens again."""
     padded = {}
     for name in PROMPTS:
         value = prompts[name]

@@ -1,4 +1,4 @@
-"""Reads the decoded frames of a file's video stream. Times and colours are handled elsewhere."""
+"""Opens a video file and decodes the frames of its video stream. Times and colours are handled elsewhere."""
 
 import re
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from .pixels import VideoError
 
 # FFmpeg's own decoders for these drop transparency.
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
-# Start of files that refer to other files or network streams and contain no video.
+# Start of files that contain no video but only refer to other files or network streams.
 LISTS = {
     rb"ffconcat version": "ffconcat",
     rb"#EXTM3U": "HLS or M3U",
@@ -28,8 +28,8 @@ def open_video(path: str | Path) -> Iterator[av.container.InputContainer]:
     """
     Open a file for reading with PyAV, independently of its name.
 
-    FFmpeg would read a name such as `12:30:05.mp4` as a protocol and `%d` as a number to fill in, so it does not get
-    the name. It may not open other files, which a list of files would ask for.
+    FFmpeg does not get the name: it would take the start of `12:30:05.mp4` for a protocol, and replace `%d` by a number.
+    FFmpeg may not open any other file either; a list of files would make it do so.
 
     Raises:
         VideoError: If there is no such file, or it is a list of other files.
@@ -50,7 +50,7 @@ def open_video(path: str | Path) -> Iterator[av.container.InputContainer]:
 
 
 class _Nameless:
-    """A file without its name, which PyAV would pass to FFmpeg."""
+    """A file without the attribute `name`, which PyAV would pass to FFmpeg."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.read, self.seek, self.tell = file.read, file.seek, file.tell
@@ -58,7 +58,7 @@ class _Nameless:
 
 def choose_stream(container: av.container.InputContainer) -> av.VideoStream:
     """
-    The default video stream, else the largest, without cover pictures and thumbnails.
+    The default video stream, or else the largest one. Cover pictures and thumbnails do not count.
 
     Raises:
         VideoError: If there is no video stream.
@@ -75,9 +75,9 @@ def choose_stream(container: av.container.InputContainer) -> av.VideoStream:
 
 class DecodedStream:
     """
-    Decoded frames of a stream, up to the first error, which `check` raises if there are too few frames.
+    Decoded frames of a stream, up to the first error. The error is stored, and `check` raises it.
 
-    The clock reads ahead, so an error may be in a frame that is not needed.
+    The clock reads ahead, so the error may be in a frame that nobody needs. Call `check` only if frames are missing.
     """
 
     def __init__(self, container: av.container.InputContainer, stream: av.VideoStream) -> None:
@@ -103,7 +103,7 @@ class DecodedStream:
             yield from decoder.decode(packet if packet.size else None)
 
     def check(self, end: float) -> None:
-        """Raise the error of a stream that ended `end` seconds after its first frame, by its own clock."""
+        """Raise an error if a stream that ended `end` seconds after its first frame is broken or truncated."""
         if self.error is not None:
             raise self.error
         if self.num_frames == 0:
@@ -117,8 +117,7 @@ class DecodedStream:
         """Duration in seconds that the header gives the stream."""
         if self.stream.duration is not None:
             return float(self.stream.duration * self.stream.time_base)
-        # These formats have one duration for all streams, starting at 0. Others have none, and FFmpeg only estimates
-        # it.
+        # These formats store one duration for all streams, starting at 0. For others FFmpeg only estimates one.
         container = self.container
         exact = container.format.name in ("matroska,webm", "flv") and len(container.streams) == 1
         if not exact or container.duration is None:

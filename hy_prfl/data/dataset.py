@@ -1,4 +1,4 @@
-"""Opens latent datasets and selects from them: rows with a label, pairs to compare, an endless stream of batches."""
+"""Opens latent datasets and selects rows with a label, pairs to compare, and an endless stream of batches."""
 
 import hashlib
 import json
@@ -32,7 +32,7 @@ from .schema import (
 
 logger = logging.getLogger(__name__)
 
-# Shared memory, which worker processes use for their batches.
+# Worker processes pass their batches through shared memory.
 SHARED_MEMORY = Path("/dev/shm")
 # Batches that each worker process prepares.
 PREFETCHED_BATCHES = 2
@@ -70,7 +70,7 @@ def load_latent_dataset(path: str) -> Dataset:
 
 def as_latent_dataset(dataset: Dataset, source: str) -> Dataset:
     """
-    A dataset that was opened elsewhere, in the format that its rows are read in here.
+    Set the format of a dataset that was opened elsewhere to the one that its rows are read in here.
 
     Raises:
         ValueError: If it has no rows, or lacks columns of a latent dataset.
@@ -144,7 +144,7 @@ def read_columns(dataset: Dataset, names: Sequence[str]) -> list[Row]:
 
 
 def rows_digest(dataset: Dataset) -> str:
-    """Short hash of the rows for training, which changes with their order, clips, labels or pairs."""
+    """Short hash of the rows for training. It changes if their order, clips, labels or pairs change."""
     names = ["id", "prompt", "source_hash", "latents_shape", *LABELS, "pair_id", "rejected_id"]
     rows = read_columns(dataset, names)
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
@@ -160,7 +160,7 @@ def single_value(dataset: Dataset, name: str, source: str) -> Any:
     The value of a column in which all rows must be equal.
 
     Raises:
-        ValueError: If rows differ: a dataset must come from one VAE, one text encoder, one sequence length.
+        ValueError: If rows differ. A dataset must come from one VAE and one text encoder, with one sequence length.
     """
     values = set(dataset.unique(name))
     if len(values) != 1:
@@ -173,12 +173,12 @@ def require_latents(dataset: Dataset, source: str) -> None:
     tables = dataset.select_columns(["latents"]).with_format("arrow").iter(batch_size=64)
     empty = sum(table.column("latents").null_count for table in tables)
     if empty:
-        raise ValueError(f"{source}: {empty} of {len(dataset)} rows have no latents; this needs encoded videos.")
+        raise ValueError(f"{source}: {empty} of {len(dataset)} rows have no latents; encoded videos are needed.")
 
 
 def rows_with_label(dataset: Dataset, task: str, source: str) -> tuple[list[int], list[int]]:
     """
-    Rows whose label for `task` is known, and their labels. How many were left out is logged.
+    Rows whose label for `task` is known, and their labels. The number of rows that are left out is logged.
 
     Raises:
         ValueError: If no row has that label.
@@ -200,11 +200,12 @@ def preference_pairs(
     dataset: Dataset, task: str, source: str, *, allow_unpaired: bool = False, seed: int = 0
 ) -> list[tuple[int, int]]:
     """
-    Pairs `(chosen, rejected)` of rows of one shape.
+    Pairs `(chosen, rejected)` of row indices; both rows have the same shape.
 
-    A row with a `rejected_id` is compared with that row. Other rows are compared within their `pair_id`, or else
-    within their prompt: every good one with every poor one. If the dataset has no such pair and `allow_unpaired` is
-    set, each good row is compared with a random poor row of the same shape, of any prompt, as upstream does.
+    A row with a `rejected_id` is compared with that row. Other rows are grouped by their `pair_id`, or by their prompt
+    if they have none; in a group, every good row is compared with every poor one. If the dataset has no such pair and
+    `allow_unpaired` is set, each good row is compared with a random poor row of the same shape and any prompt, as
+    upstream does.
 
     Raises:
         ValueError: If a `rejected_id` names no row, or there is no pair at all.
@@ -300,7 +301,7 @@ def stream_batches(
             num_workers=num_workers,
             prefetch_factor=PREFETCHED_BATCHES if num_workers else None,
             pin_memory=torch.cuda.is_available(),
-            # A new loader draws a seed; drawn from the global generator, it would change a resumed run.
+            # A new loader draws a seed. From the global generator, this would change the random numbers of a resumed run.
             generator=torch.Generator().manual_seed(sampler.seed),
         )
     )
@@ -310,16 +311,16 @@ def check_shared_memory(
     rows: RowDataset, collate: Callable[[list[Any]], Batch], sampler: BucketBatchSampler, *, num_workers: int
 ) -> None:
     """
-    Refuse workers whose batches do not fit into shared memory, which would end in a bus error.
+    Check that the batches of all worker processes fit into shared memory. Otherwise a run ends with a bus error.
 
-    Docker gives a container 64 MB of it by default.
+    Docker gives a container 64 MB of shared memory by default.
 
     Args:
         rows, collate, sampler, num_workers:
             As in [`stream_batches`].
 
     Raises:
-        ValueError: If the batches that all workers of this machine prepare are larger than the free shared memory.
+        ValueError: If the batches of all workers on this machine are larger than the free shared memory.
     """
     if num_workers == 0 or not SHARED_MEMORY.is_dir():
         return
@@ -335,13 +336,13 @@ def check_shared_memory(
     if needed > free:
         raise ValueError(
             f"`dataloader_num_workers` {num_workers}: with {num_processes} processes on this machine their batches take "
-            f"{needed / 1e6:.0f} MB of shared memory, {SHARED_MEMORY} has {free / 1e6:.0f} MB free. Give the container "
-            "more (`docker run --shm-size 16g`), or set it to 0."
+            f"{needed / 1e6:.0f} MB of shared memory, but {SHARED_MEMORY} has {free / 1e6:.0f} MB free. Give the container "
+            "more (`docker run --shm-size 16g`), or set `dataloader_num_workers` to 0."
         )
 
 
 def _longest_prompts(dataset: Dataset) -> Row:
-    """Columns of zero prompts, as long as the longest in the dataset, to which a batch may pad all others."""
+    """Columns of prompts of zeros with the largest size in the dataset: a batch may pad its prompts to this size."""
     rows = read_columns(dataset, [f"{name}_shape" for name in PROMPTS])
     prompts: Row = {}
     for name in PROMPTS:

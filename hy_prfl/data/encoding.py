@@ -14,24 +14,24 @@ from ..runtime.vae_tiling import VAETiling, set_tiling
 from .video import to_uint8
 
 
-# Values of each weight tensor in a fingerprint: enough to distinguish any two trainings, quick for UMT5-XXL.
+# Values of each weight tensor that go into a fingerprint: enough to distinguish models, and quick for UMT5-XXL.
 FINGERPRINT_VALUES = 4096
 
-
+# Configuration entries that determine a VAE's latent space.
 VAE_CONFIG = ("z_dim", "scale_factor_spatial", "scale_factor_temporal", "latents_mean", "latents_std")
 
 
 class LatentEncoder:
     """
-    Encodes clips as a Wan pipeline does at inference, through the pipeline's own methods and constants.
+    Encodes clips with a Wan pipeline's own methods and constants, exactly as at inference.
 
     Args:
         pipeline (`WanPipeline` or `WanImageToVideoPipeline`):
-            Its transformer may be None; it is not used.
+            The pipeline. Its transformer is not used and may be None.
         max_sequence_length (`int`, defaults to 512):
-            Tokens after which a prompt is cut.
+            Longest prompt, in tokens; longer ones are truncated.
         uses_last_frame (`bool`, defaults to `False`):
-            Whether the pipeline's transformer requires a last image besides the first one (Wan2.1 FLF2V).
+            Whether the pipeline's transformer requires a last image as well as a first one (Wan2.1 FLF2V).
         vae_tiling (`str`, defaults to `"auto"`):
             Whether the VAE works in tiles, see [`~hy_prfl.runtime.vae_tiling.set_tiling`].
 
@@ -86,7 +86,7 @@ class LatentEncoder:
             dtype (`torch.dtype`, defaults to `torch.float32`):
                 Type of the text encoder. VAE and image encoder are always float32, as diffusers recommends for Wan.
         """
-        # Called on the class itself, because `DiffusionPipeline.from_pretrained` requires transformers.
+        # Called on the pipeline's own class: `DiffusionPipeline.from_pretrained` does not accept a missing transformer.
         info = PipelineInfo.read(pretrained_model_name_or_path, revision)
         pipeline = info.pipeline_class.from_pretrained(
             pretrained_model_name_or_path,
@@ -142,8 +142,8 @@ class LatentEncoder:
                 In [-1, 1]; `4k + 1` frames, height and width multiples of `size_multiple`.
 
         Returns:
-            `torch.Tensor` of shape `(num_channels, num_latent_frames, height / 8, width / 8)`, or a sixteenth for Wan2.2
-            TI2V 5B, float32 on the CPU.
+            `torch.Tensor` of shape `(num_channels, num_latent_frames, height / 8, width / 8)`, float32, on the CPU. For
+            Wan2.2 TI2V 5B, height and width are divided by 16.
         """
         return self.encode_videos(frames[None])[0]
 
@@ -157,8 +157,8 @@ class LatentEncoder:
                 In [-1, 1]; `4k + 1` frames, height and width multiples of `size_multiple`.
 
         Returns:
-            `torch.Tensor` of shape `(batch_size, num_channels, num_latent_frames, height / 8, width / 8)`, or a sixteenth
-            for Wan2.2 TI2V 5B, float32 on the CPU.
+            `torch.Tensor` of shape `(batch_size, num_channels, num_latent_frames, height / 8, width / 8)`, float32, on the
+            CPU. For Wan2.2 TI2V 5B, height and width are divided by 16.
 
         Raises:
             ValueError: If the frames have another shape.
@@ -168,7 +168,7 @@ class LatentEncoder:
         self._set_tiling(frames.shape[-2:], num_frames=frames.shape[1], batch_size=frames.shape[0])
         videos = frames.transpose(1, 2).to(vae.device, vae.dtype)
         latents = vae.encode(videos).latent_dist.mode().float()
-        # As in the pipelines: in float32, multiplied by the reciprocal.
+        # As in the pipelines: computed in float32, and multiplied by the reciprocal of the standard deviation.
         latents_mean = torch.tensor(vae.config.latents_mean, device=latents.device).view(1, -1, 1, 1, 1)
         latents_std = 1.0 / torch.tensor(vae.config.latents_std, device=latents.device).view(1, -1, 1, 1, 1)
         return ((latents - latents_mean) * latents_std).cpu()
@@ -179,8 +179,8 @@ class LatentEncoder:
         Text embedding of one prompt, without its padding.
 
         Returns:
-            `torch.Tensor` of shape `(num_tokens, text_dim)`, float32 on the CPU. Padded with zeros to
-            `max_sequence_length`, it is the input of the pipeline's transformer.
+            `torch.Tensor` of shape `(num_tokens, text_dim)`, float32, on the CPU. The pipeline's transformer takes it
+            padded with zeros to `max_sequence_length`.
         """
         prompt_embeds, _ = self.pipeline.encode_prompt(
             prompt, do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length
@@ -196,19 +196,21 @@ class LatentEncoder:
 
         Args:
             frames (`torch.Tensor` of shape `(num_frames, 3, height, width)`):
-                In [-1, 1]. Only the first one is used, and the last one by pipelines that require a last image.
+                In [-1, 1]. Only the first frame is used, and also the last one if the pipeline requires a last image.
             num_frames (`int`, *optional*):
                 Frames of the video to generate, `len(frames)` if not given.
 
         Returns:
-            `image_embeds` of shape `(num_image_tokens, image_dim)`, or `(2, num_image_tokens, image_dim)` for two
-            images, None if the pipeline has no image encoder (Wan2.2), and `condition` of shape
-            `(4 + num_channels, num_latent_frames, height / 8, width / 8)`: mask and latents of the first frame, or of
-            the first and the last one; for Wan2.2 TI2V 5B the latents of the first frame alone,
-            `(num_channels, 1, height / 16, width / 16)`. float32 on the CPU.
+            `image_embeds` and `condition`, float32, on the CPU.
+
+            - `image_embeds` of shape `(num_image_tokens, image_dim)`, or `(2, num_image_tokens, image_dim)` for two
+              images. None if the pipeline has no image encoder (Wan2.2).
+            - `condition` of shape `(4 + num_channels, num_latent_frames, height / 8, width / 8)`: mask and latents of the
+              first frame, or of the first and the last one. For Wan2.2 TI2V 5B only the latents of the first frame,
+              `(num_channels, 1, height / 16, width / 16)`.
 
         Raises:
-            ValueError: If the pipeline is a text-to-video pipeline, or needs two images and `frames` is one.
+            ValueError: If the pipeline is a text-to-video pipeline, or if it needs two images and `frames` has only one.
         """
         if not self.is_image_to_video:
             raise ValueError(
@@ -229,7 +231,7 @@ class LatentEncoder:
             image_embeds = self.pipeline.encode_image(pictures, device).float().cpu()
             image_embeds = image_embeds if self.uses_last_frame else image_embeds[0]
 
-        # Latents are passed so that the pipeline draws no noise; they are not used otherwise.
+        # The latents are not used. They are passed so that the pipeline draws no noise.
         latents = torch.zeros(1, *self.latents_shape(num_frames, height, width))
         _, condition, *_ = self.pipeline.prepare_latents(
             images[:1],
@@ -269,16 +271,16 @@ class LatentEncoder:
 
 
 def local_encoder_files(pretrained_model_name_or_path: str) -> list[Path]:
-    """Files of a local pipeline folder that determine encoded values; none for a Hub id, which has revisions."""
+    """Files of a local pipeline folder that determine the encoded values. None for a Hub id: its revision does that."""
     files = sorted(Path(pretrained_model_name_or_path).glob("*/*"))
     return [path for path in files if not path.parent.name.startswith("transformer")]
 
 
 def strip_padding(prompt_embeds: torch.Tensor) -> torch.Tensor:
     """
-    Remove the rows of zeros with which Wan pads text embeddings `(num_tokens, text_dim)`.
+    Remove the rows of zeros that Wan pads text embeddings `(num_tokens, text_dim)` with.
 
-    A real token is never all zeros, because the text encoder ends with a normalization.
+    The embedding of a real token is never all zeros, because the text encoder ends with a normalization.
     """
     filled = (prompt_embeds != 0).any(dim=1).nonzero()
     return prompt_embeds[: int(filled[-1]) + 1 if len(filled) else 1]
@@ -286,16 +288,16 @@ def strip_padding(prompt_embeds: torch.Tensor) -> torch.Tensor:
 
 def vae_fingerprint(vae: Any) -> str:
     """
-    Short name of a VAE's latent space: equal for the same weights in any floating-point type or file format.
+    Short hash that identifies a VAE's latent space: equal for the same weights in any floating-point type or file format.
 
-    Made from the configuration of the latents and the signs of the weights. Rounding to half precision changes values
-    but no signs.
+    It is made from the configuration of the latents and the signs of the weights. Rounding to half precision changes
+    values but no signs.
     """
     return _fingerprint(vae, [(name, vae.config[name]) for name in VAE_CONFIG])
 
 
 def text_encoder_fingerprint(text_encoder: Any, tokenizer: Any) -> str:
-    """Short name of a text encoder with its tokenizer, made like `vae_fingerprint`."""
+    """Short hash that identifies a text encoder and its tokenizer, made like `vae_fingerprint`."""
     return _fingerprint(text_encoder, [("vocabulary", len(tokenizer)), ("d_model", text_encoder.config.d_model)])
 
 

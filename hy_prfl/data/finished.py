@@ -1,4 +1,4 @@
-"""Whether a folder already is the dataset asked for, and what would be lost if another took its place."""
+"""Checks whether a folder already holds the requested dataset, and which clips would be lost by replacing it."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -27,9 +27,9 @@ def request_digest(
 
     Args:
         hashes (`Mapping`, *optional*):
-            Result of `hash_files` for all of these files. Without it their sizes and time stamps are used: no file is
-            read, so this is quick for any number of clips, but it does not notice a file that was replaced by one of
-            the same size and time.
+            Result of `hash_files` for all of these files. Without it, sizes and time stamps are used. This is quick for
+            any number of clips, because no file is read. But a file that was replaced by one of the same size and time
+            is not noticed.
     """
 
     def state_of(path: Path) -> str | tuple[int, int] | None:
@@ -62,22 +62,22 @@ def is_complete(
     overwrite: bool = False,
 ) -> bool:
     """
-    Whether `output_dir` already is the requested dataset.
+    Whether `output_dir` already holds the requested dataset.
 
     Args:
         digest (`str`):
             `request_digest(...)` of the requested dataset.
         settings (`Mapping`):
-            Options that its rows depend on, as JSON values.
+            Options that the requested rows depend on, as JSON values.
         rows (`Sequence[ManifestRow]`):
-            Its rows.
+            The requested rows.
         overwrite (`bool`, defaults to `False`):
-            Whether a dataset of other settings may be replaced, and rows that are no longer requested dropped.
+            Whether a dataset with other settings may be replaced, and rows that are no longer requested may be dropped.
 
     Raises:
-        ValueError: If the folder holds something that must not be replaced: files not written by `build_dataset`, a
-            dataset that would lose merged labels, or, unless `overwrite` is set, one that was made with other settings
-            or has clips that are not among the rows.
+        ValueError: If the folder holds something that must not be replaced. This is: files that `build_dataset` did not
+            write; a dataset that would lose merged labels; or, unless `overwrite` is set, a dataset with other settings
+            or with clips that are not in `rows`.
     """
     recover_folder(output_dir)
     if not output_dir.exists() or (output_dir.is_dir() and not any(output_dir.iterdir())):
@@ -89,8 +89,8 @@ def is_complete(
         return True
     if state.get("labelled"):
         raise ValueError(
-            f"`output_dir` '{output_dir}' holds other rows or settings than requested, and labels merged by `label` "
-            "that would be lost. Choose another `output_dir` and merge the labels again."
+            f"`output_dir` '{output_dir}' holds other rows or settings than requested, and labels that `label` merged; "
+            "these would be lost. Choose another `output_dir` and merge the labels again."
         )
     if overwrite:
         return False
@@ -101,28 +101,29 @@ def is_complete(
             f"`output_dir` '{output_dir}' holds a finished dataset that was made with other options (different: "
             f"{', '.join(different)}). Choose another `output_dir`, or set `overwrite` to lose it."
         )
-    # A clip with a new id is recognised by its file.
+    # A clip that got a new id is found by its file.
     ids, files = {row.id for row in rows}, {str(path) for row in rows for path in row.files[:1]}
     table = Dataset.load_from_disk(str(output_dir)).data.table
     old = zip(table.column("id").to_pylist(), table.column("source").to_pylist(), strict=True)
-    check_dropped(output_dir, [(name, "no row has it") for name, file in old if name not in ids and file not in files])
+    dropped = [(name, "it is not in the list") for name, file in old if name not in ids and file not in files]
+    check_dropped(output_dir, dropped)
     return False
 
 
 def check_dropped(output_dir: Path, dropped: Sequence[tuple[str, str]]) -> None:
-    """Raise a `ValueError` if a dataset would lose clips, given by their ids with reasons."""
+    """Raise a `ValueError` if a dataset would lose clips. `dropped` has their ids with the reasons."""
     if dropped:
         name, reason = dropped[0]
         raise ValueError(
-            f"`output_dir` '{output_dir}' holds a finished dataset, and {len(dropped)} of its clips (encoded) would be "
-            f"lost, the first is {name!r}: {reason}. Choose another `output_dir`, or set `overwrite` to drop them."
+            f"`output_dir` '{output_dir}' holds a finished dataset, and {len(dropped)} of its encoded clips would be "
+            f"lost. The first one is {name!r}: {reason}. Choose another `output_dir`, or set `overwrite` to drop them."
         )
 
 
 def dropped_clips(
     output_dir: Path, rows: Sequence[ManifestRow], progress: Sequence[Mapping[str, Any]]
 ) -> list[tuple[str, str]]:
-    """Clips of the dataset in `output_dir` that have no good row now, under any id, with reasons."""
+    """Ids, with reasons, of clips in `output_dir` that the new dataset would not have under any id."""
     if not (output_dir / STATE_FILE).is_file():
         return []
     keys = {entry["key"] for entry in progress}
@@ -130,5 +131,5 @@ def dropped_clips(
     names = Dataset.load_from_disk(str(output_dir)).data.table.column("id").to_pylist()
     old = json.loads((output_dir / STATE_FILE).read_text(encoding="utf-8"))["keys"]
     gone = [name for name, key in zip(names, old, strict=True) if key not in keys]
-    lost = [(name, reasons.get(name, "no row has it")) for name in gone]
+    lost = [(name, reasons.get(name, "it is not in the list")) for name in gone]
     return [(name, reason) for name, reason in lost if reason is not None]

@@ -27,10 +27,10 @@ def merge_labels(
     """
     New label columns of a dataset.
 
-    A row keeps its labels where there are no annotations; a label that is in neither stays None.
+    A row keeps its label where there is no annotation. A label that neither has stays None.
 
     Args:
-        rows (`Mapping[str, Sequence]`): The dataset's columns `id` and those of the labels.
+        rows (`Mapping[str, Sequence]`): The dataset's column `id` and its label columns.
         annotations (`Mapping[str, Mapping[str, int]]`): Labels by id, see `read_annotations`.
 
     Raises:
@@ -63,7 +63,7 @@ def label_dataset(
     overwrite: bool = False,
 ) -> dict[str, dict[str, int]]:
     """
-    Write a latent dataset with merged labels, to another folder or in place.
+    Write a latent dataset with merged labels to another folder, or in place.
 
     Args:
         dataset (`str`): Folder or Hub id.
@@ -71,10 +71,10 @@ def label_dataset(
         output_dir (`str` or `Path`): Folder to write. It must be empty, absent, or `dataset` itself.
 
     Returns:
-        `dict[str, dict[str, int]]`: Rows that are good, poor and missing, by task.
+        `dict[str, dict[str, int]]`: For each task, the number of rows whose label is good, poor and missing.
 
     Raises:
-        ValueError: As `merge_labels`, and if `output_dir` holds something else.
+        ValueError: For the reasons in `merge_labels`, or if `output_dir` holds something else.
     """
     source_dir, output_dir = Path(dataset).resolve(), Path(output_dir).resolve()
     if output_dir != source_dir and output_dir.exists() and any(output_dir.iterdir()):
@@ -88,7 +88,7 @@ def label_dataset(
 
 
 def count_labels(columns: Mapping[str, Sequence[int | None]]) -> dict[str, dict[str, int]]:
-    """Rows that are good, poor and missing, by task, from the label columns."""
+    """For each task, the number of rows whose label is good, poor and missing, from the label columns."""
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     counts = {}
     for task in TASKS:
@@ -98,7 +98,7 @@ def count_labels(columns: Mapping[str, Sequence[int | None]]) -> dict[str, dict[
 
 
 def _side_files(source_dir: Path) -> dict[str, str]:
-    """Files of `preprocess` in the dataset's folder, with a note that labels were merged since."""
+    """Files that `preprocess` wrote beside the dataset, with a note that labels have been merged."""
     files = {}
     if (source_dir / STATE_FILE).is_file():
         state = json.loads((source_dir / STATE_FILE).read_text(encoding="utf-8"))

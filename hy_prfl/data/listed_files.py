@@ -1,4 +1,4 @@
-"""Finds files that the rows of a list name: from the working directory, as upstream does, then beside the list."""
+"""Finds the files that a list names: first from the working directory, as upstream does, then from the list's folder."""
 
 import logging
 from collections.abc import Sequence
@@ -16,15 +16,15 @@ class ListedFiles:
 
     Args:
         list_path (`Path`):
-            The list. Its folder is the second place, after the working directory; absolute paths have only one.
+            The list. Relative paths are looked up in the working directory, then in the folder of the list.
     """
 
     list_path: Path
-    # Names that were found in both places, in the order of the lookups.
+    # Names that exist in both folders, in the order of the lookups. A dict keeps that order.
     in_both: dict[str, None] = field(default_factory=dict)
 
     def find(self, name: str | None) -> Path | None:
-        """Path of a file, beside the list if it is in neither place. None for no name."""
+        """Path of a file; the path in the list's folder if it does not exist. None if `name` is None."""
         if name is None:
             return None
         here, beside = Path(name), self.list_path.parent / name
@@ -35,7 +35,7 @@ class ListedFiles:
         return here
 
     def missing(self, *names: str | None) -> dict[Path, str]:
-        """Error texts for files that are in neither place, by the path that `find` returns."""
+        """Error texts for files that do not exist, by the path that `find` returns."""
         missing: dict[Path, str] = {}
         for name in names:
             path = self.find(name)
@@ -45,7 +45,7 @@ class ListedFiles:
         return missing
 
     def warn_of_names_in_both(self) -> None:
-        """Log names that stand for two files, and which one is used."""
+        """Log names that exist in both folders, and which file is used."""
         if self.in_both:
             first, *others = self.in_both
             more = f" (and {len(others)} more)" if others else ""

@@ -1,4 +1,4 @@
-"""Reads lists of clips: JSON, JSON Lines or CSV. A broken list is an error before anything is loaded."""
+"""Reads lists of clips: JSON, JSON Lines or CSV. A broken list is an error before any model is loaded."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -13,8 +13,8 @@ from .schema import LABELS, parse_label
 
 logger = logging.getLogger(__name__)
 
-# Field of a row -> its possible names in a manifest; the last ones are those of upstream's `temp_input_data.json` and
-# other trainers.
+# Field of a row -> its possible names in a manifest. The later names are those of upstream's `temp_input_data.json` and
+# of other trainers.
 FIELDS = {
     "id": ("id", "source_id"),
     "video": ("video", "video_path", "file_name", "file_path", "path"),
@@ -34,8 +34,10 @@ RowT = TypeVar("RowT", bound="ManifestRow")
 @dataclass(frozen=True, kw_only=True)
 class ManifestRow:
     """
-    One clip of a manifest. `where` is its place in the file, for messages; `prompt` is empty if there is none;
-    `missing` has error texts for its files that do not exist, by path.
+    One clip of a manifest.
+
+    `where` is its place in the file, for messages. `prompt` is empty if there is none. `missing` has an error text for
+    each of its files that does not exist, by path.
     """
 
     where: str
@@ -57,7 +59,7 @@ class ManifestRow:
 
     @property
     def content(self) -> dict[str, Any]:
-        """Content of the row by field, independent of spelling. Rows with equal content are repeats."""
+        """Content of the row by field, after paths are resolved. Rows with equal content are repeats."""
         paths = {name: getattr(self, name) for name in ("video", "image", "last_image")}
         texts = {name: getattr(self, name) for name in ("id", "prompt", "long_prompt", "pair_id", "rejected_id")}
         labels = {name: value for name, value in self.labels.items() if value is not None}
@@ -76,23 +78,22 @@ manifest's folder |
     | `caption` (`prompt`, `short_caption`, `text`) | what the clip shows |
     | `long_caption` (`long_prompt`) | a longer text for the same clip, optional |
     | `text_alignment`, `blur_quality`, `physics_quality`, `human_quality` | 1/0, "good"/"poor" or null, optional |
-    | `pair_id` | clips with the same one show the same scene, optional |
+    | `pair_id` | clips with the same `pair_id` show the same scene, optional |
     | `rejected_id` | id of the clip that this one is better than, optional |
     | `image` (`first_image`, `image_path`) | first frame of an image-to-video prompt without a video, optional |
     | `last_image` (`last_image_path`) | its last frame, for pipelines that need one (FLF2V), optional |
 
-    A caption such as `nan`, `None` or `N/A` counts as missing. Rows that repeat an earlier one are left out and their
-    number is logged, and so are names of files that exist both in the working directory and in the manifest's folder.
+    A caption such as `nan`, `None` or `N/A` counts as missing. Rows that repeat an earlier one are left out, and their
+    number is logged. Names of files that exist both in the working directory and in the manifest's folder are logged too.
 
     Args:
         require_video (`bool`, defaults to `True`):
-            Whether every row must name a video. Prompts need none.
+            Whether every row must name a video. For prompt-only datasets they need not.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file or one of its rows is broken, or there is no column of captions or of videos; names
-            file, row and field. Whether videos exist and captions are filled in is not checked here, because that
-            concerns single clips.
+        ValueError: If the file or one of its rows is broken, or there is no column of captions or of videos. The message
+            names file, row and field. Missing files and empty captions are not errors here: they concern single clips.
     """
     path = Path(path)
     # `generate` writes the seed of each video into its manifest.
@@ -120,7 +121,7 @@ def unique_rows(rows: Sequence[RowT]) -> list[RowT]:
     Rows without those that repeat an earlier row.
 
     Raises:
-        ValueError: If different rows share an id, or a `rejected_id` names no row, or its own row.
+        ValueError: If different rows share an id, or a `rejected_id` is not the id of another row.
     """
     first: dict[str, RowT] = {}
     for row in rows:

@@ -1,4 +1,4 @@
-"""Converts decoded frames to upright RGB arrays with square pixels, with FFmpeg's own filters."""
+"""Converts decoded frames to upright RGB arrays with square pixels, by FFmpeg's own filters."""
 
 import math
 import threading
@@ -16,7 +16,7 @@ from av.video.reformatter import ColorPrimaries, ColorTrc
 HDR = Literal["refuse", "tone_map"]
 
 HDR_TRANSFERS: dict[int, str] = {ColorTrc.SMPTE2084: "PQ", ColorTrc.ARIB_STD_B67: "HLG"}
-# Transfer functions that a display for BT.709 shows as they are. FFmpeg reserves 0 and 3.
+# Transfer functions of frames that need no conversion for a BT.709 display. FFmpeg reserves 0 and 3.
 UNKNOWN_TRANSFERS: set[int] = {0, 3, ColorTrc.UNSPECIFIED}
 SDR_TRANSFERS: set[int] = {
     ColorTrc.BT709,
@@ -30,39 +30,39 @@ SDR_TRANSFERS: set[int] = {
     ColorTrc.BT2020_10,
     ColorTrc.BT2020_12,
 }
-# Transfer functions that look wrong there, and that swscale converts.
+# Transfer functions that look wrong on a BT.709 display. swscale converts them.
 OTHER_TRANSFERS: set[int] = {ColorTrc.LINEAR, ColorTrc.SMPTE428}
 P3_PRIMARIES = (ColorPrimaries.SMPTE431, ColorPrimaries.SMPTE432)
 
-# FFmpeg's numbers of the colour matrices, for which PyAV has no names.
+# FFmpeg's numbers for colour matrices; PyAV has no names for them.
 RGB_MATRIX, UNSPECIFIED_MATRIX, BT2020_MATRIX = 0, 2, 9
 KNOWN_MATRICES = {RGB_MATRIX, 1, UNSPECIFIED_MATRIX, 3, 4, 5, 6, 7, BT2020_MATRIX}
 
-# Pixels that are further from square mean a broken header.
+# Largest ratio of a pixel's sides. A larger one means that the header is broken.
 MAX_PIXEL_ASPECT = 16
 
-# Sine of the largest error of a quarter turn. FFmpeg's program also rounds by one degree.
+# Sine of the largest deviation from a quarter turn: one degree, as in the ffmpeg program.
 ONE_DEGREE = math.sin(math.radians(1))
 
 
 class VideoError(ValueError):
-    """One clip cannot be used; the message is the reason, for the report. Other clips are not affected."""
+    """A single clip cannot be used. The message is the reason, for the report. Other clips are not affected."""
 
 
 class FrameConverter:
     """
     Turns the frames of one clip into arrays.
 
-    Pixels are those of `ffmpeg -pix_fmt rgb24`, with its autorotation. Pixels that are not square are made square:
-    the width is multiplied by the sample aspect ratio before the frame is turned. Transparent pixels are laid on
-    white.
+    The result is that of `ffmpeg -pix_fmt rgb24`, with its autorotation. Frames with non-square pixels are resized: the
+    width is multiplied by the sample aspect ratio before the frame is rotated. Transparent pixels get a white background.
 
     Args:
         sample_aspect_ratio (`Fraction`, *optional*):
-            Width of a pixel by its height, 1 if not known.
+            Width of a pixel divided by its height, 1 if not known.
         hdr (`str`, defaults to `"refuse"`):
-            `"tone_map"` brings PQ, HLG and BT.2020 to BT.709 with swscale's perceptual intent: the peak that the
-            file names, else that of the transfer function, becomes white. `"refuse"` raises an error for them.
+            `"tone_map"` converts PQ, HLG and BT.2020 to BT.709 with swscale's perceptual intent. White is then the peak
+            brightness in the file, or that of the transfer function if the file names none. `"refuse"` raises an error
+            for such frames.
     """
 
     def __init__(self, sample_aspect_ratio: Fraction | None, hdr: HDR = "refuse") -> None:
@@ -79,8 +79,8 @@ class FrameConverter:
             `np.ndarray` of shape `(height, width, 3)` and type uint8.
 
         Raises:
-            VideoError: If the frame's rotation is not made of quarter turns and mirrors, if it is HDR and that is
-                refused, or if its colours cannot be converted.
+            VideoError: If the frame's display matrix is more than quarter turns and mirrors, if the frame is HDR and
+                `hdr` is `"refuse"`, or if its colours cannot be converted.
         """
         graph = _graphs.build(
             (frame.width, frame.height),
@@ -109,7 +109,7 @@ def _build_graph(
     filters = [("scale", f"w={width}:h={size[1]}:flags=bicubic")]
     alpha = _has_alpha(av.VideoFormat(pixel_format))
     if colors:
-        # In a single step swscale would assume the matrix of BT.601.
+        # In a single step, swscale would assume the matrix of BT.601.
         filters += [("format", "rgba64le" if alpha else "rgb48le"), ("scale", f"flags=bicubic:{colors}")]
     filters.append(("format", "rgba" if alpha else "rgb24"))
     filters += [(name, arguments) for name, _, arguments in (turn.partition("=") for turn in turns)]
@@ -128,9 +128,9 @@ def _build_graph(
 
 class _Graphs(threading.local):
     """
-    Filters are kept from clip to clip: swscale computes a table of colours when it starts, which takes seconds for HDR.
+    Filter graphs that are reused from clip to clip. swscale computes a table of colours at its start: seconds for HDR.
 
-    Each thread has its own: a graph in which two threads put frames gives each of them the other's, or none.
+    Each thread has its own graphs. If two threads shared one, each could get the frames of the other.
     """
 
     def __init__(self) -> None:
@@ -141,7 +141,7 @@ _graphs = _Graphs()
 
 
 def on_white(pixels: np.ndarray) -> np.ndarray:
-    """RGBA `(height, width, 4)` uint8 laid on white: `(height, width, 3)` uint8."""
+    """RGBA pixels `(height, width, 4)` on a white background: `(height, width, 3)`, both uint8."""
     color, alpha = pixels[..., :3].astype(np.uint32), pixels[..., 3:].astype(np.uint32)
     return ((color * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
 
@@ -152,10 +152,10 @@ def _has_alpha(pixel_format: av.VideoFormat) -> bool:
 
 def orientation_filters(frame: av.VideoFrame) -> tuple[str, ...]:
     """
-    Filters that apply a frame's display matrix, as FFmpeg's program does automatically.
+    Filters that apply a frame's display matrix, as the ffmpeg program does automatically.
 
     Raises:
-        VideoError: If the matrix is not one of the eight made of quarter turns and mirrors.
+        VideoError: If the matrix is not one of the eight combinations of quarter turns and mirrors.
     """
     data = frame.side_data.get(SideDataType.DISPLAYMATRIX)
     if data is None:
@@ -181,10 +181,10 @@ def orientation_filters(frame: av.VideoFrame) -> tuple[str, ...]:
 
 def color_options(frame: av.VideoFrame, hdr: HDR) -> str:
     """
-    Options of the `scale` filter that convert the colours of a frame to BT.709, empty if no conversion is needed.
+    Options of the `scale` filter that convert the colours of a frame to BT.709. Empty if no conversion is needed.
 
     Raises:
-        VideoError: If the frame is HDR or BT.2020 and that is refused, or there is no conversion.
+        VideoError: If the frame is HDR or BT.2020 and `hdr` is `"refuse"`, or if its colours cannot be converted.
     """
     transfer, primaries, matrix = int(frame.color_trc), int(frame.color_primaries), int(frame.colorspace)
     types = {data.type for data in frame.side_data}
@@ -202,12 +202,10 @@ def color_options(frame: av.VideoFrame, hdr: HDR) -> str:
             return "out_primaries=bt709:out_transfer=bt709:intent=relative_colorimetric"
         return ""
     if hdr == "refuse":
-        what = f"HDR, with the transfer function {name}" if name else "of the wide gamut BT.2020"
-        raise VideoError(f"its colours are {what}; `hdr: tone_map` converts them to BT.709")
+        what = f"are HDR, with the transfer function {name}" if name else "have the wide gamut BT.2020"
+        raise VideoError(f"its colours {what}; `hdr: tone_map` converts them to BT.709")
     if transfer in UNKNOWN_TRANSFERS:
-        raise VideoError(
-            "its colours are of the wide gamut BT.2020, and no transfer function says how bright they are"
-        )
+        raise VideoError("its colours have the wide gamut BT.2020, but the file does not name a transfer function")
     source = "in_primaries=bt2020:" if primaries == ColorPrimaries.UNSPECIFIED else ""
     intent = "perceptual" if name else "relative_colorimetric"
     return f"{source}out_primaries=bt709:out_transfer=bt709:intent={intent}"

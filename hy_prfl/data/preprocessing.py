@@ -35,14 +35,15 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True, kw_only=True)
 class ClipSettings:
     """
-    How a clip becomes a row.
+    Settings for the conversion of a clip to a row.
 
     Args:
         fps (`float`): Frame rate that clips are resampled to.
-        num_frames (`int`): Frames of a row, `4k + 1`.
-        min_num_frames (`int`): Fewest frames of a clip, at `fps`; longer ones are cut to `4k + 1`.
-        buckets (`tuple[tuple[int, int], ...]`): Sizes `(height, width)`; a clip gets the one with the nearest aspect
-        ratio. If there are none, `resolution` and `max_aspect_ratio` decide, see `short_side_bucket`.
+        num_frames (`int`): Most frames of a row, `4k + 1`.
+        min_num_frames (`int`): Fewest frames of a clip, at `fps`. Clips are cut to `4k + 1` frames.
+        buckets (`tuple[tuple[int, int], ...]`): Sizes `(height, width)`. A clip gets the one with the nearest aspect
+            ratio. If there are none, the size follows from `resolution` and `max_aspect_ratio`, see
+            `short_side_bucket`.
         tensor_dtype (`str`): Storage type, `"float16"` or `"float32"`.
         prompts_only (`bool`): Store prompts, and first frames for image-to-video, but no latents.
         hdr, max_frame_duration, clock_jumps: See `DecodingRules`.
@@ -68,7 +69,7 @@ class ClipSettings:
         """Raise a `ValueError` if these settings do not fit the kind of pipeline."""
         if self.prompts_only and not is_image_to_video and len(self.buckets) != 1:
             raise ValueError(
-                "`buckets` must name exactly one size for the prompts of a text-to-video pipeline "
+                "`buckets` must have exactly one size for the prompts of a text-to-video pipeline "
                 f"(`prompts_only`), got {len(self.buckets)}."
             )
 
@@ -82,15 +83,16 @@ class ClipSettings:
 @dataclass(frozen=True)
 class ClipContent:
     """
-    What was read of a row, before any model has seen it.
+    Content of a row's files, before it is encoded.
 
     Args:
         frames (`np.ndarray`, *optional*):
-            `(num_frames, height, width, 3)` uint8 of the row's size; the images of a prompt-only row, or None without.
+            `(num_frames, height, width, 3)`, uint8, in the row's size. For a prompt-only row its images, or None if it
+            has none.
         num_frames, height, width (`int`):
             Size of the row.
         remarks (`Sequence[str]`):
-            What is to be reported of it.
+            Texts about the clip for the report.
     """
 
     frames: np.ndarray | None
@@ -102,12 +104,12 @@ class ClipContent:
 
 class ClipEncoder:
     """
-    Makes dataset rows from manifest rows: a `store.RowEncoder`.
+    Converts manifest rows to dataset rows. Implements `store.RowEncoder`.
 
     Args:
         encoder (`LatentEncoder`): Encoders of the pipeline.
         settings (`ClipSettings`): Sizes, lengths, types.
-        hashes (`FileHashes`, *optional*): Hashes of clips, if they are known already.
+        hashes (`FileHashes`, *optional*): Hashes of clips that are known already.
     """
 
     def __init__(self, encoder: LatentEncoder, settings: ClipSettings, hashes: FileHashes | None = None) -> None:
@@ -123,7 +125,7 @@ class ClipEncoder:
         self.null_prompt_embeds = encoder.encode_prompt("").numpy()
 
     def row_key(self, row: ManifestRow) -> str:
-        """Hash of everything that determines the encoded columns of a row: files, texts, settings, encoders."""
+        """Hash of everything that the encoded columns of a row depend on: files, texts, settings, encoders."""
         if not row.prompt:
             raise VideoError("no caption")
         files = [self.hashes[path] for path in self._sources(row)]
@@ -131,7 +133,7 @@ class ClipEncoder:
         return hash_text(json.dumps([files, row.prompt, row.long_prompt, settings, self.encoder.identity]))
 
     def read_row(self, row: ManifestRow) -> ClipContent:
-        """Frames of a row. Needs no model, so it may run in another thread. Raises a `VideoError` for a bad clip."""
+        """Frames of a row. Uses no model, so it may run in another thread. Raises a `VideoError` for a bad clip."""
         if self.settings.prompts_only:
             return self._read_prompt(row)
         settings = self.settings
@@ -154,16 +156,16 @@ class ClipEncoder:
         self, rows: Sequence[ManifestRow], contents: Sequence[ClipContent]
     ) -> list[dict[str, Any] | VideoError]:
         """
-        Packed columns of each row with its `remarks`, or the error of its clip.
+        For each row, its packed columns with `remarks`, or the error of its clip.
 
-        Clips of one size and length share a batch.
+        Clips of the same size and length are encoded in one batch.
 
         Args:
             contents (`Sequence[ClipContent]`):
-                What `read_row` gave for each row.
+                Result of `read_row` for each row.
         """
         arrays = [self._encode_texts(row) for row in rows]
-        # Only here in float32: while clips wait, uint8 takes a quarter of the memory.
+        # Clips wait as uint8, which takes a quarter of the memory of float32.
         videos = [None if content.frames is None else to_float(content.frames) for content in contents]
         for frames, content, encoded in zip(videos, contents, arrays, strict=True):
             if frames is not None and self.encoder.is_image_to_video:
@@ -192,7 +194,7 @@ class ClipEncoder:
         return arrays
 
     def _encode_latents(self, videos: Sequence[torch.Tensor]) -> list[np.ndarray]:
-        """Latents of each video, those of one shape encoded together."""
+        """Latents of each video. Videos of one shape are encoded together."""
         latents: dict[int, np.ndarray] = {}
         batches: dict[torch.Size, list[int]] = {}
         for index, frames in enumerate(videos):
@@ -218,7 +220,7 @@ class ClipEncoder:
         return columns | {"remarks": list(content.remarks)}
 
     def _read_prompt(self, row: ManifestRow) -> ClipContent:
-        """Size of a row of a prompt-only dataset, and the images that it shows the model."""
+        """Size and images of a row of a prompt-only dataset."""
         settings = self.settings
         if not self.encoder.is_image_to_video:
             ((height, width),) = settings.buckets
@@ -228,7 +230,7 @@ class ClipEncoder:
         if row.image is not None:
             images = [read_image(path) for path in sources]
         else:
-            # The video may be shorter than the one to generate; its last frame is used all the same.
+            # The video may be shorter than the one to generate. Its own last frame is used.
             num_frames = settings.num_frames if self.encoder.uses_last_frame else 1
             video = decode_video(sources[0], settings.fps, num_frames, rules=settings.decoding_rules)
             images, remarks = [video.frames[0]], video.remarks
@@ -239,7 +241,7 @@ class ClipEncoder:
         return ClipContent(frames, settings.num_frames, height, width, remarks)
 
     def _sources(self, row: ManifestRow) -> list[Path]:
-        """Files whose content is in the row: the clip, or the sources of a prompt's first and last frame."""
+        """Files that the row is made from: the clip, or for a prompt the sources of its first and last frame."""
         needed: dict[str, Path | None] = {}
         if not self.settings.prompts_only:
             needed = {"no video": row.video}
@@ -248,7 +250,7 @@ class ClipEncoder:
         elif self.encoder.is_image_to_video:
             needed = {"no image": row.image}
             if self.encoder.uses_last_frame:
-                needed["no last image beside the first one"] = row.last_image
+                needed["a first image, but no last image"] = row.last_image
         for missing, path in needed.items():
             if path is None:
                 raise VideoError(missing)
@@ -270,10 +272,14 @@ def pack_row(
     source_hash: str | None,
 ) -> dict[str, Any]:
     """
-    Columns of one row, without id, source and labels. `source_hash` is the hash of its source file, if there is one.
+    Columns of one row, without id, source and labels.
+
+    Args:
+        source_hash (`str`, *optional*):
+            Hash of the row's source file, if there is one.
 
     Raises:
-        VideoError: If a tensor does not fit `tensor_dtype` or holds a NaN or an infinity.
+        VideoError: If a tensor overflows `tensor_dtype` or holds a NaN or an infinity.
     """
     columns: dict[str, Any] = {}
     for name in TENSORS:
@@ -281,7 +287,7 @@ def pack_row(
             columns |= pack_tensor(name, arrays.get(name), tensor_dtype, source=f"clip {row.id!r}")
         except ValueError as error:
             raise VideoError(str(error)) from error
-    # For a prompt this is the shape of the sample to generate.
+    # In a prompt-only dataset this is the shape of the latents to generate.
     columns["latents_shape"] = encoder.latents_shape(num_frames, height, width)
     return columns | {
         "prompt": row.prompt,

@@ -13,7 +13,7 @@ from .records import describe_columns, read_records, read_text, read_whole_numbe
 from .video import VideoError, read_image
 
 
-# Field of a prompt -> its possible names; the last ones are those of upstream's `temp_prfl_infer_data.json`.
+# Field of a prompt -> its possible names. The later names are those of upstream's `temp_prfl_infer_data.json`.
 FIELDS = {
     "caption": ("caption", "prompt", "short_caption", "text"),
     "id": ("id", "image_id"),
@@ -22,15 +22,17 @@ FIELDS = {
     "last_image": ("last_image", "last_image_path"),
 }
 
-# Longest name of a file, and that of a video while it is written.
+# Longest name of a file in bytes, and the pattern of a video's name while it is written.
 MAX_NAME, UNFINISHED = 255, ".{}.mp4.tmp"
 
 
 @dataclass(frozen=True, kw_only=True)
 class VideoPrompt:
     """
-    One video to generate, named by `id` and `seed`. `image` and `last_image` are for image-to-video pipelines;
-    `missing` has error texts for those that do not exist, by path.
+    One video to generate. Its `id` and `seed` make its name.
+
+    `image` and `last_image` are for image-to-video pipelines. `missing` has an error text for each of them that does not
+    exist, by path.
     """
 
     id: str
@@ -42,7 +44,7 @@ class VideoPrompt:
 
     @property
     def name(self) -> str:
-        """Name of the video, without a suffix."""
+        """Name of the video's file, without suffix."""
         return f"{self.id}_seed_{self.seed}"
 
 
@@ -59,24 +61,25 @@ def read_prompts(path: str | Path, *, seed: int = 0, num_videos_per_prompt: int 
 the list's folder |
     | `last_image` (`last_image_path`) | last frame, likewise, optional |
 
-    A row with an id that repeats an earlier row is left out, and the number of these is logged. Rows without an id are
-    numbered and never count as repeats.
+    If a row with an id repeats an earlier row, it is left out, and the number of such rows is logged. Rows without an id
+    are numbered and never count as repeats.
 
     Args:
         seed (`int`, defaults to 0):
-            Seed of rows without one.
+            Seed of rows without their own.
         num_videos_per_prompt (`int`, defaults to 1):
-            Videos for each row, with its seed, its seed + 1, and so on.
+            Videos for each row, with seeds `seed`, `seed + 1`, and so on.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file or a row is broken, has an unknown field or no caption, or two different rows ask for a
-            video of one name; names file, row and field. `check_prompts` checks whether images exist.
+        ValueError: If the file or a row is broken, has an unknown field or no caption, or if two different rows give
+            videos of the same name. The message names file, row and field. Whether images exist is checked by
+            `check_prompts`.
     """
     path = Path(path)
     records = read_records(path, FIELDS, lines_of="caption")
     if not records:
-        raise ValueError(f"{path}: there is no prompt in it.")
+        raise ValueError(f"{path}: the file has no prompts.")
     files = ListedFiles(path)
     rows: dict[VideoPrompt, str] = {}
     for index, (where, record) in enumerate(records):
@@ -89,7 +92,7 @@ the list's folder |
         for offset in range(num_videos_per_prompt):
             prompt = dataclasses.replace(row, seed=row.seed + offset)
             if prompt.seed >= 10**18:
-                raise ValueError(f"{where}: `seed` {row.seed}: that of its video {offset + 1} is 10^18 or more.")
+                raise ValueError(f"{where}: `seed` {row.seed}: the seed of its video {offset + 1} is 10^18 or more.")
             too_long = len(UNFINISHED.format(prompt.name)) - MAX_NAME
             if too_long > 0:
                 raise ValueError(
@@ -113,10 +116,10 @@ def check_prompts(prompts: Sequence[VideoPrompt], *, image_to_video: bool, last_
         image_to_video (`bool`):
             Whether the pipeline starts from an image.
         last_image (`str`):
-            `"none"`, `"optional"` or `"required"`: whether it takes a last image.
+            Whether the pipeline takes a last image: `"none"`, `"optional"` or `"required"`.
 
     Raises:
-        ValueError: Naming the prompt.
+        ValueError: With the id of the prompt.
     """
     for prompt in prompts:
         where = f"prompt '{prompt.id}'"
@@ -147,7 +150,9 @@ def _parse_prompt(files: ListedFiles, index: int, where: str, record: Mapping[st
         raise ValueError(f"{where}: `caption` is missing. {describe_columns(list(record), FIELDS)}")
     prompt_id = text["id"] or f"{index:05d}"
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", prompt_id):
-        raise ValueError(f"{where}: `id` becomes a file name: letters, digits, '.', '_' and '-', got {prompt_id!r}.")
+        raise ValueError(
+            f"{where}: `id` becomes a file name and may have only letters, digits, '.', '_' and '-', got {prompt_id!r}."
+        )
     own_seed = read_whole_number(record, "seed", where)
     return VideoPrompt(
         id=prompt_id,

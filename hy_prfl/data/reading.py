@@ -1,4 +1,4 @@
-"""Reads the files of rows, in the background if asked for, while models work on the rows before them."""
+"""Reads the files of rows, in background threads if wanted, while models encode the rows before them."""
 
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterable, Sequence
@@ -14,7 +14,7 @@ Result = TypeVar("Result")
 
 
 class Reads(Protocol):
-    """The part of a `store.RowEncoder` that reads. Both methods raise a `VideoError` for a bad clip."""
+    """The reading methods of a `store.RowEncoder`. Both raise a `VideoError` for a bad clip."""
 
     def row_key(self, row: ManifestRow) -> str: ...
 
@@ -27,11 +27,11 @@ class ReadRow:
 
     Args:
         position (`int`):
-            Its place among all rows.
+            Index of the row among all rows.
         key (`str` or `VideoError`):
-            Name for all that its columns depend on, or what is wrong with it.
+            Hash of everything that its columns depend on, or the error of its clip.
         read (`Callable`):
-            Reads its content, or returns the error that says what is wrong with its clip.
+            Function that returns the row's content, or the error of its clip.
     """
 
     def __init__(self, position: int, key: str | VideoError, read: Callable[[], Any]) -> None:
@@ -41,28 +41,28 @@ class ReadRow:
         self._content: Any = None
 
     def read(self) -> None:
-        """Read the content, for `take_content`."""
+        """Read the content and keep it for `take_content`."""
         self._content = self._read()
 
     def take_content(self) -> Any:
-        """The content, read now if it has not been. The row does not keep it."""
+        """The content. It is read now if `read` was not called before. The row does not keep it."""
         content, self._content = self._content, None
         return self._read() if content is None else content
 
 
 class RowReader:
     """
-    Reads one row after the other: its key and, if no row of that key is stored or has been read, its content.
+    Reads rows: the key of each and, if no row with that key is stored or has been read, its content.
 
-    It may be called from several threads. Of two equal rows it may then happen that neither is left out.
+    It may be called from several threads. Two equal rows may then both be read.
 
     Args:
         reads (`store.RowEncoder`):
-            What reads a row.
+            Object that reads a row.
         rows (`Sequence[ManifestRow]`):
             All rows.
         known (`Collection[str]`):
-            Keys of the rows that are stored; it may grow meanwhile.
+            Keys of the stored rows. The caller may add keys at any time.
     """
 
     def __init__(self, reads: Reads, rows: Sequence[ManifestRow], known: Collection[str]) -> None:
@@ -93,13 +93,13 @@ def map_ahead(
     function: Callable[[Item], Result], items: Iterable[Item], *, num_workers: int, num_ahead: int
 ) -> Generator[Result, None, None]:
     """
-    `map` whose next results are computed in threads meanwhile. Order and exceptions are those of `map`.
+    Like `map`, but threads compute the next results while the caller works. Order and exceptions are those of `map`.
 
     Args:
         num_workers (`int`):
-            Threads; with 0 every item is computed when it is asked for.
+            Number of threads. With 0, each result is computed when the caller requests it.
         num_ahead (`int`):
-            Most items that are being computed, or wait, while the caller works on one.
+            Most results that are being computed, or wait, while the caller works on one.
     """
     if num_workers == 0:
         yield from map(function, items)
@@ -114,5 +114,5 @@ def map_ahead(
         while pending:
             yield pending.popleft().result()
     finally:
-        # Also when the caller was interrupted: what is being read comes to its end, the rest is not begun.
+        # Also when the caller was interrupted: calls that have started are finished, the others are cancelled.
         executor.shutdown(wait=True, cancel_futures=True)

@@ -21,11 +21,11 @@ Record = tuple[str, dict[str, Any]]
 DELIMITERS = (",", ";", "\t", "|")
 # Texts that pandas and spreadsheets write for missing values.
 MISSING = {"nan", "none", "null", "n/a", "#n/a", "<na>"}
-# The same in tables of R and pandas, in this spelling only. In JSON they write null.
+# Missing values in tables of R and pandas, in exactly this spelling. JSON files have null instead.
 MISSING_IN_TABLES = {"NA", "#NA", "NaT", "-nan", "-NaN", "#N/A N/A"}
 WORKBOOKS = {b"PK\x03\x04": "an Excel workbook (or another zip file)", b"\xd0\xcf\x11\xe0": "an old Excel workbook"}
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")
-# Floats distinguish whole numbers below this.
+# Below this number, floats represent every whole number exactly.
 EXACT = 2**53
 DECIMAL = r"[+-]?[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]+)?"
 
@@ -34,20 +34,21 @@ def read_records(path: Path, fields: Fields, *, lines_of: str | None = None) -> 
     """
     Rows of a JSON list, JSON Lines or CSV file as dictionaries, each with its place in the file.
 
-    Names of columns are stripped, in lower case, with `_` for blanks and hyphens. CSV may be separated by `,`, `;`, tab
-    or `|`, whichever makes columns of known names; lines without any value are passed over. A text such as `nan` or
-    `null`, in CSV also `NA`, and a NaN, stand for nothing: they become None, and the log says how many there were.
+    Names of columns are stripped and lowercased, and blanks and hyphens in them become `_`. The separator of a CSV file
+    may be `,`, `;`, tab or `|`; the one that gives the most known columns is used. CSV lines without any value are
+    ignored. A NaN, and a text such as `nan` or `null` (in CSV also `NA`), count as missing: they become None, and their
+    number is logged.
 
     Args:
         fields (`Mapping[str, Sequence[str]]`):
             Known fields, and the names that each may have.
         lines_of (`str`, *optional*):
-            Field for the lines of a `.txt` file; without it such files are refused.
+            Field for the lines of a `.txt` file. Without it, such files are refused.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file does not parse, a row is not a mapping, no column is known, or two columns of a row are
-            the same field; names file and row.
+        ValueError: If the file cannot be parsed, a row is not a mapping, no column is known, or two columns of a row
+            mean the same field. The message names file and row.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no file '{path}'.")
@@ -84,7 +85,7 @@ def read_utf8(path: Path) -> str:
     Text of a file, with `\\n` as line endings.
 
     Raises:
-        ValueError: If it is a workbook, or not UTF-8; names the line and its content.
+        ValueError: If it is a workbook or not UTF-8. The message names the line and its content.
     """
     data = path.read_bytes()
     for start, kind in WORKBOOKS.items():
@@ -95,7 +96,7 @@ def read_utf8(path: Path) -> str:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        # Positions count from the end of a byte order mark, if there is one.
+        # The error's positions count from the end of a byte order mark, if there is one.
         data = error.object
         number = data.count(b"\n", 0, error.start) + 1
         begin = data.rfind(b"\n", 0, error.start) + 1
@@ -109,7 +110,7 @@ def read_utf8(path: Path) -> str:
 
 def parse_json(text: str, where: str, *, is_line: bool = False) -> Any:
     """
-    Parse JSON; a `ValueError` names `where` if it is not valid, or if an object has a key twice.
+    Parse JSON. Raises a `ValueError` that names `where` if it is not valid, or if an object has a key twice.
 
     Args:
         is_line (`bool`, defaults to `False`):
@@ -138,7 +139,7 @@ def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _mapping(value: Any, where: str) -> dict[str, Any]:
-    """A row of JSON with the plain names of its fields."""
+    """A row of JSON with `plain_name` applied to its fields."""
     if not isinstance(value, dict):
         raise ValueError(f"{where}: expected a mapping of field names to values, got {value!r}.")
     names = [plain_name(name) for name in value]
@@ -147,7 +148,7 @@ def _mapping(value: Any, where: str) -> dict[str, Any]:
 
 
 def plain_name(name: str) -> str:
-    """Name of a column without its spelling: ` Long-Caption ` is `long_caption`."""
+    """Normalized name of a column: ` Long-Caption ` becomes `long_caption`."""
     return re.sub(r"[\s-]+", "_", name.strip().lower())
 
 
@@ -185,7 +186,7 @@ def _read_csv(path: Path, text: str, fields: Fields) -> list[Record]:
 
 def _delimiter(text: str, fields: Fields) -> str:
     """The separator that gives the header the most known columns, or the most columns if none is known."""
-    # Excel may name it in a separate line.
+    # Excel may name the separator in a line of its own.
     named = re.match(r"sep=([,;\t|])\n", text, re.IGNORECASE)
     if named is not None:
         return named.group(1)
@@ -196,14 +197,14 @@ def _delimiter(text: str, fields: Fields) -> str:
         try:
             header = next(csv.reader(lines, delimiter=delimiter, skipinitialspace=True), [])
         except csv.Error:
-            # Not readable with this one. If none works, reading the rows reports what is wrong.
+            # Not readable with this separator. If none works, reading the rows raises the error.
             header = []
         counts[delimiter] = (len({plain_name(name) for name in header} & known), len(header))
     return max(DELIMITERS, key=lambda delimiter: counts[delimiter])
 
 
 def _csv_rows(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """Rows that are not empty, each with its first line."""
+    """Rows that are not empty, each with the number of its first line."""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
     line = 1
     try:
@@ -216,7 +217,7 @@ def _csv_rows(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, list
 
 
 def _check_names(path: Path, records: Sequence[Record], fields: Fields) -> None:
-    """Refuse a file without any known column, and a row with two columns of one field."""
+    """Refuse a file without any known column, and a row with two columns that mean the same field."""
     for where, record in records:
         for names in fields.values():
             found = [name for name in names if name in record and not is_missing(record[name])]
@@ -238,7 +239,7 @@ def columns_of(records: Sequence[Record]) -> list[str]:
 
 
 def describe_columns(found: Sequence[str], fields: Fields) -> str:
-    """Sentences on the columns of a file and on the possible ones."""
+    """Text for errors: the columns of a file, and the columns that it may have."""
     wanted = [f"{names[0]} ({', '.join(names[1:])})" if len(names) > 1 else names[0] for names in fields.values()]
     return f"Columns found: {', '.join(found) or 'none'}. Columns wanted: {', '.join(wanted)}."
 
@@ -255,7 +256,7 @@ def is_missing(value: Any) -> bool:
 
 
 def _without_placeholders(path: Path, records: Sequence[Record], words: Collection[str]) -> list[Record]:
-    """Replace missing values by None, and log texts that look like values."""
+    """Replace missing values by None, and log the texts that were taken for missing values."""
     placeholders: dict[tuple[str, str], int] = {}
     for _, record in records:
         for name, value in record.items():
@@ -271,11 +272,11 @@ def _without_placeholders(path: Path, records: Sequence[Record], words: Collecti
 
 def read_text(record: Mapping[str, Any], names: Sequence[str], where: str) -> str | None:
     """
-    Text of the first of `names` that has a value, None if none has one.
+    Text of the first of `names` that has a value; None if none has one.
 
     Raises:
         ValueError: If a value is neither text nor a whole number, has a character that cannot be written (half of a
-            surrogate pair, NUL), or two names disagree.
+            surrogate pair, NUL), or if two names have different values.
     """
     found: dict[str, str] = {}
     for name in names:
@@ -288,7 +289,7 @@ def read_text(record: Mapping[str, Any], names: Sequence[str], where: str) -> st
         unwritable = re.search("[\0\ud800-\udfff]", found[name])
         if unwritable is not None:
             what = "a NUL" if unwritable[0] == "\0" else "half of a surrogate pair"
-            raise ValueError(f"{where}: `{name}` has {what}, {ascii(unwritable[0])}, in it: {ascii(found[name])}.")
+            raise ValueError(f"{where}: `{name}` contains {what}, {ascii(unwritable[0])}: {ascii(found[name])}.")
     if len(set(found.values())) > 1:
         raise ValueError(f"{where}: {_ticked(list(found), ' and ')} mean the same but differ.")
     return next(iter(found.values()), None)
@@ -296,7 +297,7 @@ def read_text(record: Mapping[str, Any], names: Sequence[str], where: str) -> st
 
 def read_whole_number(record: Mapping[str, Any], name: str, where: str) -> int | None:
     """
-    A whole number from 0 to 10^18 - 1, None if there is none. `1`, `"1"`, `1.0` and `"1.0"` are the same.
+    A whole number from 0 to 10^18 - 1; None if there is none. `1`, `"1"`, `1.0` and `"1.0"` are the same.
 
     Raises:
         ValueError: If the value is something else.
@@ -310,7 +311,7 @@ def read_whole_number(record: Mapping[str, Any], name: str, where: str) -> int |
     elif isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]{1,30}", value.strip()):
         number = int(value)
     elif isinstance(value, float) or (isinstance(value, str) and re.fullmatch(DECIMAL, value.strip())):
-        # Above that a float represents several whole numbers.
+        # From `EXACT` on, several whole numbers are the same float.
         number = int(float(value)) if float(value).is_integer() and abs(float(value)) < EXACT else None
     if number is None or not 0 <= number < 10**18:
         raise ValueError(f"{where}: `{name}` must be a whole number from 0 to 10^18 - 1, got {value!r}.")

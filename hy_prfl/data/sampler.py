@@ -1,4 +1,4 @@
-"""The order of rows in training: a function of seed and epoch only."""
+"""Batches of rows for training and evaluation, and their order, which depends only on seed and epoch."""
 
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Sequence
@@ -9,25 +9,25 @@ from torch.utils.data import Sampler
 
 class BucketBatchSampler(Sampler[list[int]]):
     """
-    Endless stream of batches, each with rows of one shape, that can start anywhere.
+    Endless stream of batches that can start at any batch. All rows of a batch have one shape.
 
-    In an epoch the rows of each bucket are shuffled and cut into global batches of `batch_size * num_replicas`; the
-    last one is filled up from the bucket's start. Then the global batches of all buckets are shuffled. So every row is
-    seen in every epoch, and all replicas see the same shape at the same time, which collectives inside the model
-    require. The order depends on `(seed, epoch)` only, so a resumed run needs nothing but its position.
+    In an epoch the rows of each bucket are shuffled and cut into global batches of `batch_size * num_replicas` rows. The
+    last one is filled up with rows from the bucket's start. Then the global batches of all buckets are shuffled. So every
+    row is used in every epoch, and all replicas get the same shape at the same time, which collectives inside the model
+    require. The order depends only on `(seed, epoch)`, so a resumed run needs only its position.
 
     With weights, of the `n` rows that a bucket has of a dataset with weight `w`, `round(w * n)` are drawn in an epoch, at
     least one: each row `floor(w)` times, and the rest, without repetition, at random in each epoch.
 
     Args:
         buckets (`Sequence[Hashable]`):
-            The shape of each row, or any key of rows that may share a batch.
+            For each row its shape, or another key that is equal for rows that may share a batch.
         batch_size (`int`):
             Rows in a batch of one replica.
         seed (`int`):
             Seed of the order.
         num_replicas, replica (`int`, defaults to 1 and 0):
-            Number of data-parallel replicas and the one this sampler feeds.
+            Number of data-parallel replicas, and the index of the one that gets these batches.
         start (`int`, defaults to 0):
             Number of batches of the stream to skip.
         datasets (`Sequence[int]`, *optional*):
@@ -105,9 +105,9 @@ def _draw(rows: Sequence[int], number: int, rng: np.random.Generator) -> list[in
     return [*rows] * times + chosen
 
 
-def split_batches(buckets: Sequence[Hashable], *, batch_size: int, num_replicas: int, replica: int) -> list[list[int]]:
+def shard_batches(buckets: Sequence[Hashable], *, batch_size: int, num_replicas: int, replica: int) -> list[list[int]]:
     """
-    One replica's part of all rows, each once and in order, in batches of one bucket.
+    One replica's batches in a single ordered pass over all rows. All rows of a batch are of one bucket.
 
     Every replica gets the same number of batches of the same sizes, which forward passes under ZeRO-3 require. Batches
     are filled up with other rows of the bucket, so a row may appear more than once.

@@ -1,4 +1,4 @@
-"""The rows of a latent dataset: columns, types, label rules."""
+"""The rows of a latent dataset: columns, types, meaning of labels, and conversion to and from Arrow."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -24,17 +24,18 @@ def latent_features(dtype: str = "float16") -> Features:
     Tensors are stored flat, next to a `<name>_shape` column, because `datasets` has no array type whose shape varies
     from row to row:
 
-    - `latents` `(num_channels, num_frames, height, width)`: normalised VAE latents, null in a prompt-only dataset,
-    where `latents_shape` is the shape of a sample for the row;
-    - `prompt_embeds`, `long_prompt_embeds`, `null_prompt_embeds` `(num_tokens, text_dim)`: real tokens only, of the
-      caption, of the long caption if there is one, and of the empty prompt;
-    - `image_embeds` `(num_image_tokens, image_dim)` and `condition` `(20, num_frames, height, width)`, 4 mask channels
-      and 16 latents of the first frame: null in a text-to-video dataset. For models of first and last frame,
-      `image_embeds` is `(2, num_image_tokens, image_dim)`, and the condition has the latents of both. For Wan2.2 TI2V 5B
-      the condition is the clean first latent frame, `(48, 1, height, width)`.
+    - `latents` `(num_channels, num_frames, height, width)`: normalised VAE latents. Null in a prompt-only dataset, where
+      `latents_shape` is the shape of the latents to generate.
+    - `prompt_embeds`, `long_prompt_embeds`, `null_prompt_embeds` `(num_tokens, text_dim)`: embeddings of the caption, of
+      the long caption if there is one, and of the empty prompt, without padding.
+    - `image_embeds` `(num_image_tokens, image_dim)` and `condition` `(20, num_frames, height, width)`: for image-to-video
+      models, null in a text-to-video dataset. The condition consists of 4 mask channels and the 16 latent channels of
+      the first frame. For models that take a first and a last frame, `image_embeds` is
+      `(2, num_image_tokens, image_dim)`, and the condition has the latents of both. For Wan2.2 TI2V 5B the condition is
+      the clean first latent frame, `(48, 1, height, width)`.
 
-    Labels are 1 (good), 0 (poor) or null (unknown). `rejected_id` names the row that lost against this one;
-    rows of one `pair_id` show the same scene and are compared by their labels.
+    Labels are 1 (good), 0 (poor) or null (unknown). `rejected_id` is the id of the row that this row was preferred to.
+    Rows with the same `pair_id` show the same scene and are compared by their labels.
 
     Args:
         dtype (`str`, defaults to `"float16"`):
@@ -63,7 +64,7 @@ def latent_features(dtype: str = "float16") -> Features:
 
 
 def validate_columns(columns: Iterable[str], source: str) -> None:
-    """Raise a `ValueError` that names `source` and its missing columns."""
+    """Raise a `ValueError` that names `source` and the missing columns, if there are any."""
     missing = sorted(set(latent_features()) - set(columns))
     if missing:
         raise ValueError(
@@ -74,13 +75,13 @@ def validate_columns(columns: Iterable[str], source: str) -> None:
 
 def parse_label(value: Any, *, source: str, name: str) -> int | None:
     """
-    Read one label as people and upstream write it.
+    Parse one label, in any of the spellings of manifests and of upstream.
 
-    1, 1.0, "1", true and "good" are good; 0, 0.0, "0", false and "poor" are poor; None, NaN, "", "null", "nan", "N/A"
-    and the like are missing.
+    1, 1.0, "1", true and "good" mean good; 0, 0.0, "0", false and "poor" mean poor; None, NaN, "", "null", "nan", "N/A"
+    and the like mean missing.
 
     Raises:
-        ValueError: For anything else, naming `source`, the label and the value.
+        ValueError: For any other value. The message names `source`, the label and the value.
     """
     if is_missing(value):
         return None
@@ -96,7 +97,7 @@ def task_label(row: Mapping[str, Any], task: str) -> int | None:
     """
     Label of one row for one task, or None if it is unknown.
 
-    `motion_quality` is `physics_quality AND human_quality` and is unknown as soon as one of the two is.
+    `motion_quality` is `physics_quality AND human_quality`. It is unknown if either of the two is unknown.
     """
     if task == "motion_quality":
         physics, human = row["physics_quality"], row["human_quality"]
@@ -109,7 +110,7 @@ def pack_tensor(name: str, array: np.ndarray | None, dtype: str, *, source: str)
     Turn an array into its two columns, `name` and `name_shape`.
 
     Raises:
-        ValueError: If a value is not finite, or does not fit `dtype`; names `source` and the column.
+        ValueError: If a value is not finite or overflows `dtype`. The message names `source` and the column.
     """
     if array is None:
         return {name: None, f"{name}_shape": None}
@@ -122,14 +123,14 @@ def pack_tensor(name: str, array: np.ndarray | None, dtype: str, *, source: str)
 
 
 def unpack_tensor(row: Mapping[str, Any], name: str) -> np.ndarray | None:
-    """Array of one column of a row from `table_to_rows`, in its stored type and shape; None if it is null."""
+    """Array of one column of a row from `table_to_rows`, in its stored type and shape. None if it is null."""
     if row[name] is None or row[f"{name}_shape"] is None:
         return None
     return np.asarray(row[name]).reshape([int(size) for size in row[f"{name}_shape"]])
 
 
 def rows_to_table(rows: Sequence[Mapping[str, Any]], dtype: str = "float16") -> pa.Table:
-    """Arrow table of packed rows (see `pack_tensor`); columns that a row leaves out are null."""
+    """Arrow table of packed rows (see `pack_tensor`). Columns that a row does not have are null."""
     arrow_schema = latent_features(dtype).arrow_schema
     columns = []
     for column in arrow_schema:
@@ -143,10 +144,10 @@ def rows_to_table(rows: Sequence[Mapping[str, Any]], dtype: str = "float16") -> 
 
 def table_to_rows(table: pa.Table) -> list[dict[str, Any]]:
     """
-    Rows of an Arrow table as Python values, tensors as flat numpy arrays in their stored type.
+    Rows of an Arrow table as Python values, with tensors as flat numpy arrays in their stored type.
 
-    For tables from `Dataset.with_format("arrow")`: two hundred times faster than Python lists, and unlike the numpy
-    format it keeps float16 and distinguishes a missing label from NaN.
+    For tables from `Dataset.with_format("arrow")`. This is two hundred times faster than Python lists. Unlike the numpy
+    format, it keeps float16 and distinguishes a missing label from NaN.
     """
     rows: list[dict[str, Any]] = [{} for _ in range(table.num_rows)]
     for name in table.column_names:

@@ -1,4 +1,4 @@
-"""Builds a latent dataset row by row and may be killed at any time: writes shards first, then one finished folder."""
+"""Builds a latent dataset from shards, so that a run that is killed at any time loses at most one shard of work."""
 
 import json
 import os
@@ -30,8 +30,8 @@ logger = get_logger(__name__)
 @dataclass(frozen=True, kw_only=True)
 class DatasetSummary:
     """
-    What `build_dataset` did: rows in the dataset, how many of them were encoded now, clips left out, and clips of the
-    previous dataset that were dropped.
+    Numbers of `build_dataset`: rows in the dataset, rows among them that this run encoded, bad clips that were left out,
+    and clips of the previous dataset that were dropped.
     """
 
     num_rows: int
@@ -44,20 +44,25 @@ class RowEncoder(Protocol):
     """Makes rows of a latent dataset."""
 
     def row_key(self, row: ManifestRow) -> str:
-        """A key of everything that determines the encoded columns of a row. Raises a `VideoError` for a bad clip."""
+        """Hash of everything that the encoded columns of a row depend on. Raises a `VideoError` for a bad clip."""
 
     def read_row(self, row: ManifestRow) -> Any:
         """
-        What a row's files hold, for `encode_rows`. Raises a `VideoError` for a bad clip.
+        Content of a row's files, for `encode_rows`. Raises a `VideoError` for a bad clip.
 
-        Like `row_key` it uses no model and may be called from several threads at a time.
+        Like `row_key`, it uses no model and may be called from several threads at the same time.
         """
 
     def encode_rows(self, rows: Sequence[ManifestRow], contents: Sequence[Any]) -> list[dict[str, Any] | VideoError]:
         """
-        Columns of each row, tensors packed by `schema.pack_tensor`, without id, source and labels; for a bad clip its
-        error. `remarks` besides the columns is a list of texts to report about a good one. `contents` is what
-        `read_row` returned for each row.
+        For each row its columns, or the error of a bad clip.
+
+        Columns are without id, source and labels. Tensors are packed by `schema.pack_tensor`. The entry `remarks` is a
+        list of texts about the clip for the report.
+
+        Args:
+            contents (`Sequence[Any]`):
+                Result of `read_row` for each row.
         """
 
 
@@ -75,37 +80,37 @@ def build_dataset(
     overwrite: bool = False,
 ) -> DatasetSummary | None:
     """
-    Encode rows, split over the processes of `accelerate`, into a folder that `datasets.load_from_disk` reads.
+    Encode rows, sharded over the processes of `accelerate`, into a folder that `datasets.load_from_disk` reads.
 
-    All processes must see the same folder. Encoded rows are collected in `<output_dir>.partial`, in shards that are
-    renamed when they are complete. Every row is stored under a key of everything that determines it, so a run that was
-    killed, or whose manifest, settings or encoder changed, encodes only missing rows. A dataset already in
-    `output_dir` is reused the same way and stays in place until the new one is finished. Rows are in the order of
-    `rows`, without bad ones, which are listed in `report.jsonl`, as are remarks on good ones.
+    All processes must see the same folder. Encoded rows are collected in shards in `<output_dir>.partial`. Every row is
+    stored under a hash of everything that it depends on. So a run that was killed, or whose manifest, settings or encoder
+    changed, encodes only the missing rows. Rows of a dataset that is already in `output_dir` are reused too. It stays in
+    place until the new one is finished. The dataset has the good rows in the order of `rows`. `report.jsonl` lists the
+    bad ones, and remarks on good ones.
 
     Args:
         row_encoder (`RowEncoder`):
             A `preprocessing.ClipEncoder` or an `upstream.UpstreamImporter`.
         digest (`str`):
-            `request_digest(...)`, stored to recognise a finished dataset.
+            `request_digest(...)`. It is stored, so that the finished dataset is recognised later.
         settings (`Mapping`, *optional*):
-            Options that determine the rows, stored to report differences later.
+            Options that the rows depend on. They are stored, so that differences can be reported later.
         shard_size (`int`, defaults to 8):
-            Rows per shard: at most this many, or one batch, are lost if the process is killed.
+            Rows per shard. At most this many, or one batch, are lost if the process is killed.
         batch_size (`int`, defaults to 1):
-            Rows that are encoded at once.
+            Rows that are encoded together.
         num_workers (`int`, defaults to 0):
-            Threads of each process that read the next rows while others are encoded; with 0 rows are read in turn. The
-            result is the same. Up to `max(num_workers, batch_size)` rows that have been read wait.
+            Threads in each process that read the next rows while others are encoded. With 0, rows are read one by one.
+            The result is the same. Up to `max(num_workers, batch_size)` rows are read in advance.
         overwrite (`bool`, defaults to `False`):
-            Drop clips of a dataset in `output_dir` without a good row in `rows`.
+            Whether clips of a dataset in `output_dir` may be dropped if `rows` has no good row for them.
 
     Returns:
         `DatasetSummary` on the main process, None on the others.
 
     Raises:
-        ValueError: If no row could be encoded, or clips would be dropped and `overwrite` is not set. Encoded rows are
-                kept for the next run.
+        ValueError: If no row could be encoded, or if clips would be dropped and `overwrite` is not set. Encoded rows are
+            kept for the next run.
     """
     state = process_state()
     partial_dir = output_dir.with_name(output_dir.name + ".partial")
@@ -119,7 +124,7 @@ def build_dataset(
 
     known = set(_open_sources(output_dir, partial_dir))
     if known:
-        logger.info(f"Found {len(known)} encoded rows of earlier runs; those that still fit are reused.")
+        logger.info(f"Found {len(known)} encoded rows of earlier runs; rows that have not changed are reused.")
     share = _Share(rows, row_encoder, known, partial_dir, tensor_dtype, shard_size)
     progress = share.encode_all(range(state.process_index, len(rows), state.num_processes), batch_size, num_workers)
     lines = "".join(json.dumps(entry) + "\n" for entry in progress)
@@ -134,7 +139,7 @@ def build_dataset(
 
 
 class _Share:
-    """The rows of one process: encodes those that are stored nowhere, and writes them in shards."""
+    """The rows of one process: encodes those that are not stored yet, and writes them in shards."""
 
     def __init__(
         self,
@@ -154,12 +159,12 @@ class _Share:
         self.shard_size = shard_size
         self.shard: dict[str, dict[str, Any]] = {}
         self.remarks: dict[str, list[str]] = {}
-        # Rows that wait to be encoded, by key: some may be equal.
+        # Rows that wait to be encoded. Equal rows share a key.
         self.waiting: dict[str, list[ReadRow]] = {}
         self.progress: list[dict[str, Any]] = []
 
     def encode_all(self, positions: Sequence[int], batch_size: int, num_workers: int) -> list[dict[str, Any]]:
-        """Encode the rows at these positions; say for each its key, or why it has none."""
+        """Encode the rows at these positions. Returns for each its key, or the reason why it has none."""
         reader = RowReader(self.row_encoder, self.rows, self.known)
         num_ahead = max(num_workers, batch_size)
         hide_bar = not process_state().is_main_process
@@ -171,7 +176,7 @@ class _Share:
                         self._encode_waiting()
                 self._encode_waiting()
             finally:
-                # Also when interrupted: what is encoded is kept.
+                # Also when interrupted: keep the rows that are encoded.
                 self._write_shard()
         return self.progress
 
@@ -190,7 +195,7 @@ class _Share:
         results = self._encode([first for first, *_ in self.waiting.values()])
         for (key, equal), result in zip(self.waiting.items(), results, strict=True):
             tried = 1
-            # Equal rows may come from different files, so an error in one need not be in the next.
+            # Equal rows may come from different files: if one is bad, another may be good.
             while isinstance(result, VideoError):
                 self._note(equal[tried - 1], None, reason=str(result))
                 if tried == len(equal):
@@ -230,7 +235,7 @@ def _write_shard(
     table = rows_to_table(list(shard.values()), tensor_dtype)
     table = table.replace_schema_metadata({"keys": json.dumps(list(shard)), "remarks": json.dumps(remarks)})
     path = partial_dir / f"shard-{hash_text(json.dumps(list(shard)))[:16]}.arrow"
-    # Processes that have equal rows may write the same shard.
+    # Processes with equal rows may write the same shard at the same time.
     with replacing(path, tag=f".{os.getpid()}") as temporary:
         with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
             writer.write_table(table)
@@ -238,7 +243,7 @@ def _write_shard(
 
 @dataclass(frozen=True)
 class _Stored:
-    """Place of an encoded row in a memory-mapped table, and its remarks."""
+    """An encoded row: its index in a memory-mapped table, and its remarks."""
 
     table: pa.Table
     index: int
@@ -273,7 +278,7 @@ def _assemble(
     tensor_dtype: str,
     overwrite: bool,
 ) -> DatasetSummary:
-    """Sort the stored rows as in the manifest, add ids and labels, and replace the old folder by the finished one."""
+    """Put the stored rows in the manifest's order, add ids and labels, and replace the old folder."""
     progress: list[dict[str, Any]] = []
     for path in partial_dir.glob("progress-*.jsonl"):
         progress += [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -331,7 +336,7 @@ def _report_line(row: ManifestRow, reason: str) -> str:
 
 
 def replace_columns(table: pa.Table, columns: Mapping[str, Sequence[Any]]) -> pa.Table:
-    """Table of a latent dataset with the values of some of its columns, none of them a tensor, replaced."""
+    """Table of a latent dataset with new values for some of its columns, which must not be tensors."""
     schema = latent_features().arrow_schema
     for name, values in columns.items():
         field = schema.field(name)
@@ -341,9 +346,9 @@ def replace_columns(table: pa.Table, columns: Mapping[str, Sequence[Any]]) -> pa
 
 def save_table(table: pa.Table, features: Features, output_dir: Path, files: Mapping[str, str]) -> None:
     """
-    Write a folder for `datasets.load_from_disk`, with some text files beside the data, in one step.
+    Write a folder for `datasets.load_from_disk` atomically, with text files beside the data.
 
-    A table that is memory-mapped from the folder may be written back to it.
+    The table may be memory-mapped from the same folder.
     """
     temporary = temporary_folder(output_dir)
     Dataset(table, info=DatasetInfo(features=features)).save_to_disk(str(temporary))

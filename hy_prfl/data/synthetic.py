@@ -1,4 +1,4 @@
-"""Rows of random latents, where only the shape of clips matters: dry runs, comparisons, benchmarks."""
+"""Datasets of random latents, for runs where only the shapes matter: dry runs, comparisons, benchmarks."""
 
 from collections.abc import Sequence
 
@@ -36,12 +36,11 @@ def synthetic_dataset(
         text_tokens (`int`):
             Tokens of each prompt.
         max_sequence_length (`int`, *optional*):
-            Length to which batches pad prompts; that of the prompts if left out.
+            Length that batches pad prompts to. `text_tokens` if left out.
         num_rows (`int`, defaults to 2):
-            Rows, good and poor in turn.
+            Number of rows; poor and good ones alternate.
         condition_shape (`Sequence[int]`, *optional*):
-            `(num_channels, num_frames, height, width)` of the image condition, in more channels or instead of the
-            first latent frame; none for text-to-video.
+            `(num_channels, num_frames, height, width)` of the image condition. None for text-to-video.
         image_embeds_shape (`Sequence[int]`, *optional*):
             `(num_image_tokens, image_dim)` of the image embeddings.
         dtype (`str`, defaults to `"float16"`):

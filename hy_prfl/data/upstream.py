@@ -22,7 +22,7 @@ from .video import TEMPORAL_STRIDE, VideoError
 
 logger = logging.getLogger(__name__)
 
-# Column -> names of the path of its .npy file in upstream's scripts.
+# Column -> the fields of upstream's meta files that may hold the path of its .npy file.
 ARRAYS = {
     "latents": ("vae_latent_path", "video_vae_latent_path", "latents_path"),
     "condition": ("f1_black_path", "latents_condition_path"),
@@ -34,7 +34,7 @@ ARRAYS = {
 
 @dataclass(frozen=True, kw_only=True)
 class UpstreamRow(ManifestRow):
-    """One clip of upstream. `arrays` has the paths of its .npy files as written, by column; `roots` the folders to search."""
+    """One clip of upstream. `arrays` has the paths of its .npy files, by column; `roots` are the folders to search."""
 
     arrays: dict[str, str]
     roots: tuple[Path, ...]
@@ -66,12 +66,12 @@ def read_upstream(path: str | Path, root: str | Path = ".") -> list[UpstreamRow]
 
     Returns:
         `list[UpstreamRow]`: Each clip once, in the order of the list. Upstream's lists repeat clips, because its
-        trainers make one pass over the list; the number is logged.
+        trainers make one pass over the list. The number of repeats is logged.
 
     Raises:
         FileNotFoundError: If `path` or a listed file does not exist.
-        ValueError: If a meta file is broken, with file and field, or if two different ones share an id. Whether arrays
-            exist is not checked here, because that concerns single clips.
+        ValueError: If a meta file is broken, or if two different ones share an id. The message names file and field.
+            Missing arrays are not errors here: they concern single clips.
     """
     path, root = Path(path), Path(root)
     if path.is_dir():
@@ -88,10 +88,10 @@ def read_upstream(path: str | Path, root: str | Path = ".") -> list[UpstreamRow]
     counts = Counter(parsed[meta].id for meta in paths)
     if len(rows) < len(paths):
         least, most = min(counts.values()), max(counts.values())
-        uneven = f" They are named {least} to {most} times; these weights are not kept." if least < most else ""
+        uneven = f" Clips are named {least} to {most} times; these weights are not kept." if least < most else ""
         logger.warning(
             f"{path}: {len(paths)} {'files' if path.is_dir() else 'lines'} name {len(rows)} clips. Each is imported once; "
-            f"epochs take the place of repeats.{uneven}"
+            f"train for more epochs instead of repeating clips.{uneven}"
         )
     return rows
 
@@ -132,16 +132,16 @@ def _parse_meta(path: Path, root: Path) -> UpstreamRow:
 
 class UpstreamImporter:
     """
-    Makes dataset rows from upstream's arrays: a `store.RowEncoder`.
+    Converts upstream's arrays to dataset rows. Implements `store.RowEncoder`.
 
     Args:
         encoder (`LatentEncoder`):
-            Encoders of the pipeline with which upstream's arrays were made. They identify the dataset's VAE and encode
-            the empty prompt; image-to-video columns are imported for an image-to-video pipeline only.
+            Encoders of the pipeline that made upstream's arrays. They identify the dataset's VAE and encode the empty
+            prompt. Image-to-video columns are imported only for an image-to-video pipeline.
         fps (`float`): Frame rate of upstream's clips.
         tensor_dtype (`str`): Storage type, `"float16"` or `"float32"`.
-        null_prompt_path (`str`, *optional*): Upstream's null.npy, instead of encoding the empty prompt.
-        hashes (`FileHashes`, *optional*): Hashes of arrays, if they are known already.
+        null_prompt_path (`str`, *optional*): Upstream's null.npy, to use instead of encoding the empty prompt.
+        hashes (`FileHashes`, *optional*): Hashes of arrays that are known already.
 
     Raises:
         ValueError: If the embedding in `null_prompt_path` does not fit.
@@ -166,7 +166,7 @@ class UpstreamImporter:
         self._null_prompt_hash = hash_text(str(self.null_prompt_embeds.tolist()))
 
     def row_key(self, row: ManifestRow) -> str:
-        """Hash of everything that determines the columns of a row: files, texts, type, encoders."""
+        """Hash of everything that the columns of a row depend on: files, texts, type, encoders."""
         paths = self._paths(row)
         files = {name: self.hashes[path] for name, path in paths.items()}
         settings = [self.fps, self.tensor_dtype, self.encoder.identity, self._null_prompt_hash]
@@ -175,7 +175,7 @@ class UpstreamImporter:
     def encode_rows(
         self, rows: Sequence[ManifestRow], contents: Sequence[dict[str, Any]]
     ) -> list[dict[str, Any] | VideoError]:
-        """The contents: what is read is encoded already."""
+        """Returns `contents`: upstream's arrays are encoded already."""
         return list(contents)
 
     def read_row(self, row: ManifestRow) -> dict[str, Any]:
@@ -250,8 +250,8 @@ class UpstreamImporter:
         """
         Condition with its mask, `(4 + num_channels, num_frames, height, width)`.
 
-        Upstream's trainer adds the mask, which always marks the first frame alone. Here, for a model of first and last
-        frame, it is the pipeline's mask, which marks both.
+        Upstream's files need not have the mask: its trainer adds one that marks only the first frame. Here the mask is
+        the pipeline's. For a model that takes a first and a last frame, it marks both.
         """
         condition = _load_array(path, num_dims=4)
         num_channels = latents_shape[0]
@@ -261,8 +261,8 @@ class UpstreamImporter:
                 f"'{path}': expected {expected[0]} or {expected[1]} channels beside latents of shape "
                 f"{tuple(latents_shape)}, got shape {condition.shape}"
             )
-        # As `WanImageToVideoPipeline.prepare_latents` builds it: a first latent frame stands for one frame, each of the others
-        # for four, of which the last one's fourth is the clip's last frame.
+        # As in `WanImageToVideoPipeline.prepare_latents`: the first latent frame stands for one frame, each of the others
+        # for four. So the fourth mask channel of the last latent frame stands for the clip's last frame.
         mask = np.zeros((TEMPORAL_STRIDE, *latents_shape[1:]), dtype=condition.dtype)
         mask[:, 0] = 1
         if self.encoder.uses_last_frame:
@@ -274,7 +274,7 @@ class UpstreamImporter:
         return condition
 
     def _prepare_image_embeds(self, path: Path) -> np.ndarray:
-        """Embeddings `(num_tokens, image_dim)`, or `(2, num_tokens, image_dim)`, which upstream also stores flat."""
+        """Embeddings `(num_tokens, image_dim)`, or `(2, num_tokens, image_dim)` for two images, which may be stored flat."""
         config = self.encoder.pipeline.image_encoder.config
         num_tokens = (config.image_size // config.patch_size) ** 2 + 1
         num_images = 2 if self.encoder.uses_last_frame else 1
@@ -292,7 +292,7 @@ class UpstreamImporter:
 
 
 def _load_array(path: Path, num_dims: int) -> np.ndarray:
-    """Array of a .npy file as float32, without the batch dimension of 1 that upstream stored."""
+    """Array of a .npy file as float32, without the batch dimension of 1 that upstream may store."""
     array = _read_npy(path)
     if array.ndim == num_dims + 1 and array.shape[0] == 1:
         array = array[0]

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ..data.collators import LatentBatch, collate_latents
 from ..data.dataset import latent_shapes
-from ..data.sampler import split_batches
+from ..data.sampler import shard_batches
 from ..data.schema import table_to_rows
 from ..flow_matching import NUM_TRAIN_TIMESTEPS, row_noise, row_timesteps
 from ..models.conditioning import Conditioning
@@ -107,7 +107,7 @@ class RewardEvaluator:
     def __call__(self, reward_model: nn.Module, accelerator: Accelerator) -> dict[str, float]:
         """Evaluate; every rank scores its share and gets the same result. A collective."""
         records: list[tuple[int, list[float]]] = []
-        batches = split_batches(
+        batches = shard_batches(
             [self.shapes[row] for row in self.rows],
             batch_size=self.batch_size,
             num_replicas=self.num_replicas,

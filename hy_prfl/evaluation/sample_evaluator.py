@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from ..data.collators import LatentBatch, collate_latents
 from ..data.dataset import latent_shapes
-from ..data.sampler import split_batches
+from ..data.sampler import shard_batches
 from ..data.schema import table_to_rows
 from ..flow_matching import row_noise
 from ..inference.generation import decode_latents, write_video
@@ -88,7 +88,7 @@ class SampleEvaluator:
         """Sample and score; all ranks do the same number of forwards and get the same result. A collective."""
         records: list[tuple[int, list[float], float]] = []
         folder = self.output_dir / f"step-{step}"
-        batches = split_batches(
+        batches = shard_batches(
             latent_shapes(self.dataset),
             batch_size=self.batch_size,
             num_replicas=self.num_replicas,

@@ -39,7 +39,7 @@ def save_checkpoint(
             delete_old_checkpoints(output_dir, target, total_limit)
         temporary.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    # DeepSpeed is told to leave out frozen weights, such as the base model of a LoRA. Otherwise `save_model` decides.
+    # With DeepSpeed, leave out frozen weights, such as the base model of a LoRA. Otherwise `save_model` decides.
     is_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
     accelerator.save_state(str(temporary), **({"exclude_frozen_parameters": True} if is_deepspeed else {}))
     accelerator.wait_for_everyone()

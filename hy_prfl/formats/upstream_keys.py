@@ -55,7 +55,7 @@ READ_KEYS: Mapping[str, frozenset[str]] = {
     "score": frozenset(_READ_BY_ALL + _READ_FOR_REWARDS),
 }
 _UNREAD = "no line of upstream's code reads it"
-_REPLACED = "upstream's code puts a path of its own in its place"
+_REPLACED = "upstream's code replaces it by its own path"
 # Keys in upstream's files that none of its scripts reads. `task` in its preprocessing files is not read either.
 DEAD_KEYS: Mapping[str, str] = {
     **dict.fromkeys(_names("", "base_dir batch_size end_idx fps sample_n_frames"), _UNREAD),

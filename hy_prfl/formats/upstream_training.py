@@ -104,7 +104,7 @@ def convert_prfl(keys: RecipeKeys, pipeline: str | None) -> None:
     _convert_run(keys, iterations_per_step=accumulation, ticks_per_step=2)
     keys.option("gradient_accumulation_steps", accumulation, "train.gradient_accumulation_steps, of each kind")
     keys.note(
-        "train.gradient_accumulation_steps: each of the two updates of a step gets as many clips of its own kind; "
+        "train.gradient_accumulation_steps: each of the two updates of a step accumulates this many batches of its own; "
         "upstream mixes the gradients of both."
     )
     blocks = {

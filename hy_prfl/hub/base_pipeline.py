@@ -1,4 +1,4 @@
-"""Sources of a model on the Hub: which of them are on the Hub too, and the kind of its pipeline."""
+"""Finds out for a model card which pipeline and datasets of a run are on the Hub, and what kind the pipeline is."""
 
 import json
 import logging
@@ -27,8 +27,9 @@ SOURCE_OPTIONS = {
     "prompt_dataset": "dataset",
     "validation_dataset": "dataset",
 }
+# Configuration entries of the transformer that determine the kind of its pipeline.
 SHAPE = ("in_channels", "out_channels", "image_dim", "pos_embed_seq_len")
-# Keys of these sources in the record of a run.
+# Key of [`run_sources`] in the record of a run.
 SOURCES = "sources"
 
 
@@ -45,8 +46,8 @@ class BasePipeline:
         image_dim (`int`, *optional*):
             Width of the image embeddings, if the transformer takes any.
         pos_embed_seq_len (`int`, *optional*):
-            Number of image tokens with positions, for two images together, if it takes a first and a last image
-            (FLF2V).
+            Number of position embeddings for the tokens of both images, if the transformer takes a first and a last
+            image (FLF2V).
     """
 
     class_name: str
@@ -67,7 +68,7 @@ class BasePipeline:
 
     @classmethod
     def from_transformer(cls, config: Mapping[str, Any]) -> "BasePipeline":
-        """The pipeline of a transformer, from its configuration: more input than output channels mean a condition."""
+        """The kind inferred from a transformer's configuration: image-to-video if it has more input than output channels."""
         shape = {name: config[name] for name in SHAPE if config.get(name) is not None}
         pipeline = cls("WanPipeline", **shape)
         takes_condition = pipeline.in_channels > pipeline.out_channels
@@ -76,15 +77,15 @@ class BasePipeline:
 
 def run_sources(config: Mapping[str, Any]) -> dict[str, Any]:
     """
-    Record of a run's sources, because paths may not exist on the machine that pushes it.
+    Record of a run's sources, made when the run starts: its paths may not exist on the machine that pushes it later.
 
     Args:
         config (`Mapping[str, Any]`):
-            Options of the run, which starts now: a name that is not a path here is a repository of the Hub.
+            Options of the run. A name that is not a path on this machine is a repository on the Hub.
 
     Returns:
-        `{"on_hub": [...], "pipeline": {...}}`, JSON values: the names that are repositories, and a [`BasePipeline`],
-        null if its configuration cannot be read.
+        `{"on_hub": [...], "pipeline": {...}}`, JSON values: the names that are repositories, and the fields of a
+        [`BasePipeline`], or null if its configuration cannot be read.
     """
     names = {name for option in SOURCE_OPTIONS for name in names_in(config.get(option))}
     on_hub = sorted(name for name in names if _may_be_repo_id(name) and not Path(name).exists())
@@ -93,7 +94,7 @@ def run_sources(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def recorded_sources(files: Mapping[str, Path]) -> dict[str, Any]:
-    """The latest [`run_sources`] in the record of a run, empty if there is none."""
+    """The latest [`run_sources`] in the record of a run. Empty if there is none."""
     records = json.loads(files[RUN_FILE].read_text(encoding="utf-8")) if RUN_FILE in files else []
     return records[-1].get(SOURCES, {}) if records else {}
 
@@ -102,8 +103,10 @@ def find_base_pipeline(
     name: str, revision: str | None, recorded: Mapping[str, Any], transformer_config: Mapping[str, Any] | None = None
 ) -> BasePipeline | None:
     """
-    The kind of the pipeline that a model belongs to: from the run's record, from the pipeline's configuration, or from
-    the model's own, in this order; None if there is none of them. Never inferred from its name.
+    The kind of the pipeline that a model belongs to. It is never inferred from the pipeline's name.
+
+    It is read from the run's record, else from the pipeline's configuration, else from the model's own. None if there is
+    none of these.
 
     Args:
         name (`str`):
@@ -111,7 +114,7 @@ def find_base_pipeline(
         recorded (`Mapping[str, Any]`):
             See [`recorded_sources`].
         transformer_config (`Mapping[str, Any]`, *optional*):
-            Configuration of a transformer, or reward model, that was made from it.
+            Configuration of the transformer or reward model that was made from the pipeline.
     """
     if recorded.get("pipeline"):
         return BasePipeline(**recorded["pipeline"])
@@ -127,7 +130,7 @@ def load_base_pipeline(name: str, revision: str | None = None) -> BasePipeline |
     if not is_published and not Path(name).is_dir() and not _may_be_repo_id(name):
         return None
     try:
-        # What is published does not change with a revision.
+        # The published pipelines have the same kind at every revision.
         info = PipelineInfo.known(name, None if is_published else revision)
         config = info.transformer
         return BasePipeline(info.index["_class_name"], **{key: config[key] for key in SHAPE})
@@ -138,10 +141,10 @@ def load_base_pipeline(name: str, revision: str | None = None) -> BasePipeline |
 
 def is_on_hub(name: str, repo_type: str, recorded: Mapping[str, Any], api: HfApi | None = None) -> bool:
     """
-    Whether a name in a configuration is a repository of the Hub and not a path.
+    Whether a name in a configuration is a repository on the Hub and not a path.
 
-    `data/train` looks like both. The run's record decides, or else whether that path exists here; then the Hub is
-    asked, or without a client, the cache of downloads. In doubt it is a path.
+    `data/train` may be either. The run's record decides. Without a record, a name that exists here as a path is a path;
+    otherwise the Hub decides, or the cache of downloads if `api` is None. In doubt it is a path.
 
     Args:
         repo_type (`str`):
@@ -149,7 +152,7 @@ def is_on_hub(name: str, repo_type: str, recorded: Mapping[str, Any], api: HfApi
         recorded (`Mapping[str, Any]`):
             See [`recorded_sources`].
         api (`HfApi`, *optional*):
-            Client to ask the Hub with.
+            Client for the request to the Hub.
     """
     if not _may_be_repo_id(name):
         return False
@@ -165,12 +168,12 @@ def is_on_hub(name: str, repo_type: str, recorded: Mapping[str, Any], api: HfApi
     try:
         return api.repo_exists(name, repo_type=repo_type)
     except (HTTPError, OSError) as error:
-        logger.warning("The Hub cannot be asked for '%s' (%s): it gets no link.", name, error)
+        logger.warning("The Hub cannot be reached to look up '%s' (%s): the card gets no link to it.", name, error)
         return False
 
 
 def _may_be_repo_id(name: str) -> bool:
-    """Whether it has the form of `user/name`."""
+    """Whether a name has the form `user/name`."""
     try:
         validate_repo_id(name)
     except HFValidationError:

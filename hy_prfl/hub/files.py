@@ -1,4 +1,4 @@
-"""Which files of a run, or of a model folder, go into its repository on the Hub, and where."""
+"""Selects the files of a run or model folder that are pushed to the Hub, and their paths in the repository."""
 
 import logging
 import os
@@ -30,11 +30,11 @@ def model_files(folder: Path) -> dict[str, Path]:
     files = _visible_files(folder)
     if PIPELINE_INDEX in files:
         raise ValueError(
-            f"`folder`: '{folder}' is a whole pipeline ({PIPELINE_INDEX}). Push the run, or a folder with the trained "
-            "`transformer` or LoRA alone; `hf upload` takes a pipeline as it is."
+            f"`folder`: '{folder}' is a whole pipeline ({PIPELINE_INDEX}). Push the run, or a folder with only the trained "
+            "`transformer` or LoRA. To push a whole pipeline, use `hf upload`."
         )
     if has_class(files, "WanTransformer3DModel"):
-        raise ValueError(f"`folder`: '{folder}' is the transformer itself. Push the folder above it.")
+        raise ValueError(f"`folder`: '{folder}' is the transformer itself. Push the folder that contains it.")
     if model_kind(files) is None:
         raise ValueError(f"`folder`: '{folder}' is neither a run nor a folder with a model in it.")
     return files
@@ -42,15 +42,15 @@ def model_files(folder: Path) -> dict[str, Path]:
 
 def run_files(run_dir: Path, weights_dir: Path | None = None) -> dict[str, Path]:
     """
-    Files of a run for the Hub: path in the repository -> file. Never optimizer states.
+    Files of a run for the Hub: path in the repository -> file. Optimizer states are never included.
 
-    The best reward model, or else the last one, is the root of the repository, so that its id is enough to load it. An
-    adapter is there too; a transformer has its own folder, as in pipelines. Averaged weights are preferred.
-    Configuration, metrics, the record of how the run was started, and its card are included.
+    The best reward model, or else the last one, is at the root of the repository, so that the repository's id is enough
+    to load it. An adapter is at the root too. A transformer has its own folder, as in pipelines. Averaged weights (EMA)
+    are preferred. The run's configuration, metrics, record of how it was started, and card are included.
 
     Args:
         weights_dir (`Path`, *optional*):
-            The checkpoint to take the weights from; the run's result, or else its newest checkpoint, if left out.
+            The checkpoint to take the weights from. If left out, the run's result, or else its newest checkpoint.
 
     Raises:
         ValueError: If there are no weights yet.
@@ -58,7 +58,7 @@ def run_files(run_dir: Path, weights_dir: Path | None = None) -> dict[str, Path]
     places = [run_dir, *reversed(list_checkpoints(run_dir))] if weights_dir is None else [weights_dir]
     weights = next(filter(None, (_weight_files(place, run_dir) for place in places)), None)
     if weights is None:
-        raise ValueError(f"{places[0]}: no trained model here to push, neither a result nor a checkpoint.")
+        raise ValueError(f"{places[0]}: there is no trained model to push, neither a result nor a checkpoint.")
     texts = [run_dir / name for name in (CONFIG_FILE, METRICS_FILE, RUN_FILE, CARD_FILE)]
     return weights | {path.name: path for path in texts if path.is_file()}
 
@@ -69,7 +69,7 @@ def _weight_files(place: Path, run_dir: Path) -> dict[str, Path] | None:
         if root.is_dir():
             return _visible_files(root)
     for folder in (place / AVERAGE_FOLDER, place):
-        # For a pipeline with two experts, one or both.
+        # A run on a pipeline with two experts has trained one or both.
         transformers = [folder / name for name in EXPERT_FOLDERS.values() if (folder / name).is_dir()]
         found = {f"{each.name}/{name}": path for each in transformers for name, path in _visible_files(each).items()}
         found = found or {name: folder / name for name in LORA_FILES.values() if (folder / name).is_file()}
@@ -79,7 +79,7 @@ def _weight_files(place: Path, run_dir: Path) -> dict[str, Path] | None:
 
 
 def _visible_files(folder: Path) -> dict[str, Path]:
-    """All files below a folder by their path in it, without hidden ones except the Hub's evaluation."""
+    """All files below a folder by their path in it, without hidden ones except the Hub's evaluation results."""
     files = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
     hidden = {
         name for name in files if any(part.startswith(".") for part in name.parts if part != EVAL_RESULTS_FOLDER)
@@ -89,10 +89,10 @@ def _visible_files(folder: Path) -> dict[str, Path]:
 
 def stage(files: Mapping[str, Path], folder: Path) -> dict[str, Path]:
     """
-    Copy or link files into the layout of their repository, so that later changes of the originals do not matter.
+    Copy or link files into the layout of their repository, so that the originals may change during the upload.
 
-    Weights are replaced but never changed in place, so they are hard-linked, which costs neither time nor space. Small
-    files, which do change, are copied, and so are weights on file systems without hard links.
+    Weight files are hard-linked, which costs neither time nor space: a run replaces them but never changes them in
+    place. Other files are copied, and so are weights on file systems without hard links.
     """
     staged = {}
     for path_in_repo, source in files.items():
@@ -109,7 +109,7 @@ def stage(files: Mapping[str, Path], folder: Path) -> dict[str, Path]:
 
 
 def add_card(staged: Mapping[str, Path], folder: Path, repo_id: str, api: HfApi) -> list[str]:
-    """Add card, plot and evaluation to a staged repository, unless a person wrote a card; return their names."""
+    """Add card, plot and evaluation to a staged repository, unless it has a card that a person wrote. Returns their names."""
     if model_kind(staged) is None or not may_replace_card(staged.get(CARD_FILE)):
         return []
     return write_model_card(staged, folder, repo_id=repo_id, api=api)

@@ -42,7 +42,7 @@ PAPER = "https://arxiv.org/abs/2511.21541"
 
 
 def model_kind(files: Mapping[str, Path]) -> ModelKind | None:
-    """Kind of model in a repository, from its files (path in it -> file); None if it is none of this package."""
+    """Kind of model in a repository, from its files (path in it -> file). None if this package did not make it."""
     if PIPELINE_INDEX in files:
         return None
     if experts_of("lora", files):
@@ -53,22 +53,22 @@ def model_kind(files: Mapping[str, Path]) -> ModelKind | None:
 
 
 def has_class(files: Mapping[str, Path], name: str) -> bool:
-    """Whether the model at the root of a repository is of the class of this name."""
+    """Whether the model at the root of a repository has the class with this name."""
     return _read_json(files, "config.json").get("_class_name") == name
 
 
 def experts_of(kind: ModelKind, files: Mapping[str, Path]) -> dict[ExpertName, str]:
     """
-    File of the adapter, or of the transformer's configuration, of each expert that a repository has.
+    For each expert in a repository, the file of its adapter or of its transformer's configuration.
 
-    In a pipeline with one transformer, that one counts as the high-noise expert.
+    The only transformer of a pipeline counts as the high-noise expert.
     """
     names = LORA_FILES if kind == "lora" else {name: f"{each}/config.json" for name, each in EXPERT_FOLDERS.items()}
     return {} if kind == "reward" else {expert: name for expert, name in names.items() if name in files}
 
 
 def may_replace_card(path: Path | None) -> bool:
-    """Whether there is no card yet, or one made by this package that nobody has edited."""
+    """Whether there is no card yet, or one that this package wrote and nobody has edited."""
     return path is None or OWN_CARD in path.read_text(encoding="utf-8")
 
 
@@ -82,27 +82,26 @@ def write_model_card(
 ) -> list[str]:
     """
     Write `README.md`, `training.png` if there are metrics to draw, and `.eval_results/hy_prfl.yaml` if they were
-    measured on a dataset of the Hub.
+    measured on a dataset on the Hub.
 
     Args:
         files (`Mapping[str, Path]`):
-            The repository that the card is for: path in it -> file; see [`~hy_prfl.hub.files.run_files`]. If they
-            exist, `config.yaml`, `run.json`, `metrics.jsonl`, `metrics.json` of the best model and the model's
-            `config.json` are read.
+            Files of the repository: path in it -> file; see [`~hy_prfl.hub.files.run_files`]. `config.yaml`, `run.json`,
+            `metrics.jsonl`, `metrics.json` of the best model and the model's `config.json` are read if they exist.
         directory (`Path`):
             Folder to write into.
         repo_id (`str`):
-            Name that the card loads: `user/name`, or a path.
+            Name that the code on the card loads: `user/name`, or a path.
         license (`str`, defaults to `"apache-2.0"`):
-            Licence of the weights. Wan's is the default; weights made from others may need another one.
+            Licence of the weights. The default is Wan's; weights made from another model may need another licence.
         api (`HfApi`, *optional*):
-            Client that asks whether base model and datasets are on the Hub, for a run without a record of it.
+            Client to look up base model and datasets on the Hub. Used for a run that did not record where they are.
 
     Returns:
         `list[str]`: names of the files written.
 
     Raises:
-        ValueError: If there is no model among the files.
+        ValueError: If the files contain no model.
     """
     kind = model_kind(files)
     if kind is None:
@@ -130,7 +129,7 @@ def build_card(
     has_plot: bool = False,
     api: HfApi | None = None,
 ) -> ModelCard:
-    """The card as an object, with its evaluation as `eval_results`; the arguments are those of `write_model_card`."""
+    """The card as an object, with its evaluation as `eval_results`. See `write_model_card` for the arguments."""
     config, experts, recorded = _read_config(files), list(experts_of(kind, files).items()), recorded_sources(files)
     model_file = experts[0][1] if experts else "config.json"
     header = read_lora_metadata(files[model_file]) if kind == "lora" else {}
@@ -149,7 +148,7 @@ def build_card(
         return bool(found) and all(known_to_hub(name, "model" if option == BASE else "dataset") for name in found)
 
     base_model, metrics = str(config.get(BASE) or ""), best_metrics(files)
-    # A repository that happens to have the name of a local path says nothing about the run.
+    # A local path that is gone must not be looked up on the Hub: another repository may have the same name.
     known = base_model if on_hub(BASE) or Path(base_model).is_dir() else ""
     pipeline = find_base_pipeline(known, config.get("revision"), recorded, model_config)
     relation = "adapter" if kind == "lora" else "finetune"
@@ -201,17 +200,17 @@ def build_card(
 
 def library_name(kind: ModelKind, base: BasePipeline | None, experts: Sequence[ExpertName]) -> str:
     """
-    The library whose code the Hub shows: diffusers if its code loads the LoRA, otherwise ours, for which the Hub shows
-    none.
+    The library on the card. The Hub shows loading code for diffusers, and none for this package.
 
-    diffusers' code loads the base model from the Hub, then the LoRA into its first transformer, and passes a prompt
-    and at most one image. It treats any other repository as a whole pipeline.
+    It is diffusers only for a LoRA that the Hub's code can load. That code loads the base model from the Hub, loads the
+    LoRA into its first transformer, and passes a prompt and at most one image. It takes any other repository for a whole
+    pipeline.
 
     Args:
         base (`BasePipeline`, *optional*):
             The pipeline that the model was trained on, if it is on the Hub.
         experts (`Sequence[str]`):
-            The experts that there are LoRAs for.
+            The experts with a LoRA in the repository.
     """
     is_plain_lora = kind == "lora" and list(experts) == ["high_noise"]
     return "diffusers" if is_plain_lora and base is not None and not base.needs_last_image else "hy-prfl"
@@ -224,18 +223,24 @@ def _tags(kind: ModelKind, config: Mapping[str, Any]) -> list[str]:
 
 
 def _uses_reward(config: Mapping[str, Any]) -> bool:
-    """Whether a generator is known to have been trained on a reward."""
+    """Whether the configuration says that a generator was trained on a reward."""
     return bool(config.get("reward_model")) and config.get("update_schedule") != "flow_matching"
 
 
 def _description(
-    kind: ModelKind, config: Mapping[str, Any], experts: Sequence[ExpertName], told_expert: str | None
+    kind: ModelKind, config: Mapping[str, Any], experts: Sequence[ExpertName], header_expert: str | None
 ) -> str:
-    """A sentence on a generator's weights: which transformer and pipeline they are for, how they were trained."""
+    """
+    A sentence on a generator's weights: which transformer and pipeline they are for, and how they were trained.
+
+    Args:
+        header_expert (`str`, *optional*):
+            The expert in the header of a LoRA file.
+    """
     if len(experts) > 1:
         part = " and ".join(f"the {WORDS[expert]} expert (`{EXPERT_FOLDERS[expert]}`)" for expert in experts)
     # The only transformer of a pipeline has the name of the high-noise expert.
-    elif experts == ["low_noise"] or config.get("expert") or told_expert:
+    elif experts == ["low_noise"] or config.get("expert") or header_expert:
         part = f"the {WORDS[experts[0]]} expert (`{EXPERT_FOLDERS[experts[0]]}`)"
     else:
         part = "the transformer"
@@ -244,7 +249,6 @@ def _description(
         rank = f" of rank {config['lora_rank']}" if config.get("lora_rank") else ""
         weights = f"{'LoRA adapters' if len(experts) > 1 else 'A LoRA adapter'}{rank} for"
     base = config.get(BASE) or "a Wan pipeline"
-    training = "Nothing beside the weights tells how they were trained."
     if _uses_reward(config):
         training = (
             f"fine-tuned with process reward feedback (PRFL, [paper]({PAPER})) on the reward model "
@@ -252,13 +256,13 @@ def _description(
         )
         return f"{weights} {part} of {base}, {training}{_start(kind, config)}"
     if config.get("update_schedule") == "flow_matching":
-        training = "fine-tuned with the flow-matching loss alone, without a reward."
+        training = "fine-tuned with only the flow-matching loss, without a reward."
         return f"{weights} {part} of {base}, {training}{_start(kind, config)}"
     return f"{weights} {part} of {base}. How they were trained is not recorded."
 
 
 def _start(kind: ModelKind, config: Mapping[str, Any]) -> str:
-    """What the run started from, if it was not the pipeline's transformer; an adapter is useless without it."""
+    """Sentences on the weights that the run started from, if not the pipeline's own. An adapter is useless without them."""
     transformers = [config[name] for name in ("transformer_path", "transformer_2_path") if config.get(name)]
     loras = [config[name] for name in ("lora_path", "lora_2_path") if config.get(name)]
     merges = config.get("lora_start") == "merge"
@@ -276,14 +280,14 @@ def _start(kind: ModelKind, config: Mapping[str, Any]) -> str:
 
 def _base_on_hub(header: Mapping[str, str]) -> list[str]:
     """
-    The base model of an adapter without its run, if it is known to be a repository of the Hub.
+    The base model of an adapter without its run, if it is known to be a repository on the Hub.
 
-    A path on another machine may have the form of an id. Files of older versions do not say which it is; for them only
-    the published pipelines count, by name.
+    A path on another machine may have the form of an id. Files of older versions do not record which of both it is. For
+    them, only the names of published pipelines count as repositories.
     """
     base = header.get("base_model", "")
-    told = header.get("base_on_hub")
-    return [base] if told == "true" or (told is None and base in PUBLISHED and not Path(base).exists()) else []
+    on_hub = header.get("base_on_hub")
+    return [base] if on_hub == "true" or (on_hub is None and base in PUBLISHED and not Path(base).exists()) else []
 
 
 def _task(kind: ModelKind, pipeline: BasePipeline | None) -> Task | None:

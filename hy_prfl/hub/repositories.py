@@ -1,4 +1,4 @@
-"""Models and datasets on the Hugging Face Hub: readable errors, pushes, complete downloads."""
+"""Pushes models and datasets to the Hugging Face Hub and pulls them, with readable errors."""
 
 import importlib.util
 import json
@@ -40,8 +40,8 @@ SNAPSHOT_PREFIX = ".hub-"
 NO_TOKEN = "There is no Hugging Face token: log in with `hf auth login`, or set HF_TOKEN to a token with write access."
 
 
-# Retries of hf_xet, which transfers large files. By default it retries silently for six minutes; with these # settings
-# it gives up each request after 30 seconds at most. Read when the process first uses it.
+# Retries of hf_xet, which transfers large files. By default it retries silently for six minutes; with these settings it
+# gives up a request after at most 30 seconds. hf_xet reads them when the process first uses it.
 XET_RETRIES = {"HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "4", "HF_XET_CLIENT_RETRY_BASE_DELAY": "2s"}
 for _name, _value in XET_RETRIES.items():
     os.environ.setdefault(_name, _value)
@@ -49,11 +49,11 @@ for _name, _value in XET_RETRIES.items():
 XET_STATUS = re.compile(r"HTTP status (?:client|server) error \((?P<status>\d{3})\s*(?P<phrase>[^)]*)\)")
 
 # Seconds between log messages while an upload runs.
-SECONDS_BETWEEN_WORDS = 60.0
+SECONDS_BETWEEN_MESSAGES = 60.0
 
 
 class HubError(RuntimeError):
-    """A request to the Hub failed for a reason that may pass: no network, a quota, a fault of the Hub."""
+    """A request to the Hub failed for a reason that may be temporary: no network, a quota, a fault of the Hub."""
 
 
 def failure_reason(error: BaseException) -> str:
@@ -94,7 +94,7 @@ def _had_token(error: HfHubHTTPError) -> bool:
 
 @contextmanager
 def hub_errors(what: str) -> Iterator[None]:
-    """Turn errors of the client into a [`HubError`] of one line. A `ValueError`, a mistake of the user, passes."""
+    """Convert errors of the client to a [`HubError`] of one line. A `ValueError` (a mistake of the user) is not changed."""
     try:
         yield
     # If a part of an upload fails, the client raises a RuntimeError with the reason as its cause.
@@ -112,11 +112,11 @@ def uploading(
     repo_id: str, *, repo_type: RepoType = "model", revision: str | None = None, token: str | None = None
 ) -> Iterator[None]:
     """
-    Context for an upload: request write access to the Hub's storage first, and log from time to time that the upload
-    runs.
+    Context for an upload: request write access to the Hub's storage first, and log every minute that the upload is
+    still running.
 
-    Otherwise hf_xet would make that request; it hides the Hub's answer and retries silently. Made here, a refusal is
-    an ordinary error, and retries are logged.
+    Without this, hf_xet would make the request. It hides the Hub's answer and retries silently. Here a refusal is an
+    ordinary error, and retries are logged.
 
     Raises:
         HfHubHTTPError: If the Hub refuses.
@@ -127,19 +127,19 @@ def uploading(
         hf_raise_for_status(http_backoff("GET", url, headers=build_hf_headers(token=token)))
     ended = threading.Event()
 
-    def say_so() -> None:
+    def log_progress() -> None:
         seconds = 0.0
-        while not ended.wait(SECONDS_BETWEEN_WORDS):
-            seconds += SECONDS_BETWEEN_WORDS
+        while not ended.wait(SECONDS_BETWEEN_MESSAGES):
+            seconds += SECONDS_BETWEEN_MESSAGES
             logger.warning("The upload to '%s' is still running after %.0f seconds.", repo_id, seconds)
 
-    speaker = threading.Thread(target=say_so, name="hub-upload", daemon=True)
-    speaker.start()
+    logging_thread = threading.Thread(target=log_progress, name="hub-upload", daemon=True)
+    logging_thread.start()
     try:
         yield
     finally:
         ended.set()
-        speaker.join()
+        logging_thread.join()
 
 
 def check_repo_id(repo_id: str) -> None:
@@ -147,7 +147,7 @@ def check_repo_id(repo_id: str) -> None:
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise ValueError(f"'{repo_id}' is not a valid name of a repository, `user/name`: {error}") from error
+        raise ValueError(f"'{repo_id}' is not a valid repository name of the form `user/name`: {error}") from error
 
 
 def open_repo(
@@ -158,17 +158,17 @@ def open_repo(
 
     Args:
         repo_id (`str`):
-            `user/name`; a bare `name` is put under the token's account.
+            `user/name`. For a bare `name`, the user is the token's account.
         private (`bool`, *optional*):
-            Who may see a new repository; the account's own default if left out.
+            Whether a new repository is private. The account's default if left out.
 
     Returns:
-        `str`: the whole id.
+        `str`: the whole id, `user/name`.
 
     Raises:
-        ValueError: For mistakes of the user: no token or a bad one, a malformed id, no write access, a public
-            repository where a private one was requested.
-        HubError: If the Hub cannot be reached now.
+        ValueError: For mistakes of the user: no token or a bad one, a malformed id, no write access, or a public
+            repository although a private one was requested.
+        HubError: If the Hub cannot be reached.
     """
     check_repo_id(repo_id)
     if (token or get_token()) is None:
@@ -185,7 +185,7 @@ def open_repo(
                 raise ValueError(f"'{repo_id}': {reason}. {NO_TOKEN}") from error
             if status not in (402, 403, 409):
                 raise
-        # It exists already (409), or this token may not create it but may still write to it.
+        # It exists already (409), or this token may not create repositories but may write to this one.
         try:
             api.auth_check(repo_id, repo_type=repo_type, write=True)
         except RepositoryNotFoundError as error:
@@ -193,7 +193,7 @@ def open_repo(
         except HfHubHTTPError as error:
             if error.response.status_code not in (401, 403):
                 raise
-            raise ValueError(f"'{repo_id}' exists, and this token may not write to it: {reason}.") from error
+            raise ValueError(f"'{repo_id}' exists, but this token may not write to it: {reason}.") from error
         if private and not api.repo_info(repo_id, repo_type=repo_type).private:
             raise ValueError(f"'{repo_id}' exists and is public, but a private repository was requested.")
     return repo_id
@@ -215,19 +215,19 @@ def push_folder(
     Args:
         folder (`str` or `Path`):
             A run (its [`run_files`] are pushed), a folder with a model in it, or a dataset. A run whose uploads failed
-            has a `hub_pending.json`, which is removed when everything is pushed.
+            has a `hub_pending.json`. It is removed when everything is pushed.
         repo_id (`str`, *optional*):
-            `user/name`; if left out, the one in `hub_pending.json`.
+            `user/name`. If left out, the one in `hub_pending.json`.
         private (`bool`, *optional*):
-            Who may see a new repository.
+            Whether a new repository is private.
         revision (`str`, *optional*):
-            Branch to commit to, created if it does not exist; `main` if left out.
+            Branch to commit to, created if it does not exist. `main` if left out.
 
     Returns:
-        `str`: address of the commit.
+        `str`: URL of the commit.
 
     Raises:
-        ValueError: If the folder holds nothing to push, or as [`open_repo`].
+        ValueError: If the folder holds nothing to push, or for the reasons in [`open_repo`].
         HubError: If the upload failed.
     """
     folder = Path(folder)
@@ -236,7 +236,7 @@ def push_folder(
     pending = _read_pending(folder)
     repo_id = repo_id or pending.get("repo_id")
     if repo_id is None:
-        raise ValueError(f"`repo_id` must be given: there is no {PENDING_FILE} in '{folder}' that names it.")
+        raise ValueError(f"`repo_id` must be given, because there is no {PENDING_FILE} in '{folder}'.")
     is_dataset = any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
     if is_dataset != (repo_type == "dataset"):
         found = "a dataset" if is_dataset else "no dataset written by `preprocess`"
@@ -281,9 +281,9 @@ def pull(
     token: str | None = None,
 ) -> Path:
     """
-    Download a repository, or one folder of it, into a new folder that appears when it is complete.
+    Download a repository, or one folder of it, into a new folder, which appears when the download is complete.
 
-    An interrupted pull leaves `.<name>.<commit>.partial` beside `output_dir`; the same pull continues from there.
+    An interrupted pull leaves `.<name>.<commit>.partial` beside `output_dir`. The same pull continues from there.
 
     Raises:
         ValueError: If `output_dir` is not empty, or the repository has no such `subfolder`.
@@ -295,7 +295,7 @@ def pull(
     if subfolder is not None and not re.fullmatch(r"(?!\.)[\w.-]+(/(?!\.)[\w.-]+)*", subfolder):
         raise ValueError(f"`subfolder` must be the path of a folder, such as 'best', got '{subfolder}'.")
     with hub_errors(f"'{repo_id}' was not pulled"):
-        # Pinned, so that a pull that continues cannot mix two commits.
+        # The commit is pinned, so that a continued pull cannot mix files of two commits.
         commit = hub_api(token).repo_info(repo_id, repo_type=repo_type, revision=revision).sha
         partial_dir = output_dir.with_name(f".{output_dir.name}.{str(commit)[:12]}.partial")
         snapshot_download(
@@ -310,7 +310,7 @@ def pull(
     if not content.is_dir():
         shutil.rmtree(partial_dir, ignore_errors=True)
         raise ValueError(f"`subfolder`: there is no folder '{subfolder}' in '{repo_id}'.")
-    # The client's notes on what it has downloaded so far.
+    # The client's own records of the download.
     shutil.rmtree(partial_dir / ".cache", ignore_errors=True)
     if output_dir.is_dir():
         output_dir.rmdir()

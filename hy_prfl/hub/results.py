@@ -1,4 +1,4 @@
-"""The evaluation of a run in the Hub's format: metrics of the published model by noise level, and their plot."""
+"""The evaluation of a run for its model card: metrics at each noise level, in the Hub's format, and a plot."""
 
 import json
 import math
@@ -21,14 +21,14 @@ from ..runtime.provenance import METRICS_FILE
 Metrics = dict[str, float]
 
 EVAL_RESULTS_FILE = f"{constants.EVAL_RESULTS_FOLDER}/hy_prfl.yaml"
-# Type of a dataset that is not on the Hub; it must not look like an id.
+# Type of a dataset that is not on the Hub. It must not have the form of a Hub id.
 LOCAL_DATASET = "local"
 AT_TIMESTEP = re.compile(r"(?P<metric>.+)/t(?P<timestep>\d+)")
 METRIC_NAMES = {"auc": "AUC", "f1": "F1"}
 
 
 def best_metrics(files: Mapping[str, Path]) -> Metrics:
-    """Metrics of the published model: those of the best one, or else those of the last validation."""
+    """Metrics of the pushed model: those of the best model, or else those of the last validation."""
     best = json.loads(files["metrics.json"].read_text(encoding="utf-8")) if "metrics.json" in files else {}
     if best:
         return {name: value for name, value in best.items() if isinstance(value, (int, float))}
@@ -49,13 +49,13 @@ def eval_results(
 
     Args:
         task (`str`):
-            The Hub's name of what the model does, `text-to-video`.
+            The Hub's name of the model's task, such as `text-to-video`.
         config (`Mapping[str, Any]`):
             Options of the run.
         is_reward (`bool`):
             Whether the model is a reward model.
         dataset_on_hub (`bool`):
-            Whether `validation_dataset` is one repository and not a folder, or several datasets.
+            Whether `validation_dataset` is a single repository on the Hub, not a folder and not several datasets.
     """
     if not metrics or not config.get("validation_dataset"):
         return []
@@ -89,9 +89,9 @@ def eval_results(
 
 def eval_result_entries(results: Sequence[EvalResult]) -> list[EvalResultEntry]:
     """
-    The same results for `.eval_results/*.yaml`, which supports datasets of the Hub only: none for a local dataset.
+    The same results for `.eval_results/*.yaml`. This format supports only datasets on the Hub: none for a local dataset.
 
-    Each metric at each noise level is a separate task, `accuracy_t200`; the mean is `accuracy`.
+    Each metric at each noise level is a task of its own, such as `accuracy_t200`. The mean is the task `accuracy`.
     """
     entries = []
     for result in results:
@@ -107,7 +107,7 @@ def eval_result_entries(results: Sequence[EvalResult]) -> list[EvalResultEntry]:
 
 
 def metric_table(metrics: Metrics) -> tuple[list[int], list[tuple[str, list[str]]]]:
-    """Timesteps, and for each metric its name and its cells: the value at each timestep, and the mean."""
+    """Timesteps, and for each metric its name and the cells of its row: the value at each timestep, and the mean."""
     by_timestep: dict[str, dict[int, float]] = defaultdict(dict)
     for name, value in metrics.items():
         at = AT_TIMESTEP.fullmatch(name)
@@ -123,7 +123,7 @@ def metric_table(metrics: Metrics) -> tuple[list[int], list[tuple[str, list[str]
 
 def draw_training(history: list[Metrics], metrics: Metrics, path: Path) -> bool:
     """
-    Draw every training curve against the step, and every metric against the timestep, into a PNG.
+    Draw a PNG with every training curve against the step, and every metric against the timestep.
 
     Returns:
         `bool`: whether there was anything to draw.
@@ -144,7 +144,7 @@ def draw_training(history: list[Metrics], metrics: Metrics, path: Path) -> bool:
         return False
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    # Not pyplot, which keeps every figure and works in one thread only.
+    # Without pyplot, which keeps every figure in memory and works in only one thread.
     figure = Figure(figsize=(4 * columns, 2.8 * rows), layout="constrained")
     FigureCanvasAgg(figure)
     for index, (name, axis, points) in enumerate(panels):

@@ -1,4 +1,4 @@
-"""Uploads of a run while it trains; their failures never stop the run."""
+"""Uploads a run to the Hub while it trains. A failed upload never stops the run."""
 
 import json
 import logging
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class _Upload:
-    """One upload that was asked for."""
+    """A requested upload. `done` is set when it has ended; `reason` says why it failed."""
 
     commit_message: str
     snapshot: Path | None = None
@@ -35,23 +35,23 @@ class _Upload:
 
 class HubUploader:
     """
-    Pushes a run while it trains, one upload at a time and in the background. For the main process.
+    Pushes a run while it trains, one upload at a time, in the background. Only the main process uses it.
 
-    An upload works on a snapshot of hard links, so checkpoints may be deleted or replaced meanwhile. A new upload
-    waits while another one runs, and replaces one that waits already. Failures are warnings, never errors: the run's
-    `hub_pending.json` says what is missing on the Hub until an upload, or `hy-prfl push`, succeeds.
+    An upload reads a snapshot of hard links, so checkpoints may be deleted or replaced during the upload. A new upload
+    waits while another one runs. If one is waiting already, the new one replaces it. Failures are warnings, never
+    errors: the run's `hub_pending.json` says what is missing on the Hub until an upload, or `hy-prfl push`, succeeds.
 
     Args:
         run_dir (`Path`):
             Output folder of the run.
         repo_id (`str`):
-            `user/name`; a bare `name` is put under the token's account.
+            `user/name`. For a bare `name`, the user is the token's account.
         private (`bool`, *optional*):
-            Who may see a new repository.
+            Whether a new repository is private.
 
     Raises:
-        ValueError: Before training starts, for mistakes of the user; see [`open_repo`]. If only the network fails,
-            there is a warning, and every upload tries again.
+        ValueError: Before training starts, for mistakes of the user, see [`open_repo`]. A network failure is only a
+            warning, and every upload tries again.
     """
 
     def __init__(self, run_dir: str | Path, repo_id: str, *, private: bool | None = None) -> None:
@@ -67,7 +67,7 @@ class HubUploader:
             self._open()
         except HubError as error:
             logger.warning("%s Training continues, and every upload will try again.", error)
-        # Left by a run that was killed during an upload.
+        # Delete snapshots of a run that was killed during an upload.
         for leftover in self.run_dir.glob(f"{SNAPSHOT_PREFIX}*"):
             try:
                 shutil.rmtree(leftover)
@@ -80,7 +80,7 @@ class HubUploader:
 
         Args:
             commit_message (`str`):
-                Headline of the commit.
+                First line of the commit message.
             weights_dir (`Path`, *optional*):
                 Checkpoint to take the weights from; see [`run_files`].
         """
@@ -88,8 +88,8 @@ class HubUploader:
         with self._lock:
             self._latest = upload
         try:
-            # Written first, so that the folder says what is missing even if the process dies.
-            self._write_pending(upload, "the upload had not ended")
+            # Written first, so that the file exists even if the process dies during the upload.
+            self._write_pending(upload, "the upload did not finish")
             upload.snapshot = Path(tempfile.mkdtemp(prefix=SNAPSHOT_PREFIX, dir=self.run_dir))
             upload.staged = stage(run_files(self.run_dir, weights_dir), upload.snapshot)
         except (OSError, ValueError) as error:
@@ -105,14 +105,14 @@ class HubUploader:
         Push the run's result and wait until the upload is complete or has failed.
 
         Returns:
-            `bool`: whether all is on the Hub; if not, the log says how to finish it.
+            `bool`: whether everything is on the Hub. If not, the log says how to push it.
         """
         self.upload(commit_message=commit_message)
         assert self._latest is not None
         self._latest.done.wait()
         if self._latest.reason is not None:
             logger.warning(
-                "The run is complete in %s, but not on the Hub. When the cause is fixed, this pushes it:\n    %s",
+                "The run is complete in %s, but not on the Hub. Fix the cause, then push it with:\n    %s",
                 self.run_dir, shlex.join(["hy-prfl", "push", "--folder", str(self.run_dir)]),
             )  # fmt: skip
         return self._latest.reason is None
@@ -122,8 +122,8 @@ class HubUploader:
         self._is_open = True
 
     def _push(self, upload: _Upload) -> str:
-        """Runs in the background; `_after` handles its errors."""
-        # No progress bar: the trainer has one.
+        """Runs in a background thread. `_after` handles its errors."""
+        # The trainer has a progress bar of its own.
         disable_progress_bars()
         assert upload.snapshot is not None
         if not self._is_open:
@@ -144,7 +144,7 @@ class HubUploader:
         self._end(upload, None if future.cancelled() else future.exception())
 
     def _end(self, upload: _Upload, error: BaseException | None) -> None:
-        """Clean up after an upload that ended, failed, or was replaced before it began."""
+        """Clean up after an upload that ended, failed, or was replaced before it started."""
         if upload.snapshot is not None:
             shutil.rmtree(upload.snapshot, ignore_errors=True)
         try:

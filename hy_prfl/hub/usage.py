@@ -1,4 +1,4 @@
-"""The code on a model card that loads each kind of model. It runs unchanged."""
+"""The code on a model card that loads the model. It runs as it is shown."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -9,9 +9,9 @@ from .base_pipeline import BasePipeline
 
 ModelKind = Literal["reward", "lora", "transformer"]
 
-# Image tokens of Wan's CLIP. A transformer for two images has its number of tokens in its configuration.
+# Tokens of one image in Wan's CLIP. For a transformer that takes two images, the number is in its configuration.
 NUM_IMAGE_TOKENS = 257
-# Defaults of the class for sizes that a configuration leaves out.
+# Defaults of the model class, for sizes that are missing in a configuration.
 DEFAULT_SIZES = {"in_channels": 16, "out_channels": 16, "text_dim": 4096}
 
 
@@ -24,19 +24,19 @@ def usage(
     experts: Sequence[ExpertName] = ("high_noise",),
 ) -> str:
     """
-    Python code that loads a model and shows how to call it. If the pipeline is unknown, it loads the model alone.
+    Python code that loads a model and shows how to call it. If the pipeline is unknown, it loads only the model.
 
     Args:
         repo_id (`str`):
-            Where the model is: `user/name`, or a path.
+            Repository of the model, `user/name`, or its path.
         config (`Mapping[str, Any]`):
-            Options of the run; its pipeline, revision and variant are used.
+            Options of the run. Its pipeline, revision and variant are used.
         model_config (`Mapping[str, Any]`):
             Configuration of the reward model or the transformer, empty for a LoRA.
         pipeline (`BasePipeline`, *optional*):
-            Kind of the pipeline; if it is not known, diffusers chooses the class.
+            Kind of the pipeline. If it is unknown, diffusers chooses the class.
         experts (`Sequence[str]`, defaults to `("high_noise",)`):
-            The experts of a pipeline with two that have weights here.
+            The experts that the repository has weights for.
     """
     if kind == "reward":
         return _reward_usage(repo_id, model_config)
@@ -92,10 +92,10 @@ def _reward_usage(repo_id: str, config: Mapping[str, Any]) -> str:
         "import torch",
         "from hy_prfl import WanRewardModel\n",
         f"reward_model = WanRewardModel.from_pretrained({_quote(repo_id)}).eval()\n",
-        "# Random numbers of the right shapes; replace them by a clip. Latents are (clips, channels, frames, height, width).",
+        "# Random numbers of the right shapes: use a clip instead. Latents are (clips, channels, frames, height, width).",
         f"noisy_latents = torch.randn(1, {channels}, {size})",
         "timesteps = torch.tensor([500.0])  # 1000 * sigma of each clip, anywhere in [0, 1000]",
-        f"prompt_embeds = torch.randn(1, 512, {config['text_dim']})  # of the text encoder, padded with zeros",
+        f"prompt_embeds = torch.randn(1, 512, {config['text_dim']})  # from the text encoder, padded with zeros",
     ]
     inputs = ["noisy_latents", "timesteps", "prompt_embeds"]
     if condition_channels:
@@ -108,13 +108,13 @@ def _reward_usage(repo_id: str, config: Mapping[str, Any]) -> str:
         shape, of = (1, NUM_IMAGE_TOKENS), "the image"
         if both is not None:
             shape, of = (2, both // 2), "the first and the last image"
-        lines.append(f"image_embeds = torch.randn{(*shape, config['image_dim'])}  # of {of}, by the image encoder")
+        lines.append(f"image_embeds = torch.randn{(*shape, config['image_dim'])}  # of {of}, from the image encoder")
         inputs.append("image_embeds")
     call = f"    logits = reward_model({', '.join(inputs)}).logits"
     return "\n".join([*lines, "with torch.no_grad():", call, "reward = logits.sigmoid()  # in (0, 1)"])
 
 
 def _quote(text: str) -> str:
-    """As Python code, in double quotes; keeps the backslashes of Windows paths."""
+    """A Python string literal in double quotes. Keeps the backslashes of Windows paths."""
     escaped = text.replace("\\", "\\\\").replace('"', '\\"')
     return f'"{escaped}"'

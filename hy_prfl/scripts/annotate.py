@@ -1,9 +1,9 @@
 r"""
-Serves a page on which people label clips, or compare pairs of them.
+Serves a web page on which people label clips, or compare pairs of clips.
 
     hy-prfl annotate --manifest outputs/videos/manifest.json --output labels.json
 
-Every answer is on the disk before the next clip shows. The same command again goes on where it was stopped.
+Every answer is on the disk before the next clip is shown. Run the same command again to continue after a stop.
 """
 
 from collections.abc import Sequence
@@ -17,21 +17,21 @@ from ..configs.serving import check_overwrites
 from .running import run
 
 
-# What is asked about the tasks that this package knows.
+# Questions for the tasks that this package knows.
 QUESTIONS = {
     "text_alignment": "Does the clip show what the caption says?",
     "blur_quality": "Is the picture sharp and free of flicker? Good is sharp.",
-    "physics_quality": "Do things and people move as they do in the world?",
-    "human_quality": "Are bodies, faces and hands whole and of the right shape, in every frame?",
+    "physics_quality": "Do objects and people move as in the real world?",
+    "human_quality": "Are bodies, faces and hands complete and correctly shaped in every frame?",
 }
-PAIR_QUESTION = "Which clip shows the caption better, all in all?"
+PAIR_QUESTION = "Which clip shows the caption better overall?"
 INSTRUCTIONS = (
     "Watch the whole clip at least once before you answer. Judge what you see, not what you would have liked to see. "
-    'Answer "unsure" if you cannot tell; a guess is worth less.'
+    'Answer "unsure" if you cannot decide. Do not guess.'
 )
 PAIR_INSTRUCTIONS = (
-    'Watch both clips to their end at least once before you answer. Which is on which side is random. Answer "tie" if '
-    "neither is better."
+    'Watch both clips to their end at least once before you answer. The sides are random. Answer "tie" if neither clip '
+    "is better."
 )
 
 
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         outputs | {"the journal of `output`": str(journal_path), "the summary of `output`": str(summary_path)},
     )
 
-    # Only now, so that nobody waits for libraries to hear of a misspelt option.
+    # Imported here, so that a misspelt option is reported before libraries are loaded.
     from ..data.manifest import read_manifest
     from ..pages.annotation import (
         PREFERENCE,
@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         if config.import_label_studio is not None:
             added, known = import_tasks(study, config.import_label_studio)
-            print(f"{added} annotations added, {known} were there: {config.import_label_studio}")
+            print(f"{added} annotations added, {known} were there already: {config.import_label_studio}")
 
         def save(now: Study) -> None:
             people = trusted_annotators(now, config.min_gold_accuracy)
@@ -111,9 +111,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         default = PAIR_INSTRUCTIONS if is_pairs else INSTRUCTIONS
         texts = {PREFERENCE: PAIR_QUESTION} | QUESTIONS
-        asked = {name: texts.get(name, "Is the clip good or poor in this?") for name in questions}
+        shown = {name: texts.get(name, "Is the clip good or poor in this respect?") for name in questions}
         serve_study(
-            study, config, save, title="Compare clips" if is_pairs else "Label clips", default=default, asked=asked
+            study, config, save, title="Compare clips" if is_pairs else "Label clips", default=default, questions=shown
         )
         print(f"{len(study.labels)} labels of {len({label['annotator'] for label in study.labels})} people: {output}")
 

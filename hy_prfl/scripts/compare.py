@@ -1,11 +1,11 @@
 r"""
-Serves a page on which people compare the videos of two generators, and says which is better.
+Serves a web page on which people compare the videos of two generators, and writes which one they prefer.
 
     hy-prfl generate --prompts prompts.json --output_dir outputs/base ...
     hy-prfl generate --prompts prompts.json --output_dir outputs/prfl --lora_path outputs/run ...
     hy-prfl compare --left outputs/base --right outputs/prfl
 
-Every answer is on the disk before the next pair shows. The same command again goes on where it was stopped.
+Every answer is on the disk before the next pair is shown. Run the same command again to continue after a stop.
 """
 
 from collections.abc import Sequence
@@ -20,9 +20,9 @@ from .running import run
 
 
 QUESTIONS = {
-    "preference": "Which clip shows the caption better, all in all?",
-    "text_alignment": "Which clip is nearer to the caption?",
-    "motion_quality": "In which clip do things and people move more as they do in the world?",
+    "preference": "Which clip shows the caption better overall?",
+    "text_alignment": "Which clip is closer to the caption?",
+    "motion_quality": "In which clip do objects and people move more as in the real world?",
     "visual_quality": "Which clip has the better picture?",
 }
 
@@ -34,14 +34,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_paths(config, "left", "right")
     check_output_files(config, "output")
     journal_path = Path(f"{config.output}.journal.jsonl")
-    # The name that `generate` gives it; its module is too heavy to be asked here.
+    # The file name is written out: importing it from the module of `generate` would load torch.
     inputs = {f"the manifest of `{name}`": f"{getattr(config, name)}/manifest.json" for name in ("left", "right")}
     check_overwrites(
         inputs | {"`instructions`": config.instructions},
         {"`output`": config.output, "the journal of `output`": str(journal_path)},
     )
 
-    # Only now, so that nobody waits for libraries to hear of a misspelt option.
+    # Imported here, so that a misspelt option is reported before libraries are loaded.
     from ..pages.annotation import order_items, write_json
     from ..pages.comparison import compare, read_pairs
     from ..pages.journal import Journal
@@ -67,8 +67,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         def save(now: Study) -> None:
             write_json(output, compare(now, config.left, config.right))
 
-        asked = {name: QUESTIONS.get(name, "Which clip is better in this?") for name in config.criteria}
-        serve_study(study, config, save, title="Compare clips", default=PAIR_INSTRUCTIONS, asked=asked)
+        shown = {name: QUESTIONS.get(name, "Which clip is better in this respect?") for name in config.criteria}
+        serve_study(study, config, save, title="Compare clips", default=PAIR_INSTRUCTIONS, questions=shown)
         result = compare(study, config.left, config.right)
     print(f"left: {config.left}, right: {config.right}; {len(study.labels)} answers: {output}")
     for name, question in result["questions"].items():

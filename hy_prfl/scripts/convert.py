@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Convert one thing."""
+    """Convert one generator, LoRA or reward model."""
     try:
         config = parse_config(ConvertConfig, argv, description=__doc__)
     except ValueError as error:
         if "is not a field" not in str(error):
             raise
-        raise ValueError(f"{error} YAML files of HY-Video-PRFL are converted by `hy-prfl convert_recipe`.") from error
+        raise ValueError(f"{error} For YAML files of HY-Video-PRFL use `hy-prfl convert_recipe`.") from error
     check_paths(config, "transformer", "lora", "reward_model", "reward_transformer")
     for path in config.merge_lora or []:
         if not Path(path).exists():
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_files(config, "transformer_config", "mlp", "query_attention")
     check_output_folders(config, "output_dir")
 
-    # Only now, here and below, so that nobody waits for torch to hear of a misspelt option.
+    # Imported here and below, so that a misspelt option is reported before torch is loaded.
     from ..formats.weight_files import check_output_dir
 
     check_output_dir(config.output_dir)
@@ -66,7 +66,7 @@ def convert_generator(config: ConvertConfig, path: str) -> str:
 
 
 def write_generator(config: ConvertConfig, transformer: "WanTransformer3DModel", output_dir: str) -> None:
-    """Write a generator in the format that the options ask for."""
+    """Write a generator in the format of `output_format`."""
     from ..models.conversion import save_converted, save_native
 
     if config.output_format == "native":
@@ -77,7 +77,7 @@ def write_generator(config: ConvertConfig, transformer: "WanTransformer3DModel",
 
 
 def merge_into_generator(config: ConvertConfig, path: str, loras: Sequence[str]) -> str:
-    """Read a generator, or those of a pipeline, merge LoRAs into it and write what has changed."""
+    """Read a generator, or those of a pipeline, merge LoRAs into them, and write those that have changed."""
     from ..formats.layout import EXPERT_FOLDERS, NATIVE_EXPERT_FOLDERS
     from ..formats.weight_files import new_folder
     from ..models.conversion import assign_loras, find_transformers, merge_loras, read_transformer
@@ -86,10 +86,10 @@ def merge_into_generator(config: ConvertConfig, path: str, loras: Sequence[str])
     transformers = find_transformers(path)
     assigned = assign_loras(loras, scales if len(scales) == len(loras) else scales * len(loras), transformers)
     folders = NATIVE_EXPERT_FOLDERS if config.output_format == "native" else EXPERT_FOLDERS
-    # A single transformer in Wan's format lies in the root of its repository.
+    # In Wan's format, a single transformer is in the root of its repository.
     is_part = len(transformers) > 1 or (folders is EXPERT_FOLDERS and transformers["high_noise"] != Path(path))
     merged = []
-    # One appears only with the other.
+    # `output_dir` appears when all transformers are written.
     with new_folder(config.output_dir) as folder:
         if not is_part:
             folder.rmdir()
@@ -99,7 +99,7 @@ def merge_into_generator(config: ConvertConfig, path: str, loras: Sequence[str])
             write_generator(config, transformer, str(folder / folders[expert] if is_part else folder))
             merged.append(f"{len(adapters)} into {transformers[expert]}")
     left = [str(each) for expert, each in transformers.items() if expert not in assigned]
-    untouched = f" No LoRA is for {', '.join(left)}, which is not written." if left else ""
+    untouched = f" There is no LoRA for {', '.join(left)}, so it is not written." if left else ""
     return f"LoRAs merged: {', '.join(merged)}; {config.output_format}: {config.output_dir}.{untouched}"
 
 
@@ -122,7 +122,7 @@ def convert_lora(config: ConvertConfig, path: str) -> str:
 
 
 def convert_reward(config: ConvertConfig) -> str:
-    """Read upstream's reward model and write ours, or the other way round."""
+    """Convert upstream's reward model to this package's format, or the reverse."""
     from ..models.conversion import convert_reward_model, read_diffusers, save_converted, save_reward_parts
     from ..models.reward_model import WanRewardModel
 
@@ -130,7 +130,7 @@ def convert_reward(config: ConvertConfig) -> str:
         reward_model = read_diffusers(WanRewardModel, config.reward_model)
         save_reward_parts(reward_model, config.output_dir)
         lost = [f"{name}={reward_model.config[name]}" for name in ("task", "vae_fingerprint", "num_query_heads")]
-        return f"Reward model in upstream's three parts, which do not tell {', '.join(lost)}: {config.output_dir}"
+        return f"Reward model in upstream's three parts, which do not store {', '.join(lost)}: {config.output_dir}"
     assert config.reward_transformer is not None
     assert config.mlp is not None
     assert config.query_attention is not None

@@ -1,10 +1,10 @@
 r"""
-Writes one of HY-Video-PRFL's YAML files as one of ours, says what was not carried over, and what to run.
+Converts a YAML file of HY-Video-PRFL to one of this package, and prints what was not carried over and which commands to run.
 
     hy-prfl convert_recipe --config HY-Video-PRFL/configs/train_pavrm_t2v_480.yaml --output ours.yaml
 
-Here `--config` is upstream's file. The commands that are printed, and written into the head of the new file, are for the
-folder that this is run in. Every key and flag of upstream's has a line in docs/upstream.md.
+Here `--config` is upstream's file. The commands are printed, and written into the first lines of the new file. Run them in
+the current folder. docs/upstream.md has a line for each of upstream's keys and flags.
 """
 
 import re
@@ -23,7 +23,7 @@ from .running import run
 def main(argv: Sequence[str] | None = None) -> None:
     """Convert one recipe."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    # What `--config` names here is to be converted; it holds no options of this command.
+    # Here `--config` names the file to convert. It does not hold options of this command.
     renamed = [re.sub(r"^--config(?==|$)", "--recipe", word) for word in argv]
     config = parse_config(RecipeConfig, renamed, description=__doc__)
     check_output_files(config, "output")
@@ -37,12 +37,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     recipe.save(config.output)
     print(f"{recipe.command}, {len(recipe.options)} options: {config.output}")
-    print("\n  ".join(["Not carried over, or not as it was:", *recipe.notes]))
-    print(f"Every key and flag of upstream's: {TABLE}")
+    print("\n  ".join(["Not carried over, or changed:", *recipe.notes]))
+    print(f"All of upstream's keys and flags: {TABLE}")
     plan = recipe.plan(config.output)
     if plan is not None:
-        print(f"Memory and time beforehand:\n  {plan}")
-    print("\n  ".join(["To be run in this folder, in this order:", *recipe.commands(config.output)]))
+        print(f"Estimate memory and time before you start:\n  {plan}")
+    print("\n  ".join(["Run in this folder, in this order:", *recipe.commands(config.output)]))
 
 
 if __name__ == "__main__":

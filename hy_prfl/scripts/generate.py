@@ -2,9 +2,9 @@ r"""
 Generates videos from a list of prompts.
 
     accelerate launch -m hy_prfl.scripts.generate --prompts prompts.json --output_dir outputs/videos \
-        --pretrained_model_name_or_path Wan-AI/Wan2.1-T2V-1.3B-Diffusers --lora_path outputs/prfl/lora
+        --pretrained_model_name_or_path Wan-AI/Wan2.1-T2V-1.3B-Diffusers --lora_path outputs/prfl
 
-The same command again goes on where it was stopped. With `--context_parallel_degree N`, N processes make a video together.
+Run the same command again to continue after a stop. With `--context_parallel_degree N`, N processes make one video together.
 """
 
 import dataclasses
@@ -21,15 +21,15 @@ from ..configs.parser import parse_config
 from .running import run
 
 
-# Options that a video depends on and that neither its prompt nor `VideoSettings` tells.
+# Options that a video depends on, besides its prompt and `VideoSettings`.
 MODEL_OPTIONS = ("lora_scale", "dtype", "flow_shift", "step_cache", "step_cache_threshold", "step_cache_interval")
 MODEL_PATHS = ("pretrained_model_name_or_path", "transformer_path", "lora_path")
-# In the record of a video only where they are given, so that older videos count as what they are.
+# These are in the record of a video only if they are given, so that records of older versions stay valid.
 EXPERT_PATHS = ("transformer_2_path", "lora_2_path")
 NEWER_OPTIONS = ("sample_solver", "lora_weights", "lora_2_weights", "attention_backend")
-# Where a run leaves its options.
+# File in `output_dir` with the options of the last run.
 CONFIG_FILE = "generate.yaml"
-# Of the seeds that are drawn.
+# Random seeds are drawn from 0 to this, exclusive.
 NUM_SEEDS = 2**32
 CANDIDATE_OPTIONS = (
     "num_candidates",
@@ -47,7 +47,7 @@ CANDIDATE_OPTIONS = (
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Generate the videos that are not there yet."""
+    """Generate the videos that do not exist yet."""
     config = parse_config(GenerateConfig, argv, description=__doc__)
     check_files(config, "prompts")
     check_sources(config, "pretrained_model_name_or_path", "transformer_path", "transformer_2_path")
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_sources(config, "lora_path", "lora_2_path", or_file=True)
     check_output_folders(config, "output_dir")
 
-    # Only now, so that nobody waits for torch to hear of a misspelt option.
+    # Imported here, so that a misspelt option is reported before torch is loaded.
     import torch
 
     from ..data.prompts import check_prompts, read_prompts
@@ -136,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             step_cache_interval=config.step_cache_interval,
         )
         if state.is_main_process:
-            # Before the first video, so that a run that is killed finds its seed again.
+            # Before the first video, so that a killed run finds its random seed again.
             output_dir.mkdir(parents=True, exist_ok=True)
             save_config(config, output_dir / CONFIG_FILE)
         sample = generate_video
@@ -171,18 +171,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         if config.calibrate:
             found = candidate_files.write_calibration(output_dir, prompts, config)
             print(
-                f"--keep {found['keep']} keeps {found['share']:.0%} of the gain of best of {config.num_candidates}, for "
+                f"--keep {found['keep']} keeps {found['share']:.0%} of the gain of best of {config.num_candidates}, at "
                 f"{found['cost']:.2f} times the cost of a plain sample ({output_dir / candidate_files.CALIBRATION})"
             )
-        print(f"{len(pending)} videos generated, {len(prompts) - len(pending)} were there: {output_dir}")
+        print(f"{len(pending)} videos generated, {len(prompts) - len(pending)} were there already: {output_dir}")
 
 
 def model_identity(config: GenerateConfig) -> dict[str, Any]:
     """
-    What a video depends on besides its prompt and its settings, as it is kept in its record.
+    Everything that a video depends on besides its prompt and its settings, for its record.
 
     Raises:
-        ValueError, FileNotFoundError: If a LoRA is not there, or something is given for an expert that is not there.
+        ValueError, FileNotFoundError: If a LoRA does not exist, or an option is for an expert that the pipeline does not
+            have.
     """
     from ..inference.pipelines import LORA_OPTIONS, as_list, check_options_fit, find_lora_weights
     from ..runtime.provenance import path_identity
@@ -193,10 +194,10 @@ def model_identity(config: GenerateConfig) -> dict[str, Any]:
     paths |= {name: getattr(config, name) for name in EXPERT_PATHS if getattr(config, name) is not None}
     check_options_fit(config.pretrained_model_name_or_path, paths, revision=config.revision)
     for expert, option in LORA_OPTIONS.items():
-        # The folder of a training run holds more than the weights, and goes on changing.
+        # Identify the weight file itself: a training run's folder holds other files, which keep changing.
         found = [find_lora_weights(path, expert) for path in as_list(paths.get(option))]
         if found:
-            # One has no list around it, as in the records of older videos.
+            # A single LoRA is not in a list, as in records of older versions.
             paths[option] = found[0] if len(found) == 1 else found
     return identity | {
         name: [path_identity(each) for each in path] if isinstance(path, list) else path and path_identity(path)
@@ -206,7 +207,7 @@ def model_identity(config: GenerateConfig) -> dict[str, Any]:
 
 def check_processes(config: GenerateConfig, sizes: set[tuple[int, int]]) -> None:
     """
-    Refuse an attention kernel that does not work here, and videos that do not divide over the processes that make them.
+    Refuse an attention kernel that does not work on this machine, and video sizes that the processes cannot divide evenly.
 
     Args:
         sizes (`set[tuple[int, int]]`):
@@ -236,42 +237,42 @@ def check_processes(config: GenerateConfig, sizes: set[tuple[int, int]]) -> None
 
 
 def options_before(output_dir: Path) -> GenerateConfig | None:
-    """Options of the last run that wrote into a folder, if there was one."""
+    """Options of the last run that wrote into a folder. None if there was none."""
     path = output_dir / CONFIG_FILE
     return parse_config(GenerateConfig, ["--config", str(path)]) if path.exists() else None
 
 
 def find_seed(output_dir: Path) -> int:
     """
-    A random base seed: the one that a folder's videos have already, else a new one.
+    A random base seed: the one that the videos of a folder already have, or else a new one.
 
     Raises:
-        ValueError: If the folder's `generate.yaml` is of a run that was given no seed and drew none.
+        ValueError: If the folder's `generate.yaml` is from a run with the default seed.
     """
     before = options_before(output_dir)
     if before is None:
         return secrets.randbelow(NUM_SEEDS)
     if before.seed is None:
         raise ValueError(
-            f"`random_seed`: {output_dir / CONFIG_FILE} is of a run with the seed 0 of the default. Choose another `output_dir`."
+            f"`random_seed`: {output_dir / CONFIG_FILE} is from a run with the default seed 0. Choose another `output_dir`."
         )
     return before.seed
 
 
 def check_seed_is_kept(config: GenerateConfig, output_dir: Path) -> None:
     """
-    Refuse to go on with the default seed in a folder whose videos have another one, such as a random one.
+    Refuse to continue with the default seed in a folder whose videos have another seed, such as a random one.
 
     Raises:
-        ValueError: Naming that seed.
+        ValueError: If the folder's videos have another seed. The message names it.
     """
     if config.seed is not None or config.overwrite:
         return
     before = options_before(output_dir)
     if before is not None and before.seed is not None:
         raise ValueError(
-            f"`seed`: {output_dir / CONFIG_FILE} is of a run with the seed {before.seed}. Give `--seed {before.seed}`, or "
-            "`--random_seed` if it was drawn, or choose another `output_dir`."
+            f"`seed`: {output_dir / CONFIG_FILE} is from a run with the seed {before.seed}. Give `--seed {before.seed}`, or "
+            "`--random_seed` if the seed was random, or choose another `output_dir`."
         )
 
 

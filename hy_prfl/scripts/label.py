@@ -1,5 +1,5 @@
 r"""
-Merge annotations into a latent dataset without encoding anything again.
+Merges annotations into a latent dataset. Nothing is encoded again.
 
     hy-prfl label --dataset outputs/clips --annotations labels.csv --output_dir outputs/clips_labelled
 """
@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_sources(config, "dataset")
     check_output_folders(config, "output_dir")
 
-    # Only now, so that nobody waits for torch to hear of a misspelt option.
+    # Imported here, so that a misspelt option is reported before torch is loaded.
     from ..data.annotations import read_annotations
     from ..data.labels import label_dataset
     from ..runtime.messages import set_up_logging

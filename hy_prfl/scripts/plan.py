@@ -1,14 +1,14 @@
 r"""
-Predicts what a recipe will need: memory of a GPU, FLOPs and time of a step, and what to change if it does not fit.
+Estimates what a recipe needs: memory of each GPU, FLOPs and time of a step, and what to change if it does not fit.
 
     hy-prfl plan --config examples/prfl/wan2.1_t2v_14b_480p_full.yaml --num_gpus 8 --zero_stage 3 --gpu_memory 80
 
-Needs no GPU, no weights and no data. Options of the recipe can be tried on the command line:
+This needs no GPU, no weights and no data. You can try options of the recipe on the command line:
 
     hy-prfl plan --config examples/prfl/wan2.1_t2v_14b_480p_full.yaml --height 720 --width 1280 --num_gpus 8 \
         --zero_stage 3 --context_parallel_degree 8 --offload_activations true
 
-What candidates cost beside plain sampling, with the size of the videos from the recipe:
+The cost of candidates compared to plain sampling, for the size of the videos in the recipe:
 
     hy-prfl plan --config examples/generate/wan2.1_t2v_14b_480p.yaml --num_candidates 8 --keep 10:4,20:1
 """
@@ -40,7 +40,7 @@ CONFIGS: dict[str, type[Config]] = {
     "train_reward": RewardTrainingConfig,
     "generate": GenerateConfig,
 }
-# What a run needs and a plan does not.
+# Required options of a run that a plan does not need.
 PLACEHOLDERS = {
     "train_prfl": ("output_dir", "train_dataset", "reward_model"),
     "train_reward": ("output_dir", "train_dataset"),
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check(num_gpus % degree == 0, "context_parallel_degree", degree, f"a divisor of `num_gpus`, {num_gpus}")
     print(f"Planning {Path(config.recipe)} ...", file=sys.stderr, flush=True)
 
-    # Only now, so that nobody waits for torch to hear of a misspelt option.
+    # Imported here, so that a misspelt option is reported before torch is loaded.
     from ..models.reward_model import WanRewardModel
     from ..planning import plan
     from ..runtime.messages import set_up_logging
@@ -97,7 +97,7 @@ def plan_generate(config: PlanConfig, generation: GenerateConfig) -> None:
     """Plan one recipe of `generate`."""
     for name in ("num_gpus", "zero_stage", "offload", "num_rows"):
         value, default = getattr(config, name), PlanConfig.__dataclass_fields__[name].default
-        check(value == default, name, value, "left out for `generate`, whose processes each make videos of their own")
+        check(value == default, name, value, "left out for `generate`: each of its processes makes its own videos")
     print(f"Planning {Path(config.recipe)} ...", file=sys.stderr, flush=True)
 
     from ..models.reward_model import WanRewardModel
@@ -120,7 +120,7 @@ def plan_generate(config: PlanConfig, generation: GenerateConfig) -> None:
 
 
 def show(config: PlanConfig, result: "Plan | GenerationPlan") -> None:
-    """Print a plan, and write it where the options say so."""
+    """Print a plan, and write it to `output` if that is given."""
     from ..runtime.atomic_writes import write_text
 
     print(result)
@@ -129,7 +129,7 @@ def show(config: PlanConfig, result: "Plan | GenerationPlan") -> None:
 
 
 def split_options(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The options of `plan`, with the recipe's file under its own name, and those of the recipe."""
+    """The options of `plan`, with `--config` renamed to `--recipe`, and the options of the recipe."""
     names = {field.name for field in dataclasses.fields(PlanConfig)}
     own: list[str] = []
     others: list[str] = []
@@ -146,14 +146,14 @@ def split_options(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def read_recipe(config: PlanConfig, options: Sequence[str], *, argv: Sequence[str] = ()) -> Any:
     """
-    The recipe, with the options that win over it; what only a run needs may be missing.
+    The recipe with `options`, which replace its values. Options that only a run needs may be missing.
 
     Args:
         argv (`Sequence[str]`):
-            Options of `plan` as they were given: a size among them is one of `generate` as well.
+            Options of `plan` from the command line. A size in them also replaces that of a recipe of `generate`.
 
     Raises:
-        ValueError: If its keys fit several commands.
+        ValueError: If its keys fit none or several of the commands.
     """
     path = Path(config.recipe)
     given = read_yaml(path) or {}
@@ -162,10 +162,12 @@ def read_recipe(config: PlanConfig, options: Sequence[str], *, argv: Sequence[st
     fields = {name: {field.name for field in dataclasses.fields(each)} for name, each in CONFIGS.items()}
     command: str | None = config.recipe_command
     if command is None:
-        # `reward_model` is a field of all.
+        # Some fields, such as `reward_model`, belong to all commands.
         fitting = [name for name in CONFIGS if set(given) <= fields[name]]
         if len(fitting) != 1:
-            raise ValueError(f"{path}: its keys do not tell one of {', '.join(CONFIGS)}; give `--recipe_command`.")
+            raise ValueError(
+                f"{path}: its keys do not fit exactly one of {', '.join(CONFIGS)}; give `--recipe_command`."
+            )
         command = fitting[0]
     names = {
         word.removeprefix("--").split("=")[0].replace("-", "_") for word in (*options, *argv) if word.startswith("--")

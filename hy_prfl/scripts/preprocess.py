@@ -1,5 +1,5 @@
 r"""
-Encode clips into a latent dataset.
+Encodes clips into a latent dataset.
 
     accelerate launch -m hy_prfl.scripts.preprocess --config examples/preprocess/wan2.1_t2v_480p.yaml
 """
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..data.preprocessing import ClipSettings
 
 
-# Options that change neither the rows nor their values.
+# Options that the rows of the dataset do not depend on.
 NOT_REQUESTED = ("output_dir", "manifest", "upstream_meta", "shard_size", "batch_size", "num_workers", "overwrite")
 
 
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_sources(config, "pretrained_model_name_or_path")
     check_output_folders(config, "output_dir")
 
-    # Only now, so that nobody waits for torch to hear of a misspelt option.
+    # Imported here, so that a misspelt option is reported before torch is loaded.
     import torch
 
     from ..data.encoding import LatentEncoder, local_encoder_files
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from ..runtime.messages import set_up_logging
 
     set_up_logging()
-    # 1. The cheap checks: settings, rows, output folder
+    # 1. Fast checks: settings, rows, output folder
     settings = build_settings(config)
     info = PipelineInfo.read(config.pretrained_model_name_or_path, config.revision)
     settings.check_pipeline(is_image_to_video=info.is_image_to_video)
@@ -62,12 +62,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if config.null_prompt_path is not None:
         files.append(Path(config.null_prompt_path))
     state = process_state()
-    state.print(f"Files are told from others by {FILE_IDENTITIES[config.file_identity]} (`file_identity`).")
+    state.print(f"Changed files are detected by {FILE_IDENTITIES[config.file_identity]} (`file_identity`).")
     hashes = None
     if config.file_identity == "content":
         hashes = hash_files([*files, *(path for row in rows for path in row.files)])
     digest = request_digest(rows, request, files, hashes)
-    # The same files tell a finished dataset whatever they are compared by.
+    # A finished dataset may be checked again with another `file_identity`.
     stored = {name: value for name, value in request.items() if name != "file_identity"}
     paths = ("pretrained_model_name_or_path", "upstream_root", "null_prompt_path")
     stored |= {
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         state.print(f"'{output_dir}' is complete, nothing to do.")
         return
 
-    # 2. The encoders
+    # 2. Encoders
     encoder = LatentEncoder.from_pretrained(
         config.pretrained_model_name_or_path,
         revision=config.revision,
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if config.upstream_meta is not None:
         clips = UpstreamImporter(encoder, config.fps, config.tensor_dtype, config.null_prompt_path, hashes)
 
-    # 3. Their rows
+    # 3. Rows
     summary = build_dataset(
         rows,
         clips,

@@ -1,10 +1,10 @@
 r"""
-Downloads a repository of the Hugging Face Hub, or one folder of it, into a new folder.
+Downloads a repository from the Hugging Face Hub, or one folder of it, into a new folder.
 
     hy-prfl pull --repo_id user/reward --output_dir outputs/reward_model
     hy-prfl pull --repo_id user/clips --repo_type dataset --output_dir data/train
 
-A pull that was cut off goes on where it was when it is started again.
+Run the same command again to continue an interrupted pull.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse_config(PullConfig, argv, description=__doc__)
     check_output_folders(config, "output_dir")
 
-    # Only now, so that nobody waits for torch to hear of a misspelt option.
+    # Imported here, so that a misspelt option is reported before torch is loaded.
     from ..hub import pull
 
     folder = pull(

@@ -4,7 +4,7 @@ Pushes the result of a run, a model folder or a latent dataset to the Hugging Fa
     hy-prfl push --folder outputs/reward --repo_id user/reward --private
     hy-prfl push --folder data/train --repo_id user/clips --repo_type dataset
 
-A run whose own uploads failed knows its repository and needs only the folder.
+If the uploads of a run failed during training, only `--folder` is needed: the run has stored its repository.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse_config(PushConfig, argv, description=__doc__)
     check_paths(config, "folder")
 
-    # Only now, so that nobody waits for torch to hear of a misspelt option.
+    # Imported here, so that a misspelt option is reported before torch is loaded.
     from ..hub import push_folder
 
     url = push_folder(

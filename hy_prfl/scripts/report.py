@@ -4,7 +4,7 @@ Writes one HTML file that shows a run: curves, noise levels, samples, cost, conf
     hy-prfl report outputs/prfl
     hy-prfl report outputs/prfl --plan plan.json --before outputs/base --after outputs/tuned
 
-Plots and videos are inside the file. A run that goes to its end writes it by itself.
+Plots and videos are inside the file. A run writes this report when it ends.
 """
 
 import sys
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if own.is_file() and not any(Path(path).samefile(own) for path in comparisons):
         comparisons.append(str(own))
 
-    # Only now, so that nobody waits for libraries to hear of a misspelt option.
+    # Imported here, so that a misspelt option is reported before libraries are loaded.
     from ..pages.report import write_run_page
     from ..runtime.messages import set_up_logging
 

@@ -1,4 +1,4 @@
-"""How a command ends: in one line if the user can mend it, in a traceback if it is a bug."""
+"""Runs a command. A mistake of the user ends it with one line, a bug with a traceback."""
 
 import linecache
 import os
@@ -12,20 +12,22 @@ from ..configs.parser import TRACEBACK_VARIABLE
 
 
 EXIT_CODE = 2
-# Seconds that other processes of a launch leave to the first one to say what is wrong with all of them.
+# Seconds that other processes of a launch wait before they print their error, so that the first process can print it
+# once for all of them.
 PATIENCE = 20.0
 PACKAGE = Path(__file__).parents[1]
 
 
 def run(main: Callable[[], None]) -> None:
     """
-    Run a command as a program. What `main` raises in Python ends here as a user sees it.
+    Run a command as a program, and turn mistakes that `main` raises into messages for the user.
 
-    A mistake (see [`is_mistake`]) is printed as `error: ...` on one line of stderr, with its traceback in place of that if
-    the environment variable HY_PRFL_TRACEBACK is set, and the process exits with code 2. Anything else is raised.
+    A mistake (see [`is_mistake`]) is printed on one line of stderr as `error: ...`, and the process exits with code 2. If
+    the environment variable HY_PRFL_TRACEBACK is set, the traceback is printed instead. Other exceptions are raised.
 
-    Processes that were launched together mostly fail together. Process 0 speaks for all; the launcher ends the others when
-    it is gone. If it is not, the others speak for themselves after a while, the first of a machine before the rest.
+    Processes of one launch usually fail together. Process 0 prints the error, and the launcher then ends the others. If
+    that does not happen within `PATIENCE` seconds, the others print their own errors, the first process of each machine
+    before the rest.
     """
     try:
         main()
@@ -37,12 +39,12 @@ def run(main: Callable[[], None]) -> None:
             traceback.print_exc()
         else:
             message = " ".join(line.strip() for line in str(error).splitlines())
-            # diffusers says of a model that it could not ask for that it has no such file.
+            # Offline, diffusers says that the model does not have the file.
             if "does not appear to have a file named" in message and os.environ.get("HF_HUB_OFFLINE", "0") != "0":
-                message += " The Hub was not asked for it: HF_HUB_OFFLINE is set."
+                message += " The Hub was not contacted: HF_HUB_OFFLINE is set."
             sys.stderr.write(f"error: {message or type(error).__name__}\n")
         sys.exit(EXIT_CODE)
-    if "hy_prfl.runtime.distributed" in sys.modules:  # or nothing has joined processes
+    if "hy_prfl.runtime.distributed" in sys.modules:  # otherwise no process group exists
         from ..runtime.distributed import leave_processes
 
         leave_processes()
@@ -56,15 +58,18 @@ def _wait_for_the_first_process() -> None:
 
 def is_mistake(error: Exception) -> bool:
     """
-    Whether an error is about options, input or environment and not a bug of this package or of a library.
+    Whether an error is about options, input or environment, and not a bug of this package or of a library.
 
-    That is: what this package raises by a `raise` statement of its own, with a message that is written for people; what
-    the system and libraries say about files and connections (`OSError`); and a `ValueError` out of a `from_pretrained`,
-    which is about the files that it loads. A `ValueError` out of another operation that failed, or from within torch, is a
-    bug and needs its traceback.
+    These errors count as mistakes:
+
+    - an error from a `raise` statement in this package, because its message is written for users;
+    - an `OSError`, because it is about files or connections;
+    - a `ValueError` from a `from_pretrained`, because it is about the files that are loaded.
+
+    Any other `ValueError`, for example from torch, is a bug and needs its traceback.
     """
     if isinstance(error, OSError):
-        # The message of an error in a process that reads data is that process's traceback.
+        # An error in a worker process of a data loader has that process's traceback as its message.
         return "Traceback (most recent call last)" not in str(error)
     places = list(traceback.walk_tb(error.__traceback__))
     if isinstance(error, ValueError) and any(frame.f_code.co_name == "from_pretrained" for frame, _ in places):

@@ -4,7 +4,7 @@ Scores videos, or the rows of a latent dataset, with a reward model.
     accelerate launch -m hy_prfl.scripts.score --reward_model outputs/reward/best --output outputs/scores.csv \
         --manifest outputs/videos/manifest.json --pretrained_model_name_or_path Wan-AI/Wan2.1-T2V-1.3B-Diffusers
 
-The same command again goes on where it was stopped.
+Run the same command again to continue after a stop.
 """
 
 import dataclasses
@@ -23,13 +23,13 @@ from .running import run
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Score what is not scored yet."""
+    """Score the clips that are not scored yet."""
     config = parse_config(ScoreConfig, argv, description=__doc__)
     check_files(config, "manifest")
     check_sources(config, "reward_model", "dataset", "pretrained_model_name_or_path")
     check_output_files(config, "output")
 
-    # Only now, so that nobody waits for torch to hear of a misspelt option.
+    # Imported here, so that a misspelt option is reported before torch is loaded.
     import torch
 
     from ..data.dataset import load_latent_dataset
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     set_up_logging()
     state = process_state()
-    # The files behind the paths count, not their names.
+    # Identify models and datasets by their files, not by their paths.
     request = {**dataclasses.asdict(config), "output": None, "overwrite": None}
     for name in ("reward_model", "dataset", "pretrained_model_name_or_path"):
         request[name] = None if request[name] is None else path_identity(request[name])
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         dataset = load_latent_dataset(str(config.dataset))
     else:
         rows = read_manifest(config.manifest)
-        state.print(f"Files are told from others by {FILE_IDENTITIES[config.file_identity]} (`file_identity`).")
+        state.print(f"Changed files are detected by {FILE_IDENTITIES[config.file_identity]} (`file_identity`).")
         hashes = None
         if config.file_identity == "content":
             hashes = hash_files(path for row in rows for path in row.files)

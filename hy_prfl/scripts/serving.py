@@ -1,4 +1,4 @@
-"""What commands that serve a page have in common."""
+"""Serves the web page of a study, for `annotate` and `compare`."""
 
 import secrets
 from collections.abc import Callable, Mapping
@@ -19,18 +19,18 @@ def serve_study(
     *,
     title: str,
     default: str,
-    asked: Mapping[str, str],
+    questions: Mapping[str, str],
 ) -> None:
     """
     Print the address of a study's page, serve it until the process is interrupted, and write the result.
 
     Args:
-        save (`Callable`): Writes the result from the study, or a snapshot of it.
-        title, default (`str`): Headline and instructions, if the options give none.
-        asked (`Mapping[str, str]`): What is asked, by the name of the question.
+        save (`Callable`): Writes the result. It is called with the study or a snapshot of it.
+        title, default (`str`): Headline and instructions to use if the options give none.
+        questions (`Mapping[str, str]`): Text of each question, by its name.
 
     Raises:
-        ValueError: If the address cannot be listened on.
+        ValueError: If the server cannot listen on the address.
     """
     from ..pages.server import LOOPBACK, PageSettings, build_app, is_loopback, listen, serve
 
@@ -46,7 +46,7 @@ def serve_study(
     settings = PageSettings(
         title=config.title or title,
         instructions=instructions.strip(),
-        questions=asked,
+        questions=questions,
         annotators=config.annotators or (),
         token=token,
         hosts=tuple(name.lower() for name in (*LOOPBACK, config.host, *(config.allowed_hosts or ()))),
@@ -58,6 +58,6 @@ def serve_study(
     try:
         serve(build_app(study, settings, save), listener)
     except KeyboardInterrupt:
-        # That is how it is stopped.
+        # Ctrl-C is the normal way to stop.
         print()
     save(study)

@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse_config(RewardTrainingConfig, argv, description=__doc__)
     check_sources(config, "pretrained_model_name_or_path", "reward_model")
     check_paths(config, "transformer_path", "lora_path")
-    # A dry run reads a dataset for the size of its clips only.
+    # A dry run reads a dataset only for the size of its clips.
     if not config.dry_run:
         check_output_folders(config, "output_dir")
         if config.resume_from_checkpoint != "latest":
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif config.dry_run_size is None:
         check_sources(config, "train_dataset")
 
-    # Only now, so that nobody waits for torch to hear of a misspelt option.
+    # Imported here, so that a misspelt option is reported before torch is loaded.
     from ..runtime.messages import set_up_logging
     from ..trainers.dry_run import dry_run
     from ..trainers.reward_trainer import RewardTrainer

@@ -325,7 +325,7 @@ class TestHDR:
 
     def test_wide_gamut_of_unknown_brightness(self, tmp_path: Path) -> None:
         path = self.write(tmp_path / "clip.mkv", [0.5] * 3, transfer=2)
-        with pytest.raises(VideoError, match="no transfer function"):
+        with pytest.raises(VideoError, match="does not name a transfer function"):
             self.decode(path, hdr="tone_map")
 
     def test_ten_bits_of_sdr_stay(self, tmp_path: Path) -> None:

@@ -287,7 +287,9 @@ def test_only_rows_that_changed_are_encoded_again(encoder: LatentEncoder, clips:
         make_row("2", video=clips[2], prompt="a blue square"),
         make_row("renamed", video=clips[0], rejected_id="3"),
     ]
-    with pytest.raises(ValueError, match="1 of its clips .* would be lost, the first is '1': no row has it"):
+    with pytest.raises(
+        ValueError, match="1 of its encoded clips would be lost. The first one is '1': it is not in the list"
+    ):
         build(changed, ClipEncoder(encoder, settings), tmp_path / "out")
     assert [row["id"] for row in read_rows(tmp_path / "out")] == ["0", "1", "2", "3"]
     # What the refused run encoded is kept.
@@ -419,7 +421,7 @@ def test_first_and_last_frame(flf2v_pipeline_dir: Path, clips: list[Path], tmp_p
     rows = [make_row("images", **images), make_row("video", video=clips[0]), make_row("one", image=images["image"])]
     prompt_encoder = ClipEncoder(encoder, ClipSettings(**settings, prompts_only=True))
     assert build(rows, prompt_encoder, tmp_path / "prompts") == DatasetSummary(num_rows=2, num_encoded=2, num_bad=1)
-    assert "no last image beside the first one" in (tmp_path / "prompts" / "report.jsonl").read_text()
+    assert "a first image, but no last image" in (tmp_path / "prompts" / "report.jsonl").read_text()
     image_embeds, condition = encoder.encode_condition(to_float(video))
     assert image_embeds is not None
     for row in [*read_rows(tmp_path / "clips"), *read_rows(tmp_path / "prompts")]:
@@ -432,7 +434,7 @@ def test_first_and_last_frame(flf2v_pipeline_dir: Path, clips: list[Path], tmp_p
 def test_prompts_of_a_text_to_video_pipeline_need_one_size(
     encoder: LatentEncoder, buckets: tuple[tuple[int, int], ...]
 ) -> None:
-    with pytest.raises(ValueError, match="`buckets` must name exactly one size"):
+    with pytest.raises(ValueError, match="`buckets` must have exactly one size"):
         ClipEncoder(encoder, ClipSettings(buckets=buckets, prompts_only=True))
 
 

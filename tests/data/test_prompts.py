@@ -71,7 +71,7 @@ class TestReadPrompts:
         [
             ("[{", r"p\.json: not valid JSON"),
             ({"caption": "x"}, r"p\.json: expected a JSON list"),
-            ([], r"p\.json: there is no prompt"),
+            ([], r"p\.json: the file has no prompts"),
             (["x"], r"p\.json, row 1: expected a mapping"),
             ([{"caption": "x"}, {"id": "b"}], "row 2: `caption` is missing"),
             ([{"caption": "  "}], "row 1: `caption` is missing"),
@@ -141,7 +141,7 @@ class TestReadPrompts:
         for name in ("p.txt", "p.json"):
             with pytest.raises(FileNotFoundError, match=name):
                 read_prompts(tmp_path / name)
-        with pytest.raises(ValueError, match=r"p\.txt: there is no prompt"):
+        with pytest.raises(ValueError, match=r"p\.txt: the file has no prompts"):
             read_prompts(write(tmp_path / "p.txt", "\n\n"))
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hy_prfl.data.sampler import BucketBatchSampler, split_batches
+from hy_prfl.data.sampler import BucketBatchSampler, shard_batches
 
 
 BUCKETS = ["small"] * 7 + ["large"] * 4
@@ -61,7 +61,7 @@ def test_no_rows_are_refused() -> None:
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
 def test_shares_cover_every_row_with_the_same_forwards_on_every_replica(num_replicas: int, batch_size: int) -> None:
     shares = [
-        split_batches(BUCKETS, batch_size=batch_size, num_replicas=num_replicas, replica=replica)
+        shard_batches(BUCKETS, batch_size=batch_size, num_replicas=num_replicas, replica=replica)
         for replica in range(num_replicas)
     ]
     assert {index for share in shares for batch in share for index in batch} == set(range(11))

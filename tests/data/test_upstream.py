@@ -257,7 +257,7 @@ def test_a_list_that_repeats_its_clips_imports_each_once(
     rows = import_rows(tmp_path, i2v_encoder, tmp_path / "out", path="data.list")
     assert [row["id"] for row in rows] == ["a", "c", "b"]
     assert "data.list: 18 lines name 3 clips" in caplog.text
-    assert "epochs take the place of repeats" in caplog.text
+    assert "train for more epochs instead of repeating clips" in caplog.text
     assert "weight" not in caplog.text
 
 

@@ -85,7 +85,9 @@ def test_model_is_that_of_the_weights(convert: Convert) -> None:
 
 def test_adapters_are_not_dropped(convert: Convert) -> None:
     lora = {"model.lora.use_lora": True}
-    with pytest.raises(ValueError, match=r"`model\.lora\.target_modules` must be layers .*'head\.q' is none"):
+    with pytest.raises(
+        ValueError, match=r"`model\.lora\.target_modules` must be a list of .*'head\.q' is not one of them"
+    ):
         convert("train_prfl_t2v_480", lora | {"model.lora.target_modules": ["head.q"]})
     resumed = lora | {"model.lora.resume_lora_path": "run/checkpoint-1"}
     for name in ("train_prfl_t2v_480", "train_pavrm_t2v_480"):

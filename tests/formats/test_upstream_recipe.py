@@ -273,7 +273,7 @@ def test_keys_that_upstream_needs_are_asked_for(name: str, convert: Convert) -> 
         ("train_prfl_t2v_480", "optimizer.max_train_steps", None, "`optimizer.max_train_steps` is missing"),
         ("train_prfl_t2v_480", "dataset.uncond_prob", ["a", 0], "`dataset.uncond_prob` must be shares"),
         ("train_prfl_t2v_480", "dataset.meta_file_list", [], "`dataset.meta_file_list` must be list files"),
-        ("train_prfl_t2v_480", "save.output_dir", "${root}/x", r"`save.output_dir` must be a value; `\$\{...\}`"),
+        ("train_prfl_t2v_480", "save.output_dir", "${root}/x", r"`save.output_dir` must be a plain value; `\$\{...\}`"),
         ("pre_480", "resolution", [720, 1280], "`resolution` must be .* a multiple of 32, got \\[720, 1280\\]"),
         ("pre_480", "start_idx", 8, "`start_idx` must be 0"),
         ("pre_480", "model_type", "ltx", "`model_type` must be wanx"),
@@ -299,7 +299,7 @@ def test_refused_values_may_be_ignored(convert: Convert) -> None:
     for key, value in {"lrm.timestep": [400], "train.precision": "fp32"}.items():
         converted, _ = convert("train_pavrm_t2v_480", {key: value}, ignore=[key])
         assert converted.notes[0] == f"{key}: {value}: left out because of ignore_keys."
-    with pytest.raises(ValueError, match="`ignore_keys` names 'train.sped', which is no key"):
+    with pytest.raises(ValueError, match="`ignore_keys` names 'train.sped', which is not in the file"):
         convert("train_prfl_t2v_480", ignore=["train.sped"])
 
 

@@ -157,7 +157,7 @@ def test_transformer_and_adapter_keep_the_names_that_pipelines_know(tmp_path: Pa
     (tmp_path / "full" / "transformer").mkdir(parents=True)
     (tmp_path / "full" / "transformer" / "config.json").write_text("{}")
     assert set(run_files(tmp_path / "full")) == {"transformer/config.json"}
-    with pytest.raises(ValueError, match="no trained model here to push"):
+    with pytest.raises(ValueError, match="there is no trained model to push"):
         run_files(tmp_path)
 
 
@@ -252,7 +252,7 @@ def test_a_killed_run_leaves_a_note_and_no_litter(hub: HubServer, run_dir: Path)
     hub.gate.clear()
     uploader.upload(commit_message="Step 2")
     pending = json.loads((run_dir / PENDING_FILE).read_text())
-    assert pending["reason"] == "the upload had not ended"
+    assert pending["reason"] == "the upload did not finish"
     hub.gate.set()
     wait_for(lambda: not (run_dir / PENDING_FILE).exists())
     (run_dir / ".hub-litter").mkdir()
@@ -269,8 +269,8 @@ def test_what_the_user_must_correct_is_said_before_training(
         ("user//run", None, "not a valid name of a repository"),
         ("user/run", "hf_expired", "the token was refused"),
         ("user/run", READER, "could not be created: .* rights to create"),
-        ("user/public", READER, "exists, and this token may not write"),
-        ("other/theirs", None, "exists, and this token may not write"),
+        ("user/public", READER, "exists, but this token may not write"),
+        ("other/theirs", None, "exists, but this token may not write"),
         ("other/new", None, "could not be created: .* rights to create"),
     ]:
         with monkeypatch.context() as patch:
@@ -343,7 +343,7 @@ def test_push_refuses(hub: HubServer, run_dir: Path, folder: str, options: dict[
 def test_a_whole_pipeline_is_not_pushed_as_a_result(hub: HubServer, pipeline_dir: Path) -> None:
     with pytest.raises(ValueError, match=r"is a whole pipeline \(model_index\.json\)\. Push the run"):
         push_folder(pipeline_dir, "user/x")
-    with pytest.raises(ValueError, match="is the transformer itself. Push the folder above it"):
+    with pytest.raises(ValueError, match="is the transformer itself. Push the folder that contains it"):
         push_folder(pipeline_dir / "transformer", "user/x")
     assert not hub.requests
 

@@ -577,5 +577,5 @@ def test_a_run_without_reward_is_not_called_prfl(tmp_path: Path) -> None:
     config = {"pretrained_model_name_or_path": BASE, "reward_model": "someone/reward"}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({**config, "update_schedule": "flow_matching"}))
     card = build_card("transformer", visible(tmp_path), repo_id="user/name")
-    assert "with the flow-matching loss alone, without a reward" in card.text
+    assert "with only the flow-matching loss, without a reward" in card.text
     assert "prfl" not in card.data.tags

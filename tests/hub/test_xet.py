@@ -199,7 +199,7 @@ def test_repetitions_are_bounded() -> None:
 def test_a_long_upload_says_that_it_lasts(
     hub: HubServer, run_dir: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(repositories, "SECONDS_BETWEEN_WORDS", 0.1)
+    monkeypatch.setattr(repositories, "SECONDS_BETWEEN_MESSAGES", 0.1)
     uploader = HubUploader(run_dir, "user/run")
     hub.gate.clear()
     uploader.upload(commit_message="Step 1")

@@ -280,7 +280,7 @@ def test_a_reward_model_of_another_type(pipeline: WanPipeline, reward_model: Wan
         ([1, 1], {}, {}, "`seeds` must be one or more, all different"),
         ([1, 2], {}, {"prompt": ["a", "b"]}, "`prompt` must be one text"),
         ([1, 2], {}, {"num_videos_per_prompt": 2}, "`num_videos_per_prompt` must be left out"),
-        ([1, 2], {"keep": parse_keep("6:1")}, {}, "`keep` must be after a step before the last"),
+        ([1, 2], {"keep": parse_keep("6:1")}, {}, "`keep` must be before the last step"),
         ([1, 2], {"batch_size": 0}, {}, "`batch_size`"),
         ([1, 2], {"renoise": 1.5}, {}, "`renoise`"),
         ([1, 2], {"final_timesteps": (0,)}, {}, "`final_timesteps`"),

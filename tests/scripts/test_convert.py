@@ -199,7 +199,9 @@ class TestMergeLora:
         native = {"output_format": "native", "output_dir": tmp_path / "native"}
         main(options(transformer=expert_pipeline_dir, merge_lora=low, **native))
         assert [path.name for path in (tmp_path / "native").iterdir()] == ["low_noise_model"]
-        assert f"No LoRA is for {expert_pipeline_dir}/transformer, which is not written." in capsys.readouterr().out
+        assert (
+            f"There is no LoRA for {expert_pipeline_dir}/transformer, so it is not written." in capsys.readouterr().out
+        )
         main(options(transformer=tmp_path / "native" / "low_noise_model", output_dir=tmp_path / "back"))
         self.check(tmp_path / "back", expert_pipeline_dir / "transformer_2", [(low, 1.0)])
 

@@ -94,11 +94,11 @@ class Workplace:
         )
         printed = self.capsys.readouterr().out
         assert "docs/upstream.md" in printed
-        _, _, tail = printed.partition("To be run in this folder, in this order:\n")
+        _, _, tail = printed.partition("Run in this folder, in this order:\n")
         commands = [line.strip() for line in tail.splitlines()]
         written = (self.folder / f"{name}.yaml").read_text()
         assert all(f"#   {command}\n" in written for command in commands)
-        plan = re.search(r"Memory and time beforehand:\n  (.*)\n", printed)
+        plan = re.search(r"Estimate memory and time before you start:\n  (.*)\n", printed)
         return [*([plan[1]] if plan else []), *commands]
 
     def run(self, commands: Sequence[str]) -> str:

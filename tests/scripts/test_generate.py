@@ -146,7 +146,9 @@ def test_random_seed(tmp_path: Path, pipeline_dir: Path, capsys: pytest.CaptureF
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
 
     main(options(tmp_path, pipeline_dir, output_dir=tmp_path / "zero"))
-    with pytest.raises(ValueError, match=r"`random_seed`: .*zero/generate\.yaml is of a run with the seed 0"):
+    with pytest.raises(
+        ValueError, match=r"`random_seed`: .*zero/generate\.yaml is from a run with the default seed 0"
+    ):
         main([*options(tmp_path, pipeline_dir, output_dir=tmp_path / "zero"), "--random_seed"])
 
 
@@ -157,7 +159,7 @@ def test_a_seed_that_was_drawn_is_not_replaced_by_the_default(tmp_path: Path, pi
     (output_dir / "generate.yaml").write_text(
         "prompts: x\npretrained_model_name_or_path: x\noutput_dir: x\nseed: 77\n"
     )
-    with pytest.raises(ValueError, match=r"of a run with the seed 77\. Give `--seed 77`, or `--random_seed`"):
+    with pytest.raises(ValueError, match=r"from a run with the seed 77\. Give `--seed 77`, or `--random_seed`"):
         main(options(tmp_path, pipeline_dir, output_dir=output_dir))
     assert [path.name for path in output_dir.iterdir()] == ["generate.yaml"]
 

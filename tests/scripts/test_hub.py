@@ -96,7 +96,7 @@ def test_each_failure_is_one_line(
     assert "there is no file or folder" in message(push.main, folder=tmp_path / "none", repo_id="user/x")
     assert "`repo_id` must be given" in message(push.main, folder=model_dir)
     theirs = message(push.main, folder=model_dir, repo_id="other/theirs")
-    assert theirs.startswith("'other/theirs' exists, and this token may not write to it: the Hub")
+    assert theirs.startswith("'other/theirs' exists, but this token may not write to it: the Hub")
     assert "the token was refused" in message(push.main, folder=model_dir, repo_id="user/x", token="hf_old")
     hub.fail("POST", "/objects/batch", 403, "Private repository storage limit reached", times=1)
     quota = message(push.main, folder=model_dir, repo_id="user/x")

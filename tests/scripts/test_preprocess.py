@@ -111,7 +111,7 @@ def test_a_clip_replaced_by_one_of_equal_size_and_time(
             clip.write_bytes(content)
             os.utime(clip, (1e9, 1e9))
             main([*options, f"--output_dir={tmp_path / identity}", f"--file_identity={identity}"])
-            assert f"Files are told from others by {text} (`file_identity`)" in capsys.readouterr().out
+            assert f"Changed files are detected by {text} (`file_identity`)" in capsys.readouterr().out
             (row,) = table_to_rows(load_from_disk(tmp_path / identity).data.table)
             found[identity].append(row["source_hash"])
     assert found["time"][0] == found["time"][1] == found["content"][0]
@@ -199,7 +199,7 @@ def test_models_are_loaded_last(manifest: Path, pipeline_dir: Path, tmp_path: Pa
     (tmp_path / "broken.json").write_text('[{"caption": "x"}]')
     with pytest.raises(ValueError, match="broken.json, row 1: `video` is missing"):
         main([*fixed, f"--manifest={tmp_path / 'broken.json'}"])
-    with pytest.raises(ValueError, match="`buckets` must name exactly one size"):
+    with pytest.raises(ValueError, match="`buckets` must have exactly one size"):
         main([*fixed, f"--manifest={manifest}", "--prompts_only=true"])
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
@@ -216,7 +216,7 @@ def test_labelled_dataset_is_not_replaced(
     label_dataset(str(tmp_path / "out"), {"clip_0": {"human_quality": 1}}, tmp_path / "out")
     main([*options, output])
     assert "is complete" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="labels merged by `label` that would be lost"):
+    with pytest.raises(ValueError, match="labels that `label` merged; these would be lost"):
         main([*options, output, "--tensor_dtype=float32"])
 
 
@@ -253,7 +253,9 @@ def test_rows_of_a_finished_dataset_are_not_dropped_unless_asked_for(
     fewer.write_text(json.dumps(rows[:7]))
     more.write_text(json.dumps([*rows, {"id": "another", "video": rows[0]["video"], "caption": "a blue square"}]))
     command = [*options, f"--output_dir={finished}"]
-    with pytest.raises(ValueError, match="3 of its clips .* would be lost, the first is 'clip_7'.*`overwrite`"):
+    with pytest.raises(
+        ValueError, match="3 of its encoded clips would be lost. The first one is 'clip_7'.*`overwrite`"
+    ):
         main([*command, f"--manifest={fewer}"])
     assert comparable_rows(finished) == comparable_rows(expected)
     main([*command, f"--manifest={more}"])
@@ -272,7 +274,9 @@ def test_clips_whose_files_are_gone_stay_in_a_finished_dataset(
     rows = json.loads(manifest.read_text())
     (folder / "manifest.json").write_text(json.dumps([*rows, {"id": "b", "video": "clip_1.mp4", "caption": "b"}]))
     command = [*options, f"--output_dir={finished}", f"--manifest={folder / 'manifest.json'}"]
-    with pytest.raises(ValueError, match="1 of its clips .* would be lost, the first is 'clip_2': there is neither"):
+    with pytest.raises(
+        ValueError, match="1 of its encoded clips would be lost. The first one is 'clip_2': there is neither"
+    ):
         main(command)
     assert comparable_rows(finished) == comparable_rows(expected)
     main([*command, "--overwrite=true"])

@@ -248,7 +248,7 @@ def test_a_model_that_the_hub_was_not_asked_for(capsys: pytest.CaptureFixture[st
 
     with pytest.raises(SystemExit):
         run(lambda: WanPipeline.load_config("some/model-that-nobody-has"))
-    assert capsys.readouterr().err.splitlines()[-1].endswith("The Hub was not asked for it: HF_HUB_OFFLINE is set.")
+    assert capsys.readouterr().err.splitlines()[-1].endswith("The Hub was not contacted: HF_HUB_OFFLINE is set.")
 
 
 def raised(function: Callable[[], object]) -> Exception:

@@ -102,10 +102,10 @@ def test_file_and_card_say_what_it_was_trained_beside(build: Build, tmp_path: Pa
     file = tmp_path / "out" / LORA_FILES["high_noise"]
     assert read_lora_metadata(file)["base_quantization"] == "int8"
     write_model_card(run_files(tmp_path / "out"), tmp_path, repo_id="someone/lora")
-    assert "trained beside a frozen base in `int8`" in (tmp_path / "README.md").read_text()
+    assert "trained on a frozen base in `int8`" in (tmp_path / "README.md").read_text()
     # Of the file alone too.
     write_model_card({file.name: file}, tmp_path, repo_id="someone/lora")
-    assert "trained beside a frozen base in `int8`" in (tmp_path / "README.md").read_text()
+    assert "trained on a frozen base in `int8`" in (tmp_path / "README.md").read_text()
 
 
 def test_both_experts_and_a_frozen_one(
