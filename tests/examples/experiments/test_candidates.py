@@ -18,7 +18,8 @@ from examples.shapes.experiments.candidates_results import (
     write_results,
 )
 from hy_prfl.configs.keep import Decision, parse_keep
-from hy_prfl.inference.candidates import CandidateSettings, sample_candidates
+from hy_prfl.inference.candidate_settings import CandidateSettings
+from hy_prfl.inference.candidates import sample_candidates
 from hy_prfl.models.reward_model import WanRewardModel
 
 
