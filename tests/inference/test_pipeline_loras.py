@@ -8,7 +8,6 @@ What a file must do is computed here, on weights under Wan's own names, by the r
 import json
 import math
 import re
-import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,10 +16,6 @@ from typing import Any
 import pytest
 import torch
 from diffusers import (
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    UniPCMultistepScheduler,
     WanTransformer3DModel,
 )
 from huggingface_hub import HfApi
@@ -29,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from hy_prfl.formats.layout import LORA_FILES
 from hy_prfl.formats.lora_metadata import lora_header
-from hy_prfl.inference.pipelines import build_scheduler, check_split_fits, load_pipeline, size_multiple
+from hy_prfl.inference.pipelines import load_pipeline
 from tests.formats.native_layout import native_name, native_weights, run
 from tests.hub.hub_server import HubServer, running_hub, use_in_this_process
 
@@ -514,17 +509,6 @@ class TestRefusals:
         config.write_text(json.dumps({**json.loads(config.read_text()), "num_layers": 2}))
         self.refuse(config_dir, tmp_path / "a.safetensors", "has 2 blocks", transformer_path=str(tmp_path / "tuned"))
 
-    def test_a_transformer_that_is_not_finite(self, pipeline_dir: Path, tmp_path: Path) -> None:
-        shutil.copytree(pipeline_dir, tmp_path / "pipeline")
-        transformer = load_transformer(pipeline_dir)
-        transformer.proj_out.bias.data[0] = math.nan
-        transformer.save_pretrained(tmp_path / "pipeline" / "transformer")
-        tuned = str(tmp_path / "pipeline" / "transformer")
-        with pytest.raises(ValueError, match=r"`transformer_path` '.*': 'proj_out\.bias' holds a NaN"):
-            load_pipeline(str(pipeline_dir), transformer_path=tuned)
-        with pytest.raises(ValueError, match=r"pipeline/transformer: 'proj_out\.bias' holds a NaN"):
-            load_pipeline(str(tmp_path / "pipeline"))
-
     def test_empty_file(self, config_dir: Path, tmp_path: Path) -> None:
         save_file({}, tmp_path / "a.safetensors")
         self.refuse(config_dir, tmp_path / "a.safetensors", "there is no tensor in it")
@@ -609,98 +593,3 @@ class TestHub:
             load(pipeline_dir, Path("user/lora"))
         with pytest.raises(FileNotFoundError, match="`lora_path` 'user/typo': neither a file or folder here nor"):
             load(pipeline_dir, Path("user/typo"))
-
-
-class TestSolvers:
-    """Against diffusers' schedulers, built by hand as its documentation builds them for Wan."""
-
-    def by_hand(self, solver: str, shift: float) -> Any:
-        flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "num_train_timesteps": 1000}
-        if solver == "unipc":
-            return UniPCMultistepScheduler(**flow, flow_shift=shift)
-        if solver == "dpm++":
-            return DPMSolverMultistepScheduler(**flow, flow_shift=shift, algorithm_type="dpmsolver++", solver_order=2)
-        return FlowMatchEulerDiscreteScheduler(shift=shift)
-
-    def solve(self, scheduler: Any) -> torch.Tensor:
-        """Six steps with a model whose velocity depends on sample and time."""
-        scheduler.set_timesteps(6)
-        sample = noise(1, 4, 2, 2, 2, scale=1.0)
-        for timestep in scheduler.timesteps:
-            sample = scheduler.step(torch.sin(2 * sample) - timestep / 1000, timestep, sample, return_dict=False)[0]
-        return sample
-
-    @pytest.mark.parametrize("flow_shift", [None, 7.0])
-    @pytest.mark.parametrize("solver", ["unipc", "dpm++", "euler"])
-    def test_is_that_of_diffusers(self, pipeline_dir: Path, solver: Any, flow_shift: float | None) -> None:
-        # The pipeline has UniPC with a shift of 3.
-        own = UniPCMultistepScheduler.from_pretrained(pipeline_dir, subfolder="scheduler")
-        found, expected = build_scheduler(own, solver, flow_shift), self.by_hand(solver, flow_shift or 3.0)
-        assert type(found) is type(expected)
-        assert torch.equal(self.solve(found), self.solve(expected))
-        assert torch.equal(found.timesteps, expected.timesteps)
-        others = [self.solve(self.by_hand(other, flow_shift or 3.0)) for other in ("unipc", "dpm++", "euler")]
-        assert sum(torch.allclose(self.solve(found), other, atol=1e-4) for other in others) == 1
-        assert not torch.allclose(self.solve(found), self.solve(self.by_hand(solver, 1.0)), atol=1e-3)
-
-    @pytest.mark.parametrize("flow_shift", [None, 7.0])
-    def test_from_a_pipeline_of_euler(self, flow_shift: float | None) -> None:
-        own = FlowMatchEulerDiscreteScheduler(shift=5.0)
-        for solver in ("unipc", "dpm++"):
-            expected = self.by_hand(solver, flow_shift or 5.0)
-            assert torch.equal(self.solve(build_scheduler(own, solver, flow_shift)), self.solve(expected))
-        assert build_scheduler(own, None, flow_shift).config.shift == (flow_shift or 5.0)
-
-    def test_without_options_it_is_the_pipelines_own(self) -> None:
-        own = UniPCMultistepScheduler(solver_order=3, flow_shift=2.0, use_flow_sigmas=True)
-        assert build_scheduler(own) is own
-        assert build_scheduler(own, "unipc").config.solver_order == 3
-
-    @pytest.mark.parametrize("options", [{"flow_shift": 3.0}, {"sample_solver": "euler"}])
-    def test_no_flow_matching(self, options: dict[str, Any]) -> None:
-        with pytest.raises(ValueError, match=rf"`{next(iter(options))}`: the pipeline's DDIMScheduler has no shift"):
-            build_scheduler(DDIMScheduler(), **options)
-
-
-class TestPlacement:
-    def test_text_encoder_on_the_cpu(self, pipeline_dir: Path) -> None:
-        # The meta device stands for a GPU: nothing but the place of weights is looked at.
-        pipeline = load_pipeline(str(pipeline_dir), device="meta", text_encoder_on_cpu=True)
-        assert {pipeline.transformer.device.type, pipeline.vae.device.type} == {"meta"}
-        assert pipeline.text_encoder.device.type == "cpu"
-        embeds, _ = pipeline.encode_prompt("a red circle", do_classifier_free_guidance=False, device="cpu")
-        assert embeds.isfinite().all()
-
-    @pytest.mark.parametrize(
-        ("options", "message"),
-        [
-            ({"shard_weights": ["transformer"]}, r"`shard_weights` \['transformer'\] needs a group"),
-            (
-                {"text_encoder_on_cpu": True, "cpu_offload": "model", "device": "meta"},
-                "`text_encoder_on_cpu` goes without",
-            ),
-        ],
-    )
-    def test_what_does_not_go_together(self, pipeline_dir: Path, options: dict[str, Any], message: str) -> None:
-        with pytest.raises(ValueError, match=message):
-            load_pipeline(str(pipeline_dir), **options)
-
-
-class TestSplit:
-    def test_what_divides(self, pipeline_dir: Path, expert_pipeline_dir: Path) -> None:
-        for folder in (pipeline_dir, expert_pipeline_dir):
-            check_split_fits(str(folder), 2, [(5, 32, 64), (9, 32, 32)])
-
-    @pytest.mark.parametrize(
-        ("degree", "shape", "message"),
-        [
-            (3, (9, 48, 48), r"2 heads and the 27 tokens of latents \[16, 3, 6, 6\]"),
-            (2, (9, 48, 48), r"these do: \[1\]"),
-        ],
-    )
-    def test_what_does_not(self, pipeline_dir: Path, degree: int, shape: tuple[int, int, int], message: str) -> None:
-        with pytest.raises(ValueError, match=message):
-            check_split_fits(str(pipeline_dir), degree, [shape])
-
-    def test_multiple_of_sides(self, pipeline_dir: Path) -> None:
-        assert size_multiple(str(pipeline_dir)) == 16

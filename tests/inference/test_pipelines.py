@@ -1,0 +1,47 @@
+"""What `load_pipeline` checks and where it puts the models; its LoRAs are in test_pipeline_loras.py."""
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from diffusers import WanTransformer3DModel
+
+from hy_prfl.inference.pipelines import load_pipeline
+
+
+def test_a_transformer_that_is_not_finite(pipeline_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(pipeline_dir, tmp_path / "pipeline")
+    transformer = WanTransformer3DModel.from_pretrained(pipeline_dir, subfolder="transformer")
+    transformer.proj_out.bias.data[0] = math.nan
+    transformer.save_pretrained(tmp_path / "pipeline" / "transformer")
+    tuned = str(tmp_path / "pipeline" / "transformer")
+    with pytest.raises(ValueError, match=r"`transformer_path` '.*': 'proj_out\.bias' holds a NaN"):
+        load_pipeline(str(pipeline_dir), transformer_path=tuned)
+    with pytest.raises(ValueError, match=r"pipeline/transformer: 'proj_out\.bias' holds a NaN"):
+        load_pipeline(str(tmp_path / "pipeline"))
+
+
+def test_text_encoder_on_the_cpu(pipeline_dir: Path) -> None:
+    # The meta device stands for a GPU: nothing but the place of weights is looked at.
+    pipeline = load_pipeline(str(pipeline_dir), device="meta", text_encoder_on_cpu=True)
+    assert {pipeline.transformer.device.type, pipeline.vae.device.type} == {"meta"}
+    assert pipeline.text_encoder.device.type == "cpu"
+    embeds, _ = pipeline.encode_prompt("a red circle", do_classifier_free_guidance=False, device="cpu")
+    assert embeds.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"shard_weights": ["transformer"]}, r"`shard_weights` \['transformer'\] needs a group"),
+        (
+            {"text_encoder_on_cpu": True, "cpu_offload": "model", "device": "meta"},
+            "`text_encoder_on_cpu` goes without",
+        ),
+    ],
+)
+def test_what_does_not_go_together(pipeline_dir: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_pipeline(str(pipeline_dir), **options)
