@@ -21,7 +21,8 @@ from ..formats.pipeline_info import PipelineInfo
 from ..models.reward_model import WanRewardModel
 from ..runtime.atomic_writes import write_text
 from .calibration import cheapest, cheapest_schedules, rank_correlations
-from .candidates import CandidateSettings, RewardGuidance, sample_candidates
+from .candidate_settings import CandidateSettings, RewardGuidance
+from .candidates import sample_candidates
 from .generation import VideoSettings, pipeline_inputs
 
 

@@ -5,10 +5,8 @@ Works on the stock diffusers Wan pipelines: they are called for one video, and b
 candidates grows, shrinks, or takes the gradient of the reward.
 """
 
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -18,14 +16,14 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from ..compatibility import check_fits_generator
 from ..configs.base import check
-from ..configs.keep import Decision, check_keep
-from ..flow_matching import NUM_TRAIN_TIMESTEPS, row_noise
-from ..models.conditioning import Conditioning
-from ..models.reward_model import WanRewardModel, score_noised
+from ..configs.keep import check_keep
+from ..flow_matching import row_noise
+from ..models.reward_model import WanRewardModel
+from .candidate_judge import CandidateJudge
+from .candidate_results import Candidate, Candidates
+from .candidate_settings import CandidateSettings
 
 
-# Noise levels at which finished candidates are scored if several are left: where reward models judge best.
-FINAL_TIMESTEPS = (400, 600, 800)
 # Arguments of the pipelines that are set here.
 RESERVED = (
     "generator",
@@ -36,137 +34,6 @@ RESERVED = (
     "output_type",
     "return_dict",
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class RewardGuidance:
-    """
-    The gradient of the reward model's logit, added to the velocity after classifier-free guidance.
-
-    The chain moves against the velocity, so what is added points down the logit:
-    `velocity - scale * |velocity| * gradient / |gradient|`. Norms are those of a whole clip, so `scale` means the same
-    at every step and for every reward model. A step costs a forward and a backward of the reward model more.
-
-    Args:
-        scale (`float`):
-            Length of what is added, as a share of the velocity's; greater than 0.
-        first_step, last_step (`int`):
-            Steps that are guided, counted from 1. At the first ones a reward model sees nothing.
-    """
-
-    scale: float
-    first_step: int
-    last_step: int
-
-    def __post_init__(self) -> None:
-        check(self.scale > 0, "scale", self.scale, "greater than 0")
-        check(self.first_step >= 1, "first_step", self.first_step, "at least 1")
-        check(self.last_step >= self.first_step, "last_step", self.last_step, f"at least {self.first_step}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class CandidateSettings:
-    """
-    How candidates are sampled and chosen.
-
-    Args:
-        keep (`tuple[Decision, ...]`):
-            After `step` steps the best `num_kept` go on, judged on their noisy latents. Without any all of them go to
-            the end: plain best-of-N.
-        final_timesteps (`tuple[float, ...]`):
-            If several reach the end, the best mean logit at these noise levels wins, in (0, 1000].
-        batch_size (`int`):
-            Candidates that a model takes at once. With 1 a candidate is, bit for bit, the plain sample of its seed.
-        resample (`bool`):
-            Particles: those that are kept go on twice, as they are and with a share of their noise drawn new.
-        renoise (`float`):
-            That share, as standard deviation of the new noise in units of the whole, in (0, 1].
-        guidance (`RewardGuidance`, *optional*):
-            Also follow the reward's gradient.
-        score_every_step (`bool`):
-            Score after every step, to see how early the reward knows. Changes no video.
-    """
-
-    keep: tuple[Decision, ...] = ()
-    final_timesteps: tuple[float, ...] = FINAL_TIMESTEPS
-    batch_size: int = 1
-    resample: bool = False
-    renoise: float = 0.5
-    guidance: RewardGuidance | None = None
-    score_every_step: bool = False
-
-    def __post_init__(self) -> None:
-        check(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
-        check(0 < self.renoise <= 1, "renoise", self.renoise, "in (0, 1]")
-        check(len(self.final_timesteps) > 0, "final_timesteps", self.final_timesteps, "not empty")
-        for timestep in self.final_timesteps:
-            check(0 < timestep <= NUM_TRAIN_TIMESTEPS, "final_timesteps", timestep, f"in (0, {NUM_TRAIN_TIMESTEPS}]")
-
-
-@dataclass
-class Candidate:
-    """
-    What became of one candidate.
-
-    Args:
-        seed (`int`):
-            Seed of its noise.
-        copied_from (`int`, *optional*), copied_after (`int`, *optional*):
-            For a re-noised copy: number of the candidate that it comes from, and the step after which.
-        logits (`dict[int, float]`):
-            Steps that were taken -> logit of the noisy latents after them, at the noise level of the next step.
-        final_logit (`float`, *optional*):
-            Mean logit of the finished video at `final_timesteps`, if it was needed.
-        dropped_after (`int`, *optional*):
-            Step after which it was dropped; the last step for those that lost at the end, None for the winner.
-    """
-
-    seed: int
-    copied_from: int | None = None
-    copied_after: int | None = None
-    logits: dict[int, float] = field(default_factory=dict)
-    final_logit: float | None = None
-    dropped_after: int | None = None
-
-    @property
-    def is_chosen(self) -> bool:
-        return self.dropped_after is None
-
-
-@dataclass(frozen=True)
-class Candidates:
-    """
-    The chosen video, and what became of all candidates.
-
-    Args:
-        frames (`Any`):
-            What the pipeline returns of one video, for its `output_type`.
-        candidates (`list[Candidate]`):
-            In the order of their seeds, copies after them.
-        num_forwards, num_reward_forwards, num_reward_backwards (`int`):
-            Forwards of the generator, two a step under classifier-free guidance, and passes of the reward model;
-            each counted for each candidate.
-    """
-
-    frames: Any
-    candidates: list[Candidate]
-    num_forwards: int
-    num_reward_forwards: int
-    num_reward_backwards: int
-
-    @property
-    def chosen(self) -> Candidate:
-        """The winner."""
-        return next(candidate for candidate in self.candidates if candidate.is_chosen)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything but the frames, for JSON."""
-        counts = ("num_forwards", "num_reward_forwards", "num_reward_backwards")
-        return {
-            "chosen_seed": self.chosen.seed,
-            **{name: getattr(self, name) for name in counts},
-            "candidates": [dataclasses.asdict(candidate) for candidate in self.candidates],
-        }
 
 
 def sample_candidates(
@@ -221,8 +88,8 @@ def sample_candidates(
         frames=frames,
         candidates=search.candidates,
         num_forwards=search.num_forwards,
-        num_reward_forwards=search.num_reward_forwards,
-        num_reward_backwards=search.num_reward_backwards,
+        num_reward_forwards=search.judge.num_forwards,
+        num_reward_backwards=search.judge.num_backwards,
     )
 
 
@@ -245,16 +112,14 @@ class _Search:
         caching = [type(each).__name__ for each in self.transformers if getattr(each, "is_cache_enabled", False)]
         check(not caching, "step cache", caching, "off: it takes a batch for one clip")
         check_fits_generator(reward_model.config, self.transformers[0].config, allow_other_base=True)
-        self.pipeline, self.reward_model, self.settings = pipeline, reward_model, settings
+        self.pipeline, self.settings = pipeline, settings
+        self.judge = CandidateJudge(reward_model, settings.batch_size)
         self.decisions = {decision.step: decision.num_kept for decision in settings.keep}
         self.candidates = [Candidate(seed) for seed in seeds]
         self.alive = list(range(len(seeds)))
-        self.condition: torch.Tensor | None = None
-        self.prompt_embeds: torch.Tensor | None = None
-        self.image_embeds: torch.Tensor | None = None
         self.clean: torch.Tensor | None = None
         self.step_index = 0
-        self.num_forwards = self.num_reward_forwards = self.num_reward_backwards = 0
+        self.num_forwards = 0
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -289,16 +154,16 @@ class _Search:
         if isinstance(prepared, torch.Tensor):
             return noise
         # The pipeline keeps this tensor to the end and joins it to the latents, so it has to shrink with them.
-        self.condition = prepared[1].repeat(len(noise), 1, 1, 1, 1)
-        return noise, self.condition, *prepared[2:]
+        self.judge.condition = prepared[1].repeat(len(noise), 1, 1, 1, 1)
+        return noise, self.judge.condition, *prepared[2:]
 
     def forward(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A transformer's forward, in batches; text and image are one row for all candidates."""
         hidden_states, timestep = kwargs.pop("hidden_states"), kwargs.pop("timestep")
         text, image = kwargs.pop("encoder_hidden_states"), kwargs.pop("encoder_hidden_states_image", None)
-        if self.prompt_embeds is None:
+        if self.judge.prompt_embeds is None:
             # The first forward of a chain is that with the prompt; the one without follows.
-            self.prompt_embeds, self.image_embeds = text, image
+            self.judge.prompt_embeds, self.judge.image_embeds = text, image
         size = self.settings.batch_size
         outputs = []
         for noisy, times in zip(hidden_states.split(size), timestep.split(size), strict=True):
@@ -327,58 +192,12 @@ class _Search:
         """The scheduler's step, along the velocity of the pipeline or that and the reward's gradient."""
         guidance, number = self.settings.guidance, self.step_index + 1
         if guidance is not None and guidance.first_step <= number <= guidance.last_step:
-            model_output = self.guide(model_output, timestep, sample, guidance.scale)
+            model_output = self.judge.guide(model_output, timestep, sample, guidance.scale)
         if self.settings.resample and number in self.decisions:
             sigma = self.pipeline.scheduler.sigmas[self.step_index].to(sample)
             self.clean = sample - sigma * model_output.to(sample.dtype)
         self.step_index += 1
         return step(model_output, timestep, sample, **kwargs)
-
-    def guide(
-        self, velocity: torch.Tensor, timestep: torch.Tensor, latents: torch.Tensor, scale: float
-    ) -> torch.Tensor:
-        gradients = []
-        with self.reward_model_on(latents.device), torch.enable_grad():
-            for noisy in latents.split(self.settings.batch_size):
-                leaf = noisy.detach().requires_grad_()
-                (gradient,) = torch.autograd.grad(self.logits(leaf, timestep).sum(), leaf)
-                gradients.append(gradient)
-        self.num_reward_forwards += len(latents)
-        self.num_reward_backwards += len(latents)
-        gradient = torch.cat(gradients).float()
-        lengths = [each.float().flatten(1).norm(dim=1).view(-1, 1, 1, 1, 1) for each in (velocity, gradient)]
-        # A reward that is flat in every direction guides nowhere.
-        direction = torch.where(lengths[1] > 0, gradient / lengths[1], 0.0)
-        return (velocity.float() - scale * lengths[0] * direction).to(velocity.dtype)
-
-    def logits(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        """Logits of noisy latents, of a batch that the reward model takes at once."""
-        assert self.prompt_embeds is not None
-        count = len(latents)
-        times = timestep.to(latents.device).expand(count)
-        return self.reward_model(**self.conditioning(count).model_inputs(latents, times)).logits
-
-    def conditioning(self, count: int) -> Conditioning:
-        """What the reward model is given besides the latents of `count` candidates."""
-        assert self.prompt_embeds is not None
-        text = self.prompt_embeds.to(self.reward_model.dtype).expand(count, -1, -1)
-        return Conditioning(text, self.reward_images(count), self.reward_condition(count))
-
-    def reward_condition(self, count: int) -> torch.Tensor | None:
-        """The condition for the reward model, if it takes any: more channels, or a clean first frame."""
-        config = self.reward_model.config
-        if self.condition is None:
-            return None
-        takes_channels = config.in_channels > config.out_channels
-        is_first_frame = self.condition.shape[1] == config.out_channels
-        if not takes_channels and not is_first_frame:
-            return None
-        return self.condition[:1].expand(count, -1, -1, -1, -1)
-
-    def reward_images(self, count: int) -> torch.Tensor | None:
-        if self.image_embeds is None or self.reward_model.config.image_dim is None:
-            return None
-        return self.image_embeds.to(self.reward_model.dtype).repeat(count, 1, 1)
 
     def decide(
         self, pipeline: WanPipeline | WanImageToVideoPipeline, index: int, timestep: Any, tensors: dict[str, Any]
@@ -390,7 +209,7 @@ class _Search:
         num_kept = self.decisions.get(step)
         if num_kept is None and not self.settings.score_every_step:
             return {}
-        scores = self.score(latents, pipeline.scheduler.timesteps[step])
+        scores = self.checked(self.judge.score(latents, pipeline.scheduler.timesteps[step]))
         for number, score in zip(self.alive, scores, strict=True):
             self.candidates[number].logits[step] = score
         if num_kept is None:
@@ -401,36 +220,6 @@ class _Search:
             latents = self.copy(latents, kept, step)
         return {"latents": latents}
 
-    @torch.no_grad()
-    def score(self, latents: torch.Tensor, timestep: torch.Tensor) -> list[float]:
-        with self.reward_model_on(latents.device):
-            batches = [self.logits(noisy, timestep) for noisy in latents.split(self.settings.batch_size)]
-        self.num_reward_forwards += len(latents)
-        return self.checked(torch.cat(batches))
-
-    @torch.no_grad()
-    def score_clean(self, latents: torch.Tensor) -> list[float]:
-        """Mean logit of finished latents at the noise levels for that, all of them with the same noise."""
-        assert self.prompt_embeds is not None
-        total = torch.zeros(len(latents), device=latents.device)
-        noise = row_noise("candidates", latents.shape[1:], seed=0).to(latents)
-        with self.reward_model_on(latents.device):
-            for timestep in self.settings.final_timesteps:
-                batches = []
-                for clean in latents.split(self.settings.batch_size):
-                    count = len(clean)
-                    logits = score_noised(
-                        self.reward_model,
-                        latents=clean,
-                        noise=noise.expand_as(clean),
-                        sigmas=torch.full((count,), timestep / NUM_TRAIN_TIMESTEPS, device=clean.device),
-                        conditioning=self.conditioning(count),
-                    )
-                    batches.append(logits)
-                total += torch.cat(batches)
-        self.num_reward_forwards += len(latents) * len(self.settings.final_timesteps)
-        return self.checked(total / len(self.settings.final_timesteps))
-
     def checked(self, logits: torch.Tensor) -> list[float]:
         values: list[float] = logits.float().cpu().tolist()
         for number, value in zip(self.alive, values, strict=True):
@@ -438,24 +227,11 @@ class _Search:
                 raise ValueError(f"The score of the candidate with seed {self.candidates[number].seed} is {value}.")
         return values
 
-    @contextmanager
-    def reward_model_on(self, device: torch.device) -> Iterator[None]:
-        """Move the reward model here for as long as it is needed, if its place is elsewhere."""
-        home = self.reward_model.device
-        if home == device:
-            yield
-            return
-        self.reward_model.to(device)
-        try:
-            yield
-        finally:
-            self.reward_model.to(home)
-
     def choose(self, latents: torch.Tensor, step: int) -> torch.Tensor:
         """The best of the finished candidates."""
         if len(self.alive) == 1 and not self.settings.score_every_step:
             return latents
-        scores = self.score_clean(latents)
+        scores = self.checked(self.judge.score_clean(latents, self.settings.final_timesteps))
         for number, score in zip(self.alive, scores, strict=True):
             self.candidates[number].final_logit = score
         return self.select(latents, self.drop(scores, 1, step))
@@ -474,9 +250,10 @@ class _Search:
         select_state(self.pipeline.scheduler, rows, num_rows=len(latents))
         if self.clean is not None:
             self.clean = self.clean[list(rows)]
-        if self.condition is not None:
+        condition = self.judge.condition
+        if condition is not None:
             # In place: the pipeline holds this very tensor. Its rows are all the same.
-            self.condition.data = self.condition.data[: len(rows)]
+            condition.data = condition.data[: len(rows)]
         return latents[list(rows)]
 
     def copy(self, latents: torch.Tensor, kept: Sequence[int], step: int) -> torch.Tensor:
@@ -503,8 +280,9 @@ class _Search:
             self.candidates.append(Candidate(seed, copied_from=parent, copied_after=step))
         self.clean = None
         restart(self.pipeline.scheduler, self.step_index, latents.device)
-        if self.condition is not None:
-            self.condition.data = self.condition.data.repeat(2, 1, 1, 1, 1)
+        condition = self.judge.condition
+        if condition is not None:
+            condition.data = condition.data.repeat(2, 1, 1, 1, 1)
         return torch.cat([latents, copies])
 
 
@@ -549,13 +327,3 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
             own[name] = before
         else:
             del own[name]
-
-
-__all__ = [
-    "Candidate",
-    "CandidateSettings",
-    "Candidates",
-    "RewardGuidance",
-    "sample_candidates",
-    "select_state",
-]

@@ -13,7 +13,8 @@ from typing import Any
 from ..data.manifest import ManifestRow
 from ..data.records import read_records
 from ..runtime.atomic_writes import write_text
-from .study import Clip, Item, Study
+from .items import Clip, Item
+from .study import Study
 from .votes import Rule, agreement, answers_to, gold_accuracy, vote
 
 

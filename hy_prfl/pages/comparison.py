@@ -16,7 +16,8 @@ from statsmodels.stats.proportion import proportion_confint
 from ..data.manifest import ManifestRow, read_manifest
 from ..inference.generation import MANIFEST, VideoSettings, read_record
 from .annotation import check_videos
-from .study import Clip, Item, Study
+from .items import Clip, Item
+from .study import Study
 from .votes import agreement, answers_to, vote
 
 

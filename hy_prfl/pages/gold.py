@@ -9,7 +9,8 @@ from ..data.annotations import read_annotations
 from ..data.manifest import FIELDS, ManifestRow
 from ..data.records import read_records, read_text
 from .annotation import PREFERENCE
-from .study import Item, Study
+from .items import Item
+from .study import Study
 from .votes import gold_accuracy
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..data.records import parse_json, read_utf8
-from .study import CLIP_CHOICES, PAIR_ANSWERS, Item, Study, parse_time
+from .items import CLIP_CHOICES, PAIR_ANSWERS, Item, parse_time
+from .study import Study
 
 
 logger = logging.getLogger(__name__)

@@ -26,8 +26,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..data.container import open_video
 from ..data.pixels import VideoError
+from .items import ConflictError, Item, StudyError, is_text
 from .rendering import TEMPLATES, render
-from .study import ConflictError, Item, Study, StudyError, is_text
+from .study import Study
 
 
 logger = logging.getLogger(__name__)

@@ -8,73 +8,24 @@ import logging
 import os
 import secrets
 import statistics
-import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ..data.hashes import hash_file, hash_text
+from .items import CLIP_CHOICES, PAIR_CHOICES, Clip, ConflictError, Item, Kind, StudyError, parse_time
 from .journal import FORMAT, Journal
+from .journal_checks import check_event, check_head, describe_change
+from .reservations import Lease, Reservations
 
 
 logger = logging.getLogger(__name__)
 
-Kind = Literal["clips", "pairs"]
-
-# Seconds after which a clip that a window shows goes to somebody else, unless the window reports, as it does every minute.
-LEASE_SECONDS = 200.0
 # A longer time between two answers was a break, and says nothing about the pace.
 BREAK_SECONDS = 300.0
-CLIP_CHOICES, PAIR_CHOICES = ("good", "poor", "unsure"), ("left", "right", "tie")
-# What a journal says of a pair. Sides are random, so it speaks of the first and the second clip of the item.
-PAIR_ANSWERS = ("first", "second", "tie")
-
-
-class StudyError(ValueError):
-    """A request that does not fit the study: an unknown item, a missing answer."""
-
-
-class ConflictError(StudyError):
-    """A request that another one has overtaken, such as a second label for the same clip by the same person."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Clip:
-    """A video to show. `caption` may be empty."""
-
-    id: str
-    video: Path
-    caption: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Item:
-    """
-    One thing to judge: a clip, or two of them.
-
-    Args:
-        id (`str`): Unique in the study.
-        clips (`tuple[Clip, ...]`): One, or two for a pair.
-        gold (`Mapping[str, str]`): Answers that are known to be right, by question. Empty if none are.
-        prompt (`str`, *optional*): What its clips were made from. Items of one prompt are not independent.
-    """
-
-    id: str
-    clips: tuple[Clip, ...]
-    gold: Mapping[str, str] = field(default_factory=dict)
-    prompt: str | None = None
-
-
-@dataclass
-class Lease:
-    """Items that a window shows (the first) and has loaded ahead (the others), until `expires`."""
-
-    items: list[str]
-    expires: float
 
 
 class Study:
@@ -126,7 +77,7 @@ class Study:
         self.items = {item.id: item for item in items}
         self.inputs = inputs = dict(inputs or {})
         if journal.events:
-            self._check_head(journal.events[0])
+            check_head(journal, kind=kind, questions=self.questions)
         if len(journal.events) == 1 and journal.events[0].get("inputs", {}) != inputs:
             journal.clear()
         if not journal.events:
@@ -137,11 +88,20 @@ class Study:
         self.given: dict[tuple[str, str], dict[str, Any]] = {}
         self._history: dict[str, list[str]] = defaultdict(list)
         self._num_labels: Counter[str] = Counter()
-        self._leases: dict[tuple[str, str], Lease] = {}
+        self._reservations = Reservations()
         # By item: sizes and times of its files when they were hashed, and the digest.
         self._contents: dict[str, tuple[list[tuple[int, int]], str]] = {}
+        change = describe_change(journal, inputs)
         for number, event in enumerate(journal.events[1:], 2):
-            self._check_event(event, f"{journal.path}, line {number}")
+            check_event(
+                event,
+                f"{journal.path}, line {number}",
+                kind=kind,
+                questions=self.questions,
+                items=self.items,
+                given=self.given,
+                change=change,
+            )
             self._apply(event)
         self._check_contents()
         self._public = {self.public_id(item.id): item.id for item in items}
@@ -214,10 +174,7 @@ class Study:
             window (`str`): Name of the browser window. It gets the same items again until they are answered.
             count (`int`, defaults to 3): Items to reserve.
         """
-        now = time.monotonic()
-        self._leases = {key: lease for key, lease in self._leases.items() if lease.expires > now}
-        lease = self._leases.setdefault((annotator, window), Lease([], 0.0))
-        lease.expires = now + LEASE_SECONDS
+        lease = self._reservations.renew(annotator, window)
         lease.items = [item for item in lease.items if (annotator, item) not in self.given]
         while len(lease.items) < count:
             item_id = self._find_item(annotator, len(lease.items))
@@ -277,10 +234,7 @@ class Study:
         event = {"type": "undo", "item": item_id, "annotator": annotator, "key": key, "time": _now()}
         self.journal.append(event)
         self._apply(event)
-        for lease in self._leases.values():
-            lease.items = [item for item in lease.items if item != item_id]
-        lease = self._leases.setdefault((annotator, window), Lease([], time.monotonic() + LEASE_SECONDS))
-        lease.items.insert(0, item_id)
+        self._reservations.show_first(annotator, window, item_id)
 
     def last_item(self, annotator: str) -> str | None:
         """What `undo` would take back."""
@@ -323,56 +277,6 @@ class Study:
         self._apply(event)
         return True
 
-    def _check_head(self, head: Mapping[str, Any]) -> None:
-        if head["type"] != "study" or head.get("format") != FORMAT:
-            raise ValueError(f"{self.journal.path}, line 1: this is no journal of labels.")
-        expected: dict[str, Any] = {"kind": self.kind, "questions": self.questions}
-        for name, value in expected.items():
-            if head.get(name) != value:
-                raise ValueError(
-                    f"{self.journal.path}: its `{name}` is {head.get(name)!r}, not {value!r}. Choose another `output`."
-                )
-        try:
-            bytes.fromhex(head["secret"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{self.journal.path}, line 1: `secret` is missing or broken.") from error
-        if not isinstance(head.get("inputs", {}), dict):
-            raise ValueError(f"{self.journal.path}, line 1: `inputs` must be an object, got {head['inputs']!r}.")
-
-    def _check_event(self, event: Mapping[str, Any], where: str) -> None:
-        """Raise a `ValueError` unless this line can follow the earlier ones."""
-        if event["type"] not in ("label", "skip", "undo"):
-            raise ValueError(f"{where}: `type` must be label, skip or undo, got {event['type']!r}.")
-        for name in ("item", "annotator", "key", "time"):
-            if not isinstance(event.get(name), str) or not is_text(event[name]):
-                raise ValueError(f"{where}: `{name}` must be text, got {event.get(name)!r}.")
-        if event["item"] not in self.items:
-            raise ValueError(
-                f"{where}: there is no clip or pair {event['item']!r} in the input. {self._describe_change()}"
-            )
-        try:
-            parse_time(event["time"])
-        except ValueError as error:
-            raise ValueError(f"{where}: `time` {event['time']!r} is no time of ISO 8601.") from error
-        was_given = (event["annotator"], event["item"]) in self.given
-        if was_given != (event["type"] == "undo"):
-            problem = "has judged this already" if was_given else "has no judgement of this to take back"
-            raise ValueError(f"{where}: {event['annotator']!r} {problem}.")
-        if event["type"] == "label":
-            answers, seconds = event.get("answers"), event.get("seconds")
-            choices = CLIP_CHOICES if self.kind == "clips" else PAIR_ANSWERS
-            if (
-                not isinstance(answers, dict)
-                or set(answers) != set(self.questions)
-                or any(answer not in choices for answer in answers.values())
-            ):
-                raise ValueError(
-                    f"{where}: `answers` must have one of {', '.join(choices)} for each of {', '.join(self.questions)}, "
-                    f"got {answers!r}."
-                )
-            if seconds is not None and (isinstance(seconds, bool) or not isinstance(seconds, (int, float))):
-                raise ValueError(f"{where}: `seconds` must be a number, got {seconds!r}.")
-
     def _check_contents(self) -> None:
         """Raise a `ValueError` if a judgement is of another video, or under another caption, than the input has now."""
         unknown = 0
@@ -382,20 +286,13 @@ class Study:
             elif event["content"] != self.content(event["item"]):
                 raise ValueError(
                     f"{self.journal.path}: {event['item']!r} was judged with another video or caption. "
-                    f"{self._describe_change()}"
+                    f"{describe_change(self.journal, self.inputs)}"
                 )
         if unknown:
             logger.warning(
                 f"{self.journal.path}: {unknown} judgements are of an older version and do not say of which videos; they "
                 "count for the videos of the input."
             )
-
-    def _describe_change(self) -> str:
-        known = self.journal.events[0].get("inputs", {})
-        return (
-            f"The journal is of {_listed(known)}; the input, {_listed(self.inputs)}, is another study or has changed "
-            "since. Choose another `output`."
-        )
 
     def _content_now(self, item_id: str) -> str:
         try:
@@ -425,7 +322,7 @@ class Study:
 
     def _find_item(self, annotator: str, ahead: int) -> str | None:
         """The next item that is free for this person, `ahead` items after the one that is shown."""
-        own = {item for (name, _), lease in self._leases.items() if name == annotator for item in lease.items}
+        own = self._reservations.items_of(annotator)
         number = sum(name == annotator for name, _ in self.given) + ahead
         regular = [item for item in self.items.values() if not item.gold]
         free = (
@@ -433,7 +330,7 @@ class Study:
             for item in regular
             if (annotator, item.id) not in self.given
             and item.id not in own
-            and not self._is_full(item.id, self._num_reserved(annotator, item.id))
+            and not self._is_full(item.id, self._reservations.num_others(annotator, item.id))
         )
         found = next(free, None)
         if found is not None and self._draw("gold", annotator, str(number)) < self.gold_share:
@@ -445,16 +342,12 @@ class Study:
 
     def _take_over(self, annotator: str, lease: Lease) -> None:
         """Nothing is free, so take an item that somebody has loaded ahead and does not look at yet."""
-        for (name, _), other in self._leases.items():
-            for item_id in other.items[1:]:
-                is_mine = (annotator, item_id) in self.given or self.items[item_id].gold
-                if other is not lease and not is_mine and (name == annotator or not self._is_full(item_id)):
-                    other.items.remove(item_id)
-                    lease.items.append(item_id)
-                    return
-
-    def _num_reserved(self, annotator: str, item_id: str) -> int:
-        return sum(item_id in lease.items for (name, _), lease in self._leases.items() if name != annotator)
+        for name, other, item_id in self._reservations.loaded_ahead(lease):
+            is_mine = (annotator, item_id) in self.given or self.items[item_id].gold
+            if not is_mine and (name == annotator or not self._is_full(item_id)):
+                other.items.remove(item_id)
+                lease.items.append(item_id)
+                return
 
     def _is_full(self, item_id: str, num_reserved: int = 0) -> bool:
         limit = self.labels_per_item
@@ -476,27 +369,6 @@ class Study:
     def _draw(self, *words: str) -> float:
         """A number in [0, 1) that depends on nothing but the study and these words."""
         return int(self._digest(*words)[:13], 16) / 16**13
-
-
-def is_text(text: str) -> bool:
-    """Whether it can be written as UTF-8, which halves of surrogate pairs, as JSON may have them, cannot."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
-
-
-def parse_time(text: str) -> datetime:
-    """
-    A time of ISO 8601; one without a zone is UTC.
-
-    Raises:
-        ValueError: If it is none.
-    """
-    # Python 3.10 does not know Z.
-    time = datetime.fromisoformat(f"{text[:-1]}+00:00" if text.endswith("Z") else text)
-    return time.replace(tzinfo=timezone.utc) if time.tzinfo is None else time
-
-
-def _listed(inputs: Mapping[str, str]) -> str:
-    return " and ".join(f"`{name}` '{path}'" for name, path in inputs.items()) or "an unnamed input"
 
 
 def _now() -> str:

@@ -8,7 +8,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from itertools import pairwise
 from pathlib import Path
@@ -105,11 +105,21 @@ def write_run_record(path: str | Path, record: Mapping[str, Any]) -> None:
     write_text(path, json.dumps([*records, dict(record)], indent=2) + "\n")
 
 
-def finish_run_record(path: str | Path, global_step: int) -> None:
-    """Add to the last record that the run has finished: the number of updates, and the time."""
+def finish_run_record(path: str | Path, global_step: int, *, peak_gpu_memory: Sequence[int]) -> None:
+    """
+    Add to the last record that the run has finished: the number of updates, the time, and the memory it took.
+
+    Args:
+        peak_gpu_memory (`Sequence[int]`):
+            Peak bytes of tensors since that start, of each process with an accelerator.
+    """
     path = Path(path)
     *earlier, last = read_run_records(path)
-    end = {"finished_step": global_step, "finished": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+    end = {
+        "finished_step": global_step,
+        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "peak_gpu_memory": list(peak_gpu_memory),
+    }
     write_text(path, json.dumps([*earlier, last | end], indent=2) + "\n")
 
 

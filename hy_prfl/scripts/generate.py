@@ -69,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         video_size,
         write_manifest,
     )
-    from ..inference.pipelines import load_pipeline, size_multiple
+    from ..inference.pipelines import load_pipeline
+    from ..inference.video_sizes import size_multiple
     from ..models.loading import load_reward_model
     from ..runtime.context_parallel import ContextParallelGroup
     from ..runtime.distributed import SHARED_WORK_TIMEOUT, from_main_process, process_state
@@ -185,7 +186,7 @@ def model_identity(config: GenerateConfig) -> dict[str, Any]:
         ValueError, FileNotFoundError: If a LoRA does not exist, or an option is for an expert that the pipeline does not
             have.
     """
-    from ..inference.pipelines import LORA_OPTIONS, as_list, check_options_fit, find_lora_weights
+    from ..inference.pipeline_loras import LORA_OPTIONS, as_list, check_options_fit, find_lora_weights
     from ..runtime.provenance import path_identity
 
     identity = {name: getattr(config, name) for name in (*MODEL_OPTIONS, "revision", "variant")}
@@ -215,7 +216,7 @@ def check_processes(config: GenerateConfig, sizes: set[tuple[int, int]]) -> None
     """
     import torch
 
-    from ..inference.pipelines import check_split_fits
+    from ..inference.video_sizes import check_split_fits
     from ..runtime.attention import check_attention_backend
     from ..runtime.distributed import process_state
 

@@ -22,6 +22,7 @@ from ..data.encoding import vae_fingerprint
 from ..data.synthetic import synthetic_dataset
 from ..formats.pipeline_info import PipelineInfo
 from ..planning.workloads import TEXT_TOKENS, images_of_clip
+from ..runtime.device_memory import peak_device_memory
 from ..runtime.distributed import gather_records, mean_over_ranks
 from .base import Trainer
 
@@ -185,9 +186,9 @@ def shape_of_latents(vae: AutoencoderKLWan, size: list[int]) -> tuple[int, ...]:
 
 def peak_memory(device: torch.device) -> float:
     """Most bytes so far: of tensors on an accelerator, or of the whole process on the CPU."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
-        return float(torch.accelerator.max_memory_allocated())
+    peak = peak_device_memory(device)
+    if peak is not None:
+        return float(peak)
     # In kilobytes but on macOS.
     unit = 1 if sys.platform == "darwin" else 1024
     return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)

@@ -14,6 +14,8 @@ from ..hub import HubUploader
 from ..hub.base_pipeline import SOURCES, run_sources
 from ..pages.report import write_run_page
 from ..runtime.atomic_writes import write_text
+from ..runtime.device_memory import peak_device_memory
+from ..runtime.distributed import gather_records
 from ..runtime.provenance import (
     CONFIG_FILE,
     METRICS_FILE,
@@ -121,9 +123,10 @@ class Reports:
             self.uploader.upload(commit_message=f"Step {global_step}", weights_dir=checkpoint)
 
     def note_result(self, *, global_step: int) -> None:
-        """Note in the run's record that its result is that of this step, and write its page."""
+        """Note in the run's record its result's step and the memory that it took, and write its page. A collective."""
+        peaks = [peak for peak in gather_records([peak_device_memory(self.accelerator.device)]) if peak is not None]
         if self.accelerator.is_main_process:
-            finish_run_record(self.output_dir / RUN_FILE, global_step)
+            finish_run_record(self.output_dir / RUN_FILE, global_step, peak_gpu_memory=peaks)
             if self.config.write_report:
                 write_run_page(self.output_dir)
 

@@ -1,4 +1,4 @@
-"""LoRAs in a transformer; files of every layout are in tests/inference/test_pipelines.py."""
+"""LoRAs in a transformer; files of every layout are in tests/inference/test_pipeline_loras.py."""
 
 import copy
 from pathlib import Path

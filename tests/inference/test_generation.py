@@ -28,7 +28,8 @@ from hy_prfl.inference.generation import (
     video_size,
     write_video,
 )
-from hy_prfl.inference.pipelines import check_options_fit, load_pipeline
+from hy_prfl.inference.pipeline_loras import check_options_fit
+from hy_prfl.inference.pipelines import load_pipeline
 
 
 SETTINGS = VideoSettings(

@@ -11,8 +11,9 @@ import pytest
 
 from hy_prfl.inference.generation import write_video
 from hy_prfl.pages.comparison import compare, read_pairs
+from hy_prfl.pages.items import Clip, Item
 from hy_prfl.pages.journal import Journal
-from hy_prfl.pages.study import Clip, Item, Study
+from hy_prfl.pages.study import Study
 from hy_prfl.scripts.compare import main
 
 

@@ -86,10 +86,22 @@ def test_cost_against_plan(run_dir: Path, tmp_path: Path) -> None:
     table = rows_of(text)
     assert ["hours", "2", "1"] in table
     assert ["seconds per step", "9", "4.5"] in table
-    assert ["GB of GPU memory", "61.5", "-"] in table
+    assert ["GB of GPU memory", "61.5", "not measured"] in table
     (tmp_path / "plan.json").write_text("{}")
     with pytest.raises(ValueError, match="not a plan, these keys are missing: hours, peak, seconds_per_step"):
         page_of(run_dir, "--plan", str(tmp_path / "plan.json"))
+
+
+def test_measured_memory_is_that_of_the_fullest_gpu() -> None:
+    record = {"started": "2026-01-01T10:00:00+00:00", "finished": "2026-01-01T10:10:00+00:00", "finished_step": 100}
+    rows, note = cost_rows([], [{**record, "peak_gpu_memory": [57_100_000_000, 58_250_000_000]}], None)
+    assert ["GB of GPU memory", "-", "58.2"] in rows
+    assert "what tensors took" in note
+    rows, note = cost_rows([], [{**record, "peak_gpu_memory": []}], None)
+    assert "GB of GPU memory" not in [row[0] for row in rows]
+    assert "tensors" not in note
+    with pytest.raises(ValueError, match="`peak_gpu_memory` must be a list of bytes, got 'much'"):
+        cost_rows([], [{**record, "peak_gpu_memory": "much"}], None)
 
 
 def test_a_resumed_run_costs_what_its_last_start_did() -> None:

@@ -9,9 +9,10 @@ import pytest
 from starlette.testclient import TestClient
 
 import hy_prfl.pages.server as server_module
+from hy_prfl.pages.items import Clip, Item
 from hy_prfl.pages.journal import Journal
 from hy_prfl.pages.server import PageSettings, build_app
-from hy_prfl.pages.study import Clip, Item, Study
+from hy_prfl.pages.study import Study
 from tests.pages.test_journal import full_disk
 
 

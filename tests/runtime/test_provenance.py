@@ -123,11 +123,11 @@ class TestRunRecord:
         assert read_run_records(path) == []
         write_run_record(path, {"seed": 1})
         write_run_record(path, {"seed": 2})
-        finish_run_record(path, 8)
+        finish_run_record(path, 8, peak_gpu_memory=[3, 5])
         first, last = read_run_records(path)
         finished = datetime.fromisoformat(last.pop("finished"))
         assert abs(datetime.now(timezone.utc) - finished) < timedelta(minutes=1)
-        assert [first, last] == [{"seed": 1}, {"seed": 2, "finished_step": 8}]
+        assert [first, last] == [{"seed": 1}, {"seed": 2, "finished_step": 8, "peak_gpu_memory": [3, 5]}]
 
     @pytest.mark.parametrize(("text", "message"), [("{", "not valid JSON"), ("{}", "expected a JSON list")])
     def test_another_file_is_not_overwritten(self, text: str, message: str, tmp_path: Path) -> None:

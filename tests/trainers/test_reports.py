@@ -171,6 +171,8 @@ def test_videos_curves_and_the_record_of_each_start(build: Callable[..., Trainer
     assert first["seed"] == 0
     assert first["hy_prfl"] == hy_prfl.__version__
     assert first["started"] <= second["started"]
+    # Of each process, none on a CPU.
+    assert second["peak_gpu_memory"] == []
 
     page = Page((run / "report.html").read_text(encoding="utf-8"))
     assert not page.open

@@ -32,7 +32,8 @@ from examples.shapes.stages import Stage, launch
 from hy_prfl.configs.keep import parse_keep
 from hy_prfl.configs.parser import parse_config
 from hy_prfl.flow_matching import row_noise
-from hy_prfl.inference.candidates import CandidateSettings, RewardGuidance, sample_candidates
+from hy_prfl.inference.candidate_settings import CandidateSettings, RewardGuidance
+from hy_prfl.inference.candidates import sample_candidates
 from hy_prfl.inference.generation import decode_latents
 from hy_prfl.models.conditioning import Conditioning
 from hy_prfl.models.loading import load_scheduler

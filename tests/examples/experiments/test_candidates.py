@@ -22,7 +22,8 @@ from examples.shapes.experiments.candidates_results import (
 from examples.shapes.experiments.runs import RESULTS_DIR
 from examples.shapes.experiments.sampling import NUM_STEPS, walk_chains
 from hy_prfl.configs.keep import Decision, parse_keep
-from hy_prfl.inference.candidates import CandidateSettings, sample_candidates
+from hy_prfl.inference.candidate_settings import CandidateSettings
+from hy_prfl.inference.candidates import sample_candidates
 from hy_prfl.models.reward_model import WanRewardModel
 
 

@@ -1,0 +1,52 @@
+"""Schedulers of diffusers for flow matching."""
+
+from typing import Literal
+
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SchedulerMixin,
+    UniPCMultistepScheduler,
+)
+
+
+SampleSolver = Literal["unipc", "dpm++", "euler"]
+
+# What makes diffusers' schedulers solve the ODE of flow matching with the sigmas that Wan has.
+FLOW_MATCHING = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+
+
+def build_scheduler(
+    scheduler: SchedulerMixin, sample_solver: SampleSolver | None = None, flow_shift: float | None = None
+) -> SchedulerMixin:
+    """
+    A scheduler of diffusers like the given one, with another solver or another shift of the noise levels.
+
+    Args:
+        scheduler (`SchedulerMixin`):
+            A pipeline's scheduler. Its other settings are kept where the new one has them.
+        sample_solver (`str`, *optional*):
+            `"unipc"` (`UniPCMultistepScheduler`), `"dpm++"` (`DPMSolverMultistepScheduler` with `dpmsolver++`) or `"euler"`
+            (`FlowMatchEulerDiscreteScheduler`); that of `scheduler` if left out.
+        flow_shift (`float`, *optional*):
+            Shift `s` in `sigma -> s * sigma / (1 + (s - 1) * sigma)`; that of `scheduler` if left out.
+
+    Raises:
+        ValueError: If the scheduler is none of flow matching, that is, has no shift.
+    """
+    name = next((name for name in ("flow_shift", "shift") if name in scheduler.config), None)
+    if name is None and (flow_shift is not None or sample_solver is not None):
+        option = "sample_solver" if flow_shift is None else "flow_shift"
+        raise ValueError(f"`{option}`: the pipeline's {type(scheduler).__name__} has no shift of flow matching.")
+    shift = scheduler.config[name] if flow_shift is None and name is not None else flow_shift
+    if sample_solver == "unipc":
+        return UniPCMultistepScheduler.from_config(scheduler.config, flow_shift=shift, **FLOW_MATCHING)
+    if sample_solver == "dpm++":
+        return DPMSolverMultistepScheduler.from_config(
+            scheduler.config, flow_shift=shift, algorithm_type="dpmsolver++", **FLOW_MATCHING
+        )
+    if sample_solver == "euler":
+        return FlowMatchEulerDiscreteScheduler.from_config(scheduler.config, shift=shift)
+    if sample_solver is not None:
+        raise ValueError(f"`sample_solver` must be unipc, dpm++ or euler, got {sample_solver!r}.")
+    return scheduler if flow_shift is None else type(scheduler).from_config(scheduler.config, **{str(name): shift})
