@@ -158,7 +158,7 @@ def scores_of(model: WanRewardModel, videos: Dataset) -> list[float]:
     scores: list[float] = []
     for start in range(0, len(videos), BATCH_SIZE):
         rows = table_to_rows(videos.with_format("arrow")[start : start + BATCH_SIZE])
-        batch = collate_latents(rows)
+        batch = collate_latents(rows).to(torch.device("cpu"), torch.float32)
         assert batch.latents is not None
         logits = score_latents(
             model, batch.latents, Conditioning.of(batch), list(TIMESTEPS), row_ids=batch.ids, seed=0
