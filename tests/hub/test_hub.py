@@ -266,7 +266,7 @@ def test_what_the_user_must_correct_is_said_before_training(
     hub.create("other/theirs")
     hub.create("user/public")
     for repo_id, token, message in [
-        ("user//run", None, "not a valid name of a repository"),
+        ("user//run", None, "not a valid repository name"),
         ("user/run", "hf_expired", "the token was refused"),
         ("user/run", READER, "could not be created: .* rights to create"),
         ("user/public", READER, "exists, but this token may not write"),
@@ -331,7 +331,7 @@ def test_push_of_a_model_folder_to_a_branch(hub: HubServer, run_dir: Path) -> No
         ("run", {}, "`repo_id` must be given"),
         ("run/logs", {"repo_id": "user/x"}, "neither a run nor a folder with a model"),
         ("run", {"repo_id": "user/x", "repo_type": "dataset"}, "no dataset written by `preprocess`"),
-        ("run", {"repo_id": "x/y/z"}, "not a valid name of a repository"),
+        ("run", {"repo_id": "x/y/z"}, "not a valid repository name"),
     ],
 )
 def test_push_refuses(hub: HubServer, run_dir: Path, folder: str, options: dict[str, str], message: str) -> None:

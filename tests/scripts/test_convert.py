@@ -83,7 +83,7 @@ def test_reward_model_back_to_upstream(tmp_path: Path, capsys: pytest.CaptureFix
     main(options(**REWARD_PARTS, output_dir=tmp_path / "reward", task="physics_quality"))
     main(options(reward_model=tmp_path / "reward", output_dir=tmp_path / "parts", output_format="upstream"))
     out = capsys.readouterr().out
-    assert "do not tell task=physics_quality, vae_fingerprint=None, num_query_heads=8" in out
+    assert "do not store task=physics_quality, vae_fingerprint=None, num_query_heads=8" in out
     name = "diffusion_pytorch_model.safetensors"
     assert_equal_files(tmp_path / "parts" / "checkpoint-0" / name, REWARD_PARTS["reward_transformer"] / name)
     for part in ("mlp", "query_attention"):
