@@ -5,6 +5,7 @@ Weights only: products are computed in the type of the activations. Norms, embed
 a reward model's pooling and head keep their type: they are few (2 % of 14B), and sensitive.
 """
 
+import math
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
@@ -19,6 +20,8 @@ from ..configs.base import Quantization, check
 PACKAGES: dict[str, str] = {"int8": "torchao", "float8": "torchao", "nf4": "bitsandbytes"}
 # Weights that share a scale, and scales that share a scale of their own (QLoRA, https://arxiv.org/abs/2305.14314).
 NF4_BLOCK, NF4_SCALE_BLOCK = 64, 256
+# Bytes that bitsandbytes keeps with each weight: what 4 and 8 bits stand for, and the mean of the scales, in float32.
+NF4_TABLES = 4 * (16 + 256 + 1)
 
 
 def check_quantization(option: str, kind: Quantization | None, *, device: torch.device) -> None:
@@ -141,12 +144,12 @@ def quantized_names(model: nn.Module) -> list[str]:
     ]
 
 
-def quantized_bytes(kind: Quantization, shape: tuple[int, ...]) -> float:
+def quantized_bytes(kind: Quantization, shape: tuple[int, ...]) -> int:
     """Bytes of a quantised weight of this shape `(out_features, in_features)`, with its scales."""
     rows, columns = shape
     numel = rows * columns
     if kind == "nf4":
-        num_scales = numel / NF4_BLOCK
-        return numel / 2 + num_scales + 4 * num_scales / NF4_SCALE_BLOCK
+        num_scales = math.ceil(numel / NF4_BLOCK)
+        return math.ceil(numel / 2) + num_scales + 4 * math.ceil(num_scales / NF4_SCALE_BLOCK) + NF4_TABLES
     # A float32 scale for each row, and of int8 a zero point, which is zero.
     return numel + rows * (5 if kind == "int8" else 4)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import hy_prfl.pages.reservations as reservations
+import hy_prfl.pages.study as study_module
 from hy_prfl.pages.items import ConflictError, StudyError
 from hy_prfl.pages.study import Study
 
@@ -150,7 +151,7 @@ def test_sides_are_random_and_answers_know_them(open_study: Callable[..., Study]
 def test_progress_has_a_pace(open_study: Callable[..., Study], monkeypatch: pytest.MonkeyPatch) -> None:
     study = open_study(10)
     clock = iter(f"2026-01-01T{hour}:{minute:02d}:00.000+00:00" for hour in ("10", "12") for minute in range(3))
-    monkeypatch.setattr(reservations, "_now", lambda: next(clock))
+    monkeypatch.setattr(study_module, "_now", lambda: next(clock))
     for _ in range(6):
         answer(study, "ann")
     progress = study.progress("ann")

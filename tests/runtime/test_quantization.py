@@ -104,6 +104,36 @@ def test_bytes_are_those_of_the_tensors(pipeline_dir: Path, kind: Any) -> None:
             assert quantized_bytes(kind, tuple(parameter.shape)) == sum(part.nbytes for part in parts), name
 
 
+@pytest.mark.parametrize(
+    ("shape", "num_bytes"),
+    [
+        # Codes, scales, scales of scales; and the tables of 16 and of 256 float32 values, and the offset of the scales. As
+        # bitsandbytes 0.50.2 has them in memory.
+        ((2048, 512), 524288 + 16384 + 256 + (64 + 1024 + 4)),
+        ((5120, 1728), 4423680 + 138240 + 2160 + (64 + 1024 + 4)),
+        ((32, 32), 512 + 16 + 4 + (64 + 1024 + 4)),
+        # Blocks that are not full.
+        ((33, 65), 1073 + 34 + 4 + (64 + 1024 + 4)),
+    ],
+)
+def test_bytes_of_nf4(shape: tuple[int, int], num_bytes: int) -> None:
+    assert quantized_bytes("nf4", shape) == num_bytes
+
+
+def test_bytes_of_nf4_are_those_of_bitsandbytes(whole: WanTransformer3DModel) -> None:
+    """As diffusers makes them, which itself wants a GPU; bitsandbytes does without one."""
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="needs the extra `quantization`")
+    for name in quantized_names(whole):
+        weight = whole.get_parameter(name).detach()
+        options = {"quant_type": "nf4", "compress_statistics": True}
+        made = bitsandbytes.nn.Params4bit(weight.to(torch.bfloat16), requires_grad=False, **options).to("cpu")
+        state = made.quant_state
+        parts = [made, state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
+        assert quantized_bytes("nf4", tuple(weight.shape)) == sum(part.nbytes for part in parts), name
+        # Four bits and not eight, which differ by less than 0.01.
+        assert 0.05 < relative_error(dequantized(made).float(), weight) < 0.12, name
+
+
 def test_four_bits_of_a_square_weight() -> None:
     """Half a byte each, a byte for 64 of them, four for 64 x 256 (QLoRA: 0.127 bits of scales a weight)."""
     assert quantized_bytes("nf4", (5120, 5120)) * 8 / 5120**2 == pytest.approx(4.127, abs=1e-3)
