@@ -15,7 +15,7 @@ Round 0 trains a reward model and tunes the generator on it, unless they are giv
 2. takes their labels: from a judge, a command, or else from people: it stops and says what to run,
 3. encodes them; the videos of some prompts are held out,
 4. trains a reward model on all labels so far, of the start and of every round,
-5. scores the held-out videos with it and with the one before,
+5. compares it on the held-out videos with the one before,
 6. tunes the base again on the new reward model.
 
 Labels from people need two starts of a round: the same command again goes on where it was, as it does after a kill. All
@@ -132,8 +132,9 @@ class RoundsConfig(Config):
         default_factory=list,
         metadata={"help": OPTIONS_HELP.format("train_prfl", "reward_at=foreseen 'foreseen_levels=0.2 0.6'")},
     )
-    accelerate_config: str = field(
-        default="accelerate_configs/ddp.yaml", metadata={"help": "How `accelerate launch` starts all of them."}
+    accelerate_config: str | None = field(
+        default=None,
+        metadata={"help": "File for `accelerate launch`, which starts all of them; one process if left out."},
     )
 
     # Parameters of the start
@@ -318,7 +319,7 @@ class Rounds:
             latents.append(self._run(self._latents_stage(number, videos)))
             before = rewards[-1:]
             rewards.append(self._run(self._reward_stage(number, [*latents, *(before if config.warm_start else [])])))
-            self._run(self._scores_stage(number, [*before, rewards[-1], latents[-1]]))
+            self._run(self._scores_stage(number, [*before, latents[-1]]))
             tuned = [self._run(self._prfl_stage(number, rewards[-1:]))]
             self._note({"round": number, "labels": labels, **self._reward_figures(number)}, number, tuned)
 
@@ -354,6 +355,8 @@ class Rounds:
         return Stage(name, title, commands, paths, resumes=True, inputs=[*records, *inputs])
 
     def _launch(self, verb: str, options: Sequence[str]) -> list[str]:
+        if self.config.accelerate_config is None:
+            return [sys.executable, "-m", f"hy_prfl.scripts.{verb}", *options]
         return launch(self.config.accelerate_config, verb, options)
 
     def _reward_stage(self, number: int, after: Sequence[Stage]) -> Stage:
@@ -510,41 +513,27 @@ class Rounds:
         return [*options, "--overwrite", "true"]
 
     def _scores_stage(self, number: int, after: Sequence[Stage]) -> Stage:
-        """Score a round's held-out videos with the reward models before and after it."""
+        """Score a round's held-out videos with the reward model before it, as the new one is validated on them."""
         folder, config = self.folder(number) / "scores", self.reward_config
-        commands = [
-            self._launch(
-                "score",
-                [
-                    *("--reward_model", self.reward_model(model), "--output", str(folder / f"{name}.csv")),
-                    *("--dataset", str(self._latents(number, held_out=True)), "--seed", str(config.validation_seed)),
-                    *("--timesteps", *map(str, config.validation_timesteps)),
-                    *("--batch_size", str(config.train_batch_size)),
-                ],
-            )
-            for name, model in (("before", number - 1), ("after", number))
+        options = [
+            *("--reward_model", self.reward_model(number - 1), "--output", str(folder / "before.csv")),
+            *("--dataset", str(self._latents(number, held_out=True)), "--seed", str(config.validation_seed)),
+            *("--timesteps", *map(str, config.validation_timesteps), "--batch_size", str(config.train_batch_size)),
         ]
-        title = f"Round {number}: the reward models of rounds {number - 1} and {number} on held-out videos"
-        return self._stage(f"{number}_scores", title, commands, [folder], after=after)
+        title = f"Round {number}: the reward model of round {number - 1} on held-out videos"
+        return self._stage(f"{number}_scores", title, [self._launch("score", options)], [folder], after=after)
 
     def _reward_figures(self, number: int) -> dict[str, Any]:
-        """What the reward models of a round and before it say about its held-out videos, and about all others."""
+        """How the reward models of a round and before it do on its held-out videos, and the new one on all others."""
         folder = self.folder(number)
-        summaries = {
-            name: json.loads((folder / "scores" / f"{name}.csv.summary.json").read_text(encoding="utf-8"))
-            for name in ("before", "after")
-        }
+        before = json.loads((folder / "scores" / "before.csv.summary.json").read_text(encoding="utf-8"))["metrics"]
         best = json.loads((folder / "reward" / "best" / "metrics.json").read_text(encoding="utf-8"))
         held_out = [str(self._latents(each, held_out=True)) for each in range(1, number + 1)]
         names = short_names([*self.config.validation_dataset, *held_out])
         return {
             "new_videos": {
-                name: {
-                    "auc": summary["metrics"].get("auc"),
-                    "accuracy": summary["metrics"].get("accuracy"),
-                    "reward": summary["rewards"].get("reward"),
-                }
-                for name, summary in summaries.items()
+                "before": {name: before.get(name) for name in ("auc", "accuracy")},
+                "after": {name: best.get(f"{names[-1]}/{name}") for name in ("auc", "accuracy")},
             },
             "validation_auc": {name: best.get(f"{name}/auc") for name in names},
             "num_labels": sum(map(self._num_labels, self._train_datasets(number))),

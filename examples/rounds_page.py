@@ -100,18 +100,14 @@ def label_rows(rounds: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 
 def reward_rows(rounds: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """What the reward models before and after a round say about its held-out videos, under a head."""
+    """How the reward models before and after a round do on its held-out videos, under a head."""
     rows = [
         [name_of(each)]
-        + [
-            number(each["new_videos"][model][name])
-            for name in ("auc", "accuracy", "reward")
-            for model in ("before", "after")
-        ]
+        + [number(each["new_videos"][model][name]) for name in ("auc", "accuracy") for model in ("before", "after")]
         for each in rounds
         if "new_videos" in each
     ]
-    head = ["", *(f"{name}, {model}" for name in ("AUC", "accuracy", "mean reward") for model in ("before", "after"))]
+    head = ["", *(f"{name}, {model}" for name in ("AUC", "accuracy") for model in ("before", "after"))]
     return [head, *rows] if rows else []
 
 
