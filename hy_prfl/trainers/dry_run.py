@@ -109,7 +109,7 @@ def dry_run(make_trainer: Callable[[Any], Trainer], config: TrainingConfig) -> D
         if isinstance(config, PRFLTrainingConfig):
             changes["prompt_dataset"] = None
         if isinstance(config, RewardTrainingConfig):
-            changes["train_dataset_weights"] = None
+            changes |= {"train_dataset_weights": None, "validation_random_timesteps": 0}
         trainer = make_trainer(dataclasses.replace(config, **changes))
         trainer.start_streams()
         loading_seconds, loading_memory = time.perf_counter() - start, peak_memory(trainer.accelerator.device)

@@ -55,6 +55,17 @@ def test_reward(tmp_path: Path, pipeline_dir: Path, scratch: Path, loss: str) ->
     assert not list(scratch.iterdir())
 
 
+def test_reward_on_the_largest_clip_of_several_datasets(
+    tmp_path: Path, pipeline_dir: Path, write_latents: Callable[..., Path], scratch: Path
+) -> None:
+    data = [write_latents(tmp_path / str(size), 2, shapes=((2, 4, size),)) for size in (4, 8, 6)]
+    config = reward_config(
+        tmp_path, pipeline_dir, dry_run_size=None, train_dataset=[str(path) for path in data],
+        train_dataset_weights=[1.0, 2.0, 3.0], validation_dataset="none", validation_random_timesteps=5,
+    )  # fmt: skip
+    assert dry_run(RewardTrainer.from_config, config).latents_shape == (16, 2, 4, 8)
+
+
 @pytest.mark.parametrize("image_to_video", [False, True])
 def test_prfl_on_clips_as_large_as_the_largest(
     tmp_path: Path,
