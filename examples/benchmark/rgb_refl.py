@@ -143,10 +143,12 @@ def decode_all_frames(vae: AutoencoderKLWan, latents: torch.Tensor, *, recompute
 class FramesFeedback(RewardFeedback):
     """The reward of decoded frames in place of one of latents."""
 
-    def score(self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+    def score(
+        self, model: Any, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning
+    ) -> torch.Tensor:
         """Logits `(batch_size,)` of the frames of clean latents."""
         with self.accelerator.autocast():
-            return self.model(latents, conditioning.prompt_embeds)
+            return model(latents, conditioning.prompt_embeds)
 
 
 class RGBReFLTrainer(PRFLTrainer):
@@ -175,7 +177,7 @@ class RGBReFLTrainer(PRFLTrainer):
         torch.manual_seed(config.seed)
         reward_model = build_reward(vae).to(self.accelerator.device, self.weight_dtype)
         # `PRFLTrainer` has loaded the latent reward model; this frees it.
-        self.reward = FramesFeedback(self.config, reward_model, accelerator=self.accelerator)
+        self.reward = FramesFeedback(self.config, [reward_model], names=["frames"], accelerator=self.accelerator)
 
     def roll_out(
         self, latents_shape: Sequence[int], conditioning: Conditioning, micro_step: int

@@ -381,7 +381,9 @@ def _build_prfl(setting: Setting, group: Any) -> tuple[Any, list[HostBuffers]]:
     common = _common(setting, unwrapped, group, parameters, most)
     trainer = RealSizePRFLTrainer(
         **common,
-        reward=RewardFeedback(training, reward_model, accelerator=common["accelerator"], context_parallel=group),
+        reward=RewardFeedback(
+            training, [reward_model], names=["reward"], accelerator=common["accelerator"], context_parallel=group
+        ),
         wrapped=transformer,
         generator=generator,
         average=None,

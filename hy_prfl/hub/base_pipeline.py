@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 SOURCE_OPTIONS = {
     "pretrained_model_name_or_path": "model",
     "reward_model": "model",
+    "reward_models": "model",
     "train_dataset": "dataset",
     "prompt_dataset": "dataset",
     "validation_dataset": "dataset",
@@ -85,7 +86,8 @@ def run_sources(config: Mapping[str, Any]) -> dict[str, Any]:
         `{"on_hub": [...], "pipeline": {...}}`, JSON values: the names that are repositories, and a [`BasePipeline`],
         null if its configuration cannot be read.
     """
-    names = {str(config[option]) for option in SOURCE_OPTIONS if config.get(option)}
+    given = [config[option] for option in SOURCE_OPTIONS if config.get(option)]
+    names = {str(name) for value in given for name in (value if isinstance(value, list) else [value])}
     on_hub = sorted(name for name in names if _may_be_repo_id(name) and not Path(name).exists())
     pipeline = load_base_pipeline(str(config["pretrained_model_name_or_path"]), config.get("revision"))
     return {"on_hub": on_hub, "pipeline": None if pipeline is None else asdict(pipeline)}
