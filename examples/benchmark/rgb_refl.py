@@ -168,7 +168,7 @@ class RGBReFLTrainer(PRFLTrainer):
         self, config: PRFLTrainingConfig, *, build_reward: Callable[[AutoencoderKLWan], nn.Module], **parts: Any
     ) -> None:
         options = {"num_gradient_steps": 1, "rerun_gradient_step": False, "num_chained_steps": 1, "reward_at": "next"}
-        for name, only in {**options, "rollout_interval": 1}.items():
+        for name, only in {**options, "rollout_interval": 1, "anchor_scale": 0.0}.items():
             value = getattr(config, name)
             check(value == only, name, value, "left out for RGB ReFL")
         # What it foresees is reached in one stride from any step: there is no width to divide by.
@@ -203,7 +203,7 @@ class RGBReFLTrainer(PRFLTrainer):
             timesteps=timestep.expand(batch_size),
             gain=sigma,
             velocity=velocity.detach(),
-            surrogates=partial(surrogate, clean),
+            surrogates=partial(surrogate, clean, velocity),
         )
 
 

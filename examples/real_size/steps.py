@@ -388,6 +388,7 @@ def _build_prfl(setting: Setting, group: Any) -> tuple[Any, list[HostBuffers]]:
         generator=generator,
         average=None,
         rollouts=None,
+        as_base=None,
         experts=experts,
         num_backwards=num,
         step_range=step_range,

@@ -111,6 +111,14 @@ class PRFLTrainingConfig(TrainingConfig):
     )
     reward_scale: float = field(default=1.0, metadata={"help": "Weight of the reward loss."})
     reward_target: float = field(default=2.0, metadata={"help": "Target of the hinge, for reward_loss sigmoid."})
+    anchor_scale: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the anchor of the reward updates: the squared distance of the velocity to that of the base, "
+            "relative to the base's square. The base is the transformer with the LoRA off; one more forward pass for "
+            "each gradient step."
+        },
+    )
     divide_by_step_width: bool = field(
         default=True,
         metadata={
@@ -232,6 +240,11 @@ class PRFLTrainingConfig(TrainingConfig):
         check(shift is None or shift > 0, "sampler_flow_shift", shift, "greater than 0, or left out")
         check(self.reward_scale > 0, "reward_scale", self.reward_scale, "greater than 0")
         self._check_reward_models()
+        anchor = self.anchor_scale
+        check(0 <= anchor < math.inf, "anchor_scale", anchor, "at least 0")
+        has_base = self.lora_rank is not None
+        requirement = "0 without `lora_rank`: only an adapter can be turned off to see what the base would do"
+        check(has_base or anchor == 0, "anchor_scale", anchor, requirement)
         for name in ("prompt_dropout", "long_prompt_probability"):
             check(0 <= getattr(self, name) <= 1, name, getattr(self, name), "in [0, 1]")
         for name in ("num_validation_samples", "validation_fps"):
@@ -355,6 +368,7 @@ class PRFLTrainingConfig(TrainingConfig):
                 ("num_chained_steps", self.num_chained_steps == 1),
                 ("rollout_interval", self.rollout_interval == 1),
                 ("reward_at", self.reward_at == "next"),
+                ("anchor_scale", self.anchor_scale == 0),
             ):
                 check(
                     unused,

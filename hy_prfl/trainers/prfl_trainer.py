@@ -1,6 +1,7 @@
 """Process reward feedback learning: the generator climbs a latent reward, held by a flow-matching loss."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ..losses import flow_matching_loss
 from ..models.conditioning import Conditioning, num_clean_frames
 from ..models.experts import read_experts
 from ..models.loading import load_scheduler
+from ..models.trainable import adapters_off
 from ..rollout import (
     Foresight,
     GradientStep,
@@ -185,6 +187,8 @@ class PRFLTrainer(Trainer):
         self.generator = self.wrapped
         if self.frozen:
             self.generator = self.experts.join({self.experts.trained[0]: self.wrapped, **self.frozen})
+        # What the anchor compares with.
+        self.as_base = partial(adapters_off, self.unwrapped) if config.anchor_scale > 0 else None
         self.rollouts = ReusedRollouts(config, run) if config.rollout_interval > 1 else None
         self.evaluator = self._build_evaluator(vae)
         self.flow_batches: Iterator[LatentBatch] = iter(())
@@ -266,7 +270,8 @@ class PRFLTrainer(Trainer):
         for step, conditioning, ids, staleness in self.gradient_steps(micro_step):
             feedback = self.reward.differentiate(step, conditioning)
             term = RewardTerm(ids, feedback, staleness)
-            for surrogate in step.surrogates(feedback.latents_grad, average=average):
+            gradients = {"latents_grad": feedback.latents_grad, "velocity_grad": feedback.velocity_grad}
+            for surrogate in step.surrogates(**gradients, average=average):
                 yield surrogate, term
 
     def compute_flow_matching_loss(self, batch: LatentBatch, micro_step: int) -> torch.Tensor:
@@ -325,6 +330,7 @@ class PRFLTrainer(Trainer):
             conditioning=conditioning,
             rollout_attention_backend=config.rollout_attention_backend,
             foresight=self.draw_foresight(noise.shape, micro_step),
+            as_base=self.as_base,
             **gradient_options(config),
         )
 
@@ -355,6 +361,7 @@ class PRFLTrainer(Trainer):
             num_inference_steps=self.config.num_inference_steps,
             conditioning=conditioning,
             foresight=self.draw_foresight(state.latents.shape, micro_step, draw),
+            as_base=self.as_base,
             **gradient_options(self.config),
         )
 

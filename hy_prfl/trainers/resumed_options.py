@@ -140,6 +140,7 @@ PRFL_RULES: dict[str, Rule] = {
     "reward_loss": APPLIED,
     "reward_scale": APPLIED,
     "reward_target": APPLIED,
+    "anchor_scale": APPLIED,
     "divide_by_step_width": APPLIED,
     "num_inference_steps": APPLIED,
     "step_range": APPLIED,

@@ -9,8 +9,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from ..configs.prfl import PRFLTrainingConfig
-from ..losses import RewardCombination, reward_feedback_loss
-from ..models.conditioning import Conditioning
+from ..losses import RewardCombination, anchor_loss, reward_feedback_loss
+from ..models.conditioning import Conditioning, num_clean_frames
 from ..models.loading import Deferred, loaded
 from ..models.reward_model import WanRewardModel
 from ..rollout import GradientStep
@@ -38,12 +38,17 @@ class RewardGradient(NamedTuple):
             Of the reward, which several reward models are combined to.
         model_logits (`torch.Tensor` of shape `(num_models, batch_size)`):
             Of each of them.
+        velocity_grad (`torch.Tensor` of the shape of `latents_grad`, *optional*), anchor (`torch.Tensor`, scalar, *optional*):
+            Gradient of the scaled anchor in the velocity, and its value without the scale, see
+            [`~hy_prfl.losses.anchor_loss`].
     """
 
     latents_grad: torch.Tensor
     loss: torch.Tensor
     logits: torch.Tensor
     model_logits: torch.Tensor
+    velocity_grad: torch.Tensor | None = None
+    anchor: torch.Tensor | None = None
 
 
 class RewardTerm(NamedTuple):
@@ -136,8 +141,29 @@ class RewardFeedback:
         if self.context_parallel is not None:
             latents_grad = self.context_parallel.mean(latents_grad)
         return RewardGradient(
-            latents_grad / self.divisor(step.gain), self.loss(logits), self.combination(logits), logits
+            latents_grad / self.divisor(step.gain),
+            self.loss(logits),
+            self.combination(logits),
+            logits,
+            *self.anchor_gradient(step, conditioning),
         )
+
+    def anchor_gradient(
+        self, step: GradientStep, conditioning: Conditioning
+    ) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
+        """
+        Gradient of the anchor, times its scale, in the velocity of a step, and the anchor; None without `base_velocity`.
+
+        It is not divided by the width of the step: a share of the velocity means the same at all of them. Frames that
+        are given, which nothing is predicted for, take no part.
+        """
+        if step.base_velocity is None:
+            return None, None
+        velocity = step.velocity.detach().requires_grad_()
+        first = num_clean_frames(velocity, conditioning.condition)
+        anchor = anchor_loss(velocity[:, :, first:], step.base_velocity[:, :, first:])
+        (velocity_grad,) = torch.autograd.grad(self.config.anchor_scale * anchor, velocity)
+        return velocity_grad, anchor.detach()
 
     def loss(self, logits: torch.Tensor) -> torch.Tensor:
         """The reward loss of logits `(num_models, batch_size)`."""
@@ -187,6 +213,9 @@ class RewardFeedback:
             "reward": logits.sigmoid().mean(),
             "reward_logit": logits.mean(),
         }
+        anchors = [each.anchor for each in gradients if each.anchor is not None]
+        if anchors:
+            metrics["anchor"] = torch.stack(anchors).mean()
         if len(self.models) > 1:
             each_logits = torch.cat([each.model_logits for each in gradients], dim=1)
             rewards = each_logits.sigmoid().mean(dim=1)
