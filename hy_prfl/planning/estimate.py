@@ -359,13 +359,14 @@ def _prfl_flops(
     combination = RewardCombination([1.0] * len(rewards), training.reward_combination, training.reward_disagreement)
     if not combination.is_separable(training.reward_loss):
         reward_flops += sum(each["forward"].flops for each in rewards[:-1])
-    if training.anchor_scale > 0:
-        flops["anchor"] = micro_batches * num_gradient_steps * generator["rollout"].flops
-    return flops | {
+    flops |= {
         "rollout": micro_batches * without_gradient * generator["rollout"].flops,
         "gradient step": micro_batches * num_gradient_steps * training.num_chained_steps * step,
         "reward": micro_batches * num_gradient_steps * reward_flops,
     }
+    if training.anchor_scale > 0:
+        flops["anchor"] = micro_batches * num_gradient_steps * generator["rollout"].flops
+    return flops
 
 
 def _num_states(request: Request, training: PRFLTrainingConfig) -> int:
