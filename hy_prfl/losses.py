@@ -1,5 +1,11 @@
-"""The losses. Each is computed in float32 for inputs of any type, and returns the mean over the batch."""
+"""
+The losses, and how the logits of several reward models are combined into the logit that a loss is taken of.
 
+Each loss is computed in float32 for inputs of any type, and returns the mean over the batch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -7,6 +13,7 @@ import torch.nn.functional as F
 
 
 RewardLoss = Literal["logit", "sigmoid", "logsigmoid"]
+CombinationForm = Literal["mean", "min", "product"]
 
 
 def binary_reward_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -66,3 +73,88 @@ def reward_feedback_loss(
     else:
         raise ValueError(f"`form` must be 'logit', 'sigmoid' or 'logsigmoid', got {form!r}.")
     return scale * loss.mean()
+
+
+@dataclass(frozen=True)
+class RewardCombination:
+    """
+    Makes one logit of those of several reward models, in float32.
+
+    With logits `z_i` and weights `w_i`:
+
+    - `"mean"`: `m - k * s`, where `m = sum(w_i z_i) / sum(w_i)` and `s = sqrt(sum(w_i (z_i - m)^2) / sum(w_i))`, their
+      weighted mean and standard deviation, and `k` is `disagreement`. A generator that climbs it gains nothing where
+      only one of the models is pleased. The scale of the weights does not matter.
+    - `"min"`: the smallest logit. The gradient is that of one model alone.
+    - `"product"`: the logit of `p = prod(sigmoid(z_i)^w_i)`, for models of different tasks: the probability that a clip
+      is good in all respects, if they are independent. `-log sigmoid` of it is `-sum(w_i log sigmoid(z_i))`.
+
+    Of one model with the defaults it is that model's logit, bit for bit.
+
+    Args:
+        weights (`Sequence[float]`):
+            One for each model, all above 0. Not used by `"min"`.
+        form (`str`, defaults to `"mean"`):
+            `"mean"`, `"min"` or `"product"`.
+        disagreement (`float`, defaults to 0.0):
+            The `k` of `"mean"`, at least 0.
+    """
+
+    weights: Sequence[float]
+    form: CombinationForm = "mean"
+    disagreement: float = 0.0
+
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+        """
+        Combine logits.
+
+        Args:
+            logits (`torch.Tensor` of shape `(num_models, ...)`):
+                Logits of the same latents by each model.
+
+        Returns:
+            `torch.Tensor` of shape `(...)`, float32.
+        """
+        logits = logits.float()
+        if self.form == "min":
+            return logits.amin(dim=0)
+        if self.form == "product":
+            log_p = (self._shares(logits, total=1.0) * F.logsigmoid(logits)).sum(dim=0)
+            # Above this 1 - p cannot be told from 0, and neither value nor slope matter.
+            log_p = log_p.clamp(max=-1e-30)
+            return log_p - torch.log(-torch.expm1(log_p))
+        mean = (self._shares(logits) * logits).sum(dim=0)
+        return mean if self.disagreement == 0 else mean - self.disagreement * self.spread(logits)
+
+    def spread(self, logits: torch.Tensor) -> torch.Tensor:
+        """Weighted standard deviation of logits over the models; its gradient is 0 where all agree."""
+        logits, shares = logits.float(), self._shares(logits)
+        mean = (shares * logits).sum(dim=0)
+        return torch.linalg.vector_norm(shares.sqrt() * (logits - mean), dim=0)
+
+    def is_separable(self, loss: RewardLoss) -> bool:
+        """Whether the loss is a sum over the models, so that the slope in a logit does not depend on the others."""
+        if len(self.weights) == 1:
+            return True
+        forms = {("mean", "logit"), ("product", "logsigmoid")}
+        return (self.form, loss) in forms and self.disagreement == 0
+
+    def _shares(self, logits: torch.Tensor, total: float | None = None) -> torch.Tensor:
+        weights = torch.tensor(self.weights, device=logits.device)
+        shares = weights / (weights.sum() if total is None else total)
+        return shares.view(-1, *[1] * (logits.ndim - 1))
+
+
+def anchor_loss(velocity: torch.Tensor, base_velocity: torch.Tensor) -> torch.Tensor:
+    """
+    Squared distance of a generator's velocity to that of its base, relative to the base's own square.
+
+    The ratio is taken sample by sample, `|v - v_base|^2 / |v_base|^2`, so it means the same at every noise level and for
+    clips of every size: .01 is a change of the velocity by a tenth.
+
+    Args:
+        velocity, base_velocity (`torch.Tensor` of shape `(batch_size, num_channels, num_frames, height, width)`):
+            At the same noisy latents.
+    """
+    velocity, base_velocity = velocity.float().flatten(1), base_velocity.float().flatten(1)
+    return ((velocity - base_velocity).square().mean(dim=1) / base_velocity.square().mean(dim=1)).mean()

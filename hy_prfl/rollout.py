@@ -3,6 +3,7 @@
 import copy
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,6 +17,7 @@ from .runtime.attention import use_attention_backend
 
 
 Average = Callable[[torch.Tensor], torch.Tensor]
+AsBase = Callable[[], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,11 @@ class GradientStep:
         surrogates (`Callable[[torch.Tensor], Iterator[torch.Tensor]]`):
             Given the gradient of a loss in `latents`, returns scalars whose gradients in the generator's weights add up
             to that of the loss. Each must be differentiated, scaled or not, before the next one is asked for. The
-            argument `average`, if given, averages a gradient over the ranks that share a clip. To be called once.
+            argument `velocity_grad`, if given, is the gradient of a loss in `velocity`, which is added, with what the
+            model is given there as a constant. `average`, if given, averages a gradient over the ranks that share a
+            clip. To be called once.
+        base_velocity (`torch.Tensor` of the shape of `latents`, *optional*):
+            What the base makes of the input of `velocity`, without gradient, if it was asked for.
     """
 
     latents: torch.Tensor
@@ -73,13 +79,20 @@ class GradientStep:
     gain: torch.Tensor
     velocity: torch.Tensor
     surrogates: Callable[..., Iterator[torch.Tensor]]
+    base_velocity: torch.Tensor | None = None
 
 
 def surrogate(
-    latents: torch.Tensor, latents_grad: torch.Tensor, average: Average | None = None
+    latents: torch.Tensor,
+    velocity: torch.Tensor,
+    latents_grad: torch.Tensor,
+    *,
+    velocity_grad: torch.Tensor | None = None,
+    average: Average | None = None,
 ) -> Iterator[torch.Tensor]:
-    """The one surrogate of latents that have their graph already, see [`GradientStep`]."""
-    yield (latents * latents_grad).sum()
+    """The one surrogate of latents and a velocity that have their graph already, see [`GradientStep`]."""
+    total = (latents * latents_grad).sum()
+    yield total if velocity_grad is None else total + (velocity * velocity_grad).sum()
 
 
 @dataclass(frozen=True)
@@ -121,11 +134,22 @@ class _Step:
 
 @dataclass(frozen=True)
 class _Stepper:
-    """Takes steps of a chain. `stop_input_gradient` is that of [`walk_with_gradient`]."""
+    """Takes steps of a chain. `stop_input_gradient` and `as_base` are those of [`walk_with_gradient`]."""
 
     predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     foresight: Foresight | None = None
     stop_input_gradient: bool = False
+    as_base: AsBase | None = None
+
+    @torch.no_grad()
+    def base_velocity(
+        self, scheduler: UniPCMultistepScheduler, index: int, latents: torch.Tensor
+    ) -> torch.Tensor | None:
+        """The base's velocity at the start of a step, if it is asked for."""
+        if self.as_base is None:
+            return None
+        with self.as_base():
+            return self.predict(latents, scheduler.timesteps[index])
 
     def __call__(
         self, scheduler: UniPCMultistepScheduler, index: int, latents: torch.Tensor, *, with_gradient: bool
@@ -146,7 +170,12 @@ class _Stepper:
 
 
 def _chained_surrogates(
-    stepper: _Stepper, states: Sequence[_State], latents_grad: torch.Tensor, average: Average | None = None
+    stepper: _Stepper,
+    states: Sequence[_State],
+    latents_grad: torch.Tensor,
+    *,
+    velocity_grad: torch.Tensor | None = None,
+    average: Average | None = None,
 ) -> Iterator[torch.Tensor]:
     """
     Surrogates of consecutive steps, one for each, from the last step to the first.
@@ -160,7 +189,9 @@ def _chained_surrogates(
         # No gradient is wanted of what the first step starts from.
         start, leaves = state.copy(with_leaves=state is not states[0])
         step = stepper(start.scheduler, start.index, start.latents, with_gradient=True)
-        outputs = {"seen": step.seen} | _tensors(step.next_latents, start.scheduler)
+        outputs = {"seen": step.seen, "velocity": step.velocity} | _tensors(step.next_latents, start.scheduler)
+        if velocity_grad is not None and not leaves:
+            gradients = {**gradients, "velocity": velocity_grad}
         # An engine scales what it differentiates by a factor of its own, which is read here.
         probe = latents_grad.new_zeros((), requires_grad=True)
         total = probe + torch.stack([(outputs[name] * gradient).sum() for name, gradient in gradients.items()]).sum()
@@ -186,6 +217,7 @@ def walk_with_gradient(
     num_chained_steps: int = 1,
     foresight: Foresight | None = None,
     stop_input_gradient: bool = False,
+    as_base: AsBase | None = None,
     rerun: bool = False,
     rollout_attention_backend: str | None = None,
 ) -> Iterator[GradientStep]:
@@ -220,6 +252,10 @@ def walk_with_gradient(
         stop_input_gradient (`bool`, defaults to `False`):
             Treat the input of the transformer as a constant (DRTune, arXiv 2405.00760): from one chained step to the
             next the gradient passes through the solver only.
+        as_base (`Callable`, *optional*):
+            Makes a context in which `transformer` is its base, as a LoRA's is with the adapter off. With it each step
+            has a `base_velocity`, for one more forward pass without gradient. It comes before the forward passes with
+            gradient: engines do not like one between these and their backward pass.
         rerun (`bool`, defaults to `False`):
             Take each of these steps without gradient first, and again with gradient when its surrogate is asked for. In
             between the activations of the step take no memory. Costs one more forward pass. Chained steps are always
@@ -238,7 +274,7 @@ def walk_with_gradient(
         raise ValueError(f"`step_indices` must be ascending and in [{first}, {last}], got {list(step_indices)}.")
     _start_at(scheduler, 0, num_inference_steps, noise.device)
     stepper = _Stepper(
-        partial(predict_velocity, transformer, conditioning=conditioning), foresight, stop_input_gradient
+        partial(predict_velocity, transformer, conditioning=conditioning), foresight, stop_input_gradient, as_base
     )
     return _walk(
         transformer,
@@ -264,6 +300,7 @@ def step_from_state(
     num_chained_steps: int = 1,
     foresight: Foresight | None = None,
     stop_input_gradient: bool = False,
+    as_base: AsBase | None = None,
     rerun: bool = False,
 ) -> GradientStep:
     """
@@ -287,7 +324,7 @@ def step_from_state(
         raise ValueError(f"`start_index` must be in [0, {last}], got {start_index}.")
     _start_at(scheduler, start_index, num_inference_steps, latents.device)
     stepper = _Stepper(
-        partial(predict_velocity, transformer, conditioning=conditioning), foresight, stop_input_gradient
+        partial(predict_velocity, transformer, conditioning=conditioning), foresight, stop_input_gradient, as_base
     )
     walk = _walk(
         transformer,
@@ -330,15 +367,17 @@ def _walk(
         next_index = step_index + 1
         if rerun or num_chained_steps > 1:
             states.append(_State(step_index, latents, copy.deepcopy(scheduler)))
+            base_velocity = stepper.base_velocity(scheduler, states[0].index, states[0].latents)
             step = stepper(scheduler, step_index, latents, with_gradient=False)
             surrogates = partial(_chained_surrogates, stepper, list(states))
         else:
+            base_velocity = stepper.base_velocity(scheduler, step_index, latents)
             step = stepper(scheduler, step_index, latents, with_gradient=True)
-            surrogates = partial(surrogate, step.seen)
+            surrogates = partial(surrogate, step.seen, step.velocity)
             _forget_gradient(scheduler)
         velocities.append(step.velocity.detach())
         latents = step.next_latents.detach()
-        yield GradientStep(step.seen.detach(), step.timesteps, step.gain, velocities[0], surrogates)
+        yield GradientStep(step.seen.detach(), step.timesteps, step.gain, velocities[0], surrogates, base_velocity)
 
 
 @torch.no_grad()

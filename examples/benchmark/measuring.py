@@ -222,7 +222,7 @@ class Recorder:
         trainer, kept = self.trainer, self.trainer.config
         meter = FlopMeter()
         with ExitStack() as stack:
-            for model in (trainer.unwrapped, trainer.reward.model):
+            for model in (trainer.unwrapped, *trainer.reward.models):
                 stack.enter_context(use_attention_backend(model, "native"))
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(meter)
@@ -233,7 +233,7 @@ class Recorder:
         return metrics
 
     def _begin(self) -> None:
-        for model in (self.trainer.unwrapped, self.trainer.reward.model):
+        for model in (self.trainer.unwrapped, *self.trainer.reward.models):
             self.spans.watch_model(model)
         self.spans.watch_optimizer(self.trainer.updates.optimizer.optimizer)
         gc.collect()
@@ -280,7 +280,7 @@ def most_bytes_alive(trainer: PRFLTrainer, train_step: Callable[[], object]) -> 
     """
     gc.collect()
     tensors = [*trainer.unwrapped.parameters(), *trainer.unwrapped.buffers()]
-    tensors += [*trainer.reward.model.parameters(), *trainer.reward.model.buffers()]
+    tensors += [part for model in trainer.reward.models for part in (*model.parameters(), *model.buffers())]
     for state in trainer.updates.optimizer.state.values():
         tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
     tensors += [parameter.grad for parameter in trainer.unwrapped.parameters() if parameter.grad is not None]

@@ -141,10 +141,12 @@ def decode_all_frames(vae: AutoencoderKLWan, latents: torch.Tensor, *, checkpoin
 class FramesFeedback(RewardFeedback):
     """The reward of decoded frames in place of one of latents."""
 
-    def score(self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+    def score(
+        self, model: Any, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning
+    ) -> torch.Tensor:
         """Logits `(batch_size,)` of the frames of clean latents."""
         with self.accelerator.autocast():
-            return self.model(latents, conditioning.prompt_embeds)
+            return model(latents, conditioning.prompt_embeds)
 
 
 class RGBReFLTrainer(PRFLTrainer):
@@ -164,7 +166,7 @@ class RGBReFLTrainer(PRFLTrainer):
         self, config: PRFLTrainingConfig, *, build_reward: Callable[[AutoencoderKLWan], nn.Module], **parts: Any
     ) -> None:
         options = {"num_gradient_steps": 1, "rerun_gradient_step": False, "num_chained_steps": 1, "reward_at": "next"}
-        for name, only in {**options, "rollout_interval": 1}.items():
+        for name, only in {**options, "rollout_interval": 1, "anchor_scale": 0.0}.items():
             value = getattr(config, name)
             check(value == only, name, value, "left out for RGB ReFL")
         # The clean latents are predicted in one step, so there is no step width to divide by.
@@ -173,7 +175,7 @@ class RGBReFLTrainer(PRFLTrainer):
         torch.manual_seed(config.seed)
         reward_model = build_reward(vae).to(self.accelerator.device, self.weight_dtype)
         # `PRFLTrainer` has loaded the latent reward model; this frees it.
-        self.reward = FramesFeedback(self.config, reward_model, accelerator=self.accelerator)
+        self.reward = FramesFeedback(self.config, [reward_model], names=["frames"], accelerator=self.accelerator)
 
     def roll_out(
         self, latents_shape: Sequence[int], conditioning: Conditioning, micro_step: int
@@ -199,7 +201,7 @@ class RGBReFLTrainer(PRFLTrainer):
             timesteps=timestep.expand(batch_size),
             gain=sigma,
             velocity=velocity.detach(),
-            surrogates=partial(surrogate, clean),
+            surrogates=partial(surrogate, clean, velocity),
         )
 
 

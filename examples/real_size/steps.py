@@ -382,11 +382,14 @@ def _build_prfl(setting: Setting, group: Any) -> tuple[Any, list[HostBuffers]]:
     common = _common(setting, unwrapped, group, parameters, most)
     trainer = RealSizePRFLTrainer(
         **common,
-        reward=RewardFeedback(training, reward_model, accelerator=common["accelerator"], context_parallel=group),
+        reward=RewardFeedback(
+            training, [reward_model], names=["reward"], accelerator=common["accelerator"], context_parallel=group
+        ),
         wrapped=transformer,
         generator=generator,
         average=None,
         rollouts=None,
+        as_base=None,
         experts=experts,
         num_backwards=num,
         step_range=step_range,

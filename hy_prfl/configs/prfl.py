@@ -1,5 +1,6 @@
 """Options of `train_prfl`."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -49,7 +50,32 @@ class PRFLTrainingConfig(TrainingConfig):
     )
 
     # Parameters of the reward update
-    reward_model: str = field(metadata={"help": "Reward model: a folder written by train_reward, or a Hub id."})
+    reward_model: str | None = field(
+        default=None,
+        metadata={
+            "help": "Reward model: a folder written by train_reward, or a Hub id. Either this or reward_models must be given."
+        },
+    )
+    reward_models: list[str] | None = field(
+        default=None,
+        metadata={"help": "Several of them, whose logits are combined. The options of the reward model hold for all."},
+    )
+    reward_weights: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of each of reward_models: shares of the mean, exponents of the product; 1 if left out."
+        },
+    )
+    reward_combination: Literal["mean", "min", "product"] = field(
+        default="mean",
+        metadata={
+            "help": "mean or min of their logits; product: of their sigmoids, for models of different tasks. See losses.py."
+        },
+    )
+    reward_disagreement: float = field(
+        default=0.0,
+        metadata={"help": "How many standard deviations of the logits over reward_models are taken off their mean."},
+    )
     allow_other_base: bool = field(
         default=False, metadata={"help": "Accept a reward model made from a transformer of another size."}
     )
@@ -85,6 +111,14 @@ class PRFLTrainingConfig(TrainingConfig):
     )
     reward_scale: float = field(default=1.0, metadata={"help": "Weight of the reward loss."})
     reward_target: float = field(default=2.0, metadata={"help": "Target of the hinge, for reward_loss sigmoid."})
+    anchor_scale: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the anchor of the reward updates: the squared distance of the velocity to that of the base, "
+            "relative to the base's square. The base is the transformer with the LoRA off; one more forward pass for "
+            "each gradient step."
+        },
+    )
     divide_by_step_width: bool = field(
         default=True,
         metadata={
@@ -205,6 +239,12 @@ class PRFLTrainingConfig(TrainingConfig):
         shift = self.sampler_flow_shift
         check(shift is None or shift > 0, "sampler_flow_shift", shift, "greater than 0, or left out")
         check(self.reward_scale > 0, "reward_scale", self.reward_scale, "greater than 0")
+        self._check_reward_models()
+        anchor = self.anchor_scale
+        check(0 <= anchor < math.inf, "anchor_scale", anchor, "at least 0")
+        has_base = self.lora_rank is not None
+        requirement = "0 without `lora_rank`: only an adapter can be turned off to see what the base would do"
+        check(has_base or anchor == 0, "anchor_scale", anchor, requirement)
         for name in ("prompt_dropout", "long_prompt_probability"):
             check(0 <= getattr(self, name) <= 1, name, getattr(self, name), "in [0, 1]")
         for name in ("num_validation_samples", "validation_fps"):
@@ -223,6 +263,36 @@ class PRFLTrainingConfig(TrainingConfig):
         requirement = f"in [1, {indices}], the steps that may take gradient"
         check(1 <= self.num_gradient_steps <= indices, "num_gradient_steps", self.num_gradient_steps, requirement)
         self._check_memory_options()
+
+    @property
+    def reward_sources(self) -> list[str]:
+        """The reward models, one or more."""
+        return [self.reward_model] if self.reward_model is not None else list(self.reward_models or [])
+
+    def _check_reward_models(self) -> None:
+        several, weights, k = self.reward_models, self.reward_weights, self.reward_disagreement
+        is_one = (self.reward_model is None) != (several is None)
+        check(is_one, "reward_model", self.reward_model, "given, or else `reward_models`, and not both")
+        if several is None:
+            for name, default in (
+                ("reward_weights", None),
+                ("reward_combination", "mean"),
+                ("reward_disagreement", 0),
+            ):
+                value = getattr(self, name)
+                check(value == default, name, value, "left out without `reward_models`")
+            return
+        check(0 < len(several) == len(set(several)), "reward_models", several, "different models, at least one")
+        if weights is not None:
+            requirement = f"one number above 0 for each of {len(several)} `reward_models`"
+            fits = len(weights) == len(several) and all(0 < weight < math.inf for weight in weights)
+            check(fits, "reward_weights", weights, requirement)
+            check(
+                self.reward_combination != "min", "reward_weights", weights, "left out with `reward_combination` min"
+            )
+        check(0 <= k < math.inf, "reward_disagreement", k, "at least 0")
+        is_mean = self.reward_combination == "mean"
+        check(is_mean or k == 0, "reward_disagreement", k, f"0 with `reward_combination` {self.reward_combination}")
 
     def _check_chains(self, last: int) -> None:
         chained, bounds = self.num_chained_steps, self.step_range
@@ -298,6 +368,7 @@ class PRFLTrainingConfig(TrainingConfig):
                 ("num_chained_steps", self.num_chained_steps == 1),
                 ("rollout_interval", self.rollout_interval == 1),
                 ("reward_at", self.reward_at == "next"),
+                ("anchor_scale", self.anchor_scale == 0),
             ):
                 check(
                     unused,

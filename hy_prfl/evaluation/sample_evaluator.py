@@ -1,5 +1,7 @@
 """Samples held-out prompts with fixed noise while the generator trains, and scores what comes out."""
 
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from ..data.sampler import shard_batches
 from ..data.schema import table_to_rows
 from ..flow_matching import row_noise
 from ..inference.generation import decode_latents, write_video
+from ..losses import RewardCombination
 from ..models.conditioning import Conditioning
 from ..models.reward_model import WanRewardModel
 from ..rollout import sample_latents
@@ -30,12 +33,20 @@ class SampleEvaluator:
     Samples the prompts of a dataset and returns the mean reward at fixed timesteps.
 
     The metrics are `reward/t<timestep>` and `reward`, means of `sigmoid(logit)`, `reward_logit`, and `latents_std`, the
-    standard deviation of the samples, which drifts when the reward is being hacked. Noise depends on row and seed only,
+    standard deviation of the samples, which drifts when the reward is being hacked. Of several reward models these are
+    of their combination; `reward/<name>` is that of each, and `reward_disagreement` the mean standard deviation of their
+    logits. Noise depends on row and seed only,
     so two steps of a run, and two runs, are compared on the same samples.
 
     Args:
         dataset (`Dataset`):
             Rows whose prompts are sampled; only prompt, image and shape are used.
+        reward_models (`Mapping[str, WanRewardModel]`):
+            The reward models by name.
+        combination (`RewardCombination`):
+            What makes one logit of theirs.
+        in_use (`Callable`):
+            Makes a context in which a reward model is where it computes.
         vae (`AutoencoderKLWan`, *optional*):
             Decodes the samples to `output_dir/step-<step>/<row>.mp4`; without it nothing is decoded.
         guidance_scale (`float`):
@@ -52,7 +63,9 @@ class SampleEvaluator:
         self,
         dataset: Dataset,
         *,
-        reward_model: WanRewardModel,
+        reward_models: Mapping[str, WanRewardModel],
+        combination: RewardCombination,
+        in_use: Callable[[nn.Module], AbstractContextManager[None]],
         scheduler: UniPCMultistepScheduler,
         vae: AutoencoderKLWan | None,
         output_dir: Path,
@@ -68,7 +81,9 @@ class SampleEvaluator:
         vae_tiling: VAETiling = "auto",
     ) -> None:
         self.dataset = dataset
-        self.reward_model = reward_model
+        self.reward_models = dict(reward_models)
+        self.combination = combination
+        self.in_use = in_use
         self.scheduler = scheduler
         self.vae = vae
         self.vae_tiling = vae_tiling
@@ -86,7 +101,7 @@ class SampleEvaluator:
     @torch.no_grad()
     def __call__(self, transformer: nn.Module, accelerator: Accelerator, *, step: int) -> dict[str, float]:
         """Sample and score; all ranks do the same number of forwards and get the same result. A collective."""
-        records: list[tuple[int, list[float], float]] = []
+        records: list[tuple[int, list[list[float]], float]] = []
         folder = self.output_dir / f"step-{step}"
         batches = shard_batches(
             latent_shapes(self.dataset),
@@ -98,17 +113,11 @@ class SampleEvaluator:
             rows = [table_to_rows(self.dataset[index])[0] for index in indices]
             batch = collate_latents(rows).to(accelerator.device, self.dtype)
             latents = self._sample(transformer, batch)
-            with accelerator.autocast():
-                logits = score_latents(
-                    self.reward_model,
-                    latents,
-                    Conditioning.of(batch),
-                    self.timesteps,
-                    row_ids=batch.ids,
-                    seed=self.seed + 1,  # not the noise that the samples start from
-                )
+            logits = torch.stack(
+                [self._score(model, latents, batch, accelerator) for model in self.reward_models.values()]
+            )
             stds = latents.flatten(1).std(dim=1)
-            records.extend(zip(indices, logits.tolist(), stds.tolist(), strict=True))
+            records.extend(zip(indices, logits.movedim(0, 1).tolist(), stds.tolist(), strict=True))
             if self.vae is not None:
                 self._write_videos(latents, indices, folder)
         # Rows that fill up a batch come more than once, with the same values.
@@ -116,13 +125,19 @@ class SampleEvaluator:
         # By now all ranks have written theirs.
         videos = {f"validation/{path.stem}": path for path in sorted(folder.glob("*.mp4"))}
         log_videos(accelerator, videos, step=step, fps=self.fps)
-        all_logits = torch.tensor([logits for logits, _ in by_row.values()])
+        # (num_models, num_rows, num_timesteps)
+        model_logits = torch.tensor([logits for logits, _ in by_row.values()]).movedim(1, 0)
+        all_logits = self.combination(model_logits)
         metrics = {
             f"reward/t{timestep}": float(all_logits[:, column].sigmoid().mean())
             for column, timestep in enumerate(self.timesteps)
         }
         metrics["reward"] = float(all_logits.sigmoid().mean())
         metrics["reward_logit"] = float(all_logits.mean())
+        if len(self.reward_models) > 1:
+            for name, own_logits in zip(self.reward_models, model_logits, strict=True):
+                metrics[f"reward/{name}"] = float(own_logits.sigmoid().mean())
+            metrics["reward_disagreement"] = float(self.combination.spread(model_logits).mean())
         metrics["latents_std"] = float(np.mean([std for _, std in by_row.values()]))
         return metrics
 
@@ -137,6 +152,19 @@ class SampleEvaluator:
             negative_prompt_embeds=batch.null_prompt_embeds,
             guidance_scale=self.guidance_scale,
         )
+
+    def _score(
+        self, model: nn.Module, latents: torch.Tensor, batch: LatentBatch, accelerator: Accelerator
+    ) -> torch.Tensor:
+        with self.in_use(model), accelerator.autocast():
+            return score_latents(
+                model,
+                latents,
+                Conditioning.of(batch),
+                self.timesteps,
+                row_ids=batch.ids,
+                seed=self.seed + 1,  # not the noise that the samples start from
+            )
 
     def _write_videos(self, latents: torch.Tensor, indices: list[int], folder: Path) -> None:
         assert self.vae is not None

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,6 +41,7 @@ def lora_metadata(
     step: int,
     base_on_hub: bool | None = None,
     reward_model: str | None = None,
+    reward_models: Sequence[str] | None = None,
     run: str | None = None,
     config: Mapping[str, Any] | None = None,
     expert: str | None = None,
@@ -56,8 +57,8 @@ def lora_metadata(
             Updates so far.
         base_on_hub (`bool`, *optional*):
             Whether `base_model` is a repository on the Hub; a name such as `data/wan` may be a repository or a path.
-        reward_model (`str`, *optional*):
-            The reward model that the LoRA was trained with.
+        reward_model (`str`, *optional*), reward_models (`Sequence[str]`, *optional*):
+            The reward model, or the reward models, that the LoRA was trained with. Several are stored as a JSON list.
         run (`str`, *optional*):
             Name of the run.
         config (`Mapping[str, Any]`, *optional*):
@@ -72,6 +73,7 @@ def lora_metadata(
         "base_model": base_model,
         "base_on_hub": None if base_on_hub is None else str(base_on_hub).lower(),
         "reward_model": reward_model,
+        "reward_models": None if reward_models is None else json.dumps(list(reward_models)),
         "step": str(step),
         "run": run,
         "expert": expert,

@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 SOURCE_OPTIONS = {
     "pretrained_model_name_or_path": "model",
     "reward_model": "model",
+    "reward_models": "model",
     "train_dataset": "dataset",
     "prompt_dataset": "dataset",
     "validation_dataset": "dataset",

@@ -224,7 +224,12 @@ def _tags(kind: ModelKind, config: Mapping[str, Any]) -> list[str]:
 
 def _uses_reward(config: Mapping[str, Any]) -> bool:
     """Whether the configuration says that a generator was trained on a reward."""
-    return bool(config.get("reward_model")) and config.get("update_schedule") != "flow_matching"
+    return bool(_reward_models(config)) and config.get("update_schedule") != "flow_matching"
+
+
+def _reward_models(config: Mapping[str, Any]) -> list[str]:
+    """The reward models of a run: none, one or several."""
+    return config.get("reward_models") or [each for each in [config.get("reward_model")] if each]
 
 
 def _description(
@@ -250,9 +255,10 @@ def _description(
         weights = f"{'LoRA adapters' if len(experts) > 1 else 'A LoRA adapter'}{rank} for"
     base = config.get(BASE) or "a Wan pipeline"
     if _uses_reward(config):
+        judges = _reward_models(config)
         training = (
-            f"fine-tuned with process reward feedback (PRFL, [paper]({PAPER})) on the reward model "
-            f"`{config['reward_model']}`."
+            f"fine-tuned with process reward feedback (PRFL, [paper]({PAPER})) on the reward model"
+            f"{'s' if len(judges) > 1 else ''} {', '.join(f'`{each}`' for each in judges)}."
         )
         return f"{weights} {part} of {base}, {training}{_start(kind, config)}"
     if config.get("update_schedule") == "flow_matching":
@@ -311,7 +317,8 @@ def _known_of_adapter(header: Mapping[str, str]) -> dict[str, Any]:
         "rank": "lora_rank",
         "base_quantization": "base_quantization",
     }
-    return {name: header[key] for key, name in names.items() if key in header}
+    known: dict[str, Any] = {name: header[key] for key, name in names.items() if key in header}
+    return known | ({"reward_models": json.loads(header["reward_models"])} if "reward_models" in header else {})
 
 
 def _read_json(files: Mapping[str, Path], name: str) -> dict[str, Any]:

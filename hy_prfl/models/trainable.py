@@ -1,11 +1,14 @@
 """Selects the trained parameters: all (of a reward model all but the embeddings), or those of a LoRA adapter."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 
 from ..configs.base import TrainingConfig, check
 from ..configs.reward import RewardTrainingConfig
@@ -38,6 +41,32 @@ def select_trainable(model: Any, training: TrainingConfig, *, dtype: torch.dtype
             part.requires_grad_(True)
         if isinstance(training, RewardTrainingConfig) and training.freeze_blocks:
             model.blocks.requires_grad_(False)
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """
+    Context in which the LoRA adapters of a model, or of several in one, do nothing: what is called is the base.
+
+    To be used without gradient. peft's own switch also marks the adapter as not in training, and back; the marks are put
+    back as they were.
+
+    Raises:
+        ValueError: If there is no adapter.
+    """
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no adapter that could be turned off.")
+    trains = [(parameter, parameter.requires_grad) for layer in layers for parameter in layer.parameters()]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+        for parameter, requires_grad in trains:
+            parameter.requires_grad_(requires_grad)
 
 
 def _add_lora(model: Any, training: TrainingConfig, *, exclude_modules: str | None) -> None:

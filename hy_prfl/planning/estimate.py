@@ -1,7 +1,7 @@
 """Memory of a GPU and operations of an update, for one recipe on one engine."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ from diffusers import UniPCMultistepScheduler
 from ..configs.base import Quantization, TrainingConfig, check
 from ..configs.prfl import PRFLTrainingConfig
 from ..configs.reward import RewardTrainingConfig
+from ..losses import RewardCombination
 from ..models.experts import Experts
 from ..runtime.context_parallel import check_divisible
 from ..runtime.vae_tiling import pass_memory, tiled_decoding_memory
@@ -51,6 +52,8 @@ class Request:
             The experts of the pipeline, both as large as the generator; one transformer if left out.
         sampler_shift (`float`, defaults to 3.0):
             Shift of the sampler's grid, which divides a chain's steps between two experts.
+        other_reward_configs (`Sequence[Mapping[str, Any]]`, *optional*):
+            Configurations of the reward models beside the first, of a recipe with several.
     """
 
     training: TrainingConfig
@@ -60,6 +63,12 @@ class Request:
     shape: Shape
     experts: Experts = Experts()
     sampler_shift: float = 3.0
+    other_reward_configs: Sequence[Mapping[str, Any]] = ()
+
+    @property
+    def reward_configs(self) -> list[Mapping[str, Any]]:
+        """Configurations of all reward models."""
+        return [self.reward_config, *self.other_reward_configs]
 
     @property
     def num_tokens(self) -> int:
@@ -157,9 +166,13 @@ def _estimate_prfl(request: Request, training: PRFLTrainingConfig, reserved: flo
     flow_peak = max(generator["forward"].peak, generator["backward"].peak)
     phases = {"optimizer step": engine.step_memory(sizes)}
     # Also without reward updates: it scores the validation samples.
-    judge = build_reward_model(request.reward_config)
-    reward_sizes = _sizes(judge, numerics, numerics.compute, engine, training.reward_model_quantization)
-    whole, gathered = frozen_memory(reward_sizes, num_gpus=engine.num_gpus, is_sharded=training.shard_reward_model)
+    weights = []
+    for config_of_one in request.reward_configs:
+        judge = build_reward_model(config_of_one)
+        reward_sizes = _sizes(judge, numerics, numerics.compute, engine, training.reward_model_quantization)
+        weights.append(frozen_memory(reward_sizes, num_gpus=engine.num_gpus, is_sharded=training.shard_reward_model))
+    # One of them computes at a time.
+    whole, gathered = sum(size for size, _ in weights), max(size for _, size in weights)
     copied = whole if training.offload_reward_model else 0.0
     held |= {"reward model": whole - copied, "reward model, gathered": gathered}
     host_memory = {
@@ -173,14 +186,18 @@ def _estimate_prfl(request: Request, training: PRFLTrainingConfig, reserved: flo
     if uses_flow:
         phases["flow matching"] = flow_peak
     if uses_reward:
-        reward = reward_phases(request.reward_config, training, numerics, part)
+        needs = []
+        for config_of_one, (size, _) in zip(request.reward_configs, weights, strict=True):
+            reward = reward_phases(config_of_one, training, numerics, part)
+            copied = size if training.offload_reward_model else 0.0
+            needs.append(copied + max(reward["forward"].peak, reward["backward"].peak))
+            # Generator and reward models have buffers of their own, which are kept for the next update.
+            block_inputs += reward["forward"].offloaded
         runs_again = training.rerun_gradient_step or training.num_chained_steps > 1
         beside = 0.0 if runs_again else generator["forward"].kept
-        # Those of generator and reward model have buffers of their own, which are kept for the next update.
-        block_inputs += reward["forward"].offloaded
         phases |= {
             "rollout": generator["rollout"].peak,
-            "reward": copied + beside + max(reward["forward"].peak, reward["backward"].peak),
+            "reward": beside + max(needs),
             "gradient step": flow_peak,
         }
     if experts.frozen(rolls_out=uses_reward, samples=training.validation_dataset is not None):
@@ -199,6 +216,9 @@ def _estimate_prfl(request: Request, training: PRFLTrainingConfig, reserved: flo
         if training.num_chained_steps > 1:
             # Where each of them starts: the latents and what the solver remembers.
             held["chained steps"] = training.num_chained_steps * 4 * FLOAT32 * latents
+        if training.anchor_scale > 0:
+            # The base's velocity, and the gradient in the generator's.
+            held["anchor"] = 2 * FLOAT32 * latents
         if training.rollout_interval > 1:
             num_states = min(training.rollout_states or math.inf, _num_states(request, training))
             host_memory["rollouts"] = training.rollout_buffer_size * num_states * 2 * BFLOAT16 * latents
@@ -317,12 +337,19 @@ def _prfl_flops(
     first, last = _gradient_steps(request, training)
     without_gradient = forwards_without_gradient(training, first, last)
     num_gradient_steps = training.num_gradient_steps
-    reward = reward_phases(request.reward_config, training, numerics, request.shape)
-    return flops | {
+    rewards = [reward_phases(each, training, numerics, request.shape) for each in request.reward_configs]
+    reward_flops = sum(_both(each) for each in rewards)
+    combination = RewardCombination([1.0] * len(rewards), training.reward_combination, training.reward_disagreement)
+    if not combination.is_separable(training.reward_loss):
+        reward_flops += sum(each["forward"].flops for each in rewards[:-1])
+    flops |= {
         "rollout": micro_batches * without_gradient * generator["rollout"].flops,
         "gradient step": micro_batches * num_gradient_steps * training.num_chained_steps * step,
-        "reward": micro_batches * num_gradient_steps * _both(reward),
+        "reward": micro_batches * num_gradient_steps * reward_flops,
     }
+    if training.anchor_scale > 0:
+        flops["anchor"] = micro_batches * num_gradient_steps * generator["rollout"].flops
+    return flops
 
 
 def forwards_without_gradient(training: PRFLTrainingConfig, first: int, last: int) -> float:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -158,7 +158,7 @@ def plan(
     text_tokens: int = TEXT_TOKENS,
     first_frame: bool = False,
     transformer_config: Mapping[str, Any] | None = None,
-    reward_config: Mapping[str, Any] | None = None,
+    reward_config: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None = None,
     experts: Experts | None = None,
     engine: Engine | None = None,
 ) -> Plan:
@@ -195,7 +195,8 @@ def plan(
             Whether clips of Wan2.2 TI2V 5B start with a given image.
         transformer_config, reward_config (`Mapping[str, Any]`, *optional*):
             Configurations of the generator and the reward model. If left out, they are those of the recipe's pipeline
-            and of a reward model made from its first 8 blocks.
+            and of a reward model made from its first 8 blocks. For several reward models it is a list, with None for
+            one whose configuration is not known.
         experts (`Experts`, *optional*):
             The experts. Needed with `transformer_config` if there are two.
         engine (`Engine`, *optional*):
@@ -226,15 +227,20 @@ def plan(
     check(frames_ok, "num_frames", num_frames, f"of the form {stride[0]}k + 1")
     for name, side, multiple in (("height", height, 2 * stride[1]), ("width", width, 2 * stride[2])):
         check(side > 0 and side % multiple == 0, name, side, f"a multiple of {multiple}")
+    default = default_reward_config(training, config)
+    num_judges = len(training.reward_sources) if isinstance(training, PRFLTrainingConfig) else 1
+    given = list(reward_config) if isinstance(reward_config, Sequence) else [reward_config] * num_judges
+    judge, *others = [each or default for each in given]
     latents = ((num_frames - 1) // stride[0] + 1, height // stride[1], width // stride[2])
     request = Request(
         training=training,
         transformer_config=config,
-        reward_config=reward_config or default_reward_config(training, config),
+        reward_config=judge,
         engine=engine or Engine(num_gpus=num_gpus, zero_stage=zero_stage, offload=offload),
         shape=Shape(training.train_batch_size, latents, text_tokens, first_frame),
         experts=experts or Experts(),
         sampler_shift=shift,
+        other_reward_configs=others,
     )
     needs = estimate(request, reserved=reserved * GIGA)
     changes: list[str] = []

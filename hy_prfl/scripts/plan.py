@@ -72,8 +72,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     set_up_logging()
     reward_config = None
-    if isinstance(training, PRFLTrainingConfig) and Path(training.reward_model).is_dir():
-        reward_config = WanRewardModel.load_own_config(training.reward_model)
+    if isinstance(training, PRFLTrainingConfig):
+        reward_config = [
+            WanRewardModel.load_own_config(source) if Path(source).is_dir() else None
+            for source in training.reward_sources
+        ]
     result = plan(
         training,
         height=config.height,
@@ -173,6 +176,8 @@ def read_recipe(config: PlanConfig, options: Sequence[str], *, argv: Sequence[st
         word.removeprefix("--").split("=")[0].replace("-", "_") for word in (*options, *argv) if word.startswith("--")
     }
     present = {*given, *names}
+    if "reward_models" in present:
+        present.add("reward_model")
     placeholders = [f"--{name}=planned" for name in PLACEHOLDERS[command] if name not in present]
     if command == "generate":
         placeholders += [f"--{name}={getattr(config, name)}" for name in SIZE if name in names]

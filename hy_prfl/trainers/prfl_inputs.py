@@ -30,6 +30,7 @@ from .run import Run
 logger = get_logger(__name__)
 
 AnyTransformer: TypeAlias = WanTransformer3DModel | Deferred[WanTransformer3DModel]
+AnyRewardModel: TypeAlias = WanRewardModel | Deferred[WanRewardModel]
 
 
 def generator_dtype(config: PRFLTrainingConfig, run: Run) -> torch.dtype:
@@ -62,19 +63,20 @@ def open_models(config: PRFLTrainingConfig, run: Run) -> dict[str, Any]:
     path, revision, device = config.pretrained_model_name_or_path, config.revision, run.accelerator.device
     experts = read_experts(path, config.expert, revision=revision)
     vae = AutoencoderKLWan.from_pretrained(path, subfolder="vae", revision=revision, variant=config.variant)
-    reward_config = WanRewardModel.load_own_config(config.reward_model)
     fingerprint = vae_fingerprint(vae)
-    check_same_vae(fingerprint, reward_config["vae_fingerprint"], source=path, of=REWARD_LATENTS)
-    reward_model = Deferred(
-        {**reward_config, "vae_fingerprint": fingerprint},
-        partial(
+
+    def reward_model(source: str) -> Deferred[WanRewardModel]:
+        reward_config = WanRewardModel.load_own_config(source)
+        of = REWARD_LATENTS if config.reward_models is None else f"{REWARD_LATENTS}, {source},"
+        check_same_vae(fingerprint, reward_config["vae_fingerprint"], source=path, of=of)
+        load = partial(
             load_reward_model,
-            config.reward_model,
+            source,
             dtype=run.weight_dtype,
             split=partial(shard_frozen, device=device) if config.shard_reward_model else None,
             quantizer=run.quantizer("reward_model_quantization"),
-        ),
-    )
+        )
+        return Deferred({**reward_config, "vae_fingerprint": fingerprint}, load)
 
     frozen = experts.frozen(
         rolls_out=config.update_schedule != "flow_matching", samples=config.validation_dataset is not None
@@ -92,7 +94,7 @@ def open_models(config: PRFLTrainingConfig, run: Run) -> dict[str, Any]:
             name: transformer(name, dtype=dtype, split=run.split, quantizer=run.quantizer("base_quantization"))
             for name in experts.trained
         },
-        "reward_model": reward_model,
+        "reward_model": [reward_model(source) for source in config.reward_sources],
         "vae": vae if config.validation_videos else None,
     }
     if frozen is not None:
@@ -180,18 +182,18 @@ def load_frozen(transformer: AnyTransformer, run: Run) -> WanTransformer3DModel:
     return model
 
 
-def check_reward_model(
+def check_reward_models(
     config: PRFLTrainingConfig,
-    reward_config: Mapping[str, Any],
+    reward_configs: Sequence[Mapping[str, Any]],
     generator_configs: Sequence[Mapping[str, Any]],
     datasets: Mapping[str, Dataset],
 ) -> None:
     """
-    Refuse a reward model that cannot judge what is trained here, before its weights are read.
+    Refuse reward models that cannot judge what is trained here, before weights are read.
 
     Args:
-        reward_config (`Mapping[str, Any]`):
-            Its configuration.
+        reward_configs (`Sequence[Mapping[str, Any]]`):
+            Their configurations, one for each of the options' `reward_sources`.
         generator_configs (`Sequence[Mapping[str, Any]]`):
             Configurations of the transformers in training.
         datasets (`Mapping[str, Dataset]`):
@@ -200,13 +202,26 @@ def check_reward_model(
     Raises:
         ValueError: Naming what does not fit.
     """
-    for generator_config in generator_configs:
-        check_fits_generator(reward_config, generator_config, allow_other_base=config.allow_other_base)
-    fingerprint = reward_config["vae_fingerprint"]
-    for source, dataset in datasets.items():
-        fingerprint = fingerprint or single_value(dataset, "vae_fingerprint", source)
-        check_vae(dataset, source, fingerprint)
-        check_dataset(config, dataset, source, reward_config)
+    sources, is_one = config.reward_sources, config.reward_models is None
+    found, option = len(reward_configs), "reward_model" if is_one else "reward_models"
+    check(found == len(sources), option, sources, f"as many names as there are models, {found}")
+    tasks = {source: each["task"] for source, each in zip(sources, reward_configs, strict=True)}
+    requirement = f"0 for reward models of several tasks, {tasks}, which do not answer the same question"
+    agrees = config.reward_disagreement == 0 or len(set(tasks.values())) == 1
+    check(agrees, "reward_disagreement", config.reward_disagreement, requirement)
+    fingerprint = None
+    for source, reward_config in zip(sources, reward_configs, strict=True):
+        name = "The reward model" if is_one else f"The reward model {source}"
+        for generator_config in generator_configs:
+            check_fits_generator(reward_config, generator_config, allow_other_base=config.allow_other_base, name=name)
+        own = reward_config["vae_fingerprint"]
+        check_same_vae(own, fingerprint, source=source, of="the other reward models")
+        fingerprint = fingerprint or own
+    for dataset_name, dataset in datasets.items():
+        fingerprint = fingerprint or single_value(dataset, "vae_fingerprint", dataset_name)
+        check_vae(dataset, dataset_name, fingerprint)
+        for reward_config in reward_configs:
+            check_dataset(config, dataset, dataset_name, reward_config)
 
 
 def find_step_range(

@@ -25,6 +25,7 @@ def adapter_metadata(
         base_model=config.pretrained_model_name_or_path,
         base_on_hub=base_on_hub,
         reward_model=config.reward_model,
+        reward_models=config.reward_models,
         step=step,
         run=run,
         config=dataclasses.asdict(config),

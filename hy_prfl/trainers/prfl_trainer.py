@@ -1,6 +1,7 @@
 """Process reward feedback learning: the generator climbs a latent reward, held by a flow-matching loss."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from ..formats.layout import ExpertName
 from ..losses import flow_matching_loss
 from ..models.conditioning import Conditioning, num_clean_frames
 from ..models.experts import read_experts
-from ..models.loading import Deferred, load_scheduler
-from ..models.reward_model import WanRewardModel
+from ..models.loading import load_scheduler
+from ..models.trainable import adapters_off
 from ..rollout import (
     Foresight,
     GradientStep,
@@ -32,10 +33,11 @@ from .base import Trainer, check_named
 from .prfl_datasets import PRFLDatasets
 from .prfl_draws import choose_prompts, draw_foresight, draw_states, draw_step_indices
 from .prfl_inputs import (
+    AnyRewardModel,
     AnyTransformer,
     by_expert,
     check_offload,
-    check_reward_model,
+    check_reward_models,
     find_high_noise_probability,
     find_mean_foreseen_gain,
     find_step_range,
@@ -47,7 +49,7 @@ from .prfl_inputs import (
 )
 from .prfl_results import adapter_metadata, read_transformers, save_transformer
 from .prfl_rollouts import ReusedRollouts
-from .reward_feedback import RewardFeedback, RewardTerm, place_reward_model
+from .reward_feedback import RewardFeedback, RewardTerm, load_reward_models, name_models
 from .run import Run
 
 
@@ -96,7 +98,8 @@ class PRFLTrainer(Trainer):
             two, those that train by their names, `high_noise` and `low_noise`. Each model may be a
             [`~hy_prfl.models.loading.Deferred`] one, which is read when all else has been checked.
         reward_model (`WanRewardModel`):
-            The reward to climb, in the type of the launch's mixed precision.
+            The reward to climb, in the type of the launch's mixed precision, or a list of several, one for each of
+            `reward_models`.
         train_dataset (`Dataset`):
             A latent dataset: clips, and prompts if there is no `prompt_dataset`.
         prompt_dataset, validation_dataset (`Dataset`, *optional*):
@@ -120,7 +123,7 @@ class PRFLTrainer(Trainer):
         config: PRFLTrainingConfig,
         *,
         transformer: AnyTransformer | Mapping[ExpertName, AnyTransformer],
-        reward_model: WanRewardModel | Deferred[WanRewardModel],
+        reward_model: AnyRewardModel | Sequence[AnyRewardModel],
         train_dataset: Dataset,
         prompt_dataset: Dataset | None = None,
         validation_dataset: Dataset | None = None,
@@ -152,15 +155,19 @@ class PRFLTrainer(Trainer):
             rolls_out=self.uses_reward,
             samples=validation_dataset is not None,
         )
+        given_judges = list(reward_model) if isinstance(reward_model, Sequence) else [reward_model]
         generator_configs = [given[expert].config for expert in self.experts.trained]
-        check_reward_model(config, reward_model.config, generator_configs, self.datasets.by_source())
+        check_reward_models(
+            config, [each.config for each in given_judges], generator_configs, self.datasets.by_source()
+        )
         self.scheduler = load_scheduler(path, revision=revision, flow_shift=config.sampler_flow_shift)
         self.step_range = find_step_range(config, self.experts, self.scheduler)
         self.high_noise_probability = find_high_noise_probability(config, self.experts)
-        judge, in_use = place_reward_model(reward_model, config, run)
+        judges, in_use = load_reward_models(given_judges, config, run)
         self.reward = RewardFeedback(
             config,
-            judge,
+            judges,
+            names=name_models([each.config["task"] for each in given_judges]),
             accelerator=run.accelerator,
             context_parallel=run.context_parallel,
             mean_foreseen_gain=find_mean_foreseen_gain(config, self.scheduler, self.step_range),
@@ -180,6 +187,8 @@ class PRFLTrainer(Trainer):
         self.generator = self.wrapped
         if self.frozen:
             self.generator = self.experts.join({self.experts.trained[0]: self.wrapped, **self.frozen})
+        # What the anchor compares with.
+        self.as_base = partial(adapters_off, self.unwrapped) if config.anchor_scale > 0 else None
         self.rollouts = ReusedRollouts(config, run) if config.rollout_interval > 1 else None
         self.evaluator = self._build_evaluator(vae)
         self.flow_batches: Iterator[LatentBatch] = iter(())
@@ -261,7 +270,8 @@ class PRFLTrainer(Trainer):
         for step, conditioning, ids, staleness in self.gradient_steps(micro_step):
             feedback = self.reward.differentiate(step, conditioning)
             term = RewardTerm(ids, feedback, staleness)
-            for surrogate in step.surrogates(feedback.latents_grad, average=average):
+            gradients = {"latents_grad": feedback.latents_grad, "velocity_grad": feedback.velocity_grad}
+            for surrogate in step.surrogates(**gradients, average=average):
                 yield surrogate, term
 
     def compute_flow_matching_loss(self, batch: LatentBatch, micro_step: int) -> torch.Tensor:
@@ -320,6 +330,7 @@ class PRFLTrainer(Trainer):
             conditioning=conditioning,
             rollout_attention_backend=config.rollout_attention_backend,
             foresight=self.draw_foresight(noise.shape, micro_step),
+            as_base=self.as_base,
             **gradient_options(config),
         )
 
@@ -350,6 +361,7 @@ class PRFLTrainer(Trainer):
             num_inference_steps=self.config.num_inference_steps,
             conditioning=conditioning,
             foresight=self.draw_foresight(state.latents.shape, micro_step, draw),
+            as_base=self.as_base,
             **gradient_options(self.config),
         )
 
@@ -408,7 +420,7 @@ class PRFLTrainer(Trainer):
         """Sample held-out prompts, with the averaged weights if there are any, and score what comes out."""
         assert self.evaluator is not None
         self.unwrapped.eval()
-        with self.averaged_weights(), self.reward.in_use():
+        with self.averaged_weights():
             metrics = self.evaluator(self.generator, self.accelerator, step=self.global_step)
         self.unwrapped.train()
         return metrics
@@ -463,7 +475,9 @@ class PRFLTrainer(Trainer):
             vae.to(self.accelerator.device).requires_grad_(False).eval()
         return SampleEvaluator(
             validation.select(range(min(config.num_validation_samples, len(validation)))),
-            reward_model=self.reward.model,
+            reward_models=dict(zip(self.reward.names, self.reward.models, strict=True)),
+            combination=self.reward.combination,
+            in_use=self.reward.in_use,
             scheduler=self.scheduler,
             vae=vae,
             output_dir=self.output_dir / VALIDATION_FOLDER,

@@ -159,6 +159,8 @@ def model_identities(config: TrainingConfig) -> dict[str, dict[str, str]]:
     pipeline = config.pretrained_model_name_or_path
     folders = [f"{pipeline}/{name}" for name in (*EXPERT_FOLDERS.values(), "vae", "scheduler")]
     sources = {"pretrained_model_name_or_path": [folder for folder in folders if Path(folder).is_dir()] or [pipeline]}
+    for path in getattr(config, "reward_models", None) or []:
+        sources.setdefault("reward_models", []).append(path)
     for option in ("reward_model", *START_OPTIONS):
         path = getattr(config, option, None)
         if path is not None:

@@ -9,8 +9,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from ..configs.prfl import PRFLTrainingConfig
-from ..losses import reward_feedback_loss
-from ..models.conditioning import Conditioning
+from ..losses import RewardCombination, anchor_loss, reward_feedback_loss
+from ..models.conditioning import Conditioning, num_clean_frames
 from ..models.loading import Deferred, loaded
 from ..models.reward_model import WanRewardModel
 from ..rollout import GradientStep
@@ -19,7 +19,12 @@ from ..runtime.host_weights import HostWeights
 from .run import Run
 
 
-InUse = Callable[[], AbstractContextManager[None]]
+InUse = Callable[[nn.Module], AbstractContextManager[None]]
+
+
+def stays(model: nn.Module) -> AbstractContextManager[None]:
+    """Context of a model that always is where it computes."""
+    return nullcontext()
 
 
 class RewardGradient(NamedTuple):
@@ -30,12 +35,20 @@ class RewardGradient(NamedTuple):
         latents_grad (`torch.Tensor` of shape `(batch_size, num_channels, num_frames, height, width)`):
             Gradient of the loss in the latents that the step leads to.
         loss (`torch.Tensor`, scalar), logits (`torch.Tensor` of shape `(batch_size,)`):
-            Of the reward.
+            Of the reward, which several reward models are combined to.
+        model_logits (`torch.Tensor` of shape `(num_models, batch_size)`):
+            Of each of them.
+        velocity_grad (`torch.Tensor` of the shape of `latents_grad`, *optional*), anchor (`torch.Tensor`, scalar, *optional*):
+            Gradient of the scaled anchor in the velocity, and its value without the scale, see
+            [`~hy_prfl.losses.anchor_loss`].
     """
 
     latents_grad: torch.Tensor
     loss: torch.Tensor
     logits: torch.Tensor
+    model_logits: torch.Tensor
+    velocity_grad: torch.Tensor | None = None
+    anchor: torch.Tensor | None = None
 
 
 class RewardTerm(NamedTuple):
@@ -60,11 +73,16 @@ class RewardFeedback:
     """
     Scores noisy latents, and differentiates the reward loss with respect to them (paper, equation 9).
 
+    Several reward models are combined to one logit, see [`~hy_prfl.losses.RewardCombination`]. The activations of one of
+    them are there at a time.
+
     Args:
         config (`PRFLTrainingConfig`):
             Options of the run.
-        model (`nn.Module`):
-            The frozen reward model.
+        models (`Sequence[nn.Module]`):
+            The frozen reward models, one or more.
+        names (`Sequence[str]`):
+            What each of them is called in what is logged, see [`name_models`].
         accelerator (`Accelerator`):
             Its autocast.
         context_parallel (`ContextParallelGroup`, *optional*):
@@ -72,51 +90,101 @@ class RewardFeedback:
         mean_foreseen_gain (`float`, defaults to 1.0):
             See [`~hy_prfl.rollout.mean_foreseen_gain`], for `reward_at` foreseen.
         in_use (`Callable`, *optional*):
-            Makes a context in which the model is where it computes; it always is if left out.
+            Makes a context in which a model is where it computes; it always is if left out.
     """
 
     def __init__(
         self,
         config: PRFLTrainingConfig,
-        model: Any,
+        models: Sequence[Any],
         *,
+        names: Sequence[str],
         accelerator: Accelerator,
         context_parallel: ContextParallelGroup | None = None,
         mean_foreseen_gain: float = 1.0,
-        in_use: InUse = nullcontext,
+        in_use: InUse = stays,
     ) -> None:
         self.config = config
-        self.model = model
+        self.models = list(models)
+        self.names = list(names)
         self.accelerator = accelerator
         self.context_parallel = context_parallel
         self.mean_foreseen_gain = mean_foreseen_gain
         self.in_use = in_use
+        weights = config.reward_weights or [1.0] * len(self.models)
+        self.combination = RewardCombination(weights, config.reward_combination, config.reward_disagreement)
 
     def differentiate(self, step: GradientStep, conditioning: Conditioning) -> RewardGradient:
         """
         Score what a step with gradient leads to.
 
-        The reward is differentiated with respect to these latents alone, on a leaf of their own: the reward model's
-        activations are gone before the generator's backward pass begins, and the reward model never meets the hooks of
-        the engine that shards the generator.
+        The reward is differentiated with respect to these latents alone, on a leaf of their own: the reward models'
+        activations are gone before the generator's backward pass begins, and they never meet the hooks of the engine
+        that shards the generator.
+
+        Of several reward models each has a backward pass of its own, from the slope of the loss in its logit. Where
+        these slopes depend on all logits, all models but the last are called once more before, without gradient.
         """
-        config = self.config
         leaf = step.latents.detach().requires_grad_()
-        with self.in_use():
-            logits = self.score(leaf, step.timesteps, conditioning)
-            loss = reward_feedback_loss(
-                logits, form=config.reward_loss, scale=config.reward_scale, target=config.reward_target
-            )
-            (latents_grad,) = torch.autograd.grad(loss, leaf)
+        logits = leaf.new_zeros(len(self.models), len(leaf))
+        if not self.combination.is_separable(self.config.reward_loss):
+            for index, model in enumerate(self.models[:-1]):
+                with torch.no_grad(), self.in_use(model):
+                    logits[index] = self.score(model, leaf, step.timesteps, conditioning)
+        gradients: list[torch.Tensor] = []
+        for index, model in reversed(list(enumerate(self.models))):
+            with self.in_use(model):
+                own_logits = self.score(model, leaf, step.timesteps, conditioning)
+                logits[index] = own_logits.detach()
+                gradients += torch.autograd.grad(own_logits, leaf, self.slopes(logits)[index].to(own_logits))
+        latents_grad = gradients[0] if len(gradients) == 1 else torch.stack(gradients).sum(dim=0)
         if self.context_parallel is not None:
             latents_grad = self.context_parallel.mean(latents_grad)
-        return RewardGradient(latents_grad / self.divisor(step.gain), loss.detach(), logits.detach())
+        return RewardGradient(
+            latents_grad / self.divisor(step.gain),
+            self.loss(logits),
+            self.combination(logits),
+            logits,
+            *self.anchor_gradient(step, conditioning),
+        )
 
-    def score(self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        """Logits `(batch_size,)` of noisy latents at their timesteps."""
+    def anchor_gradient(
+        self, step: GradientStep, conditioning: Conditioning
+    ) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
+        """
+        Gradient of the anchor, times its scale, in the velocity of a step, and the anchor; None without `base_velocity`.
+
+        It is not divided by the width of the step: a share of the velocity means the same at all of them. Frames that
+        are given, which nothing is predicted for, take no part.
+        """
+        if step.base_velocity is None:
+            return None, None
+        velocity = step.velocity.detach().requires_grad_()
+        first = num_clean_frames(velocity, conditioning.condition)
+        anchor = anchor_loss(velocity[:, :, first:], step.base_velocity[:, :, first:])
+        (velocity_grad,) = torch.autograd.grad(self.config.anchor_scale * anchor, velocity)
+        return velocity_grad, anchor.detach()
+
+    def loss(self, logits: torch.Tensor) -> torch.Tensor:
+        """The reward loss of logits `(num_models, batch_size)`."""
+        config = self.config
+        return reward_feedback_loss(
+            self.combination(logits), form=config.reward_loss, scale=config.reward_scale, target=config.reward_target
+        )
+
+    def slopes(self, logits: torch.Tensor) -> torch.Tensor:
+        """Derivative of the loss in each logit, of the shape of `logits`."""
+        logits = logits.detach().clone().requires_grad_()
+        (slopes,) = torch.autograd.grad(self.loss(logits), logits)
+        return slopes
+
+    def score(
+        self, model: Any, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning
+    ) -> torch.Tensor:
+        """Logits `(batch_size,)` of noisy latents at their timesteps, by one of the models."""
         inputs = conditioning.model_inputs(latents, timesteps)
         with self.accelerator.autocast():
-            return self.model(**inputs).logits
+            return model(**inputs).logits
 
     def divisor(self, gain: torch.Tensor) -> torch.Tensor:
         """
@@ -140,22 +208,44 @@ class RewardFeedback:
     def metrics(self, gradients: Sequence[RewardGradient]) -> dict[str, torch.Tensor]:
         """What is logged of the rewards of an update."""
         logits = torch.cat([each.logits for each in gradients])
-        return {
+        metrics = {
             "reward_loss": torch.stack([each.loss for each in gradients]).mean(),
             "reward": logits.sigmoid().mean(),
             "reward_logit": logits.mean(),
         }
+        anchors = [each.anchor for each in gradients if each.anchor is not None]
+        if anchors:
+            metrics["anchor"] = torch.stack(anchors).mean()
+        if len(self.models) > 1:
+            each_logits = torch.cat([each.model_logits for each in gradients], dim=1)
+            rewards = each_logits.sigmoid().mean(dim=1)
+            metrics |= {f"reward/{name}": reward for name, reward in zip(self.names, rewards, strict=True)}
+            metrics["reward_disagreement"] = self.combination.spread(each_logits).mean()
+        return metrics
 
 
-def place_reward_model(
-    model: WanRewardModel | Deferred[WanRewardModel], config: PRFLTrainingConfig, run: Run
-) -> tuple[nn.Module, InUse]:
-    """A reward model as the options hold it: on the device, or in host memory; and the context that it computes in."""
-    reward_model = loaded(model).requires_grad_(False).eval()
-    in_use: InUse = nullcontext
-    if config.offload_reward_model:
-        in_use = HostWeights(reward_model, run.accelerator.device).on_device
-    else:
-        reward_model.to(run.accelerator.device)
-    run.set_up_blocks(reward_model, num_checkpointed=config.reward_gradient_checkpointing_blocks)
-    return reward_model, in_use
+def name_models(tasks: Sequence[str]) -> list[str]:
+    """Names of reward models: their tasks, or if some are of the same one, their places in `reward_models` from 0 on."""
+    return list(tasks) if len(set(tasks)) == len(tasks) else [str(index) for index in range(len(tasks))]
+
+
+def load_reward_models(
+    models: Sequence[WanRewardModel | Deferred[WanRewardModel]], config: PRFLTrainingConfig, run: Run
+) -> tuple[list[nn.Module], InUse]:
+    """
+    Load the reward models, on the device or, with `offload_reward_model`, in host memory.
+
+    Returns:
+        The frozen models, and a function that returns the context in which a model computes.
+    """
+    found: list[nn.Module] = []
+    hosts: dict[nn.Module, HostWeights] = {}
+    for each in models:
+        model = loaded(each).requires_grad_(False).eval()
+        if config.offload_reward_model:
+            hosts[model] = HostWeights(model, run.accelerator.device)
+        else:
+            model.to(run.accelerator.device)
+        run.set_up_blocks(model, num_checkpointed=config.reward_gradient_checkpointing_blocks)
+        found.append(model)
+    return found, (lambda model: hosts[model].on_device()) if config.offload_reward_model else stays

@@ -59,6 +59,41 @@ def test_impossible_prfl_options_are_refused_by_name(name: str, value: Any) -> N
         PRFLTrainingConfig(**BASE, reward_model="r", **{name: value})
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "`reward_model` must be given, or else `reward_models`, and not both, got None"),
+        ({"reward_model": "a", "reward_models": ["b"]}, "`reward_model` must be given, or else `reward_models`"),
+        ({"reward_models": []}, "`reward_models` must be different models, at least one"),
+        ({"reward_models": ["a", "a"]}, "`reward_models` must be different models"),
+        ({"reward_model": "a", "reward_disagreement": 0.5}, "`reward_disagreement` must be left out without"),
+        ({"reward_model": "a", "reward_combination": "min"}, "`reward_combination` must be left out without"),
+        (
+            {"reward_models": ["a", "b"], "reward_weights": [1.0]},
+            "`reward_weights` must be one number above 0 for each",
+        ),
+        ({"reward_models": ["a"], "reward_weights": [0.0]}, "`reward_weights` must be one number above 0 for each"),
+        (
+            {"reward_models": ["a"], "reward_weights": [1.0], "reward_combination": "min"},
+            "`reward_weights` must be left out with `reward_combination` min",
+        ),
+        ({"reward_models": ["a"], "reward_disagreement": -1.0}, "`reward_disagreement` must be at least 0"),
+        (
+            {"reward_models": ["a"], "reward_disagreement": 1.0, "reward_combination": "product"},
+            "`reward_disagreement` must be 0 with `reward_combination` product",
+        ),
+    ],
+)
+def test_impossible_reward_models_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PRFLTrainingConfig(**BASE, **options)
+
+
+def test_one_or_several_reward_models() -> None:
+    assert PRFLTrainingConfig(**BASE, reward_model="a").reward_sources == ["a"]
+    assert PRFLTrainingConfig(**BASE, reward_models=["a", "b"]).reward_sources == ["a", "b"]
+
+
 def test_the_papers_defaults() -> None:
     reward = RewardTrainingConfig(**BASE)
     assert (reward.num_layers, reward.pooling, reward.task) == (8, "query", "motion_quality")

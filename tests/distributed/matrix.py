@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,18 @@ from hy_prfl.trainers.reward_trainer import RewardTrainer
 KINDS = ("t2v", "i2v", "5b", "a14b")
 # Trainer and what is special: all weights or an adapter, or the gradient through two steps of a stored chain.
 VARIANTS = (("reward", "full"), ("reward", "lora"), ("prfl", "full"), ("prfl", "lora"), ("prfl", "chained"))
+# Of some kinds also an adapter held by an anchor, on two reward models.
+ENSEMBLE_KINDS = ("t2v", "5b")
+ENSEMBLE = {"reward_disagreement": 0.5, "anchor_scale": 0.5, "learning_rate": 2e-2}
 CHAINED = {"num_chained_steps": 2, "reward_at": "foreseen", "rollout_interval": 2}
 GLOBAL_BATCH_SIZE = 4
+
+
+def all_cases(kinds: Sequence[str], degrees: Sequence[int]) -> list[tuple[str, str, str, int]]:
+    """Trainer, variant, kind and degree of each case."""
+    cases = [(*variant, kind, degree) for variant, kind, degree in itertools.product(VARIANTS, kinds, degrees)]
+    special = [kind for kind in ENSEMBLE_KINDS if kind in kinds]
+    return cases + [("prfl", "ensemble", kind, degree) for kind, degree in itertools.product(special, degrees)]
 
 
 def case_name(script: str, tuning: str, kind: str, degree: int) -> str:
@@ -46,7 +57,7 @@ def run_case(folder: Path, output_dir: Path, script: str, tuning: str, kind: str
         "gradient_accumulation_steps": 2,
         "max_train_steps": 1,
         "context_parallel_degree": degree,
-        "lora_rank": 2 if tuning == "lora" else None,
+        "lora_rank": 2 if tuning in ("lora", "ensemble") else None,
         "validation_dataset": str(folder / kind / "data"),
         "report_to": ["none"],
     }
@@ -58,7 +69,11 @@ def run_case(folder: Path, output_dir: Path, script: str, tuning: str, kind: str
         expert = "both" if kind == "a14b" else None
         reward_model = str(folder / kind / "reward")
         options |= {"reward_model": reward_model, "num_inference_steps": 4, "expert": expert}
-        trainer = PRFLTrainer.from_config(PRFLTrainingConfig(**options, **(CHAINED if tuning == "chained" else {})))
+        options |= CHAINED if tuning == "chained" else {}
+        if tuning == "ensemble":
+            options |= {"reward_model": None, "reward_models": [reward_model, f"{reward_model}-2"], **ENSEMBLE}
+            options["shard_reward_model"] = num_replicas * degree > 1
+        trainer = PRFLTrainer.from_config(PRFLTrainingConfig(**options))
     trainer.train()
     lines = (output_dir / "metrics.jsonl").read_text().splitlines()
     return {name: value for line in lines for name, value in json.loads(line).items()}
@@ -67,9 +82,9 @@ def run_case(folder: Path, output_dir: Path, script: str, tuning: str, kind: str
 def main() -> None:
     """Run all cases and write their metrics."""
     folder, results_file = Path(sys.argv[1]), Path(sys.argv[2])
-    kinds, degrees = sys.argv[3].split(","), map(int, sys.argv[4].split(","))
+    kinds, degrees = sys.argv[3].split(","), [int(degree) for degree in sys.argv[4].split(",")]
     results = {}
-    for (script, tuning), kind, degree in itertools.product(VARIANTS, kinds, degrees):
+    for script, tuning, kind, degree in all_cases(kinds, degrees):
         name = case_name(script, tuning, kind, degree)
         output_dir = results_file.parent / results_file.stem / name.replace(" ", "-")
         results[name] = run_case(folder, output_dir, script, tuning, kind, degree)

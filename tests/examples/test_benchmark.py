@@ -95,7 +95,7 @@ def test_rgb_refl_has_the_gradient_of_plain_autograd(inputs: Path, tmp_path: Pat
     batch = next(trainer.reward_batches).to(torch.device("cpu"))
     conditioning = Conditioning.of(batch)
     step = next(trainer.roll_out(batch.latents_shape, conditioning, 0))
-    latents_grad, loss, logits = trainer.reward.differentiate(step, conditioning)
+    latents_grad, loss, logits, _ = trainer.reward.differentiate(step, conditioning)
     (surrogate,) = step.surrogates(latents_grad)
     surrogate.backward()
     found = {name: parameter.grad.clone() for name, parameter in trainer.unwrapped.named_parameters()}
@@ -111,7 +111,7 @@ def test_rgb_refl_has_the_gradient_of_plain_autograd(inputs: Path, tmp_path: Pat
             latents = scheduler.step(velocity, timestep, latents).prev_sample
     velocity = predict_velocity(trainer.unwrapped, latents, scheduler.timesteps[step], conditioning)
     clean = latents - scheduler.sigmas[step] * velocity
-    reward: PixelReward = trainer.reward.model
+    reward: PixelReward = trainer.reward.models[0]
     shape = (1, -1, 1, 1, 1)
     mean, std = (torch.tensor(reward.vae.config[name]).view(shape) for name in ("latents_mean", "latents_std"))
     frames = reward.vae.decode((clean * std + mean)[:, :, : 1 if method == RGB_FIRST else None]).sample

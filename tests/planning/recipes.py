@@ -8,8 +8,9 @@ from hy_prfl.configs.reward import RewardTrainingConfig
 
 def prfl_recipe(model: str = "Wan-AI/Wan2.1-T2V-14B-Diffusers", **options: Any) -> PRFLTrainingConfig:
     """A recipe of `train_prfl`."""
+    rewards = {} if "reward_models" in options else {"reward_model": "-"}
     return PRFLTrainingConfig(
-        output_dir="-", pretrained_model_name_or_path=model, train_dataset="-", reward_model="-", **options
+        output_dir="-", pretrained_model_name_or_path=model, train_dataset="-", **rewards, **options
     )
 
 

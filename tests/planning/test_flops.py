@@ -1,11 +1,13 @@
 """Planned FLOPs against torch's FLOP counter on real tensors, and against a count by hand."""
 
 import math
+from functools import partial
 from itertools import combinations
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import UniPCMultistepScheduler, WanTransformer3DModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
@@ -21,7 +23,8 @@ from hy_prfl.planning.estimate import Request, estimate
 from hy_prfl.planning.models import reward_model_config
 from hy_prfl.planning.plan import plan
 from hy_prfl.planning.workloads import Shape
-from hy_prfl.rollout import denoise_to_step, predict_velocity
+from hy_prfl.rollout import GradientStep, denoise_to_step, predict_velocity
+from hy_prfl.trainers.reward_feedback import RewardFeedback
 from tests.planning.recipes import prfl_recipe, reward_recipe
 
 
@@ -117,7 +120,8 @@ def estimated(sizes: dict[str, Any], training: Any, latents_shape: tuple[int, in
         reward_config = reward_model_config(config, training)
     engine = Engine(mixed_precision=False, on_gpu=False)
     shape = Shape(1, latents_shape, first_frame=sizes is FIRST_FRAME)
-    return estimate(Request(training, config, reward_config, engine, shape)).flops
+    others = [reward_config] * (len(getattr(training, "reward_sources", [""])) - 1)
+    return estimate(Request(training, config, reward_config, engine, shape, other_reward_configs=others)).flops
 
 
 @pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}, {"lora_rank": 4}], ids=str)
@@ -232,3 +236,61 @@ def test_forwards_of_rollouts_and_chains(options: dict[str, Any], rollout: float
     assert flops["rollout"] / single["rollout"] == pytest.approx(rollout)
     assert flops["gradient step"] / single["gradient step"] == pytest.approx(gradient)
     assert flops["reward"] == pytest.approx(single["reward"])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"reward_disagreement": 0.5}, {"reward_combination": "product"}, {"gradient_checkpointing": True}],
+    ids=str,
+)
+def test_several_reward_models_agree_with_the_flop_counter(options: dict[str, Any]) -> None:
+    """With the passes that the trainer makes, with and without gradient."""
+    training = prfl_recipe(num_inference_steps=6, step_range=[3, 3], reward_models=["a", "b", "c"], **options)
+    transformer, shape = WanTransformer3DModel(**MIDDLE), (3, 16, 16)
+    models = [
+        WanRewardModel.from_transformer(transformer, num_layers=REWARD_LAYERS).requires_grad_(False) for _ in "abc"
+    ]
+    for model in models:
+        if training.gradient_checkpointing:
+            model.enable_gradient_checkpointing()
+        # The counter's hooks cannot have the leaf itself for a module's input.
+        model.forward = partial(call_on_copy, model.forward)
+    reward = RewardFeedback(training, models, names=["a", "b", "c"], accelerator=Accelerator(cpu=True))
+    latents = torch.randn(1, 16, *shape)
+    step = GradientStep(latents, torch.tensor([500.0]), torch.tensor(0.2), latents, lambda *_: iter(()))
+    with count_flops() as counter:
+        reward.differentiate(step, Conditioning(torch.randn(1, 512, 64)))
+    planned = estimated(MIDDLE, training, shape)
+    assert planned["reward"] == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+def call_on_copy(forward: Any, hidden_states: torch.Tensor, **inputs: Any) -> Any:
+    return forward(hidden_states.clone(), **inputs)
+
+
+def test_the_anchor_is_a_forward_for_each_gradient_step() -> None:
+    options: dict[str, Any] = {"num_inference_steps": 6, "lora_rank": 4}
+    single = estimated(TINY, prfl_recipe(step_range=[1, 1], **options), (2, 4, 4))
+    anchored = estimated(TINY, prfl_recipe(anchor_scale=0.1, num_gradient_steps=2, **options), (2, 4, 4))
+    assert "anchor" not in single
+    assert anchored["anchor"] / single["rollout"] == pytest.approx(2)
+
+
+def test_several_reward_models_take_their_memory() -> None:
+    """All are there; one of them computes at a time, from host memory or not."""
+    config = full_config(TINY)
+    reward_config = {**reward_model_config(config), "num_layers": REWARD_LAYERS}
+
+    def needs(num_models: int, **options: Any) -> Any:
+        training = prfl_recipe(reward_models=["a", "b", "c"][:num_models], update_schedule="reward", **options)
+        others = [reward_config] * (num_models - 1)
+        return estimate(
+            Request(training, config, reward_config, Engine(), Shape(1, (2, 4, 4)), other_reward_configs=others)
+        )
+
+    one, three, away = needs(1), needs(3), needs(3, offload_reward_model=True)
+    assert three.held["reward model"] == 3 * one.held["reward model"]
+    assert three.phases["reward"] == one.phases["reward"]
+    assert away.held["reward model"] == 0
+    assert away.host_memory["reward model in host memory"] == three.held["reward model"]
+    assert away.phases["reward"] == one.phases["reward"] + one.held["reward model"]

@@ -24,7 +24,7 @@ def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def reward_loss(trainer: PRFLTrainer, latents: torch.Tensor, timesteps: torch.Tensor, prompts: torch.Tensor) -> Any:
-    logits = trainer.reward.model(latents, timesteps, prompts).logits
+    logits = trainer.reward.models[0](latents, timesteps, prompts).logits
     return (1 + (-logits).exp()).log().mean()
 
 

@@ -37,11 +37,11 @@ def test_full_tuning_moves_every_weight_and_leaves_the_reward_model(
     build: Callable[..., PRFLTrainer], schedule: str
 ) -> None:
     trainer = build(update_schedule=schedule)
-    before, reward_before = snapshot(trainer.unwrapped), snapshot(trainer.reward.model)
+    before, reward_before = snapshot(trainer.unwrapped), snapshot(trainer.reward.models[0])
     trainer.train()
     for name, value in trainer.unwrapped.named_parameters():
         assert not torch.equal(value, before[name]), name
-    for name, value in trainer.reward.model.named_parameters():
+    for name, value in trainer.reward.models[0].named_parameters():
         assert torch.equal(value, reward_before[name]), name
         assert value.grad is None, name
 
@@ -90,7 +90,7 @@ def reference_reward_loss(
             velocity = model(latents, timestep.expand(len(batch)), batch.prompt_embeds, return_dict=False)[0]
             latents = scheduler.step(velocity, timestep, latents).prev_sample
     next_timestep = scheduler.timesteps[step_index + 1].expand(len(batch))
-    logits = trainer.reward.model(latents, next_timestep, batch.prompt_embeds).logits
+    logits = trainer.reward.models[0](latents, next_timestep, batch.prompt_embeds).logits
     return (1 + (-logits).exp()).log().mean()
 
 
@@ -237,7 +237,7 @@ def test_compiled_blocks_train_and_save_as_others(build: Callable[..., PRFLTrain
     """The compiler itself would take minutes here: it is told to run what it was given as it is."""
     options: dict[str, Any] = {"gradient_checkpointing": True, "update_schedule": "reward", "num_gradient_steps": 2}
     plain, other = build(**options), build(output_dir=str(tmp_path / "compiled"), compile=True, **options)
-    for model in (other.unwrapped, other.reward.model):
+    for model in (other.unwrapped, other.reward.models[0]):
         assert all(block._compiled_call_impl is not None for block in model.blocks)
     plain.train()
     with torch.compiler.set_stance("force_eager"):
@@ -281,7 +281,7 @@ def test_attention_kernels_are_refused_before_anything_loads(build: Callable[...
         {},
         {"lora_rank": 2, "lora_dropout": 0.2, "use_ema": True},
         {"rollout_interval": 2, "rollout_buffer_size": 3, "reward_at": "foreseen", "max_rollout_staleness": 1.0},
-        {"rollout_interval": 4, "num_chained_steps": 2},
+        {"rollout_interval": 4, "num_chained_steps": 2, "lora_rank": 2, "anchor_scale": 0.5},
     ],
 )
 def test_resuming_equals_never_having_stopped(
@@ -500,7 +500,7 @@ def test_half_precision_keeps_float32_masters(
         if value.requires_grad:
             assert value.dtype == torch.float32, name
     assert trainer.unwrapped.blocks[0].attn1.to_q.base_layer.weight.dtype == torch.bfloat16
-    assert trainer.reward.model.blocks[0].attn1.to_q.weight.dtype == torch.bfloat16
+    assert trainer.reward.models[0].blocks[0].attn1.to_q.weight.dtype == torch.bfloat16
     full = build(max_train_steps=1, output_dir=str(tmp_path / "full"))
     full.train()
     assert {value.dtype for value in full.unwrapped.parameters()} == {torch.float32}

@@ -74,7 +74,7 @@ def test_training_is_that_on_the_rounded_weights(build: Build, pipeline_dir: Pat
 def test_quantised_reward_model_gives_the_gradient_of_its_rounded_weights(build: Build, tmp_path: Path) -> None:
     found = build(**LORA, reward_model_quantization="int8", update_schedule="reward", adam_epsilon=1e-4)
     rounded = WanRewardModel.from_pretrained(found.config.reward_model)
-    rounded.load_state_dict({name: dequantized(value) for name, value in found.reward.model.named_parameters()})
+    rounded.load_state_dict({name: dequantized(value) for name, value in found.reward.models[0].named_parameters()})
     rounded.save_pretrained(tmp_path / "rounded")
     found.train()
     options = {"reward_model": str(tmp_path / "rounded"), "output_dir": str(tmp_path / "exact")}
