@@ -15,6 +15,8 @@
 #   make clean     removes what the targets above wrote, except .venv
 
 PYTHON ?= python3
+# Tests run side by side in this many processes: make test TEST_WORKERS=4, or 0 to run them in one.
+TEST_WORKERS ?= 2
 # Another build of torch: make demo TORCH="torch==2.13.0 --index-url ..."
 TORCH ?= torch==2.13.0
 # Passed on to the demo: make demo DEMO_ARGS=--fresh
@@ -35,10 +37,10 @@ demo: .venv/.package
 	$(BIN)/python -m examples.shapes.demo $(DEMO_ARGS)
 
 test: .venv/.dev
-	$(BIN)/python -m pytest $(TEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal $(TEST_ARGS)
 
 test-quick: .venv/.dev
-	$(BIN)/python -m pytest -m "not launch" --ignore=tests/distributed --ignore=tests/examples $(TEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal -m "not launch" --ignore=tests/distributed --ignore=tests/examples $(TEST_ARGS)
 
 parity: .venv/.dev
 	$(BIN)/python -m examples.parity.parity

@@ -15,7 +15,6 @@ from diffusers import (
 from peft import LoraConfig
 from PIL import Image
 
-from examples.shapes.pipeline import build_pipeline
 from hy_prfl.configs.keep import num_forwards, num_scores, parse_keep
 from hy_prfl.inference.candidates import (
     Candidates,
@@ -24,6 +23,7 @@ from hy_prfl.inference.candidates import (
     sample_candidates,
 )
 from hy_prfl.inference.pipelines import load_pipeline
+from hy_prfl.inference.tiny_pipelines import build_pipeline
 from hy_prfl.models.reward_model import WanRewardModel
 
 
