@@ -46,14 +46,15 @@ def fresh_accelerate_state() -> Iterator[None]:
 @pytest.fixture(scope="session", autouse=True)
 def compiled_kernels(tmp_path_factory: pytest.TempPathFactory) -> None:
     """
-    Compile DeepSpeed's kernels once for all processes of this run of the tests.
+    Compile DeepSpeed's kernels once for all processes of this run of the tests, which takes a minute of CPU.
 
-    Not in the user's folder: a process that is killed while it compiles leaves a lock that all later ones wait for.
+    Not in the user's folder: a process that is killed while it compiles leaves a lock that all later ones wait for. To
+    keep kernels between runs, set `TORCH_EXTENSIONS_DIR`.
     """
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent
-    os.environ["TORCH_EXTENSIONS_DIR"] = str(folder / "torch_extensions")
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(folder / "torch_extensions"))
 
 
 @pytest.fixture(scope="session")

@@ -58,7 +58,7 @@ def run_launch(
     *,
     num_processes: int,
     environment: Mapping[str, str],
-    timeout: float = 300,
+    timeout: float = 900,
 ) -> "subprocess.CompletedProcess[str]":
     """
     Run `accelerate launch <launch> -m <module> <options>`, and return its exit status and what it printed.
@@ -70,8 +70,8 @@ def run_launch(
             Ranks to start: the number that `launch` leads to.
         environment (`Mapping[str, str]`):
             The whole environment of the launch.
-        timeout (`float`, defaults to 300):
-            Seconds after which all ranks are killed.
+        timeout (`float`, defaults to 900):
+            Seconds after which all ranks are killed. On a busy machine DeepSpeed compiles its kernels for minutes.
 
     Raises:
         TimeoutError: If a rank has not ended by then.

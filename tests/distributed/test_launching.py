@@ -16,7 +16,7 @@ def test_a_forked_launch_trains_what_a_real_one_does(inputs: Path, engine: str) 
     arguments = (ENGINES[engine], "prfl", "full", 1, size)
     forked, real = train(inputs, f"forked-{engine}", *arguments), inputs / f"real-{engine}"
     command, environment = launch_command(inputs, real.name, *arguments)
-    finished = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=300)
+    finished = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=900)
     assert finished.returncode == 0, f"{finished.stdout}\n{finished.stderr}"
     weights, expected = (load_file(run / WEIGHTS["prfl", "full"]) for run in (forked, real))
     assert set(weights) == set(expected)
