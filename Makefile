@@ -1,8 +1,8 @@
 # Everything happens in .venv, which the first target that needs it makes. Only Python 3.10+ has to be there.
 #
 #   make demo      the whole method on small videos, about 8 minutes on 2 CPU cores; results in outputs/demo
-#   make test      all tests (CPU, no network)
-#   make test-quick   those that start no process and run no example, for the loop of a change
+#   make test      all tests (CPU, no network), two at once
+#   make test-quick   those that launch nothing and run no example, two at once, for the loop of a change
 #   make parity    training on two processes against one, every engine, about 12 minutes; outputs/parity.json
 #   make memory    memory of a process with each engine, about 10 minutes; outputs/memory.json
 #   make benchmark what an update costs, against RGB ReFL and with each switch, about 18 minutes; outputs/benchmark
@@ -15,6 +15,8 @@
 #   make clean     removes what the targets above wrote, except .venv
 
 PYTHON ?= python3
+# Tests run side by side in this many processes: make test TEST_WORKERS=4, or 0 to run them in one.
+TEST_WORKERS ?= 2
 # Another build of torch: make demo TORCH="torch==2.13.0 --index-url ..."
 TORCH ?= torch==2.13.0
 # Passed on to the demo: make demo DEMO_ARGS=--fresh
@@ -35,10 +37,10 @@ demo: .venv/.package
 	$(BIN)/python -m examples.shapes.demo $(DEMO_ARGS)
 
 test: .venv/.dev
-	$(BIN)/python -m pytest $(TEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal $(TEST_ARGS)
 
 test-quick: .venv/.dev
-	$(BIN)/python -m pytest -m "not launch" --ignore=tests/distributed --ignore=tests/examples $(TEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal -m "not launch" --ignore=tests/distributed --ignore=tests/examples $(TEST_ARGS)
 
 parity: .venv/.dev
 	$(BIN)/python -m examples.parity.parity

@@ -6,6 +6,8 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Tests run side by side, each on one core. So do the processes that they start.
+os.environ["OMP_NUM_THREADS"] = "1"
 # The CPU only, also where there are GPUs: what is computed twice to be compared is computed on the same device.
 GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -25,9 +27,9 @@ from accelerate.state import AcceleratorState, GradientState
 from datasets import Dataset
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
-from examples.shapes.pipeline import save_pipeline
 from hy_prfl.data.encoding import vae_fingerprint
 from hy_prfl.data.schema import latent_features, pack_tensor, rows_to_table
+from hy_prfl.inference.tiny_pipelines import save_pipeline
 
 
 torch.set_num_threads(1)
@@ -39,6 +41,20 @@ def fresh_accelerate_state() -> Iterator[None]:
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_kernels(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """
+    Compile DeepSpeed's kernels once for all processes of this run of the tests, which takes a minute of CPU.
+
+    Not in the user's folder: a process that is killed while it compiles leaves a lock that all later ones wait for. To
+    keep kernels between runs, set `TORCH_EXTENSIONS_DIR`.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(folder / "torch_extensions"))
 
 
 @pytest.fixture(scope="session")
@@ -183,7 +199,7 @@ def accelerate_launch() -> Callable[..., str]:
         config = root / "accelerate_configs" / ("cpu.yaml" if num_processes == 1 else "ddp_cpu.yaml")
         launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
         command = [*launcher, "-m", f"hy_prfl.scripts.{script}", *map(str, options)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+        environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
         finished = subprocess.run(command, cwd=root, env=environment, text=True, capture_output=True, timeout=300)
         if finished.returncode:
             raise RuntimeError(f"{finished.stdout}\n{finished.stderr}")

@@ -63,3 +63,15 @@ def test_configs_do_without_the_libraries() -> None:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert not any(name.split(".")[0] in ("torch", "diffusers", "transformers", "datasets") for name in names)
+
+
+def test_tests_of_the_package_do_without_the_examples() -> None:
+    """Except that the documents are about both."""
+    tests = Path(__file__).parent
+    for path in tests.rglob("*.py"):
+        if path.relative_to(tests).parts[0] in ("examples", "test_documents.py"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            assert not [name for name in names if name.split(".")[0] == "examples"], path

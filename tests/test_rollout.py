@@ -7,8 +7,8 @@ import torch
 from diffusers import WanImageToVideoPipeline, WanPipeline
 from PIL import Image
 
-from examples.shapes.pipeline import save_pipeline
 from hy_prfl.data.encoding import LatentEncoder
+from hy_prfl.inference.tiny_pipelines import save_pipeline
 from hy_prfl.models.conditioning import Conditioning
 from hy_prfl.models.loading import load_scheduler
 from hy_prfl.rollout import (

@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
-from examples.shapes.pipeline import build_pipeline
 from hy_prfl.data.encoding import vae_fingerprint
 from hy_prfl.data.synthetic import synthetic_dataset
+from hy_prfl.inference.tiny_pipelines import build_pipeline
 from hy_prfl.models.loading import TRANSFORMER_FOLDER
 from hy_prfl.models.reward_model import WanRewardModel
 
@@ -35,7 +35,7 @@ def write_models(
         dtype (`torch.dtype`, defaults to `torch.float32`):
             Type of the weights in the files.
         pipeline_options:
-            Arguments of [`~examples.shapes.pipeline.build_pipeline`].
+            Arguments of [`~hy_prfl.inference.tiny_pipelines.build_pipeline`].
     """
     with torch.device(device):
         pipeline = build_pipeline(**pipeline_options)  # type: ignore[arg-type]

@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from datasets import load_from_disk
 
-from examples.shapes.pipeline import build_pipeline
 from hy_prfl.configs.base import check
 from hy_prfl.configs.parser import parse_config
 from hy_prfl.data.encoding import LatentEncoder
@@ -31,6 +30,7 @@ from hy_prfl.data.manifest import ManifestRow
 from hy_prfl.data.preprocessing import ClipContent, ClipEncoder, ClipSettings
 from hy_prfl.data.store import build_dataset
 from hy_prfl.data.video import VideoError
+from hy_prfl.inference.tiny_pipelines import build_pipeline
 
 
 FPS = 16

@@ -28,11 +28,11 @@ from diffusers.training_utils import EMAModel
 from tqdm import tqdm
 
 from examples.shapes.clips import FAILURES, NUM_FRAMES, Clip, draw_clip, render_clip, split_captions
-from examples.shapes.pipeline import build_pipeline
 from hy_prfl.configs.base import check
 from hy_prfl.configs.parser import parse_config
 from hy_prfl.data.hashes import hash_file
 from hy_prfl.flow_matching import UniformLevels, add_noise, make_generator, sigmas_to_timesteps, velocity_target
+from hy_prfl.inference.tiny_pipelines import build_pipeline
 
 
 PRETRAINED_DIR = Path(__file__).parent / "pretrained"

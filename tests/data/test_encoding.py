@@ -9,7 +9,6 @@ import torch
 from diffusers import WanImageToVideoPipeline, WanPipeline, WanVideoToVideoPipeline
 from PIL import Image
 
-from examples.shapes.pipeline import build_pipeline
 from hy_prfl.data.encoding import (
     LatentEncoder,
     strip_padding,
@@ -17,6 +16,7 @@ from hy_prfl.data.encoding import (
     vae_fingerprint,
 )
 from hy_prfl.data.video import read_video, to_float, to_uint8
+from hy_prfl.inference.tiny_pipelines import build_pipeline
 
 
 PROMPT = "a red circle moves to the right"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from examples.parity.parity import write_inputs
+from .training import write_inputs
 
 
 ROOT = Path(__file__).parents[2]

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from examples.parity.parity import ENGINES, GLOBAL_BATCH_SIZE, WEIGHTS, launch_command, train
+from .training import ENGINES, GLOBAL_BATCH_SIZE, WEIGHTS, launch, launch_command, train
 
 
 DEVICES = ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)]
@@ -63,16 +63,14 @@ def train_in_bfloat16(inputs: Path, num_gpus: int, gpu_environment: dict[str, st
         if device == "gpu" and num_gpus < num_processes:
             pytest.skip(f"{num_gpus} GPUs")
         name = "-".join([device, config, script, tuning, str(num_processes), str(degree), *more])
-        launch = ON_CPU[config] if device == "cpu" else ["--config_file", f"accelerate_configs/{config}.yaml"]
-        launch = [*launch, "--num_processes", str(num_processes)]
-        batch_size = GLOBAL_BATCH_SIZE * degree // num_processes
-        command, environment = launch_command(inputs, name, launch, script, tuning, degree, batch_size, more)
-        if device == "gpu":
-            kept = ("OMP_NUM_THREADS", "TORCH_EXTENSIONS_DIR")
-            environment = gpu_environment | {key: environment[key] for key in kept}
-        elif config == "ddp":
-            environment["ACCELERATE_USE_CPU"] = "true"
-        finished = subprocess.run(command, env=environment, text=True, capture_output=True)
+        engine = ON_CPU[config] if device == "cpu" else ["--config_file", f"accelerate_configs/{config}.yaml"]
+        engine = [*engine, "--num_processes", str(num_processes)]
+        arguments = (inputs, name, engine, script, tuning, degree, GLOBAL_BATCH_SIZE * degree // num_processes, more)
+        if device == "cpu":
+            finished = launch(*arguments)
+        else:
+            command, _ = launch_command(*arguments)
+            finished = subprocess.run(command, env=gpu_environment, text=True, capture_output=True)
         assert finished.returncode == 0, f"{finished.stdout}\n{finished.stderr}"
         return inputs / name
 

@@ -1,4 +1,4 @@
-"""Real launches of two processes: what they train is what one process trains."""
+"""Two processes train what one process trains."""
 
 import json
 import socket
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from examples.parity.parity import ENGINES, GLOBAL_BATCH_SIZE, WEIGHTS, launch_command, relative_difference, train
+from .training import ENGINES, GLOBAL_BATCH_SIZE, WEIGHTS, launch, launch_command, relative_difference, train
 
 
 SPLIT = "--shard_reward_model=true"
@@ -82,9 +82,8 @@ def test_float16_is_refused(inputs: Path, tmp_path: Path) -> None:
     (tmp_path / "float16.json").write_text(
         json.dumps({**settings, "bf16": {"enabled": False}, "fp16": {"enabled": True}})
     )
-    launch = [*ENGINES["ZeRO-2"], "--deepspeed_config_file", str(tmp_path / "float16.json")]
-    command, environment = launch_command(inputs, "float16", launch, "prfl", "full", 1, 1)
-    finished = subprocess.run(command, env=environment, text=True, capture_output=True, check=False)
+    engine = [*ENGINES["ZeRO-2"], "--deepspeed_config_file", str(tmp_path / "float16.json")]
+    finished = launch(inputs, "float16", engine, "prfl", "full", 1, 1)
     assert finished.returncode != 0
     assert "`mixed_precision` must be no or bf16, got 'fp16'" in finished.stderr
     assert not (inputs / "float16" / "transformer").exists()
@@ -98,12 +97,12 @@ def test_two_machines(inputs: Path) -> None:
         port = probe.getsockname()[1]
     processes = []
     for rank in (0, 1):
-        launch = [
+        engine = [
             "--config_file", "accelerate_configs/multi_node_zero3.yaml", "--machine_rank", str(rank),
             "--num_processes", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", str(port),
             "--deepspeed_config_file", "ds_configs/zero3_cpu.json",
         ]  # fmt: skip
-        command, environment = launch_command(inputs, "machines", launch, "prfl", "full", 1, GLOBAL_BATCH_SIZE // 2)
+        command, environment = launch_command(inputs, "machines", engine, "prfl", "full", 1, GLOBAL_BATCH_SIZE // 2)
         processes.append(
             subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         )

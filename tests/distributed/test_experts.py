@@ -1,18 +1,10 @@
 """Two experts on two processes: one process trains the same, whichever expert a micro-batch belongs to."""
 
-import subprocess
 from pathlib import Path
 
 import pytest
 
-from examples.parity.parity import (
-    ENGINES,
-    GLOBAL_BATCH_SIZE,
-    launch_command,
-    relative_difference,
-    train,
-    write_inputs,
-)
+from .training import ENGINES, GLOBAL_BATCH_SIZE, launch, relative_difference, train, write_inputs
 
 
 FULL = ["transformer/diffusion_pytorch_model.safetensors", "transformer_2/diffusion_pytorch_model.safetensors"]
@@ -68,21 +60,20 @@ def test_every_engine_trains_them_as_one_process_does(
 
 @pytest.mark.launch
 def test_both_in_bfloat16(expert_inputs: Path) -> None:
-    launch = [*ENGINES["ZeRO-3"], "--deepspeed_config_file", "ds_configs/zero3.json"]
+    engine = [*ENGINES["ZeRO-3"], "--deepspeed_config_file", "ds_configs/zero3.json"]
     options = [*OPTIONS, "--expert=both"]
     arguments = ("prfl", "full", 1)
     one = train(expert_inputs, "one-both", ENGINES["one process"], *arguments, GLOBAL_BATCH_SIZE, options, FULL[0])
-    two = train(expert_inputs, "bf16-both", launch, *arguments, GLOBAL_BATCH_SIZE // 2, options, FULL[0])
+    two = train(expert_inputs, "bf16-both", engine, *arguments, GLOBAL_BATCH_SIZE // 2, options, FULL[0])
     for file in FULL:
         assert relative_difference(two / file, one / file) < 2e-2
 
 
 @pytest.mark.launch
 def test_both_are_refused_with_an_offloaded_optimizer(expert_inputs: Path) -> None:
-    launch = [*ENGINES["ZeRO-3"], "--deepspeed_config_file", "ds_configs/zero3_offload.json"]
+    engine = [*ENGINES["ZeRO-3"], "--deepspeed_config_file", "ds_configs/zero3_offload.json"]
     more = [*OPTIONS, "--expert=both"]
-    command, environment = launch_command(expert_inputs, "offload", launch, "prfl", "full", 1, 1, more)
-    finished = subprocess.run(command, env=environment, text=True, capture_output=True, check=False)
+    finished = launch(expert_inputs, "offload", engine, "prfl", "full", 1, 1, more)
     assert finished.returncode != 0
     assert "`expert` must be one expert with an offloaded optimizer, got 'both'" in finished.stderr
     assert not (expert_inputs / "offload" / "transformer").exists()

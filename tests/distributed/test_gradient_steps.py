@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from examples.parity.parity import ENGINES, GLOBAL_BATCH_SIZE, WEIGHTS, relative_difference, train
+from .training import ENGINES, GLOBAL_BATCH_SIZE, WEIGHTS, relative_difference, train
 
 
 FILE = WEIGHTS["prfl", "full"]

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from examples.benchmark.inputs import fingerprint_of, write_models
 from hy_prfl.data.synthetic import synthetic_dataset
 from hy_prfl.models.reward_model import WanRewardModel
 
 from .matrix import KINDS, all_cases, case_name
+from .training import write_models
 
 
 pytestmark = pytest.mark.launch
@@ -51,10 +51,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with a pipeline, a reward model and a dataset of every kind."""
     folder = tmp_path_factory.mktemp("matrix")
     for kind, (pipeline_options, shapes) in MODELS.items():
-        write_models(folder / kind, num_layers=3, num_attention_heads=4, **pipeline_options)
+        fingerprint = write_models(folder / kind, **pipeline_options)
         dataset = synthetic_dataset(
             text_dim=32, text_tokens=3, max_sequence_length=16, num_rows=8,
-            vae_fingerprint=fingerprint_of(folder / kind), **shapes,
+            vae_fingerprint=fingerprint, **shapes,
         )  # fmt: skip
         dataset.save_to_disk(folder / kind / "data")
         other = WanRewardModel.from_pretrained(folder / kind / "reward")
@@ -71,11 +71,9 @@ def launch(
     program = Path(__file__).with_name("matrix.py")
     command = [sys.executable, "-m", "accelerate.commands.launch", *ENGINES[engine], str(program)]
     environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
         # Accelerate's word for: the end of a training is not the end of the process group.
         "FORK_LAUNCHED": "1",
-        "TORCH_EXTENSIONS_DIR": str(models / "torch_extensions"),
         "PYTHONPATH": str(Path(__file__).parents[2]),
         **({"ACCELERATE_USE_CPU": "true"} if engine in ("float32", "ddp") else {}),
     }

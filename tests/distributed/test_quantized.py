@@ -1,11 +1,10 @@
 """A quantised base on two processes: DDP leaves its weights alone, DeepSpeed is refused."""
 
-import subprocess
 from pathlib import Path
 
 import pytest
 
-from examples.parity.parity import ENGINES, GLOBAL_BATCH_SIZE, WEIGHTS, launch_command, relative_difference, train
+from .training import ENGINES, GLOBAL_BATCH_SIZE, WEIGHTS, launch, relative_difference, train
 
 
 INT8 = ["--base_quantization=int8", "--reward_model_quantization=int8"]
@@ -24,13 +23,9 @@ def test_ddp_with_context_parallelism_equals_one_process(inputs: Path) -> None:
 @pytest.mark.launch
 def test_deepspeed_is_refused_before_anything_is_loaded(inputs: Path) -> None:
     engine = [*ENGINES["ZeRO-2"], "--num_processes", "1"]
-    nowhere = ["--train_dataset=nowhere"]
-    command, environment = launch_command(inputs, "zero2-int8", engine, "prfl", "lora", 1, 4, [*INT8[:1], *nowhere])
     (inputs / "nowhere").mkdir(exist_ok=True)
-    finished = subprocess.run(
-        [word if word != nowhere[0] else f"--train_dataset={inputs / 'nowhere'}" for word in command],
-        env=environment, text=True, capture_output=True,
-    )  # fmt: skip
+    more = [*INT8[:1], f"--train_dataset={inputs / 'nowhere'}"]
+    finished = launch(inputs, "zero2-int8", engine, "prfl", "lora", 1, 4, more)
     assert finished.returncode != 0
     assert "`base_quantization` must be left out under ZeRO-2, which casts and shards weights, got 'int8'" in (
         finished.stderr

@@ -14,7 +14,7 @@ import pytest
 from datasets import load_from_disk
 from safetensors.torch import load_file
 
-from examples.parity.parity import ENGINES, GLOBAL_BATCH_SIZE, WEIGHTS, launch_command, relative_difference, train
+from .training import ENGINES, GLOBAL_BATCH_SIZE, WEIGHTS, launch, launch_command, relative_difference, train
 
 
 def launch_until(command: list[str], environment: dict[str, str], log: Path, condition: Callable[[], bool]) -> int:
@@ -144,10 +144,8 @@ def test_resuming_on_another_number_of_processes(
     run.rename(whole)
     run.mkdir()
     shutil.copytree(whole / "checkpoint-2", run / "checkpoint-2")
-    command, environment = launch_command(
-        inputs, name, ENGINES[second[0]], "prfl", tuning, 1, second[1], [*options, "--resume_from_checkpoint=latest"]
-    )
-    finished = subprocess.run(command, env=environment, text=True, capture_output=True)
+    more = [*options, "--resume_from_checkpoint=latest"]
+    finished = launch(inputs, name, ENGINES[second[0]], "prfl", tuning, 1, second[1], more)
     assert finished.returncode == 0, finished.stderr
     output = finished.stdout + finished.stderr
     assert "dropout draws other numbers" in output
@@ -176,8 +174,7 @@ def test_an_update_spoilt_on_one_rank_is_left_out_on_all(inputs: Path, engine: s
         load_from_disk(inputs / "data").__class__(table).save_to_disk(broken)
     file, more = WEIGHTS["reward", "full"], [f"--train_dataset={broken}", "--max_skipped_updates=2"]
     one = train(inputs, "spoilt-one", ENGINES["one process"], "reward", "full", 1, GLOBAL_BATCH_SIZE, more)
-    command, environment = launch_command(inputs, f"spoilt-{engine}", ENGINES[engine], "reward", "full", 1, 2, more)
-    finished = subprocess.run(command, env=environment, text=True, capture_output=True)
+    finished = launch(inputs, f"spoilt-{engine}", ENGINES[engine], "reward", "full", 1, 2, more)
     assert finished.returncode == 0, finished.stderr
     reports = [line for line in finished.stderr.splitlines() if "update left out" in line]
     # 4 updates of 2 x 4 clips are two epochs of 16. Once, by the main process.

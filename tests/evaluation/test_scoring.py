@@ -10,7 +10,6 @@ import pytest
 import torch
 from datasets import Dataset
 
-from examples.shapes.pipeline import build_pipeline
 from hy_prfl.compatibility import check_dataset_fits
 from hy_prfl.data.dataset import load_latent_dataset
 from hy_prfl.data.encoding import LatentEncoder
@@ -26,6 +25,7 @@ from hy_prfl.evaluation.scoring import (
     score_videos,
 )
 from hy_prfl.flow_matching import row_noise
+from hy_prfl.inference.tiny_pipelines import build_pipeline
 from hy_prfl.models.conditioning import Conditioning
 from hy_prfl.models.loading import load_reward_model
 from hy_prfl.models.reward_model import WanRewardModel

@@ -7,8 +7,8 @@ import torch
 from diffusers import WanImageToVideoPipeline, WanPipeline
 
 from examples.shapes.clips import NUM_FRAMES, SIZE, split_captions
-from examples.shapes.pipeline import build_pipeline
 from examples.shapes.pretrain import MAX_SEQUENCE_LENGTH, VAE_CONFIG, encode_prompts
+from hy_prfl.inference.tiny_pipelines import build_pipeline
 
 
 def test_saved_pipelines_load(pipeline_dir: Path, i2v_pipeline_dir: Path) -> None:

@@ -13,7 +13,6 @@ from transformers import UMT5EncoderModel
 
 from examples.shapes.clips import COLORS, NUM_FRAMES, SIZE, Clip, draw_clip, split_captions
 from examples.shapes.judge import judge_video
-from examples.shapes.pipeline import build_pipeline
 from examples.shapes.pretrain import (
     ATTENTION_HEAD_DIM,
     MAX_SEQUENCE_LENGTH,
@@ -28,6 +27,7 @@ from examples.shapes.pretrain import (
     to_pixels,
 )
 from hy_prfl.data.hashes import hash_file
+from hy_prfl.inference.tiny_pipelines import build_pipeline
 
 
 SIZES = {

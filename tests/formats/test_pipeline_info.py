@@ -5,8 +5,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
 
-from examples.shapes.pipeline import save_pipeline
 from hy_prfl.formats.pipeline_info import PUBLISHED, PipelineInfo
+from hy_prfl.inference.tiny_pipelines import save_pipeline
 
 
 def test_kind_of_a_pipeline(pipeline_dir: Path, i2v_pipeline_dir: Path, tmp_path: Path) -> None:

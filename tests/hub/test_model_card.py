@@ -15,7 +15,6 @@ from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from examples.shapes.pipeline import build_pipeline, save_pipeline
 from hy_prfl.configs.prfl import PRFLTrainingConfig
 from hy_prfl.configs.reward import RewardTrainingConfig
 from hy_prfl.formats.layout import EXPERT_FOLDERS, LORA_FILES, ExpertName
@@ -26,6 +25,7 @@ from hy_prfl.hub.files import run_files
 from hy_prfl.hub.model_card import OWN_CARD, PAPER, build_card, may_replace_card, write_model_card
 from hy_prfl.hub.results import draw_training
 from hy_prfl.hub.usage import ModelKind
+from hy_prfl.inference.tiny_pipelines import build_pipeline, save_pipeline
 from hy_prfl.models.reward_model import WanRewardModel
 from hy_prfl.runtime.provenance import run_record
 from hy_prfl.trainers.prfl_trainer import PRFLTrainer

@@ -15,12 +15,12 @@ from diffusers import (
 from peft import LoraConfig
 from PIL import Image
 
-from examples.shapes.pipeline import build_pipeline
 from hy_prfl.configs.keep import num_forwards, num_scores, parse_keep
 from hy_prfl.inference.candidate_results import Candidates
 from hy_prfl.inference.candidate_settings import CandidateSettings, RewardGuidance
 from hy_prfl.inference.candidates import sample_candidates
 from hy_prfl.inference.pipelines import load_pipeline
+from hy_prfl.inference.tiny_pipelines import build_pipeline
 from hy_prfl.models.reward_model import WanRewardModel
 
 

@@ -13,7 +13,6 @@ from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import save_file
 
-from examples.shapes.pipeline import build_pipeline
 from hy_prfl.data.manifest import read_manifest
 from hy_prfl.data.prompts import VideoPrompt
 from hy_prfl.data.video import read_video
@@ -30,6 +29,7 @@ from hy_prfl.inference.generation import (
 )
 from hy_prfl.inference.pipeline_loras import check_options_fit
 from hy_prfl.inference.pipelines import load_pipeline
+from hy_prfl.inference.tiny_pipelines import build_pipeline
 
 
 SETTINGS = VideoSettings(

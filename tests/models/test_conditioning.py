@@ -4,10 +4,10 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
-from examples.shapes.pipeline import build_pipeline
 from hy_prfl.configs.prfl import PRFLTrainingConfig
 from hy_prfl.data.encoding import vae_fingerprint
 from hy_prfl.data.synthetic import synthetic_dataset
+from hy_prfl.inference.tiny_pipelines import build_pipeline
 from hy_prfl.models.conditioning import Conditioning, add_condition, num_clean_frames, put_condition
 from hy_prfl.models.reward_model import WanRewardModel, score_noised
 from hy_prfl.trainers.prfl_trainer import FLOW_NOISE, PRFLTrainer

@@ -7,7 +7,7 @@ import torch
 from diffusers import WanImageToVideoPipeline, WanPipeline
 from PIL import Image
 
-from examples.shapes.pipeline import save_pipeline
+from hy_prfl.inference.tiny_pipelines import save_pipeline
 from hy_prfl.models.conditioning import Conditioning
 from hy_prfl.models.experts import ExpertPair, Experts, PairWeights, read_experts
 from hy_prfl.models.loading import load_scheduler

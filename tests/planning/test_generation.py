@@ -6,11 +6,11 @@ import pytest
 from diffusers import WanPipeline, WanTransformer3DModel
 from torch.utils.flop_counter import FlopCounterMode
 
-from examples.shapes.pipeline import build_pipeline
 from hy_prfl.configs.generate import GenerateConfig
 from hy_prfl.inference.candidate_files import candidate_settings
 from hy_prfl.inference.candidate_results import Candidates
 from hy_prfl.inference.candidates import sample_candidates
+from hy_prfl.inference.tiny_pipelines import build_pipeline
 from hy_prfl.models.reward_model import WanRewardModel
 from hy_prfl.planning.generation import UMT5_XXL, plan_generation
 from hy_prfl.scripts.plan import main

@@ -1,55 +1,18 @@
-"""Plans of quantised weights, against torchao's own tensors and torch's allocator."""
+"""Plans of quantised weights, against torchao's own tensors."""
 
-import dataclasses
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from examples.benchmark.benchmark import planned, prepare_inputs
-from examples.benchmark.cases import FLOW, PRFL, Case
-from examples.benchmark.measuring import most_bytes_alive
-from examples.benchmark.sizes import Clip, small_size
 from hy_prfl.formats.pipeline_info import PipelineInfo
 from hy_prfl.planning.models import build_transformer, count_parameters, set_dtypes
 from hy_prfl.planning.plan import plan
 from tests.planning.recipes import prfl_recipe, reward_recipe
 
 
-CLIP = Clip(9, 128, 128)
-SIZE = small_size(num_heads=4, num_layers=5, vae_width=2, base=CLIP, longer=(), larger=())
 SMALL = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 LARGE = "Wan-AI/Wan2.1-T2V-14B-Diffusers"
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("memory") / "models"
-    prepare_inputs(Case("test", SIZE, CLIP, PRFL), folder)
-    return folder
-
-
-class _AsItIs:
-    """Mixin that changes nothing."""
-
-
-@pytest.mark.parametrize(
-    ("method", "options"),
-    [
-        (FLOW, {"base_quantization": "int8", "gradient_checkpointing": False}),
-        (FLOW, {"base_quantization": "float8"}),
-    ],
-)
-def test_plan_agrees_with_the_allocator(inputs: Path, tmp_path: Path, method: str, options: dict[str, Any]) -> None:
-    """Without activation checkpointing, torchao's cast weights are kept until the backward pass."""
-    case = Case("test", dataclasses.replace(SIZE, options={"lora_rank": 4, **options}), CLIP, method, "", 8)
-    trainer = case.trainer(inputs, tmp_path, _AsItIs)
-    trainer.start_streams()
-    # The first step allocates the optimizer's states.
-    trainer.train_step()
-    measured = most_bytes_alive(trainer, trainer.train_step)
-    assert planned(case, trainer.config)["planned_bytes"] == pytest.approx(measured, rel=0.03)
 
 
 @pytest.mark.parametrize(("kind", "per_weight"), [("int8", 1.0), ("float8", 1.0), ("nf4", 4.127 / 8)])

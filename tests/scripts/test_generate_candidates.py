@@ -9,7 +9,6 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
-from examples.shapes.pipeline import build_pipeline
 from hy_prfl.configs.generate import GenerateConfig
 from hy_prfl.configs.keep import parse_keep
 from hy_prfl.configs.parser import parse_config
@@ -19,6 +18,7 @@ from hy_prfl.data.video import read_video
 from hy_prfl.inference.calibration import cheapest, cheapest_schedules, choose
 from hy_prfl.inference.generation import VideoSettings, generate_videos
 from hy_prfl.inference.pipelines import load_pipeline
+from hy_prfl.inference.tiny_pipelines import build_pipeline
 from hy_prfl.models.reward_model import WanRewardModel
 from hy_prfl.scripts.generate import main
 

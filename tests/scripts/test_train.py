@@ -58,23 +58,33 @@ def test_bad_configuration_fails_before_anything_loads(tmp_path: Path, accelerat
     assert not (tmp_path / "out").exists()
 
 
+@pytest.fixture(scope="module")
+def whole(
+    tmp_path_factory: pytest.TempPathFactory,
+    pipeline_dir: Path,
+    write_latents: Callable[..., Path],
+    accelerate_launch: Callable[..., str],
+) -> tuple[Path, list[object]]:
+    """Folder of a run that nothing stopped, and its options."""
+    folder = tmp_path_factory.mktemp("whole")
+    options: list[object] = [
+        "--pretrained_model_name_or_path", pipeline_dir, "--train_dataset", write_latents(folder / "data", 8),
+        "--num_layers", 2, "--train_batch_size", 2, "--gradient_accumulation_steps", 2, "--learning_rate", 1e-3,
+        "--report_to", "none", "--checkpointing_steps", 5, "--checkpoints_total_limit", 2, "--max_train_steps", 120,
+    ]  # fmt: skip
+    accelerate_launch("train_reward", "--output_dir", folder / "out", *options)
+    return folder / "out", options
+
+
 @pytest.mark.launch
 @pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_stopped_run_goes_on_where_it_was(
     tmp_path: Path,
-    pipeline_dir: Path,
-    write_latents: Callable[..., Path],
+    whole: tuple[Path, list[object]],
     accelerate_launch: Callable[..., str],
     signal_number: signal.Signals,
 ) -> None:
-    data = write_latents(tmp_path / "data", 8)
-    options: list[object] = [
-        "--pretrained_model_name_or_path", pipeline_dir, "--train_dataset", data, "--num_layers", 2,
-        "--train_batch_size", 2, "--gradient_accumulation_steps", 2, "--learning_rate", 1e-3, "--report_to", "none",
-        "--checkpointing_steps", 5, "--checkpoints_total_limit", 2, "--max_train_steps", 120,
-    ]  # fmt: skip
-    accelerate_launch("train_reward", "--output_dir", tmp_path / "whole", *options)
-
+    uninterrupted, options = whole
     command = [sys.executable, "-m", "hy_prfl.scripts.train_reward", "--output_dir", str(tmp_path / "parts")]
     process = subprocess.Popen([*command, *map(str, options)], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
     metrics = tmp_path / "parts" / "metrics.jsonl"
@@ -92,9 +102,9 @@ def test_a_stopped_run_goes_on_where_it_was(
         "train_reward", "--output_dir", tmp_path / "parts", "--resume_from_checkpoint", "latest", *options
     )
 
-    whole, parts = (
-        load_file(tmp_path / name / "reward_model" / "diffusion_pytorch_model.safetensors")
-        for name in ("whole", "parts")
+    weights, parts = (
+        load_file(run / "reward_model" / "diffusion_pytorch_model.safetensors")
+        for run in (uninterrupted, tmp_path / "parts")
     )
-    assert all((value == parts[name]).all() for name, value in whole.items())
-    assert metrics.read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
+    assert all((value == parts[name]).all() for name, value in weights.items())
+    assert metrics.read_text() == (uninterrupted / "metrics.jsonl").read_text()

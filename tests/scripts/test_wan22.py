@@ -9,8 +9,8 @@ import pytest
 from datasets import load_from_disk
 from PIL import Image
 
-from examples.shapes.pipeline import save_pipeline
 from hy_prfl.data.schema import table_to_rows
+from hy_prfl.inference.tiny_pipelines import save_pipeline
 from hy_prfl.scripts import generate, preprocess, score, train_prfl, train_reward
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
-from examples.shapes.pipeline import save_pipeline
 from hy_prfl.configs.prfl import PRFLTrainingConfig
 from hy_prfl.configs.reward import RewardTrainingConfig
 from hy_prfl.data.dataset import load_latent_dataset, read_columns
 from hy_prfl.data.encoding import vae_fingerprint
 from hy_prfl.data.synthetic import synthetic_dataset
+from hy_prfl.inference.tiny_pipelines import save_pipeline
 from hy_prfl.models.reward_model import WanRewardModel
 from hy_prfl.trainers.dry_run import dry_run, write_inputs
 from hy_prfl.trainers.prfl_trainer import PRFLTrainer
