@@ -34,10 +34,13 @@ from hy_prfl.planning.estimate import forwards_without_gradient
 
 
 NUM_VIDEOS = 144
+# Seeds whose reward models are an ensemble.
+ENSEMBLE = (0, 1, 2)
 # In forwards of the generator: one, its backward pass of twice the FLOPs, and one of activation checkpointing.
 STEP_WITH_GRADIENT = 4
 REUSED = ["--rollout_interval", "8", "--rollout_buffer_size", "8"]
 FORESEEN = ["--reward_at", "foreseen"]
+DISAGREEMENT = ["--reward_disagreement", "0.5"]
 
 
 @dataclass(kw_only=True)
@@ -60,11 +63,14 @@ class Arm:
             Steps of a flow-matching and a reward update.
         clips (`str`):
             Clips of the flow-matching updates, "train", the pretraining's mixture, or "good".
+        ensemble (`bool`):
+            Whether it climbs the reward models of all seeds at once, instead of that of its seed.
     """
 
     options: list[str] = field(default_factory=list)
     num_steps: int = 80
     clips: str = "train"
+    ensemble: bool = False
 
     def forwards(self) -> float:
         """Cost of a step, a flow-matching and a reward update, in forwards of the generator for a clip."""
@@ -94,6 +100,10 @@ ARMS = {
     "prfl_160": Arm(num_steps=160),
     "reused_160": Arm(REUSED, num_steps=160),
     "reused_foreseen_160": Arm([*REUSED, *FORESEEN], num_steps=160),
+    "ensemble": Arm([*REUSED, *DISAGREEMENT], ensemble=True),
+    "ensemble_160": Arm([*REUSED, *DISAGREEMENT], num_steps=160, ensemble=True),
+    "anchored": Arm([*REUSED, "--anchor_scale", "1"]),
+    "int8": Arm([*REUSED, "--base_quantization", "int8"]),
     "curated_prfl": Arm(clips="good"),
     "curated_reused": Arm(REUSED, clips="good"),
     "curated_reused_160": Arm(REUSED, clips="good", num_steps=160),
@@ -131,11 +141,13 @@ def reward_command(root: Path, demo: Path, seed: int) -> list[str]:
 
 def tuning_stage(root: Path, demo: Path, name: str, arm: Arm, seed: int, reward_model: Path | None = None) -> Stage:
     """Tune the generator, on the reward model of its seed unless another is given."""
-    reward_model = reward_model_dir(root, seed) / "best" if reward_model is None else reward_model
+    judges = [reward_model_dir(root, each) / "best" for each in (ENSEMBLE if arm.ensemble else [seed])]
+    judges = judges if reward_model is None else [reward_model]
     output_dir = arm_dir(root, name, seed)
     clips = demo / "latents" / "train" if arm.clips == "train" else root / "latents" / arm.clips
     options = [
-        *("--train_dataset", str(clips), "--reward_model", str(reward_model)),
+        *("--train_dataset", str(clips), "--reward_models" if arm.ensemble else "--reward_model"),
+        *map(str, judges),
         *("--output_dir", str(output_dir), "--seed", str(seed), "--max_train_steps", str(arm.num_steps)),
         *("--checkpointing_steps", str(arm.num_steps), *arm.options),
     ]
