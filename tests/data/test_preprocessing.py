@@ -16,6 +16,7 @@ from datasets import load_from_disk
 from PIL import Image
 
 from hy_prfl.data import hashes as hashes_of_files
+from hy_prfl.data import shared_hashing
 from hy_prfl.data.encoding import LatentEncoder
 from hy_prfl.data.finished import is_complete, request_digest
 from hy_prfl.data.hashes import hash_file
@@ -504,7 +505,8 @@ def test_files_are_hashed_once(
         hashed.append(path)
         return hash_file(path)
 
-    monkeypatch.setattr(hashes_of_files, "hash_file", count)
+    for module in (hashes_of_files, shared_hashing):
+        monkeypatch.setattr(module, "hash_file", count)
     rows = [make_row(path.stem, video=path) for path in clips[:3]]
     build(rows, ClipEncoder(encoder, ClipSettings(**SETTINGS)), tmp_path / "out")
     assert sorted(hashed) == sorted(clips[:3])
