@@ -37,7 +37,11 @@ def check_vae(dataset: Dataset, source: str, vae_fingerprint: str | None, *, of:
 
 
 def check_fits_generator(
-    reward_config: Mapping[str, Any], transformer_config: Mapping[str, Any], *, allow_other_base: bool = False
+    reward_config: Mapping[str, Any],
+    transformer_config: Mapping[str, Any],
+    *,
+    allow_other_base: bool = False,
+    name: str = "The reward model",
 ) -> None:
     """
     Refuse a reward model that cannot judge a generator's latents. Needs their configurations only.
@@ -48,6 +52,8 @@ def check_fits_generator(
         allow_other_base (`bool`, defaults to `False`):
             Accept a reward model made from a transformer of another architecture (say 1.3B judging 14B), as long as
             both take the same latents, text and image embeddings.
+        name (`str`, defaults to `"The reward model"`):
+            What the message calls it.
 
     Raises:
         ValueError: Naming every field that differs, with both values.
@@ -64,7 +70,7 @@ def check_fits_generator(
     ]
     if different:
         hint = "" if allow_other_base else " With `allow_other_base` only latents, text and image must agree."
-        raise ValueError(f"The reward model does not fit the generator: {', '.join(different)}.{hint}")
+        raise ValueError(f"{name} does not fit the generator: {', '.join(different)}.{hint}")
 
 
 def check_rows_fit(

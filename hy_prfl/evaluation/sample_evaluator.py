@@ -1,6 +1,8 @@
 """Samples held-out prompts with fixed noise while the generator trains, and scores what comes out."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -23,6 +25,18 @@ from ..runtime.distributed import gather_records
 from ..runtime.vae_tiling import VAETiling
 from .scoring import score_latents
 from .tracking import log_videos
+
+
+class Observer(Protocol):
+    """Measures more of the samples than the evaluator does by itself."""
+
+    def observe(
+        self, transformer: nn.Module, batch: LatentBatch, indices: Sequence[int], latents: torch.Tensor
+    ) -> list[dict[str, Any]]:
+        """Measurements of each sample of a batch, picklable. Called on all ranks, as often on each."""
+
+    def summarize(self, measured: Sequence[dict[str, Any]]) -> dict[str, float]:
+        """Metrics of all samples, one entry of `measured` for each row, in their order. The same on all ranks."""
 
 
 class SampleEvaluator:
@@ -84,9 +98,17 @@ class SampleEvaluator:
         self.replica = replica
 
     @torch.no_grad()
-    def __call__(self, transformer: nn.Module, accelerator: Accelerator, *, step: int) -> dict[str, float]:
-        """Sample and score; all ranks do the same number of forwards and get the same result. A collective."""
-        records: list[tuple[int, list[float], float]] = []
+    def __call__(
+        self, transformer: nn.Module, accelerator: Accelerator, *, step: int, observer: Observer | None = None
+    ) -> dict[str, float]:
+        """
+        Sample and score; all ranks do the same number of forwards and get the same result. A collective.
+
+        Args:
+            observer (`Observer`, *optional*):
+                Whose metrics are added.
+        """
+        records: list[tuple[int, list[float], float, dict[str, Any]]] = []
         folder = self.output_dir / f"step-{step}"
         batches = split_batches(
             latent_shapes(self.dataset),
@@ -108,22 +130,27 @@ class SampleEvaluator:
                     seed=self.seed + 1,  # not the noise that the samples start from
                 )
             stds = latents.flatten(1).std(dim=1)
-            records.extend(zip(indices, logits.tolist(), stds.tolist(), strict=True))
+            measured: list[dict[str, Any]] = [{} for _ in indices]
+            if observer is not None:
+                measured = observer.observe(transformer, batch, indices, latents)
+            records.extend(zip(indices, logits.tolist(), stds.tolist(), measured, strict=True))
             if self.vae is not None:
                 self._write_videos(latents, indices, folder)
         # Rows that fill up a batch come more than once, with the same values.
-        by_row = {index: (logits, std) for index, logits, std in gather_records(records)}
+        by_row = {index: values for index, *values in sorted(gather_records(records), key=lambda record: record[0])}
         # By now all ranks have written theirs.
         videos = {f"validation/{path.stem}": path for path in sorted(folder.glob("*.mp4"))}
         log_videos(accelerator, videos, step=step, fps=self.fps)
-        all_logits = torch.tensor([logits for logits, _ in by_row.values()])
+        all_logits = torch.tensor([logits for logits, _, _ in by_row.values()])
         metrics = {
             f"reward/t{timestep}": float(all_logits[:, column].sigmoid().mean())
             for column, timestep in enumerate(self.timesteps)
         }
         metrics["reward"] = float(all_logits.sigmoid().mean())
         metrics["reward_logit"] = float(all_logits.mean())
-        metrics["latents_std"] = float(np.mean([std for _, std in by_row.values()]))
+        metrics["latents_std"] = float(np.mean([std for _, std, _ in by_row.values()]))
+        if observer is not None:
+            metrics |= observer.summarize([measured for _, _, measured in by_row.values()])
         return metrics
 
     def _sample(self, transformer: nn.Module, batch: LatentBatch) -> torch.Tensor:

@@ -79,7 +79,7 @@ def run_record(*, seed: int, num_processes: int = 1) -> dict[str, Any]:
             Processes that run it.
     """
     return {
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "started": _now(),
         "command": _without_tokens(sys.argv),
         "seed": seed,
         "num_processes": num_processes,
@@ -107,10 +107,22 @@ def write_run_record(path: str | Path, record: Mapping[str, Any]) -> None:
 
 def finish_run_record(path: str | Path, global_step: int) -> None:
     """Note in the last record that the run has ended, and written its result, after this many updates, and when."""
+    _end_run_record(path, {"finished_step": global_step, "finished": _now()})
+
+
+def stop_run_record(path: str | Path, global_step: int, reason: str) -> None:
+    """Note in the last record that the run has ended without a result after this many updates, when and why."""
+    _end_run_record(path, {"stopped_step": global_step, "stopped": _now(), "stopped_because": reason})
+
+
+def _end_run_record(path: str | Path, end: Mapping[str, Any]) -> None:
     path = Path(path)
     *earlier, last = read_run_records(path)
-    end = {"finished_step": global_step, "finished": datetime.now(timezone.utc).isoformat(timespec="seconds")}
-    write_text(path, json.dumps([*earlier, last | end], indent=2) + "\n")
+    write_text(path, json.dumps([*earlier, {**last, **end}], indent=2) + "\n")
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def read_run_records(path: str | Path) -> list[dict[str, Any]]:

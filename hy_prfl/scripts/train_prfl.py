@@ -18,7 +18,7 @@ from .running import run
 def main(argv: Sequence[str] | None = None) -> None:
     """Train a generator."""
     config = parse_config(PRFLTrainingConfig, argv, description=__doc__)
-    check_sources(config, "pretrained_model_name_or_path", "reward_model")
+    check_sources(config, "pretrained_model_name_or_path", "reward_model", "monitor_reward_models")
     check_paths(config, "transformer_path", "lora_path", "transformer_2_path", "lora_2_path")
     # A dry run reads a dataset for the size of its clips only.
     if not config.dry_run:

@@ -105,7 +105,7 @@ def dry_run(make_trainer: Callable[[Any], Trainer], config: TrainingConfig) -> D
         latents_shape = write_inputs(config, dataset_dir)
         changes = {**LEFT_OUT, "train_dataset": str(dataset_dir), "output_dir": str(Path(folder) / "run")}
         if isinstance(config, PRFLTrainingConfig):
-            changes["prompt_dataset"] = None
+            changes |= {"prompt_dataset": None, "monitor_reward_models": [], "on_hacking": None}
         trainer = make_trainer(dataclasses.replace(config, **changes))
         trainer.start_streams()
         loading_seconds, loading_memory = time.perf_counter() - start, peak_memory(trainer.accelerator.device)

@@ -60,19 +60,19 @@ def open_models(config: PRFLTrainingConfig, run: Run) -> dict[str, Any]:
     path, revision, device = config.pretrained_model_name_or_path, config.revision, run.accelerator.device
     experts = read_experts(path, config.expert, revision=revision)
     vae = AutoencoderKLWan.from_pretrained(path, subfolder="vae", revision=revision, variant=config.variant)
-    reward_config = WanRewardModel.load_own_config(config.reward_model)
     fingerprint = vae_fingerprint(vae)
-    check_same_vae(fingerprint, reward_config["vae_fingerprint"], source=path, of=REWARD_LATENTS)
-    reward_model = Deferred(
-        {**reward_config, "vae_fingerprint": fingerprint},
-        partial(
+
+    def reward_model(source: str, of: str) -> Deferred[WanRewardModel]:
+        reward_config = WanRewardModel.load_own_config(source)
+        check_same_vae(fingerprint, reward_config["vae_fingerprint"], source=path, of=of)
+        load = partial(
             load_reward_model,
-            config.reward_model,
+            source,
             dtype=run.weight_dtype,
             split=partial(split_frozen, device=device) if config.shard_reward_model else None,
             quantizer=run.quantizer("reward_model_quantization"),
-        ),
-    )
+        )
+        return Deferred({**reward_config, "vae_fingerprint": fingerprint}, load)
 
     frozen = experts.frozen(
         rolls_out=config.update_schedule != "flow_matching", samples=config.validation_dataset is not None
@@ -90,7 +90,11 @@ def open_models(config: PRFLTrainingConfig, run: Run) -> dict[str, Any]:
             name: transformer(name, dtype=dtype, split=run.split, quantizer=run.quantizer("base_quantization"))
             for name in experts.trained
         },
-        "reward_model": reward_model,
+        "reward_model": reward_model(config.reward_model, REWARD_LATENTS),
+        "monitor_reward_models": [
+            reward_model(source, f"the latents that the monitor's reward model '{source}' was trained on")
+            for source in config.monitor_reward_models
+        ],
         "vae": vae if config.validation_videos else None,
     }
     if frozen is not None:

@@ -1,12 +1,14 @@
 """Process reward feedback learning: the generator climbs a latent reward, held by a flow-matching loss."""
 
 import dataclasses
+import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.logging import get_logger
 from datasets import Dataset
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
@@ -16,7 +18,7 @@ from ..data.collators import LatentBatch
 from ..data.dataset import single_value
 from ..evaluation.sample_evaluator import SampleEvaluator
 from ..flow_matching import add_noise, sample_noise, sigmas_to_timesteps, velocity_target
-from ..formats.checkpoints import PRFL_RESULTS, VALIDATION_FOLDER
+from ..formats.checkpoints import BEST_FOLDER, PRFL_RESULTS, VALIDATION_FOLDER, read_state
 from ..formats.layout import EXPERT_FOLDERS, LORA_FILES, ExpertName
 from ..formats.lora_metadata import lora_metadata
 from ..formats.model_files import read_lora, save_lora, save_pretrained
@@ -37,6 +39,7 @@ from ..rollout import (
     walk_with_gradient,
 )
 from ..rollout_buffer import Rollout, StoredState, relative_change
+from ..runtime.atomic_writes import replace_folder, temporary_folder, temporary_name
 from ..runtime.host_weights import HostWeights
 from ..runtime.sharding import full_state_dict
 from .base import Trainer, check_dataset, check_named
@@ -51,9 +54,12 @@ from .prfl_inputs import (
     open_datasets,
     open_models,
 )
+from .prfl_monitor import Monitor, check_monitor_models
 from .prfl_rollouts import ReusedRollouts
 from .run import Run
 
+
+logger = get_logger(__name__)
 
 FLOW_NOISE, FLOW_PROMPT, REWARD_NOISE, REWARD_PROMPT, STEP_INDEX, FLOW_EXPERT, STATES, FORESIGHT = range(8)
 # The losses of each update of a step.
@@ -113,6 +119,8 @@ class PRFLTrainer(Trainer):
             The reward to climb, in the type of the launch's mixed precision.
         train_dataset (`Dataset`):
             A latent dataset: clips, and prompts if there is no `prompt_dataset`.
+        monitor_reward_models (`Sequence[WanRewardModel]`, *optional*):
+            Held-out reward models of the monitor; the option of the same name names them.
         prompt_dataset, validation_dataset (`Dataset`, *optional*):
             Prompts of the reward updates, and held-out prompts to sample; the option of the same name names them.
         frozen_expert (`WanTransformer3DModel`, *optional*):
@@ -135,6 +143,7 @@ class PRFLTrainer(Trainer):
         *,
         transformer: AnyTransformer | Mapping[ExpertName, AnyTransformer],
         reward_model: WanRewardModel | Deferred[WanRewardModel],
+        monitor_reward_models: Sequence[WanRewardModel | Deferred[WanRewardModel]] = (),
         train_dataset: Dataset,
         prompt_dataset: Dataset | None = None,
         validation_dataset: Dataset | None = None,
@@ -168,6 +177,12 @@ class PRFLTrainer(Trainer):
         )
         for expert in self.experts.trained:
             check_fits_generator(reward_model.config, given[expert].config, allow_other_base=config.allow_other_base)
+        check_monitor_models(
+            config,
+            monitor_reward_models,
+            [given[expert].config for expert in self.experts.trained],
+            vae_fingerprint=reward_model.config["vae_fingerprint"],
+        )
         fingerprint = reward_model.config["vae_fingerprint"]
         for source, dataset in self.datasets.by_source().items():
             fingerprint = fingerprint or single_value(dataset, "vae_fingerprint", source)
@@ -212,6 +227,16 @@ class PRFLTrainer(Trainer):
             mean_foreseen_gain(self.scheduler.sigmas[first : last + 2], (low, high)) if self.uses_reward else 1.0
         )
         self.evaluator = self._build_evaluator(vae)
+        self.monitor: Monitor | None = None
+        if config.uses_monitor:
+            self.monitor = Monitor(
+                config,
+                run,
+                reward_models=monitor_reward_models,
+                datasets=self.datasets,
+                experts=self.experts,
+                digest=self.dataset_digests[str(config.validation_dataset)],
+            )
         self.flow_batches: Iterator[LatentBatch] = iter(())
         self.reward_batches: Iterator[LatentBatch] = iter(())
 
@@ -507,38 +532,83 @@ class PRFLTrainer(Trainer):
         self.unwrapped.train()
 
     def validate(self) -> dict[str, float]:
-        """Sample held-out prompts, with the averaged weights if there are any, and score what comes out."""
+        """
+        Sample held-out prompts, with the averaged weights if there are any, and score what comes out.
+
+        With a monitor its metrics and its verdict are added, and the model is kept if it is the best so far.
+        """
         assert self.evaluator is not None
         self.unwrapped.eval()
         with self.averaged_weights(), self.reward_model_in_use():
-            metrics = self.evaluator(self.generator, self.accelerator, step=self.global_step)
+            metrics = self.evaluator(self.generator, self.accelerator, step=self.global_step, observer=self.monitor)
+            if self.monitor is not None:
+                metrics |= self.monitor.judge(metrics, step=self.global_step)
+                self.stop_reason = self.monitor.reason_to_stop
+                if self.monitor.is_best(metrics):
+                    self.save_best(metrics)
         self.unwrapped.train()
         return metrics
 
+    def measure_start(self) -> dict[str, float]:
+        """With a monitor, validate the base, unless the checkpoint to resume from has what it measured of it."""
+        if self.monitor is None or (self.run.checkpoint and self.monitor.fits(read_state(self.run.checkpoint))):
+            return {}
+        return self.validate()
+
+    def validation_notes(self) -> dict[str, str]:
+        """The monitor's verdict in words."""
+        if self.monitor is None:
+            return {}
+        return {"verdict": self.monitor.verdict.level, "verdict_reason": self.monitor.verdict.reason}
+
     def state(self) -> dict[str, Any]:
-        """Adds the place in the reused rollouts."""
-        return {**super().state(), **({} if self.rollouts is None else self.rollouts.state())}
+        """Adds the place in the reused rollouts, and what the monitor has seen."""
+        rollouts = {} if self.rollouts is None else self.rollouts.state()
+        return {**super().state(), **rollouts, **({} if self.monitor is None else self.monitor.state())}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore what `state` returned."""
         super().load_state(state)
         if self.rollouts is not None:
             self.rollouts.load_state(state)
+        if self.monitor is not None:
+            self.monitor.load_state(state)
+            self.stop_reason = self.monitor.reason_to_stop
 
     def forget_outdated(self, changed: Collection[str]) -> None:
-        """Drop rollouts that are not of the chains that are walked from here on."""
+        """Drop rollouts that are not of the chains that are walked from here on, and a best model that is gone."""
         if self.rollouts is not None:
             self.rollouts.forget_outdated(changed)
+        if self.monitor is not None:
+            self.monitor.forget_lost_best(self.output_dir, self.global_step)
 
     def save_own(self, directory: Path) -> None:
-        """Write the rollouts that updates start from."""
+        """Write the rollouts that updates start from, and the monitor's samples of the base."""
         if self.rollouts is not None:
             self.rollouts.save(directory)
+        if self.monitor is not None:
+            self.monitor.save(directory)
 
     def load_own(self, directory: Path, state: dict[str, Any]) -> None:
-        """Read the rollouts that updates start from, as far as they fit this run."""
+        """Read the rollouts that updates start from, as far as they fit this run, and the monitor's samples."""
         if self.rollouts is not None:
             self.rollouts.load(directory, state)
+        if self.monitor is not None:
+            self.monitor.load(directory, state)
+
+    def save_best(self, metrics: dict[str, float]) -> None:
+        """Write the weights, as they are in the model, to `output_dir/best`, with their metrics. A collective."""
+        target = self.output_dir / BEST_FOLDER
+        temporary = temporary_name(target)
+        if self.accelerator.is_main_process:
+            temporary_folder(target)
+            temporary.mkdir(parents=True)
+        self.save_model(temporary)
+        if self.accelerator.is_main_process:
+            report = {"global_step": self.global_step, **metrics}
+            (temporary / "metrics.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
+            replace_folder(temporary, target)
+        logger.info("Best held-out reward so far, %.4f: %s.", metrics["monitor_reward"], target)
 
     def save_model(self, directory: Path) -> None:
         """Write the weights in training: `directory/transformer`, or the adapter's file, by expert. A collective."""
