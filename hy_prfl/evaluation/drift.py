@@ -14,6 +14,8 @@ from ..rollout import predict_velocity
 
 # Latents and velocities are about standard normal: float16 keeps more digits of them than bfloat16.
 STORAGE_DTYPE = torch.float16
+# Noise levels at which a run compares velocities, as far as they are those of an expert in training.
+DRIFT_SIGMAS = (0.3, 0.6, 0.9)
 
 
 class BaseSamples:

@@ -31,4 +31,4 @@ class Verdict:
 
 
 def judge(series: Sequence[Mapping[str, float]]) -> Verdict:
-    return Verdict("healthy", "no rule says otherwise")
+    return Verdict("healthy", "this is the base" if len(series) == 1 else "no rule says otherwise")

@@ -16,7 +16,7 @@ from ..configs.base import check
 from ..configs.prfl import PRFLTrainingConfig
 from ..data.collators import LatentBatch, collate_latents
 from ..data.schema import table_to_rows
-from ..evaluation.drift import BaseSamples
+from ..evaluation.drift import DRIFT_SIGMAS, BaseSamples
 from ..evaluation.latent_statistics import compare_statistics, mean_statistics, measure_latents
 from ..evaluation.monitor import Verdict, judge
 from ..evaluation.scoring import score_latents
@@ -39,8 +39,6 @@ OPTIONS = (
     "validation_timesteps", "validation_seed",
 )  # fmt: skip
 MODELS = ("pretrained_model_name_or_path", *START_OPTIONS, "reward_model", "monitor_reward_models")
-# Noise levels at which velocities are compared, as far as they are those of an expert in training.
-DRIFT_SIGMAS = (0.3, 0.6, 0.9)
 # Real clips whose statistics the samples are compared with, at most.
 NUM_REAL_CLIPS = 64
 

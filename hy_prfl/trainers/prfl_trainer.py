@@ -237,6 +237,8 @@ class PRFLTrainer(Trainer):
                 experts=self.experts,
                 digest=self.dataset_digests[str(config.validation_dataset)],
             )
+            if self.monitor.keeps_best:
+                self.results = (*PRFL_RESULTS, BEST_FOLDER)
         self.flow_batches: Iterator[LatentBatch] = iter(())
         self.reward_batches: Iterator[LatentBatch] = iter(())
 
