@@ -30,7 +30,9 @@ def test_powers_add_up_to_the_variance() -> None:
     assert temporal == pytest.approx(float(latents.var(dim=2, correction=0).mean()), rel=1e-4)
 
 
-@pytest.mark.parametrize(("cycles", "band"), [(1, "low"), (2, "low"), (3, "middle"), (4, "middle"), (5, "high"), (6, "high")])
+@pytest.mark.parametrize(
+    ("cycles", "band"), [(1, "low"), (2, "low"), (3, "middle"), (4, "middle"), (5, "high"), (6, "high")]
+)
 def test_a_wave_is_in_its_band(cycles: int, band: str) -> None:
     """Frequencies of 12 pixels: 2 / 12 and 4 / 12 are the edges."""
     wave = torch.cos(2 * torch.pi * cycles * torch.arange(12) / 12).expand(1, 1, 1, 12, 12)
@@ -84,5 +86,7 @@ def test_means_are_over_the_clips_that_have_a_statistic() -> None:
     found = mean_statistics([*measure_latents(video), *measure_latents(image)])
     assert found["channel_means"] == [2.0, 2.0]
     assert found["temporal_energy"] == [0.0]
-    with pytest.raises(ValueError, match="2 channels cannot be compared with real clips of 2, of which none may be constant"):
+    with pytest.raises(
+        ValueError, match="2 channels cannot be compared with real clips of 2, of which none may be constant"
+    ):
         compare_statistics(found, found)
