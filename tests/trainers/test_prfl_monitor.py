@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from hy_prfl.data.collators import collate_latents
 from hy_prfl.data.dataset import load_latent_dataset
 from hy_prfl.data.schema import table_to_rows
-from hy_prfl.evaluation.monitor import Verdict
 from hy_prfl.evaluation.scoring import score_latents
 from hy_prfl.flow_matching import row_noise
 from hy_prfl.models.conditioning import Conditioning
@@ -53,6 +52,7 @@ def build(
             "validation_dataset": str(tmp_path / "validation"),
             "validation_steps": 1,
             "validation_timesteps": [300, 900],
+            "num_validation_samples": 2,
             "monitor_reward_models": held_out,
             "max_train_steps": 4,
             "lora_rank": 2,
@@ -68,22 +68,12 @@ def metric_lines(folder: Path) -> list[dict[str, Any]]:
     return [line for line in lines if "verdict" in line]
 
 
-def hack(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
-    """Let the rules find the run hacked at these steps."""
-
-    def judge(series: Any) -> Verdict:
-        level = "hacked" if series[-1]["step"] in steps else "healthy"
-        return Verdict(level, f"so says the test at {series[-1]['step']}")  # type: ignore[arg-type]
-
-    monkeypatch.setattr("hy_prfl.trainers.prfl_monitor.judge", judge)
-
-
 @torch.no_grad()
 def test_metrics_equal_the_same_measurements_written_out(
     build: Callable[..., PRFLTrainer], tmp_path: Path, pipeline_dir: Path, held_out: list[str]
 ) -> None:
     with torch.enable_grad():
-        trainer = build(max_train_steps=2, validation_steps=2)
+        trainer = build(max_train_steps=2, validation_steps=2, num_validation_samples=3)
         trainer.train()
     base, trained = metric_lines(tmp_path / "out")
     assert (base["step"], trained["step"]) == (0, 2)
@@ -179,20 +169,20 @@ def test_what_is_measured_has_changed(
 
 
 def test_stop_ends_the_run_after_a_checkpoint(
-    build: Callable[..., PRFLTrainer],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    build: Callable[..., PRFLTrainer], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    hack(monkeypatch, 2)
-    options = {"on_hacking": "stop", "checkpointing_steps": 100}
+    """At this learning rate velocities move by more than their own length in two updates."""
+    options = {"on_hacking": "stop", "learning_rate": 0.2, "validation_steps": 2, "checkpointing_steps": 100}
     build(**options).train()
-    assert "Stopped after step 2, without a result: so says the test at 2" in caplog.text
+    assert "Stopped after step 2, without a result: " in caplog.text
     assert sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*")) == ["checkpoint-2"]
     assert not (tmp_path / "out" / "pytorch_lora_weights.safetensors").exists()
-    assert [line["verdict"] for line in metric_lines(tmp_path / "out")] == ["healthy", "healthy", "hacked"]
+    lines = metric_lines(tmp_path / "out")
+    assert [line["verdict"] for line in lines] == ["healthy", "hacked"]
+    assert [line["validation/verdict"] for line in lines] == [0, 2]
     (record,) = json.loads((tmp_path / "out" / "run.json").read_text())
-    assert (record["stopped_step"], record["stopped_because"]) == (2, "so says the test at 2")
+    assert (record["stopped_step"], record["stopped_because"]) == (2, lines[1]["verdict_reason"])
+    assert "velocities are" in record["stopped_because"]
     assert "finished_step" not in record
     # It stays stopped, unless it is told to go on.
     again = build(**options, resume_from_checkpoint="latest")
@@ -200,42 +190,43 @@ def test_stop_ends_the_run_after_a_checkpoint(
     assert again.global_step == 2
     on = build(**(options | {"on_hacking": "warn"}), resume_from_checkpoint="latest")
     on.train()
-    assert on.global_step == 4
-    assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").is_file()
-    # As if it had never stopped: stopping draws nothing.
+    # As if it had never stopped.
     through = build(**(options | {"on_hacking": "warn", "output_dir": str(tmp_path / "through")}))
     through.train()
     one, other = (load_file(tmp_path / name / "pytorch_lora_weights.safetensors") for name in ("out", "through"))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_the_best_by_the_held_out_view_is_kept(
-    build: Callable[..., PRFLTrainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    hack(monkeypatch, 3)
-    trainer = build(on_hacking="keep_best", checkpointing_steps=1)
-    measured = iter([0.5, 0.4, 0.6, 0.9, 0.55])
-    evaluate = trainer.evaluator
-    assert evaluate is not None
-
-    def evaluator(*args: Any, **kwargs: Any) -> dict[str, float]:
-        return {**evaluate(*args, **kwargs), "monitor_reward": next(measured)}
-
-    trainer.evaluator = evaluator  # type: ignore[assignment]
-    trainer.train()
-    # Neither what is below the base, nor what is hacked, nor what is worse than the best.
+def test_the_best_by_the_held_out_view_is_kept(build: Callable[..., PRFLTrainer], tmp_path: Path) -> None:
+    options = {"on_hacking": "keep_best", "learning_rate": 0.05, "checkpointing_steps": 1}
+    build(**options).train()
+    base, *lines = metric_lines(tmp_path / "out")
+    rewards = {line["step"]: line["validation/monitor_reward"] for line in lines}
+    assert "hacked" not in {line["verdict"] for line in lines}
+    expected = max(rewards, key=lambda step: rewards[step])
+    # Neither the first validation, which is below the base, nor the last one.
+    assert rewards[1] < base["validation/monitor_reward"] < rewards[expected]
+    assert 1 < expected < 4
     best = tmp_path / "out" / "best"
     report = json.loads((best / "metrics.json").read_text())
-    assert (report["global_step"], report["monitor_reward"]) == (2, 0.6)
+    assert (report["global_step"], report["monitor_reward"]) == (expected, rewards[expected])
     kept = load_file(best / "pytorch_lora_weights.safetensors")
-    saved = load_file(tmp_path / "out" / "checkpoint-2" / "pytorch_lora_weights.safetensors")
+    saved = load_file(tmp_path / "out" / f"checkpoint-{expected}" / "pytorch_lora_weights.safetensors")
     assert all(torch.equal(kept[name], saved[name]) for name in saved)
-    # A run that goes on from an earlier step has no use for it.
-    again = build(
-        on_hacking="keep_best", checkpointing_steps=1, resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1")
-    )
-    again.train()
+    # A run that goes back to an earlier step finds it again, and puts the first one aside.
+    back = str(tmp_path / "out" / "checkpoint-1")
+    build(**options, resume_from_checkpoint=back).train()
     assert (tmp_path / "out" / "abandoned-1" / "best" / "metrics.json").is_file()
+    assert json.loads((best / "metrics.json").read_text()) == report
+
+
+def test_what_is_hacked_is_never_the_best(build: Callable[..., PRFLTrainer], tmp_path: Path) -> None:
+    build(on_hacking="keep_best", learning_rate=0.2, validation_steps=2).train()
+    base, *lines = metric_lines(tmp_path / "out")
+    assert {line["verdict"] for line in lines} == {"hacked"}
+    assert max(line["validation/monitor_reward"] for line in lines) > base["validation/monitor_reward"]
+    assert not (tmp_path / "out" / "best").exists()
+    assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").is_file()
 
 
 def test_without_held_out_models_drift_and_statistics_are_measured(
