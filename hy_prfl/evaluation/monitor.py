@@ -17,11 +17,11 @@ UNSHARED = (0.5, 0.75)
 # By how much the held-out reward is below its best.
 FALL = (0.05, 0.1)
 # By how much the channels are farther from those of the real latents than the base's, in standard deviations.
-SHIFT = (0.03, 0.06)
+SHIFT = (0.025, 0.045)
 # By how much motion or power is farther from that of the real latents than the base's, as a difference of logarithms.
 DEPARTURE = (0.2, 0.4)
 # Relative distance of the velocities from the base's. A long run may go far, but not by the length of the velocities.
-DRIFT = (0.2, 1.0)
+DRIFT = (0.15, 1.0)
 
 
 @dataclass(frozen=True)

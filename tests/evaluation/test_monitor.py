@@ -59,7 +59,7 @@ def test_the_base_and_a_run_that_improves_are_healthy() -> None:
         ({"reward": 0.39, "monitor_reward": 0.4}, "healthy", ""),
         # Farther from the real latents than the base.
         ({"latents_channel_means": 0.06}, "healthy", ""),
-        ({"latents_channel_means": 0.08}, "warn", "latents_channel_means has gone from 0.040 to 0.080"),
+        ({"latents_channel_means": 0.07}, "warn", "latents_channel_means has gone from 0.040 to 0.070"),
         ({"latents_channel_stds": 0.17}, "hacked", "latents_channel_stds has gone from 0.100 to 0.170"),
         ({"latents_temporal_energy": 0.5}, "warn", "latents_temporal_energy has gone from 0.70 to 0.50 times"),
         ({"latents_temporal_energy": 1.5}, "healthy", ""),
@@ -69,8 +69,8 @@ def test_the_base_and_a_run_that_improves_are_healthy() -> None:
         ({"velocity_drift": 0.25}, "warn", "velocities are 0.25 of their length from the base's"),
         ({"velocity_drift": 1.1}, "hacked", "velocities are 1.10 of their length"),
         # Two kinds of warnings at once; two of a kind are still a warning.
-        ({"velocity_drift": 0.25, "latents_channel_means": 0.08}, "hacked", "; velocities are"),
-        ({"latents_spatial_low": 1.6, "latents_channel_means": 0.08}, "warn", ";"),
+        ({"velocity_drift": 0.25, "latents_channel_means": 0.07}, "hacked", "; velocities are"),
+        ({"latents_spatial_low": 1.6, "latents_channel_means": 0.07}, "warn", ";"),
     ],
 )
 def test_each_rule(validation: dict[str, float], expected: str, words: str) -> None:
