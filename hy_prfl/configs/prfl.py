@@ -19,6 +19,7 @@ class PRFLTrainingConfig(TrainingConfig):
     > Parameters of the reward update
     > Parameters of the prompts
     > Parameters of the validation
+    > Parameters of the monitor
     """
 
     # Parameters of the experts
@@ -233,6 +234,22 @@ class PRFLTrainingConfig(TrainingConfig):
     validation_fps: int = field(default=16, metadata={"help": "Frame rate of those files."})
     validation_seed: int = field(default=0, metadata={"help": "Seed of the samples."})
 
+    # Parameters of the monitor
+    monitor_reward_models: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Held-out reward models that score the validation samples and nothing else: folders or Hub ids. With "
+            "them, or with on_hacking, a monitor judges whether the run still improves videos or only its own reward."
+        },
+    )
+    on_hacking: Literal["warn", "stop", "keep_best"] | None = field(
+        default=None,
+        metadata={
+            "help": "What the monitor's verdict `hacked` does. warn: it is logged, as without this option. stop: the run ends "
+            "after a checkpoint. keep_best: output_dir/best has the weights of the best held-out reward; so it has with stop."
+        },
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_seed("validation_seed", self.validation_seed)
@@ -263,6 +280,22 @@ class PRFLTrainingConfig(TrainingConfig):
         requirement = f"in [1, {indices}], the steps that may take gradient"
         check(1 <= self.num_gradient_steps <= indices, "num_gradient_steps", self.num_gradient_steps, requirement)
         self._check_memory_options()
+        self._check_monitor()
+
+    @property
+    def uses_monitor(self) -> bool:
+        """Whether a monitor judges the validations."""
+        return bool(self.monitor_reward_models) or self.on_hacking is not None
+
+    def _check_monitor(self) -> None:
+        models, action = self.monitor_reward_models, self.on_hacking
+        for name, value in (("monitor_reward_models", models), ("on_hacking", action)):
+            requirement = "left out without `validation_dataset`, whose samples the monitor measures"
+            check(self.validation_dataset is not None or not value, name, value, requirement)
+        is_held_out = len({self.reward_model, *models}) == 1 + len(models)
+        check(is_held_out, "monitor_reward_models", models, "all different, and none of them the `reward_model`")
+        requirement = "warn or stop without `monitor_reward_models`, by which the best is chosen"
+        check(action != "keep_best" or bool(models), "on_hacking", action, requirement)
 
     @property
     def reward_sources(self) -> list[str]:

@@ -1,8 +1,9 @@
 """Samples held-out prompts with fixed noise while the generator trains, and scores what comes out."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -26,6 +27,18 @@ from ..runtime.distributed import gather_records
 from ..runtime.vae_tiling import VAETiling
 from .scoring import score_latents
 from .tracking import log_videos
+
+
+class Observer(Protocol):
+    """Measures more of the samples than the evaluator does by itself."""
+
+    def observe(
+        self, transformer: nn.Module, batch: LatentBatch, indices: Sequence[int], latents: torch.Tensor
+    ) -> list[dict[str, Any]]:
+        """Measurements of each sample of a batch, picklable. Called on all ranks, as often on each."""
+
+    def summarize(self, measured: Sequence[dict[str, Any]]) -> dict[str, float]:
+        """Metrics of all samples, one entry of `measured` for each row, in their order. The same on all ranks."""
 
 
 class SampleEvaluator:
@@ -99,9 +112,17 @@ class SampleEvaluator:
         self.replica = replica
 
     @torch.no_grad()
-    def __call__(self, transformer: nn.Module, accelerator: Accelerator, *, step: int) -> dict[str, float]:
-        """Sample and score; all ranks do the same number of forwards and get the same result. A collective."""
-        records: list[tuple[int, list[list[float]], float]] = []
+    def __call__(
+        self, transformer: nn.Module, accelerator: Accelerator, *, step: int, observer: Observer | None = None
+    ) -> dict[str, float]:
+        """
+        Sample and score; all ranks do the same number of forwards and get the same result. A collective.
+
+        Args:
+            observer (`Observer`, *optional*):
+                Also measures the samples; its metrics are added.
+        """
+        records: list[tuple[int, list[list[float]], float, dict[str, Any]]] = []
         folder = self.output_dir / f"step-{step}"
         batches = shard_batches(
             latent_shapes(self.dataset),
@@ -117,16 +138,19 @@ class SampleEvaluator:
                 [self._score(model, latents, batch, accelerator) for model in self.reward_models.values()]
             )
             stds = latents.flatten(1).std(dim=1)
-            records.extend(zip(indices, logits.movedim(0, 1).tolist(), stds.tolist(), strict=True))
+            measured: list[dict[str, Any]] = [{} for _ in indices]
+            if observer is not None:
+                measured = observer.observe(transformer, batch, indices, latents)
+            records.extend(zip(indices, logits.movedim(0, 1).tolist(), stds.tolist(), measured, strict=True))
             if self.vae is not None:
                 self._write_videos(latents, indices, folder)
         # Rows that fill up a batch come more than once, with the same values.
-        by_row = {index: (logits, std) for index, logits, std in gather_records(records)}
+        by_row = {index: values for index, *values in sorted(gather_records(records), key=lambda record: record[0])}
         # By now all ranks have written theirs.
         videos = {f"validation/{path.stem}": path for path in sorted(folder.glob("*.mp4"))}
         log_videos(accelerator, videos, step=step, fps=self.fps)
         # (num_models, num_rows, num_timesteps)
-        model_logits = torch.tensor([logits for logits, _ in by_row.values()]).movedim(1, 0)
+        model_logits = torch.tensor([logits for logits, _, _ in by_row.values()]).movedim(1, 0)
         all_logits = self.combination(model_logits)
         metrics = {
             f"reward/t{timestep}": float(all_logits[:, column].sigmoid().mean())
@@ -138,7 +162,9 @@ class SampleEvaluator:
             for name, own_logits in zip(self.reward_models, model_logits, strict=True):
                 metrics[f"reward/{name}"] = float(own_logits.sigmoid().mean())
             metrics["reward_disagreement"] = float(self.combination.spread(model_logits).mean())
-        metrics["latents_std"] = float(np.mean([std for _, std in by_row.values()]))
+        metrics["latents_std"] = float(np.mean([std for _, std, _ in by_row.values()]))
+        if observer is not None:
+            metrics |= observer.summarize([measured for _, _, measured in by_row.values()])
         return metrics
 
     def _sample(self, transformer: nn.Module, batch: LatentBatch) -> torch.Tensor:

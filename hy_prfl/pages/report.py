@@ -29,10 +29,29 @@ SPLITS = ("train", "validation")
 AT_TIMESTEP = re.compile(r"(?P<metric>.+)/t(?P<timestep>\d+(?:\.\d+)?)")
 STEP_FOLDER = re.compile(r"step-(\d+)")
 # Metrics between 0 and 1, which are drawn on that scale.
-SHARES = ("accuracy", "precision", "recall", "f1", "auc", "pair_accuracy", "reward")
+SHARES = ("accuracy", "precision", "recall", "f1", "auc", "pair_accuracy", "reward", "monitor_reward")
 # Shown large, if the run has them: metric and whether its first value is shown too.
 HEADLINES = {"accuracy": False, "auc": False, "pair_accuracy": False, "reward": True}
 NUM_BINS = 10
+# What a monitor adds to a validation, by the plot that shows it, each with its name there.
+MONITOR_PLOTS: dict[str, dict[str, str]] = {
+    "Reward in training against held-out": {
+        "reward": "reward in training", "monitor_reward": "held-out reward", "reward_gap": "the former less the latter",
+    },
+    "Distance to the base": {"sample_drift": "samples", "velocity_drift": "velocities"},
+    "Samples to real latents, ratios": {
+        "latents_temporal_energy": "motion", "latents_spatial_low": "low frequencies",
+        "latents_spatial_middle": "middle", "latents_spatial_high": "high",
+        "latents_temporal_slow": "slow", "latents_temporal_fast": "fast",
+    },
+    "Samples to real latents, distances": {
+        "latents_distance": "all statistics", "latents_channel_means": "channel means",
+        "latents_channel_stds": "channel standard deviations",
+    },
+}  # fmt: skip
+# Shown by the monitor's section and not by a plot of its own each.
+MONITORED = {name for names in MONITOR_PLOTS.values() for name in names} - {"reward"}
+IN_WORDS = re.compile(r"monitor_reward(_\d+|_logit)?|verdict")
 
 
 @dataclass
@@ -44,6 +63,9 @@ class RunPage:
     before_after: list[tuple[str, str, dict[str, Path]]] = field(default_factory=list)
     comparisons: list[dict[str, Any]] = field(default_factory=list)
     curves: dict[str, Figure] = field(default_factory=dict)
+    monitor: dict[str, Figure] = field(default_factory=dict)
+    monitor_note: str = ""
+    monitor_rows: list[list[str]] = field(default_factory=list)
     by_sigma: dict[str, Figure] = field(default_factory=dict)
     calibration: dict[str, Figure] = field(default_factory=dict)
     calibration_note: str = ""
@@ -124,6 +146,8 @@ def write_run_page(
         ],
     )
     page.cost, page.cost_note = cost_rows(lines, records, plan)
+    if is_prfl(config):
+        page.monitor, page.monitor_rows, page.monitor_note = monitor_parts(lines, config)
     if scores is not None:
         page.calibration, page.calibration_rows, page.calibration_note = calibration(Path(scores))
     if before is not None and after is not None:
@@ -158,12 +182,19 @@ def state_of_run(
     lines: Sequence[Mapping[str, Any]], records: Sequence[Mapping[str, Any]], config: Mapping[str, Any]
 ) -> str:
     """A sentence: which kind of run it is, and how far it has come."""
-    kind = "Fine-tuning of a generator (PRFL)" if "reward_model" in config and "task" not in config else "Reward model"
+    kind = "Fine-tuning of a generator (PRFL)" if is_prfl(config) else "Reward model"
     model = config.get("pretrained_model_name_or_path", "an unknown model")
     step = max((int(line["step"]) for line in lines), default=0)
     finished = records[-1].get("finished_step") if records else None
     state = f"finished after {finished} steps" if finished is not None else f"not finished, at step {step}"
+    if records and "stopped_step" in records[-1]:
+        state = f"stopped by its monitor after {records[-1]['stopped_step']} steps"
     return f"{kind}, from {model}; {state}."
+
+
+def is_prfl(config: Mapping[str, Any]) -> bool:
+    """Whether these are options of the fine-tuning of a generator."""
+    return "reward_model" in config and "task" not in config
 
 
 def headlines(lines: Sequence[Mapping[str, float]], config: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -174,6 +205,9 @@ def headlines(lines: Sequence[Mapping[str, float]], config: Mapping[str, Any]) -
         if points:
             first = f", {number(points[0][1])} at step {points[0][0]:g}" if with_first and len(points) > 1 else ""
             cards.append((number(points[-1][1]), f"{metric.replace('_', ' ')} in the last validation{first}"))
+    verdicts = [line["verdict"] for line in lines if "verdict" in line]
+    if verdicts:
+        cards.append((str(verdicts[-1]), "is what the monitor finds the run"))
     if "lora_rank" in config:
         rank = config["lora_rank"]
         cards.append(("all" if rank is None else f"rank {rank}", "weights train" if rank is None else "LoRA trains"))
@@ -188,7 +222,7 @@ def series(lines: Iterable[Mapping[str, float]], name: str) -> list[tuple[float,
 def training_figures(lines: Sequence[Mapping[str, float]]) -> dict[str, Figure]:
     """
     A plot of each metric against the step, of training, validation and each of several validation datasets in one. Those
-    at a noise level are left out.
+    at a noise level are left out, and so are the monitor's.
     """
     names = dict.fromkeys(name.split("/", 1)[1] for line in lines for name in line if name.split("/")[0] in SPLITS)
     figures = {}
@@ -198,7 +232,8 @@ def training_figures(lines: Sequence[Mapping[str, float]]) -> dict[str, Figure]:
         if metric in names:
             parts.setdefault(metric, []).append(part)
     for name in names:
-        if AT_TIMESTEP.fullmatch(name) or name.partition("/")[2] in names:
+        is_part = name.partition("/")[2] in names
+        if AT_TIMESTEP.fullmatch(name) or is_part or name in MONITORED or IN_WORDS.fullmatch(name):
             continue
         curves = {split: series(lines, f"{split}/{name}") for split in SPLITS}
         curves |= {part: series(lines, f"validation/{part}/{name}") for part in parts.get(name, [])}
@@ -206,6 +241,36 @@ def training_figures(lines: Sequence[Mapping[str, float]]) -> dict[str, Figure]:
         title = name.replace("_", " ")
         figures[title] = draw_curves(title, "step", curves, is_share=name in SHARES, whole=True)
     return figures
+
+
+def monitor_parts(
+    lines: Sequence[Mapping[str, Any]], config: Mapping[str, Any]
+) -> tuple[dict[str, Figure], list[list[str]], str]:
+    """Plots of what the monitor measured, a row for each of its verdicts, and a note; without a monitor the note only."""
+    watched = [line for line in lines if "verdict" in line]
+    if not watched:
+        return (
+            {},
+            [],
+            (
+                "This run had no monitor: nothing here tells better videos from a reward that was fooled. "
+                "`--monitor_reward_models` and `--on_hacking` add one."
+            ),
+        )
+    figures = {}
+    for title, names in MONITOR_PLOTS.items():
+        curves = {label: series(watched, f"validation/{name}") for name, label in names.items()}
+        if title == next(iter(MONITOR_PLOTS)):
+            models = config.get("monitor_reward_models") or []
+            for number, model in enumerate(models, 1):
+                curves[f"held-out {number}: {model}"] = series(watched, f"validation/monitor_reward_{number}")
+        curves = {label: points for label, points in curves.items() if points}
+        if curves:
+            figures[title] = draw_curves(title, "step", curves, whole=True)
+    rows = [[str(line["step"]), str(line["verdict"]), str(line["verdict_reason"])] for line in watched]
+    action = config.get("on_hacking") or "warn"
+    note = f"By the rules of docs/monitor.md; step 0 is the base. `on_hacking` is {action}."
+    return figures, rows, note
 
 
 def sigma_figures(lines: Sequence[Mapping[str, float]]) -> dict[str, Figure]:

@@ -10,6 +10,7 @@ from diffusers import UniPCMultistepScheduler
 from ..configs.base import Quantization, TrainingConfig, check
 from ..configs.prfl import PRFLTrainingConfig
 from ..configs.reward import RewardTrainingConfig
+from ..evaluation.drift import DRIFT_SIGMAS
 from ..losses import RewardCombination
 from ..models.experts import Experts
 from ..runtime.context_parallel import check_divisible
@@ -174,13 +175,17 @@ def _estimate_prfl(request: Request, training: PRFLTrainingConfig, reserved: flo
     # One of them computes at a time.
     whole, gathered = sum(size for size, _ in weights), max(size for _, size in weights)
     copied = whole if training.offload_reward_model else 0.0
+    # The monitor's are taken to be of the same size. Away from the device, they come to it one at a time.
+    num_monitors = len(training.monitor_reward_models)
     held |= {"reward model": whole - copied, "reward model, gathered": gathered}
+    if num_monitors:
+        held["monitor's reward models"] = num_monitors * (whole - copied)
     host_memory = {
         "loading": engine.loading_memory(
             sizes, is_frozen=training.lora_rank is not None, is_quantized=training.base_quantization is not None
         ),
         "weights and optimizer states": engine.host_memory(sizes),
-        "reward model in host memory": copied,
+        "reward model in host memory": (1 + num_monitors) * copied,
     }
     block_inputs = generator["forward"].offloaded
     if uses_flow:
@@ -224,6 +229,12 @@ def _estimate_prfl(request: Request, training: PRFLTrainingConfig, reserved: flo
             host_memory["rollouts"] = training.rollout_buffer_size * num_states * 2 * BFLOAT16 * latents
     flops = _prfl_flops(request, training, numerics, uses_flow=uses_flow, uses_reward=uses_reward)
     checkpoint = engine.checkpoint_size(sizes, is_lora=training.lora_rank is not None, has_average=training.use_ema)
+    if training.uses_monitor:
+        # The base's samples and velocities in half precision.
+        sample = math.prod((config["out_channels"], *request.shape.latents))
+        base = training.num_validation_samples * (1 + len(DRIFT_SIGMAS)) * BFLOAT16 * sample
+        host_memory["monitor's samples of the base"] = base
+        checkpoint += base
     return Estimate(held, phases, flops, host_memory, checkpoint, sizes.total, sizes.trained, reserved)
 
 

@@ -79,7 +79,7 @@ def run_record(*, seed: int, num_processes: int = 1) -> dict[str, Any]:
             Processes of the run.
     """
     return {
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "started": _now(),
         "command": _without_tokens(sys.argv),
         "seed": seed,
         "num_processes": num_processes,
@@ -113,14 +113,23 @@ def finish_run_record(path: str | Path, global_step: int, *, peak_gpu_memory: Se
         peak_gpu_memory (`Sequence[int]`):
             Peak bytes of tensors since that start, of each process with an accelerator.
     """
+    end = {"finished_step": global_step, "finished": _now(), "peak_gpu_memory": list(peak_gpu_memory)}
+    _end_run_record(path, end)
+
+
+def stop_run_record(path: str | Path, global_step: int, reason: str) -> None:
+    """Add to the last record that the run has ended without a result: the number of updates, the time, and why."""
+    _end_run_record(path, {"stopped_step": global_step, "stopped": _now(), "stopped_because": reason})
+
+
+def _end_run_record(path: str | Path, end: Mapping[str, Any]) -> None:
     path = Path(path)
     *earlier, last = read_run_records(path)
-    end = {
-        "finished_step": global_step,
-        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "peak_gpu_memory": list(peak_gpu_memory),
-    }
-    write_text(path, json.dumps([*earlier, last | end], indent=2) + "\n")
+    write_text(path, json.dumps([*earlier, {**last, **end}], indent=2) + "\n")
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def read_run_records(path: str | Path) -> list[dict[str, Any]]:

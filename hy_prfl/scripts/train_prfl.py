@@ -18,7 +18,8 @@ from .running import run
 def main(argv: Sequence[str] | None = None) -> None:
     """Train a generator."""
     config = parse_config(PRFLTrainingConfig, argv, description=__doc__)
-    check_sources(config, "pretrained_model_name_or_path", "reward_model", "reward_models")
+    sources = ("pretrained_model_name_or_path", "reward_model", "reward_models", "monitor_reward_models")
+    check_sources(config, *sources)
     check_paths(config, "transformer_path", "lora_path", "transformer_2_path", "lora_2_path")
     # A dry run reads a dataset only for the size of its clips.
     if not config.dry_run:

@@ -118,6 +118,8 @@ class Trainer(ABC):
         self.global_step = 0
         self.dataset_digests = {source: rows_digest(dataset) for source, dataset in datasets.items()}
         self.interrupted = False
+        # Why the run is to end before its last step, the same on all ranks; a subclass may set it in `validate`.
+        self.stop_reason: str | None = None
         updates_per_epoch = -(-batches_per_epoch // config.gradient_accumulation_steps)
         self.max_train_steps = config.max_train_steps or config.num_train_epochs * updates_per_epoch
         optimizer = torch.optim.AdamW(
@@ -184,6 +186,19 @@ class Trainer(ABC):
     @abstractmethod
     def validate(self) -> dict[str, float]:
         """Evaluate the model and return scalars to log. A collective."""
+
+    def measure_start(self) -> dict[str, float]:
+        """
+        Validate what the run starts from, before a checkpoint is loaded, if that is needed. A collective.
+
+        Returns:
+            Metrics to log at step 0; empty unless a subclass has some.
+        """
+        return {}
+
+    def validation_notes(self) -> dict[str, str]:
+        """What the last validation says in words, for `metrics.jsonl`."""
+        return {}
 
     @abstractmethod
     def save_model(self, directory: Path) -> None:
@@ -257,14 +272,22 @@ class Trainer(ABC):
             disable=not self.accelerator.is_main_process,
         )
         with signals_caught(self._interrupt):
-            while self.global_step < self.max_train_steps and not self.interrupted:
+            while self.global_step < self.max_train_steps and not self.interrupted and self.stop_reason is None:
                 metrics = self.train_step()
                 self.lr_scheduler.step()
                 self.global_step += 1
                 progress.update()
                 self._after_step(metrics, progress)
         progress.close()
-        if self.global_step < self.max_train_steps:
+        is_finished = self.global_step == self.max_train_steps and self.stop_reason is None
+        if self.stop_reason is not None:
+            self.run.reports.note_stop(self.stop_reason, global_step=self.global_step)
+            logger.warning(
+                "Stopped after step %d, without a result: %s. The last checkpoint is complete.",
+                self.global_step,
+                self.stop_reason,
+            )
+        elif not is_finished:
             logger.warning(
                 "Interrupted after step %d; continue with --resume_from_checkpoint latest.", self.global_step
             )
@@ -273,7 +296,7 @@ class Trainer(ABC):
             self.run.reports.note_result(global_step=self.global_step)
             logger.info("Finished %d steps: %s", self.global_step, self.output_dir)
         self.accelerator.end_training()
-        if self.global_step == self.max_train_steps:
+        if is_finished:
             self.run.reports.finish(global_step=self.global_step)
 
     def generators(self, stream: int, micro_step: int, batch_size: int) -> list[torch.Generator]:
@@ -337,6 +360,7 @@ class Trainer(ABC):
             self.average.num_averaged = state.get("num_averaged", 0)
 
     def _start_run(self) -> None:
+        start_metrics = self.measure_start()
         if self.run.checkpoint is not None:
             resume(self, self.run.checkpoint)
         abandoned = None
@@ -351,6 +375,8 @@ class Trainer(ABC):
                 ", ".join(sorted(path.name for path in abandoned.iterdir())),
             )
         self.run.reports.start(self.global_step, checkpoint=self.run.checkpoint, abandoned=abandoned)
+        if start_metrics and self.global_step == 0:
+            self.run.reports.log_validation(start_metrics, self.validation_notes(), global_step=0)
 
     def _after_step(self, metrics: dict[str, torch.Tensor], progress: tqdm) -> None:
         config, is_last = self.config, self.global_step == self.max_train_steps
@@ -361,8 +387,10 @@ class Trainer(ABC):
             self.run.reports.log(values, global_step=self.global_step, prefix="train")
         self.interrupted = any_rank(self.accelerator, self.interrupted)
         if config.validation_dataset and (self.global_step % config.validation_steps == 0 or is_last):
-            self.run.reports.log_validation(self.validate(), global_step=self.global_step)
-        if self.global_step % config.checkpointing_steps == 0 or is_last or self.interrupted:
+            validated = self.validate()
+            self.run.reports.log_validation(validated, self.validation_notes(), global_step=self.global_step)
+        ends = is_last or self.interrupted or self.stop_reason is not None
+        if self.global_step % config.checkpointing_steps == 0 or ends:
             checkpoint = save_checkpoint(
                 self.accelerator,
                 self.output_dir,

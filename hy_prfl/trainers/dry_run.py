@@ -107,7 +107,7 @@ def dry_run(make_trainer: Callable[[Any], Trainer], config: TrainingConfig) -> D
         latents_shape = write_inputs(config, dataset_dir)
         changes = {**LEFT_OUT, "train_dataset": str(dataset_dir), "output_dir": str(Path(folder) / "run")}
         if isinstance(config, PRFLTrainingConfig):
-            changes["prompt_dataset"] = None
+            changes |= {"prompt_dataset": None, "monitor_reward_models": [], "on_hacking": None}
         if isinstance(config, RewardTrainingConfig):
             changes |= {"train_dataset_weights": None, "validation_random_timesteps": 0}
         trainer = make_trainer(dataclasses.replace(config, **changes))

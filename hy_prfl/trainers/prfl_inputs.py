@@ -65,9 +65,8 @@ def open_models(config: PRFLTrainingConfig, run: Run) -> dict[str, Any]:
     vae = AutoencoderKLWan.from_pretrained(path, subfolder="vae", revision=revision, variant=config.variant)
     fingerprint = vae_fingerprint(vae)
 
-    def reward_model(source: str) -> Deferred[WanRewardModel]:
+    def reward_model(source: str, of: str) -> Deferred[WanRewardModel]:
         reward_config = WanRewardModel.load_own_config(source)
-        of = REWARD_LATENTS if config.reward_models is None else f"{REWARD_LATENTS}, {source},"
         check_same_vae(fingerprint, reward_config["vae_fingerprint"], source=path, of=of)
         load = partial(
             load_reward_model,
@@ -94,7 +93,14 @@ def open_models(config: PRFLTrainingConfig, run: Run) -> dict[str, Any]:
             name: transformer(name, dtype=dtype, split=run.split, quantizer=run.quantizer("base_quantization"))
             for name in experts.trained
         },
-        "reward_model": [reward_model(source) for source in config.reward_sources],
+        "reward_model": [
+            reward_model(source, REWARD_LATENTS if config.reward_models is None else f"{REWARD_LATENTS}, {source},")
+            for source in config.reward_sources
+        ],
+        "monitor_reward_models": [
+            reward_model(source, f"the latents that the monitor's reward model '{source}' was trained on")
+            for source in config.monitor_reward_models
+        ],
         "vae": vae if config.validation_videos else None,
     }
     if frozen is not None:

@@ -1,12 +1,14 @@
 """What PRFL writes and reads of the generator: whole transformers or adapters, by expert."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 
 from ..configs.prfl import PRFLTrainingConfig
 from ..formats.layout import EXPERT_FOLDERS, LORA_FILES, ExpertName
@@ -14,7 +16,11 @@ from ..formats.lora_metadata import lora_metadata
 from ..formats.model_files import read_lora, save_lora, save_pretrained
 from ..models.experts import PairWeights
 from ..models.loading import WeightFiles
+from ..runtime.atomic_writes import replace_folder, temporary_folder, temporary_name
 from ..runtime.sharding import full_state_dict
+
+
+logger = get_logger(__name__)
 
 
 def adapter_metadata(
@@ -49,6 +55,21 @@ def save_transformer(
         save_lora(transformer, state_dict, directory / LORA_FILES[expert], metadata)
     elif accelerator.is_main_process:
         save_pretrained(transformer, state_dict, directory / EXPERT_FOLDERS[expert])
+
+
+def save_best(
+    accelerator: Accelerator, target: Path, save_model: Callable[[Path], None], report: Mapping[str, float]
+) -> None:
+    """Replace the folder of the best model by the present one and its metrics. A collective."""
+    temporary = temporary_name(target)
+    if accelerator.is_main_process:
+        temporary_folder(target)
+        temporary.mkdir(parents=True)
+    save_model(temporary)
+    if accelerator.is_main_process:
+        (temporary / "metrics.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
+        replace_folder(temporary, target)
+    logger.info("Best held-out reward so far, %.4f: %s.", report["monitor_reward"], target)
 
 
 def read_transformers(

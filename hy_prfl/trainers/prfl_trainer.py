@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from datasets import Dataset
 from diffusers import AutoencoderKLWan
 
@@ -13,7 +14,7 @@ from ..configs.prfl import PRFLTrainingConfig
 from ..data.collators import LatentBatch
 from ..evaluation.sample_evaluator import SampleEvaluator
 from ..flow_matching import add_noise, sample_noise, sigmas_to_timesteps, velocity_target
-from ..formats.checkpoints import PRFL_RESULTS, VALIDATION_FOLDER
+from ..formats.checkpoints import BEST_FOLDER, PRFL_RESULTS, VALIDATION_FOLDER, read_state
 from ..formats.layout import ExpertName
 from ..losses import flow_matching_loss
 from ..models.conditioning import Conditioning, num_clean_frames
@@ -47,11 +48,14 @@ from .prfl_inputs import (
     open_datasets,
     open_models,
 )
-from .prfl_results import adapter_metadata, read_transformers, save_transformer
+from .prfl_monitor import Monitor, check_monitor_models
+from .prfl_results import adapter_metadata, read_transformers, save_best, save_transformer
 from .prfl_rollouts import ReusedRollouts
 from .reward_feedback import RewardFeedback, RewardTerm, load_reward_models, name_models
 from .run import Run
 
+
+logger = get_logger(__name__)
 
 FLOW_NOISE, FLOW_PROMPT, REWARD_NOISE, REWARD_PROMPT, STEP_INDEX, FLOW_EXPERT, STATES, FORESIGHT = range(8)
 # The losses of each update of a step.
@@ -102,6 +106,8 @@ class PRFLTrainer(Trainer):
             `reward_models`.
         train_dataset (`Dataset`):
             A latent dataset: clips, and prompts if there is no `prompt_dataset`.
+        monitor_reward_models (`Sequence[WanRewardModel]`, *optional*):
+            Held-out reward models of the monitor; the option of the same name names them.
         prompt_dataset, validation_dataset (`Dataset`, *optional*):
             Prompts of the reward updates, and held-out prompts to sample; the option of the same name names them.
         frozen_expert (`WanTransformer3DModel`, *optional*):
@@ -124,6 +130,7 @@ class PRFLTrainer(Trainer):
         *,
         transformer: AnyTransformer | Mapping[ExpertName, AnyTransformer],
         reward_model: AnyRewardModel | Sequence[AnyRewardModel],
+        monitor_reward_models: Sequence[AnyRewardModel] = (),
         train_dataset: Dataset,
         prompt_dataset: Dataset | None = None,
         validation_dataset: Dataset | None = None,
@@ -160,6 +167,12 @@ class PRFLTrainer(Trainer):
         check_reward_models(
             config, [each.config for each in given_judges], generator_configs, self.datasets.by_source()
         )
+        check_monitor_models(
+            config,
+            monitor_reward_models,
+            generator_configs,
+            vae_fingerprint=given_judges[0].config["vae_fingerprint"],
+        )
         self.scheduler = load_scheduler(path, revision=revision, flow_shift=config.sampler_flow_shift)
         self.step_range = find_step_range(config, self.experts, self.scheduler)
         self.high_noise_probability = find_high_noise_probability(config, self.experts)
@@ -191,6 +204,18 @@ class PRFLTrainer(Trainer):
         self.as_base = partial(adapters_off, self.unwrapped) if config.anchor_scale > 0 else None
         self.rollouts = ReusedRollouts(config, run) if config.rollout_interval > 1 else None
         self.evaluator = self._build_evaluator(vae)
+        self.monitor: Monitor | None = None
+        if config.uses_monitor:
+            self.monitor = Monitor(
+                config,
+                run,
+                reward_models=monitor_reward_models,
+                datasets=self.datasets,
+                experts=self.experts,
+                digest=self.dataset_digests[str(config.validation_dataset)],
+            )
+            if self.monitor.keeps_best:
+                self.results = (*PRFL_RESULTS, BEST_FOLDER)
         self.flow_batches: Iterator[LatentBatch] = iter(())
         self.reward_batches: Iterator[LatentBatch] = iter(())
 
@@ -417,38 +442,74 @@ class PRFLTrainer(Trainer):
         self.unwrapped.train()
 
     def validate(self) -> dict[str, float]:
-        """Sample held-out prompts, with the averaged weights if there are any, and score what comes out."""
+        """
+        Sample held-out prompts, with the averaged weights if there are any, and score what comes out.
+
+        With a monitor its metrics and its verdict are added, and the model is kept if it is the best so far.
+        """
         assert self.evaluator is not None
         self.unwrapped.eval()
         with self.averaged_weights():
-            metrics = self.evaluator(self.generator, self.accelerator, step=self.global_step)
+            metrics = self.evaluator(self.generator, self.accelerator, step=self.global_step, observer=self.monitor)
+            if self.monitor is not None:
+                metrics |= self.monitor.judge(metrics, step=self.global_step)
+                self.stop_reason = self.monitor.reason_to_stop
+                if self.monitor.is_best(metrics):
+                    self.save_best(metrics)
         self.unwrapped.train()
         return metrics
 
+    def measure_start(self) -> dict[str, float]:
+        """With a monitor, validate the base, unless the checkpoint to resume from has what it measured of it."""
+        if self.monitor is None or (self.run.checkpoint and self.monitor.fits(read_state(self.run.checkpoint))):
+            return {}
+        return self.validate()
+
+    def validation_notes(self) -> dict[str, str]:
+        """The monitor's verdict in words."""
+        if self.monitor is None:
+            return {}
+        return {"verdict": self.monitor.verdict.level, "verdict_reason": self.monitor.verdict.reason}
+
     def state(self) -> dict[str, Any]:
-        """Adds the place in the reused rollouts."""
-        return {**super().state(), **({} if self.rollouts is None else self.rollouts.state())}
+        """Adds the place in the reused rollouts, and what the monitor has seen."""
+        rollouts = {} if self.rollouts is None else self.rollouts.state()
+        return {**super().state(), **rollouts, **({} if self.monitor is None else self.monitor.state())}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore what `state` returned."""
         super().load_state(state)
         if self.rollouts is not None:
             self.rollouts.load_state(state)
+        if self.monitor is not None:
+            self.monitor.load_state(state)
+            self.stop_reason = self.monitor.reason_to_stop
 
     def forget_outdated(self, changed: Collection[str]) -> None:
-        """Drop rollouts that are not of the chains that are walked from here on."""
+        """Drop rollouts that are not of the chains that are walked from here on, and a best model that is gone."""
         if self.rollouts is not None:
             self.rollouts.forget_outdated(changed)
+        if self.monitor is not None:
+            self.monitor.forget_lost_best(self.output_dir, self.global_step)
 
     def save_own(self, directory: Path) -> None:
-        """Write the rollouts that updates start from."""
+        """Write the rollouts that updates start from, and the monitor's samples of the base."""
         if self.rollouts is not None:
             self.rollouts.save(directory)
+        if self.monitor is not None:
+            self.monitor.save(directory)
 
     def load_own(self, directory: Path, state: dict[str, Any]) -> None:
-        """Read the rollouts that updates start from, as far as they fit this run."""
+        """Read the rollouts that updates start from, as far as they fit this run, and the monitor's samples."""
         if self.rollouts is not None:
             self.rollouts.load(directory, state)
+        if self.monitor is not None:
+            self.monitor.load(directory, state)
+
+    def save_best(self, metrics: dict[str, float]) -> None:
+        """Write the weights, as they are in the model, to `output_dir/best`, with their metrics. A collective."""
+        report = {"global_step": self.global_step, **metrics}
+        save_best(self.accelerator, self.output_dir / BEST_FOLDER, self.save_model, report)
 
     def save_model(self, directory: Path) -> None:
         """Write the weights in training: `directory/transformer`, or the adapter's file, by expert. A collective."""

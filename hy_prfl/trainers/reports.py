@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -23,6 +24,7 @@ from ..runtime.provenance import (
     finish_run_record,
     read_metric_lines,
     run_record,
+    stop_run_record,
     write_run_record,
 )
 
@@ -103,17 +105,21 @@ class Reports:
         )
         announce_trackers(self.accelerator)
 
-    def log(self, values: dict[str, float], *, global_step: int, prefix: str) -> None:
-        """Send scalars, called `prefix/name`, to the trackers and append them to `metrics.jsonl`."""
+    def log(
+        self, values: dict[str, float], notes: Mapping[str, str] | None = None, *, global_step: int, prefix: str
+    ) -> None:
+        """Send scalars, called `prefix/name`, to the trackers and append them, and notes, to `metrics.jsonl`."""
         entries = {f"{prefix}/{name}": value for name, value in values.items()}
         self.accelerator.log(entries, step=global_step)
         if self.accelerator.is_main_process:
             with (self.output_dir / METRICS_FILE).open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": global_step, **entries}) + "\n")
+                file.write(json.dumps({"step": global_step, **entries, **(notes or {})}) + "\n")
 
-    def log_validation(self, values: dict[str, float], *, global_step: int) -> None:
+    def log_validation(
+        self, values: dict[str, float], notes: Mapping[str, str] | None = None, *, global_step: int
+    ) -> None:
         """As `log`, and curves of what was measured at several timesteps."""
-        self.log(values, global_step=global_step, prefix="validation")
+        self.log(values, notes, global_step=global_step, prefix="validation")
         log_timestep_curves(self.accelerator, values, step=global_step, name="validation/by_timestep")
 
     def checkpoint_saved(self, checkpoint: Path, *, global_step: int) -> None:
@@ -130,6 +136,13 @@ class Reports:
             if self.config.write_report:
                 write_run_page(self.output_dir)
 
+    def note_stop(self, reason: str, *, global_step: int) -> None:
+        """Note in the run's record that it has ended before its last step, and why, and write its page."""
+        if self.accelerator.is_main_process:
+            stop_run_record(self.output_dir / RUN_FILE, global_step, reason)
+            if self.config.write_report:
+                write_run_page(self.output_dir)
+
     def finish(self, *, global_step: int) -> None:
         """Push the result. The other ranks are let go: an upload may take long."""
         if self.uploader is not None:
@@ -139,7 +152,8 @@ class Reports:
         """Drop the lines that a run wrote after the checkpoint it is continued from."""
         path = self.output_dir / METRICS_FILE
         lines = read_metric_lines(path)
-        kept = [line for step, line in lines if step <= global_step]
+        # A run that begins again measures its start again, too.
+        kept = [line for step, line in lines if 0 < global_step >= step]
         if len(kept) < len(lines):
             logger.info(
                 "%s: %d lines of steps after %d are left out, they are done anew.",

@@ -167,6 +167,8 @@ PRFL_RULES: dict[str, Rule] = {
     "validation_fps": APPLIED,
     "vae_tiling": APPLIED,
     "validation_seed": APPLIED,
+    "monitor_reward_models": APPLIED,
+    "on_hacking": APPLIED,
 }
 
 RULES: dict[type[TrainingConfig], dict[str, Rule]] = {

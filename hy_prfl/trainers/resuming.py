@@ -161,12 +161,13 @@ def model_identities(config: TrainingConfig) -> dict[str, dict[str, str]]:
     sources = {"pretrained_model_name_or_path": [folder for folder in folders if Path(folder).is_dir()] or [pipeline]}
     for path in getattr(config, "reward_models", None) or []:
         sources.setdefault("reward_models", []).append(path)
+    sources["monitor_reward_models"] = list(getattr(config, "monitor_reward_models", ()))
     for option in ("reward_model", *START_OPTIONS):
         path = getattr(config, option, None)
         if path is not None:
             # The folder of a run holds more than its LoRA, and goes on changing.
             sources[option] = [path] if option not in LORA_OPTIONS else lora_sources(path)
-    return {option: {source: path_identity(source) for source in found} for option, found in sources.items()}
+    return {option: {source: path_identity(source) for source in found} for option, found in sources.items() if found}
 
 
 def _check_start(state: Mapping[str, Any], checkpoint: Path, identities: Mapping[str, Mapping[str, str]]) -> None:

@@ -25,12 +25,18 @@ from hy_prfl.trainers.reward_trainer import RewardTrainer
 
 
 KINDS = ("t2v", "i2v", "5b", "a14b")
-# Trainer and what is special: all weights or an adapter, or the gradient through two steps of a stored chain.
+# Trainer and what is special: all weights or an adapter, or the gradient through two steps of a stored chain, watched by a
+# monitor.
 VARIANTS = (("reward", "full"), ("reward", "lora"), ("prfl", "full"), ("prfl", "lora"), ("prfl", "chained"))
 # Of some kinds also an adapter held by an anchor, on two reward models.
 ENSEMBLE_KINDS = ("t2v", "5b")
 ENSEMBLE = {"reward_disagreement": 0.5, "anchor_scale": 0.5, "learning_rate": 2e-2}
-CHAINED = {"num_chained_steps": 2, "reward_at": "foreseen", "rollout_interval": 2}
+CHAINED: dict[str, Any] = {
+    "num_chained_steps": 2,
+    "reward_at": "foreseen",
+    "rollout_interval": 2,
+    "on_hacking": "warn",
+}
 GLOBAL_BATCH_SIZE = 4
 
 

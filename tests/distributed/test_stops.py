@@ -1,5 +1,6 @@
 """Two processes that are killed, spoilt or resumed in another number: nothing is lost, and all ranks agree."""
 
+import json
 import shutil
 import signal
 import subprocess
@@ -199,3 +200,32 @@ def test_an_error_of_one_rank_ends_the_run_with_its_message(inputs: Path) -> Non
     finished = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=240)
     assert finished.returncode != 0
     assert "cannot reshape array of size 767" in finished.stderr
+
+
+@pytest.mark.launch
+def test_the_monitor_stops_all_ranks_and_another_number_of_them_goes_on(inputs: Path) -> None:
+    """At this learning rate the samples are no longer like the clips after two updates."""
+    shutil.copytree(inputs / "reward", inputs / "held_out", dirs_exist_ok=True)
+    options = [
+        "--learning_rate=0.1", "--lr_warmup_steps=0", "--validation_dataset", str(inputs / "data"), "--validation_steps=2",
+        "--num_validation_samples=6", "--monitor_reward_models", str(inputs / "held_out"),
+    ]  # fmt: skip
+    arguments = ("prfl", "lora", 1)
+    command, environment = launch_command(
+        inputs, "watched", ENGINES["DDP"], *arguments, GLOBAL_BATCH_SIZE // 2, [*options, "--on_hacking=stop"]
+    )
+    finished = subprocess.run(command, env=environment, text=True, capture_output=True)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stderr.count("Stopped after step 2, without a result") == 1
+    run = inputs / "watched"
+    # Each rank has sampled some of the rows.
+    files = [load_file(run / "checkpoint-2" / f"monitor-{rank}.safetensors") for rank in (0, 1)]
+    rows = [{int(name.split(".")[0]) for name in tensors} for tensors in files]
+    assert rows[0] != rows[1]
+    assert rows[0] | rows[1] == set(range(6))
+    before = json.loads((run / "checkpoint-2" / "trainer_state.json").read_text())["monitor"]["series"]
+    on = ["--on_hacking=warn", "--resume_from_checkpoint=latest"]
+    train(inputs, run.name, ENGINES["one process"], *arguments, GLOBAL_BATCH_SIZE, [*options, *on])
+    after = json.loads((run / "checkpoint-4" / "trainer_state.json").read_text())["monitor"]["series"]
+    assert [entry["step"] for entry in after] == [0, 2, 4]
+    assert after[:2] == before

@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 import yaml
 
-from hy_prfl.pages.report import calibration, cost_rows, samples_to_show, sigma_figures, training_figures
+from hy_prfl.pages.report import (
+    calibration,
+    cost_rows,
+    monitor_parts,
+    samples_to_show,
+    sigma_figures,
+    training_figures,
+)
 from hy_prfl.scripts.report import main
 from tests.pages.html import Page
 
@@ -78,6 +85,63 @@ def test_the_page_is_whole_and_needs_nothing_else(run_dir: Path) -> None:
     assert ["lora_rank", "16"] in table
     assert ["hours", "-", "1"] in table
     assert ["seconds per step", "-", "4.5"] in table
+
+
+def test_a_run_without_a_monitor_says_so(run_dir: Path) -> None:
+    page, _ = page_of(run_dir)
+    assert "Monitor" in page.texts
+    assert [text for text in page.texts if text.startswith("This run had no monitor")]
+    config = {"pretrained_model_name_or_path": "p", "task": "motion_quality", "reward_model": None}
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(config))
+    page, _ = page_of(run_dir)
+    assert "Monitor" not in page.texts
+
+
+def test_the_monitor_is_shown_through_time(run_dir: Path) -> None:
+    lines = []
+    for step, verdict in ((0, "healthy"), (200, "healthy"), (400, "hacked")):
+        measured = {
+            "reward": 0.3 + step / 1000,
+            "monitor_reward": 0.3,
+            "monitor_reward_1": 0.2,
+            "monitor_reward_2": 0.4,
+        }
+        measured |= {
+            "reward_gap": step / 1000,
+            "sample_drift": step / 500,
+            "velocity_drift": step / 800,
+            "verdict": 1.0,
+        }
+        measured |= {"latents_temporal_energy": 0.8, "latents_distance": 0.1}
+        line: dict[str, Any] = {"step": step, **{f"validation/{name}": value for name, value in measured.items()}}
+        lines.append(line | {"verdict": verdict, "verdict_reason": f"<reason {step}>"})
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = yaml.safe_load((run_dir / "config.yaml").read_text())
+    config |= {"monitor_reward_models": ["a/best", "b/best"], "on_hacking": "stop"}
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(config))
+    record = json.loads((run_dir / "run.json").read_text())[0]
+    del record["finished"], record["finished_step"]
+    (run_dir / "run.json").write_text(json.dumps([record | {"stopped_step": 400, "stopped_because": "<reason 400>"}]))
+    page, text = page_of(run_dir)
+    assert [row[:2] for row in rows_of(text) if len(row) == 3 and row[2].startswith("&lt;reason")] == [
+        ["0", "healthy"], ["200", "healthy"], ["400", "hacked"],
+    ]  # fmt: skip
+    assert [each for each in page.texts if each.endswith("stopped by its monitor after 400 steps.")]
+    assert {"hacked", "is what the monitor finds the run"} <= set(page.texts)
+    assert {image["alt"] for image in page.all("img")} == {
+        "reward", "Reward in training against held-out", "Distance to the base",
+        "Samples to real latents, ratios", "Samples to real latents, distances",
+    }  # fmt: skip
+    figures, _, note = monitor_parts(lines, config)
+    assert "`on_hacking` is stop" in note
+    curves = {
+        line.get_label(): line.get_xydata() for line in figures["Reward in training against held-out"].axes[0].lines
+    }
+    assert list(curves) == [
+        "reward in training", "held-out reward", "the former less the latter", "held-out 1: a/best", "held-out 2: b/best",
+    ]  # fmt: skip
+    np.testing.assert_allclose(curves["reward in training"], [[0, 0.3], [200, 0.5], [400, 0.7]])
+    np.testing.assert_allclose(curves["held-out 2: b/best"][:, 1], 0.4)
 
 
 def test_cost_against_plan(run_dir: Path, tmp_path: Path) -> None:

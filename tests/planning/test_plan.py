@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -228,6 +229,22 @@ def test_a_reward_model_in_host_memory_is_on_the_gpu_only_for_the_reward() -> No
     assert {name: value for name, value in away.phases.items() if name != "reward"} == {
         name: value for name, value in held.phases.items() if name != "reward"
     }
+
+
+def test_the_monitor_takes_memory_of_its_reward_models_and_of_the_base() -> None:
+    options: dict[str, Any] = {"validation_dataset": "v", "num_validation_samples": 4}
+    plain, watched = (
+        plan(prfl_recipe(SMALL, **options, monitor_reward_models=models), **CLIP, gpu_memory=1e6)
+        for models in ([], ["a", "b"])
+    )
+    more = sum(watched.memory.values()) - sum(plain.memory.values())
+    assert more == pytest.approx(2 * plain.memory["reward model"])
+    # Samples, and velocities at three noise levels, of 16 channels of 21 x 60 x 104, in half precision.
+    base = 4 * 4 * 2 * 16 * 21 * 60 * 104 / 1e9
+    assert sum(watched.host_memory.values()) - sum(plain.host_memory.values()) == pytest.approx(base)
+    away = prfl_recipe(SMALL, **options, monitor_reward_models=["a", "b"], offload_reward_model=True)
+    made = plan(away, **CLIP, gpu_memory=1e6)
+    assert sum(plain.memory.values()) - sum(made.memory.values()) == pytest.approx(plain.memory["reward model"])
 
 
 def test_one_gpu_is_told_to_keep_the_reward_model_in_host_memory() -> None:

@@ -1,0 +1,135 @@
+"""Whether a PRFL run still improves videos or only its own reward: rules on the metrics of its validations."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+
+Level = Literal["healthy", "warn", "hacked"]
+LEVELS: tuple[Level, ...] = ("healthy", "warn", "hacked")
+
+# Every limit is a pair: from the first on a rule warns, from the second on it says `hacked`.
+# Gain of the training reward from which on the held-out reward is asked whether it has gained too.
+ASKED_FROM = 0.1
+# Share of that gain that the held-out reward lacks.
+UNSHARED = (0.5, 0.75)
+# By how much the held-out reward is below its best.
+FALL = (0.05, 0.1)
+# By how much the channels are farther from those of the real latents than the base's, in standard deviations.
+SHIFT = (0.025, 0.045)
+# By how much motion or power is farther from that of the real latents than the base's, as a difference of logarithms.
+DEPARTURE = (0.2, 0.4)
+# Relative distance of the velocities from the base's. A long run may go far, but not by the length of the velocities.
+DRIFT = (0.15, 1.0)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """
+    What the validations of a run say.
+
+    Args:
+        level (`str`):
+            `"healthy"`, `"warn"` or `"hacked"`.
+        reason (`str`):
+            Which rules say so, with their numbers; a part of a sentence.
+    """
+
+    level: Level
+    reason: str
+
+    @property
+    def number(self) -> int:
+        """0, 1 or 2, for plots."""
+        return LEVELS.index(self.level)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one rule has found; kinds are `held-out`, `statistics` and `drift`."""
+
+    kind: str
+    level: Level
+    text: str
+
+
+def judge(series: Sequence[Mapping[str, float]]) -> Verdict:
+    """
+    The verdict on a run after its last validation.
+
+    The worst finding counts. Warnings of two kinds at once are `hacked`: a generator that has moved far and whose latents
+    become unlike the real ones, say, has not moved in a good direction.
+
+    Args:
+        series (`Sequence[Mapping[str, float]]`):
+            Metrics of each validation, oldest first. The first one is of the base. Rules on metrics that are not there
+            say nothing.
+
+    Raises:
+        ValueError: If there is no validation, or a metric is not a finite number.
+    """
+    if not series:
+        raise ValueError("`series` must have the metrics of the base at least.")
+    for name, value in series[-1].items():
+        if not math.isfinite(value):
+            raise ValueError(f"`series`: `{name}` must be a finite number, got {value!r}.")
+    if len(series) == 1:
+        return Verdict("healthy", "this is the base")
+    findings = [*_held_out(series), *_statistics(series[0], series[-1]), *_drift(series[-1])]
+    if not findings:
+        return Verdict("healthy", "no rule has found anything")
+    worst = max((finding.level for finding in findings), key=LEVELS.index)
+    if len({finding.kind for finding in findings}) > 1:
+        worst = "hacked"
+    return Verdict(worst, "; ".join(finding.text for finding in findings))
+
+
+def _held_out(series: Sequence[Mapping[str, float]]) -> Iterator[Finding]:
+    """The held-out reward does not share the gain of the training reward, or falls."""
+    base, now = series[0], series[-1]
+    if "monitor_reward" not in now:
+        return
+    gain, shared = (now[name] - base[name] for name in ("reward", "monitor_reward"))
+    if gain >= ASKED_FROM:
+        level = _level(1 - shared / gain, UNSHARED)
+        if level != "healthy":
+            yield Finding(
+                "held-out", level, f"the training reward has gained {gain:.3f}, the held-out reward {shared:.3f}"
+            )
+    best = max(entry["monitor_reward"] for entry in series)
+    level = _level(best - now["monitor_reward"], FALL)
+    if level != "healthy":
+        yield Finding("held-out", level, f"the held-out reward is {now['monitor_reward']:.3f} and was {best:.3f}")
+
+
+def _statistics(base: Mapping[str, float], now: Mapping[str, float]) -> Iterator[Finding]:
+    """The latents become less like the real ones than the base's were."""
+    for name, value in now.items():
+        if name in ("latents_channel_means", "latents_channel_stds"):
+            level, what = (
+                _level(value - base[name], SHIFT),
+                f"from {base[name]:.3f} to {value:.3f} standard deviations",
+            )
+        elif name.startswith(("latents_temporal_", "latents_spatial_")):
+            level = _level(abs(_log(value)) - abs(_log(base[name])), DEPARTURE)
+            what = f"from {base[name]:.2f} to {value:.2f} times those of real latents"
+        else:
+            continue
+        if level != "healthy":
+            yield Finding("statistics", level, f"{name} has gone {what}")
+
+
+def _drift(now: Mapping[str, float]) -> Iterator[Finding]:
+    """The generator is far from the base."""
+    level = _level(now["velocity_drift"], DRIFT)
+    if level != "healthy":
+        yield Finding("drift", level, f"velocities are {now['velocity_drift']:.2f} of their length from the base's")
+
+
+def _level(value: float, limits: tuple[float, float]) -> Level:
+    return LEVELS[sum(value >= limit for limit in limits)]
+
+
+def _log(ratio: float) -> float:
+    return math.log(max(ratio, 1e-3))

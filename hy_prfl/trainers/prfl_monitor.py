@@ -1,0 +1,299 @@
+"""Watches a PRFL run from outside its reward: held-out reward models, distance to the base, statistics of real latents."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.logging import get_logger
+from datasets import Dataset
+from torch import nn
+
+from ..compatibility import check_fits_generator, check_same_vae
+from ..configs.base import check
+from ..configs.prfl import PRFLTrainingConfig
+from ..data.collators import LatentBatch, collate_latents
+from ..data.schema import table_to_rows
+from ..evaluation.drift import DRIFT_SIGMAS, BaseSamples
+from ..evaluation.latent_statistics import compare_statistics, mean_statistics, measure_latents
+from ..evaluation.monitor import Verdict, judge
+from ..evaluation.scoring import score_latents
+from ..formats.checkpoints import BEST_FOLDER, best_report
+from ..models.conditioning import Conditioning
+from ..models.experts import Experts
+from ..models.loading import Deferred, loaded
+from ..models.reward_model import WanRewardModel
+from ..runtime.host_weights import HostWeights
+from .prfl_datasets import PRFLDatasets
+from .resuming import START_OPTIONS
+from .run import Run
+
+
+logger = get_logger(__name__)
+
+# Options of what is measured: metrics before and after a change of one of them cannot be compared.
+OPTIONS = (
+    "num_validation_samples", "num_inference_steps", "sampler_flow_shift", "validation_guidance_scale",
+    "validation_timesteps", "validation_seed",
+)  # fmt: skip
+MODELS = ("pretrained_model_name_or_path", *START_OPTIONS, "reward_model", "reward_models", "monitor_reward_models")
+# Real clips whose statistics the samples are compared with, at most.
+NUM_REAL_CLIPS = 64
+
+
+def check_monitor_models(
+    config: PRFLTrainingConfig,
+    reward_models: Sequence[WanRewardModel | Deferred[WanRewardModel]],
+    transformer_configs: Sequence[Mapping[str, Any]],
+    *,
+    vae_fingerprint: str | None,
+) -> None:
+    """
+    Refuse held-out reward models that cannot judge the generator's latents, before they are read.
+
+    Args:
+        transformer_configs (`Sequence`):
+            Of the transformers in training.
+        vae_fingerprint (`str`, *optional*):
+            Of the VAE whose latents the reward model was trained on.
+
+    Raises:
+        ValueError: If one does not fit, or as many were not given as the option names.
+    """
+    names = config.monitor_reward_models
+    count = f"{len(reward_models)} names, one for each model that was given"
+    check(len(names) == len(reward_models), "monitor_reward_models", names, count)
+    for name, reward_model in zip(names, reward_models, strict=True):
+        source = f"`monitor_reward_models` '{name}'"
+        of = "the reward model"
+        check_same_vae(reward_model.config["vae_fingerprint"], vae_fingerprint, source=source, of=of)
+        for transformer_config in transformer_configs:
+            check_fits_generator(
+                reward_model.config, transformer_config, allow_other_base=config.allow_other_base, name=source
+            )
+
+
+class Monitor:
+    """
+    Measures the samples of every validation, and judges the run by all validations so far.
+
+    The first evaluation must be of the base: its samples are kept, and its metrics are what later ones are compared with.
+
+    Args:
+        config (`PRFLTrainingConfig`):
+            Options of the run.
+        run (`Run`):
+            Its processes.
+        reward_models (`Sequence[WanRewardModel]`):
+            Held-out reward models, or [`~hy_prfl.models.loading.Deferred`] ones, which are read now.
+        datasets (`PRFLDatasets`):
+            Those of the run. Real latents come from the validation dataset, or from the clips if it has none.
+        experts (`Experts`):
+            Those of the pipeline.
+        digest (`str`):
+            Of the rows of the validation dataset.
+    """
+
+    def __init__(
+        self,
+        config: PRFLTrainingConfig,
+        run: Run,
+        *,
+        reward_models: Sequence[WanRewardModel | Deferred[WanRewardModel]],
+        datasets: PRFLDatasets,
+        experts: Experts,
+        digest: str,
+    ) -> None:
+        self.config = config
+        self.run = run
+        self.reward_models: list[tuple[WanRewardModel, Callable[[], AbstractContextManager[None]]]] = []
+        for reward_model in reward_models:
+            model = loaded(reward_model).requires_grad_(False).eval()
+            in_use: Callable[[], AbstractContextManager[None]] = nullcontext
+            if config.offload_reward_model:
+                in_use = HostWeights(model, run.accelerator.device).on_device
+            else:
+                model.to(run.accelerator.device)
+            run.set_up_blocks(model, num_checkpointed=0)
+            self.reward_models.append((model, in_use))
+        self.real = real_statistics(datasets)
+        sigmas = [sigma for sigma in DRIFT_SIGMAS if experts.name_at(1000 * sigma) in experts.trained]
+        self.base = BaseSamples(sigmas, seed=config.validation_seed + 2)
+        self.series: list[dict[str, float]] = []
+        self.best: float | None = None
+        models = {name: sorted(run.model_identities.get(name, {}).values()) for name in MODELS}
+        self.basis = {"rows": digest, **models, **{name: getattr(config, name) for name in OPTIONS}}
+
+    def observe(
+        self, transformer: nn.Module, batch: LatentBatch, indices: Sequence[int], latents: torch.Tensor
+    ) -> list[dict[str, Any]]:
+        """Measurements of each sample of a batch, see [`~hy_prfl.evaluation.sample_evaluator.Observer`]."""
+        conditioning = Conditioning.of(batch)
+        drifts = [(0.0, 0.0)] * len(indices)
+        # As many forwards either way, so ranks with other rows stay in step.
+        if set(indices) <= set(self.base.samples):
+            drifts = self.base.distances(transformer, indices, latents, conditioning, row_ids=batch.ids)
+        else:
+            self.base.add(transformer, indices, latents, conditioning, row_ids=batch.ids)
+        logits = [self._score(model, in_use, batch, latents) for model, in_use in self.reward_models]
+        statistics = measure_latents(latents) if self.real else [{} for _ in indices]
+        return [
+            {"drift": drift, "logits": [each[row].tolist() for each in logits], "statistics": statistics[row]}
+            for row, drift in enumerate(drifts)
+        ]
+
+    def summarize(self, measured: Sequence[dict[str, Any]]) -> dict[str, float]:
+        """
+        Metrics of all samples.
+
+        `monitor_reward` is the mean of `sigmoid(logit)` over samples, noise levels and held-out reward models,
+        `monitor_reward_<n>` that of one of several, `monitor_reward_logit` the mean logit, `sample_drift` and
+        `velocity_drift` relative distances to the base, and `latents_...` those of
+        [`~hy_prfl.evaluation.latent_statistics.compare_statistics`].
+        """
+        metrics: dict[str, float] = {}
+        if self.reward_models:
+            logits = torch.tensor([row["logits"] for row in measured])  # rows, models, timesteps
+            rewards = logits.sigmoid()
+            for column, timestep in enumerate(self.config.validation_timesteps):
+                metrics[f"monitor_reward/t{timestep}"] = float(rewards[:, :, column].mean())
+            metrics["monitor_reward"] = float(rewards.mean())
+            metrics["monitor_reward_logit"] = float(logits.mean())
+            if len(self.reward_models) > 1:
+                for number in range(len(self.reward_models)):
+                    metrics[f"monitor_reward_{number + 1}"] = float(rewards[:, number].mean())
+        sample_drift, velocity_drift = np.mean([row["drift"] for row in measured], axis=0).tolist()
+        metrics |= {"sample_drift": sample_drift, "velocity_drift": velocity_drift}
+        if self.real:
+            metrics |= compare_statistics(mean_statistics(row["statistics"] for row in measured), self.real)
+        return metrics
+
+    def judge(self, metrics: Mapping[str, float], *, step: int) -> dict[str, float]:
+        """Add the metrics of a validation, and return what they say besides: `reward_gap` and `verdict`."""
+        more = {"reward_gap": metrics["reward"] - metrics["monitor_reward"]} if self.reward_models else {}
+        entry = {name: value for name, value in {"step": step, **metrics, **more}.items() if "/" not in name}
+        self.series = [*(each for each in self.series if each["step"] != step), entry]
+        verdict = self.verdict
+        log = logger.info if verdict.level == "healthy" else logger.warning
+        log("The monitor finds the run %s at step %d: %s.", verdict.level, step, verdict.reason)
+        return {**more, "verdict": float(verdict.number)}
+
+    @property
+    def verdict(self) -> Verdict:
+        """What all validations so far say."""
+        return judge(self.series)
+
+    @property
+    def has_base(self) -> bool:
+        """Whether the base has been evaluated."""
+        return bool(self.series)
+
+    @property
+    def reason_to_stop(self) -> str | None:
+        """Why the run should end, if `on_hacking` is stop and it is hacked."""
+        if self.config.on_hacking != "stop" or not self.has_base:
+            return None
+        verdict = self.verdict
+        return verdict.reason if verdict.level == "hacked" else None
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the best model by the held-out view is kept."""
+        return bool(self.reward_models) and self.config.on_hacking in ("stop", "keep_best")
+
+    def is_best(self, metrics: Mapping[str, float]) -> bool:
+        """
+        Whether the last validation is the best so far, by the held-out reward, and remember it.
+
+        One that is hacked is not, and neither is the base.
+        """
+        if not self.keeps_best or len(self.series) == 1 or self.verdict.level == "hacked":
+            return False
+        value = metrics["monitor_reward"]
+        if value <= max(self.series[0]["monitor_reward"], -1.0 if self.best is None else self.best):
+            return False
+        self.best = value
+        return True
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint's JSON keeps."""
+        return {"monitor": {"basis": self.basis, "series": self.series, "best": self.best}}
+
+    def fits(self, state: Mapping[str, Any]) -> bool:
+        """Whether a checkpoint's monitor measured the same as this one."""
+        before = state.get("monitor")
+        return before is not None and before["basis"] == self.basis
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state` returned; if it measured something else, this monitor begins with its own base."""
+        if self.fits(state):
+            self.series, self.best = state["monitor"]["series"], state["monitor"]["best"]
+            return
+        logger.warning(
+            "The monitor begins again with the base: the checkpoint has no monitor, or what it measured has changed."
+        )
+
+    def forget_lost_best(self, output_dir: Path, global_step: int) -> None:
+        """Forget the best value if the model that it is of is not in `output_dir/best` any more."""
+        kept = best_report(output_dir)
+        is_kept = kept is not None and kept["global_step"] <= global_step and kept.get("monitor_reward") == self.best
+        if self.best is not None and not is_kept:
+            logger.warning(
+                "The best held-out reward of the checkpoint, %.4f, is of a model that is not in %s any more: the next "
+                "validation that is better than the base writes it again.",
+                self.best, output_dir / BEST_FOLDER,
+            )  # fmt: skip
+            self.best = None
+
+    def save(self, directory: Path) -> None:
+        """Write the base's samples of this replica."""
+        is_first = self.run.accelerator.process_index % self.config.context_parallel_degree == 0
+        if is_first and self.base.samples:
+            self.base.save(directory / f"monitor-{self.run.replica}.safetensors")
+
+    def load(self, directory: Path, state: Mapping[str, Any]) -> None:
+        """Read the base's samples, unless they were measured now."""
+        if self.fits(state):
+            self.base.load(sorted(directory.glob("monitor-*.safetensors")))
+
+    def _score(
+        self,
+        reward_model: WanRewardModel,
+        in_use: Callable[[], AbstractContextManager[None]],
+        batch: LatentBatch,
+        latents: torch.Tensor,
+    ) -> torch.Tensor:
+        """Logits `(batch_size, num_timesteps)`, with the noise that the training reward is measured with."""
+        with in_use(), self.run.accelerator.autocast():
+            return score_latents(
+                reward_model,
+                latents,
+                Conditioning.of(batch),
+                self.config.validation_timesteps,
+                row_ids=batch.ids,
+                seed=self.config.validation_seed + 1,
+            )
+
+
+def real_statistics(datasets: PRFLDatasets) -> dict[str, list[float]]:
+    """Mean statistics of real latents, of the validation dataset or else of the clips; empty if neither has any."""
+    for dataset in (datasets.validation, datasets.clips):
+        if dataset is not None:
+            clips = _measure_rows(dataset)
+            if clips:
+                return mean_statistics(clips)
+    logger.warning("Neither validation nor training rows have latents: the samples' statistics are not compared.")
+    return {}
+
+
+def _measure_rows(dataset: Dataset) -> list[dict[str, list[float]]]:
+    """Statistics of rows all over a dataset, without those that have no latents."""
+    places = sorted({round(place) for place in np.linspace(0, len(dataset) - 1, NUM_REAL_CLIPS)})
+    measured = []
+    for place in places:
+        latents = collate_latents(table_to_rows(dataset[place])).latents
+        if latents is not None:
+            measured += measure_latents(latents)
+    return measured
