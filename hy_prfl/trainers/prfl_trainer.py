@@ -12,9 +12,8 @@ from diffusers import AutoencoderKLWan
 
 from ..configs.prfl import PRFLTrainingConfig
 from ..data.collators import LatentBatch
-from ..evaluation.sample_evaluator import SampleEvaluator
 from ..flow_matching import add_noise, sample_noise, sigmas_to_timesteps, velocity_target
-from ..formats.checkpoints import BEST_FOLDER, PRFL_RESULTS, VALIDATION_FOLDER, read_state
+from ..formats.checkpoints import BEST_FOLDER, PRFL_RESULTS, read_state
 from ..formats.layout import ExpertName
 from ..losses import flow_matching_loss
 from ..models.conditioning import Conditioning, num_clean_frames
@@ -51,6 +50,7 @@ from .prfl_inputs import (
 from .prfl_monitor import Monitor, check_monitor_models
 from .prfl_results import adapter_metadata, read_transformers, save_best, save_transformer
 from .prfl_rollouts import ReusedRollouts
+from .prfl_validation import build_evaluator
 from .reward_feedback import RewardFeedback, RewardTerm, load_reward_models, name_models
 from .run import Run
 
@@ -203,7 +203,9 @@ class PRFLTrainer(Trainer):
         # What the anchor compares with.
         self.as_base = partial(adapters_off, self.unwrapped) if config.anchor_scale > 0 else None
         self.rollouts = ReusedRollouts(config, run) if config.rollout_interval > 1 else None
-        self.evaluator = self._build_evaluator(vae)
+        self.evaluator = build_evaluator(
+            config, run, self.datasets.validation, reward=self.reward, scheduler=self.scheduler, vae=vae
+        )
         self.monitor: Monitor | None = None
         if config.uses_monitor:
             self.monitor = Monitor(
@@ -526,30 +528,3 @@ class PRFLTrainer(Trainer):
     def read_model(self, directory: Path) -> Mapping[str, torch.Tensor]:
         """What `save_model` wrote, by the names of the parameters in training."""
         return read_transformers(directory, self.experts.trained, self.config)
-
-    def _build_evaluator(self, vae: AutoencoderKLWan | None) -> SampleEvaluator | None:
-        config = self.config
-        validation = self.datasets.validation
-        if validation is None:
-            return None
-        if vae is not None:
-            vae.to(self.accelerator.device).requires_grad_(False).eval()
-        return SampleEvaluator(
-            validation.select(range(min(config.num_validation_samples, len(validation)))),
-            reward_models=dict(zip(self.reward.names, self.reward.models, strict=True)),
-            combination=self.reward.combination,
-            in_use=self.reward.in_use,
-            scheduler=self.scheduler,
-            vae=vae,
-            output_dir=self.output_dir / VALIDATION_FOLDER,
-            num_inference_steps=config.num_inference_steps,
-            guidance_scale=config.validation_guidance_scale,
-            timesteps=config.validation_timesteps,
-            batch_size=config.train_batch_size,
-            fps=config.validation_fps,
-            seed=config.validation_seed,
-            dtype=self.weight_dtype,
-            num_replicas=self.run.num_replicas,
-            replica=self.run.replica,
-            vae_tiling=config.vae_tiling,
-        )

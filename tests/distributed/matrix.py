@@ -30,7 +30,7 @@ KINDS = ("t2v", "i2v", "5b", "a14b")
 VARIANTS = (("reward", "full"), ("reward", "lora"), ("prfl", "full"), ("prfl", "lora"), ("prfl", "chained"))
 # Of some kinds also an adapter held by an anchor, on two reward models.
 ENSEMBLE_KINDS = ("t2v", "5b")
-ENSEMBLE = {"reward_disagreement": 0.5, "anchor_scale": 0.5, "learning_rate": 2e-2}
+ENSEMBLE = {"reward_disagreement": 0.5, "anchor_scale": 20.0, "learning_rate": 0.1}
 CHAINED: dict[str, Any] = {
     "num_chained_steps": 2,
     "reward_at": "foreseen",

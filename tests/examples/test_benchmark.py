@@ -95,7 +95,8 @@ def test_rgb_refl_has_the_gradient_of_plain_autograd(inputs: Path, tmp_path: Pat
     batch = next(trainer.reward_batches).to(torch.device("cpu"))
     conditioning = Conditioning.of(batch)
     step = next(trainer.roll_out(batch.latents_shape, conditioning, 0))
-    latents_grad, loss, logits, _ = trainer.reward.differentiate(step, conditioning)
+    feedback = trainer.reward.differentiate(step, conditioning)
+    latents_grad, loss, logits = feedback.latents_grad, feedback.loss, feedback.logits
     (surrogate,) = step.surrogates(latents_grad)
     surrogate.backward()
     found = {name: parameter.grad.clone() for name, parameter in trainer.unwrapped.named_parameters()}

@@ -151,7 +151,8 @@ def test_refl_climbs_the_reward_of_the_clean_latents_it_foresees(root: Path, row
     trainer.start_streams()
     batch = next(trainer.reward_batches).to(torch.device("cpu"))
     step = next(trainer.roll_out(batch.latents_shape, Conditioning.of(batch), 0))
-    latents_grad, _, logits, _ = trainer.reward.differentiate(step, Conditioning.of(batch))
+    feedback = trainer.reward.differentiate(step, Conditioning.of(batch))
+    latents_grad, logits = feedback.latents_grad, feedback.logits
     (surrogate,) = step.surrogates(latents_grad)
     torch.testing.assert_close(logits, trainer.reward.models[0](step.latents, batch.prompt_embeds))
     surrogate.backward()
