@@ -38,7 +38,7 @@ def test_bradley_terry_with_two_lists(convert: Convert) -> None:
     converted, config = convert("train_pavrm_bt_i2v_720", {"dataset.meta_file_lose_list": ["lists/lose.list"]})
     (command,) = commands(converted, "hy-prfl label")
     labelled = parse_config(LabelConfig, options_of(command))
-    assert (labelled.output_dir, labelled.overwrite) == (config.train_dataset, True)
+    assert (labelled.output_dir, labelled.overwrite) == (*config.train_dataset, True)
     imports = [parse_config(PreprocessConfig, options_of(each)) for each in commands(converted, "hy-prfl preprocess")]
     assert [each.output_dir for each in imports] == [labelled.dataset, config.validation_dataset]
     assert len(set(converted.first)) == len(converted.first)
@@ -61,7 +61,7 @@ def test_other_lists_are_other_datasets(train: list[str], validation: list[str],
     converted, config = convert("train_pavrm_t2v_480", lists)
     imports = [parse_config(PreprocessConfig, options_of(each)) for each in commands(converted, "hy-prfl preprocess")]
     assert len(imports) == 2
-    assert [each.output_dir for each in imports] == [config.train_dataset, config.validation_dataset]
+    assert [each.output_dir for each in imports] == [*config.train_dataset, *config.validation_dataset]
     assert config.train_dataset != config.validation_dataset
     assert len(set(converted.first)) == len(converted.first)
 

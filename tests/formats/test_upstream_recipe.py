@@ -85,7 +85,7 @@ def test_reward_training(convert: Convert) -> None:
     imported = parse_config(PreprocessConfig, options_of(command))
     assert imported.upstream_meta == "lists/clips_720.list"
     assert imported.pretrained_model_name_or_path == config.pretrained_model_name_or_path
-    assert imported.output_dir == config.train_dataset == config.validation_dataset
+    assert [imported.output_dir] == config.train_dataset == config.validation_dataset
     assert "label" in " ".join(converted.notes)
 
 

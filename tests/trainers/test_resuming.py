@@ -410,9 +410,10 @@ def test_another_reward_model_to_start_from_at_the_same_place(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    build(reward_model=str(tmp_path / "reward"), max_train_steps=2).train()
+    options = {"reward_model": str(tmp_path / "reward"), "num_layers": 2}
+    build(**options, max_train_steps=2).train()
     scale_weights(tmp_path / "reward")
-    build(reward_model=str(tmp_path / "reward"), resume_from_checkpoint="latest")._start_run()
+    build(**options, resume_from_checkpoint="latest")._start_run()
     assert f"`reward_model`: the files of {tmp_path / 'reward'} are not those from before" in caplog.text
     assert "what trains comes from the checkpoint" in caplog.text
 
