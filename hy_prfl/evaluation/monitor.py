@@ -14,7 +14,7 @@ LEVELS: tuple[Level, ...] = ("healthy", "warn", "hacked")
 ASKED_FROM = 0.1
 # Share of that gain that the held-out reward lacks.
 UNSHARED = (0.5, 0.75)
-# By how much the held-out reward is below its best.
+# By how much the held-out reward is below its best, while the training reward is not below what it was then.
 FALL = (0.05, 0.1)
 # By how much the channels are farther from those of the real latents than the base's, in standard deviations.
 SHIFT = (0.025, 0.045)
@@ -97,10 +97,12 @@ def _held_out(series: Sequence[Mapping[str, float]]) -> Iterator[Finding]:
             yield Finding(
                 "held-out", level, f"the training reward has gained {gain:.3f}, the held-out reward {shared:.3f}"
             )
-    best = max(entry["monitor_reward"] for entry in series)
-    level = _level(best - now["monitor_reward"], FALL)
-    if level != "healthy":
-        yield Finding("held-out", level, f"the held-out reward is {now['monitor_reward']:.3f} and was {best:.3f}")
+    best = max(series, key=lambda entry: entry["monitor_reward"])
+    level = _level(best["monitor_reward"] - now["monitor_reward"], FALL)
+    if level != "healthy" and now["reward"] >= best["reward"]:
+        changes = [f"{best[name]:.3f} to {now[name]:.3f}" for name in ("monitor_reward", "reward")]
+        text = f"the held-out reward has fallen from {changes[0]}, while the training reward went from {changes[1]}"
+        yield Finding("held-out", level, text)
 
 
 def _statistics(base: Mapping[str, float], now: Mapping[str, float]) -> Iterator[Finding]:

@@ -85,6 +85,8 @@ def test_a_fall_of_the_held_out_reward() -> None:
     assert level({}, {"monitor_reward": 0.59}) == "hacked"
     # Also below the base, and though the training reward has gained nothing.
     assert level({"reward": 0.3, "monitor_reward": 0.29}) == "hacked"
+    # Both rewards fall in a run that fools neither.
+    assert level({}, {"reward": 0.5, "monitor_reward": 0.59}) == "healthy"
     # It may recover.
     assert level({}, {"monitor_reward": 0.59}, {}) == "healthy"
 
