@@ -40,7 +40,7 @@ def test_bradley_terry_with_two_lists(convert: Convert) -> None:
     labelled = parse_config(LabelConfig, options_of(command))
     assert (labelled.output_dir, labelled.overwrite) == (*config.train_dataset, True)
     imports = [parse_config(PreprocessConfig, options_of(each)) for each in commands(converted, "hy-prfl preprocess")]
-    assert [each.output_dir for each in imports] == [labelled.dataset, config.validation_dataset]
+    assert [each.output_dir for each in imports] == [labelled.dataset, *config.validation_dataset]
     assert len(set(converted.first)) == len(converted.first)
 
 
