@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import difflib
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
@@ -40,7 +40,7 @@ def parse_config(
 
     The YAML file is a flat mapping of field names to values; `null` leaves a field at its default. Values from both
     sources are converted in the same way (`learning_rate: 5e-6` is a float, although YAML reads it as a string). The
-    command line has priority.
+    command line has priority: over the same option, and over one that it stands in for (`instead_of` in a field's metadata).
 
     Fields have the type str, int, float, bool or `Literal`, another type that is made from one string, or a list of
     one of these. Each may be optional. A flag is given as `--flag`, `--flag true` or `--flag false`. A flag that is on by
@@ -70,6 +70,7 @@ def parse_config(
     given = vars(_build_parser(config_class, types, description).parse_args(argv))
     path = given.pop("config", None)
     values = {} if path is None else _read_file(Path(path), config_class, types)
+    values = {name: value for name, value in values.items() if name not in _alternatives(config_class, given)}
     values |= {name: _convert(name, value, types[name], "command line") for name, value in given.items()}
     missing = [
         f"`{field.name}`" for field in _fields(config_class) if _is_required(field) and field.name not in values
@@ -81,6 +82,14 @@ def parse_config(
 
 def _fields(config_class: type) -> list[dataclasses.Field[Any]]:
     return [field for field in dataclasses.fields(config_class) if field.init]
+
+
+def _alternatives(config_class: type, names: Collection[str]) -> set[str]:
+    """Options that those with these names stand in for, by `instead_of` in their metadata, in either direction."""
+    pairs = [
+        (field.name, field.metadata["instead_of"]) for field in _fields(config_class) if "instead_of" in field.metadata
+    ]
+    return {other for pair in pairs for name, other in (pair, pair[::-1]) if name in names}
 
 
 def _is_required(field: dataclasses.Field[Any]) -> bool:

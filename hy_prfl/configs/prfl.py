@@ -59,7 +59,11 @@ class PRFLTrainingConfig(TrainingConfig):
     )
     reward_models: list[str] | None = field(
         default=None,
-        metadata={"help": "Several of them, whose logits are combined. The options of the reward model hold for all."},
+        metadata={
+            "help": "Several of them instead of reward_model; their logits are combined. The options of the reward model "
+            "hold for all. On the command line it replaces the reward_model of a recipe.",
+            "instead_of": "reward_model",
+        },
     )
     reward_weights: list[float] | None = field(
         default=None,

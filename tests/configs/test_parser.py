@@ -6,6 +6,7 @@ import pytest
 
 from hy_prfl.configs.base import check, save_config
 from hy_prfl.configs.parser import parse_config
+from hy_prfl.configs.prfl import PRFLTrainingConfig
 
 
 @dataclass(kw_only=True)
@@ -38,6 +39,18 @@ def test_yaml_then_command_line(tmp_path: Path) -> None:
     )
     config = parse_config(Example, ["--config", str(path), "--names", "z", "--steps", "7", "--enabled", "false"])
     assert (config.names, config.steps, config.enabled, config.loss) == (["z"], 7, False, "bt")
+
+
+def test_the_command_line_replaces_what_its_option_stands_in_for(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("pretrained_model_name_or_path: p\ntrain_dataset: d\noutput_dir: o\nreward_model: a\n")
+    config = parse_config(PRFLTrainingConfig, ["--config", str(path), "--reward_models", "b", "c"])
+    assert (config.reward_model, config.reward_models) == (None, ["b", "c"])
+    path.write_text(path.read_text().replace("reward_model: a", "reward_models: [a, b]"))
+    config = parse_config(PRFLTrainingConfig, ["--config", str(path), "--reward_model", "c"])
+    assert (config.reward_model, config.reward_models) == ("c", None)
+    with pytest.raises(ValueError, match="not both"):
+        parse_config(PRFLTrainingConfig, ["--config", str(path), "--reward_model", "c", "--reward_models", "b"])
 
 
 def test_text_in_a_file_stays_as_it_is_written(tmp_path: Path) -> None:
