@@ -28,7 +28,7 @@ from examples.benchmark.cases import (
 )
 from examples.benchmark.inputs import write_models, write_rows
 from examples.benchmark.measuring import Measured, Measurement, Recorder, measure
-from examples.benchmark.report import targets, write_report
+from examples.benchmark.report import ratios, write_report
 from examples.benchmark.rgb_refl import PixelReward, RGBReFLTrainer, decode_all_frames, decode_first_frame
 from examples.benchmark.sizes import PUBLISHED_DECODING_SHARES, SIZES, Clip, decoding_share, small_size
 from hy_prfl.configs.prfl import PRFLTrainingConfig
@@ -279,16 +279,16 @@ def test_report(tmp_path: Path) -> None:
         tmp_path, rows, machine=machine, timing={"num_updates": 2, "min_seconds": 0.0}, decoding_shares={"tiny": 0.2}
     )
     report = json.loads((tmp_path / "results.json").read_text())
-    verdicts = {each["target"]: (round(each["value"], 3), each["met"]) for each in report["targets"]}
-    assert verdicts == {
-        "faster than RGB ReFL, first frame": (1.45, False),
-        "fewer FLOPs than RGB ReFL, first frame": (1.0, False),
-        "less memory than RGB ReFL, first frame": (1.1, True),
-        "faster than RGB ReFL, first frame, both without flow matching": (1.5, True),
-        "more reward gradients a second from 4 gradient steps": (2.0, True),
-        "framework overhead": (0.04, True),
-        "planned memory, over measured": (1.11, False),
-        "planned FLOPs, over measured": (0.99, True),
+    found = {each["name"]: round(each["value"], 3) for each in report["ratios"]}
+    assert found == {
+        "faster than RGB ReFL, first frame": 1.45,
+        "fewer FLOPs than RGB ReFL, first frame": 1.0,
+        "less memory than RGB ReFL, first frame": 1.1,
+        "faster than RGB ReFL, first frame, both without flow matching": 1.5,
+        "more reward gradients a second from 4 gradient steps": 2.0,
+        "framework overhead": 0.04,
+        "planned memory, over measured": 1.11,
+        "planned FLOPs, over measured": 0.99,
     }
     assert report["cases"][0]["share_of_matmul"] == pytest.approx(1e9 / 2.0 / 2e9)
     page = (tmp_path / "results.md").read_text()
@@ -296,7 +296,7 @@ def test_report(tmp_path: Path) -> None:
     assert "| attention flash | PRFL | not here |" in page
     assert "Fastest of at least 2 updates and 0 seconds." in page
     assert all((tmp_path / name).stat().st_size > 1000 for name in ("time.png", "memory.png"))
-    assert list(targets(rows[:1]))[0]["target"] == "framework overhead"
+    assert list(ratios(rows[:1]))[0]["name"] == "framework overhead"
 
 
 def test_command_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
