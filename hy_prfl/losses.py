@@ -4,6 +4,7 @@ The losses, and how the logits of several reward models are combined into the lo
 Each loss is computed in float32 for inputs of any type, and returns the mean over the batch.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -119,18 +120,18 @@ class RewardCombination:
         if self.form == "min":
             return logits.amin(dim=0)
         if self.form == "product":
-            log_p = (self._shares(logits, total=1.0) * F.logsigmoid(logits)).sum(dim=0)
+            log_p = _scaled(F.logsigmoid(logits), self.weights).sum(dim=0)
             # Above this 1 - p cannot be told from 0, and neither value nor slope matter.
             log_p = log_p.clamp(max=-1e-30)
             return log_p - torch.log(-torch.expm1(log_p))
-        mean = (self._shares(logits) * logits).sum(dim=0)
+        mean = _scaled(logits, self._shares()).sum(dim=0)
         return mean if self.disagreement == 0 else mean - self.disagreement * self.spread(logits)
 
     def spread(self, logits: torch.Tensor) -> torch.Tensor:
         """Weighted standard deviation of logits over the models; its gradient is 0 where all agree."""
-        logits, shares = logits.float(), self._shares(logits)
-        mean = (shares * logits).sum(dim=0)
-        return torch.linalg.vector_norm(shares.sqrt() * (logits - mean), dim=0)
+        logits, shares = logits.float(), self._shares()
+        mean = _scaled(logits, shares).sum(dim=0)
+        return torch.linalg.vector_norm(_scaled(logits - mean, [math.sqrt(share) for share in shares]), dim=0)
 
     def is_separable(self, loss: RewardLoss) -> bool:
         """Whether the loss is a sum over the models, so that the slope in a logit does not depend on the others."""
@@ -139,10 +140,13 @@ class RewardCombination:
         forms = {("mean", "logit"), ("product", "logsigmoid")}
         return (self.form, loss) in forms and self.disagreement == 0
 
-    def _shares(self, logits: torch.Tensor, total: float | None = None) -> torch.Tensor:
-        weights = torch.tensor(self.weights, device=logits.device)
-        shares = weights / (weights.sum() if total is None else total)
-        return shares.view(-1, *[1] * (logits.ndim - 1))
+    def _shares(self) -> list[float]:
+        return [weight / sum(self.weights) for weight in self.weights]
+
+
+def _scaled(logits: torch.Tensor, factors: Sequence[float]) -> torch.Tensor:
+    """Logits `(num_models, ...)`, those of each model times its factor. A tensor of factors would be copied to the GPU."""
+    return torch.stack([factor * each for factor, each in zip(factors, logits, strict=True)])
 
 
 def anchor_loss(velocity: torch.Tensor, base_velocity: torch.Tensor) -> torch.Tensor:

@@ -30,6 +30,11 @@ def names_in(value: str | Sequence[str] | None) -> list[str]:
     return [value] if isinstance(value, str) else list(value)
 
 
+def place_of(name: str) -> str:
+    """What a folder or Hub id names, so that two spellings of one folder are equal."""
+    return os.path.realpath(name) if os.path.exists(name) else name
+
+
 def check_seed(name: str, value: int, num_processes: int = 1) -> None:
     """Raise a `ValueError` unless numpy takes this seed and the following ones, which the other processes use."""
     limit = 2**32 - num_processes + 1

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .base import Quantization, TrainingConfig, check, check_seed
+from .base import Quantization, TrainingConfig, check, check_seed, place_of
 
 
 FORESEEN_LEVELS = [0.2, 0.6]
@@ -296,8 +296,10 @@ class PRFLTrainingConfig(TrainingConfig):
         for name, value in (("monitor_reward_models", models), ("on_hacking", action)):
             requirement = "left out without `validation_dataset`, whose samples the monitor measures"
             check(self.validation_dataset is not None or not value, name, value, requirement)
-        is_held_out = len({self.reward_model, *models}) == 1 + len(models)
-        check(is_held_out, "monitor_reward_models", models, "all different, and none of them the `reward_model`")
+        trained_on = self.reward_sources
+        is_held_out = len({place_of(name) for name in (*trained_on, *models)}) == len(trained_on) + len(models)
+        requirement = f"all different, and none of those that are trained on, {trained_on}"
+        check(is_held_out, "monitor_reward_models", models, requirement)
         requirement = "warn or stop without `monitor_reward_models`, by which the best is chosen"
         check(action != "keep_best" or bool(models), "on_hacking", action, requirement)
 
@@ -319,7 +321,8 @@ class PRFLTrainingConfig(TrainingConfig):
                 value = getattr(self, name)
                 check(value == default, name, value, "left out without `reward_models`")
             return
-        check(0 < len(several) == len(set(several)), "reward_models", several, "different models, at least one")
+        are_different = 0 < len(several) == len({place_of(name) for name in several})
+        check(are_different, "reward_models", several, "different models, at least one")
         if weights is not None:
             requirement = f"one number above 0 for each of {len(several)} `reward_models`"
             fits = len(weights) == len(several) and all(0 < weight < math.inf for weight in weights)
@@ -330,6 +333,7 @@ class PRFLTrainingConfig(TrainingConfig):
         check(0 <= k < math.inf, "reward_disagreement", k, "at least 0")
         is_mean = self.reward_combination == "mean"
         check(is_mean or k == 0, "reward_disagreement", k, f"0 with `reward_combination` {self.reward_combination}")
+        check(len(several) > 1 or k == 0, "reward_disagreement", k, "0 with one model in `reward_models`")
 
     def _check_chains(self, last: int) -> None:
         chained, bounds = self.num_chained_steps, self.step_range

@@ -7,6 +7,8 @@ from .base import TrainingConfig, check, check_seed, names_in
 
 
 Task = Literal["motion_quality", "physics_quality", "human_quality", "text_alignment", "blur_quality"]
+# Draws of a row in an epoch; the order of an epoch is a list of all draws.
+MAX_WEIGHT = 1000
 BCE_METRICS = ("accuracy", "precision", "recall", "f1", "auc", "loss")
 BT_METRICS = ("pair_accuracy", "auc", "loss")
 BestMetric = Literal["accuracy", "precision", "recall", "f1", "auc", "pair_accuracy", "loss"]
@@ -112,8 +114,8 @@ class RewardTrainingConfig(TrainingConfig):
             check(value != [], name, value, "a dataset or several")
             check(value is None or len(set(value)) == len(value), name, value, "different datasets")
         weights, number = self.train_dataset_weights, len(self.train_dataset)
-        requirement = f"a number greater than 0 for each of the {number} datasets of `train_dataset`"
-        fits = weights is None or (len(weights) == number and all(weight > 0 for weight in weights))
+        requirement = f"a number in (0, {MAX_WEIGHT}] for each of the {number} datasets of `train_dataset`"
+        fits = weights is None or (len(weights) == number and all(0 < weight <= MAX_WEIGHT for weight in weights))
         check(fits, "train_dataset_weights", weights, requirement)
         check_seed("validation_seed", self.validation_seed)
         for name in ("num_layers", "num_query_heads"):

@@ -54,8 +54,8 @@ def serve_study(
     listener = listen(config.host, config.port)
     name = (config.allowed_hosts or [config.host])[0]
     address = f"http://{f'[{name}]' if ':' in name else name}:{listener.getsockname()[1]}/"
-    print(f"{address}{f'?token={token}' if token else ''}  (stop with Ctrl-C)", flush=True)
     try:
+        print(f"{address}{f'?token={token}' if token else ''}  (stop with Ctrl-C)", flush=True)
         serve(build_app(study, settings, save), listener)
     except KeyboardInterrupt:
         # Ctrl-C is the normal way to stop.

@@ -46,6 +46,13 @@ def check_offload(run: Run) -> None:
         check(place in (None, "none"), "expert", "both", "one expert with an offloaded optimizer")
 
 
+def check_sharding(config: PRFLTrainingConfig) -> None:
+    """A single process, which has no process group, has nobody to share frozen weights with."""
+    for name in ("shard_reward_model", "shard_frozen_expert"):
+        value = getattr(config, name)
+        check(not value or torch.distributed.is_initialized(), name, value, "false with a single process")
+
+
 def open_datasets(config: PRFLTrainingConfig) -> dict[str, Dataset]:
     """Datasets that the options name, by the name of the option."""
     names = ("train_dataset", "prompt_dataset", "validation_dataset")
@@ -65,8 +72,11 @@ def open_models(config: PRFLTrainingConfig, run: Run) -> dict[str, Any]:
     vae = AutoencoderKLWan.from_pretrained(path, subfolder="vae", revision=revision, variant=config.variant)
     fingerprint = vae_fingerprint(vae)
 
-    def reward_model(source: str, of: str) -> Deferred[WanRewardModel]:
-        reward_config = WanRewardModel.load_own_config(source)
+    def reward_model(option: str, source: str, of: str) -> Deferred[WanRewardModel]:
+        try:
+            reward_config = WanRewardModel.load_own_config(source)
+        except OSError as error:
+            raise ValueError(f"`{option}` '{source}' is not a reward model: {error}") from error
         check_same_vae(fingerprint, reward_config["vae_fingerprint"], source=path, of=of)
         load = partial(
             load_reward_model,
@@ -94,11 +104,17 @@ def open_models(config: PRFLTrainingConfig, run: Run) -> dict[str, Any]:
             for name in experts.trained
         },
         "reward_model": [
-            reward_model(source, REWARD_LATENTS if config.reward_models is None else f"{REWARD_LATENTS}, {source},")
+            reward_model("reward_model", source, REWARD_LATENTS)
+            if config.reward_models is None
+            else reward_model("reward_models", source, f"{REWARD_LATENTS}, {source},")
             for source in config.reward_sources
         ],
         "monitor_reward_models": [
-            reward_model(source, f"the latents that the monitor's reward model '{source}' was trained on")
+            reward_model(
+                "monitor_reward_models",
+                source,
+                f"the latents that the monitor's reward model '{source}' was trained on",
+            )
             for source in config.monitor_reward_models
         ],
         "vae": vae if config.validation_videos else None,

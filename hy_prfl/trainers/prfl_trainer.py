@@ -38,6 +38,7 @@ from .prfl_inputs import (
     by_expert,
     check_offload,
     check_reward_models,
+    check_sharding,
     find_high_noise_probability,
     find_mean_foreseen_gain,
     find_step_range,
@@ -232,6 +233,7 @@ class PRFLTrainer(Trainer):
         run.check_kernel("rollout_attention_backend", trains=False, dtype=dtype)
         if config.expert == "both":
             check_offload(run)
+        check_sharding(config)
         return run
 
     @classmethod

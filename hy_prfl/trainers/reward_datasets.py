@@ -99,12 +99,26 @@ class RewardDatasets:
         if validation:
             sources = names_in(config.validation_dataset)
             self.validation = self._select(validation, sources)
+            self._warn_of_shared_rows(sources)
             labels = self.validation.labels
             if labels is not None and len(set(labels)) < 2 and config.metric_for_best_model == "auc":
                 raise ValueError(
                     f"`metric_for_best_model` is 'auc', but all labels of {', '.join(sources)} for '{config.task}' are "
                     f"{labels[0]}."
                 )
+
+    def _warn_of_shared_rows(self, sources: Sequence[str]) -> None:
+        assert self.validation is not None
+        trained, held_out = (set(each.dataset.unique("id")) for each in (self.train, self.validation))
+        shared = sorted(trained & held_out)
+        if shared:
+            logger.warning(
+                "%d rows of %s, such as '%s', have the id of a row that is trained on. If they are the same clips, the "
+                "validation says nothing about others.",
+                len(shared),
+                ", ".join(sources),
+                shared[0],
+            )
 
     @property
     def batches_per_epoch(self) -> int:

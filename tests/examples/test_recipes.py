@@ -33,6 +33,7 @@ EXAMPLES = sorted(path for path in (ROOT / "examples").glob("*/*.yaml") if path.
 NEEDED = {
     "preprocess": ["--manifest=x"],
     "generate": ["--prompts=x"],
+    "train_prfl": ["--reward_model=left_out"],
     "score": ["--manifest=x", "--output=x.csv", "--pretrained_model_name_or_path=x"],
 }
 RECIPES = sorted((ROOT / "examples").rglob("*.yaml"))

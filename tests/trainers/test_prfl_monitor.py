@@ -246,7 +246,16 @@ def test_options_that_make_no_sense_are_refused(
 ) -> None:
     for options, words in (
         ({"validation_dataset": None}, "`monitor_reward_models` must be left out without `validation_dataset`"),
-        ({"monitor_reward_models": [str(tmp_path / "reward")]}, "all different, and none of them the `reward_model`"),
+        (
+            {"monitor_reward_models": [str(tmp_path / "reward")]},
+            "all different, and none of those that are trained on",
+        ),
+        # Another spelling of the same folder.
+        ({"monitor_reward_models": [f"{tmp_path}/reward/"]}, "all different, and none of those that are trained on"),
+        (
+            {"reward_model": None, "reward_models": held_out[:1], "monitor_reward_models": held_out[:1]},
+            "all different, and none of those that are trained on",
+        ),
         ({"monitor_reward_models": held_out[:1] * 2}, "all different"),
         ({"monitor_reward_models": [], "on_hacking": "keep_best"}, "`on_hacking` must be warn or stop without"),
     ):

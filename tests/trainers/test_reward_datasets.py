@@ -96,8 +96,23 @@ def test_pairs_are_made_within_a_dataset(build: Callable[..., RewardTrainer]) ->
         (f"{name}-{i + 1}", f"{name}-{i}") for name, number in (("old", 8), ("new", 4)) for i in range(0, number, 2)
     ]
     assert pairs == expected
-    with pytest.raises(ValueError, match="`train_dataset_weights` must be a number greater than 0 for each of the 2"):
+    with pytest.raises(
+        ValueError, match="`train_dataset_weights` must be a number in \\(0, 1000\\] for each of the 2"
+    ):
         build(loss="bt", train_dataset_weights=[1.0])
+
+
+def test_rows_that_are_trained_on_and_held_out(
+    build: Callable[..., RewardTrainer], folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        build(validation_dataset=[str(folder / "held_out" / "old")])
+    assert "have the id of a row that is trained on" not in caplog.text
+    with caplog.at_level(logging.WARNING):
+        trainer = build()
+        build(validation_dataset=trainer.config.train_dataset[:1])
+    assert "8 rows of" in caplog.text
+    assert "have the id of a row that is trained on" in caplog.text
 
 
 @pytest.mark.parametrize("loss", ["bce", "bt"])
