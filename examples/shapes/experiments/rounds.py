@@ -47,7 +47,7 @@ from hy_prfl.models.conditioning import Conditioning
 from hy_prfl.models.reward_model import WanRewardModel
 
 
-NUM_ROUNDS, NUM_LABELS, NUM_HELD_OUT = 3, 352, 52
+NUM_ROUNDS, NUM_LABELS, NUM_HELD_OUT = 2, 352, 52
 # Updates of a reward model in a round, and how often each of the generator's videos is drawn, a real clip being drawn once.
 NUM_UPDATES, WEIGHT = 300, "2"
 TIMESTEPS = (400, 600, 800)

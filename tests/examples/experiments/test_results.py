@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from examples.shapes.experiments import generators, pixel_rewards, reward_models, second_round
+from examples.shapes.experiments import generators, pixel_rewards, reward_models, rollouts, second_round
 from examples.shapes.experiments.runs import RESULTS_DIR
 
 
 SHAPES = RESULTS_DIR.parents[1]
 PAGES = {SHAPES / "README.md": 20, SHAPES.parents[1] / "docs" / "status.md": 6}
 RESULTS = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS_DIR.glob("*.json"))}
-SCRIPTS = (reward_models, generators, pixel_rewards, second_round)
+SCRIPTS = (reward_models, generators, pixel_rewards, second_round, rollouts)
 ARMS = {module.__name__.rpartition(".")[2]: module.ARMS for module in SCRIPTS}
 
 
@@ -45,7 +45,7 @@ def test_means_are_of_all_seeds(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in RESULTS if name in ARMS])
 def test_arms_are_those_of_the_script(name: str) -> None:
-    assert {*RESULTS[name]["arms"]} <= {*ARMS[name]}
+    assert {*RESULTS[name]["arms"]} <= {*ARMS[name], "base"}
 
 
 @pytest.mark.parametrize(("page", "fewest"), PAGES.items(), ids=lambda value: getattr(value, "name", ""))
