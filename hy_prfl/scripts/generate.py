@@ -171,8 +171,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             candidate_files.write_table(output_dir, prompts)
         if config.calibrate:
             found = candidate_files.write_calibration(output_dir, prompts, config)
+            schedule = "best-of-N, without --keep," if found["keep"] is None else f"--keep {found['keep']}"
             print(
-                f"--keep {found['keep']} keeps {found['share']:.0%} of the gain of best of {config.num_candidates}, at "
+                f"{schedule} keeps {found['share']:.0%} of the gain of best of {config.num_candidates}, at "
                 f"{found['cost']:.2f} times the cost of a plain sample ({output_dir / candidate_files.CALIBRATION})"
             )
         print(f"{len(pending)} videos generated, {len(prompts) - len(pending)} were there already: {output_dir}")

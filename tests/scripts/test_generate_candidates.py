@@ -141,6 +141,10 @@ def test_guidance_of_one_candidate(tmp_path: Path, options: Callable[..., list[s
         ({"num_videos_per_prompt": 2}, "`num_videos_per_prompt` must be 1"),
         ({"step_cache": "first_block"}, "`step_cache` must be none"),
         ({"resample": True}, "`resample` must be false without `keep`"),
+        (
+            {"calibrate": True, "keep": None, "num_inference_steps": 1},
+            "`num_inference_steps` must be at least 2 with `calibrate`",
+        ),
         ({"calibrate": True, "keep": "2:1"}, "`keep` must be left out with `calibrate`"),
         ({"renoise": 0}, "`renoise`"),
         ({"reward_guidance": 0.1}, "`reward_guidance_steps` must be given"),
