@@ -406,8 +406,8 @@ class GenerateConfig(Config):
         )
         check(0 < self.renoise <= 1, "renoise", self.renoise, "in (0, 1]")
         check(0 < self.calibrate_share <= 1, "calibrate_share", self.calibrate_share, "in (0, 1]")
-        steps = self.num_inference_steps
-        check(not self.calibrate or steps >= 2, "num_inference_steps", steps, "at least 2 with `calibrate`")
+        num_steps = self.num_inference_steps
+        check(not self.calibrate or num_steps >= 2, "num_inference_steps", num_steps, "at least 2 with `calibrate`")
         check(len(self.final_timesteps) > 0, "final_timesteps", self.final_timesteps, "not empty")
         for timestep in self.final_timesteps:
             check(0 < timestep <= 1000, "final_timesteps", timestep, "in (0, 1000]")
