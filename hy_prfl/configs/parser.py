@@ -70,7 +70,8 @@ def parse_config(
     given = vars(_build_parser(config_class, types, description).parse_args(argv))
     path = given.pop("config", None)
     values = {} if path is None else _read_file(Path(path), config_class, types)
-    values = {name: value for name, value in values.items() if name not in _alternatives(config_class, given)}
+    replaced = _alternatives(config_class, given)
+    values = {name: value for name, value in values.items() if name not in replaced}
     values |= {name: _convert(name, value, types[name], "command line") for name, value in given.items()}
     missing = [
         f"`{field.name}`" for field in _fields(config_class) if _is_required(field) and field.name not in values

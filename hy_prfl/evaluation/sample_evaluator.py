@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,6 +28,29 @@ from ..runtime.distributed import gather_records
 from ..runtime.vae_tiling import VAETiling
 from .scoring import score_latents
 from .tracking import log_videos
+
+
+def score_samples(
+    model: nn.Module,
+    latents: torch.Tensor,
+    batch: LatentBatch,
+    *,
+    timesteps: Sequence[float],
+    seed: int,
+    accelerator: Accelerator,
+    in_use: Callable[[nn.Module], AbstractContextManager[None]],
+) -> torch.Tensor:
+    """
+    Logits `(batch_size, num_timesteps)` of a validation's samples, with the same noise for every reward model.
+
+    Args:
+        seed (`int`):
+            Seed of the samples. The noise that they are scored with is not the noise that they start from.
+        in_use (`Callable`):
+            Returns the context in which the model computes.
+    """
+    with in_use(model), accelerator.autocast():
+        return score_latents(model, latents, Conditioning.of(batch), timesteps, row_ids=batch.ids, seed=seed + 1)
 
 
 class Observer(Protocol):
@@ -134,8 +158,9 @@ class SampleEvaluator:
             rows = [table_to_rows(self.dataset[index])[0] for index in indices]
             batch = collate_latents(rows).to(accelerator.device, self.dtype)
             latents = self._sample(transformer, batch)
+            scoring = partial(score_samples, timesteps=self.timesteps, seed=self.seed, accelerator=accelerator)
             logits = torch.stack(
-                [self._score(model, latents, batch, accelerator) for model in self.reward_models.values()]
+                [scoring(model, latents, batch, in_use=self.in_use) for model in self.reward_models.values()]
             )
             stds = latents.flatten(1).std(dim=1)
             measured: list[dict[str, Any]] = [{} for _ in indices]

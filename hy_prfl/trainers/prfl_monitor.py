@@ -1,7 +1,7 @@
 """Watches a PRFL run from outside its reward: held-out reward models, distance to the base, statistics of real latents."""
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,15 @@ from ..data.schema import table_to_rows
 from ..evaluation.drift import DRIFT_SIGMAS, BaseSamples
 from ..evaluation.latent_statistics import compare_statistics, mean_statistics, measure_latents
 from ..evaluation.monitor import Verdict, judge
-from ..evaluation.scoring import score_latents
+from ..evaluation.sample_evaluator import score_samples
 from ..formats.checkpoints import BEST_FOLDER, best_report
 from ..models.conditioning import Conditioning
 from ..models.experts import Experts
-from ..models.loading import Deferred, loaded
+from ..models.loading import Deferred
 from ..models.reward_model import WanRewardModel
-from ..runtime.host_weights import HostWeights
 from .prfl_datasets import PRFLDatasets
 from .resuming import START_OPTIONS
+from .reward_feedback import load_reward_models
 from .run import Run
 
 
@@ -108,16 +108,8 @@ class Monitor:
     ) -> None:
         self.config = config
         self.run = run
-        self.reward_models: list[tuple[WanRewardModel, Callable[[], AbstractContextManager[None]]]] = []
-        for reward_model in reward_models:
-            model = loaded(reward_model).requires_grad_(False).eval()
-            in_use: Callable[[], AbstractContextManager[None]] = nullcontext
-            if config.offload_reward_model:
-                in_use = HostWeights(model, run.accelerator.device).on_device
-            else:
-                model.to(run.accelerator.device)
-            run.set_up_blocks(model, num_checkpointed=0)
-            self.reward_models.append((model, in_use))
+        # They score without gradient, so there is nothing to checkpoint.
+        self.reward_models, self.in_use = load_reward_models(reward_models, config, run, num_checkpointed=0)
         self.real = real_statistics(datasets)
         sigmas = [sigma for sigma in DRIFT_SIGMAS if experts.name_at(1000 * sigma) in experts.trained]
         self.base = BaseSamples(sigmas, seed=config.validation_seed + 2)
@@ -137,7 +129,13 @@ class Monitor:
             drifts = self.base.distances(transformer, indices, latents, conditioning, row_ids=batch.ids)
         else:
             self.base.add(transformer, indices, latents, conditioning, row_ids=batch.ids)
-        logits = [self._score(model, in_use, batch, latents) for model, in_use in self.reward_models]
+        scoring = partial(
+            score_samples,
+            timesteps=self.config.validation_timesteps,
+            seed=self.config.validation_seed,
+            accelerator=self.run.accelerator,
+        )
+        logits = [scoring(model, latents, batch, in_use=self.in_use) for model in self.reward_models]
         statistics = measure_latents(latents) if self.real else [{} for _ in indices]
         return [
             {"drift": drift, "logits": [each[row].tolist() for each in logits], "statistics": statistics[row]}
@@ -257,24 +255,6 @@ class Monitor:
         """Read the base's samples, unless they were measured now."""
         if self.fits(state):
             self.base.load(sorted(directory.glob("monitor-*.safetensors")))
-
-    def _score(
-        self,
-        reward_model: WanRewardModel,
-        in_use: Callable[[], AbstractContextManager[None]],
-        batch: LatentBatch,
-        latents: torch.Tensor,
-    ) -> torch.Tensor:
-        """Logits `(batch_size, num_timesteps)`, with the noise that the training reward is measured with."""
-        with in_use(), self.run.accelerator.autocast():
-            return score_latents(
-                reward_model,
-                latents,
-                Conditioning.of(batch),
-                self.config.validation_timesteps,
-                row_ids=batch.ids,
-                seed=self.config.validation_seed + 1,
-            )
 
 
 def real_statistics(datasets: PRFLDatasets) -> dict[str, list[float]]:

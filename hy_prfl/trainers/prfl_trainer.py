@@ -177,7 +177,9 @@ class PRFLTrainer(Trainer):
         self.scheduler = load_scheduler(path, revision=revision, flow_shift=config.sampler_flow_shift)
         self.step_range = find_step_range(config, self.experts, self.scheduler)
         self.high_noise_probability = find_high_noise_probability(config, self.experts)
-        judges, in_use = load_reward_models(given_judges, config, run)
+        judges, in_use = load_reward_models(
+            given_judges, config, run, num_checkpointed=config.reward_gradient_checkpointing_blocks
+        )
         self.reward = RewardFeedback(
             config,
             judges,

@@ -230,10 +230,18 @@ def name_models(tasks: Sequence[str]) -> list[str]:
 
 
 def load_reward_models(
-    models: Sequence[WanRewardModel | Deferred[WanRewardModel]], config: PRFLTrainingConfig, run: Run
+    models: Sequence[WanRewardModel | Deferred[WanRewardModel]],
+    config: PRFLTrainingConfig,
+    run: Run,
+    *,
+    num_checkpointed: int | None,
 ) -> tuple[list[nn.Module], InUse]:
     """
-    Load the reward models, on the device or, with `offload_reward_model`, in host memory.
+    Load reward models, on the device or, with `offload_reward_model`, in host memory.
+
+    Args:
+        num_checkpointed (`int`, *optional*):
+            How many of a model's blocks use activation checkpointing; all if None.
 
     Returns:
         The frozen models, and a function that returns the context in which a model computes.
@@ -246,6 +254,6 @@ def load_reward_models(
             hosts[model] = HostWeights(model, run.accelerator.device)
         else:
             model.to(run.accelerator.device)
-        run.set_up_blocks(model, num_checkpointed=config.reward_gradient_checkpointing_blocks)
+        run.set_up_blocks(model, num_checkpointed=num_checkpointed)
         found.append(model)
     return found, (lambda model: hosts[model].on_device()) if config.offload_reward_model else stays

@@ -1,4 +1,4 @@
-"""PRFL trainers on few rows, ready in a second."""
+"""PRFL trainers on few rows, ready in a second, and runs that are interrupted."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +10,7 @@ from diffusers import WanTransformer3DModel
 
 from hy_prfl.configs.prfl import PRFLTrainingConfig
 from hy_prfl.models.reward_model import WanRewardModel
+from hy_prfl.trainers.base import Trainer
 from hy_prfl.trainers.prfl_trainer import PRFLTrainer
 
 
@@ -45,5 +46,22 @@ def prfl_builder(
             return PRFLTrainer.from_config(PRFLTrainingConfig(**(defaults | options)))
 
         return build
+
+    return prepare
+
+
+@pytest.fixture
+def interrupt_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[Trainer, int], None]:
+    """Function `interrupt_after(trainer, step)` that interrupts a trainer, as Ctrl-C does, once it has done this step."""
+
+    def prepare(trainer: Trainer, step: int) -> None:
+        original = trainer.train_step
+
+        def train_step() -> dict[str, torch.Tensor]:
+            if trainer.global_step == step:
+                raise KeyboardInterrupt
+            return original()
+
+        monkeypatch.setattr(trainer, "train_step", train_step)
 
     return prepare

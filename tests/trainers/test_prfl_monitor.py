@@ -19,6 +19,7 @@ from hy_prfl.models.conditioning import Conditioning
 from hy_prfl.models.loading import load_scheduler
 from hy_prfl.models.reward_model import WanRewardModel
 from hy_prfl.rollout import sample_latents
+from hy_prfl.trainers.base import Trainer
 from hy_prfl.trainers.prfl_trainer import PRFLTrainer
 
 
@@ -120,7 +121,10 @@ def test_metrics_equal_the_same_measurements_written_out(
 
 @pytest.mark.parametrize("options", [{}, {"lora_rank": None, "offload_reward_model": True, "use_ema": True}])
 def test_the_monitor_changes_no_weight_and_a_resumed_run_judges_the_same(
-    build: Callable[..., PRFLTrainer], tmp_path: Path, options: dict[str, Any]
+    build: Callable[..., PRFLTrainer],
+    interrupt_after: Callable[[Trainer, int], None],
+    tmp_path: Path,
+    options: dict[str, Any],
 ) -> None:
     options = options | {"checkpointing_steps": 2, "on_hacking": "keep_best"}
     whole = build(output_dir=str(tmp_path / "whole"), **options)
@@ -130,14 +134,7 @@ def test_the_monitor_changes_no_weight_and_a_resumed_run_judges_the_same(
     for value, other in zip(whole.unwrapped.parameters(), plain.unwrapped.parameters(), strict=True):
         assert torch.equal(value, other)
     first = build(output_dir=str(tmp_path / "parts"), **options)
-    original = first.train_step
-
-    def stop_after_three() -> dict[str, torch.Tensor]:
-        if first.global_step == 3:
-            raise KeyboardInterrupt
-        return original()
-
-    first.train_step = stop_after_three  # type: ignore[method-assign]
+    interrupt_after(first, 3)
     with pytest.raises(KeyboardInterrupt):
         first.train()
     second = build(output_dir=str(tmp_path / "parts"), resume_from_checkpoint="latest", **options)

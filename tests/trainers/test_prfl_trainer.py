@@ -19,6 +19,7 @@ from hy_prfl.models.conditioning import Conditioning
 from hy_prfl.models.loading import load_scheduler
 from hy_prfl.models.reward_model import WanRewardModel
 from hy_prfl.scripts import preprocess
+from hy_prfl.trainers.base import Trainer
 from hy_prfl.trainers.prfl_trainer import FLOW_NOISE, REWARD_NOISE, PRFLTrainer
 
 
@@ -285,21 +286,17 @@ def test_attention_kernels_are_refused_before_anything_loads(build: Callable[...
     ],
 )
 def test_resuming_equals_never_having_stopped(
-    build: Callable[..., PRFLTrainer], tmp_path: Path, options: dict[str, Any]
+    build: Callable[..., PRFLTrainer],
+    interrupt_after: Callable[[Trainer, int], None],
+    tmp_path: Path,
+    options: dict[str, Any],
 ) -> None:
     options = options | {"max_train_steps": 4, "checkpointing_steps": 2, "gradient_accumulation_steps": 2}
     whole = build(output_dir=str(tmp_path / "whole"), **options)
     whole.train()
     parts = tmp_path / "parts"
     first = build(output_dir=str(parts), **options)
-    original = first.train_step
-
-    def stop_after_three() -> dict[str, torch.Tensor]:
-        if first.global_step == 3:
-            raise KeyboardInterrupt
-        return original()
-
-    first.train_step = stop_after_three  # type: ignore[method-assign]
+    interrupt_after(first, 3)
     with pytest.raises(KeyboardInterrupt):
         first.train()
     second = build(output_dir=str(parts), resume_from_checkpoint="latest", **options)

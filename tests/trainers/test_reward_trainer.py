@@ -14,6 +14,7 @@ from hy_prfl.configs.reward import RewardTrainingConfig
 from hy_prfl.data.dataset import load_latent_dataset
 from hy_prfl.data.schema import table_to_rows, unpack_tensor
 from hy_prfl.models.reward_model import WanRewardModel
+from hy_prfl.trainers.base import Trainer
 from hy_prfl.trainers.reward_trainer import NOISE, RewardTrainer
 
 
@@ -123,7 +124,9 @@ def test_training_learns_labels_that_can_be_learnt(build: Callable[..., RewardTr
 
 
 @pytest.mark.parametrize("loss", ["bce", "bt"])
-def test_resuming_equals_never_having_stopped(build: Callable[..., RewardTrainer], tmp_path: Path, loss: str) -> None:
+def test_resuming_equals_never_having_stopped(
+    build: Callable[..., RewardTrainer], interrupt_after: Callable[[Trainer, int], None], tmp_path: Path, loss: str
+) -> None:
     options = {
         "loss": loss,
         "train_batch_size": 3 if loss == "bce" else 2,
@@ -139,14 +142,7 @@ def test_resuming_equals_never_having_stopped(build: Callable[..., RewardTrainer
     parts = tmp_path / "parts"
     first = build(max_train_steps=5, output_dir=str(parts), **options)
     first.interrupted = False
-    original = first.train_step
-
-    def stop_after_three() -> dict[str, torch.Tensor]:
-        if first.global_step == 3:
-            raise KeyboardInterrupt
-        return original()
-
-    first.train_step = stop_after_three  # type: ignore[method-assign]
+    interrupt_after(first, 3)
     with pytest.raises(KeyboardInterrupt):
         first.train()
     second = build(max_train_steps=5, output_dir=str(parts), resume_from_checkpoint="latest", **options)
