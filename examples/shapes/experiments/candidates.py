@@ -41,7 +41,7 @@ from hy_prfl.models.reward_model import WanRewardModel, score_noised
 
 
 # Generator -> candidates of each caption.
-GENERATORS = {"base": 16, "prfl": 8}
+GENERATORS = {"base": 16, "prfl": 16}
 REWARD_MODELS = ("weak", "demo", "taught")
 # The generator's own videos, of training captions, that the third reward model learns from.
 NUM_OWN = 512
