@@ -24,6 +24,7 @@ from typing import Any
 from examples.real_size.library import compile_library
 from examples.real_size.recipes import ROOT, Recipe, load_recipe, plan_recipe, recipe_paths
 from hy_prfl.configs.parser import parse_config
+from hy_prfl.planning.estimate import forwards_without_gradient
 from hy_prfl.runtime.atomic_writes import write_text
 
 
@@ -52,7 +53,8 @@ an error on CUDA is an error there. Allocated memory and FLOPs are counted indep
 - **Step**: GB at the peak of the step, measured and planned, and the ratio. In one process and under DDP it is all memory of the
   GPU except the 3 GB that the planner assumes for CUDA. Under ZeRO, and with sharded frozen models, it is the memory without
   weights, gradients and optimizer states, because these are not sharded here. Bounds: {MEMORY_BOUND:.0%}, and {PART_BOUND:.0%} for such a part.
-- **TFLOP**: FLOPs of a GPU in the step, measured and planned. Bounds: {FLOPS_BOUND:.0%}, with context parallelism
+- **TFLOP**: FLOPs of a GPU in the step, measured and planned. Before the step the generator walks to the second noise level that
+  may be drawn, also where a recipe reuses rollouts. Bounds: {FLOPS_BOUND:.0%}, with context parallelism
   {SHARED_FLOPS_BOUND:.0%}.
 - **Page-locked**: GB of host memory for offloaded block inputs, measured and planned.
 - **Syncs**: how often the host waited for the device: for the finiteness of losses and gradient norms, at most {MOST_SYNCS} times. With
@@ -133,10 +135,11 @@ def expected_teraflops(training: Any, planned: Mapping[str, float], step_range: 
     rest = sum(value for name, value in planned.items() if name != "rollout")
     if step_range is None:
         return rest / share
+    # The measured step is preceded by a rollout up to the second step that may take gradient, also where rollouts are
+    # reused. With `rerun_gradient_step`, the step is first run without gradient.
     first, last = step_range
-    # With `rerun_gradient_step`, the step is first run without gradient.
-    again = int(training.rerun_gradient_step)
-    return (rest + planned["rollout"] * (first + 1 + again) / ((first + last) / 2 + again)) / share
+    forwards = first + 1 + int(training.rerun_gradient_step)
+    return (rest + planned["rollout"] * forwards / forwards_without_gradient(training, first, last)) / share
 
 
 def faults(result: Mapping[str, Any]) -> list[str]:

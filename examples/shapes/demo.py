@@ -5,9 +5,10 @@ Runs the whole method on small videos, in a few minutes on a CPU: `make demo`, o
 
 It starts from the pretrained pipeline in this folder, which generates good and bad videos of moving shapes. A reward model
 is trained on noisy latents of clips that are labelled good or bad (PAVRM). The generator is fine-tuned on that reward
-(PRFL, LoRA). For comparison, it is also fine-tuned for as many updates without a reward. Then the judge, which never uses
-the reward model, labels new videos of held-out captions. Every stage is a command that is also used for the 14B model, with
-a recipe from this folder. Completed stages are not run again.
+(PRFL, LoRA). For comparison, it is also fine-tuned for as many updates without a reward. Then comes a round: new videos of
+the tuned generator are labelled, the reward model learns from what still fails in them, and the pretrained generator is
+tuned again. In the end the judge, which never uses the reward model, looks at videos of held-out captions. Every stage is a
+command that is also used for the 14B model, with a recipe from this folder. Completed stages are not run again.
 """
 
 import sys
@@ -28,6 +29,10 @@ from hy_prfl.configs.parser import parse_config
 
 # Number of labelled clips with held-out captions. The reward model is validated on them, PRFL on their captions.
 NUM_HELD_OUT = 96
+# What `annotate` splits the labelled videos of a round into.
+ROUND_SPLITS = ("train", "validation")
+# How often a video of the round is drawn while a clip is drawn once.
+ROUND_WEIGHT = "2"
 
 
 @dataclass(kw_only=True)
@@ -45,11 +50,12 @@ class DemoConfig:
     reward_steps: int | None = field(
         default=None, metadata={"help": "Updates of the reward model; those of the recipe if left out."}
     )
-    prfl_steps: int = field(default=80, metadata={"help": "Steps of PRFL, of two updates each."})
+    num_round_videos: int = field(default=512, metadata={"help": "Videos of the tuned generator that get labels."})
+    prfl_steps: int = field(default=160, metadata={"help": "Steps of PRFL, of two updates each."})
     seed: int = field(default=0, metadata={"help": "Seed of clips, videos and training."})
 
     def __post_init__(self) -> None:
-        for name in ("num_labelled_clips", "num_clips", "num_prompts", "prfl_steps"):
+        for name in ("num_labelled_clips", "num_clips", "num_prompts", "num_round_videos", "prfl_steps"):
             check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
 
 
@@ -57,29 +63,13 @@ def plan(config: DemoConfig) -> list[Stage]:
     """All stages, in order."""
     root = Path(config.output_dir)
     base = ["--pretrained_model_name_or_path", config.pipeline]
-    seed = ["--seed", str(config.seed)]
-    best = ["--reward_model", str(root / "reward" / "best")]
     # Options of each set of clips: number and seed. The captions of `held_out` are in no other set.
     clips = {
         "labelled": [str(config.num_labelled_clips), "--good_share", "0.5", "--seed", str(3 * config.seed)],
         "train": [str(config.num_clips), *clips_options(), "--seed", str(3 * config.seed + 1)],
         "held_out": [str(NUM_HELD_OUT), "--split", "held_out", "--seed", str(3 * config.seed + 2)],
     }
-    manifests = {name: root / "clips" / name / "manifest.json" for name in clips}
-    latents = {name: str(root / "latents" / name) for name in manifests}
-    # A step of PRFL has two updates. The two processes share the recipes' batches.
-    steps = {"flow_matching": 2 * config.prfl_steps, "prfl": config.prfl_steps}
-    schedules = {"flow_matching": "flow_matching", "prfl": "alternate"}
-    tuned = {
-        arm: [
-            *("--train_dataset", latents["train"], "--validation_dataset", latents["held_out"]),
-            *("--output_dir", str(root / arm), "--update_schedule", schedules[arm]),
-            *("--max_train_steps", str(number), "--validation_steps", str(max(1, number // 4)), *seed),
-            *("--train_batch_size", "4"),
-        ]
-        for arm, number in steps.items()
-    }
-    lora = {"base": [], **{arm: ["--lora_path", str(root / arm)] for arm in steps}}
+    lora = {arm: [] if arm == "base" else ["--lora_path", str(root / arm)] for arm in ARMS}
     videos = {arm: root / "videos" / arm for arm in ARMS}
     return [
         Stage(
@@ -94,37 +84,30 @@ def plan(config: DemoConfig) -> list[Stage]:
         Stage(
             "preprocess",
             "encode the clips",
-            [
-                launch(
-                    "preprocess",
-                    [*base, "--manifest", str(manifest), "--output_dir", latents[name]],
-                    two_processes=True,
-                )
-                for name, manifest in manifests.items()
-            ],
+            [encode(config, root / "clips" / name / "manifest.json", name) for name in clips],
             ["latents"],
         ),
+        Stage("reward", "train the reward model", [train_reward(config)], ["reward"]),
         Stage(
-            "train_reward",
-            "train the reward model",
-            [
-                launch(
-                    "train_reward",
-                    [*base, "--train_dataset", latents["labelled"], "--output_dir", str(root / "reward"), *seed]
-                    + ["--validation_dataset", latents["held_out"], *steps_option(config.reward_steps)]
-                    + ["--train_batch_size", "16"],
-                    two_processes=True,
-                )
-            ],
-            ["reward"],
+            "flow_matching",
+            "tune the generator without a reward",
+            [train_prfl(config, "flow_matching", "flow_matching", 2 * config.prfl_steps, "reward")],
+            ["flow_matching"],
         ),
-        *[
-            Stage(arm, title, [launch("train_prfl", [*base, *best, *tuned[arm]], two_processes=True)], [arm])
-            for arm, title in (
-                ("flow_matching", "tune the generator without a reward"),
-                ("prfl", "tune the generator on the reward"),
-            )
-        ],
+        Stage("prfl", "tune the generator on the reward", [tune_on(config, "prfl", "reward")], ["prfl"]),
+        Stage(
+            "round_videos",
+            "a round: label new videos of this generator",
+            [
+                generate([*base, *lora["prfl"]], root / "round_prompts.json", root / "round_videos"),
+                python("annotate", ["--manifest", str(root / "round_videos" / "manifest.json")])
+                + ["--output_dir", str(root / "round_labels")],
+                *[encode(config, root / "round_labels" / f"{name}.json", f"round_{name}") for name in ROUND_SPLITS],
+            ],
+            ["round_videos", "round_labels", *(f"latents/round_{name}" for name in ROUND_SPLITS)],
+        ),
+        Stage("round_reward", "the reward model learns from them", [learn_on(config)], ["round_reward"]),
+        Stage("round", "tune the pretrained generator again", [tune_on(config, "round", "round_reward")], ["round"]),
         Stage(
             "generate",
             "videos of held-out captions, the same seeds for all",
@@ -143,11 +126,12 @@ def plan(config: DemoConfig) -> list[Stage]:
         ),
         Stage(
             "score",
-            "score them with the reward model",
+            "score them with the first reward model",
             [
                 launch(
                     "score",
-                    [*base, *best, "--manifest", str(videos[arm] / "manifest.json")]
+                    [*base, "--reward_model", str(root / "reward" / "best")]
+                    + ["--manifest", str(videos[arm] / "manifest.json")]
                     + ["--output", str(root / "scores" / f"{arm}.csv")],
                     two_processes=True,
                 )
@@ -156,6 +140,60 @@ def plan(config: DemoConfig) -> list[Stage]:
             ["scores"],
         ),
     ]
+
+
+def encode(config: DemoConfig, manifest: Path, name: str) -> list[str]:
+    """Command that writes the latent dataset of a manifest."""
+    options = ["--manifest", str(manifest), "--output_dir", str(latents(config, name))]
+    return launch("preprocess", ["--pretrained_model_name_or_path", config.pipeline, *options], two_processes=True)
+
+
+def latents(config: DemoConfig, name: str) -> Path:
+    return Path(config.output_dir) / "latents" / name
+
+
+def train_reward(config: DemoConfig) -> list[str]:
+    """Command that trains the first reward model, on the labelled clips."""
+    options = [
+        *("--pretrained_model_name_or_path", config.pipeline, "--seed", str(config.seed)),
+        *("--train_dataset", str(latents(config, "labelled"))),
+        *("--validation_dataset", str(latents(config, "held_out"))),
+        *("--output_dir", str(Path(config.output_dir) / "reward")),
+        *steps_option(config.reward_steps),
+    ]
+    return launch("train_reward", [*options, "--train_batch_size", "16"], two_processes=True)
+
+
+def learn_on(config: DemoConfig) -> list[str]:
+    """Command that trains this reward model further, on the videos of the round beside the clips."""
+    options = [
+        *("--reward_model", str(Path(config.output_dir) / "reward" / "best"), "--seed", str(config.seed)),
+        *("--train_dataset", str(latents(config, "labelled")), str(latents(config, "round_train"))),
+        *("--train_dataset_weights", "1", ROUND_WEIGHT),
+        *("--validation_dataset", str(latents(config, "held_out")), str(latents(config, "round_validation"))),
+        *("--output_dir", str(Path(config.output_dir) / "round_reward")),
+        *steps_option(config.reward_steps),
+    ]
+    return launch("train_reward", [*options, "--train_batch_size", "16"], two_processes=True)
+
+
+def tune_on(config: DemoConfig, run: str, reward: str) -> list[str]:
+    """Command that tunes the pretrained generator with PRFL on a reward model."""
+    return train_prfl(config, run, "alternate", config.prfl_steps, reward)
+
+
+def train_prfl(config: DemoConfig, run: str, schedule: str, num_steps: int, reward: str) -> list[str]:
+    """Command that tunes the pretrained generator. The two processes share the recipe's batch."""
+    root = Path(config.output_dir)
+    options = [
+        *("--pretrained_model_name_or_path", config.pipeline, "--seed", str(config.seed)),
+        *("--reward_model", str(root / reward / "best"), "--update_schedule", schedule),
+        *("--train_dataset", str(latents(config, "train"))),
+        *("--validation_dataset", str(latents(config, "held_out"))),
+        *("--output_dir", str(root / run), "--max_train_steps", str(num_steps)),
+        *("--validation_steps", str(max(1, num_steps // 4)), "--train_batch_size", "4"),
+    ]
+    return launch("train_prfl", options, two_processes=True)
 
 
 def generate(options: list[str], prompts: Path, output_dir: Path) -> list[str]:
@@ -184,6 +222,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     root = Path(config.output_dir)
     root.mkdir(parents=True, exist_ok=True)
     write_prompts(root / "prompts.json", "held_out", config.num_prompts, first_seed=1000 * (config.seed + 1))
+    first_seed = 1_000_000 * (config.seed + 1)
+    write_prompts(root / "round_prompts.json", "train", config.num_round_videos, first_seed=first_seed)
     try:
         seconds = run_stages(plan(config), root, config.fresh)
     except StageError as error:

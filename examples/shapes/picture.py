@@ -3,8 +3,8 @@ Makes the picture and the figures of the demo in README and docs/costs.md from a
 
     python -m examples.shapes.picture --demo_dir outputs/demo
 
-The picture shows the first held-out captions, not selected by their verdicts: a row before PRFL and a row after it, with
-the same noise in each column. `summary.json` of the same run is copied without its seconds, which depend on the machine.
+The picture shows the first held-out captions, not selected by their verdicts: a row before PRFL, one after it and one after
+a round of labels, with the same noise in each column. `summary.json` of the same run is copied without its seconds, which depend on the machine.
 """
 
 import json
@@ -25,7 +25,7 @@ from hy_prfl.runtime.atomic_writes import write_text
 
 
 RESULTS_DIR = Path(__file__).with_name("results")
-ROWS = {"base": "before", "prfl": "after PRFL"}
+ROWS = {"base": "before", "prfl": "after PRFL", "round": "and a round"}
 # In pixels: side of a video, gap between two videos, height of a line of text, width of the row names.
 SIDE, GAP, LINE, NAMES = 96, 6, 18, 84
 GOOD, BAD = "#2c8a57", "#b3402f"

@@ -19,8 +19,8 @@ from hy_prfl.pages.rendering import as_json, percent, render
 from hy_prfl.runtime.atomic_writes import write_text
 
 
-ARMS = {"base": "Before", "flow_matching": "Flow matching only", "prfl": "PRFL"}
-ARM_COLORS = {"base": "#8a93a0", "flow_matching": "#3b82c4", "prfl": "#e0762f"}
+ARMS = {"base": "Before", "flow_matching": "Flow matching only", "prfl": "PRFL", "round": "PRFL after a round"}
+ARM_COLORS = {"base": "#8a93a0", "flow_matching": "#3b82c4", "prfl": "#e0762f", "round": "#2c8a57"}
 
 # Thirds of the denoising chain by their timesteps. The chain starts at 1000, pure noise.
 THIRDS = {"early": (2000 / 3, 1000), "middle": (1000 / 3, 2000 / 3), "late": (0, 1000 / 3)}
@@ -52,7 +52,7 @@ class Comparison:
 
     Args:
         videos (`Mapping[str, Path]`):
-            mp4 file of each arm ("base", "flow_matching", "prfl").
+            mp4 file of each arm, see `ARMS`.
         verdicts (`Mapping[str, str]`):
             The judge's verdict on each, "good" or the kind of failure.
     """

@@ -13,7 +13,7 @@ from examples.shapes.report import ARMS, Comparison, read_metrics, rewards_by_th
 from hy_prfl.data.video import read_video
 
 
-RUNS = ("reward", "flow_matching", "prfl")
+RUNS = ("reward", "flow_matching", "prfl", "round_reward", "round")
 
 
 def read_json(path: Path) -> Any:

@@ -7,6 +7,9 @@ import pytest
 
 from examples.shapes.clips import split_captions
 from examples.shapes.demo import DemoConfig, plan, write_prompts
+from hy_prfl.configs.parser import parse_config
+from hy_prfl.configs.prfl import PRFLTrainingConfig
+from hy_prfl.configs.reward import RewardTrainingConfig
 
 
 def test_the_plan_is_the_chain_of_the_entry_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -17,9 +20,25 @@ def test_the_plan_is_the_chain_of_the_entry_points(tmp_path: Path, monkeypatch: 
     ]
     verbs = [module.removeprefix("hy_prfl.scripts.") for module in modules]
     assert verbs == [
-        *["preprocess"] * 3, "train_reward", *["train_prfl"] * 2, *["generate"] * 3, *["score"] * 3,
+        *["preprocess"] * 3, "train_reward", *["train_prfl"] * 2,
+        "generate", *["preprocess"] * 2, "train_reward", "train_prfl",
+        *["generate"] * 4, *["score"] * 4,
     ]  # fmt: skip
     assert len({one.digest() for one in stages}) == len(stages)
+
+
+def test_a_round_learns_from_its_own_videos_beside_the_clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The options of its reward model and of its generator parse, and name what the stages before have made."""
+    monkeypatch.chdir(Path(__file__).parents[2])
+    commands = {stage.name: stage.commands for stage in plan(DemoConfig(output_dir=str(tmp_path)))}
+    (command,) = commands["round_reward"]
+    reward = parse_config(RewardTrainingConfig, command[command.index("--config") :])
+    names = [Path(dataset).name for dataset in reward.train_dataset]
+    assert names == ["labelled", "round_train"] and reward.train_dataset_weights == [1, 2]
+    assert [Path(dataset).name for dataset in reward.validation_dataset or []] == ["held_out", "round_validation"]
+    (command,) = commands["round"]
+    prfl = parse_config(PRFLTrainingConfig, command[command.index("--config") :])
+    assert prfl.reward_model == str(tmp_path / "round_reward" / "best") and prfl.lora_path is None
 
 
 def test_prompts_are_captions_of_their_split_with_seeds_of_their_own(tmp_path: Path) -> None:

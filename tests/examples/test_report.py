@@ -164,6 +164,6 @@ def test_rewards_are_averaged_by_third() -> None:
 def test_files_and_arms_must_be_there(inputs: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         write_report(tmp_path / "index.html", **{**inputs, "runs": {"prfl": tmp_path / "none.jsonl"}})
-    with pytest.raises(ValueError, match="must have one of base, flow_matching, prfl, got seconds"):
+    with pytest.raises(ValueError, match="must have one of base, flow_matching, prfl, round, got seconds"):
         write_report(tmp_path / "index.html", **{**inputs, "summary": {"seconds": {}}})
     assert not (tmp_path / "index.html").exists()

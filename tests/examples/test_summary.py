@@ -14,6 +14,8 @@ from hy_prfl.inference.generation import write_video
 
 
 TIMESTEPS = (100, 500, 900)
+# For each arm, whether each of its two videos is good.
+GOOD = ([False, False], [True, False], [True, False], [True, True])
 
 
 def write_clips(folder: Path, good: list[bool]) -> list[dict[str, Any]]:
@@ -37,8 +39,8 @@ def write_clips(folder: Path, good: list[bool]) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def demo(tmp_path: Path) -> Path:
-    """Folder of a demo of two videos an arm: none is good before, one with flow matching, both with PRFL."""
-    for arm, good in zip(ARMS, ([False, False], [True, False], [True, True]), strict=True):
+    """Folder of a demo with two videos for each arm."""
+    for arm, good in zip(ARMS, GOOD, strict=True):
         write_clips(tmp_path / "videos" / arm, good)
         verdicts, summary = judge_manifest(tmp_path / "videos" / arm / "manifest.json")
         write_json(tmp_path / "verdicts" / f"{arm}.json", {"summary": summary, "verdicts": verdicts})
@@ -65,9 +67,9 @@ def demo(tmp_path: Path) -> Path:
 
 def test_numbers_are_those_of_the_files(demo: Path) -> None:
     summary = summarize(demo, {"clips": 2.0, "prfl": 3.5})
-    assert [summary[arm]["good"] for arm in ARMS] == [0.0, 0.5, 1.0]
-    assert [summary[arm]["failures"]["frozen"] for arm in ARMS] == [2, 1, 0]
-    assert [summary[arm]["reward"] for arm in ARMS] == [0.1, 0.35, 0.6]
+    assert [summary[arm]["good"] for arm in ARMS] == [0.0, 0.5, 0.5, 1.0]
+    assert [summary[arm]["failures"]["frozen"] for arm in ARMS] == [2, 1, 1, 0]
+    assert [summary[arm]["reward"] for arm in ARMS] == [0.1, 0.35, 0.35, 0.6]
     assert summary["base"]["rewards_by_timestep"] == {"100": 0.1, "500": 0.5, "900": 0.9}
     assert summary["reward_model"]["majority_accuracy"] == 0.75
     assert summary["reward_model"]["num_labels"] == 4
@@ -86,9 +88,9 @@ def test_the_demo_ends_with_a_table_a_file_and_a_page(demo: Path, capsys: pytest
     finish(demo, {"clips": 2.0})
     assert json.loads((demo / "summary.json").read_text()) == summarize(demo, {"clips": 2.0})
     table = capsys.readouterr().out
-    for title, good in zip(ARMS.values(), ("0%", "50%", "100%"), strict=True):
-        (line,) = [line for line in table.splitlines() if line.startswith(title)]
+    for title, good in zip(ARMS.values(), ("0%", "50%", "50%", "100%"), strict=True):
+        (line,) = [line for line in table.splitlines() if line.startswith(f"{title:<20}")]
         assert good in line.split()
     page = (demo / "report.html").read_text()
-    assert page.count("data:video/mp4") == 6
+    assert page.count("data:video/mp4") == 8
     assert "http://" not in page.replace("http://www.w3.org", "")
