@@ -19,7 +19,6 @@ from typing import Literal
 
 from examples.shapes.clips import split_captions
 from examples.shapes.judge import write_json
-from examples.shapes.pretrain import clips_options
 from examples.shapes.report import ARMS
 from examples.shapes.stages import Stage, StageError, launch, python, run_stages
 from examples.shapes.summary import finish
@@ -42,20 +41,25 @@ class DemoConfig:
     output_dir: str = field(default="outputs/demo", metadata={"help": "Folder for all outputs of the demo."})
     fresh: bool = field(default=False, metadata={"help": "Run all stages again, also completed ones."})
     pipeline: str = field(default="examples/shapes/pretrained", metadata={"help": "The pretrained pipeline."})
-    num_labelled_clips: int = field(default=2048, metadata={"help": "Clips with labels, for the reward model."})
-    num_clips: int = field(default=256, metadata={"help": "Clips for flow matching, like those of the pretraining."})
+    num_labelled_clips: int = field(default=1024, metadata={"help": "Clips with labels, for the reward model."})
+    num_clips: int = field(default=256, metadata={"help": "Good clips for flow matching."})
     num_prompts: int = field(
         default=48, metadata={"help": "Videos of held-out captions to judge, for each generator."}
     )
-    reward_steps: int | None = field(
-        default=None, metadata={"help": "Updates of the reward model; those of the recipe if left out."}
-    )
-    num_round_videos: int = field(default=512, metadata={"help": "Videos of the tuned generator that get labels."})
-    prfl_steps: int = field(default=160, metadata={"help": "Steps of PRFL, of two updates each."})
+    reward_steps: int = field(default=300, metadata={"help": "Updates of the reward model, and again in the round."})
+    num_round_videos: int = field(default=256, metadata={"help": "Videos of the tuned generator that get labels."})
+    prfl_steps: int = field(default=120, metadata={"help": "Steps of PRFL, of two updates each."})
     seed: int = field(default=0, metadata={"help": "Seed of clips, videos and training."})
 
     def __post_init__(self) -> None:
-        for name in ("num_labelled_clips", "num_clips", "num_prompts", "num_round_videos", "prfl_steps"):
+        for name in (
+            "num_labelled_clips",
+            "num_clips",
+            "num_prompts",
+            "num_round_videos",
+            "reward_steps",
+            "prfl_steps",
+        ):
             check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
 
 
@@ -66,7 +70,7 @@ def plan(config: DemoConfig) -> list[Stage]:
     # Options of each set of clips: number and seed. The captions of `held_out` are in no other set.
     clips = {
         "labelled": [str(config.num_labelled_clips), "--good_share", "0.5", "--seed", str(3 * config.seed)],
-        "train": [str(config.num_clips), *clips_options(), "--seed", str(3 * config.seed + 1)],
+        "train": [str(config.num_clips), "--good_share", "1", "--seed", str(3 * config.seed + 1)],
         "held_out": [str(NUM_HELD_OUT), "--split", "held_out", "--seed", str(3 * config.seed + 2)],
     }
     lora = {arm: [] if arm == "base" else ["--lora_path", str(root / arm)] for arm in ARMS}
@@ -159,7 +163,7 @@ def train_reward(config: DemoConfig) -> list[str]:
         *("--train_dataset", str(latents(config, "labelled"))),
         *("--validation_dataset", str(latents(config, "held_out"))),
         *("--output_dir", str(Path(config.output_dir) / "reward")),
-        *steps_option(config.reward_steps),
+        *("--max_train_steps", str(config.reward_steps), "--checkpointing_steps", str(config.reward_steps)),
     ]
     return launch("train_reward", [*options, "--train_batch_size", "16"], two_processes=True)
 
@@ -172,7 +176,7 @@ def learn_on(config: DemoConfig) -> list[str]:
         *("--train_dataset_weights", "1", ROUND_WEIGHT),
         *("--validation_dataset", str(latents(config, "held_out")), str(latents(config, "round_validation"))),
         *("--output_dir", str(Path(config.output_dir) / "round_reward")),
-        *steps_option(config.reward_steps),
+        *("--max_train_steps", str(config.reward_steps), "--checkpointing_steps", str(config.reward_steps)),
     ]
     return launch("train_reward", [*options, "--train_batch_size", "16"], two_processes=True)
 
@@ -191,7 +195,7 @@ def train_prfl(config: DemoConfig, run: str, schedule: str, num_steps: int, rewa
         *("--train_dataset", str(latents(config, "train"))),
         *("--validation_dataset", str(latents(config, "held_out"))),
         *("--output_dir", str(root / run), "--max_train_steps", str(num_steps)),
-        *("--validation_steps", str(max(1, num_steps // 4)), "--train_batch_size", "4"),
+        *("--validation_steps", str(max(1, num_steps // 2)), "--train_batch_size", "4"),
     ]
     return launch("train_prfl", options, two_processes=True)
 
@@ -199,10 +203,6 @@ def train_prfl(config: DemoConfig, run: str, schedule: str, num_steps: int, rewa
 def generate(options: list[str], prompts: Path, output_dir: Path) -> list[str]:
     options = [*options, "--prompts", str(prompts), "--output_dir", str(output_dir)]
     return launch("generate", options, two_processes=True)
-
-
-def steps_option(steps: int | None) -> list[str]:
-    return [] if steps is None else ["--max_train_steps", str(steps)]
 
 
 def write_prompts(

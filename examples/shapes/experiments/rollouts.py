@@ -3,7 +3,8 @@ What does an update have to cost, and how hard should the reward pull?
 
     python -m examples.shapes.experiments.rollouts --demo outputs/demo
 
-Starts from a demo (`make demo`): its clips and labels, with a reward model for each seed. Every arm tunes the pretrained
+Starts from a demo with more labelled clips (`make demo DEMO_ARGS="--num_labelled_clips 2048"`), and trains a reward model for
+each seed on them. Every arm tunes the pretrained
 generator with the demo's recipe, and differs in how often it rolls out, in how many steps the gradient passes through, or
 in what the reward is taken of. Then the judge looks at 144 new videos of held-out captions. `curated` arms take their
 flow-matching updates on good clips only. Writes `results/rollouts.json` and a plot of it.
@@ -26,6 +27,7 @@ from examples.shapes.experiments.inputs import preprocess_commands
 from examples.shapes.experiments.runs import ExperimentConfig, mean_and_spread, run_all
 from examples.shapes.experiments.sampling import BATCH_SIZE, NUM_STEPS, load_generator, walk_chains
 from examples.shapes.judge import KINDS, write_json
+from examples.shapes.pretrain import clips_options
 from examples.shapes.stages import Stage, launch, python
 from examples.shapes.summary import read_json
 from hy_prfl.configs.parser import parse_config
@@ -34,13 +36,17 @@ from hy_prfl.planning.estimate import forwards_without_gradient
 
 
 NUM_VIDEOS = 144
-# Seeds whose reward models are an ensemble.
-ENSEMBLE = (0, 1, 2)
+# Those whose reward models are an ensemble.
+SEEDS = (0, 1, 2)
 # In forwards of the generator: one, its backward pass of twice the FLOPs, and one of activation checkpointing.
 STEP_WITH_GRADIENT = 4
+# Each reward update rolls out for itself; the recipe reuses.
+FRESH = ["--rollout_interval", "1", "--rollout_buffer_size", "1"]
 REUSED = ["--rollout_interval", "8", "--rollout_buffer_size", "8"]
 FORESEEN = ["--reward_at", "foreseen"]
 DISAGREEMENT = ["--reward_disagreement", "0.5"]
+# Weight of the reward in most arms, and in those that pull harder.
+SCALE, HARD = 0.3, 1.0
 
 
 @dataclass(kw_only=True)
@@ -63,13 +69,16 @@ class Arm:
             Steps of a flow-matching and a reward update.
         clips (`str`):
             Clips of the flow-matching updates, "train", the pretraining's mixture, or "good".
+        scale (`float`):
+            Weight of the reward.
         ensemble (`bool`):
-            Whether it climbs the reward models of all seeds at once, instead of that of its seed.
+            Whether it is tuned on the reward models of all seeds at once, instead of that of its seed.
     """
 
-    options: list[str] = field(default_factory=list)
+    options: list[str] = field(default_factory=lambda: FRESH)
     num_steps: int = 80
     clips: str = "train"
+    scale: float = SCALE
     ensemble: bool = False
 
     def forwards(self) -> float:
@@ -83,20 +92,28 @@ class Arm:
         )
         first, last = training.num_chained_steps - 1, training.num_inference_steps - 2
         with_gradient = STEP_WITH_GRADIENT * (1 + training.num_chained_steps)
-        return with_gradient + forwards_without_gradient(training, first, last)
+        # The anchor needs the velocity of the base.
+        without = forwards_without_gradient(training, first, last) + ("--anchor_scale" in values)
+        return with_gradient + without
 
 
 ARMS = {
     "prfl": Arm(),
     "reused": Arm(REUSED),
     "interval_16": Arm(["--rollout_interval", "16", "--rollout_buffer_size", "4"]),
-    "foreseen": Arm(FORESEEN),
+    # Rollouts of half as many steps as a video is sampled with.
+    "reused_short": Arm([*REUSED, "--num_inference_steps", "10"]),
+    "foreseen": Arm([*FRESH, *FORESEEN]),
     "reused_foreseen": Arm([*REUSED, *FORESEEN]),
-    "chained_4": Arm(["--num_chained_steps", "4"]),
+    "chained_4": Arm([*FRESH, "--num_chained_steps", "4"]),
+    "reused_int8": Arm([*REUSED, "--base_quantization", "int8"]),
     "prfl_160": Arm(num_steps=160),
     "reused_160": Arm(REUSED, num_steps=160),
+    "reused_hard_160": Arm(REUSED, num_steps=160, scale=HARD),
+    "anchored_hard_160": Arm([*REUSED, "--anchor_scale", "1"], num_steps=160, scale=HARD),
     "reused_foreseen_160": Arm([*REUSED, *FORESEEN], num_steps=160),
     "ensemble_160": Arm([*REUSED, *DISAGREEMENT], num_steps=160, ensemble=True),
+    "ensemble_hard_160": Arm([*REUSED, *DISAGREEMENT], num_steps=160, scale=HARD, ensemble=True),
     "curated_prfl": Arm(clips="good"),
     "curated_reused": Arm(REUSED, clips="good"),
     "curated_reused_160": Arm(REUSED, clips="good", num_steps=160),
@@ -112,13 +129,17 @@ def arm_dir(root: Path, name: str, seed: int) -> Path:
 
 
 def input_stages(root: Path, demo: Path, seeds: Sequence[int]) -> list[Stage]:
-    """Good clips, and a reward model for each seed on the demo's labels."""
-    clips = ["--output_dir", str(root / "clips" / "good"), "--num_clips", "256", "--good_share", "1", "--seed", "12"]
-    commands = [python("clips", clips)]
-    manifest = {"good": root / "clips" / "good" / "manifest.json"}
-    commands += preprocess_commands(root, manifest, two_processes=False)
+    """Clips for flow matching, of the pretraining's mixture and good ones, and a reward model for each seed."""
+    options = {"train": [*clips_options(), "--seed", "1"], "good": ["--good_share", "1", "--seed", "12"]}
+    folders = {name: root / "clips" / name for name in options}
+    commands = [
+        python("clips", ["--output_dir", str(folders[name]), "--num_clips", "256", *each])
+        for name, each in options.items()
+    ]
+    manifests = {name: folder / "manifest.json" for name, folder in folders.items()}
+    commands += preprocess_commands(root, manifests, two_processes=False)
     return [
-        Stage("good", "good", commands, ["clips/good", "latents/good"]),
+        Stage("clips", "clips", commands, ["clips", "latents"]),
         *[Stage(f"reward_{seed}", f"reward_{seed}", [reward_command(root, demo, seed)], []) for seed in seeds],
     ]
 
@@ -132,17 +153,20 @@ def reward_command(root: Path, demo: Path, seed: int) -> list[str]:
     return launch("train_reward", options)
 
 
-def tuning_stage(root: Path, demo: Path, name: str, arm: Arm, seed: int, reward_model: Path | None = None) -> Stage:
-    """Tune the generator, on the reward model of its seed unless another is given."""
-    judges = [reward_model_dir(root, each) / "best" for each in (ENSEMBLE if arm.ensemble else [seed])]
-    judges = judges if reward_model is None else [reward_model]
+def tuning_stage(root: Path, name: str, arm: Arm, seed: int, reward_models: Sequence[Path] | None = None) -> Stage:
+    """Tune the generator, on the reward model of its seed, or of all `SEEDS`, unless others are given."""
+    if reward_models is None:
+        reward_models = [reward_model_dir(root, each) / "best" for each in (SEEDS if arm.ensemble else [seed])]
     output_dir = arm_dir(root, name, seed)
-    clips = demo / "latents" / "train" if arm.clips == "train" else root / "latents" / arm.clips
     options = [
-        *("--train_dataset", str(clips), "--reward_models" if arm.ensemble else "--reward_model"),
-        *map(str, judges),
+        *(
+            "--train_dataset",
+            str(root / "latents" / arm.clips),
+            "--reward_models" if len(reward_models) > 1 else "--reward_model",
+        ),
+        *map(str, reward_models),
         *("--output_dir", str(output_dir), "--seed", str(seed), "--max_train_steps", str(arm.num_steps)),
-        *("--checkpointing_steps", str(arm.num_steps), *arm.options),
+        *("--checkpointing_steps", str(arm.num_steps), "--reward_scale", str(arm.scale), *arm.options),
     ]
     stage = f"generator_{name}_{seed}"
     return Stage(stage, stage, [launch("train_prfl", options)], [str(output_dir.relative_to(root))])
@@ -206,7 +230,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arms = {name: ARMS[name] for name in config.choose(list(ARMS))}
     run_all(input_stages(root, demo, seeds), root, config.num_parallel)
     # Seed by seed, so that what is there when a run is stopped can be compared.
-    tuning = [tuning_stage(root, demo, name, arm, seed) for seed in seeds for name, arm in arms.items()]
+    tuning = [tuning_stage(root, name, arm, seed) for seed in seeds for name, arm in arms.items()]
     run_all(tuning, root, config.num_parallel)
     judged = [(name, seed) for name in ("base", *arms) for seed in seeds]
     left = [pair for pair in judged if not verdicts_file(root, *pair).is_file()]

@@ -3,11 +3,10 @@ Rounds: climb hard, label what broke, learn it, and climb again from the pretrai
 
     python -m examples.shapes.experiments.rounds --demo outputs/demo
 
-Starts from a demo (`make demo`) and from the reward models of `rollouts.py`, one for each seed. In each round the generator
-is tuned on look-ahead rewards, which break most in few steps; 352 of its videos, of training captions, get the judge's
-labels; and the reward model learns on with them beside all older data. After each round the pretrained generator is tuned
-with the demo's own recipe on the new reward model, and the judge looks at 144 videos of held-out captions. Writes
-`results/rounds.json` and a plot of it.
+Starts from the demo of `rollouts.py` and from its reward models, one for each seed. In each round 352 videos of each of two
+generators, of training captions, get the judge's labels: of the one tuned last, and of one tuned on look-ahead rewards. Round 1 also labels 352 of the pretrained generator. Then a new reward model is trained on all labels so far, and
+the pretrained generator is tuned again. From round 2 on there are also ensembles of the reward models of all rounds. The
+judge looks at 144 videos of held-out captions. Writes `results/rounds.json` and a plot of it.
 """
 
 import multiprocessing
@@ -19,12 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, load_from_disk
+from datasets import Dataset, concatenate_datasets, load_from_disk
 from matplotlib.figure import Figure
 from sklearn.metrics import roc_auc_score
 
 from examples.shapes.experiments.rollouts import (
+    DISAGREEMENT,
     FORESEEN,
+    HARD,
     REUSED,
     Arm,
     arm_dir,
@@ -47,18 +48,75 @@ from hy_prfl.models.conditioning import Conditioning
 from hy_prfl.models.reward_model import WanRewardModel
 
 
-NUM_ROUNDS, NUM_LABELS, NUM_HELD_OUT = 2, 352, 52
-# Updates of a reward model in a round, and how often each of the generator's videos is drawn, a real clip being drawn once.
-NUM_UPDATES, WEIGHT = 300, "2"
+NUM_LABELS, NUM_HELD_OUT = 352, 44
+# How often each of the generator's videos is drawn, a real clip being drawn once.
+WEIGHT = "2"
 TIMESTEPS = (400, 600, 800)
-# Ten times the recipe's scale: it is to break what can be broken.
-CLIMB = Arm([*REUSED, *FORESEEN, "--reward_scale", "3"])
-# After each round; the others after the last one only.
-TUNED = Arm(REUSED, num_steps=160)
-LAST = {
-    "foreseen_160": Arm([*REUSED, *FORESEEN], num_steps=160),
-    "curated_160": Arm(REUSED, clips="good", num_steps=160),
-}
+HARDER = 3.0
+ENSEMBLE = [*REUSED, *DISAGREEMENT]
+
+
+@dataclass(frozen=True)
+class Round:
+    """
+    One round of labels.
+
+    Args:
+        climbs (`dict[str, Arm]`):
+            How the generators are tuned whose videos get labels.
+        reward_models (`tuple[int, ...]`):
+            Rounds whose reward models they are tuned on.
+        num_updates (`int`):
+            Updates of the reward model that learns from these labels.
+        arms (`dict[str, Arm]`):
+            How the generator is tuned afterwards, on the new reward model, or on an ensemble of those of all rounds.
+    """
+
+    climbs: dict[str, Arm]
+    reward_models: tuple[int, ...]
+    num_updates: int
+    arms: dict[str, Arm]
+
+
+ROUNDS = (
+    Round(
+        {
+            "look_ahead_1": Arm([*REUSED, *FORESEEN], scale=HARD),
+            "round_0": Arm(REUSED, num_steps=160, scale=HARD),
+        },
+        (0,),
+        800,
+        {"round_1": Arm(REUSED, num_steps=160, scale=HARD)},
+    ),
+    Round(
+        {
+            "look_ahead_2": Arm([*REUSED, *FORESEEN], num_steps=160, scale=HARD),
+            "round_1": Arm(REUSED, num_steps=160, scale=HARD),
+        },
+        (1,),
+        1000,
+        {
+            "round_2": Arm(REUSED, num_steps=160, scale=HARD),
+            "round_2_ensemble": Arm(ENSEMBLE, num_steps=160, scale=HARD, ensemble=True),
+            "round_2_ensemble_harder": Arm(ENSEMBLE, num_steps=160, scale=HARDER, ensemble=True),
+        },
+    ),
+    Round(
+        {
+            "look_ahead_3": Arm([*ENSEMBLE, *FORESEEN], num_steps=160, scale=HARDER),
+            "round_2_ensemble_harder": Arm(ENSEMBLE, num_steps=160, scale=HARDER),
+        },
+        (2, 1),
+        1200,
+        {
+            "round_3": Arm(REUSED, num_steps=160, scale=HARD),
+            "round_3_ensemble": Arm(ENSEMBLE, num_steps=160, scale=HARD, ensemble=True),
+            "round_3_ensemble_harder": Arm(ENSEMBLE, num_steps=160, scale=HARDER, ensemble=True),
+            "round_3_curated": Arm(ENSEMBLE, clips="good", num_steps=160, scale=HARD, ensemble=True),
+            "round_3_curated_harder": Arm(ENSEMBLE, clips="good", num_steps=160, scale=HARDER, ensemble=True),
+        },
+    ),
+)
 
 
 @dataclass(kw_only=True)
@@ -67,7 +125,6 @@ class RoundsConfig(ExperimentConfig):
 
     demo: str = field(default="outputs/demo", metadata={"help": "Folder of a demo."})
     output_dir: str = field(default="outputs/experiments/rollouts", metadata={"help": "Folder of `rollouts.py`."})
-    num_rounds: int = field(default=NUM_ROUNDS, metadata={"help": "Rounds of labels."})
 
 
 def reward_model_after(root: Path, number: int, seed: int) -> Path:
@@ -77,56 +134,60 @@ def reward_model_after(root: Path, number: int, seed: int) -> Path:
     return root / "rounds" / f"reward_{number}_{seed}" / "best"
 
 
-def videos_dir(root: Path, number: int, seed: int) -> Path:
-    return root / "rounds" / f"videos_{number}_{seed}"
+def reward_models_of(root: Path, arm: Arm, number: int, seed: int) -> list[Path]:
+    """What an arm after a round is tuned on: the newest reward model, or those of all rounds."""
+    rounds = range(number, 0, -1) if arm.ensemble else [number]
+    return [reward_model_after(root, each, seed) for each in rounds]
 
 
-def climb_name(number: int) -> str:
-    return f"climb_{number}"
+def labelled_generators(number: int) -> list[str | None]:
+    """Generators whose videos get labels in a round; `None` is the pretrained one."""
+    return [*([None] if number == 1 else []), *ROUNDS[number - 1].climbs]
 
 
-def tuned_name(number: int) -> str:
-    """Without rounds it is an arm of `rollouts.py`, which is not run again."""
-    return f"round_{number}" if number else "reused_160"
+def num_labels_after(number: int) -> int:
+    """Labels of videos in so many rounds."""
+    return NUM_LABELS * sum(len(labelled_generators(each)) for each in range(1, number + 1))
 
 
-def climb_stage(root: Path, demo: Path, number: int, seed: int) -> Stage:
-    """Tune the pretrained generator hard on the reward model of the round before."""
-    return tuning_stage(
-        root, demo, climb_name(number), CLIMB, seed, reward_model=reward_model_after(root, number - 1, seed)
-    )
+def videos_dirs(root: Path, number: int, seed: int) -> list[Path]:
+    """Labelled videos of a round, a folder for each generator."""
+    names = [name or "pretrained" for name in labelled_generators(number)]
+    return [root / "rounds" / f"videos_{number}_{name}_{seed}" for name in names]
 
 
 def reward_stage(root: Path, demo: Path, number: int, seed: int) -> Stage:
-    """The reward model of the round before learns on, with the videos of all rounds beside the real clips."""
+    """Train a reward model on the videos of all rounds beside the real clips."""
     output_dir = reward_model_after(root, number, seed).parent
-    rounds = [videos_dir(root, each, seed) for each in range(1, number + 1)]
+    folders = [folder for each in range(1, number + 1) for folder in videos_dirs(root, each, seed)]
+    num_updates = str(ROUNDS[number - 1].num_updates)
     options = [
-        *("--reward_model", str(reward_model_after(root, number - 1, seed))),
-        *("--train_dataset", str(demo / "latents" / "labelled"), *(str(folder / "train") for folder in rounds)),
-        *("--train_dataset_weights", "1", *(WEIGHT for _ in rounds)),
-        *("--validation_dataset", *(str(folder / "held_out") for folder in rounds)),
-        *("--output_dir", str(output_dir), "--seed", str(seed)),
-        *("--learning_rate", "5e-4", "--head_learning_rate", "5e-4", "--max_train_steps", str(NUM_UPDATES)),
-        *("--validation_steps", str(NUM_UPDATES), "--checkpointing_steps", str(NUM_UPDATES)),
+        *("--train_dataset", str(demo / "latents" / "labelled"), *(str(folder / "train") for folder in folders)),
+        *("--train_dataset_weights", "1", *(WEIGHT for _ in folders)),
+        *("--validation_dataset", *(str(folder / "held_out") for folder in folders)),
+        *("--output_dir", str(output_dir), "--seed", str(seed), "--max_train_steps", num_updates),
+        *("--validation_steps", num_updates, "--checkpointing_steps", num_updates),
     ]
     name = f"round_reward_{number}_{seed}"
     return Stage(name, name, [launch("train_reward", options)], [str(output_dir.relative_to(root))])
 
 
 def make_videos(root: Path, demo: Path, number: int, seed: int) -> None:
-    """Labelled videos of the generator that has climbed."""
+    """Labelled videos of the generators of a round."""
     torch.set_num_threads(1)
-    folder = videos_dir(root, number, seed)
-    if (folder / "held_out").is_dir():
-        return
     labelled = load_from_disk(str(demo / "latents" / "labelled"))
-    first_seed = 1_000_000 * number + 100_000 * seed
-    prefix = f"round-{number}-{seed}"
-    pipeline = load_generator(arm_dir(root, climb_name(number), seed))
-    videos = own_videos(pipeline, labelled, range(first_seed, first_seed + NUM_LABELS), prefix)
-    videos.select(range(NUM_HELD_OUT, NUM_LABELS)).save_to_disk(str(folder / "train"))
-    videos.select(range(NUM_HELD_OUT)).save_to_disk(str(folder / "held_out"))
+    # Each generator of a run has seeds of its own.
+    before = sum(len(labelled_generators(each)) for each in range(1, number))
+    folders = videos_dirs(root, number, seed)
+    for place, (name, folder) in enumerate(zip(labelled_generators(number), folders, strict=True), before + 1):
+        if (folder / "held_out").is_dir():
+            continue
+        first_seed = 1_000_000 * place + 100_000 * seed
+        pipeline = load_generator(None if name is None else arm_dir(root, name, seed))
+        prefix = f"round-{number}-{place}-{seed}"
+        videos = own_videos(pipeline, labelled, range(first_seed, first_seed + NUM_LABELS), prefix)
+        videos.select(range(NUM_HELD_OUT, NUM_LABELS)).save_to_disk(str(folder / "train"))
+        videos.select(range(NUM_HELD_OUT)).save_to_disk(str(folder / "held_out"))
 
 
 @torch.no_grad()
@@ -136,7 +197,8 @@ def make_auc(root: Path, number: int, seed: int) -> None:
     path = auc_file(root, number, seed)
     if path.is_file():
         return
-    held_out = load_from_disk(str(videos_dir(root, number, seed) / "held_out"))
+    folders = videos_dirs(root, number, seed)
+    held_out = concatenate_datasets([load_from_disk(str(folder / "held_out")) for folder in folders])
     good = labels_in(held_out)
     found = {"good": sum(good) / len(good)}
     for name, which in (("before", number - 1), ("after", number)):
@@ -171,33 +233,33 @@ def scores_of(model: WanRewardModel, videos: Dataset) -> list[float]:
 def run_seed(config: RoundsConfig, seed: int) -> None:
     """All rounds of one seed."""
     root, demo = Path(config.output_dir), Path(config.demo)
-    for number in range(config.num_rounds + 1):
-        if number > 0:
-            run_all([climb_stage(root, demo, number, seed)], root, 1)
-            make_videos(root, demo, number, seed)
-            run_all([reward_stage(root, demo, number, seed)], root, 1)
-            make_auc(root, number, seed)
-        arms = {tuned_name(number): TUNED}
-        if number == config.num_rounds:
-            arms |= {f"{tuned_name(number)}_{name}": arm for name, arm in LAST.items()}
-        climbed = reward_model_after(root, number, seed)
-        for name, arm in arms.items():
-            run_all([tuning_stage(root, demo, name, arm, seed, reward_model=climbed)], root, 1)
-            if not verdicts_file(root, name, seed).is_file():
-                judge_arm(root, name, seed)
+
+    def tune(name: str, arm: Arm, reward_models: Sequence[Path]) -> None:
+        run_all([tuning_stage(root, name, arm, seed, reward_models)], root, 1)
+        if not verdicts_file(root, name, seed).is_file():
+            judge_arm(root, name, seed)
+
+    for number, each in enumerate(ROUNDS, 1):
+        for name, arm in each.climbs.items():
+            tune(name, arm, [reward_model_after(root, one, seed) for one in each.reward_models])
+        make_videos(root, demo, number, seed)
+        run_all([reward_stage(root, demo, number, seed)], root, 1)
+        make_auc(root, number, seed)
+        for name, arm in each.arms.items():
+            tune(name, arm, reward_models_of(root, arm, number, seed))
 
 
-def summarize(root: Path, num_rounds: int, seeds: Sequence[int]) -> dict[str, Any]:
+def summarize(root: Path, seeds: Sequence[int]) -> dict[str, Any]:
     """Verdicts after each round, and what the reward models see of the videos of each round."""
-    names = {tuned_name(number): number for number in range(num_rounds + 1)}
-    names |= {f"{tuned_name(num_rounds)}_{name}": num_rounds for name in LAST}
+    names = {name: number for number, each in enumerate(ROUNDS) for name in each.climbs}
+    names |= {name: number for number, each in enumerate(ROUNDS, 1) for name in each.arms}
     arms: dict[str, Any] = {}
     for name, number in names.items():
         verdicts = [read_json(verdicts_file(root, name, seed)) for seed in seeds]
         arms[name] = {kind: mean_and_spread([each[kind] for each in verdicts]) for kind in KINDS}
-        arms[name]["num_labels"] = number * NUM_LABELS
+        arms[name]["num_labels"] = num_labels_after(number)
     rounds = []
-    for number in range(1, num_rounds + 1):
+    for number in range(1, len(ROUNDS) + 1):
         found = [read_json(auc_file(root, number, seed)) for seed in seeds]
         rounds.append({name: mean_and_spread([each[name] for each in found]) for name in found[0]})
     return {"seeds": list(seeds), "arms": arms, "rounds": rounds}
@@ -209,12 +271,12 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
     verdicts, aucs = figure.subplots(1, 2)
     numbers = range(len(results["rounds"]) + 1)
     for kind in ("good", "beyond", "frozen", "vanishing", "jittering"):
-        plot_spread(verdicts, numbers, [results["arms"][tuned_name(number)][kind] for number in numbers], kind)
-    verdicts.set(title="Tuned for 160 steps, by the judge", xlabel="rounds of labels", ylim=(0, 1.02), xticks=numbers)
+        plot_spread(verdicts, numbers, [results["arms"][f"round_{number}"][kind] for number in numbers], kind)
+    verdicts.set(title="One reward model, by the judge", xlabel="rounds of labels", ylim=(0, 1.02), xticks=numbers)
     for name in ("before", "after"):
         label = f"reward model {name} the round"
         plot_spread(aucs, list(numbers)[1:], [each[name] for each in results["rounds"]], label)
-    aucs.set(title="Held-out videos of the round's climb", xlabel="round", ylabel="AUC", ylim=(0.45, 1.02))
+    aucs.set(title="Held-out videos of the round", xlabel="round", ylabel="AUC", ylim=(0.45, 1.02))
     aucs.set_xticks(list(numbers)[1:])
     for axes in (verdicts, aucs):
         axes.legend(fontsize=8, frameon=False)
@@ -227,10 +289,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     run_all(input_stages(root, Path(config.demo), config.seeds), root, config.num_parallel)
     with ProcessPoolExecutor(config.num_parallel, multiprocessing.get_context("spawn")) as pool:
         list(pool.map(partial(run_seed, config), config.seeds))
-    results = summarize(root, config.num_rounds, config.seeds)
+    results = summarize(root, config.seeds)
     write_json(results_dir / "rounds.json", results)
     plot(results, results_dir / "rounds.png")
-    print(f"{results_dir / 'rounds.json'}: {config.num_rounds} rounds")
+    print(f"{results_dir / 'rounds.json'}: {len(ROUNDS)} rounds")
 
 
 if __name__ == "__main__":

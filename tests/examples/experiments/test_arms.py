@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from examples.shapes.experiments import generators, inputs, reward_models, second_round
+from examples.shapes.experiments import generators, inputs, reward_models, rollouts, rounds, second_round
 from examples.shapes.stages import Stage
 from hy_prfl.configs.parser import parse_config
 from hy_prfl.configs.prfl import PRFLTrainingConfig
@@ -72,3 +72,40 @@ def test_inputs_have_seeds_of_their_own(tmp_path: Path) -> None:
     (clips,) = [stage for stage in inputs.video_stages(tmp_path) if stage.name == "clips"]
     seeds = [command[command.index("--seed") + 1] for command in clips.commands]
     assert len({*seeds}) == len(seeds)
+
+
+@pytest.mark.parametrize("name", rollouts.ARMS)
+def test_arms_of_rollouts(tmp_path: Path, name: str) -> None:
+    arm = rollouts.ARMS[name]
+    stage = rollouts.tuning_stage(tmp_path, name, arm, seed=1)
+    config = parse_config(PRFLTrainingConfig, options_of(stage, "train_prfl"))
+    assert (config.seed, config.max_train_steps, config.reward_scale) == (1, arm.num_steps, arm.scale)
+    assert (config.rollout_interval > 1) == (arm.options[:4] != rollouts.FRESH)
+    assert len(config.reward_models or [config.reward_model]) == (3 if arm.ensemble else 1)
+
+
+def test_rollouts_cost_what_they_walk() -> None:
+    """By hand: a step with gradient counts 4, and a flow-matching update is one; chains of 20 have 19 steps to start from."""
+    # On average the gradient is in the tenth step, after nine without.
+    assert rollouts.ARMS["prfl"].forwards() == 4 + 4 + 9
+    # A chain of 19 forwards for eight updates.
+    assert rollouts.ARMS["reused"].forwards() == pytest.approx(4 + 4 + 19 / 8)
+    assert rollouts.ARMS["reused_short"].forwards() == pytest.approx(4 + 4 + 9 / 8)
+    assert rollouts.ARMS["anchored_hard_160"].forwards() == pytest.approx(4 + 4 + 19 / 8 + 1)
+
+
+def test_rounds_label_what_was_tuned_before(tmp_path: Path) -> None:
+    known: dict[str, str] = {}
+    for number, each in enumerate(rounds.ROUNDS, 1):
+        climbed = [rounds.reward_model_after(tmp_path, one, 1) for one in each.reward_models]
+        for name, arm in each.climbs.items():
+            digest = rollouts.tuning_stage(tmp_path, name, arm, 1, climbed).digest()
+            assert known.setdefault(name, digest) == digest
+        for name, arm in each.arms.items():
+            judges = rounds.reward_models_of(tmp_path, arm, number, 1)
+            assert name not in known
+            known[name] = rollouts.tuning_stage(tmp_path, name, arm, 1, judges).digest()
+    assert [rounds.num_labels_after(number) for number in range(4)] == [0, 1056, 1760, 2464]
+    stage = rounds.reward_stage(tmp_path, tmp_path, 3, 1)
+    config = parse_config(RewardTrainingConfig, options_of(stage, "train_reward"))
+    assert len(config.train_dataset) == 1 + 7 and config.train_dataset_weights == [1.0] + [2.0] * 7
