@@ -34,11 +34,13 @@ def test_a_round_learns_from_its_own_videos_beside_the_clips(tmp_path: Path, mon
     (command,) = commands["round_reward"]
     reward = parse_config(RewardTrainingConfig, command[command.index("--config") :])
     names = [Path(dataset).name for dataset in reward.train_dataset]
-    assert names == ["labelled", "round_train"] and reward.train_dataset_weights == [1, 2]
+    assert names == ["labelled", "round_train"]
+    assert reward.train_dataset_weights == [1, 2]
     assert [Path(dataset).name for dataset in reward.validation_dataset or []] == ["held_out", "round_validation"]
     (command,) = commands["round"]
     prfl = parse_config(PRFLTrainingConfig, command[command.index("--config") :])
-    assert prfl.reward_model == str(tmp_path / "round_reward" / "best") and prfl.lora_path is None
+    assert prfl.reward_model == str(tmp_path / "round_reward" / "best")
+    assert prfl.lora_path is None
 
 
 def test_prompts_are_captions_of_their_split_with_seeds_of_their_own(tmp_path: Path) -> None:

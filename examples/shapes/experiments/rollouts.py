@@ -4,10 +4,10 @@ What does an update have to cost, and how hard should the reward pull?
     python -m examples.shapes.experiments.rollouts --demo outputs/demo
 
 Starts from a demo with more labelled clips (`make demo DEMO_ARGS="--num_labelled_clips 2048"`), and trains a reward model for
-each seed on them. Every arm tunes the pretrained
-generator with the demo's recipe, and differs in how often it rolls out, in how many steps the gradient passes through, or
-in what the reward is taken of. Then the judge looks at 144 new videos of held-out captions. `curated` arms take their
-flow-matching updates on good clips only. Writes `results/rollouts.json` and a plot of it.
+each seed on them. Every arm tunes the pretrained generator with the demo's recipe, and differs in how often it rolls out, in
+how many steps the gradient passes through, in what the reward is taken of, or in how hard it pulls. Then the judge looks at
+144 new videos of held-out captions. Flow-matching updates take the pretraining's mixture of clips, those of `curated` arms
+good clips only. Writes `results/rollouts.json` and a plot of it.
 """
 
 import multiprocessing

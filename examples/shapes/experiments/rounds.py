@@ -4,9 +4,10 @@ Rounds: climb hard, label what broke, learn it, and climb again from the pretrai
     python -m examples.shapes.experiments.rounds --demo outputs/demo
 
 Starts from the demo of `rollouts.py` and from its reward models, one for each seed. In each round 352 videos of each of two
-generators, of training captions, get the judge's labels: of the one tuned last, and of one tuned on look-ahead rewards. Round 1 also labels 352 of the pretrained generator. Then a new reward model is trained on all labels so far, and
-the pretrained generator is tuned again. From round 2 on there are also ensembles of the reward models of all rounds. The
-judge looks at 144 videos of held-out captions. Writes `results/rounds.json` and a plot of it.
+generators, of training captions, get the judge's labels: of the one tuned last, and of one tuned on look-ahead rewards.
+Round 1 also labels 352 of the pretrained generator. Then a new reward model is trained on all labels so far, and the
+pretrained generator is tuned again. From round 2 on there are also ensembles of the reward models of all rounds. The judge
+looks at 144 videos of held-out captions. Writes `results/rounds.json` and a plot of it.
 """
 
 import multiprocessing

@@ -108,4 +108,5 @@ def test_rounds_label_what_was_tuned_before(tmp_path: Path) -> None:
     assert [rounds.num_labels_after(number) for number in range(4)] == [0, 1056, 1760, 2464]
     stage = rounds.reward_stage(tmp_path, tmp_path, 3, 1)
     config = parse_config(RewardTrainingConfig, options_of(stage, "train_reward"))
-    assert len(config.train_dataset) == 1 + 7 and config.train_dataset_weights == [1.0] + [2.0] * 7
+    assert len(config.train_dataset) == 1 + 7
+    assert config.train_dataset_weights == [1.0] + [2.0] * 7
