@@ -140,7 +140,7 @@ class TestPRFL:
 
         # Other files at the same place, and another place.
         os.utime(lora, (1, 1))
-        with pytest.raises(ValueError, match=r"`lora_path`: the files of '.*weights\.safetensors' are not those"):
+        with pytest.raises(ValueError, match=r"`lora_path`: the files of '.*weights\.safetensors' have changed since"):
             build(max_train_steps=4, resume_from_checkpoint="latest", **options)
         moved = shutil.copy(lora, tmp_path / "moved.safetensors")
         with pytest.raises(ValueError, match="`lora_path` must be .*, as before the checkpoint, got .*moved"):
@@ -177,7 +177,7 @@ class TestPRFL:
         with pytest.raises(ValueError, match=r"`lora_path` .*tensors have no place in the model.*blocks\.3"):
             build(lora_path=str(lora), lora_start="merge")
         with pytest.raises(
-            ValueError, match="`lora_2_path` must be left out, the run has no use for a low_noise expert"
+            ValueError, match="`lora_2_path` must be left out, the run does not use the low_noise expert"
         ):
             build(lora_2_path=str(lora), lora_start="merge")
 
