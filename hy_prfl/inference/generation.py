@@ -30,7 +30,7 @@ from ..runtime.vae_tiling import VAETiling, set_tiling
 ImageFit = Literal["crop", "area"]
 
 MANIFEST = "manifest.json"
-# What arithmetic in half precision may add to 1.
+# Half-precision arithmetic may leave [0, 1] by this much.
 ROUNDING = 1e-2
 
 
@@ -42,7 +42,7 @@ class VideoSettings:
     Args:
         height, width (`int`): Size in pixels, multiples of 16, for Wan2.2 TI2V 5B of 32.
         image_fit (`str`): `"crop"`: images are resized and centre-cropped to this size. `"area"`: each video has the aspect
-            ratio of its first image, and this size is the number of its pixels at most, see [`video_size`].
+            ratio of its first image, and at most as many pixels as this size, see [`video_size`].
         num_frames (`int`): Frames, `4k + 1`.
         num_inference_steps (`int`): Denoising steps.
         guidance_scale (`float`): Classifier-free guidance; 1 turns it off.
@@ -73,15 +73,15 @@ def video_size(prompt: VideoPrompt, settings: VideoSettings, multiple: int = 16)
 
     Args:
         multiple (`int`, defaults to 16):
-            What sides are a multiple of: a patch of the pipeline's latents, in pixels.
+            Both sides are multiples of this: the side of a latent patch, in pixels.
 
     Raises:
-        ValueError: If the image is so long that a side would be shorter than that.
+        ValueError: If the image is so elongated that a side would be shorter than `multiple`.
     """
     if settings.image_fit == "crop" or prompt.image is None:
         return settings.height, settings.width
     image_height, image_width = read_image(prompt.image).shape[:2]
-    # Whole numbers: rounding would take a patch off a side that is a multiple already.
+    # Integers: rounding errors of floats would take a patch off a side that is a multiple already.
     area = settings.height * settings.width // multiple**2
     height = multiple * math.isqrt(area * image_height // image_width)
     width = multiple * math.isqrt(area * image_width // image_height)
@@ -97,7 +97,7 @@ def generate_video(
     pipeline: WanPipeline | WanImageToVideoPipeline, prompt: VideoPrompt, settings: VideoSettings
 ) -> np.ndarray:
     """
-    Sample one video. Its noise comes from a CPU generator of its own, so it depends on nothing but its seed.
+    Sample one video. Its noise comes from a CPU generator of its own, and so depends only on its seed.
 
     Returns:
         `np.ndarray` of shape `(num_frames, height, width, 3)`: float32 in [0, 1].
@@ -108,7 +108,7 @@ def generate_video(
 
 
 def pipeline_inputs(prompt: VideoPrompt, settings: VideoSettings) -> dict[str, Any]:
-    """What a pipeline is called with for a video, besides its noise and the type of its output."""
+    """Arguments of a pipeline for a video, without its noise and the type of its output."""
     images = {
         name: Image.fromarray(resize_and_crop(read_image(path)[None], settings.height, settings.width)[0])
         for name, path in (("image", prompt.image), ("last_image", prompt.last_image))
@@ -130,7 +130,7 @@ def pipeline_inputs(prompt: VideoPrompt, settings: VideoSettings) -> dict[str, A
 def fitted_settings(
     pipeline: WanPipeline | WanImageToVideoPipeline, prompt: VideoPrompt, settings: VideoSettings
 ) -> VideoSettings:
-    """Settings of one video: with the size that it will have, to which its images are cropped."""
+    """Settings with the size of this video, to which its images are then cropped."""
     height, width = video_size(prompt, settings, 2 * pipeline.vae_scale_factor_spatial)
     return replace(settings, height=height, width=width, image_fit="crop")
 
@@ -153,28 +153,29 @@ def generate_videos(
     """
     Write `<id>_seed_<seed>.mp4` for each prompt, and `manifest.json`, a list that `preprocess` and `score` read.
 
-    Prompts are split over the processes of `accelerate`, or over its groups of `context_parallel`. Videos that are there are skipped, so a run that was killed
-    goes on where it was. Each file's metadata tells what it was made from; a file made from something else is an error.
+    Prompts are split over the processes of `accelerate`, or over its groups of `context_parallel`. Existing videos are
+    skipped, so a killed run can be continued. Each file's metadata records how it was made; a file that was made with
+    other settings is an error.
 
     Args:
         settings (`VideoSettings`, *optional*):
             Sampling and file format.
         model_identity (`Mapping`, *optional*):
-            Whatever tells one model from another; must be JSON. Without it, files of another model are not told apart.
+            Identity of the model, as JSON values. Without it, existing videos of another model are not noticed.
         overwrite (`bool`, defaults to `False`):
-            Replace files that were made from something else.
+            Replace files that were made with other settings.
         vae_tiling (`str`, defaults to `"auto"`):
             Whether the VAE decodes in tiles, see [`~hy_prfl.runtime.vae_tiling.set_tiling`].
         context_parallel (`ContextParallelGroup`, *optional*):
             The group of processes that the pipeline was loaded with. The first of them writes.
         sample (`Callable`, defaults to `generate_video`):
-            Makes the frames of one video, of the pipeline, its prompt and the settings.
+            Makes the frames of one video from the pipeline, the prompt and the settings.
 
     Returns:
         `list[Path]`: the videos, in the order of the prompts.
 
     Raises:
-        ValueError: If the size is none that the pipeline makes, or a file is there that was made from something else.
+        ValueError: If the pipeline cannot make videos of this size, or a file was made with other settings.
     """
     state = process_state()
     output_dir = Path(output_dir)
@@ -182,11 +183,9 @@ def generate_videos(
     multiple = 2 * pipeline.vae_scale_factor_spatial
     for name, side in (("height", settings.height), ("width", settings.width)):
         # The pipeline itself would only warn, and make a smaller video.
-        check(
-            side % multiple == 0, name, side, f"a multiple of {multiple}, what a patch of the pipeline's latents shows"
-        )
+        check(side % multiple == 0, name, side, f"a multiple of {multiple}, the pixels of a side of a latent patch")
     pending = pending_videos(prompts, output_dir, settings, model_identity=model_identity, overwrite=overwrite)
-    # Nobody writes before everybody has looked, and all split one list.
+    # No process writes before all have checked the files, and all split the same list.
     state.wait_for_everyone()
     pending = from_main_process(pending)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -200,7 +199,7 @@ def generate_videos(
         size = {"height": fitted.height, "width": fitted.width, "num_frames": fitted.num_frames}
         is_tiled = set_tiling(pipeline.vae, vae_tiling, "decode", **size)
         if context_parallel is not None and context_parallel.any(is_tiled):
-            # All processes of a video must see the same image, also if one of them has less free memory.
+            # All processes of a video must decode the same frames, even if one of them has less free memory.
             set_tiling(pipeline.vae, "on", "decode", **size)
         frames = sample(pipeline, prompt, fitted)
         if writes:
@@ -224,10 +223,10 @@ def pending_videos(
     overwrite: bool = False,
 ) -> list[VideoPrompt]:
     """
-    Prompts whose video is not there yet.
+    Prompts whose video does not exist yet.
 
     Raises:
-        ValueError: If a file is there that was made from something else, unless `overwrite` is set.
+        ValueError: If a file was made with other settings, unless `overwrite` is set.
     """
     pending = []
     for prompt in prompts:
@@ -264,9 +263,9 @@ def video_record(
     prompt: VideoPrompt, settings: VideoSettings, model_identity: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """
-    Everything that a video depends on, as it is kept in the metadata of its file.
+    Everything that a video depends on, for the metadata of its file.
 
-    `image_fit` is in it where it is not `"crop"`: older videos have no such entry.
+    `image_fit` is left out if it is `"crop"`, as older videos have no such entry.
     """
     images = {
         name: None if path is None else hash_file(path)
@@ -279,7 +278,7 @@ def video_record(
 
 
 def read_record(path: str | Path) -> dict[str, Any]:
-    """The `video_record` in a file's metadata, empty if it holds none."""
+    """The `video_record` in the metadata of a file; empty if there is none."""
     try:
         with open_video(path) as container:
             record = json.loads(container.metadata.get("comment", "{}"))
@@ -292,10 +291,10 @@ def write_video(
     path: str | Path, frames: np.ndarray, fps: float, *, crf: int = 12, comment: str | None = None
 ) -> None:
     """
-    Write an H.264 mp4 (yuv420p, which every player shows), complete or not at all.
+    Write an H.264 mp4 in yuv420p, which every player shows. The file is complete or not there.
 
-    Colours are BT.709 in limited range at any size, and the file says so. Players that read no tags take videos of
-    HD size for that.
+    Colours are BT.709 in limited range at any size, and tagged as such. Players that ignore tags assume this only for
+    videos of HD size.
 
     Args:
         frames (`np.ndarray` of shape `(num_frames, height, width, 3)`):
@@ -325,14 +324,14 @@ def write_video(
             raise ValueError(f"{path}: expected float frames in [0, 1], got [{low:g}, {high:g}].")
         frames = np.round(np.clip(frames, 0, 1) * 255).astype(np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Without the prefix FFmpeg would take what stands before a colon for a protocol.
+    # Without the prefix FFmpeg would read the text before a colon as a protocol.
     with (
         replacing(path) as temporary,
         av.open(f"file:{temporary}", mode="w", format="mp4", options={"movflags": "+faststart"}) as container,
     ):
         if comment is not None:
             container.metadata["comment"] = comment
-        # Without mbtree, which reads memory that was never written: the same frames would not give the same file.
+        # mbtree reads uninitialised memory: with it the same frames would not always give the same file.
         options = {"crf": str(crf), "x264-params": "mbtree=0"}
         stream = container.add_stream("libx264", rate=Fraction(fps), options=options)
         stream.height, stream.width = frames.shape[1:3]
@@ -361,7 +360,7 @@ def decode_latents(vae: AutoencoderKLWan, latents: torch.Tensor, vae_tiling: VAE
     Args:
         vae (`AutoencoderKLWan`):
             VAE of the pipeline.
-        latents (`torch.Tensor` of shape `(batch_size, num_channels, num_latent_frames, height / 8, width / 8)`, or a sixteenth):
+        latents (`torch.Tensor` of shape `(batch_size, num_channels, num_latent_frames, height / 8, width / 8)`, or `/ 16`):
             Clean normalised latents.
         vae_tiling (`str`, defaults to `"auto"`):
             Whether the VAE works in tiles, see [`~hy_prfl.runtime.vae_tiling.set_tiling`].

@@ -176,7 +176,7 @@ def test_a_damaged_video_is_called_damaged(tmp_path: Path, pipeline_dir: Path) -
     ("name", "message"),
     [
         ("pipeline", r"`transformer_path` '.*' is a whole pipeline\. Give its transformer, '.*transformer'"),
-        ("native", r"is no transformer in diffusers' format\. `hy-prfl convert --transformer"),
+        ("native", r"is not a transformer in diffusers' format\. `hy-prfl convert --transformer"),
         ("empty", r"`transformer_path`: there is no config\.json in"),
     ],
 )
