@@ -182,7 +182,7 @@ def test_rollout_is_the_mean_over_the_steps_that_are_drawn() -> None:
     assert rerun["rollout"] == pytest.approx(2 * one["rollout"])
 
 
-def test_part_of_the_blocks_recomputed() -> None:
+def test_checkpointing_in_part_of_the_blocks() -> None:
     training = prfl_recipe(
         num_inference_steps=6, step_range=[3, 3], gradient_checkpointing=True, gradient_checkpointing_blocks=3
     )
