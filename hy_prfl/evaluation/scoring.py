@@ -144,15 +144,10 @@ def score_rows(
     """`score_latents` of rows of a latent dataset, all of one shape. A text-to-video model ignores their images."""
     clips: LatentBatch = collate_latents(rows).to(reward_model.device, reward_model.dtype)
     assert clips.latents is not None
-    conditioning = Conditioning(
-        clips.prompt_embeds,
-        image_embeds=clips.image_embeds if reward_model.config.image_dim is not None else None,
-        condition=clips.condition if _takes(reward_model, clips.condition) else None,
-    )
     return score_latents(
         reward_model,
         clips.latents,
-        conditioning,
+        Conditioning.of(clips).taken_by(reward_model.config),
         timesteps,
         row_ids=clips.ids,
         num_noise_samples=num_noise_samples,
@@ -254,10 +249,3 @@ def check_timesteps(timesteps: Sequence[float]) -> None:
     for timestep in timesteps:
         if not 0 < timestep <= NUM_TRAIN_TIMESTEPS:
             raise ValueError(f"`timesteps` must be in (0, {NUM_TRAIN_TIMESTEPS}], got {timestep}.")
-
-
-def _takes(reward_model: WanRewardModel, condition: torch.Tensor | None) -> bool:
-    """Whether a reward model uses this condition: channels beside the latents, or their first frame."""
-    config = reward_model.config
-    is_first_frame = condition is not None and condition.shape[1] == config.out_channels
-    return config.in_channels > config.out_channels or is_first_frame

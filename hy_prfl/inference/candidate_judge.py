@@ -64,24 +64,13 @@ class CandidateJudge:
     def _conditioning(self, count: int) -> Conditioning:
         """Conditioning of the reward model for `count` candidates."""
         assert self.prompt_embeds is not None
-        text = self.prompt_embeds.to(self.reward_model.dtype).expand(count, -1, -1)
-        return Conditioning(text, self._images(count), self._condition_of(count))
-
-    def _condition_of(self, count: int) -> torch.Tensor | None:
-        """The condition for the reward model, if it takes any: more channels, or a clean first frame."""
-        config = self.reward_model.config
-        if self.condition is None:
-            return None
-        takes_channels = config.in_channels > config.out_channels
-        is_first_frame = self.condition.shape[1] == config.out_channels
-        if not takes_channels and not is_first_frame:
-            return None
-        return self.condition[:1].expand(count, -1, -1, -1, -1)
-
-    def _images(self, count: int) -> torch.Tensor | None:
-        if self.image_embeds is None or self.reward_model.config.image_dim is None:
-            return None
-        return self.image_embeds.to(self.reward_model.dtype).repeat(count, 1, 1)
+        dtype, images, condition = self.reward_model.dtype, self.image_embeds, self.condition
+        given = Conditioning(
+            self.prompt_embeds.to(dtype).expand(count, -1, -1),
+            None if images is None else images.to(dtype).repeat(count, 1, 1),
+            None if condition is None else condition[:1].expand(count, -1, -1, -1, -1),
+        )
+        return given.taken_by(self.reward_model.config)
 
     @torch.no_grad()
     def score(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:

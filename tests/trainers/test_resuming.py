@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from diffusers.optimization import get_scheduler
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from hy_prfl.configs.reward import RewardTrainingConfig
 from hy_prfl.data.labels import label_dataset
 from hy_prfl.models.reward_model import WanRewardModel
 from hy_prfl.trainers.base import Trainer
@@ -24,28 +24,14 @@ from hy_prfl.trainers.reward_trainer import RewardTrainer
 
 
 @pytest.fixture
-def build(tmp_path: Path, pipeline_dir: Path, write_latents: Callable[..., Path]) -> Callable[..., RewardTrainer]:
+def build(
+    tmp_path: Path, write_latents: Callable[..., Path], reward_builder: Callable[..., RewardTrainer]
+) -> Callable[..., RewardTrainer]:
     """Function that builds a trainer of a reward model, with options on top of quick ones."""
     write_latents(tmp_path / "train", 8)
     write_latents(tmp_path / "validation", 6, seed=1)
 
-    def builder(**options: Any) -> RewardTrainer:
-        defaults: dict[str, Any] = {
-            "output_dir": str(tmp_path / "out"),
-            "pretrained_model_name_or_path": str(pipeline_dir),
-            "train_dataset": str(tmp_path / "train"),
-            "num_layers": 1,
-            "train_batch_size": 4,
-            "max_train_steps": 6,
-            "checkpointing_steps": 2,
-            "learning_rate": 1e-3,
-            "head_learning_rate": 2e-3,
-            "report_to": ["none"],
-            "write_report": False,
-        }
-        return RewardTrainer.from_config(RewardTrainingConfig(**(defaults | options)))
-
-    return builder
+    return partial(reward_builder, num_layers=1, max_train_steps=6, checkpointing_steps=2, head_learning_rate=2e-3)
 
 
 @pytest.fixture

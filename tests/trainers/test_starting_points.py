@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,7 @@ class TestPRFL:
         trainer = build(transformer_path=str(other), lora_path=str(lora), lora_start="merge", **tuning)
         expected = with_lora(WanTransformer3DModel.from_pretrained(other).eval(), lora)
         torch.testing.assert_close(outputs_of(trainer), run(expected), rtol=1e-4, atol=1e-5)
-        assert ("belongs to the transformer that the run starts from" in caplog.text) == bool(tuning)
+        assert ("will fit the transformer that the run starts from" in caplog.text) == bool(tuning)
         names = [name for name, value in trainer.unwrapped.named_parameters() if value.requires_grad]
         assert all("lora_" in name for name in names) == bool(tuning)
         trainer.train()
@@ -215,23 +216,10 @@ class TestExperts:
 class TestReward:
     @pytest.fixture
     def build(
-        self, tmp_path: Path, pipeline_dir: Path, write_latents: Callable[..., Path]
+        self, tmp_path: Path, write_latents: Callable[..., Path], reward_builder: Callable[..., RewardTrainer]
     ) -> Callable[..., RewardTrainer]:
         write_latents(tmp_path / "train", 4)
-
-        def builder(**options: Any) -> RewardTrainer:
-            defaults: dict[str, Any] = {
-                "output_dir": str(tmp_path / "out"),
-                "pretrained_model_name_or_path": str(pipeline_dir),
-                "train_dataset": str(tmp_path / "train"),
-                "num_layers": 2,
-                "train_batch_size": 4,
-                "max_train_steps": 1,
-                "report_to": ["none"],
-            }
-            return RewardTrainer.from_config(RewardTrainingConfig(**(defaults | options)))
-
-        return builder
+        return partial(reward_builder, max_train_steps=1)
 
     def check(self, trainer: RewardTrainer, transformer: WanTransformer3DModel) -> None:
         """The blocks are those of the transformer; pooling and head are the trainer's own."""
