@@ -19,7 +19,8 @@ from ..data.dataset import latent_shapes
 from ..data.sampler import shard_batches
 from ..data.schema import table_to_rows
 from ..flow_matching import row_noise
-from ..inference.generation import decode_latents, write_video
+from ..inference.generation import decode_latents
+from ..inference.video_files import write_video
 from ..losses import RewardCombination
 from ..models.conditioning import Conditioning
 from ..models.reward_model import WanRewardModel

@@ -17,7 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ..data.container import open_video
-from ..inference.generation import write_video
+from ..inference.video_files import write_video
 
 
 logger = get_logger(__name__)

@@ -23,7 +23,8 @@ from ..runtime.atomic_writes import write_text
 from .calibration import cheapest, cheapest_schedules, rank_correlations
 from .candidate_settings import CandidateSettings, RewardGuidance
 from .candidates import sample_candidates
-from .generation import VideoSettings, pipeline_inputs
+from .generation import pipeline_inputs
+from .video_files import VideoSettings
 
 
 FOLDER, TABLE, CALIBRATION = "candidates", "candidates.csv", "calibration.json"

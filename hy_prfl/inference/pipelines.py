@@ -134,10 +134,18 @@ def load_pipeline(
             raise ValueError(
                 f"`{LORA_OPTIONS[expert]}`: {len(paths)} LoRAs and {len(strengths[expert])} weights for them."
             )
+    info = PipelineInfo.read(pretrained_model_name_or_path, revision)
+    cache_config = _step_cache_config(
+        step_cache,
+        step_cache_threshold,
+        step_cache_interval,
+        dtype=dtype,
+        image_to_video=info.is_image_to_video,
+    )
     given = {TRANSFORMER_OPTIONS["low_noise"]: transformer_2_path, LORA_OPTIONS["low_noise"]: lora_2_path}
     check_options_fit(pretrained_model_name_or_path, {**given, "lora_path": lora_path}, revision=revision)
     loras = {expert: [read_lora(path, expert) for path in paths] for expert, paths in lora_paths.items() if paths}
-    if not lora_2_path and PipelineInfo.read(pretrained_model_name_or_path, revision).has_two_experts:
+    if not lora_2_path and info.has_two_experts:
         warn_of_unnamed_experts(loras.get("high_noise", []))
     for expert, found in loras.items():
         model = (pretrained_model_name_or_path, EXPERT_FOLDERS[expert], revision)
@@ -152,7 +160,7 @@ def load_pipeline(
         if path is not None
     }
     # Called on the class itself: `DiffusionPipeline.from_pretrained` would silently drop a `transformer`.
-    pipeline = PipelineInfo.read(pretrained_model_name_or_path, revision).pipeline_class.from_pretrained(
+    pipeline = info.pipeline_class.from_pretrained(
         pretrained_model_name_or_path,
         revision=revision,
         variant=variant,
@@ -166,9 +174,10 @@ def load_pipeline(
     pipeline.scheduler = build_scheduler(pipeline.scheduler, sample_solver, flow_shift)
     for expert, found in loras.items():
         add_loras(getattr(pipeline, EXPERT_FOLDERS[expert]), found, strengths[expert], expert)
-    if step_cache != "none":
-        _enable_step_cache(pipeline, step_cache, step_cache_threshold, step_cache_interval)
     transformers = [model for model in (pipeline.transformer, pipeline.transformer_2) if model is not None]
+    if cache_config is not None:
+        for transformer in transformers:
+            transformer.enable_cache(cache_config)
     if attention_backend is not None:
         for transformer in transformers:
             set_attention_backend(transformer, attention_backend)
@@ -210,27 +219,27 @@ def _place(
                 component.to(device)
 
 
-def _enable_step_cache(
-    pipeline: WanPipeline | WanImageToVideoPipeline,
+def _step_cache_config(
     step_cache: StepCache,
     threshold: float | None,
     interval: int | None,
-) -> None:
-    config: FirstBlockCacheConfig | TaylorSeerCacheConfig | SeaCacheConfig
+    *,
+    dtype: torch.dtype,
+    image_to_video: bool,
+) -> FirstBlockCacheConfig | TaylorSeerCacheConfig | SeaCacheConfig | None:
+    """Settings of diffusers' cache; None without one. `dtype` is the type of the transformers."""
+    if step_cache == "none":
+        return None
     if step_cache == "first_block":
-        config = FirstBlockCacheConfig() if threshold is None else FirstBlockCacheConfig(threshold=threshold)
-    elif step_cache == "taylorseer":
+        return FirstBlockCacheConfig() if threshold is None else FirstBlockCacheConfig(threshold=threshold)
+    if step_cache == "taylorseer":
         # The lite mode predicts the output of the last layer and skips all blocks. The full mode would keep hundreds of
         # gigabytes of block outputs of a 14B model, and diffusers' default patterns match no module of Wan. Factors
         # are kept in the model's own type.
-        options = {"use_lite_mode": True, "taylor_factors_dtype": pipeline.transformer.dtype}
-        config = TaylorSeerCacheConfig(**options) if interval is None else TaylorSeerCacheConfig(interval, **options)
-    elif step_cache == "sea":
-        if isinstance(pipeline, WanImageToVideoPipeline):
+        options = {"use_lite_mode": True, "taylor_factors_dtype": dtype}
+        return TaylorSeerCacheConfig(**options) if interval is None else TaylorSeerCacheConfig(interval, **options)
+    if step_cache == "sea":
+        if image_to_video:
             raise ValueError("`step_cache` 'sea' works with text-to-video pipelines only.")
-        config = SeaCacheConfig() if threshold is None else SeaCacheConfig(threshold=threshold)
-    else:
-        raise ValueError(f"`step_cache` must be none, first_block, taylorseer or sea, got {step_cache!r}.")
-    for transformer in (pipeline.transformer, pipeline.transformer_2):
-        if transformer is not None:
-            transformer.enable_cache(config)
+        return SeaCacheConfig() if threshold is None else SeaCacheConfig(threshold=threshold)
+    raise ValueError(f"`step_cache` must be none, first_block, taylorseer or sea, got {step_cache!r}.")

@@ -1,4 +1,4 @@
-"""The page of a run, from the files that the run left behind. Nothing is measured here but calibration."""
+"""The page of a run, made from the files of the run."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,7 +26,7 @@ HEADLINES = {"accuracy": False, "auc": False, "pair_accuracy": False, "reward": 
 
 @dataclass
 class RunPage:
-    """What the template of a run shows. Every value is ready to be written; empty ones leave their section out."""
+    """Values for the template of a run's page. An empty value leaves its section out."""
 
     note: str = ""
     headline: list[tuple[str, str]] = field(default_factory=list)
@@ -82,13 +82,13 @@ def write_run_page(
         num_samples (`int`, defaults to 6):
             Videos, or pairs of them, of each kind that are shown at most.
         max_megabytes (`float`, defaults to 50):
-            Videos that are put into the page at most. What does not fit is left out, and the page says so.
+            Limit of the videos embedded in the page. Videos beyond it are left out, and the page says so.
 
     Returns:
         `Path`: the page.
 
     Raises:
-        FileNotFoundError: If the folder is none of a run, or a file that is named is not there.
+        FileNotFoundError: If `run_dir` is not the folder of a run, or another file does not exist.
         ValueError: If a file is broken, or a score table has no labels.
     """
     run_dir = Path(run_dir)
@@ -139,7 +139,7 @@ def read_run_config(path: Path) -> dict[str, Any]:
     try:
         config = yaml.safe_load(path.read_bytes())
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        # Those of the parser are of several lines.
+        # The parser's messages have several lines.
         raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}.") from error
     if config is None:
         return {}
@@ -151,7 +151,7 @@ def read_run_config(path: Path) -> dict[str, Any]:
 def state_of_run(
     lines: Sequence[Mapping[str, Any]], records: Sequence[Mapping[str, Any]], config: Mapping[str, Any]
 ) -> str:
-    """A sentence: which kind of run it is, and how far it has come."""
+    """One sentence on the kind and the progress of a run."""
     kind = "Fine-tuning of a generator (PRFL)" if is_prfl(config) else "Reward model"
     model = config.get("pretrained_model_name_or_path", "an unknown model")
     step = max((int(line["step"]) for line in lines), default=0)
@@ -168,7 +168,7 @@ def is_prfl(config: Mapping[str, Any]) -> bool:
 
 
 def headlines(lines: Sequence[Mapping[str, float]], config: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Value and label of the cards: steps, and what the last validation found."""
+    """Value and label of the cards: steps, and metrics of the last validation."""
     cards = [(str(max((int(line["step"]) for line in lines), default=0)), "steps")]
     for metric, with_first in HEADLINES.items():
         points = series(lines, f"validation/{metric}")
@@ -177,7 +177,7 @@ def headlines(lines: Sequence[Mapping[str, float]], config: Mapping[str, Any]) -
             cards.append((number(points[-1][1]), f"{metric.replace('_', ' ')} in the last validation{first}"))
     verdicts = [line["verdict"] for line in lines if "verdict" in line]
     if verdicts:
-        cards.append((str(verdicts[-1]), "is what the monitor finds the run"))
+        cards.append((str(verdicts[-1]), "verdict of the monitor"))
     if "lora_rank" in config:
         rank = config["lora_rank"]
         cards.append(("all" if rank is None else f"rank {rank}", "weights train" if rank is None else "LoRA trains"))

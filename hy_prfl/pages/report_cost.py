@@ -46,7 +46,7 @@ def cost_rows(
 
 
 def measured_time(records: Sequence[Mapping[str, Any]]) -> tuple[float | None, int]:
-    """Hours and steps of the last start of a run that has finished; None if it has not, or is too old to say."""
+    """Hours and steps of the last start; no hours if it has not finished, or its record is of an older version."""
     if not records or "finished" not in records[-1]:
         return None, 0
     last = records[-1]
@@ -55,7 +55,7 @@ def measured_time(records: Sequence[Mapping[str, Any]]) -> tuple[float | None, i
 
 
 def measured_memory(records: Sequence[Mapping[str, Any]]) -> float | None:
-    """GB that tensors took on the fullest GPU in the last start; None on a CPU, or if it did not finish or is too old."""
+    """Peak GB of tensors on the fullest GPU in the last start; None on a CPU, or if it has no such record."""
     peaks = records[-1].get("peak_gpu_memory", []) if records else []
     if not isinstance(peaks, list) or not all(isinstance(peak, int) for peak in peaks):
         raise ValueError(f"{RUN_FILE}: `peak_gpu_memory` must be a list of bytes, got {peaks!r}.")

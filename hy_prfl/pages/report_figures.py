@@ -21,10 +21,10 @@ AT_TIMESTEP = re.compile(r"(?P<metric>.+)/t(?P<timestep>\d+(?:\.\d+)?)")
 # Metrics between 0 and 1, which are drawn on that scale.
 SHARES = ("accuracy", "precision", "recall", "f1", "auc", "pair_accuracy", "reward", "monitor_reward")
 NUM_BINS = 10
-# What a monitor adds to a validation, by the plot that shows it, each with its name there.
+# Metrics of a monitor by the plot that shows them, each with its label.
 MONITOR_PLOTS: dict[str, dict[str, str]] = {
     "Reward in training against held-out": {
-        "reward": "reward in training", "monitor_reward": "held-out reward", "reward_gap": "the former less the latter",
+        "reward": "reward in training", "monitor_reward": "held-out reward", "reward_gap": "difference of the two",
     },
     "Distance to the base": {"sample_drift": "samples", "velocity_drift": "velocities"},
     "Samples to real latents, ratios": {
@@ -37,7 +37,7 @@ MONITOR_PLOTS: dict[str, dict[str, str]] = {
         "latents_channel_stds": "channel standard deviations",
     },
 }  # fmt: skip
-# Shown by the monitor's section and not by a plot of its own each.
+# Metrics of the monitor's section, which have no plots of their own.
 MONITORED = {name for names in MONITOR_PLOTS.values() for name in names} - {"reward"}
 IN_WORDS = re.compile(r"monitor_reward(_\d+|_logit)?|verdict")
 
@@ -49,8 +49,8 @@ def series(lines: Iterable[Mapping[str, float]], name: str) -> list[tuple[float,
 
 def training_figures(lines: Sequence[Mapping[str, float]]) -> dict[str, Figure]:
     """
-    A plot of each metric against the step, of training, validation and each of several validation datasets in one. Those
-    at a noise level are left out, and so are the monitor's.
+    A plot of each metric over the steps, with curves of training, validation and each of several validation datasets.
+    Metrics at single noise levels and those of the monitor are left out.
     """
     names = dict.fromkeys(name.split("/", 1)[1] for line in lines for name in line if name.split("/")[0] in SPLITS)
     figures = {}
@@ -74,7 +74,7 @@ def training_figures(lines: Sequence[Mapping[str, float]]) -> dict[str, Figure]:
 def monitor_parts(
     lines: Sequence[Mapping[str, Any]], config: Mapping[str, Any]
 ) -> tuple[dict[str, Figure], list[list[str]], str]:
-    """Plots of what the monitor measured, a row for each of its verdicts, and a note; without a monitor the note only."""
+    """Plots of the monitor's metrics, a row for each of its verdicts, and a note; without a monitor only the note."""
     watched = [line for line in lines if "verdict" in line]
     if not watched:
         return (
@@ -90,8 +90,8 @@ def monitor_parts(
         curves = {label: series(watched, f"validation/{name}") for name, label in names.items()}
         if title == next(iter(MONITOR_PLOTS)):
             models = config.get("monitor_reward_models") or []
-            for number, model in enumerate(models, 1):
-                curves[f"held-out {number}: {model}"] = series(watched, f"validation/monitor_reward_{number}")
+            for place, model in enumerate(models, 1):
+                curves[f"held-out {place}: {model}"] = series(watched, f"validation/monitor_reward_{place}")
         curves = {label: points for label, points in curves.items() if points}
         if curves:
             figures[title] = draw_curves(title, "step", curves, whole=True)
@@ -102,7 +102,7 @@ def monitor_parts(
 
 
 def sigma_figures(lines: Sequence[Mapping[str, float]]) -> dict[str, Figure]:
-    """A plot of each metric that was measured at several noise levels: the first and the last validation."""
+    """A plot of each metric by noise level, in the first and in the last validation."""
     found: dict[str, dict[str, Points]] = {}
     for line in lines:
         at: dict[str, list[tuple[float, float]]] = {}

@@ -15,7 +15,7 @@ def pairs_to_show(
     before: Path, after: Path, num_samples: int, budget: float
 ) -> tuple[list[tuple[str, str, dict[str, Path]]], float]:
     """
-    Id, caption and the two videos of what both folders have, and what is left of the budget in bytes.
+    Id, caption and the two videos of each row that both folders have, and the rest of the budget in bytes.
 
     Raises:
         ValueError: If the folders have no video in common, or a video has another caption in the other one.

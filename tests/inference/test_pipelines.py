@@ -40,6 +40,11 @@ def test_text_encoder_on_the_cpu(pipeline_dir: Path) -> None:
             {"text_encoder_on_cpu": True, "cpu_offload": "model", "device": "meta"},
             "`text_encoder_on_cpu` does not work with",
         ),
+        # Before anything is loaded: there is no such transformer.
+        (
+            {"step_cache": "second_block", "transformer_path": "none"},
+            "`step_cache` must be none, first_block, taylorseer or sea, got 'second_block'",
+        ),
     ],
 )
 def test_what_does_not_go_together(pipeline_dir: Path, options: dict[str, Any], message: str) -> None:

@@ -98,7 +98,7 @@ def test_the_monitor_is_shown_through_time(run_dir: Path) -> None:
         ["0", "healthy"], ["200", "healthy"], ["400", "hacked"],
     ]  # fmt: skip
     assert [each for each in page.texts if each.endswith("stopped by its monitor after 400 steps.")]
-    assert {"hacked", "is what the monitor finds the run"} <= set(page.texts)
+    assert {"hacked", "verdict of the monitor"} <= set(page.texts)
     assert {image["alt"] for image in page.all("img")} == {
         "reward", "Reward in training against held-out", "Distance to the base",
         "Samples to real latents, ratios", "Samples to real latents, distances",
@@ -109,7 +109,7 @@ def test_the_monitor_is_shown_through_time(run_dir: Path) -> None:
         line.get_label(): line.get_xydata() for line in figures["Reward in training against held-out"].axes[0].lines
     }
     assert list(curves) == [
-        "reward in training", "held-out reward", "the former less the latter", "held-out 1: a/best", "held-out 2: b/best",
+        "reward in training", "held-out reward", "difference of the two", "held-out 1: a/best", "held-out 2: b/best",
     ]  # fmt: skip
     np.testing.assert_allclose(curves["reward in training"], [[0, 0.3], [200, 0.5], [400, 0.7]])
     np.testing.assert_allclose(curves["held-out 2: b/best"][:, 1], 0.4)
