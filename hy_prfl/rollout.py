@@ -12,87 +12,13 @@ from diffusers import UniPCMultistepScheduler
 from torch import nn
 
 from .flow_matching import add_noise, sigmas_to_timesteps
-from .models.conditioning import Conditioning, put_condition
+from .gradient_steps import Average, Foresight, GradientStep, surrogate
+from .models.conditioning import Conditioning
 from .runtime.attention import use_attention_backend
+from .sampling import predict_velocity
 
 
-Average = Callable[[torch.Tensor], torch.Tensor]
 AsBase = Callable[[], AbstractContextManager[None]]
-
-
-@dataclass(frozen=True)
-class Foresight:
-    """
-    Look-ahead: the reward is taken of the clean latents that a step predicts, with new noise, not of the next latents.
-
-    The clean latents are `x0 = x - sigma * v`. They cost no forward, and the level of the new noise can be one at which the
-    reward model sees well. Levels are uniform in `levels`, as far as these are below the level of the next latents.
-
-    Args:
-        noise (`torch.Tensor` of shape `(batch_size, num_channels, num_frames, height, width)`):
-            Standard normal noise, float32.
-        uniform (`torch.Tensor` of shape `(batch_size,)`):
-            One draw in [0, 1) for each sample.
-        levels (`tuple[float, float]`):
-            Lowest and highest sigma.
-    """
-
-    noise: torch.Tensor
-    uniform: torch.Tensor
-    levels: tuple[float, float]
-
-    def sigmas(self, next_sigma: float) -> torch.Tensor:
-        """Noise levels `(batch_size,)` for a step that leads to `next_sigma`."""
-        low, high = (min(level, next_sigma) for level in self.levels)
-        return low + (high - low) * self.uniform
-
-
-@dataclass
-class GradientStep:
-    """
-    A step of the chain that takes gradient.
-
-    Args:
-        latents (`torch.Tensor` of shape `(batch_size, num_channels, num_frames, height, width)`):
-            What the reward is taken of: the noisy latents that the step leads to, or with a [`Foresight`] the foreseen
-            ones. Float32, without gradient.
-        timesteps (`torch.Tensor` of shape `(batch_size,)`):
-            Noise level of these latents, `1000 * sigma`.
-        gain (`torch.Tensor`, scalar or of shape `(batch_size,)`):
-            By how much `latents` move with the step's velocity: the width of the step in sigma, which grows along a
-            shifted chain, or for foreseen latents `sigma * (1 - sigma of the new noise)`. The gradient of the velocity is
-            about that of the latents times this.
-        velocity (`torch.Tensor` of the shape of `latents`):
-            The model's output at the step, or at the first of several, without gradient.
-        surrogates (`Callable[[torch.Tensor], Iterator[torch.Tensor]]`):
-            Given the gradient of a loss in `latents`, returns scalars whose gradients in the generator's weights add up
-            to that of the loss. Each must be differentiated, scaled or not, before the next one is asked for. The
-            argument `velocity_grad`, if given, is the gradient of a loss in `velocity`, which is added, with what the
-            model is given there as a constant. `average`, if given, averages a gradient over the ranks that share a
-            clip. To be called once.
-        base_velocity (`torch.Tensor` of the shape of `latents`, *optional*):
-            What the base makes of the input of `velocity`, without gradient, if it was asked for.
-    """
-
-    latents: torch.Tensor
-    timesteps: torch.Tensor
-    gain: torch.Tensor
-    velocity: torch.Tensor
-    surrogates: Callable[..., Iterator[torch.Tensor]]
-    base_velocity: torch.Tensor | None = None
-
-
-def surrogate(
-    latents: torch.Tensor,
-    velocity: torch.Tensor,
-    latents_grad: torch.Tensor,
-    *,
-    velocity_grad: torch.Tensor | None = None,
-    average: Average | None = None,
-) -> Iterator[torch.Tensor]:
-    """The one surrogate of latents and a velocity that have their graph already, see [`GradientStep`]."""
-    total = (latents * latents_grad).sum()
-    yield total if velocity_grad is None else total + (velocity * velocity_grad).sum()
 
 
 @dataclass(frozen=True)
@@ -450,67 +376,6 @@ def denoise_to_step(
     return step.next_latents, step.timesteps
 
 
-@torch.no_grad()
-def sample_latents(
-    transformer: nn.Module,
-    scheduler: UniPCMultistepScheduler,
-    *,
-    noise: torch.Tensor,
-    num_inference_steps: int,
-    conditioning: Conditioning,
-    negative_prompt_embeds: torch.Tensor | None = None,
-    guidance_scale: float = 1.0,
-) -> torch.Tensor:
-    """
-    Walk the whole chain without gradient, as the pipeline does, but with the wrapped transformer in training.
-
-    Under ZeRO-3 a stock pipeline cannot use the engine; with the same inputs this gives the same latents.
-
-    Args:
-        negative_prompt_embeds (`torch.Tensor`, *optional*):
-            Prompt embeddings to guide away from; needed if `guidance_scale` is above 1.
-        guidance_scale (`float`, defaults to 1.0):
-            Scale of classifier-free guidance, 1 is none.
-
-        The other arguments are those of [`walk_with_gradient`].
-
-    Returns:
-        Clean latents `(batch_size, num_channels, num_frames, height, width)`, float32.
-    """
-    _start_at(scheduler, 0, num_inference_steps, noise.device)
-    latents = noise
-    for timestep in scheduler.timesteps:
-        model_pred = predict_velocity(transformer, latents, timestep, conditioning)
-        if guidance_scale > 1:
-            assert negative_prompt_embeds is not None
-            negative = conditioning.with_prompts(negative_prompt_embeds)
-            unguided = predict_velocity(transformer, latents, timestep, negative)
-            model_pred = unguided + guidance_scale * (model_pred - unguided)
-        latents = scheduler.step(model_pred, timestep, latents, return_dict=False)[0]
-    return put_condition(latents, conditioning.condition)
-
-
-def predict_velocity(
-    transformer: nn.Module,
-    latents: torch.Tensor,
-    timestep: torch.Tensor,
-    conditioning: Conditioning,
-) -> torch.Tensor:
-    """
-    Velocity at the given latents, float32; calls the transformer as `WanPipeline` and `WanImageToVideoPipeline` do.
-
-    Args:
-        latents (`torch.Tensor` of shape `(batch_size, num_channels, num_frames, height, width)`):
-            Noisy latents.
-        timestep (`torch.Tensor`, scalar or of shape `(batch_size,)`):
-            Noise level, `1000 * sigma`.
-        conditioning (`Conditioning`):
-            Prompts and, for image-to-video models, images.
-    """
-    inputs = conditioning.model_inputs(latents, timestep.expand(latents.shape[0]))
-    return transformer(**inputs, return_dict=False)[0].float()
-
-
 def _start_at(
     scheduler: UniPCMultistepScheduler, step_index: int, num_inference_steps: int, device: torch.device
 ) -> None:
@@ -524,20 +389,3 @@ def _forget_gradient(scheduler: UniPCMultistepScheduler) -> None:
     outputs = scheduler.model_outputs
     scheduler.model_outputs = [None if output is None else output.detach() for output in outputs]
     scheduler.last_sample = scheduler.last_sample.detach()
-
-
-def mean_foreseen_gain(sigmas: torch.Tensor, levels: tuple[float, float]) -> float:
-    """
-    Mean of `sigma * (1 - level)` over consecutive steps, see [`GradientStep`].
-
-    Args:
-        sigmas (`torch.Tensor` of shape `(num_steps + 1,)`):
-            Where each step starts, and where the last one leads to.
-        levels (`tuple[float, float]`):
-            Those of [`Foresight`].
-    """
-    gains = [
-        float(sigma) * (1 - sum(min(level, float(next_sigma)) for level in levels) / 2)
-        for sigma, next_sigma in zip(sigmas[:-1], sigmas[1:], strict=True)
-    ]
-    return sum(gains) / len(gains)

@@ -16,8 +16,9 @@ from ..configs.reward import RewardTrainingConfig
 from ..losses import binary_reward_loss, bradley_terry_loss, reward_feedback_loss
 from ..models.conditioning import Conditioning
 from ..models.reward_model import score_noised
-from ..rollout import denoise_to_step, predict_velocity
+from ..rollout import denoise_to_step
 from ..runtime.activation_checkpointing import checkpoint_activations
+from ..sampling import predict_velocity
 from .models import build_reward_model, build_transformer, materialize, set_dtypes
 from .simulation import (
     MemoryMeter,
