@@ -15,7 +15,7 @@ class Foresight:
     Look-ahead: the reward is taken of the clean latents that a step predicts, with new noise, not of the next latents.
 
     The clean latents are `x0 = x - sigma * v`. They cost no forward, and the level of the new noise can be one at which the
-    reward model sees well. Levels are uniform in `levels`, as far as these are below the level of the next latents.
+    reward model is accurate. Levels are uniform in `levels`, whose ends are cut to the level of the next latents.
 
     Args:
         noise (`torch.Tensor` of shape `(batch_size, num_channels, num_frames, height, width)`):
@@ -42,7 +42,7 @@ def mean_foreseen_gain(sigmas: torch.Tensor, levels: tuple[float, float]) -> flo
 
     Args:
         sigmas (`torch.Tensor` of shape `(num_steps + 1,)`):
-            Where each step starts, and where the last one leads to.
+            Noise levels at which the steps start, and the one at which the last step ends.
         levels (`tuple[float, float]`):
             Those of [`Foresight`].
     """
@@ -60,24 +60,24 @@ class GradientStep:
 
     Args:
         latents (`torch.Tensor` of shape `(batch_size, num_channels, num_frames, height, width)`):
-            What the reward is taken of: the noisy latents that the step leads to, or with a [`Foresight`] the foreseen
-            ones. Float32, without gradient.
+            The latents that the reward is taken of: the next noisy latents, or with a [`Foresight`] the predicted ones
+            with new noise. Float32, without gradient.
         timesteps (`torch.Tensor` of shape `(batch_size,)`):
             Noise level of these latents, `1000 * sigma`.
         gain (`torch.Tensor`, scalar or of shape `(batch_size,)`):
-            By how much `latents` move with the step's velocity: the width of the step in sigma, which grows along a
-            shifted chain, or for foreseen latents `sigma * (1 - sigma of the new noise)`. The gradient of the velocity is
-            about that of the latents times this.
+            Factor between a change of the step's velocity and that of `latents`: the width of the step in sigma, which
+            grows along a shifted chain, or with a [`Foresight`] `sigma * (1 - sigma of the new noise)`. The gradient in
+            the velocity is about that in the latents times this factor.
         velocity (`torch.Tensor` of the shape of `latents`):
             The model's output at the step, or at the first of several, without gradient.
         surrogates (`Callable[[torch.Tensor], Iterator[torch.Tensor]]`):
             Given the gradient of a loss in `latents`, returns scalars whose gradients in the generator's weights add up
-            to that of the loss. Each must be differentiated, scaled or not, before the next one is asked for. The
-            argument `velocity_grad`, if given, is the gradient of a loss in `velocity`, which is added, with what the
-            model is given there as a constant. `average`, if given, averages a gradient over the ranks that share a
-            clip. To be called once.
+            to that of the loss. Each must be differentiated, scaled or not, before the next one is requested. The
+            argument `velocity_grad`, if given, is the gradient of another loss in `velocity`, which is added; it does
+            not pass on to the model's input. `average`, if given, averages a gradient over the ranks that share a clip.
+            Call it only once.
         base_velocity (`torch.Tensor` of the shape of `latents`, *optional*):
-            What the base makes of the input of `velocity`, without gradient, if it was asked for.
+            The base model's output for the same input as `velocity`, without gradient, if it was requested.
     """
 
     latents: torch.Tensor
@@ -96,6 +96,6 @@ def surrogate(
     velocity_grad: torch.Tensor | None = None,
     average: Average | None = None,
 ) -> Iterator[torch.Tensor]:
-    """The one surrogate of latents and a velocity that have their graph already, see [`GradientStep`]."""
+    """The only surrogate of latents and a velocity that still have their graph, see [`GradientStep`]."""
     total = (latents * latents_grad).sum()
     yield total if velocity_grad is None else total + (velocity * velocity_grad).sum()

@@ -23,14 +23,14 @@ AsBase = Callable[[], AbstractContextManager[None]]
 
 @dataclass(frozen=True)
 class _State:
-    """Where a step starts: all that it depends on, without gradient."""
+    """The start of a step: everything that the step depends on, without gradient."""
 
     index: int
     latents: torch.Tensor
     scheduler: UniPCMultistepScheduler
 
     def copy(self, *, with_leaves: bool) -> tuple["_State", dict[str, torch.Tensor]]:
-        """A copy to take the step from, and those of its tensors that take gradient, as `_tensors` names them."""
+        """A copy to take the step from, and its tensors that take gradient, by their names in `_tensors`."""
         latents, scheduler = self.latents, copy.deepcopy(self.scheduler)
         if not with_leaves:
             return _State(self.index, latents, scheduler), {}
@@ -41,7 +41,7 @@ class _State:
 
 
 def _tensors(latents: torch.Tensor, scheduler: UniPCMultistepScheduler) -> dict[str, torch.Tensor]:
-    """What a step hands on to the next one: the latents and the solver's memory."""
+    """Tensors that the next step depends on: the latents and the history of the solver."""
     named = {f"model_outputs.{index}": output for index, output in enumerate(scheduler.model_outputs)}
     named |= {"latents": latents, "last_sample": scheduler.last_sample}
     return {name: tensor for name, tensor in named.items() if tensor is not None}
@@ -49,7 +49,7 @@ def _tensors(latents: torch.Tensor, scheduler: UniPCMultistepScheduler) -> dict[
 
 @dataclass(frozen=True)
 class _Step:
-    """What a step returns: the next latents, the velocity, and what the reward is taken of, see [`GradientStep`]."""
+    """Result of a step: the next latents, the velocity, and the latents for the reward, see [`GradientStep`]."""
 
     next_latents: torch.Tensor
     velocity: torch.Tensor
@@ -71,7 +71,7 @@ class _Stepper:
     def base_velocity(
         self, scheduler: UniPCMultistepScheduler, index: int, latents: torch.Tensor
     ) -> torch.Tensor | None:
-        """The base's velocity at the start of a step, if it is asked for."""
+        """Velocity of the base at the start of a step, if `as_base` is given."""
         if self.as_base is None:
             return None
         with self.as_base():
@@ -106,19 +106,19 @@ def _chained_surrogates(
     """
     Surrogates of consecutive steps, one for each, from the last step to the first.
 
-    Every step is checkpointed as a whole: it is run again with gradient, from a copy of where it started, and
-    differentiated by itself. So there is the graph of one step at a time, and every engine sees ordinary backward
-    passes. The gradient that an earlier step needs is read from the leaves of this one (the chain rule).
+    Every step is checkpointed as a whole: it is run again with gradient, from a copy of its start, and differentiated by
+    itself. So only one step has a graph at a time, and every engine sees ordinary backward passes. The gradient for the
+    step before is read from the leaves of this one (the chain rule).
     """
     gradients = {"seen": latents_grad}
     for state in reversed(states):
-        # No gradient is wanted of what the first step starts from.
+        # The start of the first step takes no gradient.
         start, leaves = state.copy(with_leaves=state is not states[0])
         step = stepper(start.scheduler, start.index, start.latents, with_gradient=True)
         outputs = {"seen": step.seen, "velocity": step.velocity} | _tensors(step.next_latents, start.scheduler)
         if velocity_grad is not None and not leaves:
             gradients = {**gradients, "velocity": velocity_grad}
-        # An engine scales what it differentiates by a factor of its own, which is read here.
+        # An engine scales a loss by a factor of its own; the gradient of the probe is this factor.
         probe = latents_grad.new_zeros((), requires_grad=True)
         total = probe + torch.stack([(outputs[name] * gradient).sum() for name, gradient in gradients.items()]).sum()
         del start, step, outputs
@@ -174,18 +174,17 @@ def walk_with_gradient(
             How many consecutive steps, up to the one of `step_indices`, the gradient passes through. Each is
             checkpointed as a whole, so this costs the memory of one step, and of the latents of all of them.
         foresight (`Foresight`, *optional*):
-            Take the reward of what the step foresees instead of the next latents.
+            Take the reward of the predicted clean latents instead of the next latents.
         stop_input_gradient (`bool`, defaults to `False`):
             Treat the input of the transformer as a constant (DRTune, arXiv 2405.00760): from one chained step to the
             next the gradient passes through the solver only.
         as_base (`Callable`, *optional*):
-            Makes a context in which `transformer` is its base, as a LoRA's is with the adapter off. With it each step
-            has a `base_velocity`, for one more forward pass without gradient. It comes before the forward passes with
-            gradient: engines do not like one between these and their backward pass.
+            Returns a context in which `transformer` is its base, for a LoRA with the adapter off. Then each step has a
+            `base_velocity`, which costs one more forward pass without gradient. It precedes the forward passes with
+            gradient, as engines allow no other forward pass between these and their backward pass.
         rerun (`bool`, defaults to `False`):
-            Take each of these steps without gradient first, and again with gradient when its surrogate is asked for. In
-            between the activations of the step take no memory. Costs one more forward pass. Chained steps are always
-            taken so.
+            Take each of these steps without gradient first, and again with gradient when its surrogate is requested. In
+            between the step has no activations in memory. Costs one more forward pass. Chained steps always do this.
         rollout_attention_backend (`str`, *optional*):
             Attention kernel of the steps without gradient, by diffusers' name; the model's own if left out.
 
@@ -232,7 +231,7 @@ def step_from_state(
     """
     Take steps with gradient from a state of a chain that was walked before, see [`record_states`].
 
-    The solver starts without a memory, so the first step is of first order (Euler's). It has no corrector either.
+    The solver starts without a history, so the first step is of first order (Euler's), and without a corrector.
 
     Args:
         latents (`torch.Tensor` of shape `(batch_size, num_channels, num_frames, height, width)`):
@@ -318,7 +317,7 @@ def record_states(
     rollout_attention_backend: str | None = None,
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
     """
-    Walk one chain from noise, without gradient, and return where the steps `step_indices` start.
+    Walk one chain from noise, without gradient, and yield the starting states of the steps `step_indices`.
 
     Args:
         step_indices (`Sequence[int]`):
@@ -379,13 +378,13 @@ def denoise_to_step(
 def _start_at(
     scheduler: UniPCMultistepScheduler, step_index: int, num_inference_steps: int, device: torch.device
 ) -> None:
-    """Set a sampler to a step of its chain, without memory of earlier ones."""
+    """Set a sampler to a step of its chain, without a history of earlier steps."""
     scheduler.set_timesteps(num_inference_steps, device=device)
     scheduler.set_begin_index(step_index)
 
 
 def _forget_gradient(scheduler: UniPCMultistepScheduler) -> None:
-    """Detach the solver's state from the graph of the step that it has just taken."""
+    """Detach the solver's history from the graph of the last step."""
     outputs = scheduler.model_outputs
     scheduler.model_outputs = [None if output is None else output.detach() for output in outputs]
     scheduler.last_sample = scheduler.last_sample.detach()

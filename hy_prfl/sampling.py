@@ -42,7 +42,7 @@ def sample_latents(
     """
     Walk the whole chain without gradient, as the pipeline does, but with the wrapped transformer in training.
 
-    Under ZeRO-3 a stock pipeline cannot use the engine; with the same inputs this gives the same latents.
+    A stock pipeline cannot use the engine of ZeRO-3. With the same inputs this gives the same latents.
 
     Args:
         negative_prompt_embeds (`torch.Tensor`, *optional*):
