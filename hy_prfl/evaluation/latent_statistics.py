@@ -102,8 +102,8 @@ def compare_statistics(samples: Statistics, real: Statistics) -> dict[str, float
     """
     if len(samples[CHANNEL_MEANS]) != len(real[CHANNEL_MEANS]) or min(real[CHANNEL_VARIANCES]) <= 0:
         raise ValueError(
-            f"samples of {len(samples[CHANNEL_MEANS])} channels cannot be compared with real clips of "
-            f"{len(real[CHANNEL_MEANS])}, of which none may be constant."
+            f"`samples` and `real` must have as many channels, got {len(samples[CHANNEL_MEANS])} and "
+            f"{len(real[CHANNEL_MEANS])}, and none of `real` may be constant."
         )
     ratios = {
         name: samples[name][0] / real[name][0]

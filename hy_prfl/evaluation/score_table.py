@@ -59,7 +59,7 @@ def write_scores(
         batches (`Sequence[list[int]]`):
             Positions in `clips` that are scored at once. They must not depend on the number of processes.
         score_batch (`Callable`):
-            Positions -> logits `(batch_size, num_timesteps)`. A `VideoError` says that the batch cannot be used.
+            Positions -> logits `(batch_size, num_timesteps)`. Raises a `VideoError` if the batch cannot be used.
         output (`str` or `Path`):
             A .csv, .json or .jsonl file.
         request (`Mapping`):

@@ -304,7 +304,7 @@ class Trainer(ABC):
         One generator for each sample of this process's micro-batch.
 
         It is seeded by the sample's place in the global batch, so a run draws the same noise for the same clips on any
-        number of processes, and a resumed run goes on with the same draws.
+        number of processes, and a resumed run continues the same draws.
 
         Args:
             stream (`int`):
