@@ -15,8 +15,9 @@ import torch
 
 from hy_prfl.configs.parser import parse_config
 from hy_prfl.evaluation.scoring import score_latents
-from hy_prfl.inference.generation import decode_latents, write_video
+from hy_prfl.inference.generation import decode_latents
 from hy_prfl.inference.pipelines import load_pipeline
+from hy_prfl.inference.video_files import write_video
 from hy_prfl.models.conditioning import Conditioning
 from hy_prfl.models.loading import load_reward_model
 

@@ -18,7 +18,8 @@ from diffusers import WanPipeline
 from hy_prfl import WanRewardModel
 from hy_prfl.configs.base import check
 from hy_prfl.configs.parser import parse_config
-from hy_prfl.inference.generation import decode_latents, write_video
+from hy_prfl.inference.generation import decode_latents
+from hy_prfl.inference.video_files import write_video
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -12,99 +12,25 @@ from diffusers import UniPCMultistepScheduler
 from torch import nn
 
 from .flow_matching import add_noise, sigmas_to_timesteps
-from .models.conditioning import Conditioning, put_condition
+from .gradient_steps import Average, Foresight, GradientStep, surrogate
+from .models.conditioning import Conditioning
 from .runtime.attention import use_attention_backend
+from .sampling import predict_velocity
 
 
-Average = Callable[[torch.Tensor], torch.Tensor]
 AsBase = Callable[[], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
-class Foresight:
-    """
-    Look-ahead: the reward is taken of the clean latents that a step predicts, with new noise, not of the next latents.
-
-    The clean latents are `x0 = x - sigma * v`. They cost no forward, and the level of the new noise can be one at which the
-    reward model sees well. Levels are uniform in `levels`, as far as these are below the level of the next latents.
-
-    Args:
-        noise (`torch.Tensor` of shape `(batch_size, num_channels, num_frames, height, width)`):
-            Standard normal noise, float32.
-        uniform (`torch.Tensor` of shape `(batch_size,)`):
-            One draw in [0, 1) for each sample.
-        levels (`tuple[float, float]`):
-            Lowest and highest sigma.
-    """
-
-    noise: torch.Tensor
-    uniform: torch.Tensor
-    levels: tuple[float, float]
-
-    def sigmas(self, next_sigma: float) -> torch.Tensor:
-        """Noise levels `(batch_size,)` for a step that leads to `next_sigma`."""
-        low, high = (min(level, next_sigma) for level in self.levels)
-        return low + (high - low) * self.uniform
-
-
-@dataclass
-class GradientStep:
-    """
-    A step of the chain that takes gradient.
-
-    Args:
-        latents (`torch.Tensor` of shape `(batch_size, num_channels, num_frames, height, width)`):
-            What the reward is taken of: the noisy latents that the step leads to, or with a [`Foresight`] the foreseen
-            ones. Float32, without gradient.
-        timesteps (`torch.Tensor` of shape `(batch_size,)`):
-            Noise level of these latents, `1000 * sigma`.
-        gain (`torch.Tensor`, scalar or of shape `(batch_size,)`):
-            By how much `latents` move with the step's velocity: the width of the step in sigma, which grows along a
-            shifted chain, or for foreseen latents `sigma * (1 - sigma of the new noise)`. The gradient of the velocity is
-            about that of the latents times this.
-        velocity (`torch.Tensor` of the shape of `latents`):
-            The model's output at the step, or at the first of several, without gradient.
-        surrogates (`Callable[[torch.Tensor], Iterator[torch.Tensor]]`):
-            Given the gradient of a loss in `latents`, returns scalars whose gradients in the generator's weights add up
-            to that of the loss. Each must be differentiated, scaled or not, before the next one is asked for. The
-            argument `velocity_grad`, if given, is the gradient of a loss in `velocity`, which is added, with what the
-            model is given there as a constant. `average`, if given, averages a gradient over the ranks that share a
-            clip. To be called once.
-        base_velocity (`torch.Tensor` of the shape of `latents`, *optional*):
-            What the base makes of the input of `velocity`, without gradient, if it was asked for.
-    """
-
-    latents: torch.Tensor
-    timesteps: torch.Tensor
-    gain: torch.Tensor
-    velocity: torch.Tensor
-    surrogates: Callable[..., Iterator[torch.Tensor]]
-    base_velocity: torch.Tensor | None = None
-
-
-def surrogate(
-    latents: torch.Tensor,
-    velocity: torch.Tensor,
-    latents_grad: torch.Tensor,
-    *,
-    velocity_grad: torch.Tensor | None = None,
-    average: Average | None = None,
-) -> Iterator[torch.Tensor]:
-    """The one surrogate of latents and a velocity that have their graph already, see [`GradientStep`]."""
-    total = (latents * latents_grad).sum()
-    yield total if velocity_grad is None else total + (velocity * velocity_grad).sum()
-
-
-@dataclass(frozen=True)
 class _State:
-    """Where a step starts: all that it depends on, without gradient."""
+    """The start of a step: everything that the step depends on, without gradient."""
 
     index: int
     latents: torch.Tensor
     scheduler: UniPCMultistepScheduler
 
     def copy(self, *, with_leaves: bool) -> tuple["_State", dict[str, torch.Tensor]]:
-        """A copy to take the step from, and those of its tensors that take gradient, as `_tensors` names them."""
+        """A copy to take the step from, and its tensors that take gradient, by their names in `_tensors`."""
         latents, scheduler = self.latents, copy.deepcopy(self.scheduler)
         if not with_leaves:
             return _State(self.index, latents, scheduler), {}
@@ -115,7 +41,7 @@ class _State:
 
 
 def _tensors(latents: torch.Tensor, scheduler: UniPCMultistepScheduler) -> dict[str, torch.Tensor]:
-    """What a step hands on to the next one: the latents and the solver's memory."""
+    """Tensors that the next step depends on: the latents and the history of the solver."""
     named = {f"model_outputs.{index}": output for index, output in enumerate(scheduler.model_outputs)}
     named |= {"latents": latents, "last_sample": scheduler.last_sample}
     return {name: tensor for name, tensor in named.items() if tensor is not None}
@@ -123,7 +49,7 @@ def _tensors(latents: torch.Tensor, scheduler: UniPCMultistepScheduler) -> dict[
 
 @dataclass(frozen=True)
 class _Step:
-    """What a step returns: the next latents, the velocity, and what the reward is taken of, see [`GradientStep`]."""
+    """Result of a step: the next latents, the velocity, and the latents for the reward, see [`GradientStep`]."""
 
     next_latents: torch.Tensor
     velocity: torch.Tensor
@@ -145,7 +71,7 @@ class _Stepper:
     def base_velocity(
         self, scheduler: UniPCMultistepScheduler, index: int, latents: torch.Tensor
     ) -> torch.Tensor | None:
-        """The base's velocity at the start of a step, if it is asked for."""
+        """Velocity of the base at the start of a step, if `as_base` is given."""
         if self.as_base is None:
             return None
         with self.as_base():
@@ -180,19 +106,19 @@ def _chained_surrogates(
     """
     Surrogates of consecutive steps, one for each, from the last step to the first.
 
-    Every step is checkpointed as a whole: it is run again with gradient, from a copy of where it started, and
-    differentiated by itself. So there is the graph of one step at a time, and every engine sees ordinary backward
-    passes. The gradient that an earlier step needs is read from the leaves of this one (the chain rule).
+    Every step is checkpointed as a whole: it is run again with gradient, from a copy of its start, and differentiated by
+    itself. So only one step has a graph at a time, and every engine sees ordinary backward passes. The gradient for the
+    step before is read from the leaves of this one (the chain rule).
     """
     gradients = {"seen": latents_grad}
     for state in reversed(states):
-        # No gradient is wanted of what the first step starts from.
+        # The start of the first step takes no gradient.
         start, leaves = state.copy(with_leaves=state is not states[0])
         step = stepper(start.scheduler, start.index, start.latents, with_gradient=True)
         outputs = {"seen": step.seen, "velocity": step.velocity} | _tensors(step.next_latents, start.scheduler)
         if velocity_grad is not None and not leaves:
             gradients = {**gradients, "velocity": velocity_grad}
-        # An engine scales what it differentiates by a factor of its own, which is read here.
+        # An engine scales a loss by a factor of its own; the gradient of the probe is this factor.
         probe = latents_grad.new_zeros((), requires_grad=True)
         total = probe + torch.stack([(outputs[name] * gradient).sum() for name, gradient in gradients.items()]).sum()
         del start, step, outputs
@@ -248,18 +174,17 @@ def walk_with_gradient(
             How many consecutive steps, up to the one of `step_indices`, the gradient passes through. Each is
             checkpointed as a whole, so this costs the memory of one step, and of the latents of all of them.
         foresight (`Foresight`, *optional*):
-            Take the reward of what the step foresees instead of the next latents.
+            Take the reward of the predicted clean latents instead of the next latents.
         stop_input_gradient (`bool`, defaults to `False`):
             Treat the input of the transformer as a constant (DRTune, arXiv 2405.00760): from one chained step to the
             next the gradient passes through the solver only.
         as_base (`Callable`, *optional*):
-            Makes a context in which `transformer` is its base, as a LoRA's is with the adapter off. With it each step
-            has a `base_velocity`, for one more forward pass without gradient. It comes before the forward passes with
-            gradient: engines do not like one between these and their backward pass.
+            Returns a context in which `transformer` is its base, for a LoRA with the adapter off. Then each step has a
+            `base_velocity`, which costs one more forward pass without gradient. It precedes the forward passes with
+            gradient, as engines allow no other forward pass between these and their backward pass.
         rerun (`bool`, defaults to `False`):
-            Take each of these steps without gradient first, and again with gradient when its surrogate is asked for. In
-            between the activations of the step take no memory. Costs one more forward pass. Chained steps are always
-            taken so.
+            Take each of these steps without gradient first, and again with gradient when its surrogate is requested. In
+            between the step has no activations in memory. Costs one more forward pass. Chained steps always do this.
         rollout_attention_backend (`str`, *optional*):
             Attention kernel of the steps without gradient, by diffusers' name; the model's own if left out.
 
@@ -306,7 +231,7 @@ def step_from_state(
     """
     Take steps with gradient from a state of a chain that was walked before, see [`record_states`].
 
-    The solver starts without a memory, so the first step is of first order (Euler's). It has no corrector either.
+    The solver starts without a history, so the first step is of first order (Euler's), and without a corrector.
 
     Args:
         latents (`torch.Tensor` of shape `(batch_size, num_channels, num_frames, height, width)`):
@@ -392,7 +317,7 @@ def record_states(
     rollout_attention_backend: str | None = None,
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
     """
-    Walk one chain from noise, without gradient, and return where the steps `step_indices` start.
+    Walk one chain from noise, without gradient, and yield the starting states of the steps `step_indices`.
 
     Args:
         step_indices (`Sequence[int]`):
@@ -450,94 +375,16 @@ def denoise_to_step(
     return step.next_latents, step.timesteps
 
 
-@torch.no_grad()
-def sample_latents(
-    transformer: nn.Module,
-    scheduler: UniPCMultistepScheduler,
-    *,
-    noise: torch.Tensor,
-    num_inference_steps: int,
-    conditioning: Conditioning,
-    negative_prompt_embeds: torch.Tensor | None = None,
-    guidance_scale: float = 1.0,
-) -> torch.Tensor:
-    """
-    Walk the whole chain without gradient, as the pipeline does, but with the wrapped transformer in training.
-
-    Under ZeRO-3 a stock pipeline cannot use the engine; with the same inputs this gives the same latents.
-
-    Args:
-        negative_prompt_embeds (`torch.Tensor`, *optional*):
-            Prompt embeddings to guide away from; needed if `guidance_scale` is above 1.
-        guidance_scale (`float`, defaults to 1.0):
-            Scale of classifier-free guidance, 1 is none.
-
-        The other arguments are those of [`walk_with_gradient`].
-
-    Returns:
-        Clean latents `(batch_size, num_channels, num_frames, height, width)`, float32.
-    """
-    _start_at(scheduler, 0, num_inference_steps, noise.device)
-    latents = noise
-    for timestep in scheduler.timesteps:
-        model_pred = predict_velocity(transformer, latents, timestep, conditioning)
-        if guidance_scale > 1:
-            assert negative_prompt_embeds is not None
-            negative = conditioning.with_prompts(negative_prompt_embeds)
-            unguided = predict_velocity(transformer, latents, timestep, negative)
-            model_pred = unguided + guidance_scale * (model_pred - unguided)
-        latents = scheduler.step(model_pred, timestep, latents, return_dict=False)[0]
-    return put_condition(latents, conditioning.condition)
-
-
-def predict_velocity(
-    transformer: nn.Module,
-    latents: torch.Tensor,
-    timestep: torch.Tensor,
-    conditioning: Conditioning,
-) -> torch.Tensor:
-    """
-    Velocity at the given latents, float32; calls the transformer as `WanPipeline` and `WanImageToVideoPipeline` do.
-
-    Args:
-        latents (`torch.Tensor` of shape `(batch_size, num_channels, num_frames, height, width)`):
-            Noisy latents.
-        timestep (`torch.Tensor`, scalar or of shape `(batch_size,)`):
-            Noise level, `1000 * sigma`.
-        conditioning (`Conditioning`):
-            Prompts and, for image-to-video models, images.
-    """
-    inputs = conditioning.model_inputs(latents, timestep.expand(latents.shape[0]))
-    return transformer(**inputs, return_dict=False)[0].float()
-
-
 def _start_at(
     scheduler: UniPCMultistepScheduler, step_index: int, num_inference_steps: int, device: torch.device
 ) -> None:
-    """Set a sampler to a step of its chain, without memory of earlier ones."""
+    """Set a sampler to a step of its chain, without a history of earlier steps."""
     scheduler.set_timesteps(num_inference_steps, device=device)
     scheduler.set_begin_index(step_index)
 
 
 def _forget_gradient(scheduler: UniPCMultistepScheduler) -> None:
-    """Detach the solver's state from the graph of the step that it has just taken."""
+    """Detach the solver's history from the graph of the last step."""
     outputs = scheduler.model_outputs
     scheduler.model_outputs = [None if output is None else output.detach() for output in outputs]
     scheduler.last_sample = scheduler.last_sample.detach()
-
-
-def mean_foreseen_gain(sigmas: torch.Tensor, levels: tuple[float, float]) -> float:
-    """
-    Mean of `sigma * (1 - level)` over consecutive steps, see [`GradientStep`].
-
-    Args:
-        sigmas (`torch.Tensor` of shape `(num_steps + 1,)`):
-            Where each step starts, and where the last one leads to.
-        levels (`tuple[float, float]`):
-            Those of [`Foresight`].
-    """
-    gains = [
-        float(sigma) * (1 - sum(min(level, float(next_sigma)) for level in levels) / 2)
-        for sigma, next_sigma in zip(sigmas[:-1], sigmas[1:], strict=True)
-    ]
-    return sum(gains) / len(gains)

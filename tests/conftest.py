@@ -30,6 +30,7 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from hy_prfl.data.encoding import vae_fingerprint
 from hy_prfl.data.schema import latent_features, pack_tensor, rows_to_table
 from hy_prfl.inference.tiny_pipelines import save_pipeline
+from tests.hub.hub_server import HubServer, running_hub, use_in_this_process
 
 
 torch.set_num_threads(1)
@@ -206,3 +207,11 @@ def accelerate_launch() -> Callable[..., str]:
         return finished.stdout + finished.stderr
 
     return launch
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A local Hub that libraries in this process use."""
+    with running_hub() as server:
+        use_in_this_process(server, tmp_path / "home", monkeypatch)
+        yield server

@@ -13,7 +13,7 @@ ORDER = [
     {"formats"},
     {"models"},
     {"data"},
-    {"rollout", "rollout_buffer", "inference", "compatibility"},
+    {"gradient_steps", "sampling", "rollout", "rollout_buffer", "inference", "compatibility"},
     {"evaluation", "hub"},
     {"planning"},
     {"pages"},

@@ -81,7 +81,7 @@ METHODS = {
 # Methods that are also measured on larger clips.
 COMPARED = (PRFL, PRFL_EARLY, FLOW, RGB_FIRST, RGB_ALL)
 
-NO_RECOMPUTATION, FOUR_STEPS, LORA = "no recomputation", "4 gradient steps", "LoRA of rank 16"
+NO_CHECKPOINTING, FOUR_STEPS, LORA = "no activation checkpointing", "4 gradient steps", "LoRA of rank 16"
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,8 @@ def switches(num_layers: int) -> dict[str, Switch]:
     """The switches for a generator with `num_layers` blocks. Other cases checkpoint the activations of all blocks."""
     kernel, rollout_kernel = "attention_backend", "rollout_attention_backend"
     return {
-        NO_RECOMPUTATION: Switch({"gradient_checkpointing": False}),
-        "half of the blocks recomputed": Switch({"gradient_checkpointing_blocks": num_layers // 2}),
+        NO_CHECKPOINTING: Switch({"gradient_checkpointing": False}),
+        "activation checkpointing in half of the blocks": Switch({"gradient_checkpointing_blocks": num_layers // 2}),
         "block inputs in host memory": Switch({"offload_activations": True}),
         "gradient step run twice": Switch({"rerun_gradient_step": True}),
         # On a CPU, offloaded weights would still count as memory.

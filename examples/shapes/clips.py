@@ -17,7 +17,7 @@ import numpy as np
 
 from hy_prfl.configs.base import check
 from hy_prfl.configs.parser import parse_config
-from hy_prfl.inference.generation import write_video
+from hy_prfl.inference.video_files import write_video
 
 
 NUM_FRAMES, SIZE, FPS = 17, 48, 16

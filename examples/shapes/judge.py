@@ -47,7 +47,7 @@ from hy_prfl.configs.base import check
 from hy_prfl.configs.parser import parse_config
 from hy_prfl.data.manifest import read_manifest
 from hy_prfl.data.video import read_video
-from hy_prfl.inference.generation import write_video
+from hy_prfl.inference.video_files import write_video
 
 
 CALIBRATION = Path(__file__).with_name("judge_calibration.json")

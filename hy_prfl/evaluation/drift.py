@@ -1,4 +1,4 @@
-"""How far a generator has moved from the one that a run began with: its samples and its velocities."""
+"""How far the samples and velocities of a generator have moved from those at the start of its run."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -9,21 +9,21 @@ from torch import nn
 
 from ..flow_matching import add_noise, row_noise, sigmas_to_timesteps
 from ..models.conditioning import Conditioning
-from ..rollout import predict_velocity
+from ..sampling import predict_velocity
 
 
 # Latents and velocities are about standard normal: float16 keeps more digits of them than bfloat16.
 STORAGE_DTYPE = torch.float16
-# Noise levels at which a run compares velocities, as far as they are those of an expert in training.
+# Noise levels at which velocities are compared, if they belong to an expert in training.
 DRIFT_SIGMAS = (0.3, 0.6, 0.9)
 
 
 class BaseSamples:
     """
-    What the generator sampled and predicted before it was trained, in host memory, by row.
+    Samples and velocities of the generator before training, in host memory, by row.
 
-    A LoRA could be switched off to sample the base again, but all weights that train cannot; both are kept alike. A row
-    of Wan 14B at 720P, 81 frames, takes 9.7 MB for the sample and as much for each of its velocities.
+    With a LoRA switched off the base could be sampled again; after full fine-tuning it could not. Both cases keep the
+    samples. A row of Wan 14B at 720P, 81 frames, takes 9.7 MB for the sample and as much for each of its velocities.
 
     Args:
         sigmas (`Sequence[float]`):
@@ -49,15 +49,15 @@ class BaseSamples:
         row_ids: Sequence[str],
     ) -> None:
         """
-        Keep the samples of a batch, and the generator's velocities at states made of them.
+        Keep the samples of a batch, and the generator's velocities at noised states of them.
 
         Args:
             transformer (`nn.Module`):
                 The generator, before any update.
             indices (`Sequence[int]`), row_ids (`Sequence[str]`):
-                Places of the rows in their dataset, and their names, which their noise belongs to.
+                Positions of the rows in their dataset, and their ids, from which their noise is drawn.
             latents (`torch.Tensor` of shape `(batch_size, num_channels, num_frames, height, width)`):
-                Its clean samples.
+                The clean samples of the batch.
         """
         stored = latents.to("cpu", STORAGE_DTYPE)
         self.samples.update(zip(indices, stored, strict=True))
@@ -74,8 +74,8 @@ class BaseSamples:
         row_ids: Sequence[str],
     ) -> list[tuple[float, float]]:
         """
-        For each row `|sample - base's| / |base's|` of the samples, and the same of the velocities, the mean over the
-        noise levels. Arguments as in [`add`].
+        For each row the relative distance `|now - base| / |base|` of its sample, and that of its velocities, averaged
+        over the noise levels. Arguments as in [`add`].
 
         Raises:
             KeyError: If the base has no sample of a row.
@@ -96,7 +96,7 @@ class BaseSamples:
         save_file({name: tensor.contiguous() for name, tensor in named.items()}, path)
 
     def load(self, paths: Iterable[Path]) -> None:
-        """Read what several processes wrote with `save`: with another number of them, rows are divided otherwise."""
+        """Read the files of all processes: with another number of processes, rows are divided differently."""
         self.samples, self.velocities = {}, {}
         for path in paths:
             for name, tensor in load_file(path).items():
@@ -119,6 +119,6 @@ class BaseSamples:
 
 
 def _relative_distance(now: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
-    """Of the last dimension."""
+    """Relative distance along the last dimension."""
     base = base.to(now.device, torch.float32)
     return (now.float() - base).norm(dim=-1) / base.norm(dim=-1)

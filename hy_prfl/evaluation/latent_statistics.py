@@ -6,15 +6,15 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 
 
-# A statistic of one clip, a list of one value or of one for each channel.
+# Statistics of one clip by name, each a list of one value, or of one for each channel.
 Statistics = Mapping[str, Sequence[float]]
 
-# Cycles per latent pixel and per latent frame: a band reaches from the edge before it to its own.
+# Upper edges of the bands, in cycles per latent pixel and per latent frame.
 SPATIAL_BANDS = {"low": 1 / 6, "middle": 1 / 3, "high": math.inf}
 TEMPORAL_BANDS = {"slow": 1 / 4, "fast": math.inf}
 # Frequencies on an edge belong to the band below it.
 TOLERANCE = 1e-6
-# Below this a ratio counts as this: a frozen video has no motion at all, and its logarithm would be infinite.
+# Smaller ratios count as this one: a frozen video has no motion, and its logarithm would be infinite.
 SMALLEST_RATIO = 1e-3
 
 CHANNEL_MEANS, CHANNEL_VARIANCES, TEMPORAL_ENERGY = "channel_means", "channel_variances", "temporal_energy"
@@ -33,7 +33,7 @@ def measure_latents(latents: torch.Tensor) -> list[dict[str, list[float]]]:
     | `temporal_slow`, `temporal_fast` | power of a pixel about its mean over time, by temporal frequency |
 
     Powers are means over the channels, and those of all bands add up to the mean variance in space or in time
-    (Parseval). What a clip has none of is left out: motion of a single frame, and bands without a frequency.
+    (Parseval). Undefined statistics are left out: motion of a single frame, and bands without a frequency.
 
     Args:
         latents (`torch.Tensor` of shape `(batch_size, num_channels, num_frames, height, width)`):
@@ -95,15 +95,15 @@ def compare_statistics(samples: Statistics, real: Statistics) -> dict[str, float
 
     Args:
         samples, real (`Mapping`):
-            Results of [`mean_statistics`]. What only one of them has is left out.
+            Results of [`mean_statistics`]. Statistics that only one of them has are left out.
 
     Raises:
         ValueError: If the real clips have other channels than the samples, or a channel that is constant.
     """
     if len(samples[CHANNEL_MEANS]) != len(real[CHANNEL_MEANS]) or min(real[CHANNEL_VARIANCES]) <= 0:
         raise ValueError(
-            f"samples of {len(samples[CHANNEL_MEANS])} channels cannot be compared with real clips of "
-            f"{len(real[CHANNEL_MEANS])}, of which none may be constant."
+            f"`samples` and `real` must have as many channels, got {len(samples[CHANNEL_MEANS])} and "
+            f"{len(real[CHANNEL_MEANS])}, and none of `real` may be constant."
         )
     ratios = {
         name: samples[name][0] / real[name][0]

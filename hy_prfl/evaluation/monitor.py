@@ -9,31 +9,31 @@ from typing import Literal
 Level = Literal["healthy", "warn", "hacked"]
 LEVELS: tuple[Level, ...] = ("healthy", "warn", "hacked")
 
-# Every limit is a pair: from the first on a rule warns, from the second on it says `hacked`.
-# Gain of the training reward from which on the held-out reward is asked whether it has gained too.
-ASKED_FROM = 0.1
+# Each limit is a pair: a rule finds `warn` from the first value on, and `hacked` from the second.
+# Gain of the training reward from which on the gain of the held-out reward is compared with it.
+MIN_GAIN = 0.1
 # Share of that gain that the held-out reward lacks.
 UNSHARED = (0.5, 0.75)
-# By how much the held-out reward is below its best, while the training reward is not below what it was then.
+# Fall of the held-out reward from its best, while the training reward has not fallen since then.
 FALL = (0.05, 0.1)
-# By how much the channels are farther from those of the real latents than the base's, in standard deviations.
+# Growth, since the base, of the channels' distance to real latents, in standard deviations.
 SHIFT = (0.025, 0.045)
-# By how much motion or power is farther from that of the real latents than the base's, as a difference of logarithms.
+# Growth, since the base, of the distance of motion or power to real latents, as a difference of logarithms.
 DEPARTURE = (0.2, 0.4)
-# Relative distance of the velocities from the base's. A long run may go far, but not by the length of the velocities.
+# Relative distance of the velocities to the base's. It may grow in a long run, but not to their full length.
 DRIFT = (0.15, 1.0)
 
 
 @dataclass(frozen=True)
 class Verdict:
     """
-    What the validations of a run say.
+    The state of a run, judged by its validations.
 
     Args:
         level (`str`):
             `"healthy"`, `"warn"` or `"hacked"`.
         reason (`str`):
-            Which rules say so, with their numbers; a part of a sentence.
+            The rules that led to it, with their numbers; part of a sentence.
     """
 
     level: Level
@@ -58,13 +58,13 @@ def judge(series: Sequence[Mapping[str, float]]) -> Verdict:
     """
     The verdict on a run after its last validation.
 
-    The worst finding counts. Warnings of two kinds at once are `hacked`: a generator that has moved far and whose latents
-    become unlike the real ones, say, has not moved in a good direction.
+    The worst finding counts. Warnings of two kinds at once are `hacked`: for example, a generator that has moved far while
+    its latents have become less like real ones has not moved in a good direction.
 
     Args:
         series (`Sequence[Mapping[str, float]]`):
-            Metrics of each validation, oldest first. The first one is of the base. Rules on metrics that are not there
-            say nothing.
+            Metrics of each validation, oldest first. The first one is of the base. Rules on missing metrics find
+            nothing.
 
     Raises:
         ValueError: If there is no validation, or a metric is not a finite number.
@@ -91,7 +91,7 @@ def _held_out(series: Sequence[Mapping[str, float]]) -> Iterator[Finding]:
     if "monitor_reward" not in now:
         return
     gain, shared = (now[name] - base[name] for name in ("reward", "monitor_reward"))
-    if gain >= ASKED_FROM:
+    if gain >= MIN_GAIN:
         level = _level(1 - shared / gain, UNSHARED)
         if level != "healthy":
             yield Finding(

@@ -1,4 +1,4 @@
-"""How well a reward model tells good clips from poor ones at fixed noise levels, and at random ones as the paper does."""
+"""How well a reward model tells good clips from poor ones, at fixed noise levels and, as in the paper, at random ones."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -40,12 +40,17 @@ class RewardEvaluator:
     """
     Scores the rows of a dataset at fixed timesteps with fixed noise and returns a dictionary of metrics.
 
-    For each metric there is `<metric>/t<timestep>` and the mean over the timesteps, `<metric>`. With random timesteps there
-    is `<metric>/random_t<low>_<high>` too, at one timestep of (low, high] that is drawn for each clip, and their mean,
-    `<metric>/random`: the paper's protocol has five such ranges. With labels: accuracy,
-    precision, recall and F1 at logit 0, AUC and the binary cross-entropy as `loss`. With pairs: `pair_accuracy` (ties
-    count half), AUC of chosen against rejected and the Bradley-Terry `loss`. Both clips of a pair get the same noise, and
-    the same timesteps. Of each part all of these are there too, as `<part>/<metric>`; a part of one class has no AUC.
+    With labels the metrics are accuracy, precision, recall and F1 at logit 0, AUC, and the binary cross-entropy as `loss`.
+    With pairs they are `pair_accuracy` (a tie counts half), AUC of chosen against rejected, and the Bradley-Terry `loss`;
+    both clips of a pair get the same noise and the same timesteps.
+
+    | name | value |
+    |---|---|
+    | `<metric>/t<timestep>` | at one fixed timestep |
+    | `<metric>` | mean over the fixed timesteps |
+    | `<metric>/random_t<low>_<high>` | at a timestep of (low, high] drawn for each clip; the paper has five such ranges |
+    | `<metric>/random` | mean over these ranges |
+    | `<part>/<metric>...` | all of these for each of `parts`; a part of one class has no AUC |
 
     Args:
         dataset (`Dataset`):
@@ -57,14 +62,14 @@ class RewardEvaluator:
         timesteps (`Sequence[int]`):
             Noise levels, `1000 * sigma`, in (0, 1000].
         num_random_timesteps (`int`, defaults to 0):
-            Number of ranges of equal width that a timestep is drawn from besides, see
-            [`~hy_prfl.flow_matching.row_timesteps`]: the same at every evaluation.
+            Number of ranges of equal width, from each of which a timestep is drawn for each clip, see
+            [`~hy_prfl.flow_matching.row_timesteps`]. The draws are the same at every evaluation.
         seed (`int`):
             Seed of the noise and of these draws, see [`~hy_prfl.flow_matching.row_noise`].
         parts (`Mapping[str, Sequence[int]]`, *optional*):
-            Positions in `items` that are reported by themselves besides, by name.
+            Positions in `items` that also get metrics of their own, by name.
         dtype (`torch.dtype`, defaults to `torch.float32`):
-            Type of the embeddings that the reward model is given.
+            Type of the embeddings that the reward model gets.
         num_replicas, replica (`int`, defaults to 1 and 0):
             Number of data-parallel replicas and the one that this process belongs to.
     """
@@ -124,7 +129,7 @@ class RewardEvaluator:
         return metrics
 
     def _all_metrics(self, logits: np.ndarray, items: Sequence[int]) -> dict[str, float]:
-        """Metrics of some items at every level, and their means; logits have shape `(num_rows, num_levels)`."""
+        """Metrics of some items at each level, and their means; logits have shape `(num_rows, num_levels)`."""
         fixed = [f"t{timestep}" for timestep in self.timesteps]
         bounds = [
             NUM_TRAIN_TIMESTEPS * index // self.num_random_timesteps for index in range(self.num_random_timesteps)
@@ -177,7 +182,7 @@ class RewardEvaluator:
 
 def classification_metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """
-    Accuracy, precision, recall and F1 of `logit > 0`, binary cross-entropy, and AUC if both classes are there.
+    Accuracy, precision, recall and F1 of `logit > 0`, binary cross-entropy, and AUC if both classes occur.
 
     Args:
         logits, labels (`np.ndarray` of shape `(num_clips,)`):

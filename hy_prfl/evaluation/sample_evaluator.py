@@ -1,4 +1,4 @@
-"""Samples held-out prompts with fixed noise while the generator trains, and scores what comes out."""
+"""Samples held-out prompts with fixed noise while the generator trains, and scores the samples."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -19,13 +19,14 @@ from ..data.dataset import latent_shapes
 from ..data.sampler import shard_batches
 from ..data.schema import table_to_rows
 from ..flow_matching import row_noise
-from ..inference.generation import decode_latents, write_video
+from ..inference.generation import decode_latents
+from ..inference.video_files import write_video
 from ..losses import RewardCombination
 from ..models.conditioning import Conditioning
 from ..models.reward_model import WanRewardModel
-from ..rollout import sample_latents
 from ..runtime.distributed import gather_records
 from ..runtime.vae_tiling import VAETiling
+from ..sampling import sample_latents
 from .scoring import score_latents
 from .tracking import log_videos
 
@@ -47,19 +48,19 @@ def score_samples(
         seed (`int`):
             Seed of the samples. The noise that they are scored with is not the noise that they start from.
         in_use (`Callable`):
-            Returns the context in which the model computes.
+            Returns a context in which the model is on the device where it computes.
     """
     with in_use(model), accelerator.autocast():
         return score_latents(model, latents, Conditioning.of(batch), timesteps, row_ids=batch.ids, seed=seed + 1)
 
 
 class Observer(Protocol):
-    """Measures more of the samples than the evaluator does by itself."""
+    """Takes further measurements of the samples."""
 
     def observe(
         self, transformer: nn.Module, batch: LatentBatch, indices: Sequence[int], latents: torch.Tensor
     ) -> list[dict[str, Any]]:
-        """Measurements of each sample of a batch, picklable. Called on all ranks, as often on each."""
+        """Measurements of each sample of a batch, picklable. All ranks call it equally often."""
 
     def summarize(self, measured: Sequence[dict[str, Any]]) -> dict[str, float]:
         """Metrics of all samples, one entry of `measured` for each row, in their order. The same on all ranks."""
@@ -69,11 +70,15 @@ class SampleEvaluator:
     """
     Samples the prompts of a dataset and returns the mean reward at fixed timesteps.
 
-    The metrics are `reward/t<timestep>` and `reward`, means of `sigmoid(logit)`, `reward_logit`, and `latents_std`, the
-    standard deviation of the samples, which drifts when the reward is being hacked. Of several reward models these are
-    of their combination; `reward/<name>` is that of each, and `reward_disagreement` the mean standard deviation of their
-    logits. Noise depends on row and seed only,
-    so two steps of a run, and two runs, are compared on the same samples.
+    | name | value |
+    |---|---|
+    | `reward/t<timestep>`, `reward` | mean of `sigmoid(logit)` at one timestep, and over all timesteps |
+    | `reward_logit` | mean logit |
+    | `reward/<name>` | with several reward models the reward of each; the others are of their combination |
+    | `reward_disagreement` | with several reward models the mean standard deviation of their logits |
+    | `latents_std` | standard deviation of the samples, which drifts when the reward is hacked |
+
+    Noise depends on row and seed only, so two steps of a run, and two runs, are compared from the same noise.
 
     Args:
         dataset (`Dataset`):
@@ -81,15 +86,15 @@ class SampleEvaluator:
         reward_models (`Mapping[str, WanRewardModel]`):
             The reward models by name.
         combination (`RewardCombination`):
-            What makes one logit of theirs.
+            Combines their logits into one.
         in_use (`Callable`):
-            Makes a context in which a reward model is where it computes.
+            Returns a context in which a reward model is on the device where it computes.
         vae (`AutoencoderKLWan`, *optional*):
             Decodes the samples to `output_dir/step-<step>/<row>.mp4`; without it nothing is decoded.
         guidance_scale (`float`):
             Scale of classifier-free guidance away from the empty prompt, 1 is none.
         dtype (`torch.dtype`):
-            Type of the embeddings that the models are given.
+            Type of the embeddings that the models get.
         num_replicas, replica (`int`, defaults to 1 and 0):
             Number of data-parallel replicas and the one that this process belongs to.
         vae_tiling (`str`, defaults to `"auto"`):
@@ -144,7 +149,7 @@ class SampleEvaluator:
 
         Args:
             observer (`Observer`, *optional*):
-                Also measures the samples; its metrics are added.
+                Takes further measurements of the samples; its metrics are added.
         """
         records: list[tuple[int, list[list[float]], float, dict[str, Any]]] = []
         folder = self.output_dir / f"step-{step}"
@@ -171,7 +176,7 @@ class SampleEvaluator:
                 self._write_videos(latents, indices, folder)
         # Rows that fill up a batch come more than once, with the same values.
         by_row = {index: values for index, *values in sorted(gather_records(records), key=lambda record: record[0])}
-        # By now all ranks have written theirs.
+        # By now all ranks have written their videos.
         videos = {f"validation/{path.stem}": path for path in sorted(folder.glob("*.mp4"))}
         log_videos(accelerator, videos, step=step, fps=self.fps)
         # (num_models, num_rows, num_timesteps)
@@ -203,19 +208,6 @@ class SampleEvaluator:
             negative_prompt_embeds=batch.null_prompt_embeds,
             guidance_scale=self.guidance_scale,
         )
-
-    def _score(
-        self, model: nn.Module, latents: torch.Tensor, batch: LatentBatch, accelerator: Accelerator
-    ) -> torch.Tensor:
-        with self.in_use(model), accelerator.autocast():
-            return score_latents(
-                model,
-                latents,
-                Conditioning.of(batch),
-                self.timesteps,
-                row_ids=batch.ids,
-                seed=self.seed + 1,  # not the noise that the samples start from
-            )
 
     def _write_videos(self, latents: torch.Tensor, indices: list[int], folder: Path) -> None:
         assert self.vae is not None

@@ -1,4 +1,4 @@
-"""The table of scores: made batch by batch so that it can be killed at any time, then written as one file."""
+"""The table of scores: saved batch by batch, so that scoring can be killed and resumed, then written as one file."""
 
 import csv
 import glob
@@ -41,9 +41,9 @@ def write_scores(
     """
     Score batches, split over the processes of `accelerate`, into a table in the order of `clips`.
 
-    Each process appends what it has scored to a partial file beside `output`; a run that was killed goes on from
-    those, with any number of processes. They disappear when the table is written. A summary, with the metrics of
-    [`summarize`], is written beside it as `<output>.summary.json`.
+    Each process appends its scores to a partial file beside `output`. A killed run resumes from these files, with any
+    number of processes; they are deleted when the table is written. A summary, with the metrics of [`summarize`], is
+    written beside the table as `<output>.summary.json`.
 
     | column | meaning |
     |---|---|
@@ -59,11 +59,11 @@ def write_scores(
         batches (`Sequence[list[int]]`):
             Positions in `clips` that are scored at once. They must not depend on the number of processes.
         score_batch (`Callable`):
-            Positions -> logits `(batch_size, num_timesteps)`. A `VideoError` says that the batch cannot be used.
+            Positions -> logits `(batch_size, num_timesteps)`. Raises a `VideoError` if the batch cannot be used.
         output (`str` or `Path`):
             A .csv, .json or .jsonl file.
         request (`Mapping`):
-            All that the scores depend on, as JSON: partial files of another request are dropped.
+            Everything that the scores depend on, as JSON. Partial files of another request are deleted.
 
     Returns:
         `list[dict]`: the rows of the table, on every process.
@@ -81,7 +81,7 @@ def write_scores(
                 path.unlink()
     state.wait_for_everyone()
     results = _read_results(output)
-    # Nobody writes before everybody has read, so that all split the same list.
+    # No process writes before all have read, so that all split the same list.
     state.wait_for_everyone()
 
     pending = [batch for batch in batches if not all(position in results for position in batch)]
@@ -115,10 +115,10 @@ def write_scores(
 
 def is_scored(output: str | Path, request: Mapping[str, Any], *, overwrite: bool = False) -> bool:
     """
-    Whether the table that is asked for is there already.
+    Whether `output` already has the scores of this request.
 
     Raises:
-        ValueError: If another one is there, unless `overwrite` is set or it is being replaced already.
+        ValueError: If it has other scores, unless `overwrite` is set or a killed run was replacing them.
     """
     output = Path(output)
     if not output.exists():
@@ -126,11 +126,11 @@ def is_scored(output: str | Path, request: Mapping[str, Any], *, overwrite: bool
     found: dict[str, Any] = {}
     if summary_path(output).is_file():
         found = json.loads(summary_path(output).read_text(encoding="utf-8"))["request"]
-    # Compared as JSON, which knows no tuples.
+    # Compared as JSON, which has no tuples.
     expected = json.loads(json.dumps(request))
     if found == expected:
         return True
-    # Partial files go last: while they are there, a run of this request was cut off.
+    # Partial files are deleted last: if there are any, a run of this request was interrupted.
     unfinished = any(_header(path) == _digest(request) for path in _partial_files(output))
     if not overwrite and not unfinished:
         different = sorted(key for key in expected | found if expected.get(key) != found.get(key))

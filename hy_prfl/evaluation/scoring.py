@@ -53,9 +53,9 @@ def score_latents(
         timesteps (`Sequence[float]`):
             Noise levels, `1000 * sigma`, in (0, 1000].
         row_ids (`Sequence[str]`):
-            Names of the rows, which their noise belongs to.
+            Ids of the rows, from which their noise is drawn.
         num_noise_samples (`int`, defaults to 1):
-            Noises that the logit is the mean over.
+            Number of draws of noise that the logits are averaged over.
 
     Returns:
         `torch.Tensor` of shape `(batch_size, num_timesteps)`: logits, float32 on the CPU. Their sigmoid is the reward.
@@ -106,7 +106,7 @@ def score_videos(
         clip_settings (`ClipSettings`, *optional*):
             Frame rate, length and size, as for `preprocess`.
         row_ids (`Sequence[str]`, *optional*):
-            Names that the noise belongs to, the stems of the files if not given.
+            Ids from which the noise is drawn; the stems of the files if left out.
 
     Returns:
         `torch.Tensor` of shape `(num_videos, num_timesteps)`: logits, float32 on the CPU.
@@ -144,15 +144,10 @@ def score_rows(
     """`score_latents` of rows of a latent dataset, all of one shape. A text-to-video model ignores their images."""
     clips: LatentBatch = collate_latents(rows).to(reward_model.device, reward_model.dtype)
     assert clips.latents is not None
-    conditioning = Conditioning(
-        clips.prompt_embeds,
-        image_embeds=clips.image_embeds if reward_model.config.image_dim is not None else None,
-        condition=clips.condition if _takes(reward_model, clips.condition) else None,
-    )
     return score_latents(
         reward_model,
         clips.latents,
-        conditioning,
+        Conditioning.of(clips).taken_by(reward_model.config),
         timesteps,
         row_ids=clips.ids,
         num_noise_samples=num_noise_samples,
@@ -178,7 +173,7 @@ def score_dataset(
         batch_size (`int`, defaults to 1):
             Rows of one shape that are scored at once.
         request (`Mapping`):
-            All that the scores depend on, for [`write_scores`].
+            Everything that the scores depend on, for [`write_scores`].
 
     Raises:
         ValueError: If the dataset does not fit the reward model, see [`check_dataset_fits`].
@@ -216,12 +211,12 @@ def score_manifest(
     """
     Score the videos of a manifest into a table; see [`write_scores`] for what is written and how it resumes.
 
-    Clips are encoded as `preprocess` does, so the scores are those of the dataset that it would make. A clip that
-    cannot be used is in the table without a score, with the reason.
+    Clips are encoded as by `preprocess`, so the scores equal those of the dataset that it would write. A clip that cannot
+    be used is in the table with the reason instead of a score.
 
     Args:
         request (`Mapping`):
-            All that the scores depend on, for [`write_scores`].
+            Everything that the scores depend on, for [`write_scores`].
 
     Raises:
         ValueError: If the encoder does not fit the reward model.
@@ -242,7 +237,7 @@ def score_manifest(
         | {name: row.labels.get(name) for name in LABELS}
         for row in rows
     ]
-    # One by one: sizes are not known before the clips are read, and encoding is what takes the time.
+    # One by one: sizes are unknown before the clips are read, and most of the time goes into encoding.
     batches = [[position] for position in range(len(rows))]
     return write_scores(clips, batches, score_batch, output, timesteps, task=reward_model.config.task, request=request)
 
@@ -254,10 +249,3 @@ def check_timesteps(timesteps: Sequence[float]) -> None:
     for timestep in timesteps:
         if not 0 < timestep <= NUM_TRAIN_TIMESTEPS:
             raise ValueError(f"`timesteps` must be in (0, {NUM_TRAIN_TIMESTEPS}], got {timestep}.")
-
-
-def _takes(reward_model: WanRewardModel, condition: torch.Tensor | None) -> bool:
-    """Whether a reward model looks at this condition: channels beside the latents, or their first frame."""
-    config = reward_model.config
-    is_first_frame = condition is not None and condition.shape[1] == config.out_channels
-    return config.in_channels > config.out_channels or is_first_frame

@@ -17,12 +17,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ..data.container import open_video
-from ..inference.generation import write_video
+from ..inference.video_files import write_video
 
 
 logger = get_logger(__name__)
 
-# Trackers that take more than numbers and text, and that this module knows how to talk to.
+# Trackers that this module can send videos and images to.
 MEDIA_TRACKERS = ("tensorboard", "wandb", "trackio")
 
 # TensorBoard keeps videos as GIFs inside its event files: longer sides are scaled down to this.
@@ -31,7 +31,7 @@ GIF_SIDE = 320
 
 def announce_trackers(accelerator: Accelerator) -> None:
     """
-    Say once, after the trackers have been started, which of them will show no videos and no curves.
+    Warn once, after the trackers have started, which of them will show no videos and no curves.
 
     Args:
         accelerator (`Accelerator`):
@@ -46,13 +46,13 @@ def log_videos(
     accelerator: Accelerator, videos: Mapping[str, str | Path | np.ndarray], *, step: int, fps: float
 ) -> None:
     """
-    Show videos in every tracker that can. Only the main process does something.
+    Show videos in every tracker that can. Only the main process logs.
 
     Args:
         accelerator (`Accelerator`):
             Its trackers are used.
         videos (`Mapping`):
-            By the name that they get in the tracker: mp4 files, or frames `(num_frames, height, width, 3)` as
+            Videos by their names in the tracker: mp4 files, or frames `(num_frames, height, width, 3)` as
             `write_video` takes them, uint8 or float in [0, 1].
         step (`int`):
             Step of the run that they belong to.
@@ -84,7 +84,7 @@ def log_videos(
 
 
 def log_figure(accelerator: Accelerator, name: str, figure: Figure, *, step: int) -> None:
-    """Show a figure under this name in every tracker that can. Only the main process does something."""
+    """Show a figure under this name in every tracker that can. Only the main process logs."""
     if not accelerator.is_main_process:
         return
     canvas = FigureCanvasAgg(figure)
@@ -107,11 +107,11 @@ def log_figure(accelerator: Accelerator, name: str, figure: Figure, *, step: int
 
 def log_timestep_curves(accelerator: Accelerator, metrics: Mapping[str, float], *, step: int, name: str) -> None:
     """
-    Show what an evaluation measured at several timesteps as curves, one panel for each metric.
+    Show the metrics that were measured at several timesteps as curves, one panel for each metric.
 
     Args:
         metrics (`Mapping[str, float]`):
-            Of which `<metric>/t<timestep>` are drawn, as [`RewardEvaluator`] and [`SampleEvaluator`] return them.
+            Metrics, of which `<metric>/t<timestep>` are drawn, as [`RewardEvaluator`] and [`SampleEvaluator`] return them.
         name (`str`):
             Name of the image in the trackers.
     """

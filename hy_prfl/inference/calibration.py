@@ -1,4 +1,4 @@
-"""How early a reward model knows, and the cheapest schedule of drops that follows from it. numpy only, no models."""
+"""How early a reward model can rank candidates, and the cheapest schedule of drops. Needs numpy only, no models."""
 
 import itertools
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from ..configs.base import check
 from ..configs.keep import Decision, num_forwards, num_scores
 
 
-# Steps that decisions are tried at, and decisions of a schedule, at most.
+# Most steps at which decisions are tried, and most decisions of a schedule.
 MAX_STEPS, MAX_DECISIONS = 12, 3
 
 
@@ -22,9 +22,10 @@ class Schedule:
 
     Args:
         keep (`tuple[Decision, ...]`):
-            The decisions; none is best-of-N.
+            The decisions; without any it is best-of-N.
         cost (`float`):
-            Forwards for a video, those of the reward model with their share, divided by those of a plain sample.
+            Forwards for a video, with those of the reward model at their relative cost, divided by those of a plain
+            sample.
         gain (`float`):
             By how much the final logit of the chosen candidate exceeds the mean of all candidates.
         share (`float`):
@@ -39,7 +40,7 @@ class Schedule:
 
 def rank_correlations(logits: np.ndarray, final: np.ndarray) -> np.ndarray:
     """
-    How well each step's reward ranks the candidates of a prompt as the last one does: Spearman's correlation.
+    Spearman's rank correlation of each step's reward with the final reward, over the candidates of a prompt.
 
     Args:
         logits (`np.ndarray` of shape `(num_prompts, num_candidates, num_steps)`):
@@ -48,7 +49,7 @@ def rank_correlations(logits: np.ndarray, final: np.ndarray) -> np.ndarray:
             Logits of the finished latents.
 
     Returns:
-        `np.ndarray` of shape `(num_steps,)`: means over the prompts, in [-1, 1]; 0 where all candidates are alike.
+        `np.ndarray` of shape `(num_steps,)`: means over the prompts, in [-1, 1]; 0 where all candidates are equal.
     """
     ranks = rankdata(logits, axis=1) - (logits.shape[1] + 1) / 2
     wanted = (rankdata(final, axis=1) - (final.shape[1] + 1) / 2)[:, :, None]
@@ -81,10 +82,10 @@ def cheapest_schedules(
     logits: np.ndarray, final: np.ndarray, *, num_inference_steps: int, reward_cost: float, num_final_timesteps: int
 ) -> list[Schedule]:
     """
-    Schedules that no other one beats in both cost and gain, from the cheapest to best-of-N.
+    The Pareto front of schedules by cost and gain, from the cheapest to best-of-N.
 
-    Up to three decisions at up to twelve steps, spread over the chain, with numbers of candidates that are halved or
-    nearly so.
+    It tries up to three decisions at up to twelve steps, spread over the chain, that keep 1, 2, 3, 4, 6, 8, 12, ...
+    candidates.
 
     Args:
         logits, final:

@@ -23,7 +23,8 @@ from ..runtime.atomic_writes import write_text
 from .calibration import cheapest, cheapest_schedules, rank_correlations
 from .candidate_settings import CandidateSettings, RewardGuidance
 from .candidates import sample_candidates
-from .generation import VideoSettings, pipeline_inputs
+from .generation import pipeline_inputs
+from .video_files import VideoSettings
 
 
 FOLDER, TABLE, CALIBRATION = "candidates", "candidates.csv", "calibration.json"
@@ -48,10 +49,10 @@ def candidate_settings(config: GenerateConfig) -> CandidateSettings:
 
 def check_reward_model(config: GenerateConfig) -> None:
     """
-    Refuse a reward model that cannot judge what the pipeline makes. Reads configurations and the VAE only.
+    Refuse a reward model that cannot score the pipeline's latents. Reads only configurations and the VAE.
 
     Raises:
-        ValueError: Naming what differs.
+        ValueError: If it does not fit; names the difference.
     """
     assert config.reward_model is not None
     path, revision = config.pretrained_model_name_or_path, config.revision
@@ -62,7 +63,7 @@ def check_reward_model(config: GenerateConfig) -> None:
 
 
 def check_seeds(prompts: Sequence[VideoPrompt], num_candidates: int) -> None:
-    """Raise a `ValueError` if two videos of one id would be chosen from the same seeds."""
+    """Raise a `ValueError` if candidates of two videos of one id would have the same seed."""
     for first in prompts:
         for other in prompts:
             if first.id == other.id and first.seed < other.seed < first.seed + num_candidates:
@@ -76,18 +77,18 @@ def check_seeds(prompts: Sequence[VideoPrompt], num_candidates: int) -> None:
 @dataclass(frozen=True)
 class CandidateSampler:
     """
-    Makes videos of candidates, and writes down what became of them, in the place of `generate_video`.
+    Samples each video from several candidates, and writes a record of them; replaces `generate_video`.
 
     Args:
         reward_model (`WanRewardModel`):
-            Chooses among them.
+            Chooses among the candidates.
         num_candidates (`int`):
             Candidates of a video; the first has the seed of its prompt.
         settings (`CandidateSettings`):
             How they are chosen.
         output_dir (`Path`):
-            Folder of the videos. What became of the candidates is written into `candidates/<name>.json` below it, before
-            the video is.
+            Folder of the videos. The record of the candidates is written to `candidates/<name>.json` in it, before the
+            video.
     """
 
     reward_model: WanRewardModel
@@ -109,23 +110,23 @@ class CandidateSampler:
 
 
 def candidates_file(output_dir: Path, prompt: VideoPrompt) -> Path:
-    """Where it is written what became of a video's candidates."""
+    """The file with the record of a video's candidates."""
     return output_dir / FOLDER / f"{prompt.name}.json"
 
 
 def read_candidates(output_dir: Path, prompts: Sequence[VideoPrompt]) -> list[dict[str, Any]]:
     """
-    What became of the candidates of each video.
+    Read the record of each video's candidates.
 
     Raises:
-        FileNotFoundError: If a video has no such file.
+        FileNotFoundError: If a video has no record.
     """
     found = []
     for prompt in prompts:
         path = candidates_file(output_dir, prompt)
         if not path.is_file():
             raise FileNotFoundError(
-                f"'{path}' is missing. Remove '{prompt.name}.mp4' too, and the video is made again."
+                f"'{path}' is missing. Delete '{prompt.name}.mp4' too, so that the video is made again."
             )
         found.append(json.loads(path.read_text(encoding="utf-8")))
     return found
@@ -164,11 +165,11 @@ def write_table(output_dir: Path, prompts: Sequence[VideoPrompt]) -> None:
 
 def write_calibration(output_dir: Path, prompts: Sequence[VideoPrompt], config: GenerateConfig) -> dict[str, Any]:
     """
-    Write `calibration.json`: how well each step's reward predicts the last one, and the cheapest `keep`.
+    Write `calibration.json`: how well each step's reward predicts the final one, and the cheapest `keep`.
 
     Returns:
         Its content: `keep`, `cost` and `share` of the cheapest schedule that keeps `calibrate_share` of best-of-N's gain,
-        `rank_correlations` by step, and `schedules`, those that no other beats in cost and gain.
+        `rank_correlations` by step, and `schedules`, the Pareto front by cost and gain.
     """
     records = read_candidates(output_dir, prompts)
     steps = range(1, config.num_inference_steps)
@@ -198,7 +199,7 @@ def write_calibration(output_dir: Path, prompts: Sequence[VideoPrompt], config: 
 
 
 def reward_cost(config: GenerateConfig) -> float:
-    """A forward of the reward model in steps of the generator, by their blocks and widths."""
+    """Cost of a forward of the reward model in steps of the generator, estimated from their blocks."""
     assert config.reward_model is not None
     reward_config = WanRewardModel.load_own_config(config.reward_model, revision=config.reward_model_revision)
     transformer_config = PipelineInfo.read(config.pretrained_model_name_or_path, config.revision).transformer
@@ -207,6 +208,6 @@ def reward_cost(config: GenerateConfig) -> float:
 
 
 def _block_cost(config: Mapping[str, Any]) -> float:
-    """Weights of the blocks, nearly: what their matrix products are proportional to."""
+    """Approximate number of weights of the blocks, which the cost of their matrix products is proportional to."""
     width = config["num_attention_heads"] * config["attention_head_dim"]
     return float(config["num_layers"] * width * (8 * width + 2 * config["ffn_dim"]))

@@ -1,4 +1,4 @@
-"""What a reward model says of candidates: scores of noisy and of finished latents, and the gradient that guides them."""
+"""A reward model for candidates: scores of noisy and of finished latents, and the gradient that guides them."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,17 +16,17 @@ class CandidateJudge:
 
     Args:
         reward_model (`WanRewardModel`):
-            On the device of the latents, or on another one, from which it is moved for each call.
+            On the device of the latents, or on another one; then each call moves it there and back.
         batch_size (`int`):
             Candidates that it takes at once.
 
     Attributes:
         prompt_embeds, image_embeds (`torch.Tensor`, *optional*):
-            Those of the generator, one row. To be set before the first call, `image_embeds` if there are any.
+            Embeddings of the generator, one row. To be set before the first call, `image_embeds` if there are any.
         condition (`torch.Tensor`, *optional*):
-            That of the generator, a row for each candidate, which are all the same.
+            Condition of the generator, the same row for each candidate.
         num_forwards, num_backwards (`int`):
-            Passes so far, each counted for each candidate.
+            Passes so far; a batch counts once for each candidate.
     """
 
     def __init__(self, reward_model: WanRewardModel, batch_size: int) -> None:
@@ -50,38 +50,27 @@ class CandidateJudge:
         self.num_backwards += len(latents)
         gradient = torch.cat(gradients).float()
         lengths = [each.float().flatten(1).norm(dim=1).view(-1, 1, 1, 1, 1) for each in (velocity, gradient)]
-        # A reward that is flat in every direction guides nowhere.
+        # A gradient of zero has no direction.
         direction = torch.where(lengths[1] > 0, gradient / lengths[1], 0.0)
         return (velocity.float() - scale * lengths[0] * direction).to(velocity.dtype)
 
     def _logits(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        """Logits of noisy latents, of a batch that the reward model takes at once."""
+        """Logits of one batch of noisy latents."""
         assert self.prompt_embeds is not None
         count = len(latents)
         times = timestep.to(latents.device).expand(count)
         return self.reward_model(**self._conditioning(count).model_inputs(latents, times)).logits
 
     def _conditioning(self, count: int) -> Conditioning:
-        """What the reward model is given besides the latents of `count` candidates."""
+        """Conditioning of the reward model for `count` candidates."""
         assert self.prompt_embeds is not None
-        text = self.prompt_embeds.to(self.reward_model.dtype).expand(count, -1, -1)
-        return Conditioning(text, self._images(count), self._condition_of(count))
-
-    def _condition_of(self, count: int) -> torch.Tensor | None:
-        """The condition for the reward model, if it takes any: more channels, or a clean first frame."""
-        config = self.reward_model.config
-        if self.condition is None:
-            return None
-        takes_channels = config.in_channels > config.out_channels
-        is_first_frame = self.condition.shape[1] == config.out_channels
-        if not takes_channels and not is_first_frame:
-            return None
-        return self.condition[:1].expand(count, -1, -1, -1, -1)
-
-    def _images(self, count: int) -> torch.Tensor | None:
-        if self.image_embeds is None or self.reward_model.config.image_dim is None:
-            return None
-        return self.image_embeds.to(self.reward_model.dtype).repeat(count, 1, 1)
+        dtype, images, condition = self.reward_model.dtype, self.image_embeds, self.condition
+        given = Conditioning(
+            self.prompt_embeds.to(dtype).expand(count, -1, -1),
+            None if images is None else images.to(dtype).repeat(count, 1, 1),
+            None if condition is None else condition[:1].expand(count, -1, -1, -1, -1),
+        )
+        return given.taken_by(self.reward_model.config)
 
     @torch.no_grad()
     def score(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
@@ -116,7 +105,7 @@ class CandidateJudge:
 
     @contextmanager
     def _on(self, device: torch.device) -> Iterator[None]:
-        """Move the reward model here for as long as it is needed, if its place is elsewhere."""
+        """Context with the reward model on this device; afterwards it goes back to its own."""
         home = self.reward_model.device
         if home == device:
             yield

@@ -1,4 +1,4 @@
-"""What became of the candidates of a video."""
+"""The record of a video's candidates."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -8,15 +8,15 @@ from typing import Any
 @dataclass
 class Candidate:
     """
-    What became of one candidate.
+    The record of one candidate.
 
     Args:
         seed (`int`):
             Seed of its noise.
         copied_from (`int`, *optional*), copied_after (`int`, *optional*):
-            For a re-noised copy: number of the candidate that it comes from, and the step after which.
+            For a re-noised copy: number of the original, and the step after which it was copied.
         logits (`dict[int, float]`):
-            Steps that were taken -> logit of the noisy latents after them, at the noise level of the next step.
+            Number of steps -> logit of the noisy latents after them, at the noise level of the next step.
         final_logit (`float`, *optional*):
             Mean logit of the finished video at `final_timesteps`, if it was needed.
         dropped_after (`int`, *optional*):
@@ -38,16 +38,16 @@ class Candidate:
 @dataclass(frozen=True)
 class Candidates:
     """
-    The chosen video, and what became of all candidates.
+    The chosen video, and the record of all candidates.
 
     Args:
         frames (`Any`):
-            What the pipeline returns of one video, for its `output_type`.
+            The video as the pipeline returns it for its `output_type`.
         candidates (`list[Candidate]`):
             In the order of their seeds, copies after them.
         num_forwards, num_reward_forwards, num_reward_backwards (`int`):
-            Forwards of the generator, two a step under classifier-free guidance, and passes of the reward model;
-            each counted for each candidate.
+            Forwards of the generator, two a step under classifier-free guidance, and passes of the reward model. A batch
+            counts once for each candidate.
     """
 
     frames: Any

@@ -16,15 +16,15 @@ class RewardGuidance:
     """
     The gradient of the reward model's logit, added to the velocity after classifier-free guidance.
 
-    The chain moves against the velocity, so what is added points down the logit:
+    The chain moves against the velocity, so the gradient is subtracted from it:
     `velocity - scale * |velocity| * gradient / |gradient|`. Norms are those of a whole clip, so `scale` means the same
-    at every step and for every reward model. A step costs a forward and a backward of the reward model more.
+    at every step and for every reward model. A guided step also costs a forward and a backward of the reward model.
 
     Args:
         scale (`float`):
-            Length of what is added, as a share of the velocity's; greater than 0.
+            Length of the added vector, as a share of the velocity's; greater than 0.
         first_step, last_step (`int`):
-            Steps that are guided, counted from 1. At the first ones a reward model sees nothing.
+            First and last guided step, counted from 1. In the first steps of a chain a reward model sees only noise.
     """
 
     scale: float
@@ -44,20 +44,21 @@ class CandidateSettings:
 
     Args:
         keep (`tuple[Decision, ...]`):
-            After `step` steps the best `num_kept` go on, judged on their noisy latents. Without any all of them go to
-            the end: plain best-of-N.
+            After `step` steps the best `num_kept` candidates continue, by the reward of their noisy latents. Without
+            decisions all run to the end: plain best-of-N.
         final_timesteps (`tuple[float, ...]`):
             If several reach the end, the best mean logit at these noise levels wins, in (0, 1000].
         batch_size (`int`):
             Candidates that a model takes at once. With 1 a candidate is, bit for bit, the plain sample of its seed.
         resample (`bool`):
-            Particles: those that are kept go on twice, as they are and with a share of their noise drawn new.
+            Particle resampling: each kept candidate continues twice, unchanged and as a copy with part of its noise
+            redrawn.
         renoise (`float`):
-            That share, as standard deviation of the new noise in units of the whole, in (0, 1].
+            Standard deviation of the redrawn part, as a share of that of the whole noise, in (0, 1].
         guidance (`RewardGuidance`, *optional*):
             Also follow the reward's gradient.
         score_every_step (`bool`):
-            Score after every step, to see how early the reward knows. Changes no video.
+            Score after every step, for a calibration. Changes no video.
     """
 
     keep: tuple[Decision, ...] = ()

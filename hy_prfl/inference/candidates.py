@@ -1,8 +1,8 @@
 """
-Several candidates of a video, judged by a reward model while they are still noise.
+Several candidates of a video, scored by a reward model while they are still noisy.
 
 Works on the stock diffusers Wan pipelines: they are called for one video, and between their steps the batch of
-candidates grows, shrinks, or takes the gradient of the reward.
+candidates grows, shrinks, or is guided by the gradient of the reward.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -46,15 +46,15 @@ def sample_candidates(
     **inputs: Any,
 ) -> Candidates:
     """
-    Sample one video from several seeds, drop those that the reward model finds poor, and decode the best one.
+    Sample one video from several seeds, drop candidates with low rewards, and decode the best one.
 
     The pipeline may have classifier-free guidance, LoRAs, two experts, offloaded weights and any scheduler whose steps
-    work on each clip alone. Its text encoder and image encoders run once. Dropping changes nothing in the candidates
-    that go on. A step cache (`enable_cache`) takes a batch for one clip, and is refused.
+    work on each clip alone. Its text encoder and image encoders run once. Dropping candidates does not change the others.
+    A step cache (`enable_cache`) is refused, as it treats a batch as one clip.
 
     Args:
         reward_model (`WanRewardModel`):
-            On the device of the pipeline, or on another one, from which it is moved for each decision.
+            On the device of the pipeline, or on another one; then each decision moves it there and back.
         seeds (`Sequence[int]`):
             A seed for each candidate; its noise is that of `generator=torch.Generator().manual_seed(seed)`.
         settings (`CandidateSettings`, *optional*):
@@ -62,7 +62,7 @@ def sample_candidates(
         output_type (`str`, defaults to `"np"`):
             The pipeline's: `"np"`, `"pil"`, `"pt"` or `"latent"`.
         inputs:
-            What the pipeline is called with for one video: `prompt`, `image`, `height`, `num_inference_steps`, ...
+            Arguments of the pipeline for one video: `prompt`, `image`, `height`, `num_inference_steps`, ...
 
     Raises:
         ValueError: If settings, inputs and reward model do not fit each other or the pipeline.
@@ -94,7 +94,7 @@ def sample_candidates(
 
 
 class _Search:
-    """One call of a pipeline with several candidates. `alive` are the numbers of those in the batch."""
+    """One call of a pipeline with several candidates. `alive` has the numbers of those in the batch."""
 
     def __init__(
         self,
@@ -106,11 +106,11 @@ class _Search:
     ) -> None:
         check(len(seeds) > 0 and len(set(seeds)) == len(seeds), "seeds", seeds, "one or more, all different")
         for name in RESERVED:
-            check(name not in inputs, name, inputs.get(name), "left out, candidates set it")
+            check(name not in inputs, name, inputs.get(name), "left out, it is set for the candidates")
         check(not isinstance(inputs.get("prompt"), list), "prompt", inputs.get("prompt"), "one text, not a list")
         self.transformers = [each for each in (pipeline.transformer, pipeline.transformer_2) if each is not None]
         caching = [type(each).__name__ for each in self.transformers if getattr(each, "is_cache_enabled", False)]
-        check(not caching, "step cache", caching, "off: it takes a batch for one clip")
+        check(not caching, "step cache", caching, "off: it treats a batch as one clip")
         check_fits_generator(reward_model.config, self.transformers[0].config, allow_other_base=True)
         self.pipeline, self.settings = pipeline, settings
         self.judge = CandidateJudge(reward_model, settings.batch_size)
@@ -123,7 +123,7 @@ class _Search:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Put the search between the pipeline and its parts, on these objects only, and take it away again."""
+        """Context in which the search wraps methods of this pipeline, its scheduler and its transformers."""
         pipeline, scheduler = self.pipeline, self.pipeline.scheduler
         with ExitStack() as stack:
             prepare = partial(self.prepare_latents, pipeline.prepare_latents)
@@ -153,7 +153,7 @@ class _Search:
         noise = torch.cat(noises)
         if isinstance(prepared, torch.Tensor):
             return noise
-        # The pipeline keeps this tensor to the end and joins it to the latents, so it has to shrink with them.
+        # The pipeline keeps this tensor to the end and concatenates it to the latents, so it has to shrink with them.
         self.judge.condition = prepared[1].repeat(len(noise), 1, 1, 1, 1)
         return noise, self.judge.condition, *prepared[2:]
 
@@ -189,7 +189,7 @@ class _Search:
         sample: torch.Tensor,
         **kwargs: Any,
     ) -> Any:
-        """The scheduler's step, along the velocity of the pipeline or that and the reward's gradient."""
+        """The scheduler's step along the velocity, to which guided steps add the reward's gradient."""
         guidance, number = self.settings.guidance, self.step_index + 1
         if guidance is not None and guidance.first_step <= number <= guidance.last_step:
             model_output = self.judge.guide(model_output, timestep, sample, guidance.scale)
@@ -202,7 +202,7 @@ class _Search:
     def decide(
         self, pipeline: WanPipeline | WanImageToVideoPipeline, index: int, timestep: Any, tensors: dict[str, Any]
     ) -> dict[str, Any]:
-        """The callback after a step: score, and say which candidates go on."""
+        """The callback after a step: score the candidates, and drop the worst."""
         latents, step, num_steps = tensors["latents"], index + 1, len(pipeline.scheduler.timesteps)
         if step == num_steps:
             return {"latents": self.choose(latents, step)}
@@ -228,7 +228,7 @@ class _Search:
         return values
 
     def choose(self, latents: torch.Tensor, step: int) -> torch.Tensor:
-        """The best of the finished candidates."""
+        """Keep only the best of the finished candidates."""
         if len(self.alive) == 1 and not self.settings.score_every_step:
             return latents
         scores = self.checked(self.judge.score_clean(latents, self.settings.final_timesteps))
@@ -237,7 +237,7 @@ class _Search:
         return self.select(latents, self.drop(scores, 1, step))
 
     def drop(self, scores: Sequence[float], num_kept: int, step: int) -> list[int]:
-        """Rows of the best, in the order of the batch."""
+        """Drop all but the best candidates; returns their rows, in the order of the batch."""
         ranked = sorted(range(len(scores)), key=lambda row: -scores[row])
         for row in ranked[num_kept:]:
             self.candidates[self.alive[row]].dropped_after = step
@@ -246,7 +246,7 @@ class _Search:
         return kept
 
     def select(self, latents: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
-        """Take these rows of all that has one for each candidate."""
+        """Keep these rows of every tensor that has a row for each candidate."""
         select_state(self.pipeline.scheduler, rows, num_rows=len(latents))
         if self.clean is not None:
             self.clean = self.clean[list(rows)]
@@ -260,9 +260,9 @@ class _Search:
         """
         Add a re-noised copy of each candidate.
 
-        With the clean latents that the last step foresees, the noise in the latents is known, and a part of it is
-        replaced: `(1 - sigma) clean + sigma (sqrt(1 - a^2) noise + a new)`. The solver starts afresh, since its memory
-        is of other latents.
+        The clean latents that the last step predicts give the noise in the latents, and part of it is replaced:
+        `(1 - sigma) clean + sigma (sqrt(1 - a^2) noise + a new)`. The solver restarts, as its history is of other
+        latents.
         """
         assert self.clean is not None
         sigma = self.pipeline.scheduler.sigmas[self.step_index].to(latents)
@@ -288,7 +288,7 @@ class _Search:
 
 def select_state(scheduler: Any, rows: Sequence[int], *, num_rows: int) -> None:
     """
-    Take rows of whatever a scheduler remembers of a batch: earlier samples and model outputs.
+    Keep rows of a scheduler's history of a batch: earlier samples and model outputs.
 
     Args:
         rows (`Sequence[int]`):
@@ -309,7 +309,7 @@ def select_state(scheduler: Any, rows: Sequence[int], *, num_rows: int) -> None:
 
 
 def restart(scheduler: Any, step_index: int, device: torch.device) -> None:
-    """Let a scheduler go on from a step as if it were its first: its grid stays, its memory goes."""
+    """Restart a scheduler at a step: it keeps its noise levels and loses its history."""
     scheduler.set_timesteps(scheduler.num_inference_steps, device=device)
     scheduler._step_index = step_index
 

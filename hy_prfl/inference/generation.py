@@ -3,65 +3,25 @@
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from fractions import Fraction
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import av
 import numpy as np
 import torch
-from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, VideoReformatter
 from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanPipeline
 from PIL import Image
 from tqdm import tqdm
 
 from ..configs.base import check
-from ..data.container import open_video
 from ..data.hashes import hash_file
 from ..data.prompts import VideoPrompt
-from ..data.video import VideoError, read_image, resize_and_crop, to_uint8
-from ..runtime.atomic_writes import replacing, write_text
+from ..data.video import read_image, resize_and_crop, to_uint8
+from ..runtime.atomic_writes import write_text
 from ..runtime.context_parallel import ContextParallelGroup
 from ..runtime.distributed import from_main_process, process_state
 from ..runtime.vae_tiling import VAETiling, set_tiling
-
-
-ImageFit = Literal["crop", "area"]
-
-MANIFEST = "manifest.json"
-# What arithmetic in half precision may add to 1.
-ROUNDING = 1e-2
-
-
-@dataclass(frozen=True, kw_only=True)
-class VideoSettings:
-    """
-    How videos are sampled and written.
-
-    Args:
-        height, width (`int`): Size in pixels, multiples of 16, for Wan2.2 TI2V 5B of 32.
-        image_fit (`str`): `"crop"`: images are resized and centre-cropped to this size. `"area"`: each video has the aspect
-            ratio of its first image, and this size is the number of its pixels at most, see [`video_size`].
-        num_frames (`int`): Frames, `4k + 1`.
-        num_inference_steps (`int`): Denoising steps.
-        guidance_scale (`float`): Classifier-free guidance; 1 turns it off.
-        negative_prompt (`str`, *optional*): What the videos should not show.
-        max_sequence_length (`int`): Text tokens that prompts are padded or cut to.
-        fps (`int`): Frame rate of the files.
-        crf (`int`): H.264 quality, 0 (lossless) to 51.
-    """
-
-    height: int = 480
-    width: int = 832
-    num_frames: int = 81
-    num_inference_steps: int = 50
-    guidance_scale: float = 5.0
-    negative_prompt: str | None = None
-    max_sequence_length: int = 512
-    fps: int = 16
-    crf: int = 12
-    image_fit: ImageFit = "crop"
+from .video_files import MANIFEST, VideoSettings, read_record, write_video
 
 
 def video_size(prompt: VideoPrompt, settings: VideoSettings, multiple: int = 16) -> tuple[int, int]:
@@ -73,15 +33,15 @@ def video_size(prompt: VideoPrompt, settings: VideoSettings, multiple: int = 16)
 
     Args:
         multiple (`int`, defaults to 16):
-            What sides are a multiple of: a patch of the pipeline's latents, in pixels.
+            Both sides are multiples of this: the side of a latent patch, in pixels.
 
     Raises:
-        ValueError: If the image is so long that a side would be shorter than that.
+        ValueError: If the image is so elongated that a side would be shorter than `multiple`.
     """
     if settings.image_fit == "crop" or prompt.image is None:
         return settings.height, settings.width
     image_height, image_width = read_image(prompt.image).shape[:2]
-    # Whole numbers: rounding would take a patch off a side that is a multiple already.
+    # Integers: rounding errors of floats would take a patch off a side that is a multiple already.
     area = settings.height * settings.width // multiple**2
     height = multiple * math.isqrt(area * image_height // image_width)
     width = multiple * math.isqrt(area * image_width // image_height)
@@ -97,7 +57,7 @@ def generate_video(
     pipeline: WanPipeline | WanImageToVideoPipeline, prompt: VideoPrompt, settings: VideoSettings
 ) -> np.ndarray:
     """
-    Sample one video. Its noise comes from a CPU generator of its own, so it depends on nothing but its seed.
+    Sample one video. Its noise comes from a CPU generator of its own, and so depends only on its seed.
 
     Returns:
         `np.ndarray` of shape `(num_frames, height, width, 3)`: float32 in [0, 1].
@@ -108,7 +68,7 @@ def generate_video(
 
 
 def pipeline_inputs(prompt: VideoPrompt, settings: VideoSettings) -> dict[str, Any]:
-    """What a pipeline is called with for a video, besides its noise and the type of its output."""
+    """Arguments of a pipeline for a video, without its noise and the type of its output."""
     images = {
         name: Image.fromarray(resize_and_crop(read_image(path)[None], settings.height, settings.width)[0])
         for name, path in (("image", prompt.image), ("last_image", prompt.last_image))
@@ -130,7 +90,7 @@ def pipeline_inputs(prompt: VideoPrompt, settings: VideoSettings) -> dict[str, A
 def fitted_settings(
     pipeline: WanPipeline | WanImageToVideoPipeline, prompt: VideoPrompt, settings: VideoSettings
 ) -> VideoSettings:
-    """Settings of one video: with the size that it will have, to which its images are cropped."""
+    """Settings with the size of this video, to which its images are then cropped."""
     height, width = video_size(prompt, settings, 2 * pipeline.vae_scale_factor_spatial)
     return replace(settings, height=height, width=width, image_fit="crop")
 
@@ -153,28 +113,29 @@ def generate_videos(
     """
     Write `<id>_seed_<seed>.mp4` for each prompt, and `manifest.json`, a list that `preprocess` and `score` read.
 
-    Prompts are split over the processes of `accelerate`, or over its groups of `context_parallel`. Videos that are there are skipped, so a run that was killed
-    goes on where it was. Each file's metadata tells what it was made from; a file made from something else is an error.
+    Prompts are split over the processes of `accelerate`, or over its groups of `context_parallel`. Existing videos are
+    skipped, so a killed run can be continued. Each file's metadata records how it was made; a file that was made with
+    other settings is an error.
 
     Args:
         settings (`VideoSettings`, *optional*):
             Sampling and file format.
         model_identity (`Mapping`, *optional*):
-            Whatever tells one model from another; must be JSON. Without it, files of another model are not told apart.
+            Identity of the model, as JSON values. Without it, existing videos of another model are not noticed.
         overwrite (`bool`, defaults to `False`):
-            Replace files that were made from something else.
+            Replace files that were made with other settings.
         vae_tiling (`str`, defaults to `"auto"`):
             Whether the VAE decodes in tiles, see [`~hy_prfl.runtime.vae_tiling.set_tiling`].
         context_parallel (`ContextParallelGroup`, *optional*):
             The group of processes that the pipeline was loaded with. The first of them writes.
         sample (`Callable`, defaults to `generate_video`):
-            Makes the frames of one video, of the pipeline, its prompt and the settings.
+            Makes the frames of one video from the pipeline, the prompt and the settings.
 
     Returns:
         `list[Path]`: the videos, in the order of the prompts.
 
     Raises:
-        ValueError: If the size is none that the pipeline makes, or a file is there that was made from something else.
+        ValueError: If the pipeline cannot make videos of this size, or a file was made with other settings.
     """
     state = process_state()
     output_dir = Path(output_dir)
@@ -182,11 +143,9 @@ def generate_videos(
     multiple = 2 * pipeline.vae_scale_factor_spatial
     for name, side in (("height", settings.height), ("width", settings.width)):
         # The pipeline itself would only warn, and make a smaller video.
-        check(
-            side % multiple == 0, name, side, f"a multiple of {multiple}, what a patch of the pipeline's latents shows"
-        )
+        check(side % multiple == 0, name, side, f"a multiple of {multiple}, the pixels of a side of a latent patch")
     pending = pending_videos(prompts, output_dir, settings, model_identity=model_identity, overwrite=overwrite)
-    # Nobody writes before everybody has looked, and all split one list.
+    # No process writes before all have checked the files, and all split the same list.
     state.wait_for_everyone()
     pending = from_main_process(pending)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -200,7 +159,7 @@ def generate_videos(
         size = {"height": fitted.height, "width": fitted.width, "num_frames": fitted.num_frames}
         is_tiled = set_tiling(pipeline.vae, vae_tiling, "decode", **size)
         if context_parallel is not None and context_parallel.any(is_tiled):
-            # All processes of a video must see the same image, also if one of them has less free memory.
+            # All processes of a video must decode the same frames, even if one of them has less free memory.
             set_tiling(pipeline.vae, "on", "decode", **size)
         frames = sample(pipeline, prompt, fitted)
         if writes:
@@ -224,10 +183,10 @@ def pending_videos(
     overwrite: bool = False,
 ) -> list[VideoPrompt]:
     """
-    Prompts whose video is not there yet.
+    Prompts whose video does not exist yet.
 
     Raises:
-        ValueError: If a file is there that was made from something else, unless `overwrite` is set.
+        ValueError: If a file was made with other settings, unless `overwrite` is set.
     """
     pending = []
     for prompt in prompts:
@@ -264,9 +223,9 @@ def video_record(
     prompt: VideoPrompt, settings: VideoSettings, model_identity: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """
-    Everything that a video depends on, as it is kept in the metadata of its file.
+    Everything that a video depends on, for the metadata of its file.
 
-    `image_fit` is in it where it is not `"crop"`: older videos have no such entry.
+    `image_fit` is left out if it is `"crop"`, as older videos have no such entry.
     """
     images = {
         name: None if path is None else hash_file(path)
@@ -278,81 +237,6 @@ def video_record(
     return {"caption": prompt.caption, "seed": prompt.seed, **images, **values, **(model_identity or {})}
 
 
-def read_record(path: str | Path) -> dict[str, Any]:
-    """The `video_record` in a file's metadata, empty if it holds none."""
-    try:
-        with open_video(path) as container:
-            record = json.loads(container.metadata.get("comment", "{}"))
-    except (VideoError, av.error.FFmpegError, json.JSONDecodeError):
-        return {}
-    return record if isinstance(record, dict) else {}
-
-
-def write_video(
-    path: str | Path, frames: np.ndarray, fps: float, *, crf: int = 12, comment: str | None = None
-) -> None:
-    """
-    Write an H.264 mp4 (yuv420p, which every player shows), complete or not at all.
-
-    Colours are BT.709 in limited range at any size, and the file says so. Players that read no tags take videos of
-    HD size for that.
-
-    Args:
-        frames (`np.ndarray` of shape `(num_frames, height, width, 3)`):
-            RGB, uint8 or float in [0, 1]; height and width even.
-        fps (`float`):
-            Frames per second.
-        crf (`int`, defaults to 12):
-            Quality, 0 (lossless) to 51; 12 looks lossless.
-        comment (`str`, *optional*):
-            Text for the file's metadata.
-
-    Raises:
-        ValueError: If the frames have another shape, type or range, or odd sides, or hold a NaN or an infinity, or `fps`
-            is not a finite number greater than 0.
-    """
-    path = Path(path)
-    if frames.ndim != 4 or frames.shape[0] == 0 or frames.shape[3] != 3 or frames.shape[1] % 2 or frames.shape[2] % 2:
-        raise ValueError(f"{path}: expected frames (num_frames, height, width, 3) of even size, got {frames.shape}.")
-    check(math.isfinite(fps) and fps > 0, "fps", fps, "a finite number greater than 0")
-    if frames.dtype != np.uint8:
-        if not np.issubdtype(frames.dtype, np.floating):
-            raise ValueError(f"{path}: expected frames of type uint8 or float, got {frames.dtype}.")
-        if not np.isfinite(frames).all():
-            raise ValueError(f"{path}: the frames hold a NaN or an infinity.")
-        low, high = float(frames.min()), float(frames.max())
-        if low < -ROUNDING or high > 1 + ROUNDING:
-            raise ValueError(f"{path}: expected float frames in [0, 1], got [{low:g}, {high:g}].")
-        frames = np.round(np.clip(frames, 0, 1) * 255).astype(np.uint8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Without the prefix FFmpeg would take what stands before a colon for a protocol.
-    with (
-        replacing(path) as temporary,
-        av.open(f"file:{temporary}", mode="w", format="mp4", options={"movflags": "+faststart"}) as container,
-    ):
-        if comment is not None:
-            container.metadata["comment"] = comment
-        # Without mbtree, which reads memory that was never written: the same frames would not give the same file.
-        options = {"crf": str(crf), "x264-params": "mbtree=0"}
-        stream = container.add_stream("libx264", rate=Fraction(fps), options=options)
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        context = stream.codec_context
-        context.colorspace, context.color_range = Colorspace.ITU709, ColorRange.MPEG
-        context.color_primaries, context.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
-        reformatter = VideoReformatter()
-        for frame in frames:
-            picture = reformatter.reformat(
-                av.VideoFrame.from_ndarray(frame, format="rgb24"),
-                format="yuv420p",
-                dst_colorspace=Colorspace.ITU709,
-                dst_color_range=ColorRange.MPEG,
-            )
-            picture.color_primaries, picture.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
-            container.mux(stream.encode(picture))
-        container.mux(stream.encode(None))
-
-
 @torch.no_grad()
 def decode_latents(vae: AutoencoderKLWan, latents: torch.Tensor, vae_tiling: VAETiling = "auto") -> np.ndarray:
     """
@@ -361,7 +245,7 @@ def decode_latents(vae: AutoencoderKLWan, latents: torch.Tensor, vae_tiling: VAE
     Args:
         vae (`AutoencoderKLWan`):
             VAE of the pipeline.
-        latents (`torch.Tensor` of shape `(batch_size, num_channels, num_latent_frames, height / 8, width / 8)`, or a sixteenth):
+        latents (`torch.Tensor` of shape `(batch_size, num_channels, num_latent_frames, height / 8, width / 8)`, or `/ 16`):
             Clean normalised latents.
         vae_tiling (`str`, defaults to `"auto"`):
             Whether the VAE works in tiles, see [`~hy_prfl.runtime.vae_tiling.set_tiling`].

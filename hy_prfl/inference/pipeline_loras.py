@@ -38,7 +38,7 @@ def as_list(paths: str | Sequence[str] | None) -> list[str]:
 def check_options_fit(
     pretrained_model_name_or_path: str, options: Mapping[str, Any], *, revision: str | None = None
 ) -> None:
-    """Raise a `ValueError` if something is given for a second transformer that the pipeline has not."""
+    """Raise a `ValueError` if an option is for a second transformer and the pipeline has only one."""
     if PipelineInfo.read(pretrained_model_name_or_path, revision).has_two_experts:
         return
     without = f"{pretrained_model_name_or_path}: model_index.json has no `transformer_2`"
@@ -54,14 +54,14 @@ def check_options_fit(
 
 def find_lora_weights(lora_path: str, expert: ExpertName = "high_noise") -> str:
     """
-    The file that a LoRA is read from, or the Hub id as it is.
+    The file that a LoRA is read from, or its Hub id unchanged.
 
     Args:
         expert (`str`, defaults to `"high_noise"`):
-            The expert that it is for. The folder of a run that trained both has a file for each.
+            The expert that the LoRA is for. The folder of a run that trained both has a file for each.
 
     Raises:
-        FileNotFoundError: If there is neither such a file nor such a folder, or it is unclear which file counts.
+        FileNotFoundError: If there is no such file or folder, or it is unclear which file of a folder to read.
     """
     path, option = Path(lora_path), LORA_OPTIONS[expert]
     if path.is_file():
@@ -75,7 +75,7 @@ def find_lora_weights(lora_path: str, expert: ExpertName = "high_noise") -> str:
 
 
 def _choose_lora_file(names: Sequence[str], source: str, expert: ExpertName) -> str:
-    """The file of a folder or repository that counts: the one for the expert, as diffusers or `convert` name it."""
+    """The file to read from a folder or repository: the one with the expert's name, or else the only one."""
     others: set[str] = set()
     for written in FILE_NAMES.values():
         if written[expert] in names:
@@ -83,13 +83,13 @@ def _choose_lora_file(names: Sequence[str], source: str, expert: ExpertName) -> 
         others |= set(written.values())
     rest = sorted(set(names) - others)
     if expert == "high_noise" and set(UPSTREAM_FILES) <= set(rest):
-        # Three times the same weights.
+        # All of these files have the same weights.
         return next(iter(UPSTREAM_FILES))
     if len(rest) != 1:
         shown = f": {', '.join(sorted(names)[:5])}{', ...' * (len(names) > 5)}" if names else ""
         raise FileNotFoundError(
-            f"{source}: expected {LORA_FILES[expert]} or one safetensors file, found {len(names)}{shown}. Give one "
-            "file of them."
+            f"{source}: expected {LORA_FILES[expert]} or one safetensors file, found {len(names)}{shown}. Give "
+            "one of the files."
         )
     return rest[0]
 
@@ -99,7 +99,7 @@ def _source(expert: ExpertName, file: str) -> str:
 
 
 def read_lora(lora_path: str, expert: ExpertName) -> tuple[str, Adapter]:
-    """A LoRA and the file that it is from, which is fetched if it is on the Hub."""
+    """Read a LoRA, which is downloaded if it is on the Hub; returns its file too."""
     option, file = LORA_OPTIONS[expert], find_lora_weights(lora_path, expert)
     if not Path(file).is_file():
         file = _download_lora(lora_path, expert)
@@ -113,12 +113,12 @@ def read_lora(lora_path: str, expert: ExpertName) -> tuple[str, Adapter]:
 
 
 def warn_of_unnamed_experts(loras: Sequence[tuple[str, Adapter]]) -> None:
-    """For a pipeline of two experts whose low-noise expert gets no LoRA: was it forgotten that there are two?"""
+    """Warn of LoRAs that name no expert, for a pipeline of two experts whose low-noise expert gets no LoRA."""
     for file, adapter in loras:
         if not adapter.names_expert:
             logger.warning(
-                "`%s` '%s' does not say which expert it is for, and goes to the high-noise one only. One for the other "
-                "expert is given as `%s`.",
+                "`%s` '%s' does not say which expert it is for, and is added to the high-noise one only. Give one for the "
+                "other expert as `%s`.",
                 LORA_OPTIONS["high_noise"],
                 file,
                 LORA_OPTIONS["low_noise"],
@@ -126,7 +126,7 @@ def warn_of_unnamed_experts(loras: Sequence[tuple[str, Adapter]]) -> None:
 
 
 def _trained_expert(file: str, expert: ExpertName) -> str | None:
-    """The expert that a LoRA given for `expert` was trained for, if its header tells."""
+    """The expert that a LoRA given for `expert` was trained for; None if its header does not name one."""
     if Path(file).suffix != ".safetensors":
         return None
     try:
@@ -136,7 +136,7 @@ def _trained_expert(file: str, expert: ExpertName) -> str | None:
 
 
 def _download_lora(repo_id: str, expert: ExpertName) -> str:
-    """Fetch the LoRA of a repository, and no other file of it; offline take it from the cache."""
+    """Download only the LoRA's file from a repository; offline, find it in the cache."""
     source = f"`{LORA_OPTIONS[expert]}` '{repo_id}'"
     try:
         if constants.HF_HUB_OFFLINE:
@@ -165,7 +165,7 @@ def add_loras(
     strengths: Sequence[float],
     expert: ExpertName,
 ) -> None:
-    """Put LoRAs, each with the file that it is from, into a transformer, whose adapters are all active afterwards."""
+    """Add LoRAs, each given with its file, to a transformer, and activate all of them."""
     active = {}
     for number, ((file, adapter), strength) in enumerate(zip(loras, strengths, strict=True), 1):
         name = LORA_ADAPTER if len(loras) == 1 else f"{LORA_ADAPTER}_{number}"

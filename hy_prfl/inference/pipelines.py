@@ -1,6 +1,6 @@
 """
-Loads the stock diffusers Wan pipelines with what was trained put in, a transformer or LoRAs, with another solver or shift,
-and split over the processes that make a video together.
+Loads the stock diffusers Wan pipelines: with a tuned transformer or LoRAs, with another solver or shift, or split over the
+processes that make a video together.
 """
 
 from collections.abc import Sequence
@@ -67,10 +67,10 @@ def load_pipeline(
         transformer_path (`str`, *optional*):
             Fully fine-tuned transformer that replaces the pipeline's: a folder or a Hub id.
         lora_path (`str` or sequence of `str`, *optional*):
-            LoRA weights in any format that [`~hy_prfl.formats.lora.read_adapter`] knows: files, folders or Hub ids. All of
-            each is applied, and their updates are added up. The layers of one LoRA become the adapter `prfl`, those of
-            several `prfl_1`, `prfl_2` and so on; what a LoRA adds to whole weights (norms, biases) is in the weights from
-            then on, also if the strength is set again.
+            LoRA weights in any format that [`~hy_prfl.formats.lora.read_adapter`] knows: files, folders or Hub ids. The
+            updates of several LoRAs add up. The layers of a single LoRA become the adapter `prfl`, those of several
+            `prfl_1`, `prfl_2` and so on. Updates of full weights (norms, biases) are added to these weights at once: a
+            strength that is set later does not change them.
         lora_weights (sequence of `float`, *optional*):
             Strength of each LoRA; `lora_scale` for all of them if left out.
         transformer_2_path (`str`, *optional*), lora_2_path, lora_2_weights (*optional*):
@@ -84,7 +84,7 @@ def load_pipeline(
         cpu_offload (`str`, defaults to `"none"`):
             Keep weights in CPU memory: `"model"` moves whole models, `"sequential"` single layers. Needs a GPU.
         text_encoder_on_cpu (`bool`, defaults to `False`):
-            Leave the text encoder on the CPU, where it then computes.
+            Keep the text encoder on the CPU, and encode prompts there.
         context_parallel (`ContextParallelGroup`, *optional*):
             Processes that make each video together. Every one of them must load and call the pipeline with the same
             arguments, and gets the same result.
@@ -92,7 +92,7 @@ def load_pipeline(
             `"transformer"` (both, if there are two), `"text_encoder"`: models whose weights are split over the processes
             of `context_parallel`. Each process reads all of them into CPU memory first.
         attention_backend (`str`, *optional*):
-            Attention kernel of the transformers that [`~hy_prfl.runtime.attention.check_attention_backend`] lets through.
+            Attention kernel of the transformers, one that [`~hy_prfl.runtime.attention.check_attention_backend`] accepts.
         step_cache (`str`, defaults to `"none"`):
             diffusers' caching of denoising steps, with `step_cache_threshold` or `step_cache_interval`.
 
@@ -112,15 +112,15 @@ def load_pipeline(
         raise ValueError(f"`cpu_offload` '{cpu_offload}' needs an accelerator, the device is the CPU.")
     if shard_weights and (context_parallel is None or cpu_offload != "none"):
         raise ValueError(
-            f"`shard_weights` {list(shard_weights)} needs a group of processes and goes without `cpu_offload`."
+            f"`shard_weights` {list(shard_weights)} needs `context_parallel`, and does not work with `cpu_offload`."
         )
     if text_encoder_on_cpu and (cpu_offload != "none" or "text_encoder" in shard_weights):
         raise ValueError(
-            "`text_encoder_on_cpu` goes without `cpu_offload`, and without text_encoder in `shard_weights`."
+            "`text_encoder_on_cpu` does not work with `cpu_offload`, nor with text_encoder in `shard_weights`."
         )
     if context_parallel is not None and step_cache != "none":
         raise ValueError(
-            f"`step_cache` '{step_cache}' goes without `context_parallel`: processes would skip other steps."
+            f"`step_cache` '{step_cache}' does not work with `context_parallel`: processes would skip different steps."
         )
     tuned: dict[ExpertName, str | None] = {"high_noise": transformer_path, "low_noise": transformer_2_path}
     lora_paths: dict[ExpertName, list[str]] = {"high_noise": as_list(lora_path), "low_noise": as_list(lora_2_path)}
@@ -134,10 +134,18 @@ def load_pipeline(
             raise ValueError(
                 f"`{LORA_OPTIONS[expert]}`: {len(paths)} LoRAs and {len(strengths[expert])} weights for them."
             )
+    info = PipelineInfo.read(pretrained_model_name_or_path, revision)
+    cache_config = _step_cache_config(
+        step_cache,
+        step_cache_threshold,
+        step_cache_interval,
+        dtype=dtype,
+        image_to_video=info.is_image_to_video,
+    )
     given = {TRANSFORMER_OPTIONS["low_noise"]: transformer_2_path, LORA_OPTIONS["low_noise"]: lora_2_path}
     check_options_fit(pretrained_model_name_or_path, {**given, "lora_path": lora_path}, revision=revision)
     loras = {expert: [read_lora(path, expert) for path in paths] for expert, paths in lora_paths.items() if paths}
-    if not lora_2_path and PipelineInfo.read(pretrained_model_name_or_path, revision).has_two_experts:
+    if not lora_2_path and info.has_two_experts:
         warn_of_unnamed_experts(loras.get("high_noise", []))
     for expert, found in loras.items():
         model = (pretrained_model_name_or_path, EXPERT_FOLDERS[expert], revision)
@@ -151,8 +159,8 @@ def load_pipeline(
         for expert, path in tuned.items()
         if path is not None
     }
-    # Called on the class itself: `DiffusionPipeline.from_pretrained` would drop a `transformer` without a word.
-    pipeline = PipelineInfo.read(pretrained_model_name_or_path, revision).pipeline_class.from_pretrained(
+    # Called on the class itself: `DiffusionPipeline.from_pretrained` would silently drop a `transformer`.
+    pipeline = info.pipeline_class.from_pretrained(
         pretrained_model_name_or_path,
         revision=revision,
         variant=variant,
@@ -166,9 +174,10 @@ def load_pipeline(
     pipeline.scheduler = build_scheduler(pipeline.scheduler, sample_solver, flow_shift)
     for expert, found in loras.items():
         add_loras(getattr(pipeline, EXPERT_FOLDERS[expert]), found, strengths[expert], expert)
-    if step_cache != "none":
-        _enable_step_cache(pipeline, step_cache, step_cache_threshold, step_cache_interval)
     transformers = [model for model in (pipeline.transformer, pipeline.transformer_2) if model is not None]
+    if cache_config is not None:
+        for transformer in transformers:
+            transformer.enable_cache(cache_config)
     if attention_backend is not None:
         for transformer in transformers:
             set_attention_backend(transformer, attention_backend)
@@ -199,7 +208,7 @@ def _place(
     offload: CPUOffload,
     text_encoder_on_cpu: bool,
 ) -> None:
-    """Put the models where they compute, or have that done when they do."""
+    """Move the models to their devices, or let diffusers move them when they are needed."""
     if offload == "model":
         pipeline.enable_model_cpu_offload(device=device)
     elif offload == "sequential":
@@ -210,27 +219,27 @@ def _place(
                 component.to(device)
 
 
-def _enable_step_cache(
-    pipeline: WanPipeline | WanImageToVideoPipeline,
+def _step_cache_config(
     step_cache: StepCache,
     threshold: float | None,
     interval: int | None,
-) -> None:
-    config: FirstBlockCacheConfig | TaylorSeerCacheConfig | SeaCacheConfig
+    *,
+    dtype: torch.dtype,
+    image_to_video: bool,
+) -> FirstBlockCacheConfig | TaylorSeerCacheConfig | SeaCacheConfig | None:
+    """Settings of diffusers' cache; None without one. `dtype` is the type of the transformers."""
+    if step_cache == "none":
+        return None
     if step_cache == "first_block":
-        config = FirstBlockCacheConfig() if threshold is None else FirstBlockCacheConfig(threshold=threshold)
-    elif step_cache == "taylorseer":
+        return FirstBlockCacheConfig() if threshold is None else FirstBlockCacheConfig(threshold=threshold)
+    if step_cache == "taylorseer":
         # The lite mode predicts the output of the last layer and skips all blocks. The full mode would keep hundreds of
         # gigabytes of block outputs of a 14B model, and diffusers' default patterns match no module of Wan. Factors
         # are kept in the model's own type.
-        options = {"use_lite_mode": True, "taylor_factors_dtype": pipeline.transformer.dtype}
-        config = TaylorSeerCacheConfig(**options) if interval is None else TaylorSeerCacheConfig(interval, **options)
-    elif step_cache == "sea":
-        if isinstance(pipeline, WanImageToVideoPipeline):
+        options = {"use_lite_mode": True, "taylor_factors_dtype": dtype}
+        return TaylorSeerCacheConfig(**options) if interval is None else TaylorSeerCacheConfig(interval, **options)
+    if step_cache == "sea":
+        if image_to_video:
             raise ValueError("`step_cache` 'sea' works with text-to-video pipelines only.")
-        config = SeaCacheConfig() if threshold is None else SeaCacheConfig(threshold=threshold)
-    else:
-        raise ValueError(f"`step_cache` must be none, first_block, taylorseer or sea, got {step_cache!r}.")
-    for transformer in (pipeline.transformer, pipeline.transformer_2):
-        if transformer is not None:
-            transformer.enable_cache(config)
+        return SeaCacheConfig() if threshold is None else SeaCacheConfig(threshold=threshold)
+    raise ValueError(f"`step_cache` must be none, first_block, taylorseer or sea, got {step_cache!r}.")

@@ -12,7 +12,7 @@ from diffusers import (
 
 SampleSolver = Literal["unipc", "dpm++", "euler"]
 
-# What makes diffusers' schedulers solve the ODE of flow matching with the sigmas that Wan has.
+# Options that make diffusers' schedulers solve the ODE of flow matching with Wan's sigmas.
 FLOW_MATCHING = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 
 
@@ -32,7 +32,7 @@ def build_scheduler(
             Shift `s` in `sigma -> s * sigma / (1 + (s - 1) * sigma)`; that of `scheduler` if left out.
 
     Raises:
-        ValueError: If the scheduler is none of flow matching, that is, has no shift.
+        ValueError: If the scheduler has no shift, and so is not one of flow matching.
     """
     name = next((name for name in ("flow_shift", "shift") if name in scheduler.config), None)
     if name is None and (flow_shift is not None or sample_solver is not None):

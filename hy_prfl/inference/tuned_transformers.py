@@ -12,7 +12,7 @@ from ..formats.weight_files import check_finite, read_json
 
 # Options of transformers, one for each expert; a pipeline of one transformer has the first only.
 TRANSFORMER_OPTIONS: dict[ExpertName, str] = {"high_noise": "transformer_path", "low_noise": "transformer_2_path"}
-# What a transformer must share with the one that it replaces in a pipeline.
+# Configuration values that a transformer must share with the one that it replaces.
 INTERFACE = ("patch_size", "in_channels", "out_channels", "text_dim", "image_dim")
 
 
@@ -27,8 +27,8 @@ def _check_is_transformer(path: str, option: str) -> None:
         raise FileNotFoundError(f"`{option}`: there is no config.json in '{path}'.")
     if read_json(folder / "config.json").get("_class_name") != WanTransformer3DModel.__name__:
         raise ValueError(
-            f"`{option}` '{path}' is no transformer in diffusers' format. `hy-prfl convert --transformer {path}` makes one "
-            "of Wan's native files."
+            f"`{option}` '{path}' is not a transformer in diffusers' format. `hy-prfl convert --transformer {path}` "
+            "converts Wan's native files."
         )
 
 
@@ -45,11 +45,12 @@ def load_tuned_transformer(
 
     Args:
         expert (`str`):
-            Which one it replaces.
+            The expert whose transformer it replaces.
 
     Raises:
         FileNotFoundError: If there is no transformer in the folder.
-        ValueError: If it is something else, does not fit the pipeline, or a weight is missing, left over or not finite.
+        ValueError: If the folder holds something else, or the transformer does not fit the pipeline, or a weight is missing,
+            left over or not finite.
     """
     option = TRANSFORMER_OPTIONS[expert]
     expected = WanTransformer3DModel.load_config(

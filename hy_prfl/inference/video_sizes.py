@@ -21,18 +21,18 @@ def check_split_fits(
     transformer_2_path: str | None = None,
 ) -> None:
     """
-    Refuse videos whose tokens, or transformers whose heads, do not divide over the processes of a video.
+    Refuse videos whose tokens, or transformers whose heads, cannot be divided among the processes of a video.
 
     Args:
         degree (`int`):
             Processes that make a video together.
         ring_degree (`int`, defaults to 1):
-            The part of them that heads need not divide over.
+            Degree of ring attention; heads need to be divisible by `degree / ring_degree` only.
         shapes (`Iterable[tuple[int, int, int]]`):
             Frames, height and width of the videos in pixels.
 
     Raises:
-        ValueError: Naming the shape of the latents, or the heads, and the degrees that would fit.
+        ValueError: If they cannot; names the shape of the latents, or the heads, and the degrees that would fit.
     """
     path = pretrained_model_name_or_path
     vae = _vae_config(path, revision)
@@ -59,11 +59,11 @@ def check_split_fits(
 
 
 def size_multiple(pretrained_model_name_or_path: str, revision: str | None = None) -> int:
-    """Pixels that height and width of a pipeline's videos are multiples of, told by its configuration alone."""
+    """Number of pixels that divides height and width of a pipeline's videos, by its configuration."""
     return 2 * int(_vae_config(pretrained_model_name_or_path, revision)["scale_factor_spatial"])
 
 
 def _vae_config(path: str, revision: str | None) -> dict[str, Any]:
-    """Configuration of a pipeline's VAE; that of Wan2.1 does not say all of it."""
+    """Configuration of a pipeline's VAE, with the values that Wan2.1's leaves out."""
     config = AutoencoderKLWan.load_config(path, subfolder="vae", revision=revision)
     return {"scale_factor_spatial": 8, "scale_factor_temporal": 4, "z_dim": 16, **config}

@@ -1,8 +1,9 @@
 """The conditioning of a transformer: prompt embeddings, and images as extra channels or as a clean first frame."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -53,6 +54,21 @@ class Conditioning:
     def with_prompts(self, prompt_embeds: torch.Tensor) -> "Conditioning":
         """The same images, with other prompts."""
         return dataclasses.replace(self, prompt_embeds=prompt_embeds)
+
+    def taken_by(self, model_config: Mapping[str, Any]) -> "Conditioning":
+        """
+        Only what a model takes: image embeddings and a condition are left out if it has no input for them.
+
+        A model takes the condition if it has extra channels for it, or if it is a clean first frame.
+        """
+        condition, num_channels = self.condition, model_config["out_channels"]
+        is_first_frame = condition is not None and condition.shape[1] == num_channels
+        takes_condition = is_first_frame or model_config["in_channels"] > num_channels
+        return Conditioning(
+            self.prompt_embeds,
+            None if model_config["image_dim"] is None else self.image_embeds,
+            condition if takes_condition else None,
+        )
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> "Conditioning":
         """Copy to `device`. Embeddings are cast to `dtype`, the condition to float32, the type of noisy latents."""

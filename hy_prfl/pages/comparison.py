@@ -14,7 +14,7 @@ from scipy.stats import binomtest, bootstrap
 from statsmodels.stats.proportion import proportion_confint
 
 from ..data.manifest import ManifestRow, read_manifest
-from ..inference.generation import MANIFEST, VideoSettings, read_record
+from ..inference.video_files import MANIFEST, VideoSettings, read_record
 from .annotation import check_videos
 from .items import Clip, Item
 from .study import Study

@@ -10,14 +10,15 @@ import torch
 from diffusers import UniPCMultistepScheduler
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..configs.base import TrainingConfig
+from ..configs.base import Quantization, TrainingConfig
 from ..configs.prfl import PRFLTrainingConfig
 from ..configs.reward import RewardTrainingConfig
 from ..losses import binary_reward_loss, bradley_terry_loss, reward_feedback_loss
 from ..models.conditioning import Conditioning
 from ..models.reward_model import score_noised
-from ..rollout import denoise_to_step, predict_velocity
+from ..rollout import denoise_to_step
 from ..runtime.activation_checkpointing import checkpoint_activations
+from ..sampling import predict_velocity
 from .models import build_reward_model, build_transformer, materialize, set_dtypes
 from .simulation import (
     MemoryMeter,
@@ -124,6 +125,17 @@ class _GatherTokens(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         return grad.chunk(ctx.num_parts, dim=1)[0], None
+
+
+def _set_up(model: Any, quantization: Quantization | None, numerics: Numerics, *, checkpointed: bool) -> None:
+    """Set up a fake model as a run does: quantised layers, kernels of the device, and activation checkpointing."""
+    materialize(model)
+    if quantization is not None:
+        use_quantized_layers(model, quantization)
+    if numerics.on_gpu:
+        use_gpu_kernels(model)
+    if checkpointed:
+        checkpoint_activations(model)
 
 
 def _gather_tokens(reward_model: Any, shape: Shape) -> None:
@@ -280,14 +292,8 @@ def _simulate_generator(
 def _run_generator(
     transformer: Any, config: Mapping[str, Any], training: TrainingConfig, numerics: Numerics, shape: Shape
 ) -> dict[str, Phase]:
-    materialize(transformer)
-    if training.base_quantization is not None:
-        use_quantized_layers(transformer, training.base_quantization)
-    if numerics.on_gpu:
-        use_gpu_kernels(transformer)
+    _set_up(transformer, training.base_quantization, numerics, checkpointed=training.gradient_checkpointing)
     drop_gradients(transformer)
-    if training.gradient_checkpointing:
-        checkpoint_activations(transformer)
     inputs = Inputs(config, shape, numerics.compute)
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
     forward = transformer.forward
@@ -324,15 +330,11 @@ def _simulate_reward(
     reward_model = build_reward_model(values)
     set_dtypes(reward_model, frozen=numerics.compute, trained=numerics.compute, keep_in_fp32=True)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        materialize(reward_model)
-        quantization = dict(options)["reward_model_quantization"]
-        if quantization is not None:
-            use_quantized_layers(reward_model, quantization)
-        if numerics.on_gpu:
-            use_gpu_kernels(reward_model)
+        quantization, checkpointed = (
+            dict(options)[name] for name in ("reward_model_quantization", "gradient_checkpointing")
+        )
+        _set_up(reward_model, quantization, numerics, checkpointed=checkpointed)
         _gather_tokens(reward_model, shape)
-        if dict(options)["gradient_checkpointing"]:
-            checkpoint_activations(reward_model)
         inputs = Inputs(values, shape, numerics.compute)
         leaf = inputs.noise.requires_grad_()
         state = [*reward_model.parameters(), *reward_model.buffers(), *inputs.tensors()]
@@ -359,15 +361,9 @@ def _simulate_reward_training(
 def _run_reward_training(
     reward_model: Any, config: Mapping[str, Any], training: RewardTrainingConfig, numerics: Numerics, shape: Shape
 ) -> dict[str, Phase]:
-    materialize(reward_model)
-    if training.base_quantization is not None:
-        use_quantized_layers(reward_model, training.base_quantization)
-    if numerics.on_gpu:
-        use_gpu_kernels(reward_model)
+    _set_up(reward_model, training.base_quantization, numerics, checkpointed=training.gradient_checkpointing)
     _gather_tokens(reward_model, shape)
     drop_gradients(reward_model)
-    if training.gradient_checkpointing:
-        checkpoint_activations(reward_model)
     is_pair = training.loss == "bt"
     inputs = Inputs(config, replace(shape, batch_size=shape.batch_size * (2 if is_pair else 1)), numerics.compute)
     sigmas = torch.empty(inputs.noise.shape[0])

@@ -34,14 +34,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_paths(config, "left", "right")
     check_output_files(config, "output")
     journal_path = Path(f"{config.output}.journal.jsonl")
-    # The file name is written out: importing it from the module of `generate` would load torch.
+    # The file name is written out: to import it would load libraries before the options are checked.
     inputs = {f"the manifest of `{name}`": f"{getattr(config, name)}/manifest.json" for name in ("left", "right")}
     check_overwrites(
         inputs | {"`instructions`": config.instructions},
         {"`output`": config.output, "the journal of `output`": str(journal_path)},
     )
 
-    # Imported here, so that a misspelt option is reported before libraries are loaded.
+    # Imported here, so that a misspelt option is reported before libraries are loaded. None of them is torch.
     from ..pages.annotation import order_items, write_json
     from ..pages.comparison import compare, read_pairs
     from ..pages.journal import Journal

@@ -61,15 +61,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     from ..data.prompts import check_prompts, read_prompts
     from ..formats.pipeline_info import PipelineInfo
     from ..inference import candidate_files
-    from ..inference.generation import (
-        VideoSettings,
-        generate_video,
-        generate_videos,
-        pending_videos,
-        video_size,
-        write_manifest,
-    )
+    from ..inference.generation import generate_video, generate_videos, pending_videos, video_size, write_manifest
     from ..inference.pipelines import load_pipeline
+    from ..inference.video_files import VideoSettings
     from ..inference.video_sizes import size_multiple
     from ..models.loading import load_reward_model
     from ..runtime.context_parallel import ContextParallelGroup

@@ -1,4 +1,4 @@
-"""A moving average of the weights in training, whichever engine holds them."""
+"""A moving average of the trained weights, under any engine."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,27 +11,27 @@ from ..runtime.sharding import Masters
 
 class WeightAverage:
     """
-    Exponential moving average of the float32 weights in training; each rank averages the share it holds.
+    Exponential moving average of the trained float32 weights; each rank averages the share that it holds.
 
     Args:
         masters (`Masters`):
             The weights.
         decay (`float`):
-            Share of the average that an update leaves, once there were enough of them; see diffusers' `EMAModel`.
+            Share of the old average that an update keeps, after a warm-up; see diffusers' `EMAModel`.
     """
 
     def __init__(self, masters: Masters, *, decay: float) -> None:
         self.masters = masters
-        # One tensor after the other: all at once would need a temporary copy of them.
+        # Tensor by tensor: all at once would need a temporary copy of all weights.
         self.ema = EMAModel(masters.values(), decay=decay, foreach=False)
 
     def step(self) -> None:
-        """Take the weights as they are now into the average."""
+        """Update the average with the current weights."""
         self.ema.step(self.masters.values())
 
     @contextmanager
     def in_model(self) -> Iterator[None]:
-        """Put the average into the model for the time of the context."""
+        """Context in which the model has the averaged weights."""
         kept = [value.detach().clone() for value in self.masters.values()]
         self.masters.write(self.ema.shadow_params)
         try:
@@ -40,12 +40,12 @@ class WeightAverage:
             self.masters.write(kept)
 
     def restart(self) -> None:
-        """Begin with the weights as they are now."""
+        """Restart the average from the current weights."""
         self.ema.shadow_params = [value.detach().clone() for value in self.masters.values()]
         self.num_averaged = 0
 
     def load(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Replace the average by these weights, whole and by the names of the parameters; each rank takes its share."""
+        """Replace the average by these full weights, by parameter name; each rank takes its share."""
         self.ema.shadow_params = self.masters.share_of(weights)
 
     @property

@@ -57,10 +57,10 @@ def check_named(config: TrainingConfig, **datasets: Dataset | Sequence[Dataset] 
 
 def check_dataset(config: TrainingConfig, dataset: Dataset, source: str, model_config: Mapping[str, Any]) -> None:
     """
-    Refuse rows that the model cannot take, or that do not divide over the ranks that share a clip.
+    Refuse rows that the model cannot take, or whose tokens cannot be divided among the ranks that share a clip.
 
     Raises:
-        ValueError: Naming `source`, and the row or the option.
+        ValueError: If a row does not fit; names `source`, and the row or the option.
     """
     info = PipelineInfo.read(config.pretrained_model_name_or_path, config.revision)
     check_rows_fit(dataset, source, model_config, takes_first_frame=info.takes_first_frame)
@@ -75,27 +75,27 @@ def check_dataset(config: TrainingConfig, dataset: Dataset, source: str, model_c
 
 class Trainer(ABC):
     """
-    Runs `train_step` until `max_train_steps`; a subclass says what a step, a validation and the trained model are.
+    Runs `train_step` until `max_train_steps`. A subclass defines the step, the validation and the files of the model.
 
-    A subclass makes ready what trains, with what the [`Run`] says, and then calls this constructor, which makes the
-    optimizer and its schedule and hands model and optimizer to Accelerate. Afterwards the trainer is complete.
+    The subclass first prepares the model as its [`Run`] requires, then calls this constructor, which builds the optimizer
+    and its schedule and hands model and optimizer to Accelerate. Afterwards the trainer is complete.
 
     Args:
         config (`TrainingConfig`):
             Options of the run.
         run (`Run`):
-            What the launch and the output folder have set up for it.
+            Processes, precision, checkpoint and reports of the run.
         model (`nn.Module`):
-            What trains, its frozen parameters without `requires_grad`.
+            The model to train. Its frozen parameters have `requires_grad` off.
         parameter_groups (`list[dict]`):
             Optimizer groups, each with its learning rate.
         datasets (`Mapping[str, Dataset]`):
-            What it trains and validates on, by the names that the options give them.
+            Datasets for training and validation, by the paths in the options.
         batches_per_epoch (`int`):
             Batches of one epoch on one process; sets the number of steps if `max_train_steps` is left out.
     """
 
-    # What it writes besides checkpoints, by name in `output_dir`.
+    # Names of the files and folders in `output_dir` that the trainer writes besides checkpoints.
     results: Sequence[str] = ()
 
     def __init__(
@@ -118,7 +118,7 @@ class Trainer(ABC):
         self.global_step = 0
         self.dataset_digests = {source: rows_digest(dataset) for source, dataset in datasets.items()}
         self.interrupted = False
-        # Why the run is to end before its last step, the same on all ranks; a subclass may set it in `validate`.
+        # The reason to end the run before its last step, the same on all ranks; a subclass may set it in `validate`.
         self.stop_reason: str | None = None
         updates_per_epoch = -(-batches_per_epoch // config.gradient_accumulation_steps)
         self.max_train_steps = config.max_train_steps or config.num_train_epochs * updates_per_epoch
@@ -128,7 +128,7 @@ class Trainer(ABC):
             betas=(config.adam_beta1, config.adam_beta2),
             weight_decay=config.adam_weight_decay,
             eps=config.adam_epsilon,
-            # One kernel for all of it: faster, and without temporary copies as large as the weights.
+            # The fused kernel is faster, and makes no temporary copies of the weights.
             fused=True,
         )
         self.lr_scheduler = get_scheduler(
@@ -139,7 +139,7 @@ class Trainer(ABC):
             num_cycles=config.lr_num_cycles,
             power=config.lr_power,
         )
-        # What loading a checkpoint must not change; `initial_lr` is the peak of the schedule.
+        # Put back after a checkpoint is loaded, which replaces them. `initial_lr` is the peak of the schedule.
         self.optimizer_options = [
             {name: value for name, value in group.items() if name not in ("params", "lr")}
             for group in optimizer.param_groups
@@ -148,7 +148,7 @@ class Trainer(ABC):
         trainable = {names[id(parameter)]: parameter for group in parameter_groups for parameter in group["params"]}
         for name, parameter in trainable.items():
             found = f"{parameter.dtype} of '{name}'"
-            check(parameter.dtype == run.trained_dtype, "model", found, f"in {run.trained_dtype}, where it trains")
+            check(parameter.dtype == run.trained_dtype, "model", found, f"in {run.trained_dtype} where it is trained")
         self.unwrapped = model
         keep_out_of_ddp(model)
         # The schedule is not prepared: Accelerate would advance it once per process.
@@ -173,7 +173,7 @@ class Trainer(ABC):
     @classmethod
     @abstractmethod
     def from_config(cls, config: Any) -> "Trainer":
-        """A trainer whose models and datasets are loaded from where the options say."""
+        """Build the trainer with the models and datasets that the options name."""
 
     @abstractmethod
     def start_streams(self) -> None:
@@ -189,15 +189,15 @@ class Trainer(ABC):
 
     def measure_start(self) -> dict[str, float]:
         """
-        Validate what the run starts from, before a checkpoint is loaded, if that is needed. A collective.
+        Validate the model that the run starts from, if needed, before a checkpoint is loaded. A collective.
 
         Returns:
-            Metrics to log at step 0; empty unless a subclass has some.
+            Metrics to log at step 0; empty unless a subclass measures some.
         """
         return {}
 
     def validation_notes(self) -> dict[str, str]:
-        """What the last validation says in words, for `metrics.jsonl`."""
+        """Text about the last validation, for `metrics.jsonl`."""
         return {}
 
     @abstractmethod
@@ -205,16 +205,16 @@ class Trainer(ABC):
         """Write the trained weights into `directory`, in the format users load. A collective."""
 
     def save_result(self, directory: Path) -> None:
-        """Write what the run is for, once it is finished: `save_model`, averaged if an average is kept."""
+        """Write the result of a finished run: the weights of `save_model`, averaged if an average is kept."""
         with self.averaged_weights():
             self.save_model(directory)
 
     @abstractmethod
     def read_model(self, directory: Path) -> Mapping[str, torch.Tensor]:
-        """What `save_model` wrote, by the names of the parameters in training."""
+        """Read what `save_model` wrote, by the names of the trained parameters."""
 
     def averaged_weights(self) -> AbstractContextManager[None]:
-        """Put the averaged weights into the model for the time of the context, if an average is kept."""
+        """Context in which the model has the averaged weights, if an average is kept."""
         return nullcontext() if self.average is None else self.average.in_model()
 
     def save_average(self, directory: Path) -> None:
@@ -227,25 +227,25 @@ class Trainer(ABC):
             self.save_model(directory / AVERAGE_FOLDER)
 
     def load_average(self, directory: Path) -> None:
-        """Load what `save_average` wrote, each rank its share; without it the average begins with the weights."""
+        """Load what `save_average` wrote, each rank its share; if there is nothing, restart from the weights."""
         if self.average is not None and (directory / AVERAGE_FOLDER).is_dir():
             self.average.load(self.read_model(directory / AVERAGE_FOLDER))
         elif self.average is not None:
             self.average.restart()
 
     def save_own(self, directory: Path) -> None:  # noqa: B027
-        """Write what each rank needs by itself to go on; nothing unless a subclass has some."""
+        """Write the state that each rank keeps for itself; a subclass may have some."""
 
     def load_own(self, directory: Path, state: dict[str, Any]) -> None:  # noqa: B027
-        """Load what `save_own` wrote, as far as it fits this run; `state` is that of the checkpoint."""
+        """Load what `save_own` wrote, where it fits this run. `state` is the checkpoint's."""
 
     def forget_outdated(self, changed: Collection[str]) -> None:  # noqa: B027
         """
-        Drop what a checkpoint has restored but means nothing any more.
+        Drop restored state that changed options have made meaningless.
 
         Args:
             changed (`Collection[str]`):
-                Options that differ from before the checkpoint, or name a dataset whose rows do.
+                Options that have changed since the checkpoint, or whose dataset or model has.
         """
 
     def begin_update(self, num_backwards: int) -> int:
@@ -253,8 +253,8 @@ class Trainer(ABC):
         Let the next `num_backwards` backward passes add up to one update.
 
         Returns:
-            `int`: what the engine divides each of them by. DeepSpeed does not ask how many there are, it divides by the
-            number that it was set up with.
+            `int`: the number by which the engine divides each gradient. DeepSpeed always divides by the number that it
+            was set up with.
         """
         self.updates.begin()
         self.accelerator.gradient_accumulation_steps = num_backwards
@@ -262,7 +262,7 @@ class Trainer(ABC):
         return num_backwards if self.run.engine == "whole" else self.run.backwards_per_update
 
     def train(self) -> None:
-        """Train to the end, from the beginning or from the checkpoint that the configuration names."""
+        """Train to the end, from the beginning or from the checkpoint that the options name."""
         self._start_run()
         self.start_streams()
         progress = tqdm(
@@ -304,11 +304,11 @@ class Trainer(ABC):
         One generator for each sample of this process's micro-batch.
 
         It is seeded by the sample's place in the global batch, so a run draws the same noise for the same clips on any
-        number of processes, and a resumed run goes on with the same draws.
+        number of processes, and a resumed run continues the same draws.
 
         Args:
             stream (`int`):
-                Tells apart draws of different purpose.
+                Number of the purpose of the draws; each purpose has a random stream of its own.
             micro_step (`int`):
                 Micro-batch within the step.
         """
@@ -325,18 +325,18 @@ class Trainer(ABC):
         batch: LatentBatch,
         timestep_range: tuple[float, float] = (-math.inf, math.inf),
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Noise of the shape of the batch's latents, and a noise level for each clip."""
+        """Draw noise in the shape of the batch's latents, and a noise level for each clip."""
         generators = self.generators(stream, micro_step, len(batch))
         sigmas = self.noise_levels.sample(generators, timestep_range)
         noise = sample_noise(batch.latents_shape, generators)
         return noise.to(self.accelerator.device), sigmas.to(self.accelerator.device)
 
     def shared_generator(self, stream: int, micro_step: int) -> torch.Generator:
-        """Generator that is the same on all ranks, for what decides on control flow."""
+        """Generator with the same seed on all ranks, for draws that decide on control flow."""
         return make_generator(self.config.seed, stream, self.global_step, micro_step)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps besides the states of Accelerate; JSON values only."""
+        """State that a checkpoint keeps besides Accelerate's own, as JSON values."""
         return {
             "global_step": self.global_step,
             "num_skipped_updates": self.updates.num_skipped,
@@ -356,7 +356,7 @@ class Trainer(ABC):
         self.global_step = state["global_step"]
         self.updates.num_skipped = state["num_skipped_updates"]
         if self.average is not None:
-            # Reward models of older versions had none.
+            # Checkpoints of reward models from older versions have no average.
             self.average.num_averaged = state.get("num_averaged", 0)
 
     def _start_run(self) -> None:
@@ -368,8 +368,8 @@ class Trainer(ABC):
             abandoned = abandon(self.output_dir, self.global_step, self.results)
         if abandoned is not None:
             logger.warning(
-                "The run goes on after step %d. What later steps have left is moved to %s: %s. Checkpoints in it count "
-                "in `checkpoints_total_limit`; what was pushed to the Hub stays in its history.",
+                "The run continues after step %d. Files of later steps were moved to %s: %s. Checkpoints among them count "
+                "towards `checkpoints_total_limit`; files that were pushed to the Hub stay in its history.",
                 self.global_step,
                 abandoned,
                 ", ".join(sorted(path.name for path in abandoned.iterdir())),

@@ -30,7 +30,7 @@ from .base import Trainer
 logger = logging.getLogger(__name__)
 
 GIGA = 1e9
-# What a dry run neither reads nor writes, with the value that says so.
+# Options that a dry run turns off, with the value that does.
 LEFT_OUT: dict[str, Any] = {
     "validation_dataset": None,
     "resume_from_checkpoint": None,
@@ -45,7 +45,7 @@ LEFT_OUT: dict[str, Any] = {
 @dataclasses.dataclass(frozen=True)
 class DryRunReport:
     """
-    What one step took. Gigabytes are 10^9 bytes, of the process that needed most.
+    Time and memory of one step, of the process that needed most. A gigabyte is 10^9 bytes.
 
     Args:
         latents_shape (`tuple[int, ...]`):
@@ -53,14 +53,14 @@ class DryRunReport:
         num_processes, engine:
             How the step was run.
         on_device (`bool`):
-            Whether memory is what tensors took on an accelerator, or else all that the process took.
+            Whether memory is that of tensors on an accelerator; otherwise it is the memory of the whole process.
         loading_seconds, loading_memory (`float`):
-            Until the models, the optimizer and the batches were there.
+            Time to load models, optimizer and batches, and the peak memory until then.
         step_seconds, step_memory (`float`):
-            The step, the first of the process: kernels are chosen and optimizer states made in it. The memory is
-            the peak since the process began.
+            Time of the step, and the peak memory since the process began. It is the first step, which also chooses
+            kernels and allocates the optimizer's states.
         metrics (`dict[str, float]`):
-            What the step would have logged.
+            Metrics that the step would have logged.
     """
 
     latents_shape: tuple[int, ...]
@@ -87,19 +87,20 @@ class DryRunReport:
 
 def dry_run(make_trainer: Callable[[Any], Trainer], config: TrainingConfig) -> DryRunReport:
     """
-    Do everything up to and including one step, on random latents, and keep nothing of it.
+    Load everything and run one step on random latents, without keeping anything.
 
     Models, engine, options and shapes are those of the real run. A collective.
 
     Args:
         make_trainer (`Callable`):
-            Makes the trainer of its options.
+            Builds the trainer from its options.
         config (`TrainingConfig`):
-            Its options. The clips are as large as `dry_run_size` says, or as the largest of `train_dataset`, which
-            also tells whether those of Wan2.2 TI2V 5B start with an image; with `dry_run_size` they do not.
+            Options of the trainer. Clips have the size `dry_run_size`, or that of the largest clip of `train_dataset`.
+            For Wan2.2 TI2V 5B the dataset also decides whether clips start with an image; with `dry_run_size` they
+            do not.
 
     Raises:
-        ValueError: If `dry_run_size` is not one that the pipeline's VAE can encode.
+        ValueError: If the pipeline's VAE cannot encode clips of `dry_run_size`.
     """
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="hy_prfl_dry_run_") as folder:
@@ -185,10 +186,10 @@ def shape_of_latents(vae: AutoencoderKLWan, size: list[int]) -> tuple[int, ...]:
 
 
 def peak_memory(device: torch.device) -> float:
-    """Most bytes so far: of tensors on an accelerator, or of the whole process on the CPU."""
+    """Peak memory in bytes: of tensors on an accelerator, or of the whole process on the CPU."""
     peak = peak_device_memory(device)
     if peak is not None:
         return float(peak)
-    # In kilobytes but on macOS.
+    # Linux counts kilobytes, macOS bytes.
     unit = 1 if sys.platform == "darwin" else 1024
     return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)

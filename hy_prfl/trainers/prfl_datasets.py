@@ -28,12 +28,12 @@ class PRFLDatasets:
         clips (`Dataset`):
             A latent dataset.
         prompts, validation (`Dataset`, *optional*):
-            Others; prompts are those of the clips if left out.
+            Latent datasets of prompts, and of held-out prompts. Without `prompts` the clips' prompts are used.
         num_replicas, replica (`int`):
             Number of data-parallel replicas, and the one that this process belongs to.
 
     Raises:
-        ValueError: If one is no latent dataset, or has no latents where flow matching needs them.
+        ValueError: If one is not a latent dataset, or has no latents where flow matching needs them.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What an update draws at random, from the generators that it is given."""
+"""The random draws of an update, from given generators."""
 
 from collections.abc import Sequence
 
@@ -6,13 +6,13 @@ import torch
 
 from ..data.collators import LatentBatch
 from ..flow_matching import sample_noise
+from ..gradient_steps import Foresight
 from ..models.conditioning import Conditioning
-from ..rollout import Foresight
 
 
 def draw_step_indices(generator: torch.Generator, step_range: tuple[int, int], count: int) -> list[int]:
     """
-    Different steps of a chain that take gradient, ascending, any of the range as likely as any other.
+    Distinct steps of a chain that take gradient, ascending; every step of the range is equally likely.
 
     Args:
         step_range (`tuple[int, int]`):
@@ -28,7 +28,7 @@ def draw_step_indices(generator: torch.Generator, step_range: tuple[int, int], c
 
 def draw_states(generator: torch.Generator, index_range: tuple[int, int], count: int | None) -> list[int]:
     """
-    Steps of a chain whose start is stored, ascending.
+    Steps of a chain whose starting state is stored, ascending.
 
     Args:
         index_range (`tuple[int, int]`):
@@ -45,7 +45,7 @@ def draw_foresight(
     generators: Sequence[torch.Generator], shape: Sequence[int], levels: Sequence[float], device: torch.device
 ) -> Foresight:
     """
-    New noise and its level for each sample, see [`~hy_prfl.rollout.Foresight`].
+    New noise and its level for each sample, see [`~hy_prfl.gradient_steps.Foresight`].
 
     Args:
         generators (`Sequence[torch.Generator]`):
@@ -71,7 +71,7 @@ def choose_prompts(
         generators (`Sequence[torch.Generator]`):
             One for each clip.
         long_probability, null_probability (`float`):
-            How often it is the long caption, and how often the empty prompt in place of either.
+            Probability of the long caption, and of the empty prompt instead of either caption.
     """
     draws = torch.stack([torch.rand(2, generator=generator) for generator in generators], dim=1)
     draws = draws.to(batch.prompt_embeds.device)

@@ -1,4 +1,4 @@
-"""Where the options of PRFL say that its models and datasets are. What can be checked is checked before weights are read."""
+"""Opens the models and datasets that the options of PRFL name. All checks come before any weights are read."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -16,12 +16,12 @@ from ..data.dataset import load_latent_dataset, single_value
 from ..data.encoding import vae_fingerprint
 from ..flow_matching import noise_levels
 from ..formats.layout import EXPERT_FOLDERS, ExpertName
+from ..gradient_steps import mean_foreseen_gain
 from ..models.experts import Experts, read_experts
 from ..models.loading import Deferred, empty_transformer, load_reward_model, load_transformer, loaded, start_of
 from ..models.reward_model import WanRewardModel
 from ..models.starting_points import StartingPoint, check_starts_adapter, read_starting_point, start_adapter
 from ..models.trainable import select_trainable
-from ..rollout import mean_foreseen_gain
 from ..runtime.sharding import shard_frozen
 from .base import check_dataset
 from .run import Run
@@ -34,12 +34,16 @@ AnyRewardModel: TypeAlias = WanRewardModel | Deferred[WanRewardModel]
 
 
 def generator_dtype(config: PRFLTrainingConfig, run: Run) -> torch.dtype:
-    """Type to load the generator in: as what trains if all of it does, else, with an adapter, as what does not."""
+    """Type to load the generator in: that of trained weights, or with an adapter that of frozen weights."""
     return run.trained_dtype if config.lora_rank is None else run.weight_dtype
 
 
 def check_offload(run: Run) -> None:
-    """ZeRO-3 hands over to host memory only the gradients of the last backward pass's parameters."""
+    """
+    Refuse to train two experts with an offloaded optimizer.
+
+    ZeRO-3 moves only the gradients of an update's last backward pass to host memory, and it reaches one expert.
+    """
     plugin = run.accelerator.state.deepspeed_plugin
     if plugin is not None:
         place = plugin.deepspeed_config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device")
@@ -47,14 +51,14 @@ def check_offload(run: Run) -> None:
 
 
 def check_sharding(config: PRFLTrainingConfig) -> None:
-    """A single process, which has no process group, has nobody to share frozen weights with."""
+    """Refuse to shard frozen weights in a single process, which has no process group."""
     for name in ("shard_reward_model", "shard_frozen_expert"):
         value = getattr(config, name)
         check(not value or torch.distributed.is_initialized(), name, value, "false with a single process")
 
 
 def open_datasets(config: PRFLTrainingConfig) -> dict[str, Dataset]:
-    """Datasets that the options name, by the name of the option."""
+    """Load the datasets that the options name, by the name of the option."""
     names = ("train_dataset", "prompt_dataset", "validation_dataset")
     paths = {name: getattr(config, name) for name in names}
     return {name: load_latent_dataset(path) for name, path in paths.items() if path is not None}
@@ -131,14 +135,14 @@ def open_models(config: PRFLTrainingConfig, run: Run) -> dict[str, Any]:
 def _read_start(
     config: PRFLTrainingConfig, run: Run, expert: ExpertName, experts: Experts, frozen: ExpertName | None
 ) -> StartingPoint:
-    """What the options put in the place of one of the pipeline's transformers; refuses what does not fit."""
+    """The weights that replace one of the pipeline's transformers, as the options say; refuses what does not fit."""
     trains = expert in experts.trained
     suffix = "" if expert == "high_noise" else "_2"
     paths: dict[str, str | None] = {kind: getattr(config, f"{kind}{suffix}_path") for kind in ("transformer", "lora")}
     if not any(paths.values()):
         return StartingPoint()
     for kind, path in paths.items():
-        reason = f"left out, the run has no use for a {expert} expert"
+        reason = f"left out, the run does not use the {expert} expert"
         check(trains or expert == frozen or path is None, f"{kind}{suffix}_path", path, reason)
     pipeline = config.pretrained_model_name_or_path
     base = empty_transformer(pipeline, revision=config.revision, subfolder=EXPERT_FOLDERS[expert])
@@ -152,8 +156,8 @@ def _read_start(
         check_starts_adapter(base, start)
         if config.lora_rank is not None and not start.is_pipelines_own:
             logger.warning(
-                "The LoRA that trains belongs to the transformer that the run starts from, not to that of %s: generate with "
-                "the former, which `hy-prfl convert --transformer ... --merge_lora ...` makes where a LoRA was merged.",
+                "The trained LoRA will fit the transformer that the run starts from, not that of %s. Generate with the "
+                "former; `hy-prfl convert --transformer ... --merge_lora ...` writes one with a merged LoRA.",
                 pipeline,
             )
     return start
@@ -168,14 +172,14 @@ def by_expert(
     samples: bool,
 ) -> dict[ExpertName, AnyTransformer]:
     """
-    Transformers that were given by their names, those that train first.
+    The given transformers by the names of their experts, the trained ones first.
 
     Args:
         rolls_out, samples (`bool`):
             See [`~hy_prfl.models.experts.Experts.frozen`].
 
     Raises:
-        ValueError: If one is missing or none needs it.
+        ValueError: If one is missing or not needed.
     """
     trained = experts.trained
     given = dict(transformer) if isinstance(transformer, Mapping) else {trained[0]: transformer}
@@ -189,7 +193,7 @@ def by_expert(
 
 
 def load_trained(transformer: AnyTransformer, config: PRFLTrainingConfig, run: Run) -> WanTransformer3DModel:
-    """A transformer that trains, whole or by its adapter, with its blocks set up."""
+    """Load a transformer to train, in full or by an adapter, and set up its blocks."""
     model = loaded(transformer)
     select_trainable(model, config, dtype=run.trained_dtype)
     start_adapter(model, start_of(transformer))
@@ -198,7 +202,7 @@ def load_trained(transformer: AnyTransformer, config: PRFLTrainingConfig, run: R
 
 
 def load_frozen(transformer: AnyTransformer, run: Run) -> WanTransformer3DModel:
-    """An expert that does not train, on the device, with its blocks set up."""
+    """Load an expert that does not train to the device, and set up its blocks."""
     model = loaded(transformer).requires_grad_(False).eval().to(run.accelerator.device)
     run.set_up_blocks(model, num_checkpointed=0)
     return model
@@ -211,7 +215,7 @@ def check_reward_models(
     datasets: Mapping[str, Dataset],
 ) -> None:
     """
-    Refuse reward models that cannot judge what is trained here, before weights are read.
+    Refuse reward models that cannot score the generator's latents, before weights are read.
 
     Args:
         reward_configs (`Sequence[Mapping[str, Any]]`):
@@ -222,7 +226,7 @@ def check_reward_models(
             Datasets by their names.
 
     Raises:
-        ValueError: Naming what does not fit.
+        ValueError: If something does not fit; names both.
     """
     sources, is_one = config.reward_sources, config.reward_models is None
     found, option = len(reward_configs), "reward_model" if is_one else "reward_models"
@@ -249,7 +253,7 @@ def check_reward_models(
 def find_step_range(
     config: PRFLTrainingConfig, experts: Experts, scheduler: UniPCMultistepScheduler
 ) -> tuple[int, int]:
-    """First and last step of a chain that may take gradient: of an expert in training."""
+    """First and last step of a chain that may take gradient; both belong to an expert in training."""
     if config.update_schedule == "flow_matching":
         return (0, 0)
     scheduler.set_timesteps(config.num_inference_steps)
@@ -261,7 +265,7 @@ def find_step_range(
 def find_mean_foreseen_gain(
     config: PRFLTrainingConfig, scheduler: UniPCMultistepScheduler, step_range: tuple[int, int]
 ) -> float:
-    """See [`~hy_prfl.rollout.mean_foreseen_gain`]; of the steps that may take gradient, 1 if none does."""
+    """[`~hy_prfl.gradient_steps.mean_foreseen_gain`] over the steps that may take gradient; 1 if there are none."""
     if config.update_schedule == "flow_matching":
         return 1.0
     first, last = step_range
@@ -271,15 +275,15 @@ def find_mean_foreseen_gain(
 
 def find_high_noise_probability(config: PRFLTrainingConfig, experts: Experts) -> float:
     """
-    How often a noise level of a clean clip is one of the high-noise expert.
+    Probability that the noise level drawn for a clip belongs to the high-noise expert.
 
     Raises:
-        ValueError: If the expert that trains alone would hardly ever have its turn.
+        ValueError: If the only expert in training would hardly ever be drawn.
     """
     probability = noise_levels(config).probability_from(experts.boundary)
     shares = {"high_noise": probability, "low_noise": 1 - probability}
     if config.update_schedule != "reward" and len(experts.trained) == 1:
         share = shares[experts.trained[0]]
-        levels = f"such that it draws noise levels of `expert` {config.expert}, more than one in 10,000"
+        levels = f"one that draws more than 1 in 10,000 noise levels for `expert` {config.expert}"
         check(share > 1e-4, "weighting_scheme", f"{config.weighting_scheme} with {share:.2%}", levels)
     return probability

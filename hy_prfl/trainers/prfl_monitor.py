@@ -1,4 +1,4 @@
-"""Watches a PRFL run from outside its reward: held-out reward models, distance to the base, statistics of real latents."""
+"""Watches a PRFL run by measures other than its reward: held-out reward models, distance to the base, latent statistics."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -33,13 +33,13 @@ from .run import Run
 
 logger = get_logger(__name__)
 
-# Options of what is measured: metrics before and after a change of one of them cannot be compared.
+# Options that define the measurements: metrics from before and after a change of one cannot be compared.
 OPTIONS = (
     "num_validation_samples", "num_inference_steps", "sampler_flow_shift", "validation_guidance_scale",
     "validation_timesteps", "validation_seed",
 )  # fmt: skip
 MODELS = ("pretrained_model_name_or_path", *START_OPTIONS, "reward_model", "reward_models", "monitor_reward_models")
-# Real clips whose statistics the samples are compared with, at most.
+# The samples' statistics are compared with those of this many real clips at most.
 NUM_REAL_CLIPS = 64
 
 
@@ -51,16 +51,16 @@ def check_monitor_models(
     vae_fingerprint: str | None,
 ) -> None:
     """
-    Refuse held-out reward models that cannot judge the generator's latents, before they are read.
+    Refuse held-out reward models that cannot score the generator's latents, before they are loaded.
 
     Args:
         transformer_configs (`Sequence`):
-            Of the transformers in training.
+            Configurations of the transformers in training.
         vae_fingerprint (`str`, *optional*):
-            Of the VAE whose latents the reward model was trained on.
+            Fingerprint of the VAE whose latents the reward model was trained on.
 
     Raises:
-        ValueError: If one does not fit, or as many were not given as the option names.
+        ValueError: If one does not fit, or the option names more or fewer models than were given.
     """
     names = config.monitor_reward_models
     count = f"{len(reward_models)} names, one for each model that was given"
@@ -79,21 +79,21 @@ class Monitor:
     """
     Measures the samples of every validation, and judges the run by all validations so far.
 
-    The first evaluation must be of the base: its samples are kept, and its metrics are what later ones are compared with.
+    The first validation must be of the base. Its samples and metrics are kept, and later ones are compared with them.
 
     Args:
         config (`PRFLTrainingConfig`):
             Options of the run.
         run (`Run`):
-            Its processes.
+            The run that is watched.
         reward_models (`Sequence[WanRewardModel]`):
-            Held-out reward models, or [`~hy_prfl.models.loading.Deferred`] ones, which are read now.
+            Held-out reward models, or [`~hy_prfl.models.loading.Deferred`] ones, which are loaded now.
         datasets (`PRFLDatasets`):
-            Those of the run. Real latents come from the validation dataset, or from the clips if it has none.
+            Datasets of the run. Real latents come from the validation dataset, or from the clips if it has none.
         experts (`Experts`):
-            Those of the pipeline.
+            Experts of the pipeline.
         digest (`str`):
-            Of the rows of the validation dataset.
+            Digest of the validation dataset's rows.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class Monitor:
     ) -> None:
         self.config = config
         self.run = run
-        # They score without gradient, so there is nothing to checkpoint.
+        # They score without gradient, so no activations are kept.
         self.reward_models, self.in_use = load_reward_models(reward_models, config, run, num_checkpointed=0)
         self.real = real_statistics(datasets)
         sigmas = [sigma for sigma in DRIFT_SIGMAS if experts.name_at(1000 * sigma) in experts.trained]
@@ -124,7 +124,7 @@ class Monitor:
         """Measurements of each sample of a batch, see [`~hy_prfl.evaluation.sample_evaluator.Observer`]."""
         conditioning = Conditioning.of(batch)
         drifts = [(0.0, 0.0)] * len(indices)
-        # As many forwards either way, so ranks with other rows stay in step.
+        # Both branches do the same number of forwards, so ranks with different rows stay in step.
         if set(indices) <= set(self.base.samples):
             drifts = self.base.distances(transformer, indices, latents, conditioning, row_ids=batch.ids)
         else:
@@ -147,8 +147,8 @@ class Monitor:
         Metrics of all samples.
 
         `monitor_reward` is the mean of `sigmoid(logit)` over samples, noise levels and held-out reward models,
-        `monitor_reward_<n>` that of one of several, `monitor_reward_logit` the mean logit, `sample_drift` and
-        `velocity_drift` relative distances to the base, and `latents_...` those of
+        `monitor_reward_<n>` the mean of model `n` if there are several, and `monitor_reward_logit` the mean logit.
+        `sample_drift` and `velocity_drift` are relative distances to the base. For `latents_...` see
         [`~hy_prfl.evaluation.latent_statistics.compare_statistics`].
         """
         metrics: dict[str, float] = {}
@@ -169,7 +169,7 @@ class Monitor:
         return metrics
 
     def judge(self, metrics: Mapping[str, float], *, step: int) -> dict[str, float]:
-        """Add the metrics of a validation, and return what they say besides: `reward_gap` and `verdict`."""
+        """Add the metrics of a validation, judge the run, and return `reward_gap` and `verdict`."""
         more = {"reward_gap": metrics["reward"] - metrics["monitor_reward"]} if self.reward_models else {}
         entry = {name: value for name, value in {"step": step, **metrics, **more}.items() if "/" not in name}
         self.series = [*(each for each in self.series if each["step"] != step), entry]
@@ -180,7 +180,7 @@ class Monitor:
 
     @property
     def verdict(self) -> Verdict:
-        """What all validations so far say."""
+        """The verdict on the run, by all validations so far."""
         return judge(self.series)
 
     @property
@@ -190,7 +190,7 @@ class Monitor:
 
     @property
     def reason_to_stop(self) -> str | None:
-        """Why the run should end, if `on_hacking` is stop and it is hacked."""
+        """The reason to stop, if the run is hacked and `on_hacking` is `stop`."""
         if self.config.on_hacking != "stop" or not self.has_base:
             return None
         verdict = self.verdict
@@ -198,14 +198,14 @@ class Monitor:
 
     @property
     def keeps_best(self) -> bool:
-        """Whether the best model by the held-out view is kept."""
+        """Whether the model with the best held-out reward is kept."""
         return bool(self.reward_models) and self.config.on_hacking in ("stop", "keep_best")
 
     def is_best(self, metrics: Mapping[str, float]) -> bool:
         """
-        Whether the last validation is the best so far, by the held-out reward, and remember it.
+        Whether the last validation has the best held-out reward so far; if so, remember it.
 
-        One that is hacked is not, and neither is the base.
+        The base is never the best, and neither is a hacked run.
         """
         if not self.keeps_best or len(self.series) == 1 or self.verdict.level == "hacked":
             return False
@@ -216,7 +216,7 @@ class Monitor:
         return True
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint's JSON keeps."""
+        """State for the JSON of a checkpoint."""
         return {"monitor": {"basis": self.basis, "series": self.series, "best": self.best}}
 
     def fits(self, state: Mapping[str, Any]) -> bool:
@@ -225,22 +225,22 @@ class Monitor:
         return before is not None and before["basis"] == self.basis
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state` returned; if it measured something else, this monitor begins with its own base."""
+        """Restore what `state` returned. If it is of other measurements, the monitor starts over with a base of its own."""
         if self.fits(state):
             self.series, self.best = state["monitor"]["series"], state["monitor"]["best"]
             return
         logger.warning(
-            "The monitor begins again with the base: the checkpoint has no monitor, or what it measured has changed."
+            "The monitor starts over with the base: the checkpoint has no monitor, or its measurements were different."
         )
 
     def forget_lost_best(self, output_dir: Path, global_step: int) -> None:
-        """Forget the best value if the model that it is of is not in `output_dir/best` any more."""
+        """Forget the best value if its model is no longer in `output_dir/best`."""
         kept = best_report(output_dir)
         is_kept = kept is not None and kept["global_step"] <= global_step and kept.get("monitor_reward") == self.best
         if self.best is not None and not is_kept:
             logger.warning(
-                "The best held-out reward of the checkpoint, %.4f, is of a model that is not in %s any more: the next "
-                "validation that is better than the base writes it again.",
+                "The checkpoint's best held-out reward, %.4f, belongs to a model that is no longer in %s: the next "
+                "validation that is better than the base saves a new one.",
                 self.best, output_dir / BEST_FOLDER,
             )  # fmt: skip
             self.best = None
@@ -252,7 +252,7 @@ class Monitor:
             self.base.save(directory / f"monitor-{self.run.replica}.safetensors")
 
     def load(self, directory: Path, state: Mapping[str, Any]) -> None:
-        """Read the base's samples, unless they were measured now."""
+        """Read the base's samples, unless this monitor measures its own."""
         if self.fits(state):
             self.base.load(sorted(directory.glob("monitor-*.safetensors")))
 
@@ -269,7 +269,7 @@ def real_statistics(datasets: PRFLDatasets) -> dict[str, list[float]]:
 
 
 def _measure_rows(dataset: Dataset) -> list[dict[str, list[float]]]:
-    """Statistics of rows all over a dataset, without those that have no latents."""
+    """Statistics of rows spread evenly over a dataset; rows without latents are passed over."""
     places = sorted({round(place) for place in np.linspace(0, len(dataset) - 1, NUM_REAL_CLIPS)})
     measured = []
     for place in places:

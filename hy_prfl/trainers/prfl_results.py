@@ -1,4 +1,4 @@
-"""What PRFL writes and reads of the generator: whole transformers or adapters, by expert."""
+"""How PRFL saves and reads the generator: whole transformers or adapters, by expert."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ logger = get_logger(__name__)
 def adapter_metadata(
     config: PRFLTrainingConfig, *, step: int, run: str, base_on_hub: bool, expert: ExpertName | None
 ) -> dict[str, str]:
-    """Header of the file of an adapter, see [`~hy_prfl.formats.lora_metadata.lora_metadata`]."""
+    """Header of an adapter's file, see [`~hy_prfl.formats.lora_metadata.lora_metadata`]."""
     return lora_metadata(
         base_model=config.pretrained_model_name_or_path,
         base_on_hub=base_on_hub,
@@ -48,7 +48,7 @@ def save_transformer(
     config: PRFLTrainingConfig,
     metadata: Mapping[str, str],
 ) -> None:
-    """Write the weights in training of one transformer, its adapter with this header. A collective."""
+    """Write the trained weights of one transformer; `metadata` is the header of an adapter. A collective."""
     is_lora = config.lora_rank is not None
     state_dict = full_state_dict(accelerator, transformer, trainable_only=is_lora)
     if accelerator.is_main_process and is_lora:
@@ -60,7 +60,7 @@ def save_transformer(
 def save_best(
     accelerator: Accelerator, target: Path, save_model: Callable[[Path], None], report: Mapping[str, float]
 ) -> None:
-    """Replace the folder of the best model by the present one and its metrics. A collective."""
+    """Replace the folder of the best model by the current model and its metrics. A collective."""
     temporary = temporary_name(target)
     if accelerator.is_main_process:
         temporary_folder(target)
@@ -75,7 +75,7 @@ def save_best(
 def read_transformers(
     directory: Path, trained: Sequence[ExpertName], config: PRFLTrainingConfig
 ) -> Mapping[str, torch.Tensor]:
-    """What [`save_transformer`] wrote of these experts, by the names of the parameters in training."""
+    """Read what [`save_transformer`] wrote for these experts, by the names of the trained parameters."""
     weights: dict[ExpertName, Mapping[str, torch.Tensor]] = {
         expert: WeightFiles(directory, subfolder=EXPERT_FOLDERS[expert])
         if config.lora_rank is None

@@ -24,16 +24,16 @@ OPTIONS = {
 
 class ReusedRollouts:
     """
-    Keeps the last rollouts, and decides for all ranks alike when a new one is due.
+    Keeps the last rollouts, and decides when a new one is due, the same on all ranks.
 
-    That is after `rollout_interval` updates, or once the generator's velocity at the states has changed by more than
-    `max_rollout_staleness`.
+    A new one is due after `rollout_interval` updates, or once the generator's velocity at the stored states has changed by
+    more than `max_rollout_staleness`.
 
     Args:
         config (`PRFLTrainingConfig`):
             Options of the run.
         run (`Run`):
-            Its processes.
+            Its accelerator and replica.
     """
 
     def __init__(self, config: PRFLTrainingConfig, run: Run) -> None:
@@ -43,11 +43,11 @@ class ReusedRollouts:
         self.age = 0
         self.is_due = True
         self.are_stale = False
-        # Of the prompts: an update without a rollout takes no batch.
+        # Batches of prompts taken so far; an update without a rollout takes none.
         self.num_batches = 0
 
     def begin_update(self) -> None:
-        """Decide whether the update that begins walks new chains."""
+        """Decide whether this update walks new chains."""
         if self.are_stale:
             self.buffer.clear()
         self.is_due = len(self.buffer) == 0 or self.age >= self.config.rollout_interval
@@ -55,14 +55,14 @@ class ReusedRollouts:
 
     def end_update(self, changes: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
         """
-        Look at the staleness of the states that the update started from.
+        Check the staleness of the states that the update started from.
 
         Args:
             changes (`Sequence[torch.Tensor]`):
-                Relative change of the velocity at each of them, see [`~hy_prfl.rollout_buffer.relative_change`].
+                Relative change of the velocity at each state, see [`~hy_prfl.rollout_buffer.relative_change`].
 
         Returns:
-            Their mean, to be logged.
+            Their mean, as a metric to log.
         """
         staleness = torch.stack(list(changes)).mean()
         limit = self.config.max_rollout_staleness
@@ -70,7 +70,7 @@ class ReusedRollouts:
         return {"rollout_staleness": staleness}
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint's JSON keeps."""
+        """State for the JSON of a checkpoint."""
         return {
             "rollout_age": self.age,
             "rollouts_are_stale": self.are_stale,
@@ -79,7 +79,7 @@ class ReusedRollouts:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Restore what `state` returned. A run that rolled out in every update has taken a batch for each of them."""
+        """Restore what `state` returned. If there is nothing, every update so far took its batches of prompts."""
         self.age = state.get("rollout_age", 0)
         self.are_stale = state.get("rollouts_are_stale", False)
         default = state["global_step"] * self.config.gradient_accumulation_steps
@@ -93,7 +93,7 @@ class ReusedRollouts:
         """
         Read the rollouts of this rank.
 
-        Those of another number of processes do not fit, and other runs have none: then the next update rolls out.
+        If there are none, or they are of another number of processes, the next update rolls out.
         """
         before = state["num_processes"], state["num_replicas"], state["train_batch_size"]
         now = self.run.accelerator.num_processes, self.run.num_replicas, self.config.train_batch_size
@@ -103,11 +103,11 @@ class ReusedRollouts:
             self.buffer.load(self._file(directory))
         else:
             logger.warning(
-                "%s: its rollouts are those of other processes; the next update walks new chains.", directory
+                "%s: its rollouts are of other processes or batches; the next update walks new chains.", directory
             )
 
     def forget_outdated(self, changed: Collection[str]) -> None:
-        """Drop rollouts that are not of the chains that are walked from here on."""
+        """Drop the stored rollouts if a changed option changes the chains."""
         if OPTIONS & set(changed):
             self.buffer.clear()
 

@@ -1,4 +1,4 @@
-"""Process reward feedback learning: the generator climbs a latent reward, held by a flow-matching loss."""
+"""Process reward feedback learning: the generator is trained on a latent reward and on a flow-matching loss."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
@@ -15,20 +15,15 @@ from ..data.collators import LatentBatch
 from ..flow_matching import add_noise, sample_noise, sigmas_to_timesteps, velocity_target
 from ..formats.checkpoints import BEST_FOLDER, PRFL_RESULTS, read_state
 from ..formats.layout import ExpertName
+from ..gradient_steps import Foresight, GradientStep
 from ..losses import flow_matching_loss
 from ..models.conditioning import Conditioning, num_clean_frames
 from ..models.experts import read_experts
 from ..models.loading import load_scheduler
 from ..models.trainable import adapters_off
-from ..rollout import (
-    Foresight,
-    GradientStep,
-    predict_velocity,
-    record_states,
-    step_from_state,
-    walk_with_gradient,
-)
+from ..rollout import record_states, step_from_state, walk_with_gradient
 from ..rollout_buffer import Rollout, StoredState, relative_change
+from ..sampling import predict_velocity
 from .base import Trainer, check_named
 from .prfl_datasets import PRFLDatasets
 from .prfl_draws import choose_prompts, draw_foresight, draw_states, draw_step_indices
@@ -75,7 +70,7 @@ def num_backwards(config: PRFLTrainingConfig) -> dict[str, int]:
 
 
 def gradient_options(config: PRFLTrainingConfig) -> dict[str, Any]:
-    """How steps take gradient, as arguments of a walk."""
+    """Options of the steps with gradient, as arguments of a walk."""
     return {
         "num_chained_steps": config.num_chained_steps,
         "stop_input_gradient": config.stop_input_gradient,
@@ -88,25 +83,25 @@ class PRFLTrainer(Trainer):
     Fine-tunes a Wan transformer, whole or by LoRA (paper, algorithm 1).
 
     A step is an update on the flow-matching loss and an update on the reward, or one update on both (`joint`). The
-    result is `output_dir/transformer`, or for LoRA `output_dir/pytorch_lora_weights.safetensors`; of the low-noise
+    result is `output_dir/transformer`, or with LoRA `output_dir/pytorch_lora_weights.safetensors`; for the low-noise
     expert of a pipeline of two, `output_dir/transformer_2` or `output_dir/pytorch_lora_weights_2.safetensors`.
 
-    `unwrapped` is what trains, `wrapped` the same as its engine calls it, and `generator` what walks whole chains: the
-    latter, with a frozen expert at its side if there is one.
+    `unwrapped` is the trained model, `wrapped` the same model prepared by its engine, and `generator` the model of whole
+    chains: `wrapped`, together with the frozen expert if there is one.
 
     Args:
         config (`PRFLTrainingConfig`):
-            Options of the run. Its paths name what is given here, in messages and in the record of the run; the
-            pipeline's sampler and the boundary of its experts are read from `pretrained_model_name_or_path`.
+            Options of the run. Its paths only name the given models and datasets in messages and in the run's record;
+            the pipeline's sampler and the boundary of its experts are read from `pretrained_model_name_or_path`.
         transformer (`WanTransformer3DModel`):
-            The generator to train, in float32, or for LoRA in the type of the launch's mixed precision. Of a pipeline of
-            two, those that train by their names, `high_noise` and `low_noise`. Each model may be a
-            [`~hy_prfl.models.loading.Deferred`] one, which is read when all else has been checked.
+            The generator to train, in float32, or with LoRA in the type of the launch's mixed precision. For a pipeline
+            of two experts, those in training by their names, `high_noise` and `low_noise`. Each model may be a
+            [`~hy_prfl.models.loading.Deferred`] one, which is loaded after all checks.
         reward_model (`WanRewardModel`):
-            The reward to climb, in the type of the launch's mixed precision, or a list of several, one for each of
+            The reward model, in the type of the launch's mixed precision, or a list with one for each of
             `reward_models`.
         train_dataset (`Dataset`):
-            A latent dataset: clips, and prompts if there is no `prompt_dataset`.
+            A latent dataset of clips; their prompts are used if there is no `prompt_dataset`.
         monitor_reward_models (`Sequence[WanRewardModel]`, *optional*):
             Held-out reward models of the monitor; the option of the same name names them.
         prompt_dataset, validation_dataset (`Dataset`, *optional*):
@@ -116,7 +111,7 @@ class PRFLTrainer(Trainer):
         vae (`AutoencoderKLWan`, *optional*):
             Decodes the samples of a validation; without it they are scored only.
         run (`Run`, *optional*):
-            What [`set_up_run`] has made of the options; made here if left out.
+            Result of [`set_up_run`]; set up here if left out.
 
     Raises:
         ValueError: If options, models and datasets do not fit together.
@@ -146,7 +141,7 @@ class PRFLTrainer(Trainer):
         self.uses_flow_matching = config.update_schedule != "reward"
         self.uses_reward = config.update_schedule != "flow_matching"
         self.experts = read_experts(path, config.expert, revision=revision)
-        # Known while it is loaded from there; a path may be gone when the result is saved.
+        # Found out now: a local path may be gone when the result is saved.
         self.base_on_hub = not Path(path).exists()
         self.datasets = PRFLDatasets(
             config,
@@ -203,7 +198,7 @@ class PRFLTrainer(Trainer):
         self.generator = self.wrapped
         if self.frozen:
             self.generator = self.experts.join({self.experts.trained[0]: self.wrapped, **self.frozen})
-        # What the anchor compares with.
+        # The model that the anchor compares with.
         self.as_base = partial(adapters_off, self.unwrapped) if config.anchor_scale > 0 else None
         self.rollouts = ReusedRollouts(config, run) if config.rollout_interval > 1 else None
         self.evaluator = build_evaluator(
@@ -226,7 +221,7 @@ class PRFLTrainer(Trainer):
 
     @classmethod
     def set_up_run(cls, config: PRFLTrainingConfig) -> Run:
-        """The run of these options, before anything is loaded."""
+        """Set up the run of these options. No model is loaded yet."""
         backwards = num_backwards(config)
         most = max(sum(backwards[loss] for loss in losses) for losses in UPDATES[config.update_schedule])
         run = Run(config, trainer=cls.__name__, backwards_per_update=most, takes_turns=config.expert == "both")
@@ -240,7 +235,7 @@ class PRFLTrainer(Trainer):
 
     @classmethod
     def from_config(cls, config: PRFLTrainingConfig, **kwargs: Any) -> "PRFLTrainer":
-        """A trainer whose models and datasets are loaded from where the options say; `kwargs` are a subclass's own."""
+        """Build the trainer with the models and datasets that the options name; `kwargs` are those of a subclass."""
         run = cls.set_up_run(config)
         return cls(config, **open_datasets(config), **open_models(config, run), run=run, **kwargs)
 
@@ -293,7 +288,7 @@ class PRFLTrainer(Trainer):
 
     def reward_surrogates(self, micro_step: int) -> Iterator[tuple[torch.Tensor, RewardTerm]]:
         """
-        For each gradient step of a micro-batch, scalars to differentiate one after the other, and what they stand for.
+        For each gradient step of a micro-batch, scalars to differentiate one after the other, and their reward.
 
         The gradients of the scalars in the generator's weights add up to that of the reward loss.
         """
@@ -323,7 +318,7 @@ class PRFLTrainer(Trainer):
     def gradient_steps(
         self, micro_step: int
     ) -> Iterator[tuple[GradientStep, Conditioning, list[str], torch.Tensor | None]]:
-        """Steps with gradient, each with its prompts, their rows and the staleness of the state that it starts from."""
+        """Steps with gradient, each with its prompts, the ids of their rows, and the staleness of its stored state."""
         if self.rollouts is None:
             batch, conditioning = self.next_prompts(micro_step)
             for step in self.roll_out(batch.latents_shape, conditioning, micro_step):
@@ -348,7 +343,7 @@ class PRFLTrainer(Trainer):
     def roll_out(
         self, latents_shape: Sequence[int], conditioning: Conditioning, micro_step: int
     ) -> Iterator[GradientStep]:
-        """The chain of a micro-batch, which goes on from one gradient step to the next as they are asked for."""
+        """Walk the chain of a micro-batch from one gradient step to the next, as they are requested."""
         config = self.config
         batch_size = len(conditioning.prompt_embeds)
         noise = sample_noise(latents_shape, self.generators(REWARD_NOISE, micro_step, batch_size))
@@ -366,7 +361,7 @@ class PRFLTrainer(Trainer):
         )
 
     def record(self, batch: LatentBatch, conditioning: Conditioning, micro_step: int) -> Rollout:
-        """Walk the chain of a micro-batch, and keep the states that later updates start from."""
+        """Walk the chain of a micro-batch, and store the states that later updates start from."""
         config = self.config
         noise = sample_noise(batch.latents_shape, self.generators(REWARD_NOISE, micro_step, len(batch)))
         states = record_states(
@@ -383,7 +378,7 @@ class PRFLTrainer(Trainer):
     def step_from_state(
         self, state: StoredState, conditioning: Conditioning, micro_step: int, draw: int
     ) -> GradientStep:
-        """The steps with gradient that start from a stored state."""
+        """Take the steps with gradient from a stored state."""
         return step_from_state(
             self.generator,
             self.scheduler,
@@ -397,25 +392,25 @@ class PRFLTrainer(Trainer):
         )
 
     def draw_foresight(self, shape: Sequence[int], micro_step: int, draw: int = 0) -> Foresight | None:
-        """New noise and its level for each sample, if the reward is taken of what a step foresees."""
+        """New noise and its level for each sample, if the reward is taken of the predicted clean latents."""
         if self.config.reward_at == "next":
             return None
         generators = self.generators(FORESIGHT + draw, micro_step, shape[0])
         return draw_foresight(generators, shape[1:], self.config.foreseen_levels, self.accelerator.device)
 
     def draw_step_indices(self, micro_step: int) -> list[int]:
-        """Steps of a chain that take gradient, any of the range as likely as any other; the same on every rank."""
+        """Steps of a chain that take gradient, uniform over the range; the same on every rank."""
         generator = self.shared_generator(STEP_INDEX, micro_step)
         return draw_step_indices(generator, self.step_range, self.config.num_gradient_steps)
 
     def draw_states(self, micro_step: int) -> list[int]:
-        """Steps of a chain whose start is stored, so that any end of `step_range` is as likely; the same on every rank."""
+        """Steps of a chain whose start is stored, with ends uniform over `step_range`; the same on every rank."""
         first, last = (index - self.config.num_chained_steps + 1 for index in self.step_range)
         generator = self.shared_generator(STATES, micro_step)
         return draw_states(generator, (first, last), self.config.rollout_states)
 
     def draw_expert(self, micro_step: int) -> ExpertName:
-        """The expert of a flow-matching micro-batch, as often as the noise levels are its; the same on every rank."""
+        """The expert of a flow-matching micro-batch, drawn by its share of the noise levels; the same on every rank."""
         uniform = torch.rand((), generator=self.shared_generator(FLOW_EXPERT, micro_step))
         return self.experts.draw(float(uniform), self.high_noise_probability)
 
@@ -430,7 +425,7 @@ class PRFLTrainer(Trainer):
         )
 
     def grad_norm_of(self, kind: str) -> dict[str, torch.Tensor]:
-        """Norm, before clipping, of the gradient of the update that just ended; empty if none did."""
+        """Gradient norm before clipping of the update that has just ended; empty if none has."""
         if not self.accelerator.sync_gradients:
             return {}
         name = "grad_norm" if self.config.update_schedule == "joint" else f"{kind}_grad_norm"
@@ -449,9 +444,9 @@ class PRFLTrainer(Trainer):
 
     def validate(self) -> dict[str, float]:
         """
-        Sample held-out prompts, with the averaged weights if there are any, and score what comes out.
+        Sample held-out prompts, with the averaged weights if there are any, and score the samples.
 
-        With a monitor its metrics and its verdict are added, and the model is kept if it is the best so far.
+        A monitor adds its metrics and its verdict, and the model is saved if it is the best so far.
         """
         assert self.evaluator is not None
         self.unwrapped.eval()
@@ -466,7 +461,7 @@ class PRFLTrainer(Trainer):
         return metrics
 
     def measure_start(self) -> dict[str, float]:
-        """With a monitor, validate the base, unless the checkpoint to resume from has what it measured of it."""
+        """With a monitor, validate the base, unless the checkpoint to resume from has its measurements."""
         if self.monitor is None or (self.run.checkpoint and self.monitor.fits(read_state(self.run.checkpoint))):
             return {}
         return self.validate()
@@ -478,7 +473,7 @@ class PRFLTrainer(Trainer):
         return {"verdict": self.monitor.verdict.level, "verdict_reason": self.monitor.verdict.reason}
 
     def state(self) -> dict[str, Any]:
-        """Adds the place in the reused rollouts, and what the monitor has seen."""
+        """Add the position in the reused rollouts, and the state of the monitor."""
         rollouts = {} if self.rollouts is None else self.rollouts.state()
         return {**super().state(), **rollouts, **({} if self.monitor is None else self.monitor.state())}
 
@@ -492,7 +487,7 @@ class PRFLTrainer(Trainer):
             self.stop_reason = self.monitor.reason_to_stop
 
     def forget_outdated(self, changed: Collection[str]) -> None:
-        """Drop rollouts that are not of the chains that are walked from here on, and a best model that is gone."""
+        """Drop rollouts of chains that have changed, and the record of a best model that is gone."""
         if self.rollouts is not None:
             self.rollouts.forget_outdated(changed)
         if self.monitor is not None:
@@ -506,19 +501,19 @@ class PRFLTrainer(Trainer):
             self.monitor.save(directory)
 
     def load_own(self, directory: Path, state: dict[str, Any]) -> None:
-        """Read the rollouts that updates start from, as far as they fit this run, and the monitor's samples."""
+        """Read the rollouts that updates start from, if they fit this run, and the monitor's samples."""
         if self.rollouts is not None:
             self.rollouts.load(directory, state)
         if self.monitor is not None:
             self.monitor.load(directory, state)
 
     def save_best(self, metrics: dict[str, float]) -> None:
-        """Write the weights, as they are in the model, to `output_dir/best`, with their metrics. A collective."""
+        """Write the current weights and their metrics to `output_dir/best`. A collective."""
         report = {"global_step": self.global_step, **metrics}
         save_best(self.accelerator, self.output_dir / BEST_FOLDER, self.save_model, report)
 
     def save_model(self, directory: Path) -> None:
-        """Write the weights in training: `directory/transformer`, or the adapter's file, by expert. A collective."""
+        """Write the trained weights of each expert: `directory/transformer`, or the adapter's file. A collective."""
         for expert, transformer in self.experts.parts(self.unwrapped).items():
             metadata = adapter_metadata(
                 self.config,
@@ -530,5 +525,5 @@ class PRFLTrainer(Trainer):
             save_transformer(self.accelerator, transformer, directory, expert, self.config, metadata)
 
     def read_model(self, directory: Path) -> Mapping[str, torch.Tensor]:
-        """What `save_model` wrote, by the names of the parameters in training."""
+        """Read what `save_model` wrote, by the names of the trained parameters."""
         return read_transformers(directory, self.experts.trained, self.config)

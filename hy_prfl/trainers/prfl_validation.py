@@ -19,7 +19,7 @@ def build_evaluator(
     scheduler: UniPCMultistepScheduler,
     vae: AutoencoderKLWan | None,
 ) -> SampleEvaluator | None:
-    """What samples and scores held-out prompts; None without any."""
+    """The evaluator that samples and scores held-out prompts; None without a validation dataset."""
     if validation is None:
         return None
     if vae is not None:

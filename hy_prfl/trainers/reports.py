@@ -1,4 +1,4 @@
-"""What a run tells people: metrics, trackers, how it was started, and what it puts on the Hub."""
+"""What a run reports: its metrics, its record and page in `output_dir`, trackers, and uploads to the Hub."""
 
 import dataclasses
 import json
@@ -33,7 +33,7 @@ logger = get_logger(__name__)
 
 
 def known_trackers(report_to: list[str]) -> list[str]:
-    """Names of trackers without `none`; a `ValueError` if one is not installed."""
+    """Names of the trackers, without `none`. Raises a `ValueError` if one is not installed."""
     names = [name for name in report_to if name != "none"]
     available = [str(tracker) for tracker in get_available_trackers()]
     for name in names:
@@ -43,9 +43,9 @@ def known_trackers(report_to: list[str]) -> list[str]:
 
 class Reports:
     """
-    Writes into `output_dir` and to the trackers, and pushes to the Hub. Its methods are for all ranks.
+    Writes into `output_dir` and to the trackers, and pushes to the Hub. All ranks call its methods.
 
-    Made before any model is loaded: what is wrong with the token or the repository costs no GPU time.
+    It is built before any model is loaded, so that a wrong token or repository costs no GPU time.
 
     Args:
         accelerator (`Accelerator`):
@@ -54,7 +54,7 @@ class Reports:
             Options of the run.
 
     Raises:
-        ValueError: If the run is to be pushed and may not be, see [`~hy_prfl.hub.open_repo`].
+        ValueError: If `push_to_hub` is set but pushing is not possible, see [`~hy_prfl.hub.open_repo`].
     """
 
     def __init__(self, accelerator: Accelerator, config: TrainingConfig) -> None:
@@ -68,13 +68,13 @@ class Reports:
 
     def start(self, global_step: int, *, checkpoint: Path | None = None, abandoned: Path | None = None) -> None:
         """
-        Begin, or go on after `global_step` updates.
+        Start the reports of a run that begins, or that resumes after `global_step` updates.
 
         Args:
             checkpoint (`Path`, *optional*):
-                What the run goes on from.
+                Checkpoint that the run resumes from.
             abandoned (`Path`, *optional*):
-                Folder that has what later steps had left.
+                Folder that the files of later steps were moved to.
         """
         config = self.config
         if self.accelerator.is_main_process:
@@ -99,7 +99,7 @@ class Reports:
             init_kwargs={
                 "wandb": {**name, "dir": str(self.output_dir)},
                 "trackio": name,
-                # Hides what an earlier start logged for steps that are done anew.
+                # Hides what an earlier start logged for steps that are repeated.
                 "tensorboard": {"purge_step": global_step + 1} if checkpoint or abandoned else {},
             },
         )
@@ -108,7 +108,7 @@ class Reports:
     def log(
         self, values: dict[str, float], notes: Mapping[str, str] | None = None, *, global_step: int, prefix: str
     ) -> None:
-        """Send scalars, called `prefix/name`, to the trackers and append them, and notes, to `metrics.jsonl`."""
+        """Send scalars, named `prefix/name`, to the trackers, and append them and `notes` to `metrics.jsonl`."""
         entries = {f"{prefix}/{name}": value for name, value in values.items()}
         self.accelerator.log(entries, step=global_step)
         if self.accelerator.is_main_process:
@@ -118,7 +118,7 @@ class Reports:
     def log_validation(
         self, values: dict[str, float], notes: Mapping[str, str] | None = None, *, global_step: int
     ) -> None:
-        """As `log`, and curves of what was measured at several timesteps."""
+        """Like `log`, with curves of the metrics that were measured at several timesteps."""
         self.log(values, notes, global_step=global_step, prefix="validation")
         log_timestep_curves(self.accelerator, values, step=global_step, name="validation/by_timestep")
 
@@ -129,7 +129,7 @@ class Reports:
             self.uploader.upload(commit_message=f"Step {global_step}", weights_dir=checkpoint)
 
     def note_result(self, *, global_step: int) -> None:
-        """Note in the run's record its result's step and the memory that it took, and write its page. A collective."""
+        """Record the step of the result and the peak memory, and write the run's page. A collective."""
         peaks = [peak for peak in gather_records([peak_device_memory(self.accelerator.device)]) if peak is not None]
         if self.accelerator.is_main_process:
             finish_run_record(self.output_dir / RUN_FILE, global_step, peak_gpu_memory=peaks)
@@ -137,26 +137,25 @@ class Reports:
                 write_run_page(self.output_dir)
 
     def note_stop(self, reason: str, *, global_step: int) -> None:
-        """Note in the run's record that it has ended before its last step, and why, and write its page."""
+        """Record that and why the run ended before its last step, and write its page."""
         if self.accelerator.is_main_process:
             stop_run_record(self.output_dir / RUN_FILE, global_step, reason)
             if self.config.write_report:
                 write_run_page(self.output_dir)
 
     def finish(self, *, global_step: int) -> None:
-        """Push the result. The other ranks are let go: an upload may take long."""
+        """Push the result. The other ranks do not wait, as an upload may take long."""
         if self.uploader is not None:
             self.uploader.finish(commit_message=f"Step {global_step}, end of training")
 
     def _truncate_metrics(self, global_step: int) -> None:
-        """Drop the lines that a run wrote after the checkpoint it is continued from."""
+        """Drop the lines of steps after the checkpoint that the run resumes from."""
         path = self.output_dir / METRICS_FILE
         lines = read_metric_lines(path)
-        # A run that begins again measures its start again, too.
+        # A run that starts over also measures its start again.
         kept = [line for step, line in lines if 0 < global_step >= step]
         if len(kept) < len(lines):
             logger.info(
-                "%s: %d lines of steps after %d are left out, they are done anew.",
-                path, len(lines) - len(kept), global_step,
+                "%s: dropped %d lines of steps after %d, which are repeated.", path, len(lines) - len(kept), global_step,
             )  # fmt: skip
         write_text(path, "".join(f"{line}\n" for line in kept))

@@ -1,4 +1,4 @@
-"""What a changed option does to a run that goes on from a checkpoint. Every option has its place here."""
+"""What a changed option does to a run that resumes from a checkpoint, for every option."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -15,12 +15,12 @@ class Rule(NamedTuple):
 
     Args:
         kind (`str`):
-            `"applied"`: the new value rules from the next update on. `"refused"`: the checkpoint's weights would mean
-            something else. `"not compared"`: it says nothing about the training.
+            `"applied"`: the new value holds from the next update on. `"refused"`: the run does not start, as the
+            checkpoint's weights would not fit. `"not compared"`: the option does not affect training.
         note (`str`):
-            What else to say; for `"refused"` the reason.
+            Added to the message; for `"refused"` the reason.
         note_if_off (`str`, *optional*):
-            What to say instead if the option is off, or left out, now.
+            Added instead of `note` if the option is off, or left out, now.
     """
 
     kind: Literal["applied", "refused", "not compared"]
@@ -29,13 +29,13 @@ class Rule(NamedTuple):
 
 
 APPLIED = Rule("applied")
-OTHER_WEIGHTS = Rule("refused", "the weights in training would be others")
+OTHER_WEIGHTS = Rule("refused", "other weights would be trained")
 OTHER_MEANING = Rule("refused", "the saved weights would mean something else")
-OTHER_START = Rule("refused", "the run goes on from what it started from, which a checkpoint does not hold")
-OTHER_CLIPS = Rule("applied", "the epoch goes on with other clips, some of them seen already")
-OTHER_DATA = Rule("applied", "the epoch goes on at the same position, in the order of the new dataset")
-FROZEN = Rule("applied", "what does not train is read from there; what trains comes from the checkpoint")
-OTHER_BEST = Rule("applied", "the search for the best model starts anew")
+OTHER_START = Rule("refused", "the run still needs the weights that it started from, which a checkpoint does not hold")
+OTHER_CLIPS = Rule("applied", "the epoch continues with other clips, some of them seen already")
+OTHER_DATA = Rule("applied", "the epoch continues at the same position, in the order of the new dataset")
+FROZEN = Rule("applied", "frozen weights are read from there; trained weights come from the checkpoint")
+OTHER_BEST = Rule("applied", "the search for the best model starts over")
 
 BASE_RULES: dict[str, Rule] = {
     "output_dir": APPLIED,
@@ -54,7 +54,7 @@ BASE_RULES: dict[str, Rule] = {
     "lora_alpha": OTHER_MEANING,
     "lora_dropout": APPLIED,
     "lora_target_modules": OTHER_WEIGHTS,
-    "base_quantization": Rule("applied", "the adapter goes on beside a base that is rounded otherwise"),
+    "base_quantization": Rule("applied", "the adapter continues on a base that is rounded differently"),
     "train_batch_size": OTHER_CLIPS,
     "gradient_accumulation_steps": OTHER_CLIPS,
     "num_train_epochs": Rule("applied", "the schedule of the learning rate ends with the run"),
@@ -101,9 +101,9 @@ BASE_RULES: dict[str, Rule] = {
 
 REWARD_RULES: dict[str, Rule] = {
     **BASE_RULES,
-    "train_dataset_weights": Rule("applied", "the epoch goes on at the same position of another order"),
+    "train_dataset_weights": Rule("applied", "the epoch continues at the same position, in another order"),
     "validation_dataset": OTHER_BEST._replace(note_if_off="no other model becomes the best"),
-    "reward_model": FROZEN._replace(note_if_off="what does not train is read from the pipeline"),
+    "reward_model": FROZEN._replace(note_if_off="frozen weights are read from the pipeline"),
     "expert": OTHER_MEANING,
     "num_layers": OTHER_WEIGHTS,
     "pooling": OTHER_WEIGHTS,
@@ -178,7 +178,7 @@ RULES: dict[type[TrainingConfig], dict[str, Rule]] = {
 
 
 class Change(NamedTuple):
-    """An option with another value than before the checkpoint, and what comes of it."""
+    """An option whose value has changed since the checkpoint, and the effect."""
 
     name: str
     before: Any
@@ -197,18 +197,18 @@ class Change(NamedTuple):
 
 def find_changes(before: Mapping[str, Any], config: TrainingConfig, engine: str) -> list[Change]:
     """
-    Options that differ from those a checkpoint was written with.
+    Options whose values differ from those that a checkpoint was written with.
 
     Args:
         before (`Mapping[str, Any]`):
-            Options of the run that wrote it. One that it lacks, because its version had none, had its default.
+            Options of the run that wrote it. An option that its version did not have counts as its default.
         config (`TrainingConfig`):
             Options now.
         engine (`str`):
             `whole`, or `ZeRO-<stage>`.
 
     Raises:
-        ValueError: If an option has changed that must not; names it and both values.
+        ValueError: If an option has changed that must not change; names it and both values.
     """
     rules, ignored = RULES[type(config)], without_effect(config, engine)
     defaults = {each.name: _default(each) for each in dataclasses.fields(config)}
@@ -216,7 +216,7 @@ def find_changes(before: Mapping[str, Any], config: TrainingConfig, engine: str)
     for name, now in dataclasses.asdict(config).items():
         rule, old = rules[name], before.get(name, defaults[name])
         if name == "lora_alpha":
-            # Left out it is the rank.
+            # If left out, it equals the rank.
             same = (old or before.get("lora_rank")) == (now or config.lora_rank)
         elif name == "lora_target_modules":
             same = set(old) == set(now)
@@ -240,7 +240,7 @@ def _default(option: dataclasses.Field) -> Any:
 
 
 def without_effect(config: TrainingConfig, engine: str) -> dict[str, str]:
-    """Options that do nothing beside the others, by name, with the reason."""
+    """Options that have no effect given the others, by name, with the reason."""
     cases: list[tuple[bool, str, tuple[str, ...]]] = [
         (engine != "whole", "DeepSpeed's own `gradient_clipping` rules", ("max_grad_norm",)),
         (config.max_train_steps is not None, "`max_train_steps` is given", ("num_train_epochs",)),

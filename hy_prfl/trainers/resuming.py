@@ -1,4 +1,4 @@
-"""Continues a run from a checkpoint, and says what is not as if it had never stopped."""
+"""Continues a run from a checkpoint, and logs how it differs from an uninterrupted run."""
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -17,7 +17,7 @@ from ..formats.lora import lora_sources
 from ..formats.training_state import load_checkpoint, read_schedule
 from ..runtime.provenance import CONFIG_FILE, path_identity
 from ..runtime.sharding import Masters
-from .resumed_options import OTHER_START, RULES, Change, find_changes
+from .resumed_options import OTHER_DATA, OTHER_START, RULES, Change, find_changes
 from .updates import Updates
 
 
@@ -29,7 +29,7 @@ START_OPTIONS = ("transformer_path", "transformer_2_path", *LORA_OPTIONS)
 
 
 class Launch(Protocol):
-    """What [`resume`] looks at of a run: how it is launched, and what its models are."""
+    """The part of a run that [`resume`] reads: its launch and its models."""
 
     accelerator: Accelerator
     num_replicas: int
@@ -40,7 +40,7 @@ class Launch(Protocol):
 
 
 class Resumable(Protocol):
-    """What [`resume`] restores: a trainer."""
+    """The part of a trainer that [`resume`] reads and restores."""
 
     config: Any
     accelerator: Accelerator
@@ -71,21 +71,21 @@ def check_checkpoint(
     identities: Mapping[str, Mapping[str, str]],
 ) -> None:
     """
-    Refuse a checkpoint that a run cannot go on from, before anything large is loaded.
+    Refuse a checkpoint that a run cannot resume from, before anything large is loaded.
 
     Args:
         trainer (`str`):
             Name of the trainer's class.
         engine (`str`):
-            What runs the optimizer, see [`~hy_prfl.trainers.run.Run`].
+            Engine of the optimizer, see [`~hy_prfl.trainers.run.Run`].
         num_processes (`int`):
             Processes of the run.
         identities (`Mapping`):
             Result of [`model_identities`].
 
     Raises:
-        ValueError: If it is incomplete, of another trainer or beyond `max_train_steps`, or an option has changed that
-            must not.
+        ValueError: If it is incomplete, of another trainer or beyond `max_train_steps`, or if an option has changed that
+            must not change.
     """
     state = read_state(checkpoint)
     if state.get("trainer", trainer) != trainer:
@@ -100,7 +100,7 @@ def check_checkpoint(
 
 
 def check_steps(checkpoint: Path, step: int, max_train_steps: int) -> None:
-    """Raise a `ValueError` if a checkpoint is of more updates than the run is to have."""
+    """Raise a `ValueError` if a checkpoint has more updates than `max_train_steps`."""
     if step > max_train_steps:
         raise ValueError(
             f"`max_train_steps` must be at least {step}, the step of {checkpoint}, got {max_train_steps}. Resume from an "
@@ -110,11 +110,10 @@ def check_steps(checkpoint: Path, step: int, max_train_steps: int) -> None:
 
 def resume(trainer: Resumable, checkpoint: Path) -> None:
     """
-    Continue from a checkpoint, and say what is not as if the run had never stopped.
+    Continue from a checkpoint, and log how the run differs from an uninterrupted one.
 
-    The states of DeepSpeed's optimizers belong to one number of processes. With another one, or another engine, the
-    optimizer starts anew from the saved weights. Moments and positions come from the checkpoint, options from the
-    configuration.
+    Moments and positions come from the checkpoint, options from the configuration. DeepSpeed's optimizer states fit only
+    the number of processes that saved them: with another number, or another engine, the moments start from zero.
     """
     state = read_state(checkpoint)
     check_steps(checkpoint, state["global_step"], trainer.max_train_steps)
@@ -122,7 +121,7 @@ def resume(trainer: Resumable, checkpoint: Path) -> None:
     changes = _find_changes(checkpoint, trainer.config, engine)
     trainer.load_state(state)
     if _keeps_optimizer(state, engine=engine, num_processes=num_processes):
-        # ZeRO would take the limit of the gradient's norm from the checkpoint.
+        # Loading replaces ZeRO's limit of the gradient norm by the checkpoint's.
         zero_optimizer = trainer.updates.optimizer.optimizer
         clip_grad = getattr(zero_optimizer, "clip_grad", None)
         load_checkpoint(trainer.accelerator, checkpoint)
@@ -142,7 +141,7 @@ def resume(trainer: Resumable, checkpoint: Path) -> None:
     _apply_optimizer_options(trainer)
     trainer.load_average(checkpoint)
     trainer.load_own(checkpoint, state)
-    _say_what_changed(trainer, state, changes)
+    _log_changes(trainer, state, changes)
     changed = {change.name for change in changes if change.ignored is None}
     changed |= _changed_datasets(trainer, state) | _changed_models(trainer, state)
     if "seed" in changed:
@@ -153,8 +152,8 @@ def resume(trainer: Resumable, checkpoint: Path) -> None:
 
 def model_identities(config: TrainingConfig) -> dict[str, dict[str, str]]:
     """
-    What tells the models that a run reads from others at the same place: option -> folder or Hub id -> its identity,
-    see [`~hy_prfl.runtime.provenance.path_identity`]. JSON values.
+    Identities by which other files at the same path are noticed: option -> folder or Hub id -> identity of its files, see
+    [`~hy_prfl.runtime.provenance.path_identity`]. JSON values.
     """
     pipeline = config.pretrained_model_name_or_path
     folders = [f"{pipeline}/{name}" for name in (*EXPERT_FOLDERS.values(), "vae", "scheduler")]
@@ -165,25 +164,25 @@ def model_identities(config: TrainingConfig) -> dict[str, dict[str, str]]:
     for option in ("reward_model", *START_OPTIONS):
         path = getattr(config, option, None)
         if path is not None:
-            # The folder of a run holds more than its LoRA, and goes on changing.
+            # The folder of a run holds more than its LoRA, and other files in it keep changing.
             sources[option] = [path] if option not in LORA_OPTIONS else lora_sources(path)
     return {option: {source: path_identity(source) for source in found} for option, found in sources.items() if found}
 
 
 def _check_start(state: Mapping[str, Any], checkpoint: Path, identities: Mapping[str, Mapping[str, str]]) -> None:
-    """Refuse other files at the path of what the run started from: no checkpoint has all of its weights."""
+    """Refuse changed files of the models that the run started from: a checkpoint lacks some of their weights."""
     for option in START_OPTIONS:
         before = state.get("models", {}).get(option, {})
         for source, identity in identities.get(option, {}).items():
             if before.get(source, identity) != identity:
                 raise ValueError(
-                    f"`{option}`: the files of '{source}' are not those that the run of {checkpoint} started from (other "
-                    f"names, sizes or times): {OTHER_START.note}."
+                    f"`{option}`: the files of '{source}' have changed since the run of {checkpoint} started (names, sizes "
+                    f"or times): {OTHER_START.note}."
                 )
 
 
 def _keeps_optimizer(state: Mapping[str, Any], *, engine: str, num_processes: int) -> bool:
-    """Whether the optimizer's states fit this run."""
+    """Whether the checkpoint's optimizer states fit this run."""
     is_same = (state["engine"], state["num_processes"]) == (engine, num_processes)
     return is_same or state["engine"] == engine == "whole"
 
@@ -200,7 +199,7 @@ def _find_changes(checkpoint: Path, config: TrainingConfig, engine: str) -> list
 
 
 def _apply_optimizer_options(trainer: Resumable) -> None:
-    """Loading has brought the old options of AdamW and the old peaks of the schedule: put the configured ones back."""
+    """Put back the configured options of AdamW and peaks of the schedule, which loading has replaced."""
     schedule = trainer.lr_scheduler
     peaks = [options["initial_lr"] for options in trainer.optimizer_options]
     rates = [peak * share(schedule.last_epoch) for peak, share in zip(peaks, schedule.lr_lambdas, strict=True)]
@@ -212,7 +211,7 @@ def _apply_optimizer_options(trainer: Resumable) -> None:
         group.update(options, lr=rate)
 
 
-def _say_what_changed(trainer: Resumable, state: Mapping[str, Any], changes: list[Change]) -> None:
+def _log_changes(trainer: Resumable, state: Mapping[str, Any], changes: list[Change]) -> None:
     for change in changes:
         logger.warning("%s", change)
     is_same = (state["engine"], state["num_processes"]) == (trainer.run.engine, trainer.accelerator.num_processes)
@@ -229,29 +228,27 @@ def _say_what_changed(trainer: Resumable, state: Mapping[str, Any], changes: lis
     now = trainer.run.num_replicas, trainer.config.train_batch_size
     if before[0] * before[1] != now[0] * now[1]:
         logger.warning(
-            "A global micro-batch was %d x %d clips and is %d x %d: the epoch goes on with other clips, some of "
-            "them seen already, and noise of its own.",
+            "A global micro-batch was %d x %d clips and is %d x %d: the epoch continues with other clips, some of "
+            "them seen already, and with other noise.",
             *before,
             *now,
         )
 
 
 def _changed_datasets(trainer: Resumable, state: Mapping[str, Any]) -> set[str]:
-    """Options that name the same datasets as before, whose rows have changed since; says so."""
+    """Options whose datasets have other rows than before the checkpoint; logs each."""
     before, changed = state.get("datasets", {}), set()
     for name in ("train_dataset", "prompt_dataset", "validation_dataset"):
         for source in names_in(getattr(trainer.config, name, None)):
             if source in before and before[source] != trainer.dataset_digests[source]:
                 changed.add(name)
-                note = (
-                    "" if name == "validation_dataset" else ": the epoch goes on at the same position of another order"
-                )
-                logger.warning("`%s`: the rows of %s are not those from before the checkpoint%s.", name, source, note)
+                note = "" if name == "validation_dataset" else f": {OTHER_DATA.note}"
+                logger.warning("`%s`: the rows of %s have changed since the checkpoint%s.", name, source, note)
     return changed
 
 
 def _changed_models(trainer: Resumable, state: Mapping[str, Any]) -> set[str]:
-    """Options that name the same models as before, whose files have changed since; says so."""
+    """Options whose models have other files than before the checkpoint; logs each."""
     before, changed = state.get("models", {}), set()
     for option, identities in trainer.run.model_identities.items():
         note = RULES[type(trainer.config)][option].note
@@ -259,7 +256,7 @@ def _changed_models(trainer: Resumable, state: Mapping[str, Any]) -> set[str]:
             if before.get(option, {}).get(source, identity) != identity:
                 changed.add(option)
                 logger.warning(
-                    "`%s`: the files of %s are not those from before the checkpoint (other names, sizes or times)%s.",
+                    "`%s`: the files of %s have changed since the checkpoint (names, sizes or times)%s.",
                     option,
                     source,
                     note and f": {note}",

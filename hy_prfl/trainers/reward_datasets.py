@@ -1,4 +1,4 @@
-"""The datasets of the reward model's training: rows with a label, or pairs, and the order in which they are walked."""
+"""The datasets that train the reward model: rows with a label, or pairs, and the order of their batches."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -30,17 +30,17 @@ logger = logging.getLogger(__name__)
 
 class Items(NamedTuple):
     """
-    What of one or several datasets is trained or evaluated on.
+    The items of one or several datasets that are trained or evaluated on.
 
     Args:
         dataset (`Dataset`):
-            The rows of all of them.
+            The rows of all datasets.
         items (`list`):
             Rows with a label, or pairs of rows of one dataset.
         labels (`list[int]`, *optional*):
             Labels of the rows; None for pairs.
         datasets (`list[int]`):
-            Number of the dataset that each item is from.
+            Number of the dataset of each item.
     """
 
     dataset: Dataset
@@ -57,7 +57,7 @@ class RewardDatasets:
         config (`RewardTrainingConfig`):
             Options of the run.
         train, validation (`Sequence[Dataset]`):
-            Latent datasets, those that the options name. Without validation the second is empty.
+            Latent datasets, in the order of the options. Without validation the second is empty.
         num_replicas, replica (`int`):
             Number of data-parallel replicas, and the one that this process belongs to.
 
@@ -114,7 +114,7 @@ class RewardDatasets:
         if shared:
             logger.warning(
                 "%d rows of %s, such as '%s', have the id of a row that is trained on. If they are the same clips, the "
-                "validation says nothing about others.",
+                "validation does not measure new ones.",
                 len(shared),
                 ", ".join(sources),
                 shared[0],
@@ -168,7 +168,7 @@ class RewardDatasets:
         return Items(pooled, items, None if config.loss == "bt" else labels, numbers)
 
     def _log_shares(self) -> None:
-        """Log what of an epoch comes from which of several datasets."""
+        """Log how many draws of an epoch come from each dataset, if there are several."""
         sources, sampler = self.config.train_dataset, self.sampler()
         if len(sources) == 1:
             return

@@ -1,4 +1,4 @@
-"""The reward of what a step with gradient leads to, and its gradient in these latents. Nothing here knows the generator."""
+"""The reward of the latents of a step with gradient, and its gradient in them. Does not depend on the generator."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -9,11 +9,11 @@ from accelerate import Accelerator
 from torch import nn
 
 from ..configs.prfl import PRFLTrainingConfig
+from ..gradient_steps import GradientStep
 from ..losses import RewardCombination, anchor_loss, reward_feedback_loss
 from ..models.conditioning import Conditioning, num_clean_frames
 from ..models.loading import Deferred, loaded
 from ..models.reward_model import WanRewardModel
-from ..rollout import GradientStep
 from ..runtime.context_parallel import ContextParallelGroup
 from ..runtime.host_weights import HostWeights
 from .run import Run
@@ -23,21 +23,21 @@ InUse = Callable[[nn.Module], AbstractContextManager[None]]
 
 
 def stays(model: nn.Module) -> AbstractContextManager[None]:
-    """Context of a model that always is where it computes."""
+    """Context of a model that stays on its device."""
     return nullcontext()
 
 
 class RewardGradient(NamedTuple):
     """
-    The reward of a step, all of it without gradient.
+    The reward of a step, and its gradients; all tensors are detached.
 
     Args:
         latents_grad (`torch.Tensor` of shape `(batch_size, num_channels, num_frames, height, width)`):
-            Gradient of the loss in the latents that the step leads to.
+            Gradient of the loss in the latents that the reward is taken of.
         loss (`torch.Tensor`, scalar), logits (`torch.Tensor` of shape `(batch_size,)`):
-            Of the reward, which several reward models are combined to.
+            Loss and logits of the reward; several reward models are combined.
         model_logits (`torch.Tensor` of shape `(num_models, batch_size)`):
-            Of each of them.
+            Logits of each reward model.
         velocity_grad (`torch.Tensor` of the shape of `latents_grad`, *optional*), anchor (`torch.Tensor`, scalar, *optional*):
             Gradient of the scaled anchor in the velocity, and its value without the scale, see
             [`~hy_prfl.losses.anchor_loss`].
@@ -53,7 +53,7 @@ class RewardGradient(NamedTuple):
 
 class RewardTerm(NamedTuple):
     """
-    What the scalars of a gradient step stand for.
+    The reward of a gradient step, for metrics and messages.
 
     Args:
         ids (`list[str]`):
@@ -73,8 +73,8 @@ class RewardFeedback:
     """
     Scores noisy latents, and differentiates the reward loss with respect to them (paper, equation 9).
 
-    Several reward models are combined to one logit, see [`~hy_prfl.losses.RewardCombination`]. The activations of one of
-    them are there at a time.
+    Several reward models are combined to one logit, see [`~hy_prfl.losses.RewardCombination`]. Only one of them has
+    activations in memory at a time.
 
     Args:
         config (`PRFLTrainingConfig`):
@@ -82,15 +82,15 @@ class RewardFeedback:
         models (`Sequence[nn.Module]`):
             The frozen reward models, one or more.
         names (`Sequence[str]`):
-            What each of them is called in what is logged, see [`name_models`].
+            Name of each reward model in the metrics, see [`name_models`].
         accelerator (`Accelerator`):
             Its autocast.
         context_parallel (`ContextParallelGroup`, *optional*):
             The ranks that share a clip.
         mean_foreseen_gain (`float`, defaults to 1.0):
-            See [`~hy_prfl.rollout.mean_foreseen_gain`], for `reward_at` foreseen.
+            See [`~hy_prfl.gradient_steps.mean_foreseen_gain`], for `reward_at` foreseen.
         in_use (`Callable`, *optional*):
-            Makes a context in which a model is where it computes; it always is if left out.
+            Returns a context in which a model is on the device where it computes; if left out, it always is.
     """
 
     def __init__(
@@ -154,8 +154,8 @@ class RewardFeedback:
         """
         Gradient of the anchor, times its scale, in the velocity of a step, and the anchor; None without `base_velocity`.
 
-        It is not divided by the width of the step: a share of the velocity means the same at all of them. Frames that
-        are given, which nothing is predicted for, take no part.
+        It is not divided by the width of the step, as a share of the velocity means the same at every step. Given frames,
+        which are not predicted, take no part.
         """
         if step.base_velocity is None:
             return None, None
@@ -188,11 +188,11 @@ class RewardFeedback:
 
     def divisor(self, gain: torch.Tensor) -> torch.Tensor:
         """
-        What a gradient in the latents of a step is divided by, one number or one for each sample.
+        Divisor of the gradient in the latents of a step, one number or one for each sample.
 
-        The mean over the steps of gain / divisor, which is what the gradient in a velocity is scaled by, is the same for
-        all forms of the reward: the mean width of the chain's steps, `1 / num_inference_steps`, shared by chained steps.
-        So `reward_scale` means the same for all of them.
+        The gradient in a velocity is scaled by gain / divisor. Its mean over the steps is the same for all forms of the
+        reward: the mean width of the chain's steps, `1 / num_inference_steps`, divided by the number of chained steps. So
+        `reward_scale` means the same for all of them.
         """
         config = self.config
         total = config.num_inference_steps * config.num_chained_steps
@@ -206,7 +206,7 @@ class RewardFeedback:
         return divisor if divisor.ndim == 0 else divisor.view(-1, 1, 1, 1, 1)
 
     def metrics(self, gradients: Sequence[RewardGradient]) -> dict[str, torch.Tensor]:
-        """What is logged of the rewards of an update."""
+        """Metrics of the rewards of an update."""
         logits = torch.cat([each.logits for each in gradients])
         metrics = {
             "reward_loss": torch.stack([each.loss for each in gradients]).mean(),
@@ -225,7 +225,7 @@ class RewardFeedback:
 
 
 def name_models(tasks: Sequence[str]) -> list[str]:
-    """Names of reward models: their tasks, or if some are of the same one, their places in `reward_models` from 0 on."""
+    """Names of reward models: their tasks, or if two share one, their positions in `reward_models`, from 0 on."""
     return list(tasks) if len(set(tasks)) == len(tasks) else [str(index) for index in range(len(tasks))]
 
 
@@ -244,7 +244,7 @@ def load_reward_models(
             How many of a model's blocks use activation checkpointing; all if None.
 
     Returns:
-        The frozen models, and a function that returns the context in which a model computes.
+        The frozen models, and a function that returns a context in which a model is on the device.
     """
     found: list[nn.Module] = []
     hosts: dict[nn.Module, HostWeights] = {}

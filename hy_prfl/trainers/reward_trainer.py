@@ -1,4 +1,4 @@
-"""Trains PAVRM: the label of the clean clip, predicted from its latents at a random noise level."""
+"""Trains PAVRM, which predicts the label of a clip from its latents at a random noise level."""
 
 import dataclasses
 import json
@@ -50,7 +50,7 @@ logger = get_logger(__name__)
 
 NOISE = 0
 TRAINED_FILE = "trained_weights.safetensors"
-# Options of a new model; one to start from has its own.
+# Options of a new model; with `reward_model` its own values hold.
 MODEL_OPTIONS = ("num_layers", "pooling", "num_query_heads", "query_residual")
 
 
@@ -59,20 +59,20 @@ class RewardTrainer(Trainer):
     Trains a [`WanRewardModel`] with binary cross-entropy on labels or with Bradley-Terry on pairs.
 
     Embeddings stay frozen; blocks train with `learning_rate`, pooling and head with `head_learning_rate`. The result is
-    `output_dir/reward_model`, and the model with the best validation `output_dir/best`.
+    `output_dir/reward_model`; the model with the best validation is `output_dir/best`.
 
     Args:
         config (`RewardTrainingConfig`):
-            Options of the run. Its paths name what is given here, in messages and in the record of the run.
+            Options of the run. Its paths only name the given model and datasets in messages and in the run's record.
         reward_model (`WanRewardModel`):
-            The model to train, in float32, or a [`~hy_prfl.models.loading.Deferred`] one, which is read when all else
-            has been checked.
+            The model to train, in float32, or a [`~hy_prfl.models.loading.Deferred`] one, which is loaded after all
+            checks.
         train_dataset (`Dataset` or `Sequence[Dataset]`):
             A latent dataset with labels or pairs for the task, or several; `config.train_dataset` names them.
         validation_dataset (`Dataset` or `Sequence[Dataset]`, *optional*):
-            Others, to evaluate on; then `config.validation_dataset` names them.
+            One or several to evaluate on; `config.validation_dataset` names them.
         run (`Run`, *optional*):
-            What [`set_up_run`] has made of the options; made here if left out.
+            Result of [`set_up_run`]; set up here if left out.
 
     Raises:
         ValueError: If options, model and datasets do not fit together.
@@ -136,14 +136,14 @@ class RewardTrainer(Trainer):
 
     @classmethod
     def set_up_run(cls, config: RewardTrainingConfig) -> Run:
-        """The run of these options, before anything is loaded."""
+        """Set up the run of these options. No model is loaded yet."""
         run = Run(config, trainer=cls.__name__, backwards_per_update=config.gradient_accumulation_steps)
         run.check_kernel("attention_backend", trains=True, dtype=run.trained_dtype)
         return run
 
     @classmethod
     def from_config(cls, config: RewardTrainingConfig) -> "RewardTrainer":
-        """A trainer whose model and datasets are loaded from where the options say."""
+        """Build the trainer with the model and datasets that the options name."""
         run = cls.set_up_run(config)
         fingerprint = run.pipeline_vae_fingerprint()
         datasets: dict[str, list[Dataset]] = {}
@@ -176,11 +176,11 @@ class RewardTrainer(Trainer):
     def compute_loss(
         self, batch: LabeledBatch | PreferenceBatch, micro_step: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Loss of one micro-batch, and by how much each logit, or pair, is on the right side (>0)."""
+        """Loss of one micro-batch, and the margin of each logit or pair, which is positive if it is right."""
         clips = batch.chosen if isinstance(batch, PreferenceBatch) else batch.clips
         noise, sigmas = self.draw_noise(NOISE, micro_step, clips)
         if isinstance(batch, PreferenceBatch):
-            # One forward for both, so that DDP and ZeRO see one call a backward; same noise, same sigma.
+            # One forward for both, so that DDP and ZeRO see one call per backward; same noise, same sigma.
             both = LatentBatch.concatenate([batch.chosen, batch.rejected])
             chosen_logits, rejected_logits = self.score(both, noise.repeat(2, 1, 1, 1, 1), sigmas.repeat(2)).chunk(2)
             loss = bradley_terry_loss(chosen_logits, rejected_logits)
@@ -225,7 +225,7 @@ class RewardTrainer(Trainer):
         self.unwrapped.train()
 
     def save_model(self, directory: Path) -> None:
-        """Write `directory/reward_model`, or of a run with LoRA what trains. A collective."""
+        """Write `directory/reward_model`, or with LoRA only the trained weights. A collective."""
         if self.config.lora_rank is None:
             self._write_reward_model(directory / MODEL_FOLDER)
             return
@@ -234,29 +234,29 @@ class RewardTrainer(Trainer):
             save_file(state_dict, directory / TRAINED_FILE)
 
     def save_result(self, directory: Path) -> None:
-        """Write `directory/reward_model`, whole, also after LoRA, and averaged if an average is kept."""
+        """Write the full `directory/reward_model`, with its LoRA merged, and averaged if an average is kept."""
         with self.averaged_weights():
             self._write_reward_model(directory / MODEL_FOLDER)
 
     def read_model(self, directory: Path) -> Mapping[str, torch.Tensor]:
-        """What `save_model` wrote, by the names of the parameters in training."""
+        """Read what `save_model` wrote, by the names of the trained parameters."""
         if self.config.lora_rank is None:
             return WeightFiles(directory, subfolder=MODEL_FOLDER)
         return load_file(directory / TRAINED_FILE)
 
     def state(self) -> dict[str, Any]:
-        """Adds the best metric so far, and which it is."""
+        """Add the best value so far, and the name of its metric."""
         return {**super().state(), "best_metric": self.best_metric, "best_metric_name": self.best_metric_name}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore what `state` returned."""
         super().load_state(state)
-        # Older checkpoints do not tell which metric it is.
+        # Older checkpoints do not name the metric.
         self.best_metric, self.best_metric_name = state["best_metric"], state.get("best_metric_name", "metric")
 
     def forget_outdated(self, changed: Collection[str]) -> None:
-        """Forget the best metric if it was another measure, or of a model that is not in `output_dir/best` any more."""
-        # Without validation the best model stays what it is.
+        """Forget the best value if it was measured differently, or if its model is no longer in `output_dir/best`."""
+        # Without validation the best model stays.
         if self.best_metric is None or self.config.validation_dataset is None:
             return
         kept = best_report(self.output_dir) or {"global_step": math.inf}
@@ -266,10 +266,12 @@ class RewardTrainer(Trainer):
         if is_kept and not outdated:
             return
         reason = (
-            f"measured with another {' and '.join(outdated)}" if outdated else "of a model that is not there any more"
+            f"was measured with another {' and '.join(outdated)}"
+            if outdated
+            else "belongs to a model that is no longer there"
         )
         logger.warning(
-            "The best %s of the checkpoint, %.4f, is %s: the next validation writes %s anew.",
+            "The checkpoint's best %s, %.4f, %s: the next validation replaces %s.",
             self.best_metric_name, self.best_metric, reason, self.output_dir / BEST_FOLDER,
         )  # fmt: skip
         self.best_metric = None
@@ -293,7 +295,7 @@ class RewardTrainer(Trainer):
         )
 
     def _save_best(self, metrics: dict[str, float]) -> None:
-        """Write `output_dir/best`, with what made it the best. A collective."""
+        """Write the model and its metrics to `output_dir/best`. A collective."""
         report = {"global_step": self.global_step, **metrics}
         self._write_reward_model(self.output_dir / BEST_FOLDER, extra={"metrics.json": json.dumps(report, indent=2)})
         logger.info("Best %s so far: %.4f.", self.config.metric_for_best_model, self.best_metric)
@@ -307,7 +309,7 @@ class RewardTrainer(Trainer):
 
 
 def _deferred_model(config: RewardTrainingConfig, run: Run, vae_fingerprint: str) -> Deferred[WanRewardModel]:
-    """The reward model to start from, or a new one made of the pipeline's transformer."""
+    """The reward model to start from, or a new one from the pipeline's transformer."""
     if config.reward_model is not None:
         reward_config = WanRewardModel.load_own_config(config.reward_model)
         source = config.pretrained_model_name_or_path
@@ -348,7 +350,7 @@ def _deferred_model(config: RewardTrainingConfig, run: Run, vae_fingerprint: str
 
 
 def _check_same_model(config: RewardTrainingConfig, reward_config: Mapping[str, Any]) -> None:
-    """Refuse options that ask for another model than the one to start from; their defaults ask for nothing."""
+    """Refuse options that contradict the reward model to start from; a default never does."""
     for option in dataclasses.fields(config):
         value = getattr(config, option.name)
         if option.name in MODEL_OPTIONS and value not in (option.default, reward_config[option.name]):
@@ -357,7 +359,7 @@ def _check_same_model(config: RewardTrainingConfig, reward_config: Mapping[str, 
 
 
 def _read_start(config: RewardTrainingConfig, base: WanTransformer3DModel, expert: ExpertName) -> StartingPoint:
-    """What the options put in the place of the pipeline's transformer; refuses what does not fit."""
+    """The weights that replace the pipeline's transformer, as the options say; refuses what does not fit."""
     if config.transformer_path is None and config.lora_path is None:
         return StartingPoint()
     start = read_starting_point(config.transformer_path, config.lora_path, config.lora_start, base=base, expert=expert)

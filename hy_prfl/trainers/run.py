@@ -1,4 +1,4 @@
-"""A run before it has a model: its folder and checkpoint, its processes and their precision, and its reports."""
+"""What a run sets up before any model: its folder, checkpoint, processes, precision and reports."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -29,8 +29,9 @@ QUANTIZATION_OPTIONS = ("base_quantization", "frozen_expert_quantization", "rewa
 
 class Run:
     """
-    What a trainer needs before anything large is loaded: with it models are loaded in the right type, and split while
-    they load where the engine splits them.
+    What a trainer needs before anything large is loaded.
+
+    Models are loaded in its types, and under ZeRO-3 it shards them while they load.
 
     Args:
         config (`TrainingConfig`):
@@ -38,13 +39,13 @@ class Run:
         trainer (`str`):
             Name of the trainer's class; a checkpoint of another one is refused.
         backwards_per_update (`int`):
-            Number of backward passes that add up to one optimizer update; the most there are, if updates differ.
+            Number of backward passes that add up to one optimizer update; the largest, if updates differ.
         takes_turns (`bool`, defaults to `False`):
-            Whether a backward pass reaches some of the parameters in training only.
+            Whether some backward passes reach only a part of the trained parameters.
 
     Raises:
         ValueError: If options, launch or the checkpoint to resume from do not fit together.
-        FileNotFoundError: If there is no checkpoint where the options say so.
+        FileNotFoundError: If the checkpoint to resume from does not exist.
     """
 
     def __init__(
@@ -62,9 +63,9 @@ class Run:
             find_unused_parameters=takes_turns,
         )
         precision = self.accelerator.mixed_precision
-        # An update that is not finite is left out before a loss scale could learn from it, and Wan overflows in float16.
+        # Not float16: Wan overflows in it, and a non-finite update is left out before a loss scale could adapt to it.
         check(precision in ("no", "bf16"), "mixed_precision", precision, "no or bf16")
-        # Before anything is loaded: files that are replaced later are not those of this run.
+        # Before anything is loaded: files that are replaced while the run loads or trains count as changed.
         self.model_identities: Mapping[str, Mapping[str, str]] = model_identities(config)
         if self.checkpoint is not None:
             check_checkpoint(
@@ -94,13 +95,13 @@ class Run:
 
     @property
     def engine(self) -> str:
-        """What runs the optimizer: `ZeRO-<stage>`, or `whole` if every process has all of it."""
+        """Engine of the optimizer: `ZeRO-<stage>`, or `whole` if every process has all of its state."""
         plugin = self.accelerator.state.deepspeed_plugin
         return "whole" if plugin is None else f"ZeRO-{plugin.zero_stage}"
 
     @property
     def split(self) -> Callable[[nn.Module], None] | None:
-        """Splits the weights of a model that is to be trained while it loads, if the engine splits them anyway."""
+        """Function that shards the weights of a trained model while it loads; None unless the engine is ZeRO-3."""
         plugin = self.accelerator.state.deepspeed_plugin
         if plugin is None or plugin.zero_stage != 3:
             return None
@@ -113,21 +114,21 @@ class Run:
 
     @property
     def trained_dtype(self) -> torch.dtype:
-        """Type to load weights in that are to be trained: float32, unless the engine keeps float32 masters of them."""
+        """Type to load trained weights in: float32, unless the engine keeps float32 masters of them."""
         return torch.float32 if self.split is None else self.weight_dtype
 
     @property
     def weight_dtype(self) -> torch.dtype:
-        """Type of frozen weights and of all embeddings that models are given; what trains has float32 masters."""
+        """Type of frozen weights, and of the embeddings that models get. Trained weights have float32 masters."""
         return torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else torch.float32
 
     def quantizer(self, option: str) -> Quantizer | None:
-        """What quantises a model as the option of this name says, if it is given."""
+        """Quantizer of the kind that the option of this name gives; None if it is left out."""
         kind = getattr(self.config, option)
         return None if kind is None else Quantizer(kind, device=self.accelerator.device, dtype=self.weight_dtype)
 
     def pipeline_vae_fingerprint(self) -> str:
-        """Identity of the VAE of the pipeline that is trained; latents of another VAE mean nothing to it."""
+        """Fingerprint of the pipeline's VAE, by which latents of another VAE are refused."""
         vae = AutoencoderKLWan.from_pretrained(
             self.config.pretrained_model_name_or_path,
             subfolder="vae",
@@ -138,13 +139,13 @@ class Run:
 
     def set_up_blocks(self, model: Any, *, num_checkpointed: int | None) -> None:
         """
-        Give a model's blocks what the options ask for: recomputation, attention kernel, share of the tokens, compiler.
+        Set up a model's blocks by the options: activation checkpointing, attention kernel, context parallelism, compiler.
 
         Args:
             model (`ModelMixin`):
                 The model, with its adapter if it gets one.
             num_checkpointed (`int`, *optional*):
-                How many blocks are recomputed with `gradient_checkpointing`, all if left out.
+                How many blocks use activation checkpointing with `gradient_checkpointing`, all if left out.
         """
         config = self.config
         if config.gradient_checkpointing:
@@ -155,18 +156,18 @@ class Run:
             self.context_parallel.split(model)
         if config.compile:
             # Generator and reward model share the code of a block, each in several modes and shapes. Beyond its limit
-            # torch would go on without compiling, and say nothing.
+            # torch silently stops compiling.
             torch._dynamo.config.recompile_limit = 64
             torch._dynamo.config.fail_on_recompile_limit_hit = True
             model.compile_repeated_blocks()
 
     def check_kernel(self, option: str, *, trains: bool, dtype: torch.dtype) -> None:
         """
-        Refuse an attention kernel that cannot do what the option of this name wants of it.
+        Refuse an attention kernel that cannot do what the run needs of it.
 
         Args:
             option (`str`):
-                Name of the option.
+                Name of the option that names the kernel.
             trains (`bool`):
                 Whether a backward pass follows.
             dtype (`torch.dtype`):

@@ -1,4 +1,4 @@
-"""Lets a run that is told to stop finish what it is at."""
+"""Lets a run finish its step when a signal asks it to stop."""
 
 import signal
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""One optimizer update: its backward passes, what happens if a loss is not finite, and the learning rate."""
+"""One optimizer update: its backward passes, clipping, and what happens if a loss is not finite."""
 
 import math
 from collections.abc import Iterable
@@ -19,9 +19,9 @@ class Updates:
     """
     Accumulates gradients and applies them, the same way on every rank.
 
-    An update in which a loss or the gradient is not finite on any rank is left out on all of them, and reported with
-    the rows of every rank concerned. A parameter that no backward pass of an update has reached, as of an expert that
-    took no part in it, has a gradient of zero, with every engine: AdamW's averages of it go on.
+    If a loss or the gradient is not finite on any rank, the update is left out on all ranks, and reported with the rows
+    concerned. A parameter that no backward pass of an update reaches, such as one of an unused expert, has a gradient of
+    zero under every engine: AdamW's averages of it are still updated.
 
     Args:
         accelerator (`Accelerator`):
@@ -29,7 +29,7 @@ class Updates:
         optimizer (`torch.optim.Optimizer`):
             The prepared optimizer.
         parameters (`list[torch.Tensor]`):
-            What trains.
+            The trained parameters.
         max_grad_norm (`float`):
             Gradients are clipped to this norm. DeepSpeed clips by its own configuration.
         max_skipped_updates (`int`):
@@ -68,7 +68,7 @@ class Updates:
             sample_ids (`Iterable[str]`):
                 Rows of the micro-batch, for the report.
             value (`torch.Tensor`, *optional*):
-                The loss to look at, if `loss` is only a surrogate with the same gradient.
+                The loss to check and report, if `loss` is only a surrogate with the same gradient.
         """
         value = loss if value is None else value
         both = torch.stack([value.detach().float(), loss.detach().float()])
@@ -96,7 +96,7 @@ class Updates:
         self.optimizer.zero_grad()
 
     def _report(self, global_step: int) -> None:
-        """Say which rows of which ranks spoilt the update. A collective."""
+        """Report the ranks and rows that made the update non-finite. A collective."""
         self.num_skipped += 1
         rank = self.accelerator.process_index
         records = gather_records([(rank, float(value), ", ".join(ids)) for value, ids in self._micro_batches])

@@ -8,7 +8,7 @@ import pytest
 from examples.shapes.annotate import AnnotateConfig, annotate, labels_of
 from examples.shapes.clips import FAILURES, FPS, draw_clip, render_clip, split_captions
 from examples.shapes.judge import KINDS
-from hy_prfl.inference.generation import write_video
+from hy_prfl.inference.video_files import write_video
 
 
 def test_only_good_clips_are_good_in_motion_and_body() -> None:

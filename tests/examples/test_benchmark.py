@@ -15,7 +15,7 @@ from examples.benchmark.benchmark import in_process_of_its_own, main, prepare_in
 from examples.benchmark.cases import (
     FLOW,
     FOUR_STEPS,
-    NO_RECOMPUTATION,
+    NO_CHECKPOINTING,
     PRFL,
     PRFL_REWARD,
     RGB_ALL,
@@ -35,7 +35,7 @@ from hy_prfl.configs.prfl import PRFLTrainingConfig
 from hy_prfl.losses import flow_matching_loss, reward_feedback_loss
 from hy_prfl.models.conditioning import Conditioning
 from hy_prfl.models.reward_model import WanRewardModel
-from hy_prfl.rollout import predict_velocity
+from hy_prfl.sampling import predict_velocity
 
 
 ROOT = Path(__file__).parents[2]
@@ -89,7 +89,7 @@ def test_decoding_is_the_vaes_own(vae: AutoencoderKLWan, decode: Any, num_frames
 @pytest.mark.parametrize("method", [RGB_FIRST, RGB_ALL])
 def test_rgb_refl_has_the_gradient_of_plain_autograd(inputs: Path, tmp_path: Path, method: str) -> None:
     """RGB ReFL's gradient from one graph of noise, chain, predicted latents, frames, reward and one `backward()`."""
-    trainer = dataclasses.replace(case(method), switch="no recomputation" if method == RGB_ALL else "")
+    trainer = dataclasses.replace(case(method), switch="no activation checkpointing" if method == RGB_ALL else "")
     trainer = trainer.trainer(inputs, tmp_path, Measured)
     trainer.start_streams()
     batch = next(trainer.reward_batches).to(torch.device("cpu"))
@@ -225,7 +225,7 @@ def test_every_switch_is_an_option_of_the_trainer() -> None:
             config = PRFLTrainingConfig(
                 output_dir="-", pretrained_model_name_or_path="-", train_dataset="-", reward_model="-", **each.options
             )
-            assert config.gradient_checkpointing == (each.switch != NO_RECOMPUTATION)
+            assert config.gradient_checkpointing == (each.switch != NO_CHECKPOINTING)
 
 
 def test_steps_are_the_mean_of_random_ones() -> None:
@@ -313,8 +313,8 @@ def test_command_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.Monkey
     kept = json.loads(path.read_text())
     kept["result"]["seconds"] = [123.0]
     path.write_text(json.dumps(kept))
-    report = run("--cases", FLOW, "no recomputation")
-    assert [each["switch"] for each in report["cases"]] == ["", "no recomputation"]
+    report = run("--cases", FLOW, "no activation checkpointing")
+    assert [each["switch"] for each in report["cases"]] == ["", "no activation checkpointing"]
     assert report["cases"][0]["seconds_per_update"] == 123.0
     assert report["cases"][1]["seconds_per_update"] != 123.0
     assert not list(tmp_path.rglob("*.tmp"))

@@ -39,7 +39,7 @@ from examples.shapes.judge import (
 )
 from examples.shapes.pretrain import PRETRAINED_DIR
 from hy_prfl.data.video import read_video
-from hy_prfl.inference.generation import write_video
+from hy_prfl.inference.video_files import write_video
 
 
 SEED = 31_337

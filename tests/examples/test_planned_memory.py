@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from examples.benchmark.benchmark import planned, prepare_inputs
-from examples.benchmark.cases import FLOW, FOUR_STEPS, LORA, NO_RECOMPUTATION, PRFL, PRFL_REWARD, Case
+from examples.benchmark.cases import FLOW, FOUR_STEPS, LORA, NO_CHECKPOINTING, PRFL, PRFL_REWARD, Case
 from examples.benchmark.measuring import Measured, measure, most_bytes_alive
 from examples.benchmark.sizes import Clip, small_size
 
@@ -30,7 +30,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         (PRFL, "", {}),
         (PRFL, "", {"gradient_accumulation_steps": 2}),
-        (PRFL, NO_RECOMPUTATION, {}),
+        (PRFL, NO_CHECKPOINTING, {}),
         (PRFL, LORA, {}),
         (PRFL_REWARD, FOUR_STEPS, {}),
         (FLOW, "", {}),
@@ -69,7 +69,7 @@ class _AsItIs:
 def test_plan_of_a_quantised_base_agrees_with_the_allocator(
     small_inputs: Path, tmp_path: Path, method: str, options: dict[str, Any]
 ) -> None:
-    """Without recomputation torchao's casts of all weights live until the backward pass."""
+    """Without activation checkpointing torchao's casts of all weights live until the backward pass."""
     case = Case(
         "test", dataclasses.replace(SMALL_SIZE, options={"lora_rank": 4, **options}), SMALL_CLIP, method, "", 8
     )

@@ -27,7 +27,7 @@ from examples import (
 from hy_prfl import WanRewardModel
 from hy_prfl.data.dataset import load_latent_dataset
 from hy_prfl.flow_matching import row_noise
-from tests.hub.hub_server import HubServer, running_hub, use_in_this_process
+from tests.hub.hub_server import HubServer
 
 
 ROOT = Path(__file__).parents[2]
@@ -280,13 +280,6 @@ def test_before_after(
             assert abs(half - video).mean() < 0.03
     assert rewards["before"] != pytest.approx(rewards["after"], abs=1e-4)
     assert "mean of 2 prompts" in capsys.readouterr().out
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    with running_hub() as server:
-        use_in_this_process(server, tmp_path / "home", monkeypatch)
-        yield server
 
 
 def test_push_and_pull(hub: HubServer, reward_dir: Path, write_latents: Callable[..., Path], tmp_path: Path) -> None:

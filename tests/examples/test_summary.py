@@ -10,7 +10,7 @@ from examples.shapes.clips import FAILURES, FPS, draw_clip, render_clip, split_c
 from examples.shapes.judge import judge_manifest, write_json
 from examples.shapes.report import ARMS
 from examples.shapes.summary import RUNS, curves, finish, summarize
-from hy_prfl.inference.generation import write_video
+from hy_prfl.inference.video_files import write_video
 
 
 TIMESTEPS = (100, 500, 900)

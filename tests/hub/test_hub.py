@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -25,17 +25,10 @@ from hy_prfl.hub.model_card import OWN_CARD
 from hy_prfl.hub.repositories import PENDING_FILE
 from hy_prfl.models.loading import load_reward_model
 from hy_prfl.models.reward_model import WanRewardModel
-from tests.hub.hub_server import READER, STRANGER, HubServer, running_hub, use_in_this_process
+from tests.hub.hub_server import READER, STRANGER, HubServer
 
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    with running_hub() as server:
-        use_in_this_process(server, tmp_path / "home", monkeypatch)
-        yield server
 
 
 def tiny_reward_model(seed: int = 0) -> WanRewardModel:

@@ -1,6 +1,6 @@
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,14 +30,7 @@ from hy_prfl.models.reward_model import WanRewardModel
 from hy_prfl.runtime.provenance import run_record
 from hy_prfl.trainers.prfl_trainer import PRFLTrainer
 from hy_prfl.trainers.reward_trainer import RewardTrainer
-from tests.hub.hub_server import HubServer, check_card, running_hub, use_in_this_process
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    with running_hub() as server:
-        use_in_this_process(server, tmp_path / "home", monkeypatch)
-        yield server
+from tests.hub.hub_server import HubServer, check_card
 
 
 @pytest.fixture

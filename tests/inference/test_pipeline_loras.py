@@ -26,7 +26,7 @@ from hy_prfl.formats.layout import LORA_FILES
 from hy_prfl.formats.lora_metadata import lora_header
 from hy_prfl.inference.pipelines import load_pipeline
 from tests.formats.native_layout import native_name, native_weights, run
-from tests.hub.hub_server import HubServer, running_hub, use_in_this_process
+from tests.hub.hub_server import HubServer
 
 
 LINEARS = [
@@ -565,12 +565,6 @@ class TestFolders:
 
 
 class TestHub:
-    @pytest.fixture
-    def hub(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-        with running_hub() as server:
-            use_in_this_process(server, tmp_path / "home", monkeypatch)
-            yield server
-
     def test_repository(
         self, hub: HubServer, pipeline_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -35,10 +35,15 @@ def test_text_encoder_on_the_cpu(pipeline_dir: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"shard_weights": ["transformer"]}, r"`shard_weights` \['transformer'\] needs a group"),
+        ({"shard_weights": ["transformer"]}, r"`shard_weights` \['transformer'\] needs `context_parallel`"),
         (
             {"text_encoder_on_cpu": True, "cpu_offload": "model", "device": "meta"},
-            "`text_encoder_on_cpu` goes without",
+            "`text_encoder_on_cpu` does not work with",
+        ),
+        # Before anything is loaded: there is no such transformer.
+        (
+            {"step_cache": "second_block", "transformer_path": "none"},
+            "`step_cache` must be none, first_block, taylorseer or sea, got 'second_block'",
         ),
     ],
 )

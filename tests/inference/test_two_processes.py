@@ -14,8 +14,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from hy_prfl.data.video import read_video
-from hy_prfl.inference.generation import read_record
 from hy_prfl.inference.tiny_pipelines import save_pipeline
+from hy_prfl.inference.video_files import read_record
 from hy_prfl.scripts.generate import main
 from tests.inference.two_processes import SIZE
 

@@ -20,8 +20,9 @@ from PIL import Image
 from torch import nn
 
 from hy_prfl.data.prompts import VideoPrompt
-from hy_prfl.inference.generation import VideoSettings, generate_videos
+from hy_prfl.inference.generation import generate_videos
 from hy_prfl.inference.pipelines import load_pipeline
+from hy_prfl.inference.video_files import VideoSettings
 from hy_prfl.runtime.context_parallel import ContextParallelGroup
 from hy_prfl.runtime.distributed import leave_processes, process_state
 from hy_prfl.scripts.generate import main

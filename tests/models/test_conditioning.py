@@ -48,6 +48,28 @@ def test_embeddings_are_cast_and_the_condition_stays_in_float32() -> None:
     assert Conditioning(given.prompt_embeds).to("cpu", torch.float32).condition is None
 
 
+@pytest.mark.parametrize(
+    ("model", "channels", "takes_condition", "takes_images"),
+    [
+        ({"in_channels": 16, "out_channels": 16, "image_dim": None}, 20, False, False),
+        ({"in_channels": 36, "out_channels": 16, "image_dim": 32}, 20, True, True),
+        ({"in_channels": 36, "out_channels": 16, "image_dim": None}, 20, True, False),
+        ({"in_channels": 48, "out_channels": 48, "image_dim": None}, 48, True, False),
+    ],
+    ids=["text-to-video", "image-to-video", "of two experts", "first frame"],
+)
+def test_what_a_model_has_no_input_for_is_left_out(
+    model: dict[str, int | None], channels: int, takes_condition: bool, takes_images: bool
+) -> None:
+    given = Conditioning(torch.ones(1, 3, 8), torch.ones(1, 5, 32), torch.ones(1, channels, 1, 4, 4))
+    taken = given.taken_by(model)
+    assert taken.prompt_embeds is given.prompt_embeds
+    assert taken.image_embeds is (given.image_embeds if takes_images else None)
+    assert taken.condition is (given.condition if takes_condition else None)
+    nothing = Conditioning(given.prompt_embeds).taken_by(model)
+    assert (nothing.image_embeds, nothing.condition) == (None, None)
+
+
 @pytest.fixture(scope="module")
 def transformer() -> WanTransformer3DModel:
     return build_pipeline(expand_timesteps=True, num_layers=3).transformer

@@ -1,4 +1,4 @@
-"""Small manifests of real videos, and the application without a socket."""
+"""Small manifests of real videos, the application without a socket, and the files of a run."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from starlette.testclient import TestClient
 
 from hy_prfl.data.manifest import read_manifest
@@ -74,3 +75,25 @@ def open_client(open_study: Callable[..., Study]) -> Callable[..., TestClient]:
         return client
 
     return open_one
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path, write_video: Callable[..., Path]) -> Path:
+    """Files of a PRFL run of 800 steps that took an hour, validated four times."""
+    folder = tmp_path / "run <1>"
+    folder.mkdir()
+    lines: list[dict[str, Any]] = []
+    for step in (200, 400, 600, 800):
+        lines.append({"step": step, "train/flow_loss": 1 / step, "train/reward": 0.3 + step / 2000})
+        reward = {f"validation/reward/t{timestep}": step / 1000 for timestep in (200, 600, 1000)}
+        lines.append({"step": step, "validation/reward": step / 1000, **reward})
+        for sample in range(3):
+            write_video(folder / "validation" / f"step-{step}" / f"{sample:04d}.mp4", seed=sample)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = {"pretrained_model_name_or_path": "Wan-AI/<b>", "reward_model": "outputs/reward", "lora_rank": 16}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    record = {"started": "2026-01-01T10:00:00+00:00", "command": ["train_prfl.py", "--a", "b"], "num_processes": 8}
+    record |= {"git": {"commit": "abc", "dirty": False}, "libraries": {"torch": "2.6"}}
+    record |= {"finished": "2026-01-01T11:00:00+00:00", "finished_step": 800}
+    (folder / "run.json").write_text(json.dumps([record]))
+    return folder

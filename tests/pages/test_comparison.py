@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hy_prfl.inference.generation import write_video
+from hy_prfl.inference.video_files import write_video
 from hy_prfl.pages.comparison import compare, read_pairs
 from hy_prfl.pages.items import Clip, Item
 from hy_prfl.pages.journal import Journal

@@ -10,41 +10,12 @@ import numpy as np
 import pytest
 import yaml
 
-from hy_prfl.pages.report import (
-    calibration,
-    cost_rows,
-    monitor_parts,
-    samples_to_show,
-    sigma_figures,
-    training_figures,
-)
+from hy_prfl.pages.report_figures import monitor_parts
 from hy_prfl.scripts.report import main
 from tests.pages.html import Page
 
 
 PLAN = {"peak": 61.5, "hours": 2.0, "seconds_per_step": 9.0, "num_gpus": 8}
-
-
-@pytest.fixture
-def run_dir(tmp_path: Path, write_video: Callable[..., Path]) -> Path:
-    """Files of a PRFL run of 800 steps that took an hour, validated four times."""
-    folder = tmp_path / "run <1>"
-    folder.mkdir()
-    lines: list[dict[str, Any]] = []
-    for step in (200, 400, 600, 800):
-        lines.append({"step": step, "train/flow_loss": 1 / step, "train/reward": 0.3 + step / 2000})
-        reward = {f"validation/reward/t{timestep}": step / 1000 for timestep in (200, 600, 1000)}
-        lines.append({"step": step, "validation/reward": step / 1000, **reward})
-        for sample in range(3):
-            write_video(folder / "validation" / f"step-{step}" / f"{sample:04d}.mp4", seed=sample)
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    config = {"pretrained_model_name_or_path": "Wan-AI/<b>", "reward_model": "outputs/reward", "lora_rank": 16}
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    record = {"started": "2026-01-01T10:00:00+00:00", "command": ["train_prfl.py", "--a", "b"], "num_processes": 8}
-    record |= {"git": {"commit": "abc", "dirty": False}, "libraries": {"torch": "2.6"}}
-    record |= {"finished": "2026-01-01T11:00:00+00:00", "finished_step": 800}
-    (folder / "run.json").write_text(json.dumps([record]))
-    return folder
 
 
 def page_of(run_dir: Path, *options: str) -> tuple[Page, str]:
@@ -127,7 +98,7 @@ def test_the_monitor_is_shown_through_time(run_dir: Path) -> None:
         ["0", "healthy"], ["200", "healthy"], ["400", "hacked"],
     ]  # fmt: skip
     assert [each for each in page.texts if each.endswith("stopped by its monitor after 400 steps.")]
-    assert {"hacked", "is what the monitor finds the run"} <= set(page.texts)
+    assert {"hacked", "verdict of the monitor"} <= set(page.texts)
     assert {image["alt"] for image in page.all("img")} == {
         "reward", "Reward in training against held-out", "Distance to the base",
         "Samples to real latents, ratios", "Samples to real latents, distances",
@@ -138,7 +109,7 @@ def test_the_monitor_is_shown_through_time(run_dir: Path) -> None:
         line.get_label(): line.get_xydata() for line in figures["Reward in training against held-out"].axes[0].lines
     }
     assert list(curves) == [
-        "reward in training", "held-out reward", "the former less the latter", "held-out 1: a/best", "held-out 2: b/best",
+        "reward in training", "held-out reward", "difference of the two", "held-out 1: a/best", "held-out 2: b/best",
     ]  # fmt: skip
     np.testing.assert_allclose(curves["reward in training"], [[0, 0.3], [200, 0.5], [400, 0.7]])
     np.testing.assert_allclose(curves["held-out 2: b/best"][:, 1], 0.4)
@@ -154,57 +125,6 @@ def test_cost_against_plan(run_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text("{}")
     with pytest.raises(ValueError, match="not a plan, these keys are missing: hours, peak, seconds_per_step"):
         page_of(run_dir, "--plan", str(tmp_path / "plan.json"))
-
-
-def test_measured_memory_is_that_of_the_fullest_gpu() -> None:
-    record = {"started": "2026-01-01T10:00:00+00:00", "finished": "2026-01-01T10:10:00+00:00", "finished_step": 100}
-    rows, note = cost_rows([], [{**record, "peak_gpu_memory": [57_100_000_000, 58_250_000_000]}], None)
-    assert ["GB of GPU memory", "-", "58.2"] in rows
-    assert "what tensors took" in note
-    rows, note = cost_rows([], [{**record, "peak_gpu_memory": []}], None)
-    assert "GB of GPU memory" not in [row[0] for row in rows]
-    assert "tensors" not in note
-    with pytest.raises(ValueError, match="`peak_gpu_memory` must be a list of bytes, got 'much'"):
-        cost_rows([], [{**record, "peak_gpu_memory": "much"}], None)
-
-
-def test_a_resumed_run_costs_what_its_last_start_did() -> None:
-    record = {"started": "2026-01-01T10:00:00+00:00", "finished": "2026-01-01T10:10:00+00:00", "num_processes": 1}
-    rows, _ = cost_rows([], [{}, {**record, "resumed_step": 40, "finished_step": 100}], None)
-    assert ["seconds per step", "-", "10"] in rows
-    # One that goes on, or an old record.
-    assert cost_rows([], [{"started": record["started"]}], None) == ([], "")
-
-
-def test_the_curves_are_those_of_the_run(run_dir: Path) -> None:
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    figures = training_figures(lines)
-    assert list(figures) == ["flow loss", "reward"]
-    train, validation = figures["reward"].axes[0].lines
-    np.testing.assert_allclose(train.get_xydata(), [[step, 0.3 + step / 2000] for step in (200, 400, 600, 800)])
-    np.testing.assert_allclose(validation.get_ydata(), [0.2, 0.4, 0.6, 0.8])
-    first, last = sigma_figures(lines)["reward by noise level"].axes[0].lines
-    np.testing.assert_allclose(first.get_xydata(), [[0.2, 0.2], [0.6, 0.2], [1.0, 0.2]])
-    assert (first.get_label(), last.get_label()) == ("step 200", "step 800")
-
-
-def test_calibration(run_dir: Path, tmp_path: Path) -> None:
-    table = tmp_path / "scores.csv"
-    # Of rewards in [0.2, 0.3) one of four is good, of those in [0.8, 0.9) three of four.
-    rows = [(0.25, 1), (0.25, 0), (0.25, 0), (0.25, 0), (0.85, 1), (0.85, 1), (0.85, 1), (0.85, 0)]
-    lines = ["id,label,reward,reward_t200", *(f"{index},{good},{r},{r}" for index, (r, good) in enumerate(rows))]
-    table.write_text("\n".join([*lines, "x,,0.5,0.5"]))
-    figures, cells, note = calibration(table)
-    curve = next(iter(figures.values())).axes[0].lines[0]
-    np.testing.assert_allclose(curve.get_xydata(), [[0.25, 0.25], [0.85, 0.75]])
-    brier = np.mean([(reward - good) ** 2 for reward, good in rows])
-    assert cells == [["sigma 0.2", "8", "0.55", "0.5", f"{brier:.3g}"]]
-    assert "8 labelled clips" in note
-    page, _ = page_of(run_dir, "--scores", str(table))
-    assert "Share of good clips by reward" in {image["alt"] for image in page.all("img")}
-    table.write_text("id,reward,reward_t200\nx,0.5,0.5\n")
-    with pytest.raises(ValueError, match="no clips with a label"):
-        calibration(table)
 
 
 def test_before_and_after_and_what_people_say(run_dir: Path, tmp_path: Path, write_video: Callable[..., Path]) -> None:
@@ -272,16 +192,6 @@ def test_broken_files_are_named(run_dir: Path, name: str, text: str | bytes, wor
         main([str(run_dir), *options])
     assert "\n" not in str(error.value)
     assert not (run_dir / "report.html").exists()
-
-
-def test_too_many_videos_are_left_out_and_told(run_dir: Path) -> None:
-    size = sum(path.stat().st_size for path in (run_dir / "validation").glob("*/0000.mp4"))
-    shown, note = samples_to_show(run_dir / "validation", 6, budget=size)
-    assert [name for name, _ in shown] == ["0000"]
-    assert note.startswith("1 of 3 samples at 4 of 4 validations")
-    shown, note = samples_to_show(run_dir / "validation", 2, budget=1e9, num_steps=2)
-    assert [[step for step, _ in videos] for _, videos in shown] == [[200, 800]] * 2
-    assert note.startswith("2 of 3 samples at 2 of 4 validations")
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from hy_prfl.configs.prfl import PRFLTrainingConfig
 from hy_prfl.formats.pipeline_info import PipelineInfo
+from hy_prfl.gradient_steps import GradientStep
 from hy_prfl.losses import bradley_terry_loss, flow_matching_loss, reward_feedback_loss
 from hy_prfl.models.conditioning import Conditioning
 from hy_prfl.models.reward_model import WanRewardModel
@@ -23,7 +24,8 @@ from hy_prfl.planning.estimate import Request, estimate
 from hy_prfl.planning.models import reward_model_config
 from hy_prfl.planning.plan import plan
 from hy_prfl.planning.workloads import Shape
-from hy_prfl.rollout import GradientStep, denoise_to_step, predict_velocity
+from hy_prfl.rollout import denoise_to_step
+from hy_prfl.sampling import predict_velocity
 from hy_prfl.trainers.reward_feedback import RewardFeedback
 from tests.planning.recipes import prfl_recipe, reward_recipe
 
@@ -182,7 +184,7 @@ def test_rollout_is_the_mean_over_the_steps_that_are_drawn() -> None:
     assert rerun["rollout"] == pytest.approx(2 * one["rollout"])
 
 
-def test_part_of_the_blocks_recomputed() -> None:
+def test_checkpointing_in_part_of_the_blocks() -> None:
     training = prfl_recipe(
         num_inference_steps=6, step_range=[3, 3], gradient_checkpointing=True, gradient_checkpointing_blocks=3
     )

@@ -15,9 +15,10 @@ from hy_prfl.configs.generate import GenerateConfig
 from hy_prfl.configs.parser import parse_config
 from hy_prfl.data.prompts import VideoPrompt
 from hy_prfl.data.video import read_video
-from hy_prfl.inference.generation import VideoSettings, generate_videos, read_record
+from hy_prfl.inference.generation import generate_videos
 from hy_prfl.inference.pipelines import load_pipeline
 from hy_prfl.inference.tiny_pipelines import build_pipeline
+from hy_prfl.inference.video_files import VideoSettings, read_record
 from hy_prfl.scripts.generate import main
 
 
@@ -176,7 +177,7 @@ def test_a_damaged_video_is_called_damaged(tmp_path: Path, pipeline_dir: Path) -
     ("name", "message"),
     [
         ("pipeline", r"`transformer_path` '.*' is a whole pipeline\. Give its transformer, '.*transformer'"),
-        ("native", r"is no transformer in diffusers' format\. `hy-prfl convert --transformer"),
+        ("native", r"is not a transformer in diffusers' format\. `hy-prfl convert --transformer"),
         ("empty", r"`transformer_path`: there is no config\.json in"),
     ],
 )

@@ -16,9 +16,10 @@ from hy_prfl.data.encoding import vae_fingerprint
 from hy_prfl.data.prompts import VideoPrompt
 from hy_prfl.data.video import read_video
 from hy_prfl.inference.calibration import cheapest, cheapest_schedules, choose
-from hy_prfl.inference.generation import VideoSettings, generate_videos
+from hy_prfl.inference.generation import generate_videos
 from hy_prfl.inference.pipelines import load_pipeline
 from hy_prfl.inference.tiny_pipelines import build_pipeline
+from hy_prfl.inference.video_files import VideoSettings
 from hy_prfl.models.reward_model import WanRewardModel
 from hy_prfl.scripts.generate import main
 

@@ -205,6 +205,14 @@ def test_annotate_needs_no_torch(start: Callable[..., subprocess.CompletedProces
     assert json.loads((tmp_path / "labels.json").read_text())[0]["id"] == "a"
 
 
+def test_compare_needs_no_torch(start: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
+    (tmp_path / "wan" / "manifest.json").write_text("[]")
+    (tmp_path / "data" / "manifest.json").write_text('[{"id": "a", "video": "a.mp4", "caption": "A cat."}]')
+    (tmp_path / "data" / "a.mp4").write_bytes(b"")
+    line = error_line(start("hy_prfl.scripts.compare", *ACCEPTED["compare"], allowed=frozenset({"datasets"})))
+    assert "manifest.json" in line
+
+
 @pytest.mark.parametrize("command", sorted(ACCEPTED))
 def test_a_mistake_in_the_file_is_one_line(
     start: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path, command: str

@@ -1,4 +1,4 @@
-"""PRFL trainers on few rows, ready in a second, and runs that are interrupted."""
+"""Trainers on few rows, ready in a second, and runs that are interrupted."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,9 +9,11 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from hy_prfl.configs.prfl import PRFLTrainingConfig
+from hy_prfl.configs.reward import RewardTrainingConfig
 from hy_prfl.models.reward_model import WanRewardModel
 from hy_prfl.trainers.base import Trainer
 from hy_prfl.trainers.prfl_trainer import PRFLTrainer
+from hy_prfl.trainers.reward_trainer import RewardTrainer
 
 
 @pytest.fixture
@@ -48,6 +50,28 @@ def prfl_builder(
         return build
 
     return prepare
+
+
+@pytest.fixture
+def reward_builder(tmp_path: Path, pipeline_dir: Path) -> Callable[..., RewardTrainer]:
+    """Function that builds a trainer of a reward model on `train`, with options on top of quick ones."""
+
+    def build(**options: Any) -> RewardTrainer:
+        defaults: dict[str, Any] = {
+            "output_dir": str(tmp_path / "out"),
+            "pretrained_model_name_or_path": str(pipeline_dir),
+            "train_dataset": str(tmp_path / "train"),
+            "num_layers": 2,
+            "train_batch_size": 4,
+            "max_train_steps": 2,
+            "learning_rate": 1e-3,
+            "head_learning_rate": 1e-3,
+            "report_to": ["none"],
+            "write_report": False,
+        }
+        return RewardTrainer.from_config(RewardTrainingConfig(**(defaults | options)))
+
+    return build
 
 
 @pytest.fixture

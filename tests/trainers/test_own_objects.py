@@ -109,5 +109,5 @@ def test_objects_that_do_not_fit_are_refused(
     other = WanRewardModel.from_transformer(transformer, num_layers=1, vae_fingerprint="another")
     with pytest.raises(ValueError, match="rows of mine: of another VAE than"):
         build(reward_model=other)
-    with pytest.raises(ValueError, match="`model` must be in torch.float32, where it trains, got .*bfloat16 of"):
+    with pytest.raises(ValueError, match="`model` must be in torch.float32 where it is trained, got .*bfloat16 of"):
         build(transformer=transformer.to(torch.bfloat16))

@@ -177,7 +177,8 @@ def test_options_that_do_not_fit_are_refused_before_anything_large_is_loaded(
     with pytest.raises(ValueError, match=r"`num_gradient_steps` must be in \[1, 2\], the steps of high_noise"):
         build(expert="high_noise", num_gradient_steps=3)
     with pytest.raises(
-        ValueError, match=r"`weighting_scheme` must be such that it draws noise levels of `expert` high"
+        ValueError,
+        match=r"`weighting_scheme` must be one that draws more than 1 in 10,000 noise levels for `expert` high",
     ):
         build(expert="high_noise", weighting_scheme="logit_normal", logit_mean=-20.0)
     with pytest.raises(ValueError, match="`shard_frozen_expert` must be false unless `expert` is high_noise or low"):

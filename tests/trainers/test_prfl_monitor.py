@@ -18,7 +18,7 @@ from hy_prfl.flow_matching import row_noise
 from hy_prfl.models.conditioning import Conditioning
 from hy_prfl.models.loading import load_scheduler
 from hy_prfl.models.reward_model import WanRewardModel
-from hy_prfl.rollout import sample_latents
+from hy_prfl.sampling import sample_latents
 from hy_prfl.trainers.base import Trainer
 from hy_prfl.trainers.prfl_trainer import PRFLTrainer
 
@@ -156,7 +156,7 @@ def test_what_is_measured_has_changed(
     assert first.monitor is not None
     second = build(lora_rank=None, resume_from_checkpoint="latest", max_train_steps=3)
     second.train()
-    assert "The monitor begins again with the base" in caplog.text
+    assert "The monitor starts over with the base" in caplog.text
     assert second.monitor is not None
     assert [entry["step"] for entry in second.monitor.series] == [0, 3]
     for index, sample in first.monitor.base.samples.items():

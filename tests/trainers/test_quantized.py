@@ -59,7 +59,7 @@ def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 
 @pytest.mark.parametrize("kind", ["int8", "float8"])
 def test_training_is_that_on_the_rounded_weights(build: Build, pipeline_dir: Path, tmp_path: Path, kind: str) -> None:
-    """Both losses, recomputation and AdamW, against the same updates beside whole weights of the same values."""
+    """Both losses, activation checkpointing and AdamW, against the same updates beside whole weights of the same values."""
     rounded = write_rounded(pipeline_dir, tmp_path / "rounded", kind, "transformer")
     found = build(**LORA, base_quantization=kind, gradient_checkpointing=True, adam_epsilon=1e-4)
     found.train()

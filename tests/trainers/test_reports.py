@@ -1,7 +1,7 @@
 """What a run leaves behind for people: its record, its metrics, its trackers and its repository on the Hub."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from hy_prfl.models.reward_model import WanRewardModel
 from hy_prfl.trainers.base import Trainer
 from hy_prfl.trainers.prfl_trainer import PRFLTrainer
 from hy_prfl.trainers.reward_trainer import RewardTrainer
-from tests.hub.hub_server import HubServer, client_environment, running_hub, use_in_this_process
+from tests.hub.hub_server import HubServer, client_environment
 from tests.pages.html import Page
 
 
@@ -30,13 +30,6 @@ FILES = {
     "transformer": ("transformer/diffusion_pytorch_model.safetensors", "transformer/diffusion_pytorch_model.safetensors"),
     "average": ("transformer/diffusion_pytorch_model.safetensors", "transformer/diffusion_pytorch_model.safetensors"),
 }  # fmt: skip
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    with running_hub() as server:
-        use_in_this_process(server, tmp_path / "home", monkeypatch)
-        yield server
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from diffusers.optimization import get_scheduler
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from hy_prfl.configs.reward import RewardTrainingConfig
 from hy_prfl.data.labels import label_dataset
 from hy_prfl.models.reward_model import WanRewardModel
 from hy_prfl.trainers.base import Trainer
@@ -24,28 +24,14 @@ from hy_prfl.trainers.reward_trainer import RewardTrainer
 
 
 @pytest.fixture
-def build(tmp_path: Path, pipeline_dir: Path, write_latents: Callable[..., Path]) -> Callable[..., RewardTrainer]:
+def build(
+    tmp_path: Path, write_latents: Callable[..., Path], reward_builder: Callable[..., RewardTrainer]
+) -> Callable[..., RewardTrainer]:
     """Function that builds a trainer of a reward model, with options on top of quick ones."""
     write_latents(tmp_path / "train", 8)
     write_latents(tmp_path / "validation", 6, seed=1)
 
-    def builder(**options: Any) -> RewardTrainer:
-        defaults: dict[str, Any] = {
-            "output_dir": str(tmp_path / "out"),
-            "pretrained_model_name_or_path": str(pipeline_dir),
-            "train_dataset": str(tmp_path / "train"),
-            "num_layers": 1,
-            "train_batch_size": 4,
-            "max_train_steps": 6,
-            "checkpointing_steps": 2,
-            "learning_rate": 1e-3,
-            "head_learning_rate": 2e-3,
-            "report_to": ["none"],
-            "write_report": False,
-        }
-        return RewardTrainer.from_config(RewardTrainingConfig(**(defaults | options)))
-
-    return builder
+    return partial(reward_builder, num_layers=1, max_train_steps=6, checkpointing_steps=2, head_learning_rate=2e-3)
 
 
 @pytest.fixture
@@ -254,7 +240,7 @@ def test_going_back_goes_on_from_the_steps_that_were_written_last(
     options = {"resume_from_checkpoint": str(run / "checkpoint-2"), "learning_rate": 1e-4, "max_train_steps": 4}
     with caplog.at_level(logging.INFO):
         build(**options, **validation, checkpoints_total_limit=1, report_to=["tensorboard"]).train()
-    assert "goes on after step 2. What later steps have left is moved to" in caplog.text
+    assert "continues after step 2. Files of later steps were moved to" in caplog.text
     assert f"Deleting {run / 'abandoned-1' / 'checkpoint-6'}: `checkpoints_total_limit` is 1" in caplog.text
     assert [path.name for path in run.rglob("checkpoint-*")] == ["checkpoint-4"]
     assert (run / "checkpoint-4").stat().st_ino != old["checkpoint-4"]
@@ -286,8 +272,8 @@ def test_the_best_model_of_abandoned_steps(
     options |= {"resume_from_checkpoint": str(run / "checkpoint-2"), "metric_for_best_model": "loss"}
     trainer = build(max_train_steps=4, **options, head_learning_rate=1e-9, learning_rate=1e-9)
     trainer.train()
-    assert "of the checkpoint, " in caplog.text
-    assert "is of a model that is not there any more: the next validation writes" in caplog.text
+    assert "The checkpoint's best " in caplog.text
+    assert "belongs to a model that is no longer there: the next validation replaces" in caplog.text
     assert json.loads((run / "abandoned-1" / "best" / "metrics.json").read_text()) == best
     report = json.loads((run / "best" / "metrics.json").read_text())
     assert report["global_step"] == 4
@@ -311,8 +297,8 @@ def test_best_by_another_measure(
     trainer = build(max_train_steps=4, resume_from_checkpoint="latest", learning_rate=1e-9, **options)
     trainer._start_run()
     assert trainer.best_metric is None
-    assert "The best loss of the checkpoint, " in caplog.text
-    assert f"is measured with another {name[change]}: the next validation writes" in caplog.text
+    assert "The checkpoint's best loss, " in caplog.text
+    assert f"was measured with another {name[change]}: the next validation replaces" in caplog.text
 
 
 def test_without_validation_the_best_model_stays(
@@ -324,12 +310,12 @@ def test_without_validation_the_best_model_stays(
     trainer = build(max_train_steps=4, resume_from_checkpoint="latest")
     trainer.train()
     assert "is None now: applied; no other model becomes the best." in caplog.text
-    assert "the next validation writes" not in caplog.text
+    assert "the next validation replaces" not in caplog.text
     assert trainer.best_metric == first.best_metric
     caplog.clear()
     build(max_train_steps=6, resume_from_checkpoint="latest", **validation)._start_run()
-    assert f"The best {first.config.metric_for_best_model} of the checkpoint, " in caplog.text
-    assert "applied; the search for the best model starts anew" in caplog.text
+    assert f"The checkpoint's best {first.config.metric_for_best_model}, " in caplog.text
+    assert "applied; the search for the best model starts over" in caplog.text
 
 
 def test_the_best_model_stays_if_what_changed_has_no_effect(
@@ -356,7 +342,7 @@ def test_another_seed_and_other_rows(
     trainer = build(lora_rank=2, lora_dropout=0.5, seed=5, resume_from_checkpoint="latest")
     trainer._start_run()
     assert "`seed` was 0 before the checkpoint and is 5 now: applied" in caplog.text
-    assert f"`train_dataset`: the rows of {tmp_path / 'train'} are not those from before" in caplog.text
+    assert f"`train_dataset`: the rows of {tmp_path / 'train'} have changed since" in caplog.text
     torch_state = torch.get_rng_state()
     torch.manual_seed(5)
     assert torch.equal(torch_state, torch.get_rng_state())
@@ -389,7 +375,7 @@ def test_other_models_at_the_same_place(
     options = {"pretrained_model_name_or_path": str(tmp_path / "pipeline"), "lora_rank": 2}
     build_prfl(**options, max_train_steps=1).train()
     build_prfl(**options, resume_from_checkpoint="latest")._start_run()
-    assert "not those from before" not in caplog.text
+    assert "have changed since" not in caplog.text
     if folder.endswith("scheduler"):
         config = tmp_path / folder / "scheduler_config.json"
         config.write_text(json.dumps({**json.loads(config.read_text()), "flow_shift": 4.0}))
@@ -399,9 +385,9 @@ def test_other_models_at_the_same_place(
     else:
         scale_weights(tmp_path / folder)
     build_prfl(**options, resume_from_checkpoint="latest")._start_run()
-    (line,) = [each for each in caplog.messages if "not those from before" in each]
-    assert f"`{option}`: the files of {tmp_path / folder} are not those from before the checkpoint (other" in line
-    assert ("what does not train is read from there" in line) == (option != "reward_model")
+    (line,) = [each for each in caplog.messages if "have changed since" in each]
+    assert f"`{option}`: the files of {tmp_path / folder} have changed since the checkpoint (names" in line
+    assert ("frozen weights are read from there" in line) == (option != "reward_model")
 
 
 def test_another_reward_model_to_start_from_at_the_same_place(
@@ -414,8 +400,8 @@ def test_another_reward_model_to_start_from_at_the_same_place(
     build(**options, max_train_steps=2).train()
     scale_weights(tmp_path / "reward")
     build(**options, resume_from_checkpoint="latest")._start_run()
-    assert f"`reward_model`: the files of {tmp_path / 'reward'} are not those from before" in caplog.text
-    assert "what trains comes from the checkpoint" in caplog.text
+    assert f"`reward_model`: the files of {tmp_path / 'reward'} have changed since" in caplog.text
+    assert "trained weights come from the checkpoint" in caplog.text
 
 
 def test_going_on_from_another_runs_checkpoint(build: Callable[..., RewardTrainer], tmp_path: Path) -> None:

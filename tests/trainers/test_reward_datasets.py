@@ -4,6 +4,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,25 +36,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory, write_latents: Callable[...
 
 
 @pytest.fixture
-def build(folder: Path, tmp_path: Path, pipeline_dir: Path) -> Callable[..., RewardTrainer]:
+def build(folder: Path, reward_builder: Callable[..., RewardTrainer]) -> Callable[..., RewardTrainer]:
     """Function that builds a trainer on both datasets, with options on top of quick ones."""
-
-    def builder(**options: Any) -> RewardTrainer:
-        defaults: dict[str, Any] = {
-            "output_dir": str(tmp_path / "out"),
-            "pretrained_model_name_or_path": str(pipeline_dir),
-            "train_dataset": [str(folder / "old"), str(folder / "new")],
-            "num_layers": 2,
-            "train_batch_size": 2,
-            "max_train_steps": 2,
-            "learning_rate": 1e-3,
-            "head_learning_rate": 1e-3,
-            "report_to": ["none"],
-            "write_report": False,
-        }
-        return RewardTrainer.from_config(RewardTrainingConfig(**(defaults | options)))
-
-    return builder
+    return partial(reward_builder, train_dataset=[str(folder / "old"), str(folder / "new")], train_batch_size=2)
 
 
 def ids_of(trainer: RewardTrainer, number: int) -> list[list[str]]:

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
 
-from hy_prfl.configs.reward import RewardTrainingConfig
 from hy_prfl.data.dataset import load_latent_dataset
 from hy_prfl.data.schema import table_to_rows, unpack_tensor
 from hy_prfl.models.reward_model import WanRewardModel
@@ -19,28 +18,15 @@ from hy_prfl.trainers.reward_trainer import NOISE, RewardTrainer
 
 
 @pytest.fixture
-def build(tmp_path: Path, pipeline_dir: Path, write_latents: Callable[..., Path]) -> Callable[..., RewardTrainer]:
+def build(
+    tmp_path: Path, write_latents: Callable[..., Path], reward_builder: Callable[..., RewardTrainer]
+) -> Callable[..., RewardTrainer]:
     """Function that builds a trainer on 8 rows, with options on top of quick ones."""
     if not (tmp_path / "train").exists():
         write_latents(tmp_path / "train", 8)
         write_latents(tmp_path / "validation", 6, seed=1)
 
-    def builder(**options: Any) -> RewardTrainer:
-        defaults: dict[str, Any] = {
-            "output_dir": str(tmp_path / "out"),
-            "pretrained_model_name_or_path": str(pipeline_dir),
-            "train_dataset": str(tmp_path / "train"),
-            "num_layers": 2,
-            "train_batch_size": 4,
-            "max_train_steps": 2,
-            "learning_rate": 1e-3,
-            "head_learning_rate": 1e-3,
-            "report_to": ["none"],
-            "write_report": False,
-        }
-        return RewardTrainer.from_config(RewardTrainingConfig(**(defaults | options)))
-
-    return builder
+    return reward_builder
 
 
 def snapshot(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,7 @@ class TestPRFL:
         trainer = build(transformer_path=str(other), lora_path=str(lora), lora_start="merge", **tuning)
         expected = with_lora(WanTransformer3DModel.from_pretrained(other).eval(), lora)
         torch.testing.assert_close(outputs_of(trainer), run(expected), rtol=1e-4, atol=1e-5)
-        assert ("belongs to the transformer that the run starts from" in caplog.text) == bool(tuning)
+        assert ("will fit the transformer that the run starts from" in caplog.text) == bool(tuning)
         names = [name for name, value in trainer.unwrapped.named_parameters() if value.requires_grad]
         assert all("lora_" in name for name in names) == bool(tuning)
         trainer.train()
@@ -140,7 +141,7 @@ class TestPRFL:
 
         # Other files at the same place, and another place.
         os.utime(lora, (1, 1))
-        with pytest.raises(ValueError, match=r"`lora_path`: the files of '.*weights\.safetensors' are not those"):
+        with pytest.raises(ValueError, match=r"`lora_path`: the files of '.*weights\.safetensors' have changed since"):
             build(max_train_steps=4, resume_from_checkpoint="latest", **options)
         moved = shutil.copy(lora, tmp_path / "moved.safetensors")
         with pytest.raises(ValueError, match="`lora_path` must be .*, as before the checkpoint, got .*moved"):
@@ -177,7 +178,7 @@ class TestPRFL:
         with pytest.raises(ValueError, match=r"`lora_path` .*tensors have no place in the model.*blocks\.3"):
             build(lora_path=str(lora), lora_start="merge")
         with pytest.raises(
-            ValueError, match="`lora_2_path` must be left out, the run has no use for a low_noise expert"
+            ValueError, match="`lora_2_path` must be left out, the run does not use the low_noise expert"
         ):
             build(lora_2_path=str(lora), lora_start="merge")
 
@@ -215,23 +216,10 @@ class TestExperts:
 class TestReward:
     @pytest.fixture
     def build(
-        self, tmp_path: Path, pipeline_dir: Path, write_latents: Callable[..., Path]
+        self, tmp_path: Path, write_latents: Callable[..., Path], reward_builder: Callable[..., RewardTrainer]
     ) -> Callable[..., RewardTrainer]:
         write_latents(tmp_path / "train", 4)
-
-        def builder(**options: Any) -> RewardTrainer:
-            defaults: dict[str, Any] = {
-                "output_dir": str(tmp_path / "out"),
-                "pretrained_model_name_or_path": str(pipeline_dir),
-                "train_dataset": str(tmp_path / "train"),
-                "num_layers": 2,
-                "train_batch_size": 4,
-                "max_train_steps": 1,
-                "report_to": ["none"],
-            }
-            return RewardTrainer.from_config(RewardTrainingConfig(**(defaults | options)))
-
-        return builder
+        return partial(reward_builder, max_train_steps=1)
 
     def check(self, trainer: RewardTrainer, transformer: WanTransformer3DModel) -> None:
         """The blocks are those of the transformer; pooling and head are the trainer's own."""
