@@ -183,6 +183,13 @@ def parse_lora_config(header: Mapping[str, str], *, source: str) -> dict[str, An
 def _check_lora_config(entries: Mapping[str, Any], *, source: str) -> dict[str, Any]:
     defaults = LoraConfig().to_dict()
     config = dict(defaults)
+    # First, because every other field of another method is unknown too.
+    for key, value in entries.items():
+        if key.removeprefix("transformer.") == "peft_type" and value and value != defaults["peft_type"]:
+            raise ValueError(
+                f"{source}: `{key}` is {value!r}, which is not a plain LoRA. Merge it into the model with peft and use the "
+                "result as `transformer_path`."
+            )
     for key, value in entries.items():
         name = key.removeprefix("transformer.")
         # An unknown option of a newer peft does not matter while it is off.

@@ -526,7 +526,10 @@ class TestRefusals:
                 {"transformer.use_bdlora": True},
                 "peft's metadata has `transformer.use_bdlora` = True: not a plain LoRA",
             ),
-            ({"transformer.peft_type": "LOHA"}, "`transformer.peft_type` = 'LOHA'"),
+            (
+                {"transformer.alpha": 8, "transformer.peft_type": "LOHA"},
+                "`transformer.peft_type` is 'LOHA', which is not a plain LoRA. Merge it",
+            ),
             ({"transformer.modules_to_save": ["x"]}, "`transformer.modules_to_save`"),
             ({"text_encoder.r": 4}, "`text_encoder.r` = 4"),
             (
