@@ -19,7 +19,16 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 
 from .layout import LORA_FILES, ExpertName
 from .lora_keys import DIFFERENCES, PARTS, LoraKeys, parse_keys
-from .lora_metadata import DERIVED, PEFT_CONFIG, PREFIX, parse_lora_config, rank_and_alpha, read_lora_config
+from .lora_metadata import (
+    DERIVED,
+    PEFT_CONFIG,
+    PEFT_WEIGHTS,
+    PREFIX,
+    has_unclaimed_config,
+    parse_lora_config,
+    rank_and_alpha,
+    read_lora_config,
+)
 from .weight_files import StateDict, check_finite, read_header, read_weights
 
 
@@ -39,6 +48,9 @@ FILE_NAMES: dict[str, dict[ExpertName, str]] = {
 
 # Entry of kohya's headers. Its loaders do not read it; they use the alphas of the layers.
 KOHYA_ALPHA = "ss_network_alpha"
+
+# Types that an alpha may have besides those of floating-point numbers.
+WHOLE_NUMBERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 # Patches of every Wan model; in LoRAs of ComfyUI's trainer the convolution over them is a matrix.
 PATCH_SIZE = (1, 2, 2)
@@ -171,10 +183,18 @@ def read_adapter(path: str | Path) -> Adapter:
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If it is not a LoRA of a Wan transformer. Or if a key is unknown, or its tensor is empty, has no
-            counterpart (`lora_A` without `lora_B`), has the wrong shape or is not finite; the message names the key.
+            counterpart (`lora_A` without `lora_B`), has the wrong shape or is not finite; the message names the key. Or if
+            it is unclear which alpha counts.
     """
     header = read_header(path) if Path(path).suffix == ".safetensors" else {}
     weights, config = read_weights(path), read_lora_config(path, header)
+    has_alpha = config is not None or any(PARTS["alpha"].search(key) for key in weights)
+    if not has_alpha and has_unclaimed_config(path):
+        suffix = Path(path).suffix
+        raise ValueError(
+            f"{path}: it has no alpha, and it is unclear whether it is the file that the {PEFT_CONFIG} beside it belongs "
+            f"to. If so, name it {PEFT_WEIGHTS}{suffix}, as peft does; if not, move it to another folder."
+        )
     return _build_adapter(weights, header, config, source=str(path))
 
 
@@ -195,7 +215,7 @@ def _build_adapter(
     parts, differences, keys_of = _sort_tensors(weights, keys, source)
     if keys.format == "peft" and lora_config is None and not any("alpha" in found for found in parts.values()):
         logger.warning(
-            "%s: there is no alpha in the file and no %s beside it; the rank is used as alpha, as diffusers and "
+            "%s: there is no alpha in the file and no %s for it; the rank is used as alpha, as diffusers and "
             "ComfyUI do.",
             source,
             PEFT_CONFIG,
@@ -273,7 +293,8 @@ def _sort_tensors(
             raise ValueError(
                 f"{source}: '{key}' is empty: it was saved while its weights were sharded over processes."
             )
-        if not tensor.is_floating_point() and part != "alpha":
+        is_number = tensor.is_floating_point() or (part == "alpha" and tensor.dtype in WHOLE_NUMBERS)
+        if not is_number:
             raise ValueError(f"{source}: '{key}' must have floating-point numbers, got {tensor.dtype}.")
         # `_build_layer` checks that an alpha is finite.
         if part != "alpha":

@@ -62,7 +62,12 @@ def _why_missing(names: Sequence[str], transformer: WanTransformer3DModel) -> st
     reasons = []
     if blocks and max(blocks) >= num_layers:
         reasons.append(f"The model has {num_layers} blocks, from 0 on; the file has block {max(blocks)}.")
-    if any(re.search(r"add_[kv]_proj|norm_added_k|image_embedder", name) for name in names):
+    is_image_to_video = transformer.config.image_dim is not None
+    if is_image_to_video and any(name.endswith("image_embedder.pos_embed") for name in names):
+        reasons.append(
+            "Only models of Wan2.1 for a first and a last frame have positions of image tokens (`emb_pos`)."
+        )
+    elif any(re.search(r"add_[kv]_proj|norm_added_k|image_embedder", name) for name in names):
         reasons.append("Only image-to-video models of Wan2.1 have layers for an image (`k_img`, `v_img`, `img_emb`).")
     return "".join(f" {reason}" for reason in reasons)
 

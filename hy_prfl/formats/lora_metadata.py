@@ -23,8 +23,8 @@ PREFIX = "hy_prfl."
 # Entries that are written again for each format; a conversion keeps all others.
 DERIVED = ("format", LORA_ADAPTER_METADATA_KEY, *(f"{PREFIX}{name}" for name in ("format", "rank", "alpha")))
 
-# Files of peft's `save_pretrained`: the weights, and the configuration. Only the configuration holds the alpha.
-PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+# Files of peft's `save_pretrained`: the weights (safetensors or bin), and the configuration. Only this holds the alpha.
+PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model", "adapter_config.json"
 # Fields of peft's configuration that do not change the meaning of the saved weights, or that are read here.
 NEUTRAL_FIELDS = {
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode",
@@ -156,9 +156,15 @@ def read_lora_config(path: str | Path, header: Mapping[str, str]) -> dict[str, A
     beside = Path(path).with_name(PEFT_CONFIG)
     if LORA_ADAPTER_METADATA_KEY in header:
         return parse_lora_config(header, source=str(path))
-    if Path(path).name == PEFT_WEIGHTS and beside.is_file():
+    if Path(path).stem == PEFT_WEIGHTS and beside.is_file():
         return _check_lora_config(read_json(beside), source=str(beside))
     return None
+
+
+def has_unclaimed_config(path: str | Path) -> bool:
+    """Whether there is a configuration of peft beside a LoRA file, and no weights of peft's own name that it is of."""
+    folder = Path(path).parent
+    return (folder / PEFT_CONFIG).is_file() and not any(folder.glob(f"{PEFT_WEIGHTS}.*"))
 
 
 def parse_lora_config(header: Mapping[str, str], *, source: str) -> dict[str, Any] | None:
@@ -177,6 +183,13 @@ def parse_lora_config(header: Mapping[str, str], *, source: str) -> dict[str, An
 def _check_lora_config(entries: Mapping[str, Any], *, source: str) -> dict[str, Any]:
     defaults = LoraConfig().to_dict()
     config = dict(defaults)
+    # First, because every other field of another method is unknown too.
+    for key, value in entries.items():
+        if key.removeprefix("transformer.") == "peft_type" and value and value != defaults["peft_type"]:
+            raise ValueError(
+                f"{source}: `{key}` is {value!r}, which is not a plain LoRA. Merge it into the model with peft and use the "
+                "result as `transformer_path`."
+            )
     for key, value in entries.items():
         name = key.removeprefix("transformer.")
         # An unknown option of a newer peft does not matter while it is off.

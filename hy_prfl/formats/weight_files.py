@@ -143,6 +143,10 @@ def read_checkpoint(path: str | Path) -> StateDict:
     if not isinstance(weights, Mapping):
         raise ValueError(f"{path}: expected a state dict, tensors by name, got {type(weights).__name__}.")
     for key, value in weights.items():
+        if not isinstance(key, str):
+            raise ValueError(
+                f"{path}: expected a state dict, tensors by name, got the {type(key).__name__} {key!r} as a name."
+            )
         if not isinstance(value, torch.Tensor):
             raise ValueError(f"{path}: expected a state dict, but '{key}' is a {type(value).__name__}, not a tensor.")
     return dict(weights)

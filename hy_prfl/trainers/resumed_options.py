@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from ..configs.base import TrainingConfig
@@ -241,6 +242,7 @@ def _default(option: dataclasses.Field) -> Any:
 
 def without_effect(config: TrainingConfig, engine: str) -> dict[str, str]:
     """Options that have no effect given the others, by name, with the reason."""
+    pipeline = config.pretrained_model_name_or_path
     cases: list[tuple[bool, str, tuple[str, ...]]] = [
         (engine != "whole", "DeepSpeed's own `gradient_clipping` rules", ("max_grad_norm",)),
         (config.max_train_steps is not None, "`max_train_steps` is given", ("num_train_epochs",)),
@@ -255,6 +257,8 @@ def without_effect(config: TrainingConfig, engine: str) -> dict[str, str]:
         (config.lora_rank is None, "there is no adapter", ("lora_alpha", "lora_dropout", "lora_target_modules")),
         (not config.use_ema, "no average is kept", ("ema_decay",)),
         (config.validation_dataset is None, "there is no `validation_dataset`", ("validation_steps",)),
+        (Path(pipeline).is_dir(), f"`pretrained_model_name_or_path` is the folder '{pipeline}'", ("revision",)),
+        (not set(config.report_to) - {"none"}, "`report_to` names no tracker", ("tracker_project_name",)),
     ]
     if isinstance(config, RewardTrainingConfig):
         from_reward_model = config.reward_model is not None
@@ -274,7 +278,15 @@ def without_effect(config: TrainingConfig, engine: str) -> dict[str, str]:
         no_reward = config.update_schedule == "flow_matching"
         reward_options = ("prompt_dataset", "reward_loss", "reward_scale", "reward_target", "divide_by_step_width")
         validation_options = ("num_validation_samples", "validation_timesteps", "validation_guidance_scale")
+        # Without rewards, only samples are made by the sampler, and only they are scored.
+        sampling_options = ("num_inference_steps", "sampler_flow_shift", "reward_model", "reward_models")
+        scoring_options = ("reward_weights", "reward_combination", "reward_disagreement")
         cases += [
+            (
+                no_reward and config.validation_dataset is None,
+                "`update_schedule` is flow_matching, and there is no `validation_dataset`",
+                (*sampling_options, *scoring_options),
+            ),
             (config.reward_loss != "sigmoid", f"`reward_loss` is {config.reward_loss}", ("reward_target",)),
             (no_reward, "`update_schedule` is flow_matching", (*reward_options, "step_range")),
             (

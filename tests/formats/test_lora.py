@@ -526,7 +526,10 @@ class TestRefusals:
                 {"transformer.use_bdlora": True},
                 "peft's metadata has `transformer.use_bdlora` = True: not a plain LoRA",
             ),
-            ({"transformer.peft_type": "LOHA"}, "`transformer.peft_type` = 'LOHA'"),
+            (
+                {"transformer.alpha": 8, "transformer.peft_type": "LOHA"},
+                "`transformer.peft_type` is 'LOHA', which is not a plain LoRA. Merge it",
+            ),
             ({"transformer.modules_to_save": ["x"]}, "`transformer.modules_to_save`"),
             ({"text_encoder.r": 4}, "`text_encoder.r` = 4"),
             (
@@ -572,6 +575,48 @@ class TestRefusals:
         place.write_text(json.dumps({**config, option: True}))
         (read,) = read_adapter(tmp_path / "adapter_model.safetensors").layers.values()
         assert (read.bias is None) != (read.magnitude is None)
+
+    def peft_folder(self, folder: Path, name: str) -> Path:
+        """Weights of rank 2 under any name, beside a configuration of peft with alpha 6."""
+        layer = "base_model.model.blocks.0.attn1.to_q"
+        weights = {f"{layer}.lora_A.weight": torch.ones(2, 24), f"{layer}.lora_B.weight": torch.ones(24, 2)}
+        (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 6}))
+        path = folder / name
+        torch.save(weights, path) if path.suffix == ".bin" else save_file(weights, path)
+        return path
+
+    @pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_model.bin"])
+    def test_alpha_of_either_file_of_peft(self, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str) -> None:
+        (layer,) = read_adapter(self.peft_folder(tmp_path, name)).layers.values()
+        assert layer.scale == 3
+        assert "no alpha" not in caplog.text
+
+    def test_pefts_file_under_another_name(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        """Its scale of 3 was lost, and the log said that there was no configuration."""
+        path = self.peft_folder(tmp_path, "mine.safetensors")
+        with pytest.raises(
+            ValueError, match=r"mine\.safetensors: it has no alpha, .*name it adapter_model\.safetensors, as"
+        ):
+            read_adapter(path)
+        # Weights with peft's own name are what the configuration is of.
+        self.peft_folder(tmp_path, "adapter_model.safetensors")
+        (layer,) = read_adapter(path).layers.values()
+        assert layer.scale == 1
+        assert "mine.safetensors: there is no alpha in the file" in caplog.text
+        # A file with alphas needs none.
+        (tmp_path / "adapter_model.safetensors").unlink()
+        alpha = {"base_model.model.blocks.0.attn1.to_q.alpha": torch.tensor(4)}
+        save_file({**load_file(path), **alpha}, path)
+        (layer,) = read_adapter(path).layers.values()
+        assert layer.scale == 2
+
+    @pytest.mark.parametrize("alpha", [torch.tensor(True), torch.tensor(2 + 0j)])
+    def test_an_alpha_that_is_no_number(self, alpha: torch.Tensor) -> None:
+        weights = {**layer_weights(), "diffusion_model.blocks.0.self_attn.q.alpha": alpha}
+        with pytest.raises(
+            ValueError, match=r"x: '.*alpha' must have floating-point numbers, got torch\.(bool|complex64)"
+        ):
+            parse_adapter(weights, {}, source="x")
 
     @pytest.mark.parametrize("told", ["1", "0.5", "2", "2.0", "None"])
     @pytest.mark.parametrize("has_alpha", [False, True])

@@ -91,6 +91,31 @@ def test_nothing_is_changed_by_a_lora_that_does_not_fit() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    ("kind", "name", "reason"),
+    [
+        (
+            "t2v",
+            "condition_embedder.image_embedder.pos_embed",
+            "Only image-to-video models of Wan2.1 have layers for an",
+        ),
+        (
+            "i2v",
+            "condition_embedder.image_embedder.pos_embed",
+            "Only models of Wan2.1 for a first and a last frame have",
+        ),
+        (
+            "wan2.2-i2v",
+            "blocks.0.attn2.norm_added_k.weight",
+            "Only image-to-video models of Wan2.1 have layers for an",
+        ),
+    ],
+)
+def test_why_there_is_no_place(kind: str, name: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=f"no place in the model: '{name}'. {reason}"):
+        load_adapter(make_transformer(kind), Adapter({}, {name: noise(24)}), "mine", source="x")
+
+
 @pytest.mark.parametrize("part", ["down", "up", "bias", "magnitude", "difference"])
 @pytest.mark.parametrize("problem", ["nan", "shape"])
 def test_every_tensor_is_checked_before_anything_is_changed(part: str, problem: str) -> None:

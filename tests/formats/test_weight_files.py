@@ -89,6 +89,11 @@ class TestReadCheckpoint:
         torch.save([1, 2], tmp_path / "a.ckpt")
         with pytest.raises(ValueError, match=r"a\.ckpt: expected a state dict, tensors by name, got list"):
             read_checkpoint(tmp_path / "a.ckpt")
+        torch.save({1: torch.ones(2)}, tmp_path / "a.ckpt")
+        with pytest.raises(
+            ValueError, match=r"a\.ckpt: expected a state dict, tensors by name, got the int 1 as a name"
+        ):
+            read_checkpoint(tmp_path / "a.ckpt")
         torch.save({"module": WEIGHTS, "step": 3}, tmp_path / "a.ckpt")
         with pytest.raises(ValueError, match=r"a\.ckpt: expected a state dict, but 'module' is a dict"):
             read_checkpoint(tmp_path / "a.ckpt")

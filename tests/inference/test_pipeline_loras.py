@@ -399,7 +399,7 @@ class TestPeft:
     ) -> None:
         write(tmp_path / "a.safetensors", "peft", factors(pipeline_dir, LINEARS))
         load(pipeline_dir, tmp_path / "a.safetensors")
-        assert "no alpha in the file and no adapter_config.json beside it" in caplog.text
+        assert "no alpha in the file and no adapter_config.json for it" in caplog.text
 
 
 class TestRefusals:

@@ -71,6 +71,34 @@ def test_what_has_no_effect_is_called_ignored(
     assert f" now: {effect}" in str(change)
 
 
+@pytest.mark.parametrize(
+    ("before", "now", "reason"),
+    [
+        ({"revision": "main"}, {}, None),
+        ({"revision": "main"}, {"pretrained_model_name_or_path": "."}, "`pretrained_model_name_or_path` is the folder '.'"),
+        ({"tracker_project_name": "other"}, {}, None),
+        ({"tracker_project_name": "other"}, {"report_to": ["none"]}, "`report_to` names no tracker"),
+        ({"tracker_project_name": "other"}, {"report_to": ["none", "wandb"]}, None),
+        ({"num_inference_steps": 8}, {}, None),
+        ({"num_inference_steps": 8}, {"update_schedule": "flow_matching", "validation_dataset": "v"}, None),
+        *(
+            ({name: value}, {"update_schedule": "flow_matching"}, "`update_schedule` is flow_matching, and there is no")
+            for name, value in [
+                ("num_inference_steps", 8), ("sampler_flow_shift", 2.0), ("reward_model", "other"), ("reward_disagreement", 1.0),
+            ]
+        ),
+    ],
+)  # fmt: skip
+def test_what_has_no_effect_in_prfl_is_called_ignored(
+    before: dict[str, Any], now: dict[str, Any], reason: str | None
+) -> None:
+    """The log called them applied, though they change nothing in such a run."""
+    config = dataclasses.replace(CONFIGS[1], **now)
+    (change,) = find_changes(dataclasses.asdict(config) | before, config, "whole")
+    assert (change.ignored is None) == (reason is None)
+    assert f" now: {'applied' if reason is None else f'ignored, {reason}'}" in str(change)
+
+
 def test_what_says_the_same_in_other_words_is_no_change() -> None:
     config = dataclasses.replace(CONFIGS[0], lora_alpha=4.0, lora_target_modules=["to_k", "to_q"])
     before = dataclasses.asdict(config) | {"lora_alpha": None, "lora_target_modules": ["to_q", "to_k"]}
