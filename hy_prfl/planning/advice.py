@@ -36,7 +36,7 @@ def cheapest_changes(request: Request, *, capacity: float, reserved: float) -> t
         return estimate(changed, reserved=reserved)
 
     taken: list[Change] = []
-    possible = possible_changes(request)
+    possible = [change for change in possible_changes(request) if _is_allowed(change, request)]
     for change in possible:
         # A later value of the same option costs more and replaces the earlier one.
         taken = [*(each for each in taken if _option(each) != _option(change)), change]
@@ -98,6 +98,15 @@ def _quantizations(training: TrainingConfig) -> list[Change]:
         for kind in ("int8", "nf4")
         if training.base_quantization not in (kind, "nf4")
     ]
+
+
+def _is_allowed(change: Change, request: Request) -> bool:
+    """Whether the recipe takes this change. Some of its options exclude each other, and each config checks its own."""
+    try:
+        change[1](request).check()
+    except ValueError:
+        return False
+    return True
 
 
 def _option(change: Change) -> str:

@@ -82,10 +82,12 @@ class Request:
         return int(self.transformer_config["num_attention_heads"] * self.transformer_config["attention_head_dim"])
 
     def check(self) -> None:
-        """Raise a `ValueError` if clips do not divide over GPUs, or the engine does not take what is quantised."""
+        """Raise a `ValueError` if clips do not divide over GPUs, or the engine does not take the recipe."""
         for option in ("base_quantization", "frozen_expert_quantization", "reward_model_quantization"):
             kind = getattr(self.training, option, None)
             check(self.engine.zero_stage == 0 or kind is None, option, kind, "left out under ZeRO")
+        compiles = self.training.compile
+        check(self.engine.zero_stage == 0 or not compiles, "compile", compiles, "false under ZeRO")
         degree, num_gpus = self.training.context_parallel_degree, self.engine.num_gpus
         fits = num_gpus % degree == 0
         check(fits, "context_parallel_degree", degree, f"a divisor of `num_gpus`, {num_gpus}")

@@ -59,7 +59,7 @@ def test_sixteen_bytes_a_weight() -> None:
 
 
 def test_sixteen_bytes_are_those_of_the_configurations() -> None:
-    for name in ("zero2", "zero3", "zero3_offload"):
+    for name in ("zero2", "zero3", "zero3_hpz", "zero3_offload"):
         settings = json.loads((ROOT / f"ds_configs/{name}.json").read_text())
         assert settings["data_types"] == {"grad_accum_dtype": "fp32"}
         assert settings["communication_data_type"] == "fp32"
@@ -253,3 +253,26 @@ def test_one_gpu_is_told_to_keep_the_reward_model_in_host_memory() -> None:
     made = plan(prfl_recipe(SMALL, **options), **CLIP, gpu_memory=away.peak * 1.001)
     assert not made.fits
     assert made.changes == ["--offload_reward_model true"]
+
+
+@pytest.mark.parametrize(
+    ("options", "num_gpus"),
+    [
+        ({"lora_rank": 8, "reward_model_quantization": "int8"}, 1),
+        ({"lora_rank": 8, "base_quantization": "int8"}, 2),
+        ({"lora_rank": 8, "lora_dropout": 0.1}, 1),
+        ({"update_schedule": "flow_matching"}, 1),
+        ({"compile": True}, 2),
+    ],
+)
+def test_what_a_recipe_excludes_is_not_advised(options: dict[str, Any], num_gpus: int) -> None:
+    """The configs refuse a reward model in 8 bits in host memory, quantised weights under ZeRO, and so on."""
+    clip = {"height": 96, "width": 96, "num_frames": 5}
+    made = plan(prfl_recipe(SMALL, **options), **clip, num_gpus=num_gpus, gpu_memory=1)
+    assert not made.fits
+    assert made.changes == []
+
+
+def test_what_the_engine_excludes_is_refused() -> None:
+    with pytest.raises(ValueError, match="`compile` must be false under ZeRO, got True"):
+        plan(prfl_recipe(SMALL, compile=True), **CLIP, num_gpus=2, zero_stage=2)
