@@ -16,7 +16,7 @@ Round 0 trains a reward model and tunes the generator on it, unless they are giv
 3. encodes them; the videos of some prompts are held out,
 4. trains a reward model on all labels so far, of the start and of every round,
 5. compares it on the held-out videos with the one before,
-6. tunes the base again on the new reward model.
+6. tunes the base again on the new reward model, or on those of the last rounds together.
 
 Labels from people need two starts of a round: the same command again goes on where it was, as it does after a kill. All
 of a round is in `rounds/<number>/`; `rounds.html` and `rounds.json` have the figures. The small world, where a judge has
@@ -74,7 +74,15 @@ OWN = {
         "seed",
         "resume_from_checkpoint",
     },
-    "train_prfl": {"reward_model", "output_dir", "seed", "resume_from_checkpoint"},
+    "train_prfl": {
+        "reward_model",
+        "reward_models",
+        "reward_weights",
+        "reward_disagreement",
+        "output_dir",
+        "seed",
+        "resume_from_checkpoint",
+    },
 }
 CONFIGS: dict[str, type[Any]] = {
     "generate": GenerateConfig,
@@ -194,6 +202,16 @@ class RoundsConfig(Config):
     round_weight: float = field(
         default=1.0, metadata={"help": "Weight of the videos of each round, as in `train_reward`."}
     )
+    ensemble_rounds: int = field(
+        default=1,
+        metadata={
+            "help": "The generator is tuned on the reward models of so many rounds together, the newest ones. Round 0 counts."
+        },
+    )
+    reward_disagreement: float = field(
+        default=0.5,
+        metadata={"help": "What several reward models disagree by lowers the reward, as in `train_prfl`."},
+    )
     reward_steps: list[int] | None = field(
         default=None,
         metadata={
@@ -210,6 +228,8 @@ class RoundsConfig(Config):
         check(0 < self.held_out_share < 1, "held_out_share", self.held_out_share, "in (0, 1)")
         check(0 < self.min_labelled <= 1, "min_labelled", self.min_labelled, "in (0, 1]")
         check(self.round_weight > 0, "round_weight", self.round_weight, "greater than 0")
+        check(self.ensemble_rounds >= 1, "ensemble_rounds", self.ensemble_rounds, "at least 1")
+        check(self.reward_disagreement >= 0, "reward_disagreement", self.reward_disagreement, "at least 0")
         weights, number = self.train_dataset_weights, len(self.train_dataset)
         fits = weights is None or len(weights) == number
         check(fits, "train_dataset_weights", weights, f"a number for each of the {number} datasets of `train_dataset`")
@@ -271,7 +291,7 @@ class Rounds:
         self.held_out = held_out_prompts(self.prompts, config.held_out_share)
         reward_options = self._reward_options(1, "-")
         self.reward_config = parse_config(RewardTrainingConfig, reward_options)
-        self.prfl_config = parse_config(PRFLTrainingConfig, self._prfl_options("-", Path("-")))
+        self.prfl_config = parse_config(PRFLTrainingConfig, self._prfl_options(["-"], Path("-")))
         for option in ("lora_path", "lora_2_path", "transformer_path", "transformer_2_path"):
             value = getattr(self.prfl_config, option)
             check(value is None, option, value, "left out of `train_prfl`: each round starts from the pipeline itself")
@@ -292,6 +312,11 @@ class Rounds:
         """The reward model of a round."""
         given = self.config.reward_model
         return given if number == 0 and given is not None else str(self.folder(number) / "reward" / "best")
+
+    def ensemble(self, number: int) -> list[str]:
+        """Reward models that the generator of a round is tuned on, the newest first."""
+        oldest = max(0, number - self.config.ensemble_rounds + 1)
+        return [self.reward_model(each) for each in range(number, oldest - 1, -1)]
 
     def run(self) -> None:
         """
@@ -320,7 +345,7 @@ class Rounds:
             before = rewards[-1:]
             rewards.append(self._run(self._reward_stage(number, [*latents, *(before if config.warm_start else [])])))
             self._run(self._scores_stage(number, [*before, latents[-1]]))
-            tuned = [self._run(self._prfl_stage(number, rewards[-1:]))]
+            tuned = [self._run(self._prfl_stage(number, rewards[-config.ensemble_rounds :]))]
             self._note({"round": number, "labels": labels, **self._reward_figures(number)}, number, tuned)
 
     def write_results(self) -> Path:
@@ -389,13 +414,15 @@ class Rounds:
 
     def _prfl_stage(self, number: int, after: Sequence[Stage]) -> Stage:
         folder = self.folder(number) / "prfl"
-        command = self._launch("train_prfl", self._prfl_options(self.reward_model(number), folder))
+        command = self._launch("train_prfl", self._prfl_options(self.ensemble(number), folder))
         return self._stage(f"{number}_prfl", f"Round {number}: tune the base on it", [command], [folder], after=after)
 
-    def _prfl_options(self, reward_model: str, output_dir: Path) -> list[str]:
+    def _prfl_options(self, reward_models: Sequence[str], output_dir: Path) -> list[str]:
+        several = ["--reward_disagreement", str(self.config.reward_disagreement)] if len(reward_models) > 1 else []
         return [
             *self.config.options_of("train_prfl"),
-            *("--reward_model", reward_model, "--output_dir", str(output_dir), "--seed", str(self.config.seed)),
+            *("--reward_models" if several else "--reward_model", *reward_models, *several),
+            *("--output_dir", str(output_dir), "--seed", str(self.config.seed)),
             *("--resume_from_checkpoint", "latest"),
         ]
 

@@ -92,6 +92,22 @@ def test_every_reward_model_learns_from_all_labels_so_far(config: Callable[..., 
     assert "--lora_path" not in fresh._prfl_stage(2, []).commands[0]
 
 
+def test_the_generator_is_tuned_on_the_reward_models_of_the_last_rounds(
+    config: Callable[..., RoundsConfig], tmp_path: Path
+) -> None:
+    rounds = Rounds(config(ensemble_rounds=2, reward_disagreement=0.25))
+    own = [str(tmp_path / f"out/rounds/{number}/reward/best") for number in (1, 2)]
+    commands = [rounds._prfl_stage(number, []).commands[0] for number in (0, 1, 2)]
+    assert option(commands[0], "reward_model") == ["reward"]
+    assert "--reward_disagreement" not in commands[0]
+    assert option(commands[1], "reward_models") == [own[0], "reward"]
+    assert option(commands[2], "reward_models") == [own[1], own[0]]
+    assert option(commands[2], "reward_disagreement") == ["0.25"]
+    for command in commands[1:]:
+        parsed = parse_config(PRFLTrainingConfig, command[command.index("--config") :])
+        assert len(parsed.reward_models or []) == 2
+
+
 def test_options_on_top_of_recipes(config: Callable[..., RoundsConfig]) -> None:
     chosen = config(train_prfl_options=["reward_at=foreseen", "foreseen_levels=0.3 0.5"])
     assert Rounds(chosen).prfl_config.foreseen_levels == [0.3, 0.5]
@@ -110,6 +126,7 @@ def test_options_on_top_of_recipes(config: Callable[..., RoundsConfig]) -> None:
         ({"recipes": "nowhere"}, "`generate_recipe`: there is no file 'nowhere/generate.yaml'"),
         ({"judge": "python judge.py {manifest}"}, "`judge` must be a command with {output}"),
         ({"evaluation_prompts": "x.json"}, "`evaluation_prompts` must be left out without `judge`"),
+        ({"ensemble_rounds": 0}, "`ensemble_rounds` must be at least 1"),
         ({"num_videos": 1}, "`num_videos` must be at least 2"),
         ({"train_dataset_weights": [1.0, 2.0]}, "`train_dataset_weights` must be a number for each of the 1"),
     ],
