@@ -1,6 +1,7 @@
 """Computes when each frame of a clip is on the screen: sorts presentation times, finds jumps, undoes rounding."""
 
 import heapq
+import math
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -18,6 +19,9 @@ ClockJumps = Literal["refuse", "join"]
 # Smallest error, in seconds, to allow for the times of any container: some round to milliseconds (WebM).
 MILLISECOND = 1e-3
 
+# Coarsest rounding, in seconds, to look for in the times of a finer clock: that of a GIF which was converted.
+COARSEST = 1e-2
+
 # Relative difference between the source's and the wanted rate up to which every frame is used: NTSC has 24 / 1.001.
 DRIFT = 1.5e-3
 
@@ -26,6 +30,9 @@ EPSILON = 1e-6
 
 # Frames that are read before one is passed on. In H.264, display order and coding order differ by at most 16 frames.
 WINDOW = 18
+
+# Frames that may have the same time. If there are more, the clock stands still.
+MOST_AT_ONCE = 4
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,7 @@ class Shown:
 
 @dataclass(frozen=True)
 class _Timed:
-    """A frame, its time by the file's clock, the times of the frames after it, and whether times had to be sorted."""
+    """A frame, its time by the file's clock, the known times of the frames after it, and whether times had to be sorted."""
 
     frame: av.VideoFrame
     time: float
@@ -56,10 +63,11 @@ class Clock:
     - Times in coding order are sorted. Containers without presentation times (AVI) give such times.
     - Rounded times (to 10 ms in a GIF) are replaced by those of a constant rate, if one fits: the wanted rate, twice or
       three times this rate, or `base_rate`. A rate fits if no time is more than a tick, or a millisecond if that is more,
-      away from it. If no rate fits, a frame may be a tick late, or a millisecond if that is less.
+      away from it. If no rate fits, a frame may be a tick late, or a millisecond if that is less. If all times are
+      multiples of up to 10 ms, as after a GIF was converted, that counts as the tick.
     - If the source has the NTSC variant of the wanted rate (29.97 for 30), every frame is used.
-    - If the clock runs back, or a frame stays longer than `max_frame_duration`, that is an error. With `"join"` the parts
-      are joined instead: the last frame before the jump stays as long as the one before it.
+    - If the clock runs back or stands still, or a frame stays longer than `max_frame_duration`, that is an error. With
+      `"join"` the parts are joined instead: the last frame before the jump stays as long as the one before it.
 
     Args:
         tick (`float`): Resolution of the clock, the stream's time base.
@@ -68,6 +76,8 @@ class Clock:
         base_rate (`float`): FFmpeg's guess of the frame rate before times were rounded.
         max_frame_duration (`float`): Longest time that one frame may stay.
         jumps (`str`, defaults to `"refuse"`): `"refuse"` or `"join"`.
+        is_made_up (`bool`, defaults to `False`): Whether the file has no times and FFmpeg makes them up. They have holes
+            then, or are all the same, so the durations of the frames are used.
 
     Attributes:
         joined (`list[str]`): A description of each jump that was joined.
@@ -80,6 +90,7 @@ class Clock:
     base_rate: float
     max_frame_duration: float
     jumps: ClockJumps = "refuse"
+    is_made_up: bool = False
     joined: list[str] = field(default_factory=list)
     skipped: float = 0.0
 
@@ -90,11 +101,15 @@ class Clock:
         Raises:
             VideoError: If the clock jumps and `jumps` is `"refuse"`. It is raised when a frame after the jump is requested.
         """
-        part, before, start, usual = _Part(self, 0.0), None, 0.0, self.interval
+        part, before, start, usual, at_once = _Part(self, 0.0), None, 0.0, self.interval, 1
         for timed in self._sort(frames):
             if before is not None:
                 jump = self._find_jump(before.time, timed)
                 following = start + usual if jump else max(part.place(timed), start)
+                at_once = at_once + 1 if following == start else 1
+                if following == start and at_once + timed.upcoming.count(timed.time) > MOST_AT_ONCE:
+                    jump = f"its clock stands still at {before.time:.3f} s"
+                    following = start + (self._duration(before.frame) or usual)
                 yield Shown(before.frame, start, following)
                 if jump:
                     self._refuse_or_note(jump, timed.time - before.time - usual)
@@ -119,21 +134,24 @@ class Clock:
         """
         waiting: deque[av.VideoFrame] = deque()
         times: list[float] = []
-        latest, end, was_sorted = -float("inf"), 0.0, False
+        latest, end = -float("inf"), 0.0
+        # Most places that a time had to move forwards.
+        depth = 0
 
         def pop() -> _Timed:
             time = heapq.heappop(times)
-            return _Timed(waiting.popleft(), time, sorted(times), was_sorted)
+            # Times that are still to be read may belong between the last ones.
+            return _Timed(waiting.popleft(), time, sorted(times)[: max(len(times) - depth, 0)], depth > 0)
 
         for frame in frames:
-            time = end if frame.pts is None else float(frame.pts * frame.time_base)
+            time = end if frame.pts is None or self.is_made_up else float(frame.pts * frame.time_base)
             end = time + (self._duration(frame) or self.interval)
             if time < latest - 2 * WINDOW * self.interval:
                 # This far back it is not coding order but a new clock: all frames before it come first.
                 while waiting:
                     yield pop()
                 latest = time
-            was_sorted = was_sorted or time < latest
+            depth = max(depth, sum(other > time for other in times))
             latest = max(latest, time)
             waiting.append(frame)
             heapq.heappush(times, time)
@@ -173,9 +191,10 @@ class _Part:
         self.clock = clock
         self.offset = offset
         self.origin: float | None = None
+        self.latest: float | None = None
         self.index = 0
-        self.rates = np.array([clock.fps, 2 * clock.fps, 3 * clock.fps, clock.base_rate])
-        self.drifts = np.array([DRIFT, DRIFT, DRIFT, 0])
+        self.rates = np.array([clock.fps, 2 * clock.fps, 3 * clock.fps, clock.base_rate, 1 / clock.tick])
+        self.drifts = np.array([DRIFT, DRIFT, DRIFT, 0, 0])
         self.steps: set[int] = set()
 
     def place(self, timed: _Timed) -> float:
@@ -187,16 +206,23 @@ class _Part:
             if time - times[-1] > self.clock.max_frame_duration:
                 break
             times.append(time)
-        self.steps |= {round((second - first) / self.clock.tick) for first, second in pairwise(times)}
+        known = times if self.latest is None else [self.latest, *times]
+        self.steps |= {round((second - first) / self.clock.tick) for first, second in pairwise(known)}
+        self.latest = timed.time
         # Times with equal steps were not rounded.
         rounded = len(self.steps) > 1
         since = np.array(times) - self.origin
         errors = np.abs(since - np.arange(self.index, self.index + len(times)) / self.rates[:, None])
-        slack = max(self.clock.tick, MILLISECOND) if rounded else 0.0
-        fit = (errors <= slack + self.drifts[:, None] * since + EPSILON).all(axis=1)
+        tick = self.clock.tick * math.gcd(*self.steps)
+        tick = tick if tick <= COARSEST else self.clock.tick
+        slack = np.full(len(self.rates), max(tick, MILLISECOND) if rounded else 0.0)
+        if tick > COARSEST and min(self.steps, default=0) == 1:
+            # The clock counts frames (AVI). The wanted rate may be within a tick for a second, and yet be wrong.
+            slack[self.drifts > 0] = MILLISECOND
+        fit = (errors <= slack[:, None] + self.drifts[:, None] * since + EPSILON).all(axis=1)
         self.rates, self.drifts = self.rates[fit], self.drifts[fit]
         self.index += 1
         if len(self.rates):
             return self.offset + float((self.index - 1) / self.rates[0])
-        late = min(self.clock.tick, MILLISECOND) if rounded else 0.0
+        late = min(tick, MILLISECOND) if rounded else 0.0
         return self.offset + max(float(since[0]) - late, 0.0)

@@ -83,12 +83,15 @@ class DecodedStream:
     def __init__(self, container: av.container.InputContainer, stream: av.VideoStream) -> None:
         self.container, self.stream = container, stream
         self.error: av.error.FFmpegError | None = None
+        self.start: float | None = None
         self.num_frames = 0
 
     def __iter__(self) -> Iterator[av.VideoFrame]:
         try:
             for frame in self._decode():
                 self.num_frames += 1
+                if frame.time is not None:
+                    self.start = frame.time if self.start is None else min(self.start, frame.time)
                 yield frame
         except av.error.FFmpegError as error:
             self.error = error
@@ -116,7 +119,9 @@ class DecodedStream:
     def _announced(self) -> float | None:
         """Duration in seconds that the header gives the stream."""
         if self.stream.duration is not None:
-            return float(self.stream.duration * self.stream.time_base)
+            duration = float(self.stream.duration * self.stream.time_base)
+            # ASF counts from 0, but its first frame comes later.
+            return duration - (self.start or 0.0) if self.container.format.name == "asf" else duration
         # These formats store one duration for all streams, starting at 0. For others FFmpeg only estimates one.
         container = self.container
         exact = container.format.name in ("matroska,webm", "flv") and len(container.streams) == 1

@@ -9,6 +9,7 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
+from av.format import Flags as FormatFlags
 from PIL import Image, ImageOps
 
 from ..configs.base import check
@@ -137,6 +138,7 @@ def _resample(
         base_rate=base_rate,
         max_frame_duration=rules.max_frame_duration,
         jumps=rules.clock_jumps,
+        is_made_up=bool(container.format.flags & FormatFlags.no_timestamps.value),
     )
     convert = FrameConverter(stream.sample_aspect_ratio, rules.hdr)
     source = DecodedStream(container, stream)

@@ -86,6 +86,62 @@ class TestUnsortedClocks:
             assert next(container.decode(video=0)).pts is None
         assert numbers(decode(path, 16, 29)) == [30 * index // 16 for index in range(29)]
 
+    @pytest.mark.parametrize(
+        ("codec", "file_format"), [("mpeg1video", "mpeg1video"), ("vc2", "dirac"), ("mjpeg", "mjpeg")]
+    )
+    def test_streams_without_a_container(self, tmp_path: Path, codec: str, file_format: str) -> None:
+        """FFmpeg makes up times for them, with holes after B-frames or all the same."""
+        path = tmp_path / "clip.bin"
+        with av.open(str(path), mode="w", format=file_format) as container:
+            stream = container.add_stream(codec, rate=25, options={"bf": "2"} if codec == "mpeg1video" else {})
+            stream.width, stream.height, stream.bit_rate = 64, 64, 2_000_000
+            stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+            for index in range(50):
+                frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), 20 + 4 * index, np.uint8), format="rgb24")
+                container.mux(stream.encode(frame.reformat(format=stream.pix_fmt)))
+            container.mux(stream.encode(None))
+        shown = decode(path, 16, 25).frames.mean(axis=(1, 2, 3))
+        expected = [20 + 4 * (index * 25 // 16) for index in range(25)]
+        np.testing.assert_allclose(shown, expected, atol=1.9)
+
+    @pytest.mark.parametrize("file_format", ["avi", "mxf"])
+    @pytest.mark.parametrize("rate", [25, Fraction(30000, 1001)])
+    def test_a_clock_that_counts_frames_knows_their_rate(
+        self, tmp_path: Path, file_format: str, rate: Fraction | int
+    ) -> None:
+        """24 frames per second differ from 25 by less than a tick for a second."""
+        path = write_numbered(
+            tmp_path / "clip.bin",
+            constant(rate, 61),
+            time_base=1 / Fraction(rate),
+            rate=Fraction(rate),
+            options=B_FRAMES | {"bf": "3"},
+            file_format=file_format,
+        )
+        for fps in (16, 24):
+            num_frames = int(60 / rate * fps) // 4 * 4 + 1
+            assert numbers(decode(path, fps, num_frames)) == [int(index * rate / fps) for index in range(num_frames)]
+
+    def test_a_clock_that_stands_still(self, tmp_path: Path) -> None:
+        source = write_numbered(tmp_path / "source.mkv", constant(25, 40), rate=Fraction(25))
+        path = tmp_path / "clip.mkv"
+        with av.open(str(source)) as read, av.open(str(path), mode="w") as written:
+            stream = written.add_stream_from_template(read.streams.video[0])
+            for packet in read.demux(video=0):
+                if packet.size:
+                    packet.stream, packet.pts, packet.dts = stream, 0, 0
+                    written.mux(packet)
+        with pytest.raises(VideoError, match=r"its clock stands still at 0\.000 s; `clock_jumps: join`"):
+            decode(path, 16, 17)
+        video = decode(path, 16, 17, clock_jumps="join")
+        assert numbers(video) == [25 * index // 16 for index in range(17)]
+        assert "stands still at 0.000 s" in video.remarks[0]
+
+    def test_frames_with_the_time_of_another(self, tmp_path: Path) -> None:
+        """The last of them is shown. A clock that is too coarse for its frames stands still for some of them too."""
+        times = [Fraction(index - index % 3, 48) for index in range(60)]
+        assert numbers(decode(write_numbered(tmp_path / "clip.mkv", times), 16, 17)) == list(range(2, 53, 3))
+
 
 class TestCoarseClocks:
     @pytest.mark.parametrize("rate", [8, 10, 12, 15, 16, 20, 24, 25, 30, 32, 33, 48, 50])
@@ -147,6 +203,20 @@ class TestCoarseClocks:
         times = [Fraction(round(time * 1000), 1000) for time in constant(16, 45)]
         path = write_numbered(tmp_path / "clip.mp4", times)
         assert numbers(decode(path, 16, 41)) == list(range(41))
+
+    @pytest.mark.parametrize("rate", [15, 16, 24, 30])
+    @pytest.mark.parametrize("ticks", [100, 250])
+    @pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts"])
+    def test_any_rounding_copied_to_a_finer_clock(self, tmp_path: Path, suffix: str, ticks: int, rate: int) -> None:
+        """A GIF that was converted to another format."""
+        times = [Fraction(round(time * ticks), ticks) for time in constant(rate, 61)]
+        path = write_numbered(tmp_path / f"clip.{suffix}", times)
+        assert numbers(decode(path, rate, 57)) == list(range(57))
+
+    def test_rounding_and_a_pause(self, tmp_path: Path) -> None:
+        times = [Fraction(round(time * 1000), 1000) for time in constant(16, 20) + constant(16, 20, 4)]
+        path = write_numbered(tmp_path / "clip.mp4", times)
+        assert numbers(decode(path, 16, 77)) == [*range(20), *[19] * 44, *range(20, 33)]
 
     @pytest.mark.parametrize(("codec", "suffix"), [("gif", "gif"), ("libx264", "mp4"), ("libx264", "mkv")])
     def test_nothing_is_added_at_the_end(self, tmp_path: Path, codec: str, suffix: str) -> None:

@@ -117,6 +117,20 @@ def test_truncated_files_of_other_formats(tmp_path: Path, suffix: str, codec: st
         read_video(path, fps=16, num_frames=41, min_num_frames=5)
 
 
+@pytest.mark.parametrize("rate", [24, 30])
+def test_asf_counts_its_duration_from_zero(tmp_path: Path, rate: int) -> None:
+    """Its first frame comes later, and the more so with B-frames. That is no truncation."""
+    path = tmp_path / "clip.wmv"
+    with av.open(str(path), mode="w", format="asf") as container:
+        stream = container.add_stream("libx264", rate=rate, options={"bf": "3"})
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        for level in range(40):
+            image = np.full((64, 64, 3), 20 + 4 * level, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode(None))
+    assert len(read_video(path, fps=rate, num_frames=81, min_num_frames=1)) == 37
+
+
 def test_damage_behind_what_is_read_does_not_matter(write_video: Callable[..., Path], tmp_path: Path) -> None:
     """The clock looks ahead, and must not stumble there."""
     path = tmp_path / "clip.mkv"
