@@ -7,8 +7,8 @@ from typing import Any
 from .native import check_not_native
 
 
-# Form of a Hub id: `name` or `user/name`.
-HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+# Form of a Hub id, `name` or `user/name`, by the Hub's own rules.
+HUB_ID = re.compile(r"(?!.*(--|\.\.|\.git$|[^/]{97}))\w([\w.-]*\w)?(/\w([\w.-]*\w)?)?", re.ASCII)
 PIPELINE = "pretrained_model_name_or_path"
 
 

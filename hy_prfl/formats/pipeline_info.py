@@ -16,6 +16,7 @@ from diffusers import (
 )
 
 from .layout import EXPERT_FOLDERS
+from .sources import reading
 
 
 LastImage = Literal["none", "optional", "required"]
@@ -75,8 +76,10 @@ class PipelineInfo:
 
     @classmethod
     def read(cls, source: str, revision: str | None = None) -> "PipelineInfo":
-        """Read the index of a pipeline on disk or on the Hub. Raises an `OSError` if there is none."""
-        return cls(source, DiffusionPipeline.load_config(source, revision=revision), revision)
+        """Read the index of a pipeline on disk or on the Hub. Raises a `FileNotFoundError` if there is none."""
+        with reading("pretrained_model_name_or_path", source):
+            index = DiffusionPipeline.load_config(source, revision=revision)
+        return cls(source, index, revision)
 
     @classmethod
     def known(cls, source: str, revision: str | None = None) -> "PipelineInfo":

@@ -18,6 +18,7 @@ from ..configs.keep import format_keep, parse_keep
 from ..data.encoding import vae_fingerprint
 from ..data.prompts import VideoPrompt
 from ..formats.pipeline_info import PipelineInfo
+from ..models.loading import read_reward_config
 from ..models.reward_model import WanRewardModel
 from ..runtime.atomic_writes import write_text
 from .calibration import cheapest, cheapest_schedules, rank_correlations
@@ -54,12 +55,16 @@ def check_reward_model(config: GenerateConfig) -> None:
     Raises:
         ValueError: If it does not fit; names the difference.
     """
-    assert config.reward_model is not None
     path, revision = config.pretrained_model_name_or_path, config.revision
-    reward_config = WanRewardModel.load_own_config(config.reward_model, revision=config.reward_model_revision)
+    reward_config = _reward_config(config)
     check_fits_generator(reward_config, PipelineInfo.read(path, revision).transformer, allow_other_base=True)
     vae = AutoencoderKLWan.from_pretrained(path, subfolder="vae", revision=revision, variant=config.variant)
     check_same_vae(vae_fingerprint(vae), reward_config["vae_fingerprint"], source=path, of=REWARD_LATENTS)
+
+
+def _reward_config(config: GenerateConfig) -> dict[str, Any]:
+    assert config.reward_model is not None
+    return read_reward_config(config.reward_model, option="reward_model", revision=config.reward_model_revision)
 
 
 def check_seeds(prompts: Sequence[VideoPrompt], num_candidates: int) -> None:
@@ -200,8 +205,7 @@ def write_calibration(output_dir: Path, prompts: Sequence[VideoPrompt], config: 
 
 def reward_cost(config: GenerateConfig) -> float:
     """Cost of a forward of the reward model in steps of the generator, estimated from their blocks."""
-    assert config.reward_model is not None
-    reward_config = WanRewardModel.load_own_config(config.reward_model, revision=config.reward_model_revision)
+    reward_config = _reward_config(config)
     transformer_config = PipelineInfo.read(config.pretrained_model_name_or_path, config.revision).transformer
     forwards = 2 if config.guidance_scale > 1 else 1
     return _block_cost(reward_config) / _block_cost(transformer_config) / forwards

@@ -9,14 +9,15 @@ from typing import Any
 from accelerate import init_empty_weights
 from diffusers import WanTransformer3DModel
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
 from ..configs.base import check
+from ..configs.inputs import HUB_ID
 from ..formats.layout import LORA_FILES, ExpertName
 from ..formats.lora import FILE_NAMES, UPSTREAM_FILES, Adapter, read_adapter
 from ..formats.lora_loading import check_adapter_fits, load_adapter
 from ..formats.lora_metadata import read_lora_metadata
 from ..formats.pipeline_info import PipelineInfo
+from ..formats.sources import reading
 from .tuned_transformers import TRANSFORMER_OPTIONS
 
 
@@ -67,7 +68,7 @@ def find_lora_weights(lora_path: str, expert: ExpertName = "high_noise") -> str:
     if path.is_file():
         return lora_path
     if not path.is_dir():
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", lora_path):
+        if "/" not in lora_path or not HUB_ID.fullmatch(lora_path):
             raise FileNotFoundError(f"`{option}` '{lora_path}': there is no such file or folder.")
         return lora_path
     name = _choose_lora_file([file.name for file in path.glob("*.safetensors")], f"`{option}` '{lora_path}'", expert)
@@ -137,16 +138,18 @@ def _trained_expert(file: str, expert: ExpertName) -> str | None:
 
 def _download_lora(repo_id: str, expert: ExpertName) -> str:
     """Download only the LoRA's file from a repository; offline, find it in the cache."""
-    source = f"`{LORA_OPTIONS[expert]}` '{repo_id}'"
-    try:
-        if constants.HF_HUB_OFFLINE:
+    option = LORA_OPTIONS[expert]
+    source = f"`{option}` '{repo_id}'"
+    if constants.HF_HUB_OFFLINE:
+        with reading(option, repo_id):
             folder = Path(snapshot_download(repo_id, local_files_only=True))
-            names = [file.name for file in folder.glob("*.safetensors")]
-            return str(folder / _choose_lora_file(names, source, expert))
-        names = [name for name in HfApi().list_repo_files(repo_id) if re.fullmatch(r"[^/]*\.safetensors", name)]
-        return hf_hub_download(repo_id, _choose_lora_file(names, source, expert))
-    except (RepositoryNotFoundError, LocalEntryNotFoundError) as error:
-        raise FileNotFoundError(f"{source}: neither a file or folder here nor a repository: {error}") from error
+        names = [file.name for file in folder.glob("*.safetensors")]
+        return str(folder / _choose_lora_file(names, source, expert))
+    with reading(option, repo_id):
+        files = HfApi().list_repo_files(repo_id)
+    name = _choose_lora_file([name for name in files if re.fullmatch(r"[^/]*\.safetensors", name)], source, expert)
+    with reading(option, repo_id):
+        return hf_hub_download(repo_id, name)
 
 
 def check_lora_fits(

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..formats.layout import EXPERT_FOLDERS, ExpertName
 from ..formats.pipeline_info import PipelineInfo
+from ..formats.sources import reading
 from ..formats.weight_files import check_finite
 from ..runtime.attention import set_attention_backend
 from ..runtime.context_parallel import ContextParallelGroup
@@ -148,10 +149,13 @@ def load_pipeline(
     if not lora_2_path and info.has_two_experts:
         warn_of_unnamed_experts(loras.get("high_noise", []))
     for expert, found in loras.items():
-        model = (pretrained_model_name_or_path, EXPERT_FOLDERS[expert], revision)
-        path = tuned[expert]
+        model: tuple[str, str | None, str | None] = (pretrained_model_name_or_path, EXPERT_FOLDERS[expert], revision)
+        option, path = "pretrained_model_name_or_path", tuned[expert]
+        if path is not None:
+            option, model = TRANSFORMER_OPTIONS[expert], (path, None, None)
         for file, adapter in found:
-            check_lora_fits(adapter, file, expert, *(model if path is None else (path, None, None)))
+            with reading(option, model[0]):
+                check_lora_fits(adapter, file, expert, *model)
     replaced = {
         EXPERT_FOLDERS[expert]: load_tuned_transformer(
             path, pretrained_model_name_or_path, expert, revision=revision, dtype=dtype

@@ -7,6 +7,7 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from ..formats.layout import EXPERT_FOLDERS, ExpertName
+from ..formats.sources import reading
 from ..formats.weight_files import check_finite, read_json
 
 
@@ -57,7 +58,10 @@ def load_tuned_transformer(
         pretrained_model_name_or_path, subfolder=EXPERT_FOLDERS[expert], revision=revision
     )
     _check_is_transformer(transformer_path, option)
-    transformer, info = WanTransformer3DModel.from_pretrained(transformer_path, dtype=dtype, output_loading_info=True)
+    with reading(option, transformer_path):
+        transformer, info = WanTransformer3DModel.from_pretrained(
+            transformer_path, dtype=dtype, output_loading_info=True
+        )
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[problem]:
             keys = ", ".join(str(key) for key in list(info[problem])[:5])

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from torch import nn
 
 from ..formats.layout import EXPERT_FOLDERS
+from ..formats.sources import reading
 from ..formats.weight_files import check_finite, read_header
 from ..runtime.quantization import Quantizer
 from ..runtime.sharding import fill_weights
@@ -244,6 +245,25 @@ def make_reward_model(
         weights = {name: start.weights[name] for name in kept}
     fill_weights(model, start.merge_into(weights), dtype=dtype, split=split, quantizer=quantizer)
     return model.eval()
+
+
+def read_reward_config(source: str, *, option: str, revision: str | None = None) -> dict[str, Any]:
+    """
+    Configuration of a reward model on disk or on the Hub.
+
+    Args:
+        option (`str`):
+            Option that names it, for errors.
+
+    Raises:
+        FileNotFoundError: If it cannot be read.
+        ValueError: If it is another kind of model.
+    """
+    try:
+        with reading(option, source):
+            return WanRewardModel.load_own_config(source, revision=revision)
+    except ValueError as error:
+        raise ValueError(f"`{option}` '{source}' is not a reward model: {error}") from error
 
 
 def load_reward_model(

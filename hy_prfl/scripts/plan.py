@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"Planning {Path(config.recipe)} ...", file=sys.stderr, flush=True)
 
     # Imported here, so that a misspelt option is reported before torch is loaded.
-    from ..models.reward_model import WanRewardModel
+    from ..models.loading import read_reward_config
     from ..planning import plan
     from ..runtime.messages import set_up_logging
 
@@ -74,7 +74,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     reward_config = None
     if isinstance(training, PRFLTrainingConfig):
         reward_config = [
-            WanRewardModel.load_own_config(source) if Path(source).is_dir() else None
+            read_reward_config(source, option="reward_model" if training.reward_models is None else "reward_models")
+            if Path(source).is_dir()
+            else None
             for source in training.reward_sources
         ]
     result = plan(
@@ -103,14 +105,14 @@ def plan_generate(config: PlanConfig, generation: GenerateConfig) -> None:
         check(value == default, name, value, "left out for `generate`: each of its processes makes its own videos")
     print(f"Planning {Path(config.recipe)} ...", file=sys.stderr, flush=True)
 
-    from ..models.reward_model import WanRewardModel
+    from ..models.loading import read_reward_config
     from ..planning.generation import plan_generation
     from ..runtime.messages import set_up_logging
 
     set_up_logging()
     reward_config = None
     if generation.reward_model is not None and Path(generation.reward_model).is_dir():
-        reward_config = WanRewardModel.load_own_config(generation.reward_model)
+        reward_config = read_reward_config(generation.reward_model, option="reward_model")
     result = plan_generation(
         generation,
         gpu_memory=config.gpu_memory,

@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from ..data.video import parse_size
     from ..evaluation.score_table import is_scored, summary_path
     from ..evaluation.scoring import score_dataset, score_manifest
-    from ..models.loading import load_reward_model
+    from ..models.loading import load_reward_model, read_reward_config
     from ..runtime.distributed import process_state
     from ..runtime.messages import set_up_logging
     from ..runtime.provenance import path_identity
@@ -62,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             hashes = hash_files(path for row in rows for path in row.files)
         request["manifest"] = request_digest(rows, {}, hashes=hashes)
     if not is_scored(config.output, request, overwrite=config.overwrite):
+        read_reward_config(config.reward_model, option="reward_model", revision=config.reward_model_revision)
         reward_model = load_reward_model(
             config.reward_model, revision=config.reward_model_revision, dtype=getattr(torch, config.dtype)
         ).to(state.device)

@@ -18,7 +18,15 @@ from ..flow_matching import noise_levels
 from ..formats.layout import EXPERT_FOLDERS, ExpertName
 from ..gradient_steps import mean_foreseen_gain
 from ..models.experts import Experts, read_experts
-from ..models.loading import Deferred, empty_transformer, load_reward_model, load_transformer, loaded, start_of
+from ..models.loading import (
+    Deferred,
+    empty_transformer,
+    load_reward_model,
+    load_transformer,
+    loaded,
+    read_reward_config,
+    start_of,
+)
 from ..models.reward_model import WanRewardModel
 from ..models.starting_points import StartingPoint, check_starts_adapter, read_starting_point, start_adapter
 from ..models.trainable import select_trainable
@@ -77,10 +85,7 @@ def open_models(config: PRFLTrainingConfig, run: Run) -> dict[str, Any]:
     fingerprint = vae_fingerprint(vae)
 
     def reward_model(option: str, source: str, of: str) -> Deferred[WanRewardModel]:
-        try:
-            reward_config = WanRewardModel.load_own_config(source)
-        except OSError as error:
-            raise ValueError(f"`{option}` '{source}' is not a reward model: {error}") from error
+        reward_config = read_reward_config(source, option=option)
         check_same_vae(fingerprint, reward_config["vae_fingerprint"], source=path, of=of)
         load = partial(
             load_reward_model,

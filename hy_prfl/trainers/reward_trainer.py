@@ -33,6 +33,7 @@ from ..models.loading import (
     load_reward_model,
     loaded,
     make_reward_model,
+    read_reward_config,
     start_of,
 )
 from ..models.reward_model import WanRewardModel, score_noised
@@ -311,7 +312,7 @@ class RewardTrainer(Trainer):
 def _deferred_model(config: RewardTrainingConfig, run: Run, vae_fingerprint: str) -> Deferred[WanRewardModel]:
     """The reward model to start from, or a new one from the pipeline's transformer."""
     if config.reward_model is not None:
-        reward_config = WanRewardModel.load_own_config(config.reward_model)
+        reward_config = read_reward_config(config.reward_model, option="reward_model")
         source = config.pretrained_model_name_or_path
         check_same_vae(vae_fingerprint, reward_config["vae_fingerprint"], source=source, of=REWARD_LATENTS)
         _check_same_model(config, reward_config)

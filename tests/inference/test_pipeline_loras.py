@@ -585,5 +585,7 @@ class TestHub:
         )
         with pytest.raises(FileNotFoundError, match=r"`lora_path` 'user/lora': .*found 2: b\.safetensors, mine"):
             load(pipeline_dir, Path("user/lora"))
-        with pytest.raises(FileNotFoundError, match="`lora_path` 'user/typo': neither a file or folder here nor"):
+        with pytest.raises(
+            FileNotFoundError, match="`lora_path`: there is no file or folder 'user/typo' here, and as a repo"
+        ):
             load(pipeline_dir, Path("user/typo"))
