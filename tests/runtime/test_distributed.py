@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from hy_prfl.runtime.distributed import build_accelerator
+
 
 ROOT = Path(__file__).parents[2]
 # Runs a script as `accelerate launch -m` does, then writes the names of the remaining threads to a file.
@@ -66,6 +68,15 @@ def test_ranks_wait_for_hours(engine: str, tmp_path: Path) -> None:
     hours = json.loads((tmp_path / "hours.json").read_text())
     assert set(hours) == {"world", "clip"}
     assert all(1 <= value <= 24 for value in hours.values()), hours
+
+
+def test_ddp_keeps_gradients_once(tmp_path: Path) -> None:
+    """As views of the buckets in which it averages them."""
+    accelerator = build_accelerator(
+        gradient_accumulation_steps=1, train_batch_size=1, log_with=[], output_dir=tmp_path
+    )
+    assert accelerator.ddp_handler is not None
+    assert accelerator.ddp_handler.gradient_as_bucket_view
 
 
 @pytest.mark.launch

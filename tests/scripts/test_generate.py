@@ -72,6 +72,14 @@ def pixels(path: Path) -> np.ndarray:
     return read_video(path, fps=16, num_frames=5)
 
 
+def test_the_vae_works_in_tiles_if_asked_to(
+    tmp_path: Path, pipeline_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_prompts(tmp_path, PROMPTS[:1])
+    main(options(tmp_path, pipeline_dir, vae_tiling="on"))
+    assert "The VAE works in tiles: to decode 5 x 32 x 48 pixels" in caplog.text
+
+
 def test_another_transformer_under_the_same_path_is_noticed(tmp_path: Path, pipeline_dir: Path) -> None:
     write_prompts(tmp_path)
     build_pipeline(num_layers=3, seed=1).transformer.save_pretrained(tmp_path / "tuned")

@@ -72,6 +72,13 @@ def start(options: Sequence[str], launcher: Sequence[str] = ("-m", "hy_prfl.scri
     )
 
 
+def test_the_vae_works_in_tiles_if_asked_to(
+    options: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    main([*options, f"--output_dir={tmp_path / 'dataset'}", "--vae_tiling=on"])
+    assert "The VAE works in tiles: to encode 9 x 32 x 48 pixels" in caplog.text
+
+
 def test_dataset_of_a_manifest(expected: Path) -> None:
     rows = table_to_rows(load_from_disk(expected).data.table)
     assert [row["id"] for row in rows] == [f"clip_{index}" for index in range(NUM_CLIPS) if index != 4]

@@ -74,6 +74,13 @@ def test_videos_score_as_their_dataset(
     assert config.timesteps == [300, 900]
 
 
+def test_the_vae_works_in_tiles_if_asked_to(
+    work: Path, pipeline_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    main([*from_manifest(work, pipeline_dir, tmp_path / "scores.csv", vae_tiling="on"), "--timesteps", "300"])
+    assert "The VAE works in tiles: to encode 9 x 32 x 48 pixels" in caplog.text
+
+
 def test_second_run_does_nothing(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "scores.csv"
     main(from_dataset(work, output))

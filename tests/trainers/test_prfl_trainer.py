@@ -234,12 +234,17 @@ def test_what_saves_memory_or_time_changes_no_weight(
     assert torch.stack(differences).norm() < 1e-3 * torch.stack(moved).norm()
 
 
-def test_compiled_blocks_train_and_save_as_others(build: Callable[..., PRFLTrainer], tmp_path: Path) -> None:
+def test_compiled_blocks_train_and_save_as_others(
+    build: Callable[..., PRFLTrainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The compiler itself would take minutes here: it is told to run what it was given as it is."""
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", False)
     options: dict[str, Any] = {"gradient_checkpointing": True, "update_schedule": "reward", "num_gradient_steps": 2}
     plain, other = build(**options), build(output_dir=str(tmp_path / "compiled"), compile=True, **options)
     for model in (other.unwrapped, other.reward.models[0]):
         assert all(block._compiled_call_impl is not None for block in model.blocks)
+    # Too many variants of a block are an error: torch would run the rest without compiling, and say nothing.
+    assert torch._dynamo.config.fail_on_recompile_limit_hit
     plain.train()
     with torch.compiler.set_stance("force_eager"):
         other.train()
@@ -381,6 +386,17 @@ def test_validation_samples_are_fixed_scored_and_decoded(
         "0000.mp4", "0001.mp4", "0002.mp4",
     ]  # fmt: skip
     assert trainer.validate() != before
+
+
+def test_validation_videos_are_decoded_in_tiles_if_asked_to(
+    build: Callable[..., PRFLTrainer],
+    tmp_path: Path,
+    write_latents: Callable[..., Path],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    prompts = write_latents(tmp_path / "prompts", 1, prompts_only=True)
+    build(validation_dataset=str(prompts), validation_videos=True, vae_tiling="on").validate()
+    assert "The VAE works in tiles: to decode" in caplog.text
 
 
 def test_prompts_are_dropped_and_long_captions_taken(build: Callable[..., PRFLTrainer]) -> None:
