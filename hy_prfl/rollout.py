@@ -16,6 +16,7 @@ from .gradient_steps import Average, Foresight, GradientStep, surrogate
 from .models.conditioning import Conditioning
 from .runtime.attention import use_attention_backend
 from .sampling import predict_velocity
+from .step_cache import StepCache, forward_steps
 
 
 AsBase = Callable[[], AbstractContextManager[None]]
@@ -78,12 +79,20 @@ class _Stepper:
             return self.predict(latents, scheduler.timesteps[index])
 
     def __call__(
-        self, scheduler: UniPCMultistepScheduler, index: int, latents: torch.Tensor, *, with_gradient: bool
+        self,
+        scheduler: UniPCMultistepScheduler,
+        index: int,
+        latents: torch.Tensor,
+        *,
+        with_gradient: bool,
+        velocity: torch.Tensor | None = None,
     ) -> _Step:
+        """Take a step; `velocity` is given where the model is not to be called."""
         timestep = scheduler.timesteps[index]
         sigma, next_sigma = scheduler.sigmas[index], scheduler.sigmas[index + 1]
         with torch.set_grad_enabled(with_gradient):
-            velocity = self.predict(latents.detach() if self.stop_input_gradient else latents, timestep)
+            if velocity is None:
+                velocity = self.predict(latents.detach() if self.stop_input_gradient else latents, timestep)
             next_latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
             if self.foresight is None:
                 timesteps = scheduler.timesteps[index + 1].expand(latents.shape[0])
@@ -146,6 +155,8 @@ def walk_with_gradient(
     as_base: AsBase | None = None,
     rerun: bool = False,
     rollout_attention_backend: str | None = None,
+    cache_interval: int = 1,
+    boundary: float = 0.0,
 ) -> Iterator[GradientStep]:
     r"""
     Walk one chain from noise, with gradient only in the steps `step_indices`, and yield at each of them.
@@ -187,6 +198,11 @@ def walk_with_gradient(
             between the step has no activations in memory. Costs one more forward pass. Chained steps always do this.
         rollout_attention_backend (`str`, *optional*):
             Attention kernel of the steps without gradient, by diffusers' name; the model's own if left out.
+        cache_interval (`int`, defaults to 1):
+            Call the transformer in one of so many steps, and extrapolate the velocity in the others, see
+            [`~hy_prfl.step_cache.StepCache`]. It is called in all steps that the gradient passes through.
+        boundary (`float`, defaults to 0.0):
+            Timestep below which another expert is called. The velocity of one says nothing about the other's.
 
     Yields:
         [`GradientStep`], one for each of `step_indices`.
@@ -211,6 +227,7 @@ def walk_with_gradient(
         num_chained_steps=num_chained_steps,
         rerun=rerun,
         rollout_attention_backend=rollout_attention_backend,
+        cache=_open_cache(scheduler, cache_interval, boundary),
     )
 
 
@@ -261,6 +278,7 @@ def step_from_state(
         num_chained_steps=num_chained_steps,
         rerun=rerun,
         rollout_attention_backend=None,
+        cache=None,
     )
     return next(walk)
 
@@ -276,6 +294,7 @@ def _walk(
     num_chained_steps: int,
     rerun: bool,
     rollout_attention_backend: str | None,
+    cache: StepCache | None,
 ) -> Iterator[GradientStep]:
     """The chain from `latents` before step `start_index` on; see [`walk_with_gradient`]."""
     next_index = start_index
@@ -284,9 +303,10 @@ def _walk(
     for step_index in step_indices:
         with use_attention_backend(transformer, rollout_attention_backend):
             for index in range(next_index, step_index):
-                if index > step_index - num_chained_steps:
+                takes_gradient = index > step_index - num_chained_steps
+                if takes_gradient:
                     states.append(_State(index, latents, copy.deepcopy(scheduler)))
-                step = stepper(scheduler, index, latents, with_gradient=False)
+                step = _rollout_step(stepper, scheduler, index, latents, cache=cache, must_call=takes_gradient)
                 velocities.append(step.velocity)
                 latents = step.next_latents
         next_index = step_index + 1
@@ -301,8 +321,34 @@ def _walk(
             surrogates = partial(surrogate, step.seen, step.velocity)
             _forget_gradient(scheduler)
         velocities.append(step.velocity.detach())
+        if cache is not None:
+            cache.add(step_index, step.velocity)
         latents = step.next_latents.detach()
         yield GradientStep(step.seen.detach(), step.timesteps, step.gain, velocities[0], surrogates, base_velocity)
+
+
+def _rollout_step(
+    stepper: _Stepper,
+    scheduler: UniPCMultistepScheduler,
+    index: int,
+    latents: torch.Tensor,
+    *,
+    cache: StepCache | None,
+    must_call: bool,
+) -> _Step:
+    """A step without gradient, which the cache may make without a forward pass unless the model must be called."""
+    velocity = None if cache is None or must_call else cache.velocity_at(index)
+    step = stepper(scheduler, index, latents, with_gradient=False, velocity=velocity)
+    if cache is not None and velocity is None:
+        cache.add(index, step.velocity)
+    return step
+
+
+def _open_cache(scheduler: UniPCMultistepScheduler, interval: int, boundary: float) -> StepCache | None:
+    """A cache for one chain of a sampler whose timesteps are set, if it skips steps."""
+    if interval == 1:
+        return None
+    return StepCache(forward_steps(scheduler.timesteps.tolist(), interval, boundary=boundary))
 
 
 @torch.no_grad()
@@ -315,13 +361,15 @@ def record_states(
     num_inference_steps: int,
     conditioning: Conditioning,
     rollout_attention_backend: str | None = None,
+    cache_interval: int = 1,
+    boundary: float = 0.0,
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
     """
     Walk one chain from noise, without gradient, and yield the starting states of the steps `step_indices`.
 
     Args:
         step_indices (`Sequence[int]`):
-            Steps, ascending, in `[0, num_inference_steps - 2]`.
+            Steps, ascending, in `[0, num_inference_steps - 2]`. The transformer is called in each of them.
 
         The other arguments are those of [`walk_with_gradient`].
 
@@ -331,10 +379,11 @@ def record_states(
     """
     _start_at(scheduler, 0, num_inference_steps, noise.device)
     stepper = _Stepper(partial(predict_velocity, transformer, conditioning=conditioning))
+    cache = _open_cache(scheduler, cache_interval, boundary)
     latents = noise
     with use_attention_backend(transformer, rollout_attention_backend):
         for index in range(step_indices[-1] + 1):
-            step = stepper(scheduler, index, latents, with_gradient=False)
+            step = _rollout_step(stepper, scheduler, index, latents, cache=cache, must_call=index in step_indices)
             if index in step_indices:
                 yield index, latents, step.velocity
             latents = step.next_latents

@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "hy_prfl"
 ORDER = [
     {"version", "configs"},
-    {"flow_matching", "losses", "runtime"},
+    {"flow_matching", "losses", "step_cache", "runtime"},
     {"formats"},
     {"models"},
     {"data"},

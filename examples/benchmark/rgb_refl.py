@@ -167,7 +167,8 @@ class RGBReFLTrainer(PRFLTrainer):
         self, config: PRFLTrainingConfig, *, build_reward: Callable[[AutoencoderKLWan], nn.Module], **parts: Any
     ) -> None:
         options = {"num_gradient_steps": 1, "rerun_gradient_step": False, "num_chained_steps": 1, "reward_at": "next"}
-        for name, only in {**options, "rollout_interval": 1, "anchor_scale": 0.0}.items():
+        options |= {"rollout_interval": 1, "rollout_cache_interval": 1, "anchor_scale": 0.0}
+        for name, only in options.items():
             value = getattr(config, name)
             check(value == only, name, value, "left out for RGB ReFL")
         # The clean latents are predicted in one step, so there is no step width to divide by.

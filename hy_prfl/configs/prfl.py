@@ -185,6 +185,13 @@ class PRFLTrainingConfig(TrainingConfig):
     rollout_states: int | None = field(
         default=None, metadata={"help": "States that are kept of a rollout, chosen at random; all if left out."}
     )
+    rollout_cache_interval: int = field(
+        default=1,
+        metadata={
+            "help": "Steps of the rollout for each forward pass of the generator. Above 1 the velocity of the steps in between "
+            "is extrapolated from the last two that were computed (TaylorSeer)."
+        },
+    )
     max_rollout_staleness: float | None = field(
         default=None,
         metadata={
@@ -367,6 +374,11 @@ class PRFLTrainingConfig(TrainingConfig):
             ):
                 value = getattr(self, name)
                 check(value == default, name, value, "left out unless `rollout_interval` is above 1")
+        interval, name = self.rollout_cache_interval, "rollout_cache_interval"
+        check(interval >= 1, name, interval, "at least 1")
+        keeps_all = self.rollout_interval > 1 and self.rollout_states is None
+        requirement = "1 without `rollout_states`: the velocity is computed at each state that is kept, here at all"
+        check(interval == 1 or not keeps_all, name, interval, requirement)
         states, staleness = self.rollout_states, self.max_rollout_staleness
         check(states is None or states >= 1, "rollout_states", states, "at least 1, or left out")
         check(staleness is None or staleness > 0, "max_rollout_staleness", staleness, "greater than 0, or left out")
@@ -408,6 +420,7 @@ class PRFLTrainingConfig(TrainingConfig):
                 ("rollout_attention_backend", self.rollout_attention_backend is None),
                 ("num_chained_steps", self.num_chained_steps == 1),
                 ("rollout_interval", self.rollout_interval == 1),
+                ("rollout_cache_interval", self.rollout_cache_interval == 1),
                 ("reward_at", self.reward_at == "next"),
                 ("anchor_scale", self.anchor_scale == 0),
             ):

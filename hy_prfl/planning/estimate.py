@@ -1,7 +1,7 @@
 """Memory of a GPU and operations of an update, for one recipe on one engine."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from ..losses import RewardCombination
 from ..models.experts import Experts
 from ..runtime.context_parallel import check_divisible
 from ..runtime.vae_tiling import pass_memory, tiled_decoding_memory
+from ..step_cache import forward_steps
 from .engines import BFLOAT16, FLOAT32, Engine, frozen_memory
 from .models import (
     ParameterSizes,
@@ -223,6 +224,9 @@ def _estimate_prfl(request: Request, training: PRFLTrainingConfig, reserved: flo
         if training.num_chained_steps > 1:
             # Where each of them starts: the latents and what the solver remembers.
             held["chained steps"] = training.num_chained_steps * 4 * FLOAT32 * latents
+        if training.rollout_cache_interval > 1:
+            # The last two velocities.
+            held["step cache"] = 2 * FLOAT32 * latents
         if training.anchor_scale > 0:
             # The base's velocity, and the gradient in the generator's.
             held["anchor"] = 2 * FLOAT32 * latents
@@ -348,7 +352,9 @@ def _prfl_flops(
     if not uses_reward:
         return flops
     first, last = _gradient_steps(request, training)
-    without_gradient = forwards_without_gradient(training, first, last)
+    interval, boundary = training.rollout_cache_interval, request.experts.boundary
+    called = forward_steps(_timesteps(request, training), interval, boundary=boundary)
+    without_gradient = forwards_without_gradient(training, first, last, called)
     num_gradient_steps = training.num_gradient_steps
     rewards = [reward_phases(each, training, numerics, request.shape) for each in request.reward_configs]
     reward_flops = sum(_both(each) for each in rewards)
@@ -365,31 +371,50 @@ def _prfl_flops(
     return flops
 
 
-def forwards_without_gradient(training: PRFLTrainingConfig, first: int, last: int) -> float:
+def forwards_without_gradient(
+    training: PRFLTrainingConfig, first: int, last: int, called: Collection[int] | None = None
+) -> float:
     """
-    Forwards of the generator without gradient for a micro-batch of a reward update, on average.
-
-    Of `n` steps, of which `k` take gradient, each set as likely as any other, the last one is on average the
-    `k (n + 1) / (k + 1)`-th (order statistics of draws without repetition).
+    Forwards of the generator without gradient for a micro-batch of a reward update, on average over the draws of steps.
 
     Args:
         first, last (`int`):
             First and last step that may take gradient.
+        called (`Collection[int]`, *optional*):
+            Steps of a rollout that call the generator, see [`~hy_prfl.step_cache.forward_steps`]; all if left out.
     """
-    num_steps, num_gradient_steps = last - first + 1, training.num_gradient_steps
+    chained, num_gradient_steps = training.num_chained_steps, training.num_gradient_steps
+    called = range(last + 1) if called is None else called
+    runs_again = training.rerun_gradient_step or chained > 1
     if training.rollout_interval == 1:
-        last_index = first - 1 + num_gradient_steps * (num_steps + 1) / (num_gradient_steps + 1)
-        walked = last_index + 1 - num_gradient_steps
-        repeated = 1
-    else:
-        # A chain up to the last state that may be drawn, and its velocity, for `rollout_interval` updates.
-        kept = min(training.rollout_states or num_steps, num_steps)
-        start = first - training.num_chained_steps
-        walked = (start + kept * (num_steps + 1) / (kept + 1) + 1) / training.rollout_interval
-        repeated = training.num_chained_steps
-    if training.rerun_gradient_step or training.num_chained_steps > 1:
-        walked += repeated * num_gradient_steps
-    return walked
+        return _walked(first, last, num_gradient_steps, called, window=chained, counts_last=runs_again)
+    # A chain up to the last state that is kept, for `rollout_interval` updates.
+    start, end = first - chained + 1, last - chained + 1
+    kept = min(training.rollout_states or math.inf, end - start + 1)
+    walked = _walked(start, end, int(kept), called, window=1, counts_last=True) / training.rollout_interval
+    return walked + (chained * num_gradient_steps if runs_again else 0)
+
+
+def _walked(
+    first: int, last: int, num_draws: int, called: Collection[int], *, window: int, counts_last: bool
+) -> float:
+    """
+    Mean number of forwards of a chain that ends at the last of `num_draws` different steps in `[first, last]`.
+
+    A step calls the model if it is one of `called`, or in the `window` of steps that ends at a drawn one. With
+    `counts_last` false the drawn steps themselves do not count.
+    """
+    num_steps = last - first + 1
+
+    def share_with_one_in(low: int, high: int) -> float:
+        """Share of the draws that have a step in `[low, high]`."""
+        inside = max(0, min(high, last) - max(low, first) + 1)
+        return 1 - math.comb(num_steps - inside, num_draws) / math.comb(num_steps, num_draws)
+
+    walked = 0.0
+    for index in range(last + 1):
+        walked += share_with_one_in(index, last if index in called else index + window - 1)
+    return walked if counts_last else walked - num_draws
 
 
 def _num_states(request: Request, training: PRFLTrainingConfig) -> int:
@@ -400,14 +425,19 @@ def _num_states(request: Request, training: PRFLTrainingConfig) -> int:
 
 def _gradient_steps(request: Request, training: PRFLTrainingConfig) -> tuple[int, int]:
     """First and last step that may take gradient."""
+    timesteps = _timesteps(request, training)
+    return request.experts.gradient_steps(
+        timesteps, training.step_range, training.num_gradient_steps, training.num_chained_steps
+    )
+
+
+def _timesteps(request: Request, training: PRFLTrainingConfig) -> list[float]:
+    """Timesteps of the sampler."""
     scheduler = UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=request.sampler_shift
     )
     scheduler.set_timesteps(training.num_inference_steps)
-    timesteps = scheduler.timesteps.tolist()
-    return request.experts.gradient_steps(
-        timesteps, training.step_range, training.num_gradient_steps, training.num_chained_steps
-    )
+    return scheduler.timesteps.tolist()
 
 
 def _both(phases: Mapping[str, Phase]) -> float:

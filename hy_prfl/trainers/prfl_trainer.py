@@ -355,6 +355,8 @@ class PRFLTrainer(Trainer):
             num_inference_steps=config.num_inference_steps,
             conditioning=conditioning,
             rollout_attention_backend=config.rollout_attention_backend,
+            cache_interval=config.rollout_cache_interval,
+            boundary=self.experts.boundary,
             foresight=self.draw_foresight(noise.shape, micro_step),
             as_base=self.as_base,
             **gradient_options(config),
@@ -372,6 +374,8 @@ class PRFLTrainer(Trainer):
             num_inference_steps=config.num_inference_steps,
             conditioning=conditioning,
             rollout_attention_backend=config.rollout_attention_backend,
+            cache_interval=config.rollout_cache_interval,
+            boundary=self.experts.boundary,
         )
         return Rollout.of(states, ids=batch.ids, conditioning=conditioning)
 

@@ -155,6 +155,7 @@ PRFL_RULES: dict[str, Rule] = {
     "rollout_interval": APPLIED,
     "rollout_buffer_size": APPLIED,
     "rollout_states": APPLIED,
+    "rollout_cache_interval": APPLIED,
     "max_rollout_staleness": APPLIED,
     "reward_gradient_checkpointing_blocks": APPLIED,
     "rollout_attention_backend": APPLIED,

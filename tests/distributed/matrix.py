@@ -28,9 +28,16 @@ KINDS = ("t2v", "i2v", "5b", "a14b")
 # Trainer and what is special: all weights or an adapter, or the gradient through two steps of a stored chain, watched by a
 # monitor.
 VARIANTS = (("reward", "full"), ("reward", "lora"), ("prfl", "full"), ("prfl", "lora"), ("prfl", "chained"))
-# Of some kinds also an adapter held by an anchor, on two reward models.
+# Of some kinds also an adapter held by an anchor, on two reward models, with rollouts that skip steps.
 ENSEMBLE_KINDS = ("t2v", "5b")
-ENSEMBLE = {"reward_disagreement": 0.5, "anchor_scale": 20.0, "learning_rate": 0.1}
+ENSEMBLE: dict[str, Any] = {
+    "reward_disagreement": 0.5,
+    "anchor_scale": 20.0,
+    "learning_rate": 0.1,
+    "num_inference_steps": 7,
+    "step_range": [4, 5],
+    "rollout_cache_interval": 4,
+}
 CHAINED: dict[str, Any] = {
     "num_chained_steps": 2,
     "reward_at": "foreseen",

@@ -227,6 +227,14 @@ def test_time_is_flops_over_rate() -> None:
         # 4 states, and both steps run twice.
         ({"rollout_interval": 4, "num_chained_steps": 2}, 4 / 4 + 2, 2),
         ({"reward_at": "foreseen"}, 2, 1),
+        # Of the steps before the one with gradient, 0, 1 and 3 call the generator: 0, 1, 2, 2, 3 of them.
+        ({"rollout_cache_interval": 2}, 8 / 5, 1),
+        # The steps with gradient run once more: 1, 2, 3, 3, 4.
+        ({"rollout_cache_interval": 2, "rerun_gradient_step": True}, 13 / 5, 1),
+        # Steps 0 and 1, and the state that is kept if it is another one, 2 .. 4: 1, 2, 3, 3, 3.
+        ({"rollout_cache_interval": 4, "rollout_interval": 4, "rollout_states": 1}, 12 / 5 / 4, 1),
+        # Pairs of steps end at 1 .. 4: 0 1, 0 1 2, 0 1 2 3, 0 1 3 4.
+        ({"rollout_cache_interval": 2, "num_chained_steps": 2}, 13 / 4, 2),
     ],
     ids=str,
 )

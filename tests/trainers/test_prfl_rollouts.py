@@ -115,6 +115,33 @@ def test_rollouts_serve_several_updates(build: Callable[..., PRFLTrainer]) -> No
     assert min(ages[1:3]) > 1e-3
 
 
+@pytest.mark.parametrize(
+    ("options", "forwards"),
+    [
+        # Of the chain up to its step 7: 0, 1, 4, and 7 with gradient.
+        ({"rollout_cache_interval": 3}, 4),
+        # All of 0 .. 7, of which two are stored, and the step with gradient.
+        ({"rollout_interval": 2, "rollout_states": 2}, 9),
+        # 0, 1, 4, the stored 6 and 7, and the step with gradient.
+        ({"rollout_interval": 2, "rollout_states": 2, "rollout_cache_interval": 3, "step_range": [6, 7]}, 6),
+        # 0, 1, 4, the two steps without and with gradient, and the base's velocity.
+        ({"rollout_cache_interval": 3, "num_chained_steps": 2, "anchor_scale": 1.0, "lora_rank": 2}, 8),
+    ],
+)
+def test_steps_of_a_rollout_are_skipped(
+    build: Callable[..., PRFLTrainer], options: dict[str, Any], forwards: int
+) -> None:
+    """The trainer's forwards of a reward update; with activation checkpointing, which has no say in them."""
+    defaults = {"num_inference_steps": 10, "step_range": [7, 7], "gradient_checkpointing": True}
+    trainer = build(**(defaults | options), update_schedule="reward")
+    calls: list[int] = []
+    trainer.unwrapped.register_forward_hook(lambda *_: calls.append(1))
+    trainer.start_streams()
+    metrics = trainer.train_step()
+    assert len(calls) == forwards
+    assert all(value.isfinite() for value in metrics.values())
+
+
 def test_rollouts_that_are_too_old_are_replaced(build: Callable[..., PRFLTrainer]) -> None:
     options: dict[str, Any] = {"update_schedule": "reward", "rollout_interval": 10, "max_train_steps": 4}
     trainer = build(**options, max_rollout_staleness=2e-3)
@@ -151,6 +178,15 @@ def test_stored_states_are_those_that_steps_may_start_from(build: Callable[..., 
         ({"rollout_interval": 0}, "`rollout_interval` must be at least 1"),
         ({"rollout_interval": 2, "max_rollout_staleness": 0.0}, "`max_rollout_staleness` must be greater than 0"),
         ({"update_schedule": "flow_matching", "rollout_interval": 2}, "`rollout_interval` must be left out with"),
+        ({"rollout_cache_interval": 0}, "`rollout_cache_interval` must be at least 1"),
+        (
+            {"rollout_cache_interval": 2, "rollout_interval": 2},
+            "`rollout_cache_interval` must be 1 without `rollout_states`",
+        ),
+        (
+            {"update_schedule": "flow_matching", "rollout_cache_interval": 2},
+            "`rollout_cache_interval` must be left out with",
+        ),
     ],
 )
 def test_options_that_exclude_each_other_are_refused(

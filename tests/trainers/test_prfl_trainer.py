@@ -288,6 +288,7 @@ def test_attention_kernels_are_refused_before_anything_loads(build: Callable[...
         {"lora_rank": 2, "lora_dropout": 0.2, "use_ema": True},
         {"rollout_interval": 2, "rollout_buffer_size": 3, "reward_at": "foreseen", "max_rollout_staleness": 1.0},
         {"rollout_interval": 4, "num_chained_steps": 2, "lora_rank": 2, "anchor_scale": 0.5},
+        {"rollout_cache_interval": 2, "num_inference_steps": 6, "lora_rank": 2},
     ],
 )
 def test_resuming_equals_never_having_stopped(
