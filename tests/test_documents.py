@@ -237,8 +237,9 @@ def test_gpus_in_the_readme() -> None:
 
 def test_demo_in_the_readme() -> None:
     text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    good = [round(100 * DEMO[arm]["good"]) for arm in ("base", "prfl")]
-    assert f"Of all {DEMO['base']['num_videos']} videos {good[0]} % are good before and {good[1]} % after" in text
+    good = [round(100 * DEMO[arm]["good"]) for arm in ("base", "prfl", "round")]
+    found = f"Of all {DEMO['base']['num_videos']} videos {good[0]} % are good before, {good[1]} % after PRFL, and {good[2]} %"
+    assert found in text
 
 
 def test_demo_in_the_page_of_costs() -> None:
@@ -248,7 +249,8 @@ def test_demo_in_the_page_of_costs() -> None:
         (row,) = [row for row in rows if row[0] == f"reward model, {title}"]
         assert row[1:] == [f"{metrics[f'{name}/t{t}']:.2f}" for t in (100, 300, 500, 700, 900)]
     kinds = ("frozen", "jittering", "wrong_direction", "deforming", "vanishing", "beyond")
-    for arm, title in {"base": "before", "flow_matching": "flow matching only", "prfl": "PRFL"}.items():
+    titles = {"base": "before", "flow_matching": "flow matching only", "prfl": "PRFL", "round": "PRFL after a round"}
+    for arm, title in titles.items():
         (row,) = [row for row in rows if row[0] == title]
         found = DEMO[arm]
         counts = [str(found["failures"].get(kind, 0)) for kind in kinds]
