@@ -12,7 +12,7 @@ from av.stream import Disposition
 from .pixels import VideoError
 
 
-# FFmpeg's own decoders for these drop transparency.
+# FFmpeg's own decoders for these drop transparency. The others drop what the container says of colours and orientation.
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 # Start of files that contain no video but only refer to other files or network streams.
 LISTS = {
@@ -78,12 +78,17 @@ class DecodedStream:
     Decoded frames of a stream, up to the first error. The error is stored, and `check` raises it.
 
     The clock reads ahead, so the error may be in a frame that nobody needs. Call `check` only if frames are missing.
+
+    Attributes:
+        tagged (`av.VideoFrame`, *optional*): A frame with the stream's colour tags and display matrix, if the decoded frames
+            do not have them.
     """
 
     def __init__(self, container: av.container.InputContainer, stream: av.VideoStream) -> None:
         self.container, self.stream = container, stream
         self.error: av.error.FFmpegError | None = None
         self.start: float | None = None
+        self.tagged: av.VideoFrame | None = None
         self.num_frames = 0
 
     def __iter__(self) -> Iterator[av.VideoFrame]:
@@ -98,11 +103,17 @@ class DecodedStream:
 
     def _decode(self) -> Iterator[av.VideoFrame]:
         codec = ALPHA_DECODERS.get(self.stream.codec_context.name)
-        if codec is None or self.stream.metadata.get("alpha_mode") != "1":
+        # Copies that FFmpeg makes have the name in capitals.
+        metadata = {name.lower(): value for name, value in self.stream.metadata.items()}
+        if codec is None or metadata.get("alpha_mode") != "1":
             yield from self.container.decode(self.stream)
             return
         decoder = av.CodecContext.create(codec, "r")
+        # Several threads would return the first frame later.
+        self.stream.thread_type = "NONE"
         for packet in self.container.demux(self.stream):
+            if self.tagged is None:
+                self.tagged = next(iter(packet.decode()), None)
             yield from decoder.decode(packet if packet.size else None)
 
     def check(self, end: float) -> None:

@@ -70,26 +70,36 @@ class FrameConverter:
         if not Fraction(1, MAX_PIXEL_ASPECT) <= self.aspect <= MAX_PIXEL_ASPECT:
             raise VideoError(f"pixels of {self.aspect.numerator}:{self.aspect.denominator} (width to height)")
         self.hdr = hdr
+        self.turns: tuple[str, ...] | None = None
 
-    def __call__(self, frame: av.VideoFrame) -> np.ndarray:
+    def __call__(self, frame: av.VideoFrame, tagged: av.VideoFrame | None = None) -> np.ndarray:
         """
         Convert one frame.
+
+        Args:
+            tagged (`av.VideoFrame`, *optional*):
+                A frame that has the clip's colour tags and display matrix, if `frame` itself has none.
 
         Returns:
             `np.ndarray` of shape `(height, width, 3)` and type uint8.
 
         Raises:
-            VideoError: If the frame's display matrix is more than quarter turns and mirrors, if the frame is HDR and
-                `hdr` is `"refuse"`, or if its colours cannot be converted.
+            VideoError: If the frame's display matrix is more than quarter turns and mirrors, or another than that of the
+                frames before, if the frame is HDR and `hdr` is `"refuse"`, or if its colours cannot be converted.
         """
+        tagged = frame if tagged is None else tagged
+        turns = orientation_filters(tagged)
+        self.turns = turns if self.turns is None else self.turns
+        if turns != self.turns:
+            raise VideoError(f"its orientation changes within the clip, at {frame.time:.3f} s")
         graph = _graphs.build(
             (frame.width, frame.height),
             max(round(frame.width * self.aspect), 1),
             frame.format.name,
-            int(frame.colorspace),
-            int(frame.color_range),
-            color_options(frame, self.hdr),
-            orientation_filters(frame),
+            int(tagged.colorspace),
+            int(tagged.color_range),
+            color_options(tagged, self.hdr),
+            turns,
         )
         graph.push(frame)
         pixels = graph.pull().to_ndarray()

@@ -152,7 +152,7 @@ def _resample(
         while count < num_frames and count / fps < shown.end - EPSILON:
             count += 1
         if count > before:
-            image = convert(shown.frame)
+            image = convert(shown.frame, source.tagged)
             frames = np.empty((num_frames, *image.shape), np.uint8) if before == 0 else frames
             if image.shape != frames.shape[1:]:
                 raise VideoError("the size of the frames changes within the clip")

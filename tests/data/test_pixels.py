@@ -120,6 +120,25 @@ class TestOrientation:
         with pytest.raises(VideoError, match=text):
             read_video(path, fps=16, num_frames=5)
 
+    def test_a_matrix_in_a_part_of_the_frames_is_refused(
+        self, write_video: Callable[..., Path], tmp_path: Path
+    ) -> None:
+        """As H.264 may have it, in a message beside its key frames."""
+        half_turn = av.BitStreamFilterContext("h264_metadata=display_orientation=insert:rotate=180", "h264")
+        path = tmp_path / "clip.mkv"
+        with (
+            av.open(str(write_video(tmp_path / "plain.ts", num_frames=9))) as read,
+            av.open(str(path), "w") as written,
+        ):
+            stream = written.add_stream_from_template(read.streams.video[0])
+            for packet in [packet for packet in read.demux(video=0) if packet.size]:
+                for turned in half_turn.filter(packet):
+                    turned.stream = stream
+                    written.mux(turned)
+        assert len(read_video(path, fps=16, num_frames=1)) == 1
+        with pytest.raises(VideoError, match="its orientation changes within the clip, at 0"):
+            read_video(path, fps=16, num_frames=9)
+
 
 class TestPixelShape:
     @pytest.mark.parametrize("aspect", [Fraction(16, 11), Fraction(128, 117), Fraction(8, 9), Fraction(1)])
@@ -191,6 +210,37 @@ class TestTransparency:
         np.testing.assert_allclose(
             frames[:, 8:24, 8:24].astype(float), np.broadcast_to([0, 0, 255], (5, 16, 16, 3)), atol=8
         )
+
+    def test_the_containers_matrix_and_colors_count_too(self, tmp_path: Path) -> None:
+        """The decoders that read the transparency of WebM do not get them."""
+        source = self.write(tmp_path / "source.webm", "yuva420p", "libvpx-vp9")
+        turned, path = tmp_path / "turned.mp4", tmp_path / "clip.webm"
+        with av.open(str(source)) as read, av.open(str(turned), mode="w") as written:
+            stream = written.add_stream_from_template(read.streams.video[0])
+            for packet in read.demux(video=0):
+                if packet.size:
+                    packet.stream = stream
+                    written.mux(packet)
+        set_display_matrix(turned, 0, ONE, -ONE, 0)
+        for transfer in (1, 16):
+            with (
+                av.open(str(source)) as read,
+                av.open(str(turned)) as template,
+                av.open(str(path), mode="w") as written,
+            ):
+                stream = written.add_stream_from_template(template.streams.video[0])
+                stream.metadata["alpha_mode"] = "1"
+                stream.codec_context.color_trc = transfer
+                for packet in read.demux(video=0):
+                    if packet.size:
+                        packet.stream = stream
+                        written.mux(packet)
+            if transfer == 1:
+                expected = read_video(source, fps=16, num_frames=5).swapaxes(1, 2)[:, :, ::-1]
+                np.testing.assert_array_equal(read_video(path, fps=16, num_frames=5), expected)
+            else:
+                with pytest.raises(VideoError, match="its colours are HDR, with the transfer function PQ"):
+                    read_video(path, fps=16, num_frames=5)
 
 
 def limited_rgb(y: float, cb: float, cr: float, kr: float, kb: float, bits: int = 8) -> np.ndarray:
