@@ -7,6 +7,8 @@ from pathlib import Path
 from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
+from ..configs.inputs import HUB_ID
+
 
 @contextmanager
 def reading(option: str, source: str) -> Iterator[None]:
@@ -26,7 +28,7 @@ def reading(option: str, source: str) -> Iterator[None]:
     try:
         yield
     except (OSError, HTTPError) as error:
-        if Path(source).exists():
+        if Path(source).exists() or not HUB_ID.fullmatch(source):
             raise FileNotFoundError(f"`{option}` '{source}': {_first_line(error)}.") from error
         raise FileNotFoundError(
             f"`{option}`: there is no file or folder '{source}' here, and as a repository on the Hub it cannot be read: "

@@ -1,4 +1,5 @@
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,15 @@ def test_only_the_newest_are_kept_in_order_of_steps(tmp_path: Path) -> None:
         save(accelerator, tmp_path, step, total_limit=2)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10"]
     assert find_checkpoint(tmp_path, "latest") == tmp_path / "checkpoint-10"
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_latest_without_a_checkpoint_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture, exists: bool) -> None:
+    """A mistyped `output_dir` is empty too. Commands show messages of this level."""
+    folder = tmp_path if exists else tmp_path / "none"
+    with caplog.at_level(logging.INFO, logger="hy_prfl"):
+        assert find_checkpoint(folder, "latest") is None
+    assert f"There is no complete checkpoint in {folder}: the run starts from the beginning." in caplog.text
 
 
 def test_what_is_beyond_the_limit_can_go_before_anything_is_written(tmp_path: Path) -> None:
