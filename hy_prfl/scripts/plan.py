@@ -67,16 +67,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # Imported here, so that a misspelt option is reported before torch is loaded.
     from ..models.reward_model import WanRewardModel
+    from ..models.shared_backbone import group_folders
     from ..planning import plan
     from ..runtime.messages import set_up_logging
 
     set_up_logging()
-    reward_config = None
+    reward_config, shared_backbones = None, None
     if isinstance(training, PRFLTrainingConfig):
-        reward_config = [
-            WanRewardModel.load_own_config(source) if Path(source).is_dir() else None
-            for source in training.reward_sources
-        ]
+        folders = [source if Path(source).is_dir() else None for source in training.reward_sources]
+        reward_config = [None if folder is None else WanRewardModel.load_own_config(folder) for folder in folders]
+        shared_backbones = group_folders(folders)
     result = plan(
         training,
         height=config.height,
@@ -92,6 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         num_rows=config.num_rows,
         first_frame=config.first_frame,
         reward_config=reward_config,
+        shared_backbones=shared_backbones,
     )
     show(config, result)
 
