@@ -317,13 +317,17 @@ class WanRewardModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, Atte
 
         # 4. Pooling & head, on all tokens
         hidden_states = self.token_gather(hidden_states)
-        pooled = self.pooler(hidden_states)
-        # Without autocast: it would save nothing on one vector per clip, and would round logits and gradients.
-        with torch.autocast(pooled.device.type, enabled=False):
-            logits = self.head(pooled.to(self.head.linear_1.weight.dtype)).float()
+        logits = self.score_tokens(hidden_states)
 
         output = WanRewardModelOutput(logits=logits, features=hidden_states if output_features else None)
         return output if return_dict else output.to_tuple()
+
+    def score_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Logits `(batch_size,)`, float32, of all tokens after the last block, `(batch_size, num_tokens, dim)`."""
+        pooled = self.pooler(tokens)
+        # Without autocast: it would save nothing on one vector per clip, and would round logits and gradients.
+        with torch.autocast(pooled.device.type, enabled=False):
+            return self.head(pooled.to(self.head.linear_1.weight.dtype)).float()
 
     def _check_inputs(
         self,

@@ -13,6 +13,7 @@ from ..configs.reward import RewardTrainingConfig
 from ..evaluation.drift import DRIFT_SIGMAS
 from ..losses import RewardCombination
 from ..models.experts import Experts
+from ..models.shared_backbone import own_parts
 from ..runtime.context_parallel import check_divisible
 from ..runtime.vae_tiling import pass_memory, tiled_decoding_memory
 from ..step_cache import forward_steps
@@ -56,6 +57,9 @@ class Request:
             Shift of the sampler's grid, which divides a chain's steps between two experts.
         other_reward_configs (`Sequence[Mapping[str, Any]]`, *optional*):
             Configurations of the reward models beside the first, of a recipe with several.
+        shared_backbones (`Sequence[Sequence[int]]`, *optional*):
+            Places of reward models in groups with the same backbone, see
+            [`~hy_prfl.models.shared_backbone.group_by_backbone`]; each has its own if left out.
     """
 
     training: TrainingConfig
@@ -66,11 +70,20 @@ class Request:
     experts: Experts = Experts()
     sampler_shift: float = 3.0
     other_reward_configs: Sequence[Mapping[str, Any]] = ()
+    shared_backbones: Sequence[Sequence[int]] | None = None
 
     @property
     def reward_configs(self) -> list[Mapping[str, Any]]:
         """Configurations of all reward models."""
         return [self.reward_config, *self.other_reward_configs]
+
+    @property
+    def reward_groups(self) -> list[list[Mapping[str, Any]]]:
+        """Configurations of the reward models that are called together. Sharded ones are called one by one."""
+        configs = self.reward_configs
+        if self.shared_backbones is None or getattr(self.training, "shard_reward_model", False):
+            return [[each] for each in configs]
+        return [[configs[place] for place in places] for places in self.shared_backbones]
 
     @property
     def num_tokens(self) -> int:
@@ -171,10 +184,11 @@ def _estimate_prfl(request: Request, training: PRFLTrainingConfig, reserved: flo
     phases = {"optimizer step": engine.step_memory(sizes)}
     # Also without reward updates: it scores the validation samples.
     weights = []
-    for config_of_one in request.reward_configs:
+    for config_of_one, *others in request.reward_groups:
         judge = build_reward_model(config_of_one)
         reward_sizes = _sizes(judge, numerics, numerics.compute, engine, training.reward_model_quantization)
-        weights.append(frozen_memory(reward_sizes, num_gpus=engine.num_gpus, is_sharded=training.shard_reward_model))
+        size, gathered = frozen_memory(reward_sizes, num_gpus=engine.num_gpus, is_sharded=training.shard_reward_model)
+        weights.append((size + sum(_own_bytes(each, numerics) for each in others), gathered))
     # One of them computes at a time.
     whole, gathered = sum(size for size, _ in weights), max(size for _, size in weights)
     copied = whole if training.offload_reward_model else 0.0
@@ -195,8 +209,8 @@ def _estimate_prfl(request: Request, training: PRFLTrainingConfig, reserved: flo
         phases["flow matching"] = flow_peak
     if uses_reward:
         needs = []
-        for config_of_one, (size, _) in zip(request.reward_configs, weights, strict=True):
-            reward = reward_phases(config_of_one, training, numerics, part)
+        for (config_of_one, *others), (size, _) in zip(request.reward_groups, weights, strict=True):
+            reward = reward_phases(config_of_one, training, numerics, part, others=others)
             copied = size if training.offload_reward_model else 0.0
             needs.append(copied + max(reward["forward"].peak, reward["backward"].peak))
             # Generator and reward models have buffers of their own, which are kept for the next update.
@@ -292,6 +306,13 @@ def _sizes(
     return count_parameters(model, persistence_threshold=threshold, quantization=quantization)
 
 
+def _own_bytes(config: Mapping[str, Any], numerics: Numerics) -> int:
+    """Bytes of the pooling and the head of a reward model."""
+    model = build_reward_model(config)
+    set_dtypes(model, frozen=numerics.compute, trained=numerics.compute, keep_in_fp32=True)
+    return sum(each.nbytes for part in own_parts(model) for each in part.parameters())
+
+
 def _held_by_batch(request: Request) -> dict[str, float]:
     """Inputs and the float32 tensors of the size of latents: clean, noise, noisy, target, and the sampler's last two."""
     shape, config, degree = request.shape, request.transformer_config, request.training.context_parallel_degree
@@ -356,9 +377,13 @@ def _prfl_flops(
     called = forward_steps(_timesteps(request, training), interval, boundary=boundary)
     without_gradient = forwards_without_gradient(training, first, last, called)
     num_gradient_steps = training.num_gradient_steps
-    rewards = [reward_phases(each, training, numerics, request.shape) for each in request.reward_configs]
+    rewards = [
+        reward_phases(each, training, numerics, request.shape, others=others)
+        for each, *others in request.reward_groups
+    ]
     reward_flops = sum(_both(each) for each in rewards)
-    combination = RewardCombination([1.0] * len(rewards), training.reward_combination, training.reward_disagreement)
+    num_models = len(request.reward_configs)
+    combination = RewardCombination([1.0] * num_models, training.reward_combination, training.reward_disagreement)
     if not combination.is_separable(training.reward_loss):
         reward_flops += sum(each["forward"].flops for each in rewards[:-1])
     flops |= {

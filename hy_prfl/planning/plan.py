@@ -159,6 +159,7 @@ def plan(
     first_frame: bool = False,
     transformer_config: Mapping[str, Any] | None = None,
     reward_config: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None = None,
+    shared_backbones: Sequence[Sequence[int]] | None = None,
     experts: Experts | None = None,
     engine: Engine | None = None,
 ) -> Plan:
@@ -197,6 +198,8 @@ def plan(
             Configurations of the generator and the reward model. If left out, they are those of the recipe's pipeline
             and of a reward model made from its first 8 blocks. For several reward models it is a list, with None for
             one whose configuration is not known.
+        shared_backbones (`Sequence[Sequence[int]]`, *optional*):
+            Places of reward models in groups with the same blocks; each has its own if left out.
         experts (`Experts`, *optional*):
             The experts. Needed with `transformer_config` if there are two.
         engine (`Engine`, *optional*):
@@ -241,6 +244,7 @@ def plan(
         experts=experts or Experts(),
         sampler_shift=shift,
         other_reward_configs=others,
+        shared_backbones=shared_backbones,
     )
     needs = estimate(request, reserved=reserved * GIGA)
     changes: list[str] = []

@@ -4,6 +4,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from ..configs.reward import RewardTrainingConfig
 from ..losses import binary_reward_loss, bradley_terry_loss, reward_feedback_loss
 from ..models.conditioning import Conditioning
 from ..models.reward_model import score_noised
+from ..models.shared_backbone import OneBackbone, share_backbone
 from ..rollout import denoise_to_step
 from ..runtime.activation_checkpointing import checkpoint_activations
 from ..sampling import predict_velocity
@@ -182,10 +184,22 @@ def generator_phases(
 
 
 def reward_phases(
-    config: Mapping[str, Any], training: PRFLTrainingConfig, numerics: Numerics, shape: Shape
+    config: Mapping[str, Any],
+    training: PRFLTrainingConfig,
+    numerics: Numerics,
+    shape: Shape,
+    *,
+    others: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Phase]:
-    """Needs of the frozen reward model for its forward and its backward to the latents."""
-    run = _runner(_simulate_reward, config, training, ("reward_model_quantization",), numerics, shape)
+    """
+    Needs of the frozen reward model for its forward and its backward to the latents.
+
+    Args:
+        others (`Sequence[Mapping[str, Any]]`, *optional*):
+            Configurations of other reward models on the same backbone, which are called with it.
+    """
+    simulate = partial(_simulate_reward, others=tuple(_without_depth(each) for each in others))
+    run = _runner(simulate, config, training, ("reward_model_quantization",), numerics, shape)
     return _with_activation_checkpointing(run, config, training, training.reward_gradient_checkpointing_blocks)
 
 
@@ -199,7 +213,7 @@ def reward_training_phases(
 
 def scoring_phase(config: Mapping[str, Any], numerics: Numerics, shape: Shape) -> Phase:
     """Needs of a forward of the reward model without gradient."""
-    values = _freeze({name: value for name, value in config.items() if name != "num_layers"})
+    values = _without_depth(config)
     phases = extrapolated(
         lambda count: {"forward": _simulate_scoring(values, numerics, shape, count)}, config["num_layers"]
     )
@@ -219,7 +233,7 @@ def _runner(
     shape: Shape,
 ) -> Run:
     """Phases as a function of the number of blocks, and of activation checkpointing. Simulations are cached."""
-    values = _freeze({name: value for name, value in config.items() if name != "num_layers"})
+    values = _without_depth(config)
     options = {name: getattr(training, name) for name in names}
 
     def run(num_layers: int, checkpointing: bool) -> dict[str, Phase]:
@@ -227,6 +241,10 @@ def _runner(
         return extrapolated(lambda count: simulate(values, frozen, numerics, shape, count), num_layers)
 
     return run
+
+
+def _without_depth(config: Mapping[str, Any]) -> Frozen:
+    return _freeze({name: value for name, value in config.items() if name != "num_layers"})
 
 
 def _freeze(values: Mapping[str, Any]) -> Frozen:
@@ -324,23 +342,39 @@ def _under_autocast(forward: Any, numerics: Numerics, *args: Any, **kwargs: Any)
 
 @functools.cache
 def _simulate_reward(
-    config: Frozen, options: Frozen, numerics: Numerics, shape: Shape, num_layers: int
+    config: Frozen,
+    options: Frozen,
+    numerics: Numerics,
+    shape: Shape,
+    num_layers: int,
+    *,
+    others: tuple[Frozen, ...] = (),
 ) -> dict[str, Phase]:
     values = {**_thaw(config), "num_layers": num_layers}
     reward_model = build_reward_model(values)
-    set_dtypes(reward_model, frozen=numerics.compute, trained=numerics.compute, keep_in_fp32=True)
+    models = [reward_model, *(build_reward_model({**_thaw(each), "num_layers": num_layers}) for each in others)]
+    for model in models:
+        set_dtypes(model, frozen=numerics.compute, trained=numerics.compute, keep_in_fp32=True)
+        share_backbone(model, reward_model)
+    judge = OneBackbone(models) if others else reward_model
     with FakeTensorMode(allow_non_fake_inputs=True):
         quantization, checkpointed = (
             dict(options)[name] for name in ("reward_model_quantization", "gradient_checkpointing")
         )
-        _set_up(reward_model, quantization, numerics, checkpointed=checkpointed)
+        materialize(judge)
+        if quantization is not None:
+            use_quantized_layers(reward_model, quantization)
+        if numerics.on_gpu:
+            use_gpu_kernels(judge)
+        if checkpointed:
+            checkpoint_activations(reward_model)
         _gather_tokens(reward_model, shape)
         inputs = Inputs(values, shape, numerics.compute)
         leaf = inputs.noise.requires_grad_()
-        state = [*reward_model.parameters(), *reward_model.buffers(), *inputs.tensors()]
+        state = [*judge.parameters(), *judge.buffers(), *inputs.tensors()]
         with MemoryMeter(state, on_gpu=numerics.on_gpu) as meter:
             with meter.phase("forward"), autocast(numerics.autocast):
-                logits = reward_model(**inputs.conditioning.model_inputs(leaf, inputs.timestep)).logits
+                logits = judge(**inputs.conditioning.model_inputs(leaf, inputs.timestep)).logits
             with meter.phase("backward"):
                 torch.autograd.grad(reward_feedback_loss(logits), leaf)
     return meter.phases

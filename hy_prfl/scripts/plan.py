@@ -67,18 +67,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # Imported here, so that a misspelt option is reported before torch is loaded.
     from ..models.loading import read_reward_config
+    from ..models.shared_backbone import group_folders
     from ..planning import plan
     from ..runtime.messages import set_up_logging
 
     set_up_logging()
-    reward_config = None
+    reward_config, shared_backbones = None, None
     if isinstance(training, PRFLTrainingConfig):
-        reward_config = [
-            read_reward_config(source, option="reward_model" if training.reward_models is None else "reward_models")
-            if Path(source).is_dir()
-            else None
-            for source in training.reward_sources
-        ]
+        option = "reward_model" if training.reward_models is None else "reward_models"
+        folders = [source if Path(source).is_dir() else None for source in training.reward_sources]
+        reward_config = [None if folder is None else read_reward_config(folder, option=option) for folder in folders]
+        shared_backbones = group_folders(folders)
     result = plan(
         training,
         height=config.height,
@@ -94,6 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         num_rows=config.num_rows,
         first_frame=config.first_frame,
         reward_config=reward_config,
+        shared_backbones=shared_backbones,
     )
     show(config, result)
 

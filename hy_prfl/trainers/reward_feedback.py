@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 from torch import nn
 
 from ..configs.prfl import PRFLTrainingConfig
@@ -14,10 +15,13 @@ from ..losses import RewardCombination, anchor_loss, reward_feedback_loss
 from ..models.conditioning import Conditioning, num_clean_frames
 from ..models.loading import Deferred, loaded
 from ..models.reward_model import WanRewardModel
+from ..models.shared_backbone import OneBackbone, group_by_backbone, have_same_backbone, share_backbone
 from ..runtime.context_parallel import ContextParallelGroup
 from ..runtime.host_weights import HostWeights
 from .run import Run
 
+
+logger = get_logger(__name__)
 
 InUse = Callable[[nn.Module], AbstractContextManager[None]]
 
@@ -69,12 +73,28 @@ class RewardTerm(NamedTuple):
     staleness: torch.Tensor | None
 
 
+class Pass(NamedTuple):
+    """
+    What one forward pass gives logits of: a reward model, or all that share a backbone.
+
+    Args:
+        judge (`nn.Module`):
+            Called as a reward model; its logits are `(batch_size,)` or `(len(places), batch_size)`.
+        places (`list[int]`):
+            Places of these reward models among all.
+    """
+
+    judge: nn.Module
+    places: list[int]
+
+
 class RewardFeedback:
     """
     Scores noisy latents, and differentiates the reward loss with respect to them (paper, equation 9).
 
-    Several reward models are combined to one logit, see [`~hy_prfl.losses.RewardCombination`]. Only one of them has
-    activations in memory at a time.
+    Several reward models are combined to one logit, see [`~hy_prfl.losses.RewardCombination`]. Those that share a
+    backbone are called as one, see [`~hy_prfl.models.shared_backbone.OneBackbone`]. Only one call has activations in memory
+    at a time.
 
     Args:
         config (`PRFLTrainingConfig`):
@@ -106,6 +126,10 @@ class RewardFeedback:
     ) -> None:
         self.config = config
         self.models = list(models)
+        self.passes = [
+            Pass(models[places[0]] if len(places) == 1 else OneBackbone([models[place] for place in places]), places)
+            for places in group_by_backbone(models)
+        ]
         self.names = list(names)
         self.accelerator = accelerator
         self.context_parallel = context_parallel
@@ -122,21 +146,22 @@ class RewardFeedback:
         activations are gone before the generator's backward pass begins, and they never meet the hooks of the engine
         that shards the generator.
 
-        Of several reward models each has a backward pass of its own, from the slope of the loss in its logit. Where
-        these slopes depend on all logits, all models but the last are called once more before, without gradient.
+        Of several reward models each backbone has a backward pass of its own, from the slopes of the loss in its
+        logits. Where these slopes depend on all logits, all but the last are called once more before, without gradient.
         """
         leaf = step.latents.detach().requires_grad_()
         logits = leaf.new_zeros(len(self.models), len(leaf))
         if not self.combination.is_separable(self.config.reward_loss):
-            for index, model in enumerate(self.models[:-1]):
-                with torch.no_grad(), self.in_use(model):
-                    logits[index] = self.score(model, leaf, step.timesteps, conditioning)
+            for judge, places in self.passes[:-1]:
+                with torch.no_grad(), self.in_use(self.models[places[0]]):
+                    logits[places] = self.score(judge, leaf, step.timesteps, conditioning)
         gradients: list[torch.Tensor] = []
-        for index, model in reversed(list(enumerate(self.models))):
-            with self.in_use(model):
-                own_logits = self.score(model, leaf, step.timesteps, conditioning)
-                logits[index] = own_logits.detach()
-                gradients += torch.autograd.grad(own_logits, leaf, self.slopes(logits)[index].to(own_logits))
+        for judge, places in reversed(self.passes):
+            with self.in_use(self.models[places[0]]):
+                own_logits = self.score(judge, leaf, step.timesteps, conditioning)
+                logits[places] = own_logits.detach()
+                slopes = self.slopes(logits)[places].view_as(own_logits)
+                gradients += torch.autograd.grad(own_logits, leaf, slopes.to(own_logits))
         latents_grad = gradients[0] if len(gradients) == 1 else torch.stack(gradients).sum(dim=0)
         if self.context_parallel is not None:
             latents_grad = self.context_parallel.mean(latents_grad)
@@ -181,7 +206,7 @@ class RewardFeedback:
     def score(
         self, model: Any, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning
     ) -> torch.Tensor:
-        """Logits `(batch_size,)` of noisy latents at their timesteps, by one of the models."""
+        """Logits of noisy latents at their timesteps, by the judge of a [`Pass`]."""
         inputs = conditioning.model_inputs(latents, timesteps)
         with self.accelerator.autocast():
             return model(**inputs).logits
@@ -239,21 +264,41 @@ def load_reward_models(
     """
     Load reward models, on the device or, with `offload_reward_model`, in host memory.
 
+    Models with the same blocks share them, see [`~hy_prfl.models.shared_backbone.share_backbone`]. Sharded ones do not:
+    `fully_shard` gathers the weights of a model for this model's own pass.
+
     Args:
         num_checkpointed (`int`, *optional*):
             How many of a model's blocks use activation checkpointing; all if None.
 
     Returns:
-        The frozen models, and a function that returns a context in which a model is on the device.
+        The frozen models, and a function that returns a context in which a model is on the device, and with it those
+        that share its blocks.
     """
-    found: list[nn.Module] = []
-    hosts: dict[nn.Module, HostWeights] = {}
+    found: list[WanRewardModel] = []
     for each in models:
         model = loaded(each).requires_grad_(False).eval()
-        if config.offload_reward_model:
-            hosts[model] = HostWeights(model, run.accelerator.device)
-        else:
+        same = None
+        if not config.shard_reward_model:
+            same = next((other for other in found if have_same_backbone(other, model)), None)
+        if same is not None:
+            share_backbone(model, same)
+        if not config.offload_reward_model:
             model.to(run.accelerator.device)
-        run.set_up_blocks(model, num_checkpointed=num_checkpointed)
+        if same is None:
+            run.set_up_blocks(model, num_checkpointed=num_checkpointed)
         found.append(model)
-    return found, (lambda model: hosts[model].on_device()) if config.offload_reward_model else stays
+    groups = [[found[place] for place in places] for places in group_by_backbone(found)]
+    if len(groups) < len(found):
+        logger.info(
+            "%d reward models have %d backbones: those with the same blocks share them.", len(found), len(groups)
+        )
+    elif config.shard_reward_model and len(found) > 1:
+        logger.info("Sharded reward models are called one by one, also where their blocks are the same.")
+    if not config.offload_reward_model:
+        return list(found), stays
+    hosts: dict[nn.Module, HostWeights] = {}
+    for group in groups:
+        weights = HostWeights(nn.ModuleList(group), run.accelerator.device)
+        hosts |= dict.fromkeys(group, weights)
+    return list(found), lambda model: hosts[model].on_device()

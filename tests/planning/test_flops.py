@@ -18,6 +18,7 @@ from hy_prfl.gradient_steps import GradientStep
 from hy_prfl.losses import bradley_terry_loss, flow_matching_loss, reward_feedback_loss
 from hy_prfl.models.conditioning import Conditioning
 from hy_prfl.models.reward_model import WanRewardModel
+from hy_prfl.models.shared_backbone import share_backbone
 from hy_prfl.models.trainable import select_trainable
 from hy_prfl.planning.engines import Engine
 from hy_prfl.planning.estimate import Request, estimate
@@ -274,6 +275,37 @@ def test_several_reward_models_agree_with_the_flop_counter(options: dict[str, An
     assert planned["reward"] == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_reward_models_on_one_backbone_agree_with_the_flop_counter(checkpointing: bool) -> None:
+    """One pass through the blocks for three poolings and heads, and one for a model with other blocks."""
+    training = prfl_recipe(
+        num_inference_steps=6, step_range=[3, 3], reward_models=["a", "b", "c", "d"], reward_disagreement=0.5,
+        gradient_checkpointing=checkpointing,
+    )  # fmt: skip
+    transformer, shape = WanTransformer3DModel(**MIDDLE), (3, 16, 16)
+    models = [
+        WanRewardModel.from_transformer(transformer, num_layers=REWARD_LAYERS).requires_grad_(False) for _ in "abcd"
+    ]
+    for model in models:
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        model.forward = partial(call_on_copy, model.forward)
+    for model in models[1:3]:
+        share_backbone(model, models[0])
+    reward = RewardFeedback(training, models, names=list("abcd"), accelerator=Accelerator(cpu=True))
+    latents = torch.randn(1, 16, *shape)
+    step = GradientStep(latents, torch.tensor([500.0]), torch.tensor(0.2), latents, lambda *_: iter(()))
+    with count_flops() as counter:
+        reward.differentiate(step, Conditioning(torch.randn(1, 512, 64)))
+    config = full_config(MIDDLE)
+    judge = {**reward_model_config(config), "num_layers": REWARD_LAYERS}
+    request = Request(
+        training, config, judge, Engine(), Shape(1, shape), other_reward_configs=[judge] * 3,
+        shared_backbones=[[0, 1, 2], [3]],
+    )  # fmt: skip
+    assert estimate(request).flops["reward"] == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
 def call_on_copy(forward: Any, hidden_states: torch.Tensor, **inputs: Any) -> Any:
     return forward(hidden_states.clone(), **inputs)
 
@@ -304,3 +336,32 @@ def test_several_reward_models_take_their_memory() -> None:
     assert away.held["reward model"] == 0
     assert away.host_memory["reward model in host memory"] == three.held["reward model"]
     assert away.phases["reward"] == one.phases["reward"] + one.held["reward model"]
+
+
+def test_reward_models_on_one_backbone_take_the_memory_of_one_and_of_heads() -> None:
+    config = full_config(TINY)
+    judge = {**reward_model_config(config), "num_layers": REWARD_LAYERS}
+
+    def needs(shared: list[list[int]] | None, num_gpus: int = 1, **options: Any) -> Any:
+        training = prfl_recipe(reward_models=["a", "b", "c"], update_schedule="reward", **options)
+        others = [judge] * 2
+        return estimate(
+            Request(
+                training, config, judge, Engine(num_gpus=num_gpus), Shape(1, (2, 4, 4)), other_reward_configs=others,
+                shared_backbones=shared,
+            )
+        )  # fmt: skip
+
+    apart, together = needs(None), needs([[0, 1, 2]])
+    model = WanRewardModel(**judge)
+    # Heads stay in float32, poolings are in bfloat16.
+    heads = sum(4 * each.numel() for each in model.head.parameters())
+    heads += sum(2 * each.numel() for each in model.pooler.parameters())
+    one = apart.held["reward model"] / 3
+    assert together.held["reward model"] == one + 2 * heads
+    away = needs([[0, 1, 2]], offload_reward_model=True)
+    assert away.held["reward model"] == 0
+    assert away.host_memory["reward model in host memory"] == together.held["reward model"]
+    # Sharded models keep their own.
+    sharded: dict[str, Any] = {"num_gpus": 2, "shard_reward_model": True}
+    assert needs([[0, 1, 2]], **sharded).held == needs(None, **sharded).held

@@ -2,6 +2,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from diffusers import WanTransformer3DModel
 
 from hy_prfl.models.reward_model import WanRewardModel
 from hy_prfl.scripts.plan import main, split_options
@@ -28,8 +30,6 @@ def test_plan_of_a_folder(pipeline_dir: Path, tmp_path: Path, capsys: pytest.Cap
 
 
 def test_reward_model_on_disk_is_taken(pipeline_dir: Path, tmp_path: Path) -> None:
-    from diffusers import WanTransformer3DModel
-
     transformer = WanTransformer3DModel.from_pretrained(pipeline_dir, subfolder="transformer")
     for num_layers in (1, 2):
         model = WanRewardModel.from_transformer(transformer, num_layers=num_layers, num_query_heads=2)
@@ -43,6 +43,29 @@ def test_reward_model_on_disk_is_taken(pipeline_dir: Path, tmp_path: Path) -> No
         main(["--config", str(recipe), *CLIP, reward, "--output", str(output)])
         sizes.append(json.loads(output.read_text())["memory"]["reward model"])
     assert sizes[0] < sizes[1]
+
+
+def test_reward_models_on_disk_with_the_same_blocks_count_once(pipeline_dir: Path, tmp_path: Path) -> None:
+    transformer = WanTransformer3DModel.from_pretrained(pipeline_dir, subfolder="transformer")
+    model = WanRewardModel.from_transformer(transformer, num_layers=2, num_query_heads=2)
+    for name in ("probe-0", "probe-1"):
+        model.reset_head()
+        model.save_pretrained(tmp_path / name)
+    with torch.no_grad():
+        model.blocks[1].ffn.net[2].bias.add_(1.0)
+    model.save_pretrained(tmp_path / "tuned")
+    recipe, output = tmp_path / "recipe.yaml", tmp_path / "plan.json"
+    recipe.write_text(RECIPE.format(path=pipeline_dir))
+    needs = []
+    for other in ("probe-1", "tuned"):
+        models = [str(tmp_path / "probe-0"), str(tmp_path / other)]
+        main(["--config", str(recipe), *CLIP, "--output", str(output), "--reward_models", *models])
+        plan = json.loads(output.read_text())
+        needs.append((plan["memory"]["reward model"], plan["teraflops"]["reward"]))
+    heads = sum(each.nbytes for part in (model.pooler, model.head) for each in part.parameters())
+    whole = sum(each.nbytes for each in model.parameters())
+    assert needs[0][0] / needs[1][0] == pytest.approx((whole + heads) / (2 * whole), rel=0.01)
+    assert needs[0][1] < 0.7 * needs[1][1]
 
 
 def test_command_is_told_by_keys(pipeline_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

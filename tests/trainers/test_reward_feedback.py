@@ -23,7 +23,10 @@ Build = Callable[..., PRFLTrainer]
 
 @pytest.fixture
 def build(prfl_builder: Callable[..., Build], pipeline_dir: Path, tmp_path: Path, tiny_vae: str) -> Build:
-    """Function that builds a trainer; `reward-0` to `reward-2` are reward models of one task, `physics` of another."""
+    """
+    Function that builds a trainer; `reward-0` to `reward-2` are reward models of one task, `physics` of another; `probe-0`
+    to `probe-2` have the same blocks.
+    """
     build_one = prfl_builder(pipeline_dir)
     transformer = WanTransformer3DModel.from_pretrained(pipeline_dir, subfolder="transformer")
     for seed, (name, task) in enumerate([*((f"reward-{i}", "motion_quality") for i in range(3)), ("physics",) * 2]):
@@ -32,7 +35,15 @@ def build(prfl_builder: Callable[..., Build], pipeline_dir: Path, tmp_path: Path
         model = WanRewardModel.from_transformer(transformer, vae_fingerprint=tiny_vae, **options)
         # Spreads the logits, which are all close to zero before a training.
         torch.nn.init.normal_(model.head.linear_3.weight, std=1.0)
+        with torch.no_grad():
+            model.blocks[0].ffn.net[2].weight.add_(0.01 * (seed + 1))
         model.save_pretrained(tmp_path / name)
+    probe = WanRewardModel.from_transformer(transformer, num_layers=2, vae_fingerprint=tiny_vae)
+    for index, pooling in enumerate(["query", "query", "mean"]):
+        probe.register_to_config(pooling=pooling)
+        probe.reset_head()
+        torch.nn.init.normal_(probe.head.linear_3.weight, std=1.0)
+        probe.save_pretrained(tmp_path / f"probe-{index}")
 
     def build_several(names: list[str], **options: Any) -> PRFLTrainer:
         models = [str(tmp_path / name) for name in names]
@@ -74,8 +85,12 @@ def combined(logits: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
         {"reward_loss": "logit", "reward_weights": [1.0, 2.0, 0.5]},
     ],
 )
-def test_gradient_is_that_of_one_graph(build: Build, options: dict[str, Any]) -> None:
-    trainer = build(["reward-0", "reward-1", "reward-2"], **options)
+@pytest.mark.parametrize(
+    "names",
+    [["reward-0", "reward-1", "reward-2"], ["probe-0", "probe-1", "probe-2"], ["probe-0", "reward-1", "probe-1"]],
+)
+def test_gradient_is_that_of_one_graph(build: Build, names: list[str], options: dict[str, Any]) -> None:
+    trainer = build(names, **options)
     step, conditioning = any_step(trainer)
     found = trainer.reward.differentiate(step, conditioning)
 
@@ -95,7 +110,7 @@ def test_gradient_is_that_of_one_graph(build: Build, options: dict[str, Any]) ->
 
 
 def count_calls(trainer: PRFLTrainer) -> list[int]:
-    """For each reward model, forwards of one gradient."""
+    """For each reward model, forwards of one gradient; those that share blocks are called through the first."""
     calls = [0] * len(trainer.reward.models)
     for index, model in enumerate(trainer.reward.models):
 
@@ -112,6 +127,45 @@ def test_each_model_is_called_as_often_as_it_has_to_be(build: Build) -> None:
     assert count_calls(build(names, reward_disagreement=0.5)) == [2, 2, 1]
     assert count_calls(build(names, reward_combination="product")) == [1, 1, 1]
     assert count_calls(build(names[:1])) == [1]
+    assert count_calls(build(["probe-0", "probe-1", "probe-2"], reward_disagreement=0.5)) == [1, 0, 0]
+    assert count_calls(build(["probe-0", "reward-1", "probe-1"], reward_disagreement=0.5)) == [2, 1, 0]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"offload_reward_model": True}, {"reward_model_quantization": "int8", "reward_disagreement": 0.2}]
+)
+def test_models_with_the_same_blocks_have_one_copy_of_them(build: Build, options: dict[str, Any]) -> None:
+    trainer = build(["probe-0", "reward-1", "probe-1", "probe-2"], **options)
+    models = trainer.reward.models
+    assert [each.places for each in trainer.reward.passes] == [[0, 2, 3], [1]]
+    assert models[0].blocks is models[2].blocks
+    assert models[0].patch_embedding is models[3].patch_embedding
+    assert models[0].blocks is not models[1].blocks
+    assert models[0].pooler is not models[2].pooler
+    # The weights of four models, but for three backbones two.
+    own = [sum(each.numel() for each in model.parameters()) for model in models]
+    heads = [
+        sum(each.numel() for part in (model.pooler, model.head) for each in part.parameters()) for model in models
+    ]
+    together = sum(each.numel() for each in torch.nn.ModuleList(models).parameters())
+    assert together == own[0] + own[1] + heads[2] + heads[3]
+    # Each by itself, as a validation calls it.
+    step, conditioning = any_step(trainer)
+    found = trainer.reward.differentiate(step, conditioning)
+    for model, logits in zip(models, found.model_logits, strict=True):
+        with torch.no_grad(), trainer.reward.in_use(model):
+            alone = trainer.reward.score(model, step.latents, step.timesteps, conditioning)
+        torch.testing.assert_close(logits, alone)
+
+
+def test_blocks_that_differ_in_the_last_bit_are_not_shared(build: Build, tmp_path: Path) -> None:
+    other = WanRewardModel.from_pretrained(tmp_path / "probe-1")
+    weight = other.blocks[1].ffn.net[2].bias
+    with torch.no_grad():
+        weight[-1] = torch.nextafter(weight[-1], torch.tensor(1.0))
+    other.save_pretrained(tmp_path / "other")
+    trainer = build(["probe-0", "other"])
+    assert [each.places for each in trainer.reward.passes] == [[0], [1]]
 
 
 def test_a_run_on_several_logs_each_and_names_all(
