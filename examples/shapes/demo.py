@@ -197,6 +197,9 @@ def train_prfl(config: DemoConfig, run: str, schedule: str, num_steps: int, rewa
         *("--output_dir", str(root / run), "--max_train_steps", str(num_steps)),
         *("--validation_steps", str(max(1, num_steps // 2)), "--train_batch_size", "4"),
     ]
+    if schedule == "flow_matching":
+        # There is no rollout to reuse.
+        options += ["--rollout_interval", "1", "--rollout_buffer_size", "1"]
     return launch("train_prfl", options, two_processes=True)
 
 

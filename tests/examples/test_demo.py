@@ -27,6 +27,19 @@ def test_the_plan_is_the_chain_of_the_entry_points(tmp_path: Path, monkeypatch: 
     assert len({one.digest() for one in stages}) == len(stages)
 
 
+@pytest.mark.parametrize("name", ["flow_matching", "prfl", "round"])
+def test_runs_of_the_generator_accept_their_options(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
+    config = DemoConfig(output_dir=str(tmp_path))
+    ((command,),) = [stage.commands for stage in plan(config) if stage.name == name]
+    prfl = parse_config(PRFLTrainingConfig, command[command.index("--config") :])
+    # As many updates in all.
+    num_updates = prfl.max_train_steps * (1 if name == "flow_matching" else 2)
+    assert num_updates == 2 * config.prfl_steps
+
+
 def test_a_round_learns_from_its_own_videos_beside_the_clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The options of its reward model and of its generator parse, and name what the stages before have made."""
     monkeypatch.chdir(Path(__file__).parents[2])
