@@ -7,7 +7,7 @@ It starts from the pretrained pipeline in this folder, which generates good and 
 is trained on noisy latents of clips that are labelled good or bad (PAVRM). The generator is fine-tuned on that reward
 (PRFL, LoRA). For comparison, it is also fine-tuned for as many updates without a reward. Then comes a round: new videos of
 the tuned generator are labelled, the reward model learns from what still fails in them, and the pretrained generator is
-tuned again. In the end the judge, which never uses the reward model, looks at videos of held-out captions. Every stage is a
+tuned again, on both reward models. In the end the judge, which never uses the reward model, looks at videos of held-out captions. Every stage is a
 command that is also used for the 14B model, with a recipe from this folder. Completed stages are not run again.
 """
 
@@ -95,10 +95,10 @@ def plan(config: DemoConfig) -> list[Stage]:
         Stage(
             "flow_matching",
             "tune the generator without a reward",
-            [train_prfl(config, "flow_matching", "flow_matching", 2 * config.prfl_steps, "reward")],
+            [train_prfl(config, "flow_matching", "flow_matching", 2 * config.prfl_steps, ["reward"])],
             ["flow_matching"],
         ),
-        Stage("prfl", "tune the generator on the reward", [tune_on(config, "prfl", "reward")], ["prfl"]),
+        Stage("prfl", "tune the generator on the reward", [tune_on(config, "prfl", ["reward"])], ["prfl"]),
         Stage(
             "round_videos",
             "a round: label new videos of this generator",
@@ -111,7 +111,12 @@ def plan(config: DemoConfig) -> list[Stage]:
             ["round_videos", "round_labels", *(f"latents/round_{name}" for name in ROUND_SPLITS)],
         ),
         Stage("round_reward", "the reward model learns from them", [learn_on(config)], ["round_reward"]),
-        Stage("round", "tune the pretrained generator again", [tune_on(config, "round", "round_reward")], ["round"]),
+        Stage(
+            "round",
+            "tune the pretrained generator again",
+            [tune_on(config, "round", ["round_reward", "reward"])],
+            ["round"],
+        ),
         Stage(
             "generate",
             "videos of held-out captions, the same seeds for all",
@@ -181,22 +186,25 @@ def learn_on(config: DemoConfig) -> list[str]:
     return launch("train_reward", [*options, "--train_batch_size", "16"], two_processes=True)
 
 
-def tune_on(config: DemoConfig, run: str, reward: str) -> list[str]:
-    """Command that tunes the pretrained generator with PRFL on a reward model."""
-    return train_prfl(config, run, "alternate", config.prfl_steps, reward)
+def tune_on(config: DemoConfig, run: str, rewards: list[str]) -> list[str]:
+    """Command that tunes the pretrained generator with PRFL on one or more reward models."""
+    return train_prfl(config, run, "alternate", config.prfl_steps, rewards)
 
 
-def train_prfl(config: DemoConfig, run: str, schedule: str, num_steps: int, reward: str) -> list[str]:
+def train_prfl(config: DemoConfig, run: str, schedule: str, num_steps: int, rewards: list[str]) -> list[str]:
     """Command that tunes the pretrained generator. The two processes share the recipe's batch."""
     root = Path(config.output_dir)
     options = [
         *("--pretrained_model_name_or_path", config.pipeline, "--seed", str(config.seed)),
-        *("--reward_model", str(root / reward / "best"), "--update_schedule", schedule),
+        *("--reward_models", *(str(root / reward / "best") for reward in rewards), "--update_schedule", schedule),
         *("--train_dataset", str(latents(config, "train"))),
         *("--validation_dataset", str(latents(config, "held_out"))),
         *("--output_dir", str(root / run), "--max_train_steps", str(num_steps)),
         *("--validation_steps", str(max(1, num_steps // 2)), "--train_batch_size", "4"),
     ]
+    if len(rewards) > 1:
+        # What they disagree by is not to be trusted.
+        options += ["--reward_disagreement", "0.5"]
     if schedule == "flow_matching":
         # There is no rollout to reuse.
         options += ["--rollout_interval", "1", "--rollout_buffer_size", "1"]

@@ -52,7 +52,7 @@ def test_a_round_learns_from_its_own_videos_beside_the_clips(tmp_path: Path, mon
     assert [Path(dataset).name for dataset in reward.validation_dataset or []] == ["held_out", "round_validation"]
     (command,) = commands["round"]
     prfl = parse_config(PRFLTrainingConfig, command[command.index("--config") :])
-    assert prfl.reward_model == str(tmp_path / "round_reward" / "best")
+    assert prfl.reward_models == [str(tmp_path / name / "best") for name in ("round_reward", "reward")]
     assert prfl.lora_path is None
 
 
