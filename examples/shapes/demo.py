@@ -7,8 +7,9 @@ It starts from the pretrained pipeline in this folder, which generates good and 
 is trained on noisy latents of clips that are labelled good or bad (PAVRM). The generator is fine-tuned on that reward
 (PRFL, LoRA). For comparison, it is also fine-tuned for as many updates without a reward. Then comes a round: new videos of
 the tuned generator are labelled, the reward model learns from what still fails in them, and the pretrained generator is
-tuned again, on both reward models. In the end the judge, which never uses the reward model, looks at videos of held-out captions. Every stage is a
-command that is also used for the 14B model, with a recipe from this folder. Completed stages are not run again.
+tuned again, on both reward models. In the end the judge, which never uses the reward model, looks at videos of held-out
+captions. Every stage is a command that is also used for the 14B model, with a recipe from this folder. Completed stages are
+not run again.
 """
 
 import sys
