@@ -82,6 +82,7 @@ METHODS = {
 COMPARED = (PRFL, PRFL_EARLY, FLOW, RGB_FIRST, RGB_ALL)
 
 NO_CHECKPOINTING, FOUR_STEPS, LORA = "no activation checkpointing", "4 gradient steps", "LoRA of rank 16"
+REUSED, CACHED = "a rollout for 8 updates", "every second step of the rollout"
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,12 @@ def switches(num_layers: int) -> dict[str, Switch]:
         "reward model in host memory": Switch({"offload_reward_model": True}, only_on="cuda"),
         FOUR_STEPS: Switch({"num_gradient_steps": 4}, method=PRFL_REWARD),
         LORA: Switch({"lora_rank": 16}),
+        # Any step of the stored rollouts may take gradient, so they reach to the end of the chain.
+        REUSED: Switch({"rollout_interval": 8, "rollout_buffer_size": 8, "step_range": None}),
+        CACHED: Switch({"rollout_cache_interval": 2}),
+        "4 chained steps": Switch({"num_chained_steps": 4}),
+        "look-ahead": Switch({"reward_at": "foreseen"}),
+        "LoRA and anchor": Switch({"lora_rank": 16, "anchor_scale": 1.0}),
         "attention native": Switch({kernel: "native"}),
         "attention _native_math": Switch({kernel: "_native_math"}, only_on="cpu"),
         "rollout attention _native_math": Switch({rollout_kernel: "_native_math"}, only_on="cpu"),
@@ -170,7 +177,7 @@ class Case:
         }
         if self.switch:
             options |= switches(self.size.transformer["num_layers"])[self.switch].options
-        if method.schedule != "flow_matching":
+        if method.schedule != "flow_matching" and "step_range" not in options:
             num_gradient_steps = options.get("num_gradient_steps", 1)
             last = method.step(self.num_inference_steps, num_gradient_steps)
             options["step_range"] = [last + 1 - num_gradient_steps, last]

@@ -2,7 +2,8 @@
 Measures time, memory and FLOPs of a trainer's updates with hooks on the models and the device's own clock.
 
 A measurement runs the trainer's own `train()`, with data, updates, schedule and log. The first update is the warm-up;
-its FLOPs are counted. The next updates are timed. On the CPU one more update follows with torch's profiler, which
+its FLOPs are counted. The next updates are timed. Where a rollout serves several updates, "an update" is the mean of so
+many, from one rollout to the next. On the CPU one more update follows with torch's profiler, which
 reports each allocation and release. The memory is the peak of the allocated bytes; tensors from before the update are
 counted one by one. With CUDA the memory is `max_memory_allocated` over the timed updates. Then the run ends.
 
@@ -136,23 +137,23 @@ class Measurement:
     Args:
         seconds (`list[float]`):
             Seconds of each timed update, from the start of a step to the start of the next.
-        flops (`int`):
+        flops (`float`):
             FLOPs of matrix products, convolutions and attention in one update, including activation checkpointing.
         peak_bytes (`int`):
             Peak of the allocated bytes in an update.
         overhead, optimizer (`float`):
             Median share of an update's time outside the models, and in the optimizer.
-        num_forwards, num_backwards (`int`):
+        num_forwards, num_backwards (`float`):
             Calls of the models, and backward passes, in one update.
     """
 
     seconds: list[float]
-    flops: int
+    flops: float
     peak_bytes: int
     overhead: float
     optimizer: float
-    num_forwards: int
-    num_backwards: int
+    num_forwards: float
+    num_backwards: float
 
 
 class Recorder:
@@ -172,26 +173,32 @@ class Recorder:
         self.trainer = trainer
         self.stopwatch = Stopwatch(trainer.accelerator.device)
         self.spans = Spans(self.stopwatch)
-        # The second update compiles. The first does not, because the FLOP meter cannot see compiled code.
-        self.first = 2 if trainer.config.compile else 1
+        # Updates from one rollout to the next.
+        self.cycle = trainer.config.rollout_interval
+        # The first cycle is not compiled, because the FLOP meter cannot see compiled code; the second one compiles.
+        self.first = (2 if trainer.config.compile else 1) * self.cycle
         self.num_updates, self.min_seconds = num_updates, min_seconds
         self.index = -1
         self.began = 0.0
         self.moments: list[Any] = []
         self.updates: list[Spans] = []
-        self.flops = self.peak_bytes = 0
+        self.flops = 0.0
+        self.peak_bytes = 0
 
     def update(self, train_step: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """Run one step of the trainer, with the measurements that are due."""
         self.index += 1
-        if self.index == 0:
+        if self.index < self.cycle:
             return self._count(train_step)
         if self.index < self.first:
             return train_step()
         if self.index == self.first:
             self._begin()
+        num_timed, rest = divmod(self.index - self.first, self.cycle)
+        if rest > 0:
+            return train_step()
         self._next_update()
-        if self.index < self.first + self.num_updates or perf_counter() < self.began + self.min_seconds:
+        if num_timed < self.num_updates or perf_counter() < self.began + self.min_seconds:
             return train_step()
         self.stopwatch.wait()
         if self.stopwatch.on_cuda:
@@ -204,17 +211,18 @@ class Recorder:
         """The results."""
         seconds, overhead, optimizer = [], [], []
         for start, end, spans in zip(self.moments, self.moments[1:], self.updates, strict=False):
-            seconds.append(self.stopwatch.seconds(start, end))
-            overhead.append(1 - spans.seconds("forward", "backward") / seconds[-1])
-            optimizer.append(spans.seconds("optimizer") / seconds[-1])
+            whole = self.stopwatch.seconds(start, end)
+            seconds.append(whole / self.cycle)
+            overhead.append(1 - spans.seconds("forward", "backward") / whole)
+            optimizer.append(spans.seconds("optimizer") / whole)
         return Measurement(
             seconds=seconds,
             flops=self.flops,
             peak_bytes=self.peak_bytes,
             overhead=statistics.median(overhead),
             optimizer=statistics.median(optimizer),
-            num_forwards=self.updates[0].count("forward"),
-            num_backwards=self.updates[0].count("backward"),
+            num_forwards=self.updates[0].count("forward") / self.cycle,
+            num_backwards=self.updates[0].count("backward") / self.cycle,
         )
 
     def _count(self, train_step: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -229,7 +237,7 @@ class Recorder:
             trainer.config = replace(kept, rollout_attention_backend=None)
             metrics = train_step()
             trainer.config = kept
-        self.flops = meter.flops
+        self.flops += meter.flops / self.cycle
         return metrics
 
     def _begin(self) -> None:

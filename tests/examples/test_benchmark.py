@@ -13,11 +13,13 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from examples.benchmark.benchmark import in_process_of_its_own, main, prepare_inputs
 from examples.benchmark.cases import (
+    CACHED,
     FLOW,
     FOUR_STEPS,
     NO_CHECKPOINTING,
     PRFL,
     PRFL_REWARD,
+    REUSED,
     RGB_ALL,
     RGB_FIRST,
     Case,
@@ -178,7 +180,8 @@ def counted(inputs: Path, vae: AutoencoderKLWan) -> dict[str, int]:
 def measured(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Measurement]:
     """Measurements by the name of the method or the switch."""
     results = {}
-    for each in (case(PRFL), case(FLOW), case(RGB_FIRST), case(PRFL, RUN_TWICE), case(PRFL_REWARD, FOUR_STEPS)):
+    switched = [case(PRFL, switch) for switch in (RUN_TWICE, REUSED, CACHED)]
+    for each in (case(PRFL), case(FLOW), case(RGB_FIRST), *switched, case(PRFL_REWARD, FOUR_STEPS)):
         trainer = each.trainer(inputs, tmp_path_factory.mktemp("run"), Measured)
         results[each.switch or each.method] = measure(trainer, num_updates=1)
     return results
@@ -193,6 +196,10 @@ def test_flops_and_calls_of_an_update(measured: dict[str, Measurement], counted:
         FLOW: (step, 1, 1),
         RGB_FIRST: (6 * forward + 2 * step + pixels, 1 + 7 + 1, 3),
         RUN_TWICE: (4 * forward + 2 * step + reward, 1 + 5 + 1, 3),
+        # Seven states of a chain of eight steps, for eight updates.
+        REUSED: (7 / 8 * forward + 2 * step + reward, 1 + 7 / 8 + 1 + 1, 3),
+        # Step 3 takes gradient; of those before it, step 2 is extrapolated.
+        CACHED: (2 * forward + 2 * step + reward, 1 + 3 + 1, 3),
         FOUR_STEPS: (2 * forward + 4 * (step + reward), 6 + 4, 8),
     }
     for name, (flops, num_forwards, num_backwards) in expected.items():
