@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -56,6 +57,14 @@ def start() -> None:
     torch.cuda.check_error = lambda result: None
     F.scaled_dot_product_attention = _attention  # type: ignore[assignment]
     nn.RMSNorm.forward = _rms_norm  # type: ignore[method-assign]
+    FakeTensor.data = property(torch.Tensor.data.__get__, _set_data)  # type: ignore[attr-defined, assignment]
+
+
+def _set_data(self: FakeTensor, value: torch.Tensor) -> None:
+    """A fake tensor keeps its old device when its data is replaced. A real one has the device of its data."""
+    torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
+    if isinstance(value, FakeTensor):
+        self.fake_device = value.fake_device
 
 
 class _Stream:

@@ -39,6 +39,7 @@ MOST_SYNCS = 8
 # Memory of the engine, which is not part of the measurement.
 ENGINE_PARTS = ("weights", "gradients", "optimizer states", "gradient buckets", "gathered weights")
 FROZEN_PARTS = ("reward model", "reward model, gathered", "frozen expert")
+PAGE_LOCKED_PARTS = ("block inputs", "reward model in host memory")
 # Options that do not change a step.
 PATHS = {"output_dir", "train_dataset", "reward_model"}
 LIBRARIES = ("torch", "diffusers", "accelerate", "peft")
@@ -56,7 +57,7 @@ an error on CUDA is an error there. Allocated memory and FLOPs are counted indep
 - **TFLOP**: FLOPs of a GPU in the step, measured and planned. Before the step the generator walks to the second noise level that
   may be drawn, also where a recipe reuses rollouts. Bounds: {FLOPS_BOUND:.0%}, with context parallelism
   {SHARED_FLOPS_BOUND:.0%}.
-- **Page-locked**: GB of host memory for offloaded block inputs, measured and planned.
+- **Page-locked**: GB of host memory for offloaded block inputs and an offloaded reward model, measured and planned.
 - **Syncs**: how often the host waited for the device: for the finiteness of losses and gradient norms, at most {MOST_SYNCS} times. With
   two experts also at each rollout step, whose timestep chooses the expert.
 - **GPU**, **host** and **disk** are the planner's for the whole run: GB of each GPU, of host memory of each process, of a checkpoint.
@@ -125,7 +126,7 @@ def compare(path: Path, measured: Mapping[str, Any]) -> dict[str, Any]:
         "num_syncs": measured["num_syncs"],
         "sync_places": measured["sync_places"],
         "host_buffers": measured["host_buffers"] / 1e9,
-        "planned_host_buffers": planned.host_memory.get("block inputs", 0.0),
+        "planned_host_buffers": sum(planned.host_memory.get(name, 0.0) for name in PAGE_LOCKED_PARTS),
     }
 
 
@@ -224,10 +225,6 @@ def main() -> None:
     config = parse_config(RealSizeConfig, description=__doc__)
     results_file = Path(config.results)
     paths = [Path(name).resolve() for name in config.recipes] or recipe_paths()
-    # Not supported by fake tensors: weights of torchao and bitsandbytes, and page-locked weights in host memory.
-    for path in (path for path in paths if not load_recipe(path).can_pretend):
-        print(f"{load_recipe(path).name}: left out, its frozen weights are quantised or in host memory", flush=True)
-    paths = [path for path in paths if load_recipe(path).can_pretend]
     results = read_results(results_file)
     recipes: dict[str, Any] = results["recipes"]
     names = {path: load_recipe(path).name for path in paths}

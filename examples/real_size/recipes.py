@@ -23,7 +23,6 @@ from hy_prfl.configs.plan import PlanConfig
 from hy_prfl.planning import Plan, plan
 from hy_prfl.runtime.atomic_writes import write_text
 from hy_prfl.scripts.plan import read_recipe
-from hy_prfl.trainers.run import QUANTIZATION_OPTIONS
 
 
 ROOT = Path(__file__).parents[2]
@@ -90,12 +89,6 @@ class Recipe:
     def name(self) -> str:
         """Folder and file, as in `prfl/wan2.1_t2v_14b_480p_lora`."""
         return f"{self.path.parent.name}/{self.path.stem}"
-
-    @property
-    def can_pretend(self) -> bool:
-        """Whether its step can run on the pretended device: no quantised weights, and none in page-locked memory."""
-        is_quantized = any(getattr(self.training, name, None) is not None for name in QUANTIZATION_OPTIONS)
-        return not is_quantized and not getattr(self.training, "offload_reward_model", False)
 
     @property
     def link(self) -> str:

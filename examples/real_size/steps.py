@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from examples.real_size.pretended_cuda import DeviceMeter, put_on_device
+from examples.real_size.quantized import quantize_layers
 from hy_prfl.configs.base import TrainingConfig
 from hy_prfl.configs.prfl import PRFLTrainingConfig
 from hy_prfl.data.collators import LabeledBatch, LatentBatch, PreferenceBatch
@@ -24,8 +25,9 @@ from hy_prfl.planning.models import build_reward_model, build_transformer, rewar
 from hy_prfl.planning.workloads import IMAGE_TOKENS, TEXT_TOKENS
 from hy_prfl.runtime.activation_checkpointing import HostBuffers, checkpoint_activations
 from hy_prfl.runtime.context_parallel import ContextParallelGroup
+from hy_prfl.runtime.host_weights import HostWeights
 from hy_prfl.trainers.prfl_trainer import UPDATES, PRFLTrainer
-from hy_prfl.trainers.reward_feedback import RewardFeedback
+from hy_prfl.trainers.reward_feedback import RewardFeedback, stays
 from hy_prfl.trainers.reward_trainer import RewardTrainer
 from hy_prfl.trainers.updates import Updates
 
@@ -106,11 +108,9 @@ def measure(setting: Setting) -> Measurement:
     with FakeTensorMode(allow_non_fake_inputs=True), meter:
         is_prfl = isinstance(setting.training, PRFLTrainingConfig)
         build = _build_prfl if is_prfl else _build_reward
-        trainer, buffers = build(setting, group)
+        trainer, in_host_memory = build(setting, group)
         weights = meter.live
-        if setting.zero_stage == 0 and setting.training.lora_rank is None:
-            # The first step allocates the optimizer's states. Those of an adapter are small.
-            trainer.train_step()
+        trainer.updates.optimizer.allocate()
         meter.peak = meter.live
         meter.flops, meter.num_syncs = 0, 0
         meter.sync_places.clear()
@@ -122,7 +122,7 @@ def measure(setting: Setting) -> Measurement:
         num_syncs=meter.num_syncs,
         sync_places=dict(meter.sync_places),
         step_range=trainer.step_range if is_prfl else None,
-        host_buffers=sum(each.nbytes for each in buffers),
+        host_buffers=sum(each.nbytes for each in in_host_memory),
         metrics={name: str(value.dtype) for name, value in metrics.items()},
     )
 
@@ -183,9 +183,17 @@ class Optimizer:
     def __init__(
         self, accelerator: OneProcess, parameters: list[torch.Tensor], *, is_sharded: bool, keeps_gradients: bool
     ) -> None:
-        self.accelerator = accelerator
+        self.accelerator, self.parameters = accelerator, parameters
         self.keeps_gradients = keeps_gradients
         self.optimizer = None if is_sharded else torch.optim.AdamW(parameters, lr=1e-5, fused=True)
+
+    def allocate(self) -> None:
+        """Allocate what is there from the first update on: the optimizer's states, and gradients that are kept."""
+        if self.optimizer is not None:
+            for parameter in self.parameters:
+                parameter.grad = torch.empty_like(parameter)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=not self.keeps_gradients)
 
     def step(self) -> None:
         if self.optimizer is not None:
@@ -259,9 +267,11 @@ def _common(
         for parameter in parameters:
             parameter._hp_mapping = None
             parameter.register_post_accumulate_grad_hook(_take_gradient)
+    # DDP keeps them from one update to the next, and gradient accumulation from one micro-batch to the next.
+    keeps_gradients = setting.num_gpus > 1 or setting.training.gradient_accumulation_steps * backwards_per_update > 1
     updates = Updates(
         accelerator,  # type: ignore[arg-type]
-        Optimizer(accelerator, parameters, is_sharded=setting.zero_stage > 0, keeps_gradients=setting.num_gpus > 1),
+        Optimizer(accelerator, parameters, is_sharded=setting.zero_stage > 0, keeps_gradients=keeps_gradients),
         parameters,
         max_grad_norm=1.0,
         max_skipped_updates=3,
@@ -311,7 +321,7 @@ def _forever(make: Any) -> Iterator[Any]:
         yield make()
 
 
-def _build_reward(setting: Setting, group: Any) -> tuple[Any, list[HostBuffers]]:
+def _build_reward(setting: Setting, group: Any) -> tuple[Any, list[HostBuffers | HostWeights]]:
     training, buffers = setting.training, HostBuffers()
     assert not isinstance(training, PRFLTrainingConfig)
     config = reward_model_config(setting.transformer_config, training)  # type: ignore[arg-type]
@@ -319,6 +329,7 @@ def _build_reward(setting: Setting, group: Any) -> tuple[Any, list[HostBuffers]]
         model = build_reward_model(config, training)  # type: ignore[arg-type]
         trained = torch.bfloat16 if setting.zero_stage else torch.float32
         set_dtypes(model, frozen=trained, trained=trained, keep_in_fp32=False)
+        quantize_layers(model, "base_quantization", training.base_quantization)
     put_on_device(model)
     _set_up(setting, model, training.gradient_checkpointing_blocks, group, buffers)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -336,7 +347,7 @@ def _build_reward(setting: Setting, group: Any) -> tuple[Any, list[HostBuffers]]
     return trainer, [buffers]
 
 
-def _build_prfl(setting: Setting, group: Any) -> tuple[Any, list[HostBuffers]]:
+def _build_prfl(setting: Setting, group: Any) -> tuple[Any, list[HostBuffers | HostWeights]]:
     training, experts = setting.training, setting.experts
     # As in a run, the reward model has its own buffers.
     buffers, reward_buffers = HostBuffers(), HostBuffers()
@@ -350,6 +361,8 @@ def _build_prfl(setting: Setting, group: Any) -> tuple[Any, list[HostBuffers]]:
             model = build_transformer(setting.transformer_config, training, frozen=not is_trained)
             keeps = setting.zero_stage == 0 or not is_trained
             set_dtypes(model, frozen=base if is_trained else frozen, trained=trained, keep_in_fp32=keeps)
+            option = "base_quantization" if is_trained else "frozen_expert_quantization"
+            quantize_layers(model, option, getattr(training, option))
         put_on_device(model)
         blocks = training.gradient_checkpointing_blocks if is_trained else 0
         _set_up(setting, model, blocks, group, buffers)
@@ -357,7 +370,10 @@ def _build_prfl(setting: Setting, group: Any) -> tuple[Any, list[HostBuffers]]:
     with _disable_current_modes():
         reward_model = build_reward_model(reward_model_config(setting.transformer_config)).eval()
         set_dtypes(reward_model, frozen=frozen, trained=frozen, keep_in_fp32=True)
+        quantize_layers(reward_model, "reward_model_quantization", training.reward_model_quantization)
     put_on_device(reward_model)
+    offloads = training.offload_reward_model
+    hosts = {reward_model: HostWeights(reward_model, torch.device("cuda", 0))} if offloads else {}
     _set_up(setting, reward_model, training.reward_gradient_checkpointing_blocks, group, reward_buffers)
     unwrapped = experts.join({name: transformers[name] for name in experts.trained})
     parameters = [parameter for parameter in unwrapped.parameters() if parameter.requires_grad]
@@ -383,7 +399,12 @@ def _build_prfl(setting: Setting, group: Any) -> tuple[Any, list[HostBuffers]]:
     trainer = RealSizePRFLTrainer(
         **common,
         reward=RewardFeedback(
-            training, [reward_model], names=["reward"], accelerator=common["accelerator"], context_parallel=group
+            training,
+            [reward_model],
+            names=["reward"],
+            accelerator=common["accelerator"],
+            context_parallel=group,
+            in_use=(lambda model: hosts[model].on_device()) if hosts else stays,
         ),
         wrapped=transformer,
         generator=generator,
@@ -398,4 +419,4 @@ def _build_prfl(setting: Setting, group: Any) -> tuple[Any, list[HostBuffers]]:
         flow_batches=_forever(lambda: _clips(setting, batch_size=training.train_batch_size)),
         reward_batches=_forever(lambda: _clips(setting, batch_size=training.train_batch_size)),
     )
-    return trainer, [buffers, reward_buffers]
+    return trainer, [buffers, reward_buffers, *hosts.values()]

@@ -7,7 +7,7 @@ the formulas of torch's own FLOP counter. So a change of the models needs no cha
 """
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -81,11 +81,16 @@ class MemoryMeter(TorchDispatchMode):
             Tensors that are not counted: parameters and inputs. They must live longer than the meter.
         on_gpu (`bool`):
             Add the float32 accumulator of the queries' gradient that flash attention's backward allocates on a GPU.
+        checkpointed (`Iterable[nn.Module]`, *optional*):
+            Blocks whose inputs activation checkpointing keeps. A phase counts them as offloaded.
     """
 
-    def __init__(self, ignore: list[torch.Tensor], *, on_gpu: bool) -> None:
+    def __init__(self, ignore: list[torch.Tensor], *, on_gpu: bool, checkpointed: Iterable[nn.Module] = ()) -> None:
         super().__init__()
         self.on_gpu = on_gpu
+        self.block_inputs = 0
+        for block in checkpointed:
+            block.register_forward_pre_hook(self._add_input)
         self.live = 0
         self.peak = 0
         self.flops = 0
@@ -95,9 +100,12 @@ class MemoryMeter(TorchDispatchMode):
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Record the memory and FLOPs of the context as the phase `name`."""
-        self.peak, self.flops = self.live, 0
+        self.peak, self.flops, self.block_inputs = self.live, 0, 0
         yield
-        self.phases[name] = Phase(self.peak, self.live, self.flops)
+        self.phases[name] = Phase(self.peak, self.live, self.flops, self.block_inputs)
+
+    def _add_input(self, block: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        self.block_inputs += args[0].nbytes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))

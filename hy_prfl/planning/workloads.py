@@ -271,11 +271,12 @@ def _with_activation_checkpointing(
     phases = run(num_checkpointed, True)
     block_input = run(4, True)["forward"].kept - run(3, True)["forward"].kept
     offloaded = max(0, num_checkpointed - 2) * block_input if training.offload_activations else 0.0
+    inputs = phases["forward"].offloaded if training.offload_activations else 0.0
     for name in ("forward", "backward"):
         kept = phases[name].kept - (offloaded if name == "forward" else 0.0)
-        phases[name] = replace(phases[name], peak=phases[name].peak - offloaded, kept=kept)
-    if training.offload_activations:
-        phases["forward"] = replace(phases["forward"], offloaded=num_checkpointed * block_input)
+        phases[name] = replace(phases[name], peak=phases[name].peak - offloaded, kept=kept, offloaded=0.0)
+    # The first input is smaller than the others where bitsandbytes' layers make the hidden states float32.
+    phases["forward"] = replace(phases["forward"], offloaded=inputs)
     return phases if num_checkpointed == num_layers else _add_kept_blocks(run, phases, num_layers - num_checkpointed)
 
 
@@ -317,7 +318,8 @@ def _run_generator(
     forward = transformer.forward
     transformer.forward = lambda *args, **kwargs: _under_autocast(forward, numerics, *args, **kwargs)
     state = [*transformer.parameters(), *transformer.buffers(), *inputs.tensors()]
-    with MemoryMeter(state, on_gpu=numerics.on_gpu) as meter:
+    checkpointed = transformer.blocks if training.gradient_checkpointing else ()
+    with MemoryMeter(state, on_gpu=numerics.on_gpu, checkpointed=checkpointed) as meter:
         with meter.phase("rollout"), torch.no_grad():
             predict_velocity(transformer, inputs.noise, inputs.timestep, inputs.conditioning)
         with meter.phase("forward"):
@@ -372,7 +374,8 @@ def _simulate_reward(
         inputs = Inputs(values, shape, numerics.compute)
         leaf = inputs.noise.requires_grad_()
         state = [*judge.parameters(), *judge.buffers(), *inputs.tensors()]
-        with MemoryMeter(state, on_gpu=numerics.on_gpu) as meter:
+        blocks = reward_model.blocks if checkpointed else ()
+        with MemoryMeter(state, on_gpu=numerics.on_gpu, checkpointed=blocks) as meter:
             with meter.phase("forward"), autocast(numerics.autocast):
                 logits = judge(**inputs.conditioning.model_inputs(leaf, inputs.timestep)).logits
             with meter.phase("backward"):
@@ -403,7 +406,8 @@ def _run_reward_training(
     sigmas = torch.empty(inputs.noise.shape[0])
     latents = torch.empty_like(inputs.noise)
     state = [*reward_model.parameters(), *reward_model.buffers(), *inputs.tensors(), latents, sigmas]
-    with MemoryMeter(state, on_gpu=numerics.on_gpu) as meter:
+    checkpointed = reward_model.blocks if training.gradient_checkpointing else ()
+    with MemoryMeter(state, on_gpu=numerics.on_gpu, checkpointed=checkpointed) as meter:
         with meter.phase("forward"), autocast(numerics.autocast):
             logits = score_noised(
                 reward_model,

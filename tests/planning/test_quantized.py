@@ -54,3 +54,18 @@ def test_reward_training_beside_a_quantised_base() -> None:
     assert whole.memory["weights"] - held.memory["weights"] == pytest.approx(
         3 * 8 * (8 * 1536**2 + 2 * 1536 * 8960) / 1e9, rel=0.01
     )
+
+
+def test_block_inputs_in_host_memory_beside_nf4() -> None:
+    """
+    The first block's input is in bfloat16, the others in float32.
+
+    CUDA's autocast normalises queries in float32, diffusers gives attention's output their type, and a layer of
+    bitsandbytes returns the type that it gets, so the hidden states become float32 in the first block.
+    """
+    options = {"lora_rank": 8, "gradient_checkpointing": True, "offload_activations": True}
+    clip = {"height": 480, "width": 832, "num_frames": 17}
+    made = {kind: plan(reward_recipe(SMALL, **options, base_quantization=kind), **clip) for kind in (None, "nf4")}
+    tensor = 5 * 30 * 52 * 1536
+    assert made["nf4"].host_memory["block inputs"] == pytest.approx((2 + 7 * 4) * tensor / 1e9)
+    assert made[None].host_memory["block inputs"] == pytest.approx(8 * 2 * tensor / 1e9)
