@@ -154,13 +154,14 @@ class RewardFeedback:
         if not self.combination.is_separable(self.config.reward_loss):
             for judge, places in self.passes[:-1]:
                 with torch.no_grad(), self.in_use(self.models[places[0]]):
-                    logits[places] = self.score(judge, leaf, step.timesteps, conditioning)
+                    _put(logits, places, self.score(judge, leaf, step.timesteps, conditioning))
         gradients: list[torch.Tensor] = []
         for judge, places in reversed(self.passes):
             with self.in_use(self.models[places[0]]):
                 own_logits = self.score(judge, leaf, step.timesteps, conditioning)
-                logits[places] = own_logits.detach()
-                slopes = self.slopes(logits)[places].view_as(own_logits)
+                _put(logits, places, own_logits.detach())
+                slopes = self.slopes(logits)
+                slopes = torch.stack([slopes[place] for place in places]).view_as(own_logits)
                 gradients += torch.autograd.grad(own_logits, leaf, slopes.to(own_logits))
         latents_grad = gradients[0] if len(gradients) == 1 else torch.stack(gradients).sum(dim=0)
         if self.context_parallel is not None:
@@ -302,3 +303,9 @@ def load_reward_models(
         weights = HostWeights(nn.ModuleList(group), run.accelerator.device)
         hosts |= dict.fromkeys(group, weights)
     return list(found), lambda model: hosts[model].on_device()
+
+
+def _put(logits: torch.Tensor, places: Sequence[int], found: torch.Tensor) -> None:
+    """Write the logits of one pass to their rows. A list as an index would be copied to the GPU."""
+    for place, row in zip(places, found.view(len(places), -1), strict=True):
+        logits[place] = row
