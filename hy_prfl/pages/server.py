@@ -5,6 +5,7 @@ import ipaddress
 import json
 import logging
 import mimetypes
+import signal
 import socket
 import threading
 import time
@@ -96,10 +97,24 @@ def listen(host: str, port: int) -> socket.socket:
         raise ValueError(f"`host` {host!r}, `port` {port}: cannot be listened on: {error.strerror}.") from error
 
 
-def serve(app: Starlette, listener: socket.socket) -> None:
-    """Serve until the process is interrupted (Ctrl-C) or terminated."""
+def serve(app: Starlette, listener: socket.socket, announce: Callable[[], None]) -> None:
+    """
+    Serve until the process is interrupted (Ctrl-C) or terminated. Call it in the main thread.
+
+    Args:
+        announce (`Callable`):
+            Tells the user that the page is there. From then on Ctrl-C ends the server, also while it starts. Python's own
+            `KeyboardInterrupt` could be lost there: it is ignored in callbacks, which imports have.
+    """
     config = uvicorn.Config(app, log_level="warning", server_header=False, timeout_graceful_shutdown=5)
-    uvicorn.Server(config).run(sockets=[listener])
+    config.load()
+    server = uvicorn.Server(config)
+    before = signal.signal(signal.SIGINT, server.handle_exit)
+    try:
+        announce()
+        server.run(sockets=[listener])
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def build_app(study: Study, settings: PageSettings, save: Save) -> Starlette:

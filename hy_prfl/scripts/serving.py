@@ -54,10 +54,11 @@ def serve_study(
     listener = listen(config.host, config.port)
     name = (config.allowed_hosts or [config.host])[0]
     address = f"http://{f'[{name}]' if ':' in name else name}:{listener.getsockname()[1]}/"
-    try:
+
+    def announce() -> None:
         print(f"{address}{f'?token={token}' if token else ''}  (stop with Ctrl-C)", flush=True)
-        serve(build_app(study, settings, save), listener)
-    except KeyboardInterrupt:
-        # Ctrl-C is the normal way to stop.
-        print()
+
+    serve(build_app(study, settings, save), listener, announce)
+    # After the ^C of the terminal.
+    print()
     save(study)

@@ -1,17 +1,19 @@
 """The requests of the page, and those that nobody should make."""
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
 import hy_prfl.pages.server as server_module
 from hy_prfl.pages.items import Clip, Item
 from hy_prfl.pages.journal import Journal
-from hy_prfl.pages.server import PageSettings, build_app
+from hy_prfl.pages.server import PageSettings, build_app, listen, serve
 from hy_prfl.pages.study import Study
 from tests.pages.test_journal import full_disk
 
@@ -291,3 +293,16 @@ def test_only_those_who_are_named_take_part(open_client: Callable[..., TestClien
     refused = client.post("/api/next", json={**ME, "annotator": "bob"})
     assert refused.status_code == 400
     assert "none of the annotators" in refused.json()["error"]
+
+
+def test_ctrl_c_while_the_server_starts_is_not_lost() -> None:
+    """It comes right after the address: the server ends by itself, and Python's handler is back."""
+    told = []
+
+    def announce() -> None:
+        told.append("the address")
+        signal.raise_signal(signal.SIGINT)
+
+    serve(Starlette(), listen("127.0.0.1", 0), announce)
+    assert told == ["the address"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
