@@ -33,6 +33,7 @@ from examples.shapes.summary import read_json
 from hy_prfl.configs.parser import parse_config
 from hy_prfl.configs.prfl import PRFLTrainingConfig
 from hy_prfl.planning.estimate import forwards_without_gradient
+from hy_prfl.step_cache import forward_steps
 
 
 NUM_VIDEOS = 144
@@ -45,6 +46,21 @@ FRESH = ["--rollout_interval", "1", "--rollout_buffer_size", "1"]
 REUSED = ["--rollout_interval", "8", "--rollout_buffer_size", "8"]
 FORESEEN = ["--reward_at", "foreseen"]
 DISAGREEMENT = ["--reward_disagreement", "0.5"]
+# Options without effect on the cost.
+UNUSED = [
+    *(
+        "--pretrained_model_name_or_path",
+        "-",
+        "--reward_models",
+        "a",
+        "b",
+        "--train_dataset",
+        "-",
+        "--output_dir",
+        "-",
+    ),
+    *("--lora_rank", "16", "--num_inference_steps", str(NUM_STEPS)),
+]
 # Weight of the reward in most arms, and in those that pull harder.
 SCALE, HARD = 0.3, 1.0
 
@@ -83,17 +99,12 @@ class Arm:
 
     def forwards(self) -> float:
         """Cost of a step, a flow-matching and a reward update, in forwards of the generator for a clip."""
-        names = ("rollout_interval", "rollout_buffer_size", "num_chained_steps", "num_inference_steps")
-        values = dict(zip(self.options[::2], self.options[1::2], strict=True))
-        options = {name: int(values[f"--{name}"]) for name in names if f"--{name}" in values}
-        options = {"num_inference_steps": NUM_STEPS, **options}
-        training = PRFLTrainingConfig(
-            pretrained_model_name_or_path="-", reward_model="-", train_dataset="-", output_dir="-", **options
-        )
-        first, last = training.num_chained_steps - 1, training.num_inference_steps - 2
-        with_gradient = STEP_WITH_GRADIENT * (1 + training.num_chained_steps)
+        config = parse_config(PRFLTrainingConfig, [*UNUSED, *self.options])
+        first, last = config.step_range or (config.num_chained_steps - 1, config.num_inference_steps - 2)
+        with_gradient = STEP_WITH_GRADIENT * (1 + config.num_chained_steps)
         # The anchor needs the velocity of the base.
-        without = forwards_without_gradient(training, first, last) + ("--anchor_scale" in values)
+        called = forward_steps(range(config.num_inference_steps, 0, -1), config.rollout_cache_interval)
+        without = forwards_without_gradient(config, first, last, called) + (config.anchor_scale > 0)
         return with_gradient + without
 
 
@@ -103,6 +114,9 @@ ARMS = {
     "interval_16": Arm(["--rollout_interval", "16", "--rollout_buffer_size", "4"]),
     # Rollouts of half as many steps as a video is sampled with.
     "reused_short": Arm([*REUSED, "--num_inference_steps", "10"]),
+    "cached": Arm([*FRESH, "--rollout_cache_interval", "2"]),
+    "reused_cached": Arm([*REUSED, "--rollout_states", "4", "--rollout_cache_interval", "2"]),
+    "reused_early": Arm([*REUSED, "--step_range", "0", "5"]),
     "foreseen": Arm([*FRESH, *FORESEEN]),
     "reused_foreseen": Arm([*REUSED, *FORESEEN]),
     "chained_4": Arm([*FRESH, "--num_chained_steps", "4"]),
