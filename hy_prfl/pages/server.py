@@ -103,8 +103,8 @@ def serve(app: Starlette, listener: socket.socket, announce: Callable[[], None])
 
     Args:
         announce (`Callable`):
-            Tells the user that the page is there. From then on Ctrl-C ends the server, also while it starts. Python's own
-            `KeyboardInterrupt` could be lost there: it is ignored in callbacks, which imports have.
+            Tells the user that the page is there. From then on Ctrl-C ends the server, also while it starts, and also in a
+            process that a shell started in the background, where SIGINT is ignored until somebody handles it.
     """
     config = uvicorn.Config(app, log_level="warning", server_header=False, timeout_graceful_shutdown=5)
     config.load()
