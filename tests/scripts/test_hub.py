@@ -35,6 +35,7 @@ def options(**values: object) -> list[str]:
     return [f"--{name}={value}" for name, value in values.items()]
 
 
+@pytest.mark.launch
 def test_as_users_run_them(hub: HubServer, model_dir: Path, tmp_path: Path) -> None:
     """Processes of their own, which learn from the environment where the Hub is and who asks."""
     environment = os.environ | client_environment(hub, tmp_path / "home") | {"OMP_NUM_THREADS": "1"}
