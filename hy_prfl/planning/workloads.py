@@ -17,7 +17,7 @@ from ..configs.reward import RewardTrainingConfig
 from ..losses import binary_reward_loss, bradley_terry_loss, reward_feedback_loss
 from ..models.conditioning import Conditioning
 from ..models.reward_model import score_noised
-from ..models.shared_backbone import OneBackbone, share_backbone
+from ..models.shared_backbone import OneBackbone, own_parts, share_backbone
 from ..rollout import denoise_to_step
 from ..runtime.activation_checkpointing import checkpoint_activations
 from ..sampling import predict_velocity
@@ -363,13 +363,9 @@ def _simulate_reward(
         quantization, checkpointed = (
             dict(options)[name] for name in ("reward_model_quantization", "gradient_checkpointing")
         )
-        materialize(judge)
-        if quantization is not None:
-            use_quantized_layers(reward_model, quantization)
-        if numerics.on_gpu:
-            use_gpu_kernels(judge)
-        if checkpointed:
-            checkpoint_activations(reward_model)
+        _set_up(reward_model, quantization, numerics, checkpointed=checkpointed)
+        for part in (part for model in models[1:] for part in own_parts(model)):
+            _set_up(part, None, numerics, checkpointed=False)
         _gather_tokens(reward_model, shape)
         inputs = Inputs(values, shape, numerics.compute)
         leaf = inputs.noise.requires_grad_()
