@@ -57,6 +57,17 @@ def test_a_step_at_real_size(library: Path) -> None:
 
 
 @pretends
+def test_a_clip_is_shared_under_autocast(library: Path, tmp_path: Path) -> None:
+    """No recipe has DDP with context parallelism. CUDA's autocast makes queries and keys float32 there, values not."""
+    recipe = tmp_path / "shared_480p.yaml"
+    text = PATHS["prfl/wan2.1_t2v_1.3b_480p_lora"].read_text(encoding="utf-8")
+    recipe.write_text(f"{text}context_parallel_degree: 2\n", encoding="utf-8")
+    (measured,) = measure_recipes([recipe], library)
+    assert "error" not in measured, measured["error"]
+    assert faults(compare(recipe, measured)) == []
+
+
+@pretends
 def test_a_recipe_that_fails_leaves_the_next_one_alone(library: Path, tmp_path: Path) -> None:
     text = PATHS["prfl/wan2.1_t2v_1.3b_480p_lora"].read_text(encoding="utf-8")
     recipes = [tmp_path / f"{name}_480p.yaml" for name in ("a", "b")]
