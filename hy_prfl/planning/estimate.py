@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from diffusers import UniPCMultistepScheduler
 
 from ..configs.base import Quantization, TrainingConfig, check
@@ -19,11 +20,15 @@ from ..runtime.vae_tiling import pass_memory, tiled_decoding_memory
 from ..step_cache import forward_steps
 from .engines import BFLOAT16, FLOAT32, Engine, frozen_memory
 from .models import (
-    ParameterSizes,
+    GENERATOR_OPTIONS,
+    REWARD_OPTIONS,
+    Counting,
     build_reward_model,
-    build_transformer,
-    count_parameters,
+    freeze,
+    generator_sizes,
+    options_of,
     reward_model_config,
+    reward_model_sizes,
     set_dtypes,
 )
 from .simulation import Phase
@@ -174,8 +179,9 @@ def _estimate_prfl(request: Request, training: PRFLTrainingConfig, reserved: flo
     engine, config = request.engine, request.transformer_config
     numerics = engine.numerics(is_lora=training.lora_rank is not None)
     experts = request.experts
-    base = build_transformer(config, training)
-    sizes = _sizes(base, numerics, numerics.frozen, engine, training.base_quantization).times(len(experts.trained))
+    frozen_config, options = freeze(config), options_of(training, GENERATOR_OPTIONS)
+    counting = _counting(numerics, numerics.frozen, engine, training.base_quantization)
+    sizes = generator_sizes(frozen_config, options, counting).times(len(experts.trained))
     uses_reward, uses_flow = training.update_schedule != "flow_matching", training.update_schedule != "reward"
     held = engine.held(sizes) | {"averaged weights": engine.average(sizes) if training.use_ema else 0.0}
     part = request.shape.part(training.context_parallel_degree, config["patch_size"])
@@ -185,8 +191,8 @@ def _estimate_prfl(request: Request, training: PRFLTrainingConfig, reserved: flo
     # Also without reward updates: it scores the validation samples.
     weights = []
     for config_of_one, *others in request.reward_groups:
-        judge = build_reward_model(config_of_one)
-        reward_sizes = _sizes(judge, numerics, numerics.compute, engine, training.reward_model_quantization)
+        counting = _counting(numerics, numerics.compute, engine, training.reward_model_quantization)
+        reward_sizes = reward_model_sizes(freeze(config_of_one), None, counting)
         size, gathered = frozen_memory(reward_sizes, num_gpus=engine.num_gpus, is_sharded=training.shard_reward_model)
         weights.append((size + sum(_own_bytes(each, numerics) for each in others), gathered))
     # One of them computes at a time.
@@ -223,8 +229,8 @@ def _estimate_prfl(request: Request, training: PRFLTrainingConfig, reserved: flo
             "gradient step": flow_peak,
         }
     if experts.frozen(rolls_out=uses_reward, samples=training.validation_dataset is not None):
-        other = build_transformer(config, training, frozen=True)
-        other_sizes = _sizes(other, numerics, numerics.compute, engine, training.frozen_expert_quantization)
+        counting = _counting(numerics, numerics.compute, engine, training.frozen_expert_quantization)
+        other_sizes = generator_sizes(frozen_config, None, counting)
         is_sharded = training.shard_frozen_expert
         held["frozen expert"], gathered = frozen_memory(other_sizes, num_gpus=engine.num_gpus, is_sharded=is_sharded)
         phases["rollout"] = gathered + generator["rollout"].peak
@@ -275,7 +281,8 @@ def _estimate_reward(request: Request, training: RewardTrainingConfig, reserved:
     # The reward trainer loads frozen weights in the type of those that train.
     numerics = engine.numerics(is_lora=False)
     whole = Numerics(**{**vars(numerics), "compute": numerics.trained})
-    sizes = _sizes(build_reward_model(config, training), whole, whole.trained, engine, training.base_quantization)
+    counting = _counting(whole, whole.trained, engine, training.base_quantization)
+    sizes = reward_model_sizes(freeze(config), options_of(training, REWARD_OPTIONS), counting)
     part = request.shape.part(training.context_parallel_degree, config["patch_size"])
     phases = reward_training_phases(config, training, whole, part)
     held = engine.held(sizes) | {"averaged weights": engine.average(sizes) if training.use_ema else 0.0}
@@ -297,13 +304,11 @@ def _estimate_reward(request: Request, training: RewardTrainingConfig, reserved:
     return Estimate(held, peaks, flops, host_memory, checkpoint, sizes.total, sizes.trained, reserved)
 
 
-def _sizes(
-    model: Any, numerics: Numerics, frozen: Any, engine: Engine, quantization: Quantization | None = None
-) -> ParameterSizes:
-    keeps = numerics.keeps_in_fp32 or not any(parameter.requires_grad for parameter in model.parameters())
-    set_dtypes(model, frozen=frozen, trained=numerics.trained, keep_in_fp32=keeps)
+def _counting(
+    numerics: Numerics, frozen: torch.dtype, engine: Engine, quantization: Quantization | None = None
+) -> Counting:
     threshold = engine.zero3_persistence_threshold
-    return count_parameters(model, persistence_threshold=threshold, quantization=quantization)
+    return Counting(frozen, numerics.trained, numerics.keeps_in_fp32, threshold, quantization)
 
 
 def _own_bytes(config: Mapping[str, Any], numerics: Numerics) -> int:

@@ -18,13 +18,14 @@ from ..formats.pipeline_info import PipelineInfo
 from ..runtime.vae_tiling import pass_memory, tiled_decoding_memory
 from .estimate import RESIDUAL_VAE_CHANNELS, VAE_BYTES
 from .models import (
+    UNUSED,
     build_reward_model,
     build_transformer,
     count_parameters,
     reward_model_config,
     set_dtypes,
 )
-from .workloads import UNUSED, Numerics, Shape, generator_phases, reward_phases, scoring_phase
+from .workloads import Numerics, Shape, generator_phases, reward_phases, scoring_phase
 
 
 GIGA, TERA = 1e9, 1e12

@@ -1,6 +1,7 @@
 """Models on the meta device: their configurations, and the number and types of their parameters."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,10 +11,46 @@ from diffusers import WanTransformer3DModel
 from torch import nn
 
 from ..configs.base import Quantization, TrainingConfig
+from ..configs.prfl import PRFLTrainingConfig
 from ..configs.reward import RewardTrainingConfig
 from ..models.reward_model import BACKBONE_CONFIG, WanRewardModel
 from ..models.trainable import select_trainable
 from ..runtime.quantization import quantized_bytes, quantized_names
+
+
+# Options of a recipe that the models depend on.
+GENERATOR_OPTIONS = ("lora_rank", "lora_target_modules", "base_quantization")
+REWARD_OPTIONS = (*GENERATOR_OPTIONS, "freeze_blocks", "loss")
+# Required options of a recipe that the models do not depend on.
+UNUSED: dict[str, Any] = {"output_dir": "-", "pretrained_model_name_or_path": "-", "train_dataset": "-"}
+
+# Values that can be the key of a cache.
+Frozen = tuple[tuple[str, Any], ...]
+
+
+def freeze(values: Mapping[str, Any]) -> Frozen:
+    """Values of a mapping as tuples."""
+    return tuple((name, tuple(value) if isinstance(value, list) else value) for name, value in values.items())
+
+
+def thaw(frozen: Frozen) -> dict[str, Any]:
+    """The mapping that was frozen."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in frozen}
+
+
+def options_of(training: TrainingConfig, names: Sequence[str]) -> Frozen:
+    """Options of a recipe, frozen."""
+    return freeze({name: getattr(training, name) for name in names})
+
+
+def generator_recipe(options: Frozen) -> PRFLTrainingConfig:
+    """A recipe with these options of the generator."""
+    return PRFLTrainingConfig(**thaw(options), **UNUSED, reward_model="-")
+
+
+def reward_recipe(options: Frozen) -> RewardTrainingConfig:
+    """A recipe with these options of the reward model."""
+    return RewardTrainingConfig(**thaw(options), **UNUSED)
 
 
 def reward_model_config(
@@ -135,3 +172,46 @@ def count_parameters(
         block=max(in_blocks),
         rest=total - sum(in_blocks),
     )
+
+
+@dataclass(frozen=True)
+class Counting:
+    """
+    How parameters are counted.
+
+    Args:
+        frozen, trained (`torch.dtype`):
+            Types of frozen and of trained parameters.
+        keeps_in_fp32 (`bool`):
+            Whether frozen parameters that are sensitive to rounding stay in float32. Those of a model that is not in
+            training always do.
+        persistence_threshold (`int`), quantization (`str`, *optional*):
+            See [`count_parameters`].
+    """
+
+    frozen: torch.dtype
+    trained: torch.dtype
+    keeps_in_fp32: bool
+    persistence_threshold: int
+    quantization: Quantization | None = None
+
+    def count(self, model: Any) -> ParameterSizes:
+        """Sizes of a model, whose parameters get the types."""
+        keeps = self.keeps_in_fp32 or not any(parameter.requires_grad for parameter in model.parameters())
+        set_dtypes(model, frozen=self.frozen, trained=self.trained, keep_in_fp32=keeps)
+        return count_parameters(
+            model, persistence_threshold=self.persistence_threshold, quantization=self.quantization
+        )
+
+
+@functools.cache
+def generator_sizes(config: Frozen, options: Frozen | None, counting: Counting) -> ParameterSizes:
+    """Sizes of a generator, cached: it takes seconds to build one. No options: frozen and without an adapter."""
+    training = generator_recipe(options or ())
+    return counting.count(build_transformer(thaw(config), training, frozen=options is None))
+
+
+@functools.cache
+def reward_model_sizes(config: Frozen, options: Frozen | None, counting: Counting) -> ParameterSizes:
+    """Sizes of a reward model, cached. No options: frozen."""
+    return counting.count(build_reward_model(thaw(config), None if options is None else reward_recipe(options)))

@@ -21,7 +21,20 @@ from ..models.shared_backbone import OneBackbone, own_parts, share_backbone
 from ..rollout import denoise_to_step
 from ..runtime.activation_checkpointing import checkpoint_activations
 from ..sampling import predict_velocity
-from .models import build_reward_model, build_transformer, materialize, set_dtypes
+from .models import (
+    GENERATOR_OPTIONS,
+    REWARD_OPTIONS,
+    Frozen,
+    build_reward_model,
+    build_transformer,
+    freeze,
+    generator_recipe,
+    materialize,
+    options_of,
+    reward_recipe,
+    set_dtypes,
+    thaw,
+)
 from .simulation import (
     MemoryMeter,
     Phase,
@@ -35,11 +48,6 @@ from .simulation import (
 
 # Length of the text, and tokens of CLIP's image embedding, that Wan was trained with.
 TEXT_TOKENS, IMAGE_TOKENS = 512, 257
-# Required options of a recipe that a simulation does not use.
-UNUSED: dict[str, Any] = {"output_dir": "-", "pretrained_model_name_or_path": "-", "train_dataset": "-"}
-# Options of a recipe that the simulated models depend on.
-GENERATOR_OPTIONS = ("lora_rank", "lora_target_modules", "base_quantization")
-REWARD_OPTIONS = (*GENERATOR_OPTIONS, "freeze_blocks", "loss")
 
 
 @dataclass(frozen=True)
@@ -220,7 +228,6 @@ def scoring_phase(config: Mapping[str, Any], numerics: Numerics, shape: Shape) -
     return phases["forward"]
 
 
-Frozen = tuple[tuple[str, Any], ...]
 Run = Callable[[int, bool], dict[str, Phase]]
 
 
@@ -234,25 +241,17 @@ def _runner(
 ) -> Run:
     """Phases as a function of the number of blocks, and of activation checkpointing. Simulations are cached."""
     values = _without_depth(config)
-    options = {name: getattr(training, name) for name in names}
+    options = options_of(training, names)
 
     def run(num_layers: int, checkpointing: bool) -> dict[str, Phase]:
-        frozen = _freeze({**options, "gradient_checkpointing": checkpointing})
+        frozen = (*options, ("gradient_checkpointing", checkpointing))
         return extrapolated(lambda count: simulate(values, frozen, numerics, shape, count), num_layers)
 
     return run
 
 
 def _without_depth(config: Mapping[str, Any]) -> Frozen:
-    return _freeze({name: value for name, value in config.items() if name != "num_layers"})
-
-
-def _freeze(values: Mapping[str, Any]) -> Frozen:
-    return tuple((name, tuple(value) if isinstance(value, list) else value) for name, value in values.items())
-
-
-def _thaw(frozen: Frozen) -> dict[str, Any]:
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in frozen}
+    return freeze({name: value for name, value in config.items() if name != "num_layers"})
 
 
 def _with_activation_checkpointing(
@@ -300,8 +299,8 @@ def _add_kept_blocks(run: Run, phases: dict[str, Phase], num_blocks: int) -> dic
 def _simulate_generator(
     config: Frozen, options: Frozen, numerics: Numerics, shape: Shape, num_layers: int
 ) -> dict[str, Phase]:
-    training = PRFLTrainingConfig(**_thaw(options), **UNUSED, reward_model="-")
-    values = {**_thaw(config), "num_layers": num_layers}
+    training = generator_recipe(options)
+    values = {**thaw(config), "num_layers": num_layers}
     transformer = build_transformer(values, training)
     set_dtypes(transformer, frozen=numerics.frozen, trained=numerics.trained, keep_in_fp32=numerics.keeps_in_fp32)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -352,9 +351,9 @@ def _simulate_reward(
     *,
     others: tuple[Frozen, ...] = (),
 ) -> dict[str, Phase]:
-    values = {**_thaw(config), "num_layers": num_layers}
+    values = {**thaw(config), "num_layers": num_layers}
     reward_model = build_reward_model(values)
-    models = [reward_model, *(build_reward_model({**_thaw(each), "num_layers": num_layers}) for each in others)]
+    models = [reward_model, *(build_reward_model({**thaw(each), "num_layers": num_layers}) for each in others)]
     for model in models:
         set_dtypes(model, frozen=numerics.compute, trained=numerics.compute, keep_in_fp32=True)
         share_backbone(model, reward_model)
@@ -383,8 +382,8 @@ def _simulate_reward(
 def _simulate_reward_training(
     config: Frozen, options: Frozen, numerics: Numerics, shape: Shape, num_layers: int
 ) -> dict[str, Phase]:
-    training = RewardTrainingConfig(**_thaw(options), **UNUSED)
-    values = {**_thaw(config), "num_layers": num_layers}
+    training = reward_recipe(options)
+    values = {**thaw(config), "num_layers": num_layers}
     reward_model = build_reward_model(values, training)
     set_dtypes(reward_model, frozen=numerics.trained, trained=numerics.trained, keep_in_fp32=numerics.keeps_in_fp32)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -420,7 +419,7 @@ def _run_reward_training(
 
 @functools.cache
 def _simulate_scoring(config: Frozen, numerics: Numerics, shape: Shape, num_layers: int) -> Phase:
-    values = {**_thaw(config), "num_layers": num_layers}
+    values = {**thaw(config), "num_layers": num_layers}
     reward_model = build_reward_model(values)
     set_dtypes(reward_model, frozen=numerics.compute, trained=numerics.compute, keep_in_fp32=True)
     with FakeTensorMode(allow_non_fake_inputs=True):

@@ -46,6 +46,7 @@ FRESH = ["--rollout_interval", "1", "--rollout_buffer_size", "1"]
 REUSED = ["--rollout_interval", "8", "--rollout_buffer_size", "8"]
 FORESEEN = ["--reward_at", "foreseen"]
 DISAGREEMENT = ["--reward_disagreement", "0.5"]
+ANCHORED = ["--anchor_scale", "1"]
 # Options without effect on the cost.
 UNUSED = [
     *(
@@ -124,7 +125,7 @@ ARMS = {
     "prfl_160": Arm(num_steps=160),
     "reused_160": Arm(REUSED, num_steps=160),
     "reused_hard_160": Arm(REUSED, num_steps=160, scale=HARD),
-    "anchored_hard_160": Arm([*REUSED, "--anchor_scale", "1"], num_steps=160, scale=HARD),
+    "anchored_hard_160": Arm([*REUSED, *ANCHORED], num_steps=160, scale=HARD),
     "reused_foreseen_160": Arm([*REUSED, *FORESEEN], num_steps=160),
     "ensemble_160": Arm([*REUSED, *DISAGREEMENT], num_steps=160, ensemble=True),
     "ensemble_hard_160": Arm([*REUSED, *DISAGREEMENT], num_steps=160, scale=HARD, ensemble=True),

@@ -3,11 +3,12 @@ Rounds: climb hard, label what broke, learn it, and climb again from the pretrai
 
     python -m examples.shapes.experiments.rounds --demo outputs/demo
 
-Starts from the demo of `rollouts.py` and from its reward models, one for each seed. In each round 352 videos of each of two
-generators, of training captions, get the judge's labels: of the one tuned last, and of one tuned on look-ahead rewards.
-Round 1 also labels 352 of the pretrained generator. Then a new reward model is trained on all labels so far, and the
-pretrained generator is tuned again. From round 2 on there are also ensembles of the reward models of all rounds. The judge
-looks at 144 videos of held-out captions. Writes `results/rounds.json` and a plot of it.
+Starts from the demo of `rollouts.py` and from its reward models, one for each seed. In each round videos of two generators,
+of training captions, get the judge's labels: of the one tuned last, and of one tuned on look-ahead rewards; 352 of each, and
+1,408 from round 4 on. Round 1 also labels 352 of the pretrained generator. Then a new reward model is trained on all labels
+so far, and the pretrained generator is tuned again. From round 2 on there are also ensembles of the reward models of all
+rounds. At last the labels of all seeds are pooled: a reward model of each seed learns from all of them, and the three are an
+ensemble. The judge looks at 144 videos of held-out captions. Writes `results/rounds.json` and a plot of it.
 """
 
 import multiprocessing
@@ -24,6 +25,7 @@ from matplotlib.figure import Figure
 from sklearn.metrics import roc_auc_score
 
 from examples.shapes.experiments.rollouts import (
+    ANCHORED,
     DISAGREEMENT,
     FORESEEN,
     HARD,
@@ -49,7 +51,9 @@ from hy_prfl.models.conditioning import Conditioning
 from hy_prfl.models.reward_model import WanRewardModel
 
 
-NUM_LABELS, NUM_HELD_OUT = 352, 44
+NUM_LABELS = 352
+# One of so many labelled videos is held out of the reward model's training.
+HELD_OUT = 8
 # How often each of the generator's videos is drawn, a real clip being drawn once.
 WEIGHT = "2"
 TIMESTEPS = (400, 600, 800)
@@ -71,12 +75,15 @@ class Round:
             Updates of the reward model that learns from these labels.
         arms (`dict[str, Arm]`):
             How the generator is tuned afterwards, on the new reward model, or on an ensemble of those of all rounds.
+        num_labels (`int`):
+            Labelled videos of each generator.
     """
 
     climbs: dict[str, Arm]
     reward_models: tuple[int, ...]
     num_updates: int
     arms: dict[str, Arm]
+    num_labels: int = NUM_LABELS
 
 
 ROUNDS = (
@@ -117,7 +124,43 @@ ROUNDS = (
             "round_3_curated_harder": Arm(ENSEMBLE, clips="good", num_steps=160, scale=HARDER, ensemble=True),
         },
     ),
+    # Four times the labels at once.
+    Round(
+        {
+            "look_ahead_4": Arm([*ENSEMBLE, *FORESEEN], num_steps=160, scale=HARDER),
+            "round_3_ensemble_harder": Arm(ENSEMBLE, num_steps=160, scale=HARDER),
+        },
+        (3, 2, 1),
+        1400,
+        {
+            "round_4": Arm(REUSED, num_steps=160, scale=HARD),
+            "round_4_ensemble_harder": Arm(ENSEMBLE, num_steps=160, scale=HARDER, ensemble=True),
+        },
+        num_labels=4 * NUM_LABELS,
+    ),
+    Round(
+        {
+            "look_ahead_5": Arm([*ENSEMBLE, *FORESEEN], num_steps=160, scale=HARDER),
+            "round_4_ensemble_harder": Arm(ENSEMBLE, num_steps=160, scale=HARDER),
+        },
+        (4, 3, 2, 1),
+        1600,
+        {
+            "round_5": Arm(REUSED, num_steps=160, scale=HARD),
+            "round_5_ensemble_harder": Arm(ENSEMBLE, num_steps=160, scale=HARDER, ensemble=True),
+            "round_5_anchored": Arm([*ENSEMBLE, *ANCHORED], num_steps=160, scale=HARDER, ensemble=True),
+            "round_5_curated": Arm(ENSEMBLE, clips="good", num_steps=160, scale=HARD, ensemble=True),
+        },
+        num_labels=4 * NUM_LABELS,
+    ),
 )
+# After the last round, on reward models that learn from the labels of all seeds' rounds; an ensemble of all seeds'.
+POOLED_ARMS = {
+    "pooled_ensemble": Arm(ENSEMBLE, num_steps=160, scale=HARD, ensemble=True),
+    "pooled_ensemble_harder": Arm(ENSEMBLE, num_steps=160, scale=HARDER, ensemble=True),
+    "pooled_curated": Arm(ENSEMBLE, clips="good", num_steps=160, scale=HARD, ensemble=True),
+}
+NUM_POOLED_UPDATES = 2000
 
 
 @dataclass(kw_only=True)
@@ -148,7 +191,7 @@ def labelled_generators(number: int) -> list[str | None]:
 
 def num_labels_after(number: int) -> int:
     """Labels of videos in so many rounds."""
-    return NUM_LABELS * sum(len(labelled_generators(each)) for each in range(1, number + 1))
+    return sum(ROUNDS[each - 1].num_labels * len(labelled_generators(each)) for each in range(1, number + 1))
 
 
 def videos_dirs(root: Path, number: int, seed: int) -> list[Path]:
@@ -157,19 +200,38 @@ def videos_dirs(root: Path, number: int, seed: int) -> list[Path]:
     return [root / "rounds" / f"videos_{number}_{name}_{seed}" for name in names]
 
 
+def pooled_reward_model(root: Path, seed: int) -> Path:
+    """Reward model on the labels of all seeds."""
+    return root / "rounds" / f"reward_pooled_{seed}" / "best"
+
+
 def reward_stage(root: Path, demo: Path, number: int, seed: int) -> Stage:
-    """Train a reward model on the videos of all rounds beside the real clips."""
-    output_dir = reward_model_after(root, number, seed).parent
+    """Train a reward model on the videos of all rounds so far beside the real clips."""
     folders = [folder for each in range(1, number + 1) for folder in videos_dirs(root, each, seed)]
-    num_updates = str(ROUNDS[number - 1].num_updates)
+    output_dir = reward_model_after(root, number, seed).parent
+    return training_stage(root, demo, folders, output_dir, seed, ROUNDS[number - 1].num_updates)
+
+
+def pooled_reward_stage(root: Path, demo: Path, seeds: Sequence[int], seed: int) -> Stage:
+    """Train a reward model on the videos of all rounds of all seeds beside the real clips."""
+    numbers = range(1, len(ROUNDS) + 1)
+    folders = [folder for number in numbers for each in seeds for folder in videos_dirs(root, number, each)]
+    return training_stage(root, demo, folders, pooled_reward_model(root, seed).parent, seed, NUM_POOLED_UPDATES)
+
+
+def training_stage(
+    root: Path, demo: Path, folders: Sequence[Path], output_dir: Path, seed: int, num_updates: int
+) -> Stage:
+    """Train a reward model on real clips and on the videos in `folders`."""
+    steps = str(num_updates)
     options = [
         *("--train_dataset", str(demo / "latents" / "labelled"), *(str(folder / "train") for folder in folders)),
         *("--train_dataset_weights", "1", *(WEIGHT for _ in folders)),
         *("--validation_dataset", *(str(folder / "held_out") for folder in folders)),
-        *("--output_dir", str(output_dir), "--seed", str(seed), "--max_train_steps", num_updates),
-        *("--validation_steps", num_updates, "--checkpointing_steps", num_updates),
+        *("--output_dir", str(output_dir), "--seed", str(seed), "--max_train_steps", steps),
+        *("--validation_steps", steps, "--checkpointing_steps", steps),
     ]
-    name = f"round_reward_{number}_{seed}"
+    name = f"round_{output_dir.name}"
     return Stage(name, name, [launch("train_reward", options)], [str(output_dir.relative_to(root))])
 
 
@@ -186,30 +248,53 @@ def make_videos(root: Path, demo: Path, number: int, seed: int) -> None:
         first_seed = 1_000_000 * place + 100_000 * seed
         pipeline = load_generator(None if name is None else arm_dir(root, name, seed))
         prefix = f"round-{number}-{place}-{seed}"
-        videos = own_videos(pipeline, labelled, range(first_seed, first_seed + NUM_LABELS), prefix)
-        videos.select(range(NUM_HELD_OUT, NUM_LABELS)).save_to_disk(str(folder / "train"))
-        videos.select(range(NUM_HELD_OUT)).save_to_disk(str(folder / "held_out"))
+        num_labels = ROUNDS[number - 1].num_labels
+        num_held_out = num_labels // HELD_OUT
+        videos = own_videos(pipeline, labelled, range(first_seed, first_seed + num_labels), prefix)
+        videos.select(range(num_held_out, num_labels)).save_to_disk(str(folder / "train"))
+        videos.select(range(num_held_out)).save_to_disk(str(folder / "held_out"))
+
+
+def make_auc(root: Path, number: int, seed: int) -> None:
+    """How well the reward models before and after a round tell the held-out videos of this round apart."""
+    models = {"before": reward_model_after(root, number - 1, seed), "after": reward_model_after(root, number, seed)}
+    write_auc(auc_file(root, number, seed), held_out_videos(root, number, seed), models)
+
+
+def make_pooled_auc(root: Path, seed: int) -> None:
+    """The same for the reward models after the last round, of the labels of one seed and of all."""
+    number = len(ROUNDS)
+    models = {"before": reward_model_after(root, number, seed), "after": pooled_reward_model(root, seed)}
+    write_auc(pooled_auc_file(root, seed), held_out_videos(root, number, seed), models)
 
 
 @torch.no_grad()
-def make_auc(root: Path, number: int, seed: int) -> None:
-    """How well the reward models before and after a round tell the held-out videos of this round apart."""
+def write_auc(path: Path, held_out: Dataset, models: Mapping[str, Path]) -> None:
+    """AUC of reward models on videos, and the share of these that is good."""
     torch.set_num_threads(1)
-    path = auc_file(root, number, seed)
     if path.is_file():
         return
-    folders = videos_dirs(root, number, seed)
-    held_out = concatenate_datasets([load_from_disk(str(folder / "held_out")) for folder in folders])
     good = labels_in(held_out)
     found = {"good": sum(good) / len(good)}
-    for name, which in (("before", number - 1), ("after", number)):
-        model = WanRewardModel.from_pretrained(reward_model_after(root, which, seed)).eval()
+    for name, folder in models.items():
+        model = WanRewardModel.from_pretrained(folder).eval()
         found[name] = float(roc_auc_score(good, scores_of(model, held_out)))
     write_json(path, found)
 
 
+def held_out_videos(root: Path, number: int, seed: int) -> Dataset:
+    """Labelled videos of a round that no reward model learned from."""
+    return concatenate_datasets(
+        [load_from_disk(str(folder / "held_out")) for folder in videos_dirs(root, number, seed)]
+    )
+
+
 def auc_file(root: Path, number: int, seed: int) -> Path:
     return root / "rounds" / f"auc_{number}_{seed}.json"
+
+
+def pooled_auc_file(root: Path, seed: int) -> Path:
+    return root / "rounds" / f"auc_pooled_{seed}.json"
 
 
 def labels_in(videos: Dataset) -> list[bool]:
@@ -231,39 +316,62 @@ def scores_of(model: WanRewardModel, videos: Dataset) -> list[float]:
     return scores
 
 
+def tune_and_judge(root: Path, name: str, arm: Arm, seed: int, reward_models: Sequence[Path]) -> None:
+    """Tune the generator as an arm says, and let the judge look at its videos."""
+    run_all([tuning_stage(root, name, arm, seed, reward_models)], root, 1)
+    if not verdicts_file(root, name, seed).is_file():
+        judge_arm(root, name, seed)
+
+
 def run_seed(config: RoundsConfig, seed: int) -> None:
     """All rounds of one seed."""
     root, demo = Path(config.output_dir), Path(config.demo)
-
-    def tune(name: str, arm: Arm, reward_models: Sequence[Path]) -> None:
-        run_all([tuning_stage(root, name, arm, seed, reward_models)], root, 1)
-        if not verdicts_file(root, name, seed).is_file():
-            judge_arm(root, name, seed)
-
     for number, each in enumerate(ROUNDS, 1):
         for name, arm in each.climbs.items():
-            tune(name, arm, [reward_model_after(root, one, seed) for one in each.reward_models])
+            models = [reward_model_after(root, one, seed) for one in each.reward_models]
+            tune_and_judge(root, name, arm, seed, models)
         make_videos(root, demo, number, seed)
         run_all([reward_stage(root, demo, number, seed)], root, 1)
         make_auc(root, number, seed)
         for name, arm in each.arms.items():
-            tune(name, arm, reward_models_of(root, arm, number, seed))
+            tune_and_judge(root, name, arm, seed, reward_models_of(root, arm, number, seed))
+
+
+def train_pooled(config: RoundsConfig, seed: int) -> None:
+    """The reward model of one seed on the labels of all."""
+    root, demo = Path(config.output_dir), Path(config.demo)
+    run_all([pooled_reward_stage(root, demo, config.seeds, seed)], root, 1)
+    make_pooled_auc(root, seed)
+
+
+def climb_pooled(config: RoundsConfig, seed: int) -> None:
+    """Tune the generator of one seed on the reward models of all."""
+    root = Path(config.output_dir)
+    for name, arm in POOLED_ARMS.items():
+        tune_and_judge(root, name, arm, seed, [pooled_reward_model(root, each) for each in config.seeds])
 
 
 def summarize(root: Path, seeds: Sequence[int]) -> dict[str, Any]:
     """Verdicts after each round, and what the reward models see of the videos of each round."""
     names = {name: number for number, each in enumerate(ROUNDS) for name in each.climbs}
     names |= {name: number for number, each in enumerate(ROUNDS, 1) for name in each.arms}
+    names |= dict.fromkeys(POOLED_ARMS, len(ROUNDS))
     arms: dict[str, Any] = {}
     for name, number in names.items():
         verdicts = [read_json(verdicts_file(root, name, seed)) for seed in seeds]
         arms[name] = {kind: mean_and_spread([each[kind] for each in verdicts]) for kind in KINDS}
-        arms[name]["num_labels"] = num_labels_after(number)
-    rounds = []
-    for number in range(1, len(ROUNDS) + 1):
-        found = [read_json(auc_file(root, number, seed)) for seed in seeds]
-        rounds.append({name: mean_and_spread([each[name] for each in found]) for name in found[0]})
-    return {"seeds": list(seeds), "arms": arms, "rounds": rounds}
+        arms[name]["num_labels"] = num_labels_after(number) * (len(seeds) if name in POOLED_ARMS else 1)
+
+    def aucs(files: Sequence[Path]) -> dict[str, Any]:
+        found = [read_json(file) for file in files]
+        return {name: mean_and_spread([each[name] for each in found]) for name in found[0]}
+
+    return {
+        "seeds": list(seeds),
+        "arms": arms,
+        "rounds": [aucs([auc_file(root, number, seed) for seed in seeds]) for number in range(1, len(ROUNDS) + 1)],
+        "pooled": aucs([pooled_auc_file(root, seed) for seed in seeds]),
+    }
 
 
 def plot(results: Mapping[str, Any], path: Path) -> None:
@@ -289,7 +397,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     root, results_dir = Path(config.output_dir), Path(config.results_dir)
     run_all(input_stages(root, Path(config.demo), config.seeds), root, config.num_parallel)
     with ProcessPoolExecutor(config.num_parallel, multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(partial(run_seed, config), config.seeds))
+        for step in (run_seed, train_pooled, climb_pooled):
+            list(pool.map(partial(step, config), config.seeds))
     results = summarize(root, config.seeds)
     write_json(results_dir / "rounds.json", results)
     plot(results, results_dir / "rounds.png")

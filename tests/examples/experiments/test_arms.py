@@ -105,8 +105,15 @@ def test_rounds_label_what_was_tuned_before(tmp_path: Path) -> None:
             judges = rounds.reward_models_of(tmp_path, arm, number, 1)
             assert name not in known
             known[name] = rollouts.tuning_stage(tmp_path, name, arm, 1, judges).digest()
-    assert [rounds.num_labels_after(number) for number in range(4)] == [0, 1056, 1760, 2464]
+    assert [rounds.num_labels_after(number) for number in range(6)] == [0, 1056, 1760, 2464, 5280, 8096]
     stage = rounds.reward_stage(tmp_path, tmp_path, 3, 1)
     config = parse_config(RewardTrainingConfig, options_of(stage, "train_reward"))
     assert len(config.train_dataset) == 1 + 7
     assert config.train_dataset_weights == [1.0] + [2.0] * 7
+
+
+def test_pooled_reward_models_learn_from_all_seeds(tmp_path: Path) -> None:
+    stage = rounds.pooled_reward_stage(tmp_path, tmp_path, [0, 1, 2], 1)
+    config = parse_config(RewardTrainingConfig, options_of(stage, "train_reward"))
+    assert len({*config.train_dataset}) == 1 + 3 * (3 + 2 + 2 + 2 + 2)
+    assert config.output_dir == str(tmp_path / "rounds" / "reward_pooled_1")
