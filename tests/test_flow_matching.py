@@ -61,19 +61,19 @@ def test_noise_path_and_its_velocity() -> None:
 
 @pytest.mark.parametrize("flow_shift", [1.0, 3.0, 5.0])
 def test_uniform_distribution_is_the_shifted_schedule_of_1000_levels(flow_shift: float) -> None:
-    sigmas = UniformLevels(flow_shift).sample([make_generator(0)] * 100_000)
+    sigmas = UniformLevels(flow_shift).sample([make_generator(0)] * 50_000)
     schedule = torch.tensor([flow_shift * u / (1 + (flow_shift - 1) * u) for u in (1 - i / 1000 for i in range(1000))])
     levels = schedule.sort().values
     nearest = torch.searchsorted(levels, sigmas - 1e-6).clamp(max=999)
     torch.testing.assert_close(levels[nearest], sigmas, rtol=0, atol=1e-6)
     for bound in (0.2, 0.5, 0.8):
         assert (sigmas <= bound).float().mean().item() == pytest.approx(
-            (schedule <= bound).float().mean().item(), abs=6e-3
+            (schedule <= bound).float().mean().item(), abs=8e-3
         )
 
 
 def test_shift_5_has_the_mass_that_upstream_trains_on() -> None:
-    sigmas = UniformLevels(5.0).sample([make_generator(1)] * 100_000)
+    sigmas = UniformLevels(5.0).sample([make_generator(1)] * 50_000)
     assert (sigmas > 0.8).float().mean().item() == pytest.approx(0.556, abs=0.01)
     assert (sigmas < 0.2).float().mean().item() == pytest.approx(0.048, abs=0.005)
 

@@ -4,7 +4,7 @@ processes that make a video together.
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from diffusers import WanImageToVideoPipeline, WanPipeline
@@ -27,7 +27,7 @@ from .pipeline_loras import (
     read_lora,
     warn_of_unnamed_experts,
 )
-from .schedulers import SampleSolver, build_scheduler
+from .schedulers import SampleSolver, build_scheduler, load_own_scheduler
 from .tuned_transformers import TRANSFORMER_OPTIONS, load_tuned_transformer
 
 
@@ -156,7 +156,10 @@ def load_pipeline(
         for file, adapter in found:
             with reading(option, model[0]):
                 check_lora_fits(adapter, file, expert, *model)
-    replaced = {
+    replaced: dict[str, Any] = {}
+    if sample_solver is not None or flow_shift is not None:
+        replaced["scheduler"] = build_scheduler(load_own_scheduler(info), sample_solver, flow_shift)
+    replaced |= {
         EXPERT_FOLDERS[expert]: load_tuned_transformer(
             path, pretrained_model_name_or_path, expert, revision=revision, dtype=dtype
         )
@@ -175,7 +178,6 @@ def load_pipeline(
         transformer = getattr(pipeline, name, None)
         if transformer is not None and name not in replaced:
             check_finite(transformer.named_parameters(), source=f"{pretrained_model_name_or_path}/{name}")
-    pipeline.scheduler = build_scheduler(pipeline.scheduler, sample_solver, flow_shift)
     for expert, found in loras.items():
         add_loras(getattr(pipeline, EXPERT_FOLDERS[expert]), found, strengths[expert], expert)
     transformers = [model for model in (pipeline.transformer, pipeline.transformer_2) if model is not None]

@@ -2,12 +2,16 @@
 
 from typing import Literal
 
+import diffusers
 from diffusers import (
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     SchedulerMixin,
     UniPCMultistepScheduler,
 )
+
+from ..formats.pipeline_info import PipelineInfo
+from ..formats.sources import reading
 
 
 SampleSolver = Literal["unipc", "dpm++", "euler"]
@@ -50,3 +54,10 @@ def build_scheduler(
     if sample_solver is not None:
         raise ValueError(f"`sample_solver` must be unipc, dpm++ or euler, got {sample_solver!r}.")
     return scheduler if flow_shift is None else type(scheduler).from_config(scheduler.config, **{str(name): shift})
+
+
+def load_own_scheduler(info: PipelineInfo) -> SchedulerMixin:
+    """The scheduler of a pipeline, without its models. Raises a `FileNotFoundError` if there is none."""
+    _, name = info.index["scheduler"]
+    with reading("pretrained_model_name_or_path", info.source):
+        return getattr(diffusers, name).from_pretrained(info.source, subfolder="scheduler", revision=info.revision)

@@ -1,12 +1,13 @@
 """What `load_pipeline` checks and where it puts the models; its LoRAs are in test_pipeline_loras.py."""
 
+import json
 import math
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from diffusers import WanTransformer3DModel
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 
 from hy_prfl.inference.pipelines import load_pipeline
 
@@ -50,3 +51,20 @@ def test_text_encoder_on_the_cpu(pipeline_dir: Path) -> None:
 def test_what_does_not_go_together(pipeline_dir: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_pipeline(str(pipeline_dir), **options)
+
+
+def test_a_scheduler_without_shift_is_seen_before_the_weights(pipeline_dir: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "pipeline"
+    shutil.copytree(pipeline_dir, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    DDIMScheduler().save_pretrained(folder / "scheduler")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "DDIMScheduler"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="`flow_shift`: the pipeline's DDIMScheduler has no shift of flow matching"):
+        load_pipeline(str(folder), flow_shift=7.0)
+
+
+def test_another_solver(pipeline_dir: Path) -> None:
+    pipeline = load_pipeline(str(pipeline_dir), sample_solver="euler", flow_shift=7.0)
+    assert isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler)
+    assert pipeline.scheduler.config.shift == 7.0
