@@ -411,10 +411,12 @@ def forwards_without_gradient(
         first, last (`int`):
             First and last step that may take gradient.
         called (`Collection[int]`, *optional*):
-            Steps of a rollout that call the generator, see [`~hy_prfl.step_cache.forward_steps`]; all if left out.
+            Steps of a rollout that call the generator, see [`~hy_prfl.step_cache.forward_steps`]; those of a pipeline
+            with one transformer if left out.
     """
     chained, num_gradient_steps = training.num_chained_steps, training.num_gradient_steps
-    called = range(last + 1) if called is None else called
+    if called is None:
+        called = forward_steps(range(training.num_inference_steps, 0, -1), training.rollout_cache_interval)
     runs_again = training.rerun_gradient_step or chained > 1
     if training.rollout_interval == 1:
         return _walked(first, last, num_gradient_steps, called, window=chained, counts_last=runs_again)

@@ -33,7 +33,6 @@ from examples.shapes.summary import read_json
 from hy_prfl.configs.parser import parse_config
 from hy_prfl.configs.prfl import PRFLTrainingConfig
 from hy_prfl.planning.estimate import forwards_without_gradient
-from hy_prfl.step_cache import forward_steps
 
 
 NUM_VIDEOS = 144
@@ -104,8 +103,7 @@ class Arm:
         first, last = config.step_range or (config.num_chained_steps - 1, config.num_inference_steps - 2)
         with_gradient = STEP_WITH_GRADIENT * (1 + config.num_chained_steps)
         # The anchor needs the velocity of the base.
-        called = forward_steps(range(config.num_inference_steps, 0, -1), config.rollout_cache_interval)
-        without = forwards_without_gradient(config, first, last, called) + (config.anchor_scale > 0)
+        without = forwards_without_gradient(config, first, last) + (config.anchor_scale > 0)
         return with_gradient + without
 
 

@@ -91,6 +91,8 @@ def test_rollouts_cost_what_they_walk() -> None:
     # A chain of 19 forwards for eight updates.
     assert rollouts.ARMS["reused"].forwards() == pytest.approx(4 + 4 + 19 / 8)
     assert rollouts.ARMS["reused_short"].forwards() == pytest.approx(4 + 4 + 9 / 8)
+    # Steps 0, 1, 3, 5, ... are called: before step k that is 0, 1, 2, 2, 3, 3, ..., 9, 9, 10 of them.
+    assert rollouts.ARMS["cached"].forwards() == pytest.approx(4 + 4 + (1 + 2 * sum(range(2, 10)) + 10) / 19)
     assert rollouts.ARMS["anchored_hard_160"].forwards() == pytest.approx(4 + 4 + 19 / 8 + 1)
 
 
