@@ -7,8 +7,8 @@ Starts from the demo of `rollouts.py` and from its reward models, one for each s
 of training captions, get the judge's labels: of the one tuned last, and of one tuned on look-ahead rewards; 352 of each, and
 1,408 from round 4 on. Round 1 also labels 352 of the pretrained generator. Then a new reward model is trained on all labels
 so far, and the pretrained generator is tuned again. From round 2 on there are also ensembles of the reward models of all
-rounds. At last the labels of all seeds are pooled: a reward model of each seed learns from all of them, and the three are an
-ensemble. The judge looks at 144 videos of held-out captions. Writes `results/rounds.json` and a plot of it.
+rounds. At last the labels of all seeds are pooled: the newest reward model of each seed is trained on, on all of them, and the
+three are an ensemble. The judge looks at 144 videos of held-out captions. Writes `results/rounds.json` and a plot of it.
 """
 
 import multiprocessing
@@ -213,18 +213,27 @@ def reward_stage(root: Path, demo: Path, number: int, seed: int) -> Stage:
 
 
 def pooled_reward_stage(root: Path, demo: Path, seeds: Sequence[int], seed: int) -> Stage:
-    """Train a reward model on the videos of all rounds of all seeds beside the real clips."""
-    numbers = range(1, len(ROUNDS) + 1)
-    folders = [folder for number in numbers for each in seeds for folder in videos_dirs(root, number, each)]
-    return training_stage(root, demo, folders, pooled_reward_model(root, seed).parent, seed, NUM_POOLED_UPDATES)
+    """Train the newest reward model on, on the videos of all rounds of all seeds beside the real clips."""
+    last = len(ROUNDS)
+    folders = [folder for number in range(1, last + 1) for each in seeds for folder in videos_dirs(root, number, each)]
+    output_dir, start = pooled_reward_model(root, seed).parent, reward_model_after(root, last, seed)
+    return training_stage(root, demo, folders, output_dir, seed, NUM_POOLED_UPDATES, start=start)
 
 
 def training_stage(
-    root: Path, demo: Path, folders: Sequence[Path], output_dir: Path, seed: int, num_updates: int
+    root: Path,
+    demo: Path,
+    folders: Sequence[Path],
+    output_dir: Path,
+    seed: int,
+    num_updates: int,
+    *,
+    start: Path | None = None,
 ) -> Stage:
-    """Train a reward model on real clips and on the videos in `folders`."""
+    """Train a reward model, a new one or that of `start`, on real clips and on the videos in `folders`."""
     steps = str(num_updates)
     options = [
+        *(() if start is None else ("--reward_model", str(start))),
         *("--train_dataset", str(demo / "latents" / "labelled"), *(str(folder / "train") for folder in folders)),
         *("--train_dataset_weights", "1", *(WEIGHT for _ in folders)),
         *("--validation_dataset", *(str(folder / "held_out") for folder in folders)),

@@ -119,3 +119,4 @@ def test_pooled_reward_models_learn_from_all_seeds(tmp_path: Path) -> None:
     config = parse_config(RewardTrainingConfig, options_of(stage, "train_reward"))
     assert len({*config.train_dataset}) == 1 + 3 * (3 + 2 + 2 + 2 + 2)
     assert config.output_dir == str(tmp_path / "rounds" / "reward_pooled_1")
+    assert config.reward_model == str(rounds.reward_model_after(tmp_path, 5, 1))
