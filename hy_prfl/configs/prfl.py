@@ -8,6 +8,13 @@ from .base import Quantization, TrainingConfig, check, check_seed, place_of
 
 
 FORESEEN_LEVELS = [0.2, 0.6]
+# The losses of each update of a step, by `update_schedule`.
+UPDATES: dict[str, list[tuple[str, ...]]] = {
+    "alternate": [("flow",), ("reward",)],
+    "joint": [("flow", "reward")],
+    "reward": [("reward",)],
+    "flow_matching": [("flow",)],
+}
 
 
 @dataclass(kw_only=True)
@@ -292,6 +299,17 @@ class PRFLTrainingConfig(TrainingConfig):
         check(1 <= self.num_gradient_steps <= indices, "num_gradient_steps", self.num_gradient_steps, requirement)
         self._check_memory_options()
         self._check_monitor()
+
+    @property
+    def num_backwards(self) -> dict[str, int]:
+        """Backward passes of each loss in an update."""
+        num_flow = self.gradient_accumulation_steps
+        return {"flow": num_flow, "reward": num_flow * self.num_gradient_steps * self.num_chained_steps}
+
+    @property
+    def backwards_per_update(self) -> int:
+        """Backward passes of the update that has most of them."""
+        return max(sum(self.num_backwards[loss] for loss in losses) for losses in UPDATES[self.update_schedule])
 
     @property
     def uses_monitor(self) -> bool:

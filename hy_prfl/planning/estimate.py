@@ -1,8 +1,8 @@
-"""Memory of a GPU and operations of an update, for one recipe on one engine."""
+"""Memory of a GPU and FLOPs of an update, for one recipe on one engine."""
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from diffusers import UniPCMultistepScheduler
@@ -117,7 +117,7 @@ class Request:
 @dataclass(frozen=True)
 class Estimate:
     """
-    Needs of a run. Memory is in bytes on each GPU, operations are those of one update of a whole replica.
+    Needs of a run. Memory is in bytes on each GPU, FLOPs are those of one update of a whole replica.
 
     Args:
         held (`dict[str, float]`):
@@ -125,7 +125,7 @@ class Estimate:
         phases (`dict[str, float]`):
             What each phase of an update needs at most in addition; they follow each other, so only the largest counts.
         flops (`dict[str, float]`):
-            Floating point operations of an update, by part. Context parallelism divides them over its GPUs.
+            FLOPs of an update, by part. Context parallelism divides them over its GPUs.
         host_memory (`dict[str, float]`):
             Bytes of host memory of each process, by part. What is `loading` is gone before the others come.
         checkpoint (`float`):
@@ -141,7 +141,7 @@ class Estimate:
     checkpoint: float
     num_parameters: int
     num_trained: int
-    reserved: float = field(default=0.0)
+    reserved: float = 0.0
 
     @property
     def peak(self) -> float:
@@ -231,7 +231,7 @@ def _estimate_prfl(request: Request, training: PRFLTrainingConfig, reserved: flo
     if training.validation_videos:
         held["VAE"], phases["validation videos"] = _decoding(request, training)
     held |= _held_by_batch(request)
-    _take_turns(request, held, phases, generator, config["num_layers"], num_backwards=_num_backwards(training))
+    _take_turns(request, held, phases, generator, config["num_layers"], num_backwards=training.backwards_per_update)
     host_memory["block inputs"] = block_inputs
     if uses_reward:
         latents = math.prod((request.shape.batch_size, config["out_channels"], *request.shape.latents))
@@ -329,13 +329,6 @@ def _held_by_batch(request: Request) -> dict[str, float]:
         others = BFLOAT16 * shape.batch_size * request.width * request.num_tokens * (1 - 1 / degree)
         parts["context parallel"] = others + exchange
     return parts
-
-
-def _num_backwards(training: PRFLTrainingConfig) -> int:
-    """Backward passes of the update that has most."""
-    flow, reward = 1, training.num_gradient_steps * training.num_chained_steps
-    most = {"alternate": max(flow, reward), "joint": flow + reward, "reward": reward, "flow_matching": flow}
-    return training.gradient_accumulation_steps * most[training.update_schedule]
 
 
 def _take_turns(
