@@ -135,7 +135,7 @@ def _chained_surrogates(
         if not leaves:
             return
         del total
-        assert probe.grad is not None, "The surrogate must be differentiated before the next one is asked for."
+        assert probe.grad is not None, "The surrogate must be differentiated before the next one is requested."
         gradients = {name: leaf.grad / probe.grad for name, leaf in leaves.items() if leaf.grad is not None}
         if average is not None:
             gradients = {name: average(gradient) for name, gradient in gradients.items()}
