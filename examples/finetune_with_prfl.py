@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> WanPipeline:
     run = PrintingTrainer.set_up_run(options)
     trainer = PrintingTrainer(
         options,
-        transformer=load_transformer(config.pretrained_model_name_or_path, dtype=run.weight_dtype, split=run.split),
+        transformer=load_transformer(config.pretrained_model_name_or_path, dtype=run.weight_dtype, shard=run.shard),
         reward_model=load_reward_model(config.reward_model, dtype=run.weight_dtype),
         train_dataset=load_latent_dataset(config.train_dataset),
         run=run,

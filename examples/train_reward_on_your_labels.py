@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> RewardTrainer:
     )
     run = RewardTrainer.set_up_run(options)
     reward_model = make_reward_model(
-        config.pretrained_model_name_or_path, num_layers=config.num_layers, dtype=run.trained_dtype, split=run.split
+        config.pretrained_model_name_or_path, num_layers=config.num_layers, dtype=run.trained_dtype, shard=run.shard
     )
     trainer = RewardTrainer(
         options, reward_model=reward_model, train_dataset=rows["train"], validation_dataset=rows["test"], run=run

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from .trainers.prfl_trainer import PRFLTrainer
     from .trainers.reward_trainer import RewardTrainer
 
-# What libraries print while diffusers is imported, and nobody can do anything about: (logger, start of the message).
-# Without torchvision transformers puts the image processor that works with PIL in its place, as is right here, and
-# advises to import that one instead. torchao looks for kernels of other GPUs and for classes that it has no longer.
+# Messages of libraries while diffusers is imported that ask nothing of the user: (logger, start of the message).
+# Without torchvision, transformers uses its image processor based on PIL, as intended here, and advises to import that
+# one by its name. torchao reports that it lacks kernels of other GPUs, and classes that it has dropped.
 _NOISE = (
     ("transformers.utils.import_utils", "`CLIPImageProcessor` requires torchvision"),
     ("torchao", "Failed to load "),

@@ -1,4 +1,4 @@
-"""Steps of a rollout that take gradient: what the reward is taken of, and how it is differentiated."""
+"""Steps of a rollout that take gradient: which latents are scored, and how the reward's gradient reaches the weights."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,10 +12,10 @@ Average = Callable[[torch.Tensor], torch.Tensor]
 @dataclass(frozen=True)
 class Foresight:
     """
-    Look-ahead: the reward is taken of the clean latents that a step predicts, with new noise, not of the next latents.
+    Look-ahead: the clean latents that a step predicts are scored, with new noise, instead of the next latents.
 
-    The clean latents are `x0 = x - sigma * v`. They cost no forward, and the level of the new noise can be one at which the
-    reward model is accurate. Levels are uniform in `levels`, whose ends are cut to the level of the next latents.
+    The clean latents are `x0 = x - sigma * v`. They need no additional forward pass, and the new noise can have a level at
+    which the reward model is accurate. Levels are uniform in `levels`, whose ends are cut to the level of the next latents.
 
     Args:
         noise (`torch.Tensor` of shape `(batch_size, num_channels, num_frames, height, width)`):
@@ -60,8 +60,8 @@ class GradientStep:
 
     Args:
         latents (`torch.Tensor` of shape `(batch_size, num_channels, num_frames, height, width)`):
-            The latents that the reward is taken of: the next noisy latents, or with a [`Foresight`] the predicted ones
-            with new noise. Float32, without gradient.
+            The latents that are scored: the next noisy latents, or with a [`Foresight`] the predicted ones with new
+            noise. Float32, without gradient.
         timesteps (`torch.Tensor` of shape `(batch_size,)`):
             Noise level of these latents, `1000 * sigma`.
         gain (`torch.Tensor`, scalar or of shape `(batch_size,)`):

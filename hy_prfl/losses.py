@@ -1,5 +1,5 @@
 """
-The losses, and how the logits of several reward models are combined into the logit that a loss is taken of.
+The losses, and how the logits of several reward models are combined into one.
 
 Each loss is computed in float32 for inputs of any type, and returns the mean over the batch.
 """
@@ -121,7 +121,7 @@ class RewardCombination:
             return logits.amin(dim=0)
         if self.form == "product":
             log_p = _scaled(F.logsigmoid(logits), self.weights).sum(dim=0)
-            # Above this 1 - p cannot be told from 0, and neither value nor slope matter.
+            # Above this, 1 - p rounds to 0, and neither the value nor the gradient matters.
             log_p = log_p.clamp(max=-1e-30)
             return log_p - torch.log(-torch.expm1(log_p))
         mean = _scaled(logits, self._shares()).sum(dim=0)
@@ -151,7 +151,7 @@ def _scaled(logits: torch.Tensor, factors: Sequence[float]) -> torch.Tensor:
 
 def anchor_loss(velocity: torch.Tensor, base_velocity: torch.Tensor) -> torch.Tensor:
     """
-    Squared distance of a generator's velocity to that of its base, relative to the base's own square.
+    Squared distance between the velocities of a generator and its base, divided by the squared norm of the base's.
 
     The ratio is taken sample by sample, `|v - v_base|^2 / |v_base|^2`, so it means the same at every noise level and for
     clips of every size: .01 is a change of the velocity by a tenth.

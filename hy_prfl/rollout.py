@@ -135,7 +135,7 @@ def _chained_surrogates(
         if not leaves:
             return
         del total
-        assert probe.grad is not None, "The surrogate must be differentiated before the next one is asked for."
+        assert probe.grad is not None, "The surrogate must be differentiated before the next one is requested."
         gradients = {name: leaf.grad / probe.grad for name, leaf in leaves.items() if leaf.grad is not None}
         if average is not None:
             gradients = {name: average(gradient) for name, gradient in gradients.items()}
@@ -387,41 +387,6 @@ def record_states(
             if index in step_indices:
                 yield index, latents, step.velocity
             latents = step.next_latents
-
-
-def denoise_to_step(
-    transformer: nn.Module,
-    scheduler: UniPCMultistepScheduler,
-    *,
-    noise: torch.Tensor,
-    step_index: int,
-    num_inference_steps: int,
-    conditioning: Conditioning,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    r"""
-    Roll out from noise: `step_index` steps without gradient, then one with it (paper, equations 7 and 8).
-
-    Args:
-        step_index (`int`):
-            The step that takes gradient, in `[0, num_inference_steps - 2]`.
-
-        The other arguments are those of [`walk_with_gradient`].
-
-    Returns:
-        The noisy latents after step `step_index`, float32, with gradient, and their timesteps `(batch_size,)`.
-
-    Raises:
-        ValueError: If `step_index` is out of range.
-    """
-    if not 0 <= step_index <= num_inference_steps - 2:
-        raise ValueError(f"`step_index` must be in [0, {num_inference_steps - 2}], got {step_index}.")
-    _start_at(scheduler, 0, num_inference_steps, noise.device)
-    stepper = _Stepper(partial(predict_velocity, transformer, conditioning=conditioning))
-    latents = noise
-    for index in range(step_index):
-        latents = stepper(scheduler, index, latents, with_gradient=False).next_latents
-    step = stepper(scheduler, step_index, latents, with_gradient=True)
-    return step.next_latents, step.timesteps
 
 
 def _start_at(

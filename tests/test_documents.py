@@ -34,7 +34,7 @@ from hy_prfl.configs.report import ReportConfig
 from hy_prfl.configs.reward import RewardTrainingConfig
 from hy_prfl.configs.score import ScoreConfig
 from hy_prfl.formats.pipeline_info import BOUNDARY_RATIOS, PUBLISHED
-from hy_prfl.scripts.plan import read_recipe, split_options
+from hy_prfl.scripts.plan import read_recipe, separate_options
 from tests.formats.test_upstream_table import FLAGS
 
 
@@ -110,7 +110,7 @@ def test_command_runs(page: str, words: list[str]) -> None:
 def parse(command: str, options: list[str]) -> None:
     """As the script does."""
     if command == "plan":
-        own, others = split_options(options)
+        own, others = separate_options(options)
         read_recipe(parse_config(PlanConfig, own), others)
     elif command == "convert_recipe":
         parse_config(RecipeConfig, [re.sub(r"^--config$", "--recipe", word) for word in options])

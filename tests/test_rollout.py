@@ -9,7 +9,7 @@ from diffusers import WanImageToVideoPipeline, WanPipeline
 from hy_prfl.gradient_steps import Foresight
 from hy_prfl.models.conditioning import Conditioning
 from hy_prfl.models.loading import load_scheduler
-from hy_prfl.rollout import denoise_to_step, record_states, step_from_state, walk_with_gradient
+from hy_prfl.rollout import record_states, step_from_state, walk_with_gradient
 
 
 NUM_STEPS = 5
@@ -34,16 +34,16 @@ def test_rollout_stops_on_the_pipelines_path(pipeline_dir: Path, step_index: int
         guidance_scale=1.0, output_type="latent", callback_on_step_end=keep,
     )  # fmt: skip
     scheduler = load_scheduler(str(pipeline_dir))
-    latents, timesteps = denoise_to_step(
+    (step,) = walk_with_gradient(
         pipeline.transformer,
         scheduler,
         noise=noise,
-        step_index=step_index,
+        step_indices=[step_index],
         num_inference_steps=NUM_STEPS,
         conditioning=Conditioning(prompt_embeds),
     )
-    torch.testing.assert_close(latents.detach(), path[step_index])
-    assert timesteps.tolist() == [scheduler.timesteps[step_index + 1].item()] * 2
+    torch.testing.assert_close(step.latents, path[step_index])
+    assert step.timesteps.tolist() == [scheduler.timesteps[step_index + 1].item()] * 2
 
 
 def test_gradient_comes_through_the_last_step_only(pipeline_dir: Path) -> None:
@@ -52,19 +52,11 @@ def test_gradient_comes_through_the_last_step_only(pipeline_dir: Path) -> None:
     transformer.register_forward_hook(lambda module, args, output: with_grad.append(output[0].requires_grad))
     scheduler = load_scheduler(str(pipeline_dir))
     inputs = {"num_inference_steps": NUM_STEPS, "conditioning": Conditioning(torch.randn(1, 16, 32))}
-    latents, _ = denoise_to_step(transformer, scheduler, noise=torch.randn(1, 16, 2, 4, 4), step_index=3, **inputs)
+    (step,) = walk_with_gradient(transformer, scheduler, noise=torch.randn(1, 16, 2, 4, 4), step_indices=[3], **inputs)
     assert with_grad == [False, False, False, True]
-    latents.square().sum().backward()
+    (surrogate,) = step.surrogates(2 * step.latents)
+    surrogate.backward()
     assert all(parameter.grad is not None for parameter in transformer.blocks.parameters())
-
-
-@pytest.mark.parametrize("step_index", [-1, NUM_STEPS - 1])
-def test_step_index_must_leave_noisy_latents(pipeline_dir: Path, step_index: int) -> None:
-    with pytest.raises(ValueError, match=r"`step_index` must be in \[0, 3\]"):
-        denoise_to_step(
-            torch.nn.Identity(), load_scheduler(str(pipeline_dir)), noise=torch.randn(1, 16, 2, 4, 4),
-            step_index=step_index, num_inference_steps=NUM_STEPS, conditioning=Conditioning(torch.randn(1, 16, 32)),
-        )  # fmt: skip
 
 
 @pytest.mark.parametrize("rerun", [False, True])

@@ -40,7 +40,7 @@ class MemoryConfig:
     output: str = field(default="outputs/memory.json", metadata={"help": "Table to write."})
     load: str | None = field(
         default=None,
-        metadata={"help": "Only load: `nothing`, `whole` or `split` (sharded). Used by the script itself."},
+        metadata={"help": "Only load: `nothing`, `whole` or `sharded`. Used by the script itself."},
     )
 
 
@@ -82,7 +82,7 @@ def load(folder: Path, how: str) -> None:
     load_transformer(
         str(folder / "pipeline"),
         dtype=torch.bfloat16,
-        split=None if how == "whole" else lambda module: shard_for_zero3(module, config),
+        shard=None if how == "whole" else lambda module: shard_for_zero3(module, config),
     )
 
 
@@ -121,7 +121,7 @@ def main() -> None:
             }
         )
         print(json.dumps(rows[-1]), flush=True)
-    for how in ("nothing", "whole", "split"):
+    for how in ("nothing", "whole", "sharded"):
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         command = [*launch, "-m", "examples.parity.memory", f"--output_dir={folder}", f"--load={how}"]
         peaks = peak_memory(command, environment, "examples.parity.memory")

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from examples.real_size.pretended_cuda import DeviceMeter, put_on_device
 from examples.real_size.quantized import quantize_layers
 from hy_prfl.configs.base import TrainingConfig
-from hy_prfl.configs.prfl import PRFLTrainingConfig
+from hy_prfl.configs.prfl import UPDATES, PRFLTrainingConfig
 from hy_prfl.data.collators import LabeledBatch, LatentBatch, PreferenceBatch
 from hy_prfl.flow_matching import noise_levels
 from hy_prfl.models.experts import Experts
@@ -26,7 +26,7 @@ from hy_prfl.planning.workloads import IMAGE_TOKENS, TEXT_TOKENS
 from hy_prfl.runtime.activation_checkpointing import HostBuffers, checkpoint_activations
 from hy_prfl.runtime.context_parallel import ContextParallelGroup
 from hy_prfl.runtime.host_weights import HostWeights
-from hy_prfl.trainers.prfl_trainer import UPDATES, PRFLTrainer
+from hy_prfl.trainers.prfl_trainer import PRFLTrainer
 from hy_prfl.trainers.reward_feedback import RewardFeedback, stays
 from hy_prfl.trainers.reward_trainer import RewardTrainer
 from hy_prfl.trainers.updates import Updates

@@ -108,8 +108,8 @@ class TrainingConfig(Config):
     lora_start: Literal["continue", "merge"] | None = field(
         default=None,
         metadata={
-            "help": "What becomes of `lora_path`. continue: its weights train on; rank, alpha and layers of the options must "
-            "be its own. merge: it is added to the transformer, and what the options say trains, a new LoRA or all weights."
+            "help": "How the run uses `lora_path`. continue: train it further; the options for rank, alpha and layers must "
+            "match it. merge: add it to the transformer, then train a new LoRA or all weights, as the options say."
         },
     )
     train_dataset: str = field(metadata={"help": "Latent dataset written by `preprocess`: a folder or a Hub id."})
@@ -151,8 +151,12 @@ class TrainingConfig(Config):
     gradient_accumulation_steps: int = field(
         default=1, metadata={"help": "Micro-batches per update, of each kind of update."}
     )
-    num_train_epochs: int = field(default=1, metadata={"help": "Passes over the dataset, if no max_train_steps."})
-    max_train_steps: int | None = field(default=None, metadata={"help": "Updates to make; overrides the epochs."})
+    num_train_epochs: int = field(
+        default=1, metadata={"help": "Passes over the dataset; not used with max_train_steps."}
+    )
+    max_train_steps: int | None = field(
+        default=None, metadata={"help": "Updates of the run; replaces num_train_epochs."}
+    )
     learning_rate: float = field(default=5e-6, metadata={"help": "Peak learning rate of AdamW."})
     lr_scheduler: LRScheduler = field(default="constant", metadata={"help": "Schedule of the learning rate."})
     lr_warmup_steps: int = field(default=0, metadata={"help": "Updates of linear warm-up."})
@@ -216,7 +220,7 @@ class TrainingConfig(Config):
 
     # Parameters of the average
     use_ema: bool = field(default=False, metadata={"help": "Keep, validate and save an average of the weights."})
-    ema_decay: float = field(default=EMA_DECAY, metadata={"help": "Decay of that average."})
+    ema_decay: float = field(default=EMA_DECAY, metadata={"help": "Decay of the average of the weights."})
 
     # Parameters of the noise levels that clean clips are trained at
     weighting_scheme: Literal["uniform", "logit_normal"] = field(

@@ -8,6 +8,13 @@ from .base import Quantization, TrainingConfig, check, check_seed, place_of
 
 
 FORESEEN_LEVELS = [0.2, 0.6]
+# The losses of each update of a step, by `update_schedule`.
+UPDATES: dict[str, list[tuple[str, ...]]] = {
+    "alternate": [("flow",), ("reward",)],
+    "joint": [("flow", "reward")],
+    "reward": [("reward",)],
+    "flow_matching": [("flow",)],
+}
 
 
 @dataclass(kw_only=True)
@@ -36,8 +43,8 @@ class PRFLTrainingConfig(TrainingConfig):
     lora_2_path: str | None = field(
         default=None,
         metadata={
-            "help": "As lora_path, for the low-noise expert of a pipeline of two; a folder with a LoRA for each is given as "
-            "both. The LoRA of an expert that does not train is merged."
+            "help": "As lora_path, for the low-noise expert of a pipeline of two. Give a folder with a LoRA for each expert "
+            "to both options. The LoRA of an expert that does not train is merged."
         },
     )
     shard_frozen_expert: bool = field(
@@ -60,26 +67,25 @@ class PRFLTrainingConfig(TrainingConfig):
     reward_models: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Several of them instead of reward_model; their logits are combined. The options of the reward model "
-            "hold for all. On the command line it replaces the reward_model of a recipe.",
+            "help": "Several reward models instead of reward_model; their logits are combined. The other options of the "
+            "reward model apply to each. On the command line it replaces the reward_model of a recipe.",
             "instead_of": "reward_model",
         },
     )
     reward_weights: list[float] | None = field(
         default=None,
-        metadata={
-            "help": "Weight of each of reward_models: shares of the mean, exponents of the product; 1 if left out."
-        },
+        metadata={"help": "Weights of reward_models: factors in the mean, exponents in the product; 1 if left out."},
     )
     reward_combination: Literal["mean", "min", "product"] = field(
         default="mean",
         metadata={
-            "help": "mean or min of their logits; product: of their sigmoids, for models of different tasks. See losses.py."
+            "help": "How reward_models are combined: mean or min of their logits; product of their sigmoids, for models of "
+            "different tasks. See losses.py."
         },
     )
     reward_disagreement: float = field(
         default=0.0,
-        metadata={"help": "How many standard deviations of the logits over reward_models are taken off their mean."},
+        metadata={"help": "Standard deviations of the logits over reward_models that are subtracted from their mean."},
     )
     allow_other_base: bool = field(
         default=False, metadata={"help": "Accept a reward model made from a transformer of another size."}
@@ -119,9 +125,9 @@ class PRFLTrainingConfig(TrainingConfig):
     anchor_scale: float = field(
         default=0.0,
         metadata={
-            "help": "Weight of the anchor of the reward updates: the squared distance of the velocity to that of the base, "
-            "relative to the base's square. The base is the transformer with the LoRA off; one more forward pass for "
-            "each gradient step."
+            "help": "Weight of the anchor in the reward updates: the squared distance between the velocities of generator and "
+            "base, divided by the squared norm of the base's. The base is the transformer with its LoRA off. Takes one "
+            "more forward pass for each gradient step."
         },
     )
     divide_by_step_width: bool = field(
@@ -136,8 +142,8 @@ class PRFLTrainingConfig(TrainingConfig):
     step_range: list[int] | None = field(
         default=None,
         metadata={
-            "help": "First and last step that may take gradient. If left out, all steps but the last, or of these the steps of "
-            "the expert in training."
+            "help": "First and last step that may take gradient. If left out, all steps of the expert in training, "
+            "except the last step of the chain."
         },
     )
     num_gradient_steps: int = field(
@@ -150,8 +156,8 @@ class PRFLTrainingConfig(TrainingConfig):
     num_chained_steps: int = field(
         default=1,
         metadata={
-            "help": "Consecutive steps that the reward's gradient passes through, each checkpointed as a whole: the time "
-            "of as many steps with gradient, the memory of one."
+            "help": "Consecutive steps that the reward's gradient passes through, each checkpointed as a whole: this takes "
+            "the time of all of these steps, but the memory of one."
         },
     )
     stop_input_gradient: bool = field(
@@ -164,13 +170,15 @@ class PRFLTrainingConfig(TrainingConfig):
     reward_at: Literal["next", "foreseen"] = field(
         default="next",
         metadata={
-            "help": "next: the reward of the latents that a step leads to (the paper). foreseen: of the clean latents that "
-            "the step predicts, noised again to a level in `foreseen_levels`; no forward more."
+            "help": "What is scored. next: the latents that a step leads to (the paper). foreseen: the clean latents that the "
+            "step predicts, noised again to a level in foreseen_levels; no additional forward pass."
         },
     )
     foreseen_levels: list[float] = field(
         default_factory=lambda: list(FORESEEN_LEVELS),
-        metadata={"help": "Lowest and highest sigma of that noise; never above the next step's."},
+        metadata={
+            "help": "For reward_at foreseen: lowest and highest sigma of the new noise; never above that of the next step."
+        },
     )
     rollout_interval: int = field(
         default=1,
@@ -242,7 +250,7 @@ class PRFLTrainingConfig(TrainingConfig):
             "free memory."
         },
     )
-    validation_fps: int = field(default=16, metadata={"help": "Frame rate of those files."})
+    validation_fps: int = field(default=16, metadata={"help": "Frame rate of the validation videos."})
     validation_seed: int = field(default=0, metadata={"help": "Seed of the samples."})
 
     # Parameters of the monitor
@@ -257,7 +265,7 @@ class PRFLTrainingConfig(TrainingConfig):
         default=None,
         metadata={
             "help": "What the monitor's verdict `hacked` does. warn: it is logged, as without this option. stop: the run ends "
-            "after a checkpoint. keep_best: output_dir/best has the weights of the best held-out reward; so it has with stop."
+            "after a checkpoint. keep_best: output_dir/best gets the weights with the best held-out reward, as with stop."
         },
     )
 
@@ -292,6 +300,17 @@ class PRFLTrainingConfig(TrainingConfig):
         check(1 <= self.num_gradient_steps <= indices, "num_gradient_steps", self.num_gradient_steps, requirement)
         self._check_memory_options()
         self._check_monitor()
+
+    @property
+    def num_backwards(self) -> dict[str, int]:
+        """Backward passes of each loss in an update."""
+        num_flow = self.gradient_accumulation_steps
+        return {"flow": num_flow, "reward": num_flow * self.num_gradient_steps * self.num_chained_steps}
+
+    @property
+    def backwards_per_update(self) -> int:
+        """Backward passes of the update that has most of them."""
+        return max(sum(self.num_backwards[loss] for loss in losses) for losses in UPDATES[self.update_schedule])
 
     @property
     def uses_monitor(self) -> bool:
@@ -377,7 +396,7 @@ class PRFLTrainingConfig(TrainingConfig):
         interval, name = self.rollout_cache_interval, "rollout_cache_interval"
         check(interval >= 1, name, interval, "at least 1")
         keeps_all = self.rollout_interval > 1 and self.rollout_states is None
-        requirement = "1 without `rollout_states`: the velocity is computed at each state that is kept, here at all"
+        requirement = "1 without `rollout_states`: the velocity is computed at each stored state, and all are stored"
         check(interval == 1 or not keeps_all, name, interval, requirement)
         states, staleness = self.rollout_states, self.max_rollout_staleness
         check(states is None or states >= 1, "rollout_states", states, "at least 1, or left out")
@@ -428,5 +447,5 @@ class PRFLTrainingConfig(TrainingConfig):
                     unused,
                     name,
                     getattr(self, name),
-                    "left out with the schedule 'flow_matching': it rolls out nothing",
+                    "left out with the schedule 'flow_matching', which has no rollouts",
                 )

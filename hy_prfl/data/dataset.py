@@ -70,7 +70,7 @@ def load_latent_dataset(path: str) -> Dataset:
 
 def as_latent_dataset(dataset: Dataset, source: str) -> Dataset:
     """
-    Set the format of a dataset that was opened elsewhere to the one that its rows are read in here.
+    Prepare a dataset that was opened elsewhere: set the format in which this package reads rows.
 
     Raises:
         ValueError: If it has no rows, or lacks columns of a latent dataset.
@@ -103,8 +103,8 @@ def pool_datasets(datasets: Sequence[Dataset], sources: Sequence[str]) -> Datase
         shared = sorted(ids & set(source_of))
         if shared:
             raise ValueError(
-                f"{source}: row '{shared[0]}' has the id of a row of {source_of[shared[0]]}, as {len(shared)} of "
-                f"{len(ids)} rows have ids of rows of other datasets. Ids must differ over all datasets."
+                f"{source}: row '{shared[0]}' has the same id as a row of {source_of[shared[0]]}; {len(shared)} of "
+                f"{len(ids)} rows share an id with another dataset. Ids must be unique over all datasets."
             )
         source_of |= dict.fromkeys(ids, source)
     first, *others = zip(datasets, sources, strict=True)

@@ -16,8 +16,8 @@ class BucketBatchSampler(Sampler[list[int]]):
     row is used in every epoch, and all replicas get the same shape at the same time, which collectives inside the model
     require. The order depends only on `(seed, epoch)`, so a resumed run needs only its position.
 
-    With weights, of the `n` rows that a bucket has of a dataset with weight `w`, `round(w * n)` are drawn in an epoch, at
-    least one: each row `floor(w)` times, and the rest, without repetition, at random in each epoch.
+    With weights, an epoch has `round(w * n)` draws, at least one, from the `n` rows that a dataset of weight `w` has in a
+    bucket. Each row is drawn `floor(w)` times. The remaining draws are different rows, chosen at random in each epoch.
 
     Args:
         buckets (`Sequence[Hashable]`):
@@ -98,9 +98,9 @@ class BucketBatchSampler(Sampler[list[int]]):
 
 
 def _draw(rows: Sequence[int], number: int, rng: np.random.Generator) -> list[int]:
-    """`number` of the rows, each as often as any other or once more."""
+    """Draw `number` rows. Two rows differ by at most one in how often they are drawn."""
     times, rest = divmod(number, len(rows))
-    # No draw where none is needed: without weights the order is a function of the rows alone.
+    # Draw random numbers only for a remainder: without weights, the order of an epoch must not change.
     chosen = rng.choice(rows, rest, replace=False).tolist() if rest else []
     return [*rows] * times + chosen
 

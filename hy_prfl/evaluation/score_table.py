@@ -39,7 +39,7 @@ def write_scores(
     request: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
     """
-    Score batches, split over the processes of `accelerate`, into a table in the order of `clips`.
+    Score batches, divided among the processes of `accelerate`, into a table in the order of `clips`.
 
     Each process appends its scores to a partial file beside `output`. A killed run resumes from these files, with any
     number of processes; they are deleted when the table is written. A summary, with the metrics of [`summarize`], is
@@ -81,7 +81,7 @@ def write_scores(
                 path.unlink()
     state.wait_for_everyone()
     results = _read_results(output)
-    # No process writes before all have read, so that all split the same list.
+    # No process writes before all have read, so that all divide the same list.
     state.wait_for_everyone()
 
     pending = [batch for batch in batches if not all(position in results for position in batch)]

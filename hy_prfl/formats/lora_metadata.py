@@ -162,7 +162,7 @@ def read_lora_config(path: str | Path, header: Mapping[str, str]) -> dict[str, A
 
 
 def has_unclaimed_config(path: str | Path) -> bool:
-    """Whether there is a configuration of peft beside a LoRA file, and no weights of peft's own name that it is of."""
+    """Whether peft's configuration is in a LoRA's folder, but not the file that peft itself would have saved with it."""
     folder = Path(path).parent
     return (folder / PEFT_CONFIG).is_file() and not any(folder.glob(f"{PEFT_WEIGHTS}.*"))
 

@@ -1,4 +1,4 @@
-"""A model's name is a folder or a repository on the Hub. If it cannot be read, the error says which option has it, and both readings."""
+"""Errors for models that cannot be read. A model's name may be a folder or a repository; the error covers both."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,8 +22,8 @@ def reading(option: str, source: str) -> Iterator[None]:
             Its value.
 
     Raises:
-        FileNotFoundError: In place of an error of diffusers or of the Hub's client, which know neither the option nor
-            that a mistyped folder such as `outputs/rewrd` has the form of a repository.
+        FileNotFoundError: Instead of an error of diffusers or of the Hub's client. These do not know the option, and
+            take a mistyped folder such as `outputs/rewrd` for a repository.
     """
     try:
         yield
@@ -37,7 +37,7 @@ def reading(option: str, source: str) -> Iterator[None]:
 
 
 def _why_unread(error: BaseException) -> str:
-    """diffusers says that a repository lacks a file also where the Hub was not reached."""
+    """The reason. diffusers says that a repository lacks the file, even if the Hub could not be reached."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, (LocalEntryNotFoundError, OfflineModeIsEnabled)):

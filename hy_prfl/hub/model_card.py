@@ -288,7 +288,7 @@ def _base_on_hub(header: Mapping[str, str]) -> list[str]:
     """
     The base model of an adapter without its run, if it is known to be a repository on the Hub.
 
-    A path on another machine may have the form of an id. Files of older versions do not record which of both it is. For
+    A path on another machine may have the form of an id. Files of older versions do not record which of the two it is. For
     them, only the names of published pipelines count as repositories.
     """
     base = header.get("base_model", "")

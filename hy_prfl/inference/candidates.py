@@ -261,8 +261,8 @@ class _Search:
         Add a re-noised copy of each candidate.
 
         The clean latents that the last step predicts give the noise in the latents, and part of it is replaced:
-        `(1 - sigma) clean + sigma (sqrt(1 - a^2) noise + a new)`. The solver restarts, as its history is of other
-        latents.
+        `(1 - sigma) clean + sigma (sqrt(1 - a^2) noise + a new)`. The solver restarts, because its history
+        belongs to other latents.
         """
         assert self.clean is not None
         sigma = self.pipeline.scheduler.sigmas[self.step_index].to(latents)

@@ -113,7 +113,7 @@ def generate_videos(
     """
     Write `<id>_seed_<seed>.mp4` for each prompt, and `manifest.json`, a list that `preprocess` and `score` read.
 
-    Prompts are split over the processes of `accelerate`, or over its groups of `context_parallel`. Existing videos are
+    Prompts are divided among the processes of `accelerate`, or among its groups of `context_parallel`. Existing videos are
     skipped, so a killed run can be continued. Each file's metadata records how it was made; a file that was made with
     other settings is an error.
 
@@ -145,7 +145,7 @@ def generate_videos(
         # The pipeline itself would only warn, and make a smaller video.
         check(side % multiple == 0, name, side, f"a multiple of {multiple}, the pixels of a side of a latent patch")
     pending = pending_videos(prompts, output_dir, settings, model_identity=model_identity, overwrite=overwrite)
-    # No process writes before all have checked the files, and all split the same list.
+    # No process writes before all have checked the files, and all divide the same list.
     state.wait_for_everyone()
     pending = from_main_process(pending)
     output_dir.mkdir(parents=True, exist_ok=True)

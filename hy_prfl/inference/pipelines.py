@@ -1,5 +1,5 @@
 """
-Loads the stock diffusers Wan pipelines: with a tuned transformer or LoRAs, with another solver or shift, or split over the
+Loads the stock diffusers Wan pipelines: with a tuned transformer or LoRAs, with another solver or shift, or for several
 processes that make a video together.
 """
 
@@ -90,8 +90,8 @@ def load_pipeline(
             Processes that make each video together. Every one of them must load and call the pipeline with the same
             arguments, and gets the same result.
         shard_weights (sequence of `str`, defaults to none):
-            `"transformer"` (both, if there are two), `"text_encoder"`: models whose weights are split over the processes
-            of `context_parallel`. Each process reads all of them into CPU memory first.
+            `"transformer"` (both, if there are two), `"text_encoder"`: models whose weights are sharded over the
+            processes of `context_parallel`. Each process reads all of them into CPU memory first.
         attention_backend (`str`, *optional*):
             Attention kernel of the transformers, one that [`~hy_prfl.runtime.attention.check_attention_backend`] accepts.
         step_cache (`str`, defaults to `"none"`):
@@ -104,7 +104,7 @@ def load_pipeline(
 
     Example:
         ```python
-        pipeline = load_pipeline("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", lora_path="outputs/prfl/lora", device="cuda")
+        pipeline = load_pipeline("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", lora_path="outputs/prfl", device="cuda")
         generate_videos(pipeline, [VideoPrompt(id="cat", caption="a cat plays the piano")], "outputs/videos")
         ```
     """
@@ -199,7 +199,7 @@ def _split_over_processes(
     shard_weights: Sequence[ShardedModel],
     device: torch.device,
 ) -> None:
-    """Split the tokens of the transformers, and the weights of the models that are named, over a group of processes."""
+    """Split the tokens of the transformers over a group of processes, and shard the weights of the named models."""
     transformers = [model for model in (pipeline.transformer, pipeline.transformer_2) if model is not None]
     for transformer in transformers:
         context_parallel.split(transformer)

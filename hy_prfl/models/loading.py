@@ -23,7 +23,7 @@ from .reward_model import BACKBONE_CONFIG, WanRewardModel
 from .starting_points import StartingPoint
 
 
-Split = Callable[[nn.Module], None]
+Shard = Callable[[nn.Module], None]
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 TRANSFORMER_FOLDER = EXPERT_FOLDERS["high_noise"]
@@ -144,7 +144,7 @@ def load_transformer(
     variant: str | None = None,
     dtype: torch.dtype = torch.float32,
     subfolder: str = TRANSFORMER_FOLDER,
-    split: Split | None = None,
+    shard: Shard | None = None,
     quantizer: Quantizer | None = None,
     keep_in_fp32: bool = False,
     start: StartingPoint | None = None,
@@ -153,13 +153,13 @@ def load_transformer(
     Load the generator of a Wan pipeline.
 
     Args:
-        split (`Callable[[nn.Module], None]`, *optional*):
+        shard (`Callable[[nn.Module], None]`, *optional*):
             Shards a module's weights over the ranks, see [`~hy_prfl.runtime.sharding.fill_weights`]. Without it, every
             process loads the whole model.
         quantizer (`Quantizer`, *optional*):
-            Quantises the weights of the blocks' linear layers. Not together with `split`.
+            Quantises the weights of the blocks' linear layers. Not together with `shard`.
         keep_in_fp32 (`bool`, defaults to `False`):
-            With `split`, keep the parts that are sensitive to rounding in float32. Without `split` they always are.
+            With `shard`, keep the parts that are sensitive to rounding in float32. Without `shard` they always are.
         start (`StartingPoint`, *optional*):
             Weights that replace the pipeline's, and a LoRA to merge. The sum is rounded once, to `dtype`.
 
@@ -168,7 +168,7 @@ def load_transformer(
     """
     files: dict[str, Any] = {"subfolder": subfolder, "revision": revision}
     start = start or StartingPoint()
-    if split is None and quantizer is None and start.is_pipelines_own:
+    if shard is None and quantizer is None and start.is_pipelines_own:
         transformer = WanTransformer3DModel.from_pretrained(
             pretrained_model_name_or_path, variant=variant, dtype=dtype, **files
         )
@@ -179,10 +179,10 @@ def load_transformer(
             WanTransformer3DModel.load_config(pretrained_model_name_or_path, **files)
         )
     weights = start.weights or WeightFiles(pretrained_model_name_or_path, variant=variant, **files)
-    kept = WanTransformer3DModel._keep_in_fp32_modules if keep_in_fp32 or split is None else ()
+    kept = WanTransformer3DModel._keep_in_fp32_modules if keep_in_fp32 or shard is None else ()
     merged = start.merge_into(weights)
-    fill_weights(transformer, merged, dtype=dtype, keep_in_fp32=kept, split=split, quantizer=quantizer)
-    if split is None and quantizer is None:
+    fill_weights(transformer, merged, dtype=dtype, keep_in_fp32=kept, shard=shard, quantizer=quantizer)
+    if shard is None and quantizer is None:
         check_finite(transformer.named_parameters(), source=f"{pretrained_model_name_or_path}/{subfolder}")
     return transformer.eval()
 
@@ -205,7 +205,7 @@ def make_reward_model(
     variant: str | None = None,
     dtype: torch.dtype = torch.float32,
     subfolder: str = TRANSFORMER_FOLDER,
-    split: Split | None = None,
+    shard: Shard | None = None,
     start: StartingPoint | None = None,
     quantizer: Quantizer | None = None,
     **kwargs: Any,
@@ -243,7 +243,7 @@ def make_reward_model(
         weights = WeightFiles(pretrained_model_name_or_path, variant=variant, **files).select(kept)
     else:
         weights = {name: start.weights[name] for name in kept}
-    fill_weights(model, start.merge_into(weights), dtype=dtype, split=split, quantizer=quantizer)
+    fill_weights(model, start.merge_into(weights), dtype=dtype, shard=shard, quantizer=quantizer)
     return model.eval()
 
 
@@ -271,7 +271,7 @@ def load_reward_model(
     *,
     revision: str | None = None,
     dtype: torch.dtype = torch.float32,
-    split: Split | None = None,
+    shard: Shard | None = None,
     quantizer: Quantizer | None = None,
     keep_in_fp32: bool = True,
 ) -> WanRewardModel:
@@ -279,10 +279,10 @@ def load_reward_model(
     Load a reward model, frozen and in evaluation mode. Gradients flow to its input, not to its weights.
 
     Args:
-        split (`Callable[[nn.Module], None]`, *optional*):
+        shard (`Callable[[nn.Module], None]`, *optional*):
             Shards a module's weights over the ranks, see [`~hy_prfl.runtime.sharding.fill_weights`].
         quantizer (`Quantizer`, *optional*):
-            Quantises the weights of the blocks' linear layers. Not together with `split`.
+            Quantises the weights of the blocks' linear layers. Not together with `shard`.
         keep_in_fp32 (`bool`, defaults to `True`):
             Keep the parts that are sensitive to rounding in float32 for any `dtype`. A ZeRO-3 engine needs one
             type for all weights.
@@ -291,7 +291,7 @@ def load_reward_model(
         ValueError: If a weight is missing, left over or not finite; the message names it. A broken model can give
             rewards that look normal.
     """
-    if split is None and quantizer is None:
+    if shard is None and quantizer is None:
         model = WanRewardModel.from_pretrained(pretrained_model_name_or_path, revision=revision, dtype=dtype)
     else:
         with init_empty_weights(include_buffers=False):
@@ -303,7 +303,7 @@ def load_reward_model(
             WeightFiles(pretrained_model_name_or_path, revision=revision),
             dtype=dtype,
             keep_in_fp32=WanRewardModel._keep_in_fp32_modules if keep_in_fp32 else (),
-            split=split,
+            shard=shard,
             quantizer=quantizer,
         )
     return model.requires_grad_(False).eval()

@@ -1,4 +1,4 @@
-"""Several reward models with the same blocks, such as probes of one generator: one pass through these for all of them."""
+"""Reward models with the same blocks, such as probes of one generator: one pass through the blocks serves all."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import cast
@@ -20,7 +20,7 @@ class OneBackbone(nn.Module):
 
     Args:
         models (`Sequence[WanRewardModel]`):
-            The models; the tokens are those of the first.
+            The models. Blocks and embeddings of the first are called; each scores the tokens with its own head.
     """
 
     def __init__(self, models: Sequence[WanRewardModel]) -> None:
@@ -37,19 +37,19 @@ class OneBackbone(nn.Module):
 
 
 def share_backbone(model: WanRewardModel, owner: WanRewardModel) -> None:
-    """Let a model use the backbone of another one, instead of its own, which is the same: all but pooling and head."""
+    """Replace a model's backbone, everything but pooling and head, by the equal backbone of another model."""
     for name, part in owner.named_children():
         if name not in OWN_PARTS:
             setattr(model, name, part)
 
 
 def own_parts(model: WanRewardModel) -> list[nn.Module]:
-    """What models on one backbone do not share."""
+    """Pooling and head, which models on one backbone do not share."""
     return [model.get_submodule(name) for name in OWN_PARTS]
 
 
 def group_by_backbone(models: Sequence[nn.Module]) -> list[list[int]]:
-    """Places of the models in groups that share a backbone, in the order of their first members."""
+    """Indices of the models in groups that share a backbone, in the order of their first members."""
     groups: dict[int, list[int]] = {}
     for index, model in enumerate(models):
         backbone = model.blocks if isinstance(model, WanRewardModel) else model
@@ -58,7 +58,7 @@ def group_by_backbone(models: Sequence[nn.Module]) -> list[list[int]]:
 
 
 def group_folders(folders: Sequence[str | None]) -> list[list[int]]:
-    """As [`group_by_backbone`], of reward models on disk; None for one that is not there, which shares nothing."""
+    """[`group_by_backbone`] for reward models on disk. A folder that is None does not exist; it is a group of its own."""
     groups: list[list[int]] = []
     for index, folder in enumerate(folders):
         same = next((group for group in groups if _are_same_on_disk(folders[group[0]], folder)), None)
@@ -84,15 +84,15 @@ def have_same_backbone(model: WanRewardModel, other: WanRewardModel) -> bool:
 
 
 def fit_together(config: Mapping[str, object], other: Mapping[str, object]) -> bool:
-    """Whether reward models of these configurations have backbones of the same form."""
+    """Whether reward models of these configurations have backbones of the same sizes."""
     return all(_plain(config[name]) == _plain(other[name]) for name in (*BACKBONE_CONFIG, "num_layers"))
 
 
 def have_same_weights(weights: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
     """
-    Whether reward models with these weights by name have the same backbone.
+    Whether reward models with these weights, by name, have the same backbone.
 
-    It stops at the first weight that differs. Of backbones that were trained that is one of the first block.
+    It stops at the first weight that differs. If blocks were trained, that is one of the first block.
     """
     names = [name for name in weights if name.partition(".")[0] not in OWN_PARTS]
     return all(_are_equal(weights[name], other[name]) for name in names)
@@ -104,5 +104,5 @@ def _are_equal(one: torch.Tensor, two: torch.Tensor) -> bool:
 
 
 def _plain(value: object) -> object:
-    """Tuples of a configuration are lists once it was on disk."""
+    """The value as it is after reading it from disk, where tuples become lists."""
     return list(value) if isinstance(value, tuple) else value

@@ -46,10 +46,9 @@ def select_trainable(model: Any, training: TrainingConfig, *, dtype: torch.dtype
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
     """
-    Context in which the LoRA adapters of a model, or of several in one, do nothing: what is called is the base.
+    Context in which all LoRA adapters of a model are off, so that it computes what its base computes.
 
-    To be used without gradient. peft's own switch also marks the adapter as not in training, and back; the marks are put
-    back as they were.
+    Use it without gradient. peft's own switch also changes `requires_grad` of the adapters; this is undone.
 
     Raises:
         ValueError: If there is no adapter.

@@ -53,10 +53,10 @@ def read_scores(paths: Sequence[str | Path]) -> list[dict[str, float | None]]:
 
 def uncertainty(item: Item, tables: Sequence[Mapping[str, float | None]]) -> float:
     """
-    How little the reward models know about an item; larger is less. For items without a score minus infinity.
+    How uncertain the reward models are about an item. Minus infinity for items without a score.
 
-    With one table it is how near the reward is to 0.5, or for a pair how near the two rewards are to each other. With
-    several it is the variance of the reward, or of the difference, over the tables.
+    With one table, an item is more uncertain the nearer its reward is to 0.5 or, for a pair, the nearer the two rewards
+    are to each other. With several tables it is the variance of the reward, or of the difference, over the tables.
     """
     values = []
     for table in tables:
@@ -75,11 +75,11 @@ def order_items(
     Items in the order in which they are judged.
 
     Args:
-        order (`str`): `manifest` (as given), `random`, or `uncertain` (see `uncertainty`, least known first).
+        order (`str`): `manifest` (as given), `random`, or `uncertain` (see `uncertainty`, most uncertain first).
         seed (`int`): Seed of `random`, and of ties of `uncertain`.
 
     Raises:
-        ValueError: If a clip is in one of the tables not.
+        ValueError: If a table lacks one of the clips.
     """
     items = list(items)
     if order != "manifest":
@@ -98,7 +98,7 @@ def order_items(
 
 
 def check_videos(rows: Sequence[ManifestRow]) -> None:
-    """Raise a `ValueError` that names the first row whose video is not there."""
+    """Raise a `ValueError` that names the first row whose video does not exist."""
     absent = [row for row in rows if row.video is None or not row.video.is_file()]
     if absent:
         row = absent[0]
@@ -149,10 +149,10 @@ def clip_rows(
     annotators: Sequence[str],
 ) -> list[dict[str, Any]]:
     """
-    Rows of a labelled manifest: all that the manifest says of a clip, and what people say of it.
+    Rows of a labelled manifest: the fields of the manifest, with the labels that people gave.
 
-    A task that was asked and that has too few answers, or that people disagree on, is null, whatever the manifest says
-    of it; labels of other tasks stay. Gold clips have the right answers.
+    A task that was asked is null if it has too few answers or no majority, even if the manifest has a label. Labels of
+    other tasks stay. Gold clips get their right answers.
 
     Args:
         folder (`Path`): Where the rows will be written; paths are relative to it.
@@ -180,10 +180,10 @@ def pair_rows(
     annotators: Sequence[str],
 ) -> list[dict[str, Any]]:
     """
-    As `clip_rows`, for pairs: the clip that won has the other's id as `rejected_id`.
+    Like `clip_rows`, for pairs: the better clip gets the other's id as `rejected_id`.
 
-    Neither has one after a tie, or where there is no majority. Gold pairs have the right answer. Clips that are in no pair
-    keep the manifest's.
+    After a tie, or without a majority, neither gets one. Gold pairs get their right answers. Clips outside of all pairs
+    keep the manifest's `rejected_id`.
     """
     answers = answers_to(study.labels, PREFERENCE, annotators)
     loser: dict[str, str] = {}

@@ -76,7 +76,7 @@ def add_legend(axes: Any) -> None:
 
 
 def figure_uri(figure: Figure) -> str:
-    """The figure as SVG in an address that holds it, with its texts as text."""
+    """The figure as a data URL of an SVG image, whose texts stay text."""
     buffer = io.BytesIO()
     with rc_context({"svg.fonttype": "none"}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})

@@ -1,4 +1,4 @@
-"""Clips and pairs whose right answers are known, by which people are measured."""
+"""Gold: clips and pairs whose right answers are known, to measure annotators."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -21,16 +21,16 @@ Gold = Mapping[str, Mapping[str, str]]
 
 
 def with_gold(items: Sequence[Item], gold: Gold) -> list[Item]:
-    """Items with the right answers that are known of them."""
+    """The items, with their right answers where these are known."""
     return [replace(item, gold=gold.get(item.id, {})) for item in items]
 
 
 def read_gold(path: str | Path, rows: Sequence[ManifestRow], tasks: Sequence[str]) -> dict[str, dict[str, str]]:
     """
-    Right answers by clip id and task from a file as `label` reads it.
+    Right answers by clip id and task, from a file in the format of `label`.
 
     Raises:
-        ValueError: If it names a clip that the manifest does not have, or has no answer to any of the tasks.
+        ValueError: If it names a clip that is not in the manifest, or has no answer for any of the tasks.
     """
     ids = {row.id for row in rows}
     gold = {}
@@ -49,14 +49,14 @@ def read_gold_pairs(path: str | Path, pairs: Sequence[Item]) -> dict[str, dict[s
     """
     Right answers by pair, from a file whose rows name the better clip as `id` and the other one as `rejected_id`.
 
-    What `annotate` writes about pairs is such a file. Rows without a `rejected_id` say nothing. A tie is never right.
+    `annotate` writes such files. Rows without a `rejected_id` are ignored. A tie is never right.
 
     Args:
         pairs (`Sequence[Item]`): Those of the manifest.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If a row has no `id`, or names clips that are no pair of the manifest, if two rows contradict each
+        ValueError: If a row has no `id`, or names clips that are not a pair of the manifest, if two rows contradict each
             other, or no row has a `rejected_id`; names file and row.
     """
     path = Path(path)
@@ -70,19 +70,19 @@ def read_gold_pairs(path: str | Path, pairs: Sequence[Item]) -> dict[str, dict[s
             continue
         pair = by_clips.get(frozenset({better, worse}))
         if pair is None:
-            raise ValueError(f"{where}: {better!r} and `rejected_id` {worse!r} are no pair of the manifest.")
+            raise ValueError(f"{where}: {better!r} and `rejected_id` {worse!r} are not a pair of the manifest.")
         answer = {PREFERENCE: "first" if pair.clips[0].id == better else "second"}
         if gold.setdefault(pair.id, answer) != answer:
             raise ValueError(
-                f"{where}: `rejected_id` says that {better!r} is better than {worse!r}, and an earlier row the contrary."
+                f"{where}: `rejected_id` says that {better!r} is better than {worse!r}, but an earlier row says the opposite."
             )
     if not gold:
-        raise ValueError(f"{path}: no row has a `rejected_id`, the id of the clip of the pair that is worse.")
+        raise ValueError(f"{path}: no row has a `rejected_id`, the id of the worse clip of a pair.")
     return gold
 
 
 def trusted_annotators(study: Study, min_gold_accuracy: float | None) -> list[str]:
-    """People whose answers count: all, or those who are right about gold clips often enough."""
+    """People whose answers count: all, or those whose accuracy on gold clips is high enough."""
     names = sorted({label["annotator"] for label in study.labels})
     if min_gold_accuracy is None:
         return names

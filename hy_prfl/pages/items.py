@@ -1,4 +1,4 @@
-"""What is judged, and which answers there are."""
+"""The items of a study, clips or pairs, and the possible answers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ from typing import Literal
 Kind = Literal["clips", "pairs"]
 
 CLIP_CHOICES, PAIR_CHOICES = ("good", "poor", "unsure"), ("left", "right", "tie")
-# What a journal says of a pair. Sides are random, so it speaks of the first and the second clip of the item.
+# Answers to a pair in the journal. Sides are random, so they name the first or the second clip of the item.
 PAIR_ANSWERS = ("first", "second", "tie")
 
 
@@ -19,7 +19,7 @@ class StudyError(ValueError):
 
 
 class ConflictError(StudyError):
-    """A request that another one has overtaken, such as a second label for the same clip by the same person."""
+    """A request that is out of date, such as a second label for the same clip by the same person."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,17 +50,17 @@ class Item:
 
 
 def is_text(text: str) -> bool:
-    """Whether it can be written as UTF-8, which halves of surrogate pairs, as JSON may have them, cannot."""
+    """Whether a text can be written as UTF-8. JSON may contain halves of surrogate pairs, which cannot."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def parse_time(text: str) -> datetime:
     """
-    A time of ISO 8601; one without a zone is UTC.
+    Parse a time in ISO 8601. A time without a zone is UTC.
 
     Raises:
-        ValueError: If it is none.
+        ValueError: If it is not a time.
     """
-    # Python 3.10 does not know Z.
+    # Python 3.10 does not parse Z.
     time = datetime.fromisoformat(f"{text[:-1]}+00:00" if text.endswith("Z") else text)
     return time.replace(tzinfo=timezone.utc) if time.tzinfo is None else time

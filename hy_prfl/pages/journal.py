@@ -101,7 +101,7 @@ class Journal:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make the name of a new file as lasting as its content."""
+    """Sync the folder, so that the name of a new file survives a power failure as its content does."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

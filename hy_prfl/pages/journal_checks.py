@@ -1,4 +1,4 @@
-"""Whether a journal is one of a study, line by line."""
+"""Checks, line by line, that a journal belongs to a study."""
 
 from collections.abc import Container, Mapping, Sequence
 from typing import Any
@@ -11,7 +11,7 @@ def check_head(journal: Journal, *, kind: Kind, questions: Sequence[str]) -> Non
     """Raise a `ValueError` unless the first line is the head of a study of this kind that asks these questions."""
     head = journal.events[0]
     if head["type"] != "study" or head.get("format") != FORMAT:
-        raise ValueError(f"{journal.path}, line 1: this is no journal of labels.")
+        raise ValueError(f"{journal.path}, line 1: this is not a journal of labels.")
     expected: dict[str, Any] = {"kind": kind, "questions": list(questions)}
     for name, value in expected.items():
         if head.get(name) != value:
@@ -55,10 +55,10 @@ def check_event(
     try:
         parse_time(event["time"])
     except ValueError as error:
-        raise ValueError(f"{where}: `time` {event['time']!r} is no time of ISO 8601.") from error
+        raise ValueError(f"{where}: `time` {event['time']!r} is not a time in ISO 8601.") from error
     was_given = (event["annotator"], event["item"]) in given
     if was_given != (event["type"] == "undo"):
-        problem = "has judged this already" if was_given else "has no judgement of this to take back"
+        problem = "has judged this already" if was_given else "has not judged this, so there is nothing to undo"
         raise ValueError(f"{where}: {event['annotator']!r} {problem}.")
     if event["type"] == "label":
         answers, seconds = event.get("answers"), event.get("seconds")
@@ -77,7 +77,7 @@ def check_event(
 
 
 def describe_change(journal: Journal, inputs: Mapping[str, str]) -> str:
-    """What the journal is of and what the input is, for messages about a journal of another study."""
+    """The inputs of the journal and those of now, for messages about a journal of another study."""
     known = journal.events[0].get("inputs", {})
     return (
         f"The journal is of {_listed(known)}; the input, {_listed(inputs)}, is another study or has changed since. Choose "

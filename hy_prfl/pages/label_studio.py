@@ -39,7 +39,7 @@ def import_tasks(study: Study, path: str | Path) -> tuple[int, int]:
     """
     Take the annotations of a Label Studio export into the journal.
 
-    Annotations that somebody skipped there are no labels; the log names them.
+    Annotations that were skipped in Label Studio are not labels; the log lists them.
 
     Returns:
         `tuple[int, int]`: labels that were added, and those that were there already (same person, same item).
@@ -56,10 +56,10 @@ def import_tasks(study: Study, path: str | Path) -> tuple[int, int]:
     for number, task in enumerate(tasks, 1):
         where = f"{path}, task {number}"
         if not isinstance(task, dict) or not isinstance(task.get("data"), dict):
-            raise ValueError(f"{where}: there is no `data`; this is no export of Label Studio.")
+            raise ValueError(f"{where}: there is no `data`; this is not an export of Label Studio.")
         item_id = str(task["data"].get("id"))
         if item_id not in study.items:
-            raise ValueError(f"{where}: `data.id` {item_id!r} is no clip or pair of the input.")
+            raise ValueError(f"{where}: `data.id` {item_id!r} is not a clip or pair of the input.")
         annotations = task.get("annotations", [])
         if not isinstance(annotations, list):
             raise ValueError(f"{where}: `annotations` must be a list, got {annotations!r}.")
@@ -77,7 +77,7 @@ def import_tasks(study: Study, path: str | Path) -> tuple[int, int]:
     if skipped:
         more = f"; and {len(skipped) - 20} more" if len(skipped) > 20 else ""
         logger.warning(
-            f"{path}: {len(skipped)} annotations were skipped in Label Studio and are no labels: "
+            f"{path}: {len(skipped)} annotations were skipped in Label Studio and are not labels: "
             f"{'; '.join(skipped[:20])}{more}."
         )
     added = sum(study.import_label(person, item_id, answers, time=when) for person, item_id, answers, when in found)
@@ -113,7 +113,7 @@ def _person(completed_by: Any, where: str) -> str:
         found = completed_by.get("email") or completed_by.get("username") or completed_by.get("id")
     is_name = isinstance(found, (str, int)) and not isinstance(found, bool)
     name = str(found).strip() if is_name else ""
-    # What is printable has no lone surrogates, which cannot be written.
+    # Printable text has no halves of surrogate pairs, which cannot be written.
     if not 0 < len(name) <= MAX_PERSON or not name.isprintable():
         raise ValueError(f"{where}: `completed_by` must say who it is from, got {completed_by!r}.")
     return name
@@ -142,7 +142,7 @@ def _answers(study: Study, annotation: Mapping[str, Any], where: str) -> dict[st
         answer: Any = value.get("selected") or next(iter(value.get("choices", [])), None)
         if study.kind == "pairs" and isinstance(answer, str):
             answer = PAIR_SIDES.get(answer, answer)
-        # One question needs no name: projects call their tags as they like.
+        # A single question needs no name, because projects may use any name for its tag.
         question = study.questions[0] if len(study.questions) == 1 else result.get("from_name")
         if question not in study.questions:
             raise ValueError(f"{where}: `from_name` {question!r} is none of {', '.join(study.questions)}.")

@@ -48,7 +48,7 @@ def style(*names: str) -> Markup:
 
 
 def data_uri(path: str | Path) -> str:
-    """A file as an address that holds it."""
+    """A file as a data URL."""
     path = Path(path)
     return f"data:{MEDIA_TYPES[path.suffix]};base64,{base64.b64encode(path.read_bytes()).decode()}"
 

@@ -39,9 +39,7 @@ def cost_rows(
     rows = [row for row in rows if set(row[1:]) != {"-"}]
     note = "Measured hours are from start to end, with loading, validation and checkpoints; planned ones are of the steps."
     if memory is not None:
-        note += (
-            " Measured memory is what tensors took on the fullest GPU; the planned one has what CUDA takes as well."
-        )
+        note += " Measured memory is that of tensors on the fullest GPU; planned memory includes that of CUDA."
     return rows, note if rows else ""
 
 

@@ -88,7 +88,7 @@ def listen(host: str, port: int) -> socket.socket:
     A socket to serve on; port 0 is any that is free.
 
     Raises:
-        ValueError: If the address or the port cannot be had.
+        ValueError: If the server cannot listen on this address and port.
     """
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -189,7 +189,7 @@ class _App:
             return _error(404, str(error))
         if not path.is_file():
             return _error(410, "the file of this clip is gone.")
-        # Without its name, which may tell the model.
+        # Without the file's name, which may reveal the model.
         kind = mimetypes.guess_type(path.name)[0] or "video/mp4"
         return FileResponse(path, media_type=kind, headers={"Cache-Control": "private, max-age=3600"})
 
@@ -210,7 +210,7 @@ class _App:
                 annotator, window = self.names(values)
                 result = handler(values, annotator, window)
             except ConflictError as error:
-                # The page goes on from what is true now.
+                # The page continues from the current state.
                 return JSONResponse({"error": str(error), **self.state(annotator, window)}, status_code=409)
             except StudyError as error:
                 return _error(400, str(error))
@@ -255,7 +255,7 @@ class _App:
         return self.state(annotator, window)
 
     def state(self, annotator: str, window: str) -> dict[str, Any]:
-        """What a window shows next: the items, the first of them now, and how far things are."""
+        """The next items of a window, of which it shows the first now, and the progress."""
         items = self.study.next_items(annotator, window)
         return {
             "items": [self.describe(annotator, item) for item in items],
@@ -301,7 +301,7 @@ class _App:
 
 
 class _Guard:
-    """Turns away whoever calls the server by a wrong name, comes from a page of another site, or lacks the token."""
+    """Refuses requests with an unknown host name, from pages of other sites, or without the token."""
 
     def __init__(self, app: ASGIApp, settings: PageSettings, cookie: str) -> None:
         self.app = app
@@ -326,7 +326,7 @@ class _Guard:
 
     def refusal(self, request: Request) -> Response | None:
         host = request.headers.get("host", "")
-        # A page of another site can get its own name to point here, and then its requests carry that name.
+        # DNS rebinding: another site can let its own name point to this server; its requests then have that host name.
         if _host_name(f"//{host}") not in self.settings.hosts:
             return _error(421, "this server is not called by that name; see `allowed_hosts`.")
         origin = request.headers.get("origin")

@@ -1,4 +1,4 @@
-"""What is to be judged, by whom, and what has been said so far. The journal is the only state that outlives a process."""
+"""A study: its items, who judges them, and the answers so far. Only the journal is kept when the process ends."""
 
 import copy
 import hashlib
@@ -24,7 +24,7 @@ from .reservations import Lease, Reservations
 
 logger = logging.getLogger(__name__)
 
-# A longer time between two answers was a break, and says nothing about the pace.
+# A longer time between two answers is a break, and does not count for the pace.
 BREAK_SECONDS = 300.0
 
 
@@ -32,30 +32,30 @@ class Study:
     """
     Hands out items and takes answers.
 
-    Each item goes to `labels_per_item` people. What a window shows, or has loaded ahead, is reserved for it, so two
-    people who work at the same time do not answer one item more often than asked. An answer that comes late is kept all
-    the same. Gold items are mixed in at random and are shown to everybody once.
+    Each item goes to `labels_per_item` people. The items that a window shows or has loaded in advance are reserved for
+    it, so people who work at the same time do not answer an item more often than requested. Late answers are kept too.
+    Gold items are mixed in at random, and everybody sees each of them once.
 
     Args:
         journal (`Journal`):
-            Open. An empty one is given a head that says what is asked.
+            An open journal. If it is empty, a head with the questions is written.
         items (`Sequence[Item]`):
-            In the order in which they shall be judged.
+            Items in the order in which they are judged.
         kind (`str`):
             `clips` or `pairs`.
         questions (`Sequence[str]`):
-            What is asked about each item.
+            Names of the questions about each item.
         labels_per_item (`int`, *optional*):
-            People who judge each item; None is everybody.
+            Number of people who judge each item. Everybody if None.
         gold_share (`float`, defaults to 0):
             Share of the items shown that are gold, as long as there are any that the person has not seen.
         inputs (`Mapping[str, str]`, *optional*):
-            Files or folders that the items are from, by the name of the option. They are kept in the journal's head, for
-            messages. A journal in which nobody has judged anything yet gets a new head if they differ.
+            Files or folders of the items, by the name of the option. They are stored in the journal's head, for messages.
+            A journal without judgements gets a new head if they differ.
 
     Raises:
-        ValueError: If a line of the journal is broken, or it is of another study: another kind, other questions, items
-            that are not there, or judgements of other videos or captions under the same ids.
+        ValueError: If a line of the journal is broken, or if the journal belongs to another study: another kind, other
+            questions, unknown items, or judgements of other videos or captions under the same ids.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class Study:
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """What may be answered to a question, as the page shows it."""
+        """The possible answers to a question, as the page shows them."""
         return CLIP_CHOICES if self.kind == "clips" else PAIR_CHOICES
 
     @property
@@ -118,7 +118,7 @@ class Study:
         return [event for event in self.given.values() if event["type"] == "label"]
 
     def snapshot(self) -> "Study":
-        """A copy that stays as things are now, to count and write in another thread. It takes no answers."""
+        """A copy that does not change any more, for another thread to count and write. It takes no answers."""
         frozen = copy.copy(self)
         frozen.given = dict(self.given)
         return frozen
@@ -139,26 +139,26 @@ class Study:
         return known[1]
 
     def public_id(self, item_id: str) -> str:
-        """Name of an item that a browser may see: it tells nothing about the model."""
+        """Name of an item for the browser. It does not reveal the model."""
         return self._digest("item", item_id)[:24]
 
     def media_id(self, clip: Clip) -> str:
-        """The same of a clip's file."""
+        """Name of a clip's file for the browser, see `public_id`."""
         return self._digest("clip", clip.id, str(clip.video))[:24]
 
     def video(self, media_id: str) -> Path:
         """
-        File behind a name from `media_id`. No other file can be named.
+        The file for a name from `media_id`. Files outside of the study cannot be requested.
 
         Raises:
-            StudyError: If it is the name of no clip.
+            StudyError: If no clip has this name.
         """
         if media_id not in self._media:
             raise StudyError("there is no such clip.")
         return self._media[media_id].video
 
     def is_swapped(self, annotator: str, item_id: str) -> bool:
-        """Whether this person sees the second clip of a pair on the left. Always the same, and random over pairs."""
+        """Whether this person sees the second clip of a pair on the left: random over pairs, but fixed for each."""
         return self.kind == "pairs" and self._draw("side", annotator, item_id) < 0.5
 
     def shown_clips(self, annotator: str, item: Item) -> list[Clip]:
@@ -167,7 +167,7 @@ class Study:
 
     def next_items(self, annotator: str, window: str, count: int = 3) -> list[Item]:
         """
-        Reserve what a window shows now and what it loads ahead; empty if this person is done.
+        Reserve the item that a window shows now and those that it loads in advance. Empty if this person is done.
 
         Args:
             annotator (`str`): Name of the person.
@@ -189,7 +189,7 @@ class Study:
         self, annotator: str, public_id: str, answers: Mapping[str, str], *, key: str, seconds: float | None = None
     ) -> None:
         """
-        Put a label on the disk. The same request again, known by its key, changes nothing.
+        Write a label to the disk. A repeated request, recognised by its key, changes nothing.
 
         Args:
             answers (`Mapping[str, str]`): A choice for each question.
@@ -237,16 +237,17 @@ class Study:
         self._reservations.show_first(annotator, window, item_id)
 
     def last_item(self, annotator: str) -> str | None:
-        """What `undo` would take back."""
+        """Public id of the item whose answer `undo` would remove; None if there is none."""
         history = self._history[annotator]
         return self.public_id(history[-1]) if history else None
 
     def progress(self, annotator: str) -> dict[str, Any]:
         """
-        How far this person, and all together, have come.
+        Progress of this person and of all people together.
 
-        `labelled`, `skipped` and `left` count items of this person, `done` and `total` those of all, without gold;
-        `per_hour` is the pace of the last answers without breaks, `seconds_left` what is left at that pace, or None.
+        `labelled`, `skipped` and `left` count items of this person. `done` and `total` count those of all people, without
+        gold. `per_hour` is the pace of the last answers without breaks, and `seconds_left` the remaining time at this
+        pace; both are None after too few answers.
         """
         mine = [event for (name, _), event in self.given.items() if name == annotator]
         regular = [item.id for item in self.items.values() if not item.gold]
@@ -267,7 +268,7 @@ class Study:
         }
 
     def import_label(self, annotator: str, item_id: str, answers: Mapping[str, str], *, time: str | None) -> bool:
-        """Take over a label from elsewhere, in the journal's own words; False if this person's is there already."""
+        """Import a label, in the journal's terms. Returns False if this person has judged the item already."""
         if (annotator, item_id) in self.given:
             return False
         event: dict[str, Any] = {"type": "label", "item": item_id, "annotator": annotator, "answers": dict(answers)}
@@ -278,7 +279,7 @@ class Study:
         return True
 
     def _check_contents(self) -> None:
-        """Raise a `ValueError` if a judgement is of another video, or under another caption, than the input has now."""
+        """Raise a `ValueError` if the video or the caption of a judgement is not that of the input any more."""
         unknown = 0
         for event in self.given.values():
             if event.get("content") is None:
@@ -290,8 +291,8 @@ class Study:
                 )
         if unknown:
             logger.warning(
-                f"{self.journal.path}: {unknown} judgements are of an older version and do not say of which videos; they "
-                "count for the videos of the input."
+                f"{self.journal.path}: {unknown} judgements of an older version do not record their videos. They are "
+                "assumed to be of the videos in the input."
             )
 
     def _content_now(self, item_id: str) -> str:
@@ -310,7 +311,7 @@ class Study:
         self._apply(event)
 
     def _apply(self, event: Mapping[str, Any]) -> None:
-        """Bring the counts up to date with an event that is on the disk."""
+        """Update the counts with an event that has been written."""
         key = (event["annotator"], event["item"])
         if event["type"] == "undo":
             self._num_labels[key[1]] -= self.given.pop(key)["type"] == "label"
@@ -321,7 +322,7 @@ class Study:
             self._history[key[0]].append(key[1])
 
     def _find_item(self, annotator: str, ahead: int) -> str | None:
-        """The next item that is free for this person, `ahead` items after the one that is shown."""
+        """The next free item for this person, `ahead` items after the one that is shown."""
         own = self._reservations.items_of(annotator)
         number = sum(name == annotator for name, _ in self.given) + ahead
         regular = [item for item in self.items.values() if not item.gold]
@@ -341,7 +342,7 @@ class Study:
         return found
 
     def _take_over(self, annotator: str, lease: Lease) -> None:
-        """Nothing is free, so take an item that somebody has loaded ahead and does not look at yet."""
+        """If no item is free, take one that another window has loaded in advance and does not show yet."""
         for name, other, item_id in self._reservations.loaded_ahead(lease):
             is_mine = (annotator, item_id) in self.given or self.items[item_id].gold
             if not is_mine and (name == annotator or not self._is_full(item_id)):
@@ -367,7 +368,7 @@ class Study:
         return hmac.new(self._secret, "\0".join(words).encode(), hashlib.sha256).hexdigest()
 
     def _draw(self, *words: str) -> float:
-        """A number in [0, 1) that depends on nothing but the study and these words."""
+        """A number in [0, 1) that depends only on the study and these words."""
         return int(self._digest(*words)[:13], 16) / 16**13
 
 

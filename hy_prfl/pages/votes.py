@@ -1,4 +1,4 @@
-"""From what people said to one label for each clip, and how far they agree."""
+"""Combines people's answers into one label for each clip, and measures their agreement."""
 
 import math
 import statistics
@@ -50,7 +50,7 @@ def vote(answers: Sequence[str], rule: Rule = "majority", min_votes: int = 1) ->
 
 def agreement(answers: Answers) -> dict[str, Any]:
     """
-    How far people agree on what several of them have judged.
+    Agreement of people on the items that several of them have judged.
 
     | key | value |
     |---|---|
@@ -60,7 +60,7 @@ def agreement(answers: Answers) -> dict[str, Any]:
     | `fleiss_kappa`, `fleiss_num_items`, `fleiss_num_answers` | over the items with the most usual number of answers, which \
 is two or more |
 
-    Values are None where nothing can be said: no common items, or everybody gave one and the same answer throughout.
+    Values are None where they are undefined: no common items, or all answers are the same.
     """
     shared = {item: votes for item, votes in answers.items() if len(votes) > 1}
     same = [
@@ -77,7 +77,7 @@ def _mean_cohen(shared: Answers) -> float | None:
             by_pair[one, other].append((votes[one], votes[other]))
     kappas, weights = [], []
     for pairs in by_pair.values():
-        # Chance explains everything where both gave one and the same answer only.
+        # Kappa is undefined if both people always gave the same single answer.
         if len(pairs) > 1 and len({answer for pair in pairs for answer in pair}) > 1:
             kappas.append(float(cohen_kappa_score(*zip(*pairs, strict=True))))
             weights.append(len(pairs))
@@ -101,7 +101,7 @@ def _fleiss(shared: Answers) -> dict[str, Any]:
 
 def gold_accuracy(labels: Iterable[Mapping[str, Any]], gold: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
     """
-    How often each person was right where the answer is known.
+    Accuracy of each person on items with a known answer.
 
     Args:
         gold (`Mapping[str, Mapping[str, str]]`): Right answers by item and question.

@@ -1,8 +1,8 @@
-"""Memory of a GPU and operations of an update, for one recipe on one engine."""
+"""Memory of a GPU and FLOPs of an update, for one recipe on one engine."""
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ from .simulation import Phase
 from .workloads import Numerics, Shape, generator_phases, reward_phases, reward_training_phases
 
 
-# Channels of the latents of TI2V 5B, whose VAE is residual; and bytes of a VAE's weights, of Wan2.1's and of that one's.
+# Channels of the latents of TI2V 5B, whose VAE is residual. Bytes of a VAE's weights: whether it is residual -> bytes.
 RESIDUAL_VAE_CHANNELS = 48
 VAE_BYTES = {False: 507_570_124, True: 2_818_754_672}
 
@@ -122,17 +122,17 @@ class Request:
 @dataclass(frozen=True)
 class Estimate:
     """
-    Needs of a run. Memory is in bytes on each GPU, operations are those of one update of a whole replica.
+    Needs of a run. Memory is in bytes on each GPU, FLOPs are those of one update of a whole replica.
 
     Args:
         held (`dict[str, float]`):
-            What is there all the time, by part.
+            Bytes that are allocated all the time, by part.
         phases (`dict[str, float]`):
-            What each phase of an update needs at most in addition; they follow each other, so only the largest counts.
+            Additional bytes at the peak of each phase of an update. Only the largest phase counts.
         flops (`dict[str, float]`):
-            Floating point operations of an update, by part. Context parallelism divides them over its GPUs.
+            FLOPs of an update, by part. Context parallelism divides them over its GPUs.
         host_memory (`dict[str, float]`):
-            Bytes of host memory of each process, by part. What is `loading` is gone before the others come.
+            Bytes of host memory of each process, by part. `loading` is freed before the others are allocated.
         checkpoint (`float`):
             Bytes of a checkpoint on disk.
         num_parameters, num_trained (`int`):
@@ -146,7 +146,7 @@ class Estimate:
     checkpoint: float
     num_parameters: int
     num_trained: int
-    reserved: float = field(default=0.0)
+    reserved: float = 0.0
 
     @property
     def peak(self) -> float:
@@ -166,7 +166,7 @@ def estimate(request: Request, *, reserved: float = 0.0) -> Estimate:
 
     Args:
         reserved (`float`):
-            Bytes for what no allocation of the program shows: the CUDA context, NCCL's buffers, fragmentation.
+            Bytes that are not allocations of the program: the CUDA context, NCCL's buffers, fragmentation.
     """
     request.check()
     if isinstance(request.training, PRFLTrainingConfig):
@@ -195,10 +195,10 @@ def _estimate_prfl(request: Request, training: PRFLTrainingConfig, reserved: flo
         reward_sizes = reward_model_sizes(freeze(config_of_one), None, counting)
         size, gathered = frozen_memory(reward_sizes, num_gpus=engine.num_gpus, is_sharded=training.shard_reward_model)
         weights.append((size + sum(_own_bytes(each, numerics) for each in others), gathered))
-    # One of them computes at a time.
+    # Only one of them computes at a time.
     whole, gathered = sum(size for size, _ in weights), max(size for _, size in weights)
     copied = whole if training.offload_reward_model else 0.0
-    # The monitor's are taken to be of the same size. Away from the device, they come to it one at a time.
+    # Assumes that the monitor's reward models have the same size. Offloaded ones are on the device one at a time.
     num_monitors = len(training.monitor_reward_models)
     held |= {"reward model": whole - copied, "reward model, gathered": gathered}
     if num_monitors:
@@ -219,7 +219,7 @@ def _estimate_prfl(request: Request, training: PRFLTrainingConfig, reserved: flo
             reward = reward_phases(config_of_one, training, numerics, part, others=others)
             copied = size if training.offload_reward_model else 0.0
             needs.append(copied + max(reward["forward"].peak, reward["backward"].peak))
-            # Generator and reward models have buffers of their own, which are kept for the next update.
+            # Generator and reward models do not share buffers, and keep them for the next update.
             block_inputs += reward["forward"].offloaded
         runs_again = training.rerun_gradient_step or training.num_chained_steps > 1
         beside = 0.0 if runs_again else generator["forward"].kept
@@ -237,12 +237,12 @@ def _estimate_prfl(request: Request, training: PRFLTrainingConfig, reserved: flo
     if training.validation_videos:
         held["VAE"], phases["validation videos"] = _decoding(request, training)
     held |= _held_by_batch(request)
-    _take_turns(request, held, phases, generator, config["num_layers"], num_backwards=_num_backwards(training))
+    _take_turns(request, held, phases, generator, config["num_layers"], num_backwards=training.backwards_per_update)
     host_memory["block inputs"] = block_inputs
     if uses_reward:
         latents = math.prod((request.shape.batch_size, config["out_channels"], *request.shape.latents))
         if training.num_chained_steps > 1:
-            # Where each of them starts: the latents and what the solver remembers.
+            # The starting point of each step: the latents and the solver's history.
             held["chained steps"] = training.num_chained_steps * 4 * FLOAT32 * latents
         if training.rollout_cache_interval > 1:
             # The last two velocities.
@@ -328,19 +328,12 @@ def _held_by_batch(request: Request) -> dict[str, float]:
     text = FLOAT32 * shape.batch_size * shape.text_tokens * config["text_dim"] * 3
     parts = {"batch and loss buffers": float(latents + text)}
     if degree > 1:
-        # Every rank embeds all patches before it takes its share, which is a view; queries, keys, values and outputs are
-        # copied to be exchanged.
+        # Every rank embeds all patches. Its share is a view, so all of them stay in memory. Queries, keys, values and
+        # outputs are copied for the exchange.
         exchange = 4 * BFLOAT16 * shape.batch_size * request.width * request.num_tokens / degree
         others = BFLOAT16 * shape.batch_size * request.width * request.num_tokens * (1 - 1 / degree)
         parts["context parallel"] = others + exchange
     return parts
-
-
-def _num_backwards(training: PRFLTrainingConfig) -> int:
-    """Backward passes of the update that has most."""
-    flow, reward = 1, training.num_gradient_steps * training.num_chained_steps
-    most = {"alternate": max(flow, reward), "joint": flow + reward, "reward": reward, "flow_matching": flow}
-    return training.gradient_accumulation_steps * most[training.update_schedule]
 
 
 def _take_turns(
@@ -353,10 +346,11 @@ def _take_turns(
     num_backwards: int,
 ) -> None:
     """
-    In one process with one backward pass per update, gradients come while activations go.
+    Account for gradients that are allocated while activations are freed.
 
-    Instead of their sum the most counts of: all activations, which the other phases have; nearly all gradients while the
-    first block is gone through; all gradients and what the optimizer needs.
+    This holds in one process with one backward pass per update. The peak is then not the sum of both, but the largest of:
+    all activations (the other phases); nearly all gradients, in the backward pass of the first block; all gradients and
+    the memory of the optimizer's step.
     """
     if request.engine.num_gpus > 1 or request.engine.zero_stage or num_backwards > 1:
         return
@@ -405,7 +399,9 @@ def forwards_without_gradient(
     training: PRFLTrainingConfig, first: int, last: int, called: Collection[int] | None = None
 ) -> float:
     """
-    Forwards of the generator without gradient for a micro-batch of a reward update, on average over the draws of steps.
+    Mean number of forward passes without gradient of the generator for a micro-batch of a reward update.
+
+    The mean is over the random choice of steps.
 
     Args:
         first, last (`int`):

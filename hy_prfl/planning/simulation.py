@@ -52,7 +52,7 @@ class Phase:
         kept (`float`):
             Bytes that are still allocated at the end of the phase.
         flops (`float`):
-            Floating-point operations. A multiplication with an addition counts as two.
+            FLOPs. A multiplication with an addition counts as two.
         offloaded (`float`, defaults to 0.0):
             Bytes in host memory at the end of the phase.
     """

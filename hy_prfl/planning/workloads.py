@@ -18,7 +18,7 @@ from ..losses import binary_reward_loss, bradley_terry_loss, reward_feedback_los
 from ..models.conditioning import Conditioning
 from ..models.reward_model import score_noised
 from ..models.shared_backbone import OneBackbone, own_parts, share_backbone
-from ..rollout import denoise_to_step
+from ..rollout import walk_with_gradient
 from ..runtime.activation_checkpointing import checkpoint_activations
 from ..sampling import predict_velocity
 from .models import (
@@ -321,18 +321,20 @@ def _run_generator(
     with MemoryMeter(state, on_gpu=numerics.on_gpu, checkpointed=checkpointed) as meter:
         with meter.phase("rollout"), torch.no_grad():
             predict_velocity(transformer, inputs.noise, inputs.timestep, inputs.conditioning)
+        walk = walk_with_gradient(
+            transformer,
+            scheduler,
+            noise=inputs.noise,
+            step_indices=[0],
+            num_inference_steps=2,
+            conditioning=inputs.conditioning,
+        )
         with meter.phase("forward"):
-            latents, _ = denoise_to_step(
-                transformer,
-                scheduler,
-                noise=inputs.noise,
-                step_index=0,
-                num_inference_steps=2,
-                conditioning=inputs.conditioning,
-            )
-        latents_grad = torch.empty_like(latents)
+            step = next(walk)
+        latents_grad = torch.empty_like(step.latents)
         with meter.phase("backward"):
-            (latents * latents_grad).sum().backward()
+            for surrogate in step.surrogates(latents_grad):
+                surrogate.backward()
     return meter.phases
 
 

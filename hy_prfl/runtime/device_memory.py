@@ -7,7 +7,7 @@ def peak_device_memory(device: torch.device) -> int | None:
     """
     Most bytes that tensors took on an accelerator since the process began; None on the CPU.
 
-    What the driver, kernels and the allocator's unused blocks take is not in it.
+    The memory of the driver, of kernels and of the allocator's unused blocks is not included.
     """
     if device.type == "cpu":
         return None

@@ -1,8 +1,8 @@
 """
 Frozen weights in 8 or 4 bits, by diffusers' own quantisation: those of the linear layers in a model's blocks.
 
-Weights only: products are computed in the type of the activations. Norms, embeddings, modulation, the last projection and
-a reward model's pooling and head keep their type: they are few (2 % of 14B), and sensitive.
+Only weights are quantised: products are computed in the type of the activations. Norms, embeddings, modulation, the last
+projection and a reward model's pooling and head keep their type: they are small (2 % of 14B) and sensitive to rounding.
 """
 
 import math
@@ -20,7 +20,7 @@ from ..configs.base import Quantization, check
 PACKAGES: dict[str, str] = {"int8": "torchao", "float8": "torchao", "nf4": "bitsandbytes"}
 # Weights that share a scale, and scales that share a scale of their own (QLoRA, https://arxiv.org/abs/2305.14314).
 NF4_BLOCK, NF4_SCALE_BLOCK = 64, 256
-# Bytes that bitsandbytes keeps with each weight: what 4 and 8 bits stand for, and the mean of the scales, in float32.
+# Bytes that bitsandbytes keeps with each weight, in float32: the tables of the 4- and 8-bit codes, and the mean scale.
 NF4_TABLES = 4 * (16 + 256 + 1)
 
 
@@ -50,10 +50,10 @@ def check_quantization(option: str, kind: Quantization | None, *, device: torch.
 
 class Quantizer:
     """
-    Puts weights into a model, in fewer bits where they are those of a linear layer in a block.
+    Quantises weights of linear layers in blocks while a model is filled, one weight at a time.
 
-    It does what `from_pretrained(quantization_config=...)` of diffusers does, for models that are filled one weight at a
-    time: no more than one weight is ever there unquantised, and each has been checked when it was read.
+    The result is that of diffusers' `from_pretrained(quantization_config=...)`. But at most one weight is in memory
+    unquantised, and each weight can be checked before.
 
     Args:
         kind (`str`):
@@ -78,14 +78,14 @@ class Quantizer:
         self.model = model
 
     def place(self, name: str, weight: torch.Tensor) -> bool:
-        """Quantise a weight of this name into the model, and say so; False if it is to be put there as it is."""
+        """Quantise a weight into the model. Returns False, and does nothing, if this weight is not quantised."""
         if not self.quantizer.check_if_quantized_param(self.model, weight, name, {}):
             return False
         self.quantizer.create_quantized_param(self.model, weight, name, self.device, {}, [])
         return True
 
     def finish(self) -> None:
-        """Tell the model that it is complete; peft looks at it for the kind of layers."""
+        """Finish the model. peft reads `hf_quantizer` to find out the kind of its layers."""
         self.quantizer.postprocess_model(self.model)
         self.model.hf_quantizer = self.quantizer
 
@@ -103,19 +103,19 @@ class Quantizer:
         from diffusers import TorchAoConfig
         from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
 
-        # Inductor's settings are the process's, and those of whoever compiles.
+        # Inductor's settings are global: torchao must not change them.
         make: Callable[..., Any] = Int8WeightOnlyConfig if self.kind == "int8" else Float8WeightOnlyConfig
         return TorchAoConfig(make(set_inductor_config=False), modules_to_not_convert=kept)
 
 
 def is_quantized(tensor: torch.Tensor) -> bool:
-    """Whether a parameter is one that a [`Quantizer`] has made."""
-    # torchao's and bitsandbytes' own attributes: neither package need be there.
+    """Whether a [`Quantizer`] made this parameter."""
+    # Attributes of torchao and bitsandbytes, because neither package has to be installed.
     return hasattr(tensor, "tensor_data_names") or getattr(tensor, "quant_state", None) is not None
 
 
 def dequantized(tensor: torch.Tensor) -> torch.Tensor:
-    """The numbers that a quantised parameter stands for; any other tensor as it is."""
+    """A quantised parameter as an ordinary tensor; any other tensor unchanged."""
     quant_state = getattr(tensor, "quant_state", None)
     if quant_state is not None:
         from diffusers.quantizers.bitsandbytes.utils import dequantize_bnb_weight
@@ -126,17 +126,17 @@ def dequantized(tensor: torch.Tensor) -> torch.Tensor:
 
 def keep_out_of_ddp(model: nn.Module) -> None:
     """
-    Let DDP leave the quantised weights of a model alone.
+    Make DDP ignore the quantised weights of a model.
 
-    It would send those of the first process to the others, which no collective can do with them. Each process has read
-    the same files and rounded in the same way.
+    DDP would broadcast them from the first process, but collectives do not support their type. It is not needed: all
+    processes read the same files and round in the same way.
     """
     names = [name for name, parameter in model.named_parameters() if is_quantized(parameter)]
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
 
 
 def quantized_names(model: nn.Module) -> list[str]:
-    """Names of the weights of a model that is not quantised which a [`Quantizer`] would quantise; with an adapter too."""
+    """Names of the weights that a [`Quantizer`] would quantise in this model, which may already have an adapter."""
     return [
         f"{name}.weight"
         for name, module in model.get_submodule("blocks").named_modules(prefix="blocks")
@@ -151,5 +151,5 @@ def quantized_bytes(kind: Quantization, shape: tuple[int, ...]) -> int:
     if kind == "nf4":
         num_scales = math.ceil(numel / NF4_BLOCK)
         return math.ceil(numel / 2) + num_scales + 4 * math.ceil(num_scales / NF4_SCALE_BLOCK) + NF4_TABLES
-    # A float32 scale for each row, and of int8 a zero point, which is zero.
+    # Each row has a float32 scale and, with int8, a zero point of one byte.
     return numel + rows * (5 if kind == "int8" else 4)

@@ -31,7 +31,7 @@ def fill_weights(
     *,
     dtype: torch.dtype,
     keep_in_fp32: Sequence[str] = (),
-    split: Callable[[nn.Module], None] | None = None,
+    shard: Callable[[nn.Module], None] | None = None,
     quantizer: Quantizer | None = None,
 ) -> None:
     """
@@ -46,7 +46,7 @@ def fill_weights(
             Type to convert to.
         keep_in_fp32 (`Sequence[str]`):
             Names of modules and parameters whose weights are converted to float32 instead.
-        split (`Callable[[nn.Module], None]`, *optional*):
+        shard (`Callable[[nn.Module], None]`, *optional*):
             `shard_for_zero3` or `shard_frozen`. Called with each block as soon as it is loaded, and with the model at
             the end, so that no rank holds more than one whole block.
         quantizer (`Quantizer`, *optional*):
@@ -81,8 +81,8 @@ def fill_weights(
                 continue
             value = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
             module.get_submodule(parent).register_parameter(leaf, value)
-        if split is not None:
-            split(module)
+        if shard is not None:
+            shard(module)
     if quantizer is not None:
         quantizer.finish()
 

@@ -52,7 +52,7 @@ SIZE = ("height", "width", "num_frames")
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Plan one recipe."""
-    own, others = split_options(sys.argv[1:] if argv is None else argv)
+    own, others = separate_options(sys.argv[1:] if argv is None else argv)
     config = parse_config(PlanConfig, own, description=__doc__)
     training = read_recipe(config, others, argv=own)
     check_sources(training, "pretrained_model_name_or_path")
@@ -133,7 +133,7 @@ def show(config: PlanConfig, result: "Plan | GenerationPlan") -> None:
         write_text(Path(config.output), result.to_json())
 
 
-def split_options(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+def separate_options(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """The options of `plan`, with `--config` renamed to `--recipe`, and the options of the recipe."""
     names = {field.name for field in dataclasses.fields(PlanConfig)}
     own: list[str] = []

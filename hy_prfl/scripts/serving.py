@@ -59,6 +59,6 @@ def serve_study(
         print(f"{address}{f'?token={token}' if token else ''}  (stop with Ctrl-C)", flush=True)
 
     serve(build_app(study, settings, save), listener, announce)
-    # After the ^C of the terminal.
+    # Start a new line after the `^C` that the terminal prints.
     print()
     save(study)

@@ -91,7 +91,7 @@ def open_models(config: PRFLTrainingConfig, run: Run) -> dict[str, Any]:
             load_reward_model,
             source,
             dtype=run.weight_dtype,
-            split=partial(shard_frozen, device=device) if config.shard_reward_model else None,
+            shard=partial(shard_frozen, device=device) if config.shard_reward_model else None,
             quantizer=run.quantizer("reward_model_quantization"),
         )
         return Deferred({**reward_config, "vae_fingerprint": fingerprint}, load)
@@ -109,7 +109,7 @@ def open_models(config: PRFLTrainingConfig, run: Run) -> dict[str, Any]:
     dtype = generator_dtype(config, run)
     models: dict[str, Any] = {
         "transformer": {
-            name: transformer(name, dtype=dtype, split=run.split, quantizer=run.quantizer("base_quantization"))
+            name: transformer(name, dtype=dtype, shard=run.shard, quantizer=run.quantizer("base_quantization"))
             for name in experts.trained
         },
         "reward_model": [
@@ -129,10 +129,10 @@ def open_models(config: PRFLTrainingConfig, run: Run) -> dict[str, Any]:
         "vae": vae if config.validation_videos else None,
     }
     if frozen is not None:
-        split = partial(shard_frozen, device=device) if config.shard_frozen_expert else None
+        shard = partial(shard_frozen, device=device) if config.shard_frozen_expert else None
         quantizer = run.quantizer("frozen_expert_quantization")
         models["frozen_expert"] = transformer(
-            frozen, dtype=run.weight_dtype, split=split, quantizer=quantizer, keep_in_fp32=True
+            frozen, dtype=run.weight_dtype, shard=shard, quantizer=quantizer, keep_in_fp32=True
         )
     return models
 

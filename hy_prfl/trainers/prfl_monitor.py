@@ -269,7 +269,7 @@ def real_statistics(datasets: PRFLDatasets) -> dict[str, list[float]]:
 
 
 def _measure_rows(dataset: Dataset) -> list[dict[str, list[float]]]:
-    """Statistics of rows spread evenly over a dataset; rows without latents are passed over."""
+    """Statistics of rows spread evenly over a dataset; rows without latents are skipped."""
     places = sorted({round(place) for place in np.linspace(0, len(dataset) - 1, NUM_REAL_CLIPS)})
     measured = []
     for place in places:

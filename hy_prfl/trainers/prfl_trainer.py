@@ -10,7 +10,7 @@ from accelerate.logging import get_logger
 from datasets import Dataset
 from diffusers import AutoencoderKLWan
 
-from ..configs.prfl import PRFLTrainingConfig
+from ..configs.prfl import UPDATES, PRFLTrainingConfig
 from ..data.collators import LatentBatch
 from ..flow_matching import add_noise, sample_noise, sigmas_to_timesteps, velocity_target
 from ..formats.checkpoints import BEST_FOLDER, PRFL_RESULTS, read_state
@@ -54,19 +54,6 @@ from .run import Run
 logger = get_logger(__name__)
 
 FLOW_NOISE, FLOW_PROMPT, REWARD_NOISE, REWARD_PROMPT, STEP_INDEX, FLOW_EXPERT, STATES, FORESIGHT = range(8)
-# The losses of each update of a step.
-UPDATES: dict[str, list[tuple[str, ...]]] = {
-    "alternate": [("flow",), ("reward",)],
-    "joint": [("flow", "reward")],
-    "reward": [("reward",)],
-    "flow_matching": [("flow",)],
-}
-
-
-def num_backwards(config: PRFLTrainingConfig) -> dict[str, int]:
-    """Backward passes of each loss in an update."""
-    num_flow = config.gradient_accumulation_steps
-    return {"flow": num_flow, "reward": num_flow * config.num_gradient_steps * config.num_chained_steps}
 
 
 def gradient_options(config: PRFLTrainingConfig) -> dict[str, Any]:
@@ -137,7 +124,7 @@ class PRFLTrainer(Trainer):
         run = self.set_up_run(config) if run is None else run
         check_named(config, prompt_dataset=prompt_dataset, validation_dataset=validation_dataset)
         path, revision = config.pretrained_model_name_or_path, config.revision
-        self.num_backwards = num_backwards(config)
+        self.num_backwards = config.num_backwards
         self.uses_flow_matching = config.update_schedule != "reward"
         self.uses_reward = config.update_schedule != "flow_matching"
         self.experts = read_experts(path, config.expert, revision=revision)
@@ -222,9 +209,12 @@ class PRFLTrainer(Trainer):
     @classmethod
     def set_up_run(cls, config: PRFLTrainingConfig) -> Run:
         """Set up the run of these options. No model is loaded yet."""
-        backwards = num_backwards(config)
-        most = max(sum(backwards[loss] for loss in losses) for losses in UPDATES[config.update_schedule])
-        run = Run(config, trainer=cls.__name__, backwards_per_update=most, takes_turns=config.expert == "both")
+        run = Run(
+            config,
+            trainer=cls.__name__,
+            backwards_per_update=config.backwards_per_update,
+            takes_turns=config.expert == "both",
+        )
         dtype = generator_dtype(config, run)
         run.check_kernel("attention_backend", trains=True, dtype=dtype)
         run.check_kernel("rollout_attention_backend", trains=False, dtype=dtype)

@@ -1,4 +1,4 @@
-"""The reward of the latents of a step with gradient, and its gradient in them. Does not depend on the generator."""
+"""Scores the latents of a step with gradient, and differentiates the reward. Does not depend on the generator."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -37,7 +37,7 @@ class RewardGradient(NamedTuple):
 
     Args:
         latents_grad (`torch.Tensor` of shape `(batch_size, num_channels, num_frames, height, width)`):
-            Gradient of the loss in the latents that the reward is taken of.
+            Gradient of the loss with respect to the latents that are scored.
         loss (`torch.Tensor`, scalar), logits (`torch.Tensor` of shape `(batch_size,)`):
             Loss and logits of the reward; several reward models are combined.
         model_logits (`torch.Tensor` of shape `(num_models, batch_size)`):
@@ -75,13 +75,13 @@ class RewardTerm(NamedTuple):
 
 class Pass(NamedTuple):
     """
-    What one forward pass gives logits of: a reward model, or all that share a backbone.
+    One forward pass, of a single reward model or of all that share a backbone.
 
     Args:
         judge (`nn.Module`):
             Called as a reward model; its logits are `(batch_size,)` or `(len(places), batch_size)`.
         places (`list[int]`):
-            Places of these reward models among all.
+            Indices of these reward models in the list of all.
     """
 
     judge: nn.Module
@@ -180,8 +180,8 @@ class RewardFeedback:
         """
         Gradient of the anchor, times its scale, in the velocity of a step, and the anchor; None without `base_velocity`.
 
-        It is not divided by the width of the step, as a share of the velocity means the same at every step. Given frames,
-        which are not predicted, take no part.
+        It is not divided by the width of the step, because a relative change of the velocity means the same at every
+        step. Given frames are left out, because they are not predicted.
         """
         if step.base_velocity is None:
             return None, None
@@ -228,7 +228,7 @@ class RewardFeedback:
             divisor = torch.full_like(gain, total * self.mean_foreseen_gain)
         else:
             divisor = torch.full_like(gain, config.num_chained_steps)
-        # The width of a step is a scalar on the CPU, which goes with tensors of any device as long as it has no axes.
+        # The width of a step is on the CPU. Only a tensor without dimensions may be combined with tensors on a GPU.
         return divisor if divisor.ndim == 0 else divisor.view(-1, 1, 1, 1, 1)
 
     def metrics(self, gradients: Sequence[RewardGradient]) -> dict[str, torch.Tensor]:

@@ -320,7 +320,7 @@ def _deferred_model(config: RewardTrainingConfig, run: Run, vae_fingerprint: str
             load_reward_model,
             config.reward_model,
             dtype=run.trained_dtype,
-            split=run.split,
+            shard=run.shard,
             quantizer=run.quantizer("base_quantization"),
             keep_in_fp32=False,
         )
@@ -338,7 +338,7 @@ def _deferred_model(config: RewardTrainingConfig, run: Run, vae_fingerprint: str
         variant=config.variant,
         dtype=run.trained_dtype,
         subfolder=subfolder,
-        split=run.split,
+        shard=run.shard,
         quantizer=run.quantizer("base_quantization"),
         pooling=config.pooling,
         num_query_heads=config.num_query_heads,

@@ -100,7 +100,7 @@ class Run:
         return "whole" if plugin is None else f"ZeRO-{plugin.zero_stage}"
 
     @property
-    def split(self) -> Callable[[nn.Module], None] | None:
+    def shard(self) -> Callable[[nn.Module], None] | None:
         """Function that shards the weights of a trained model while it loads; None unless the engine is ZeRO-3."""
         plugin = self.accelerator.state.deepspeed_plugin
         if plugin is None or plugin.zero_stage != 3:
@@ -115,7 +115,7 @@ class Run:
     @property
     def trained_dtype(self) -> torch.dtype:
         """Type to load trained weights in: float32, unless the engine keeps float32 masters of them."""
-        return torch.float32 if self.split is None else self.weight_dtype
+        return torch.float32 if self.shard is None else self.weight_dtype
 
     @property
     def weight_dtype(self) -> torch.dtype:

@@ -18,7 +18,7 @@ from hy_prfl.losses import flow_matching_loss, reward_feedback_loss
 from hy_prfl.models.conditioning import Conditioning
 from hy_prfl.models.conversion import convert_reward_model, convert_transformer
 from hy_prfl.models.reward_model import WanRewardModel, score_noised
-from hy_prfl.rollout import denoise_to_step
+from hy_prfl.rollout import walk_with_gradient
 from hy_prfl.sampling import predict_velocity
 
 
@@ -133,21 +133,22 @@ def test_flow_matching_step(golden: Golden) -> None:
 def test_reward_step(golden: Golden, step_index: int) -> None:
     expected = golden.expected
     golden.transformer.zero_grad()
-    latents, timesteps = denoise_to_step(
+    (step,) = walk_with_gradient(
         golden.transformer,
         golden.scheduler_on_recorded_grid(),
         noise=expected["noise"],
-        step_index=step_index,
+        step_indices=[step_index],
         num_inference_steps=NUM_INFERENCE_STEPS,
         conditioning=golden.conditioning,
     )
-    assert_close(latents, expected[f"prfl.{step_index}.latents"])
-    assert timesteps.tolist() == [int(expected["rollout.timesteps"][step_index + 1])]
+    assert_close(step.latents, expected[f"prfl.{step_index}.latents"])
+    assert step.timesteps.tolist() == [int(expected["rollout.timesteps"][step_index + 1])]
 
     condition = golden.conditioning.condition
+    leaf = step.latents.requires_grad_()
     logits = golden.reward_model(
-        hidden_states=latents if condition is None else torch.cat([latents, condition], dim=1),
-        timestep=timesteps,
+        hidden_states=leaf if condition is None else torch.cat([leaf, condition], dim=1),
+        timestep=step.timesteps,
         encoder_hidden_states=golden.conditioning.prompt_embeds,
         encoder_hidden_states_image=golden.conditioning.image_embeds,
     ).logits
@@ -155,7 +156,8 @@ def test_reward_step(golden: Golden, step_index: int) -> None:
     assert_close(logits, expected[f"prfl.{step_index}.logit"])
     assert_close(loss[None], expected[f"prfl.{step_index}.loss"])
 
-    loss.backward()
+    (surrogate,) = step.surrogates(torch.autograd.grad(loss, leaf)[0])
+    surrogate.backward()
     assert_close(
         golden.transformer.blocks[1].attn1.to_q.weight.grad, expected[f"prfl.{step_index}.grad.blocks.1.self_attn.q"]
     )

@@ -14,7 +14,7 @@ from hy_prfl.models.loading import WeightFiles, load_reward_model, load_transfor
 from hy_prfl.models.reward_model import WanRewardModel
 
 
-def no_split(module: torch.nn.Module) -> None:
+def no_shard(module: torch.nn.Module) -> None:
     """Shards nothing, as with a single rank."""
 
 
@@ -65,7 +65,7 @@ def test_a_damaged_file_is_named(tmp_path: Path, pipeline_dir: Path, sharded: bo
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_generator_filled_block_by_block_is_the_one_diffusers_loads(pipeline_dir: Path, dtype: torch.dtype) -> None:
-    own = load_transformer(str(pipeline_dir), dtype=dtype, split=no_split)
+    own = load_transformer(str(pipeline_dir), dtype=dtype, shard=no_shard)
     expected = WanTransformer3DModel.from_pretrained(pipeline_dir, subfolder="transformer").to(dtype)
     assert_equal(own, expected)
     inputs = {
@@ -87,10 +87,10 @@ def test_a_generator_filled_block_by_block_is_the_one_diffusers_loads(pipeline_d
 def test_a_reward_model_filled_block_by_block(pipeline_dir: Path, tmp_path: Path, dtype: torch.dtype) -> None:
     transformer = WanTransformer3DModel.from_pretrained(pipeline_dir, subfolder="transformer")
     WanRewardModel.from_transformer(transformer, num_layers=2).save_pretrained(tmp_path / "reward")
-    own = load_reward_model(str(tmp_path / "reward"), dtype=dtype, split=no_split)
+    own = load_reward_model(str(tmp_path / "reward"), dtype=dtype, shard=no_shard)
     # The same parts stay in float32.
     assert_equal(own, load_reward_model(str(tmp_path / "reward"), dtype=dtype))
-    uniform = load_reward_model(str(tmp_path / "reward"), dtype=dtype, split=no_split, keep_in_fp32=False)
+    uniform = load_reward_model(str(tmp_path / "reward"), dtype=dtype, shard=no_shard, keep_in_fp32=False)
     assert {value.dtype for value in uniform.parameters()} == {dtype}
 
 
@@ -120,11 +120,11 @@ def test_a_reward_model_is_made_from_the_blocks_it_keeps(pipeline_dir: Path, tmp
 LOADERS: dict[str, tuple[str, Callable[[str], object]]] = {
     "reward model": ("reward", load_reward_model),
     "reward model of the class": ("reward", WanRewardModel.from_pretrained),
-    "split reward model": ("reward", partial(load_reward_model, split=no_split)),
+    "sharded reward model": ("reward", partial(load_reward_model, shard=no_shard)),
     "generator": ("pipeline/transformer", lambda root: load_transformer(root.replace("/transformer", ""))),
-    "split generator": (
+    "sharded generator": (
         "pipeline/transformer",
-        lambda root: load_transformer(root.replace("/transformer", ""), split=no_split),
+        lambda root: load_transformer(root.replace("/transformer", ""), shard=no_shard),
     ),
     "reward model to be": (
         "pipeline/transformer",

@@ -9,7 +9,7 @@ def test_measured_memory_is_that_of_the_fullest_gpu() -> None:
     record = {"started": "2026-01-01T10:00:00+00:00", "finished": "2026-01-01T10:10:00+00:00", "finished_step": 100}
     rows, note = cost_rows([], [{**record, "peak_gpu_memory": [57_100_000_000, 58_250_000_000]}], None)
     assert ["GB of GPU memory", "-", "58.2"] in rows
-    assert "what tensors took" in note
+    assert "that of tensors on the fullest GPU" in note
     rows, note = cost_rows([], [{**record, "peak_gpu_memory": []}], None)
     assert "GB of GPU memory" not in [row[0] for row in rows]
     assert "tensors" not in note

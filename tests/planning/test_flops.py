@@ -25,7 +25,7 @@ from hy_prfl.planning.estimate import Request, estimate
 from hy_prfl.planning.models import reward_model_config
 from hy_prfl.planning.plan import plan
 from hy_prfl.planning.workloads import Shape
-from hy_prfl.rollout import denoise_to_step
+from hy_prfl.rollout import walk_with_gradient
 from hy_prfl.sampling import predict_velocity
 from hy_prfl.trainers.reward_feedback import RewardFeedback
 from tests.planning.recipes import prfl_recipe, reward_recipe
@@ -90,11 +90,11 @@ def real_update(
     counted["rollout"] = counter.get_total_flops()
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
     with count_flops() as counter:
-        latents, timesteps = denoise_to_step(
-            transformer, scheduler, noise=noise, step_index=step_index, num_inference_steps=6, conditioning=given
+        (step,) = walk_with_gradient(
+            transformer, scheduler, noise=noise, step_indices=[step_index], num_inference_steps=6, conditioning=given
         )
     counted["gradient step"] = counter.get_total_flops() - counted["rollout"]
-    leaf = latents.detach().requires_grad_()
+    leaf, timesteps = step.latents.requires_grad_(), step.timesteps
     with count_flops() as counter:
         # The counter's hooks fail if a leaf is the input of a module.
         hidden_states = torch.cat([leaf, condition], dim=1) if is_i2v else leaf.clone()
@@ -111,7 +111,8 @@ def real_update(
         (grad,) = torch.autograd.grad(reward_feedback_loss(output.logits), leaf)
     counted["reward"] = counter.get_total_flops()
     with count_flops() as counter:
-        (latents * grad).sum().backward()
+        (surrogate,) = step.surrogates(grad)
+        surrogate.backward()
     counted["gradient step"] += counter.get_total_flops()
     return counted
 

@@ -39,14 +39,14 @@ def test_each_block_is_split_once_it_is_whole_and_the_model_last(
 ) -> None:
     whole = []
 
-    def split(module: torch.nn.Module) -> None:
+    def shard(module: torch.nn.Module) -> None:
         assert not any(parameter.is_meta for parameter in module.parameters())
         whole.append(module)
         # No block is filled before the previous one was sharded.
         filled = [not next(block.parameters()).is_meta for block in empty.blocks]
         assert filled == [index < len(whole) for index in range(len(filled))]
 
-    fill_weights(empty, transformer.state_dict(), dtype=torch.float32, split=split)
+    fill_weights(empty, transformer.state_dict(), dtype=torch.float32, shard=shard)
     assert whole == [*empty.blocks, empty]
 
 

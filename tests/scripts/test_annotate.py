@@ -207,11 +207,11 @@ def test_gold_measures_people_on_pairs(manifest: Path, tmp_path: Path, caplog: p
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
-        (["c0,c2"], "gold.csv, line 2: 'c0' and `rejected_id` 'c2' are no pair of the manifest"),
-        (["zz,c0"], "gold.csv, line 2: 'zz' and `rejected_id` 'c0' are no pair of the manifest"),
-        (["c0,c1", "c1,c0"], "gold.csv, line 3: `rejected_id` says that 'c1' is better than 'c0', and an earlier row the "),
+        (["c0,c2"], "gold.csv, line 2: 'c0' and `rejected_id` 'c2' are not a pair of the manifest"),
+        (["zz,c0"], "gold.csv, line 2: 'zz' and `rejected_id` 'c0' are not a pair of the manifest"),
+        (["c0,c1", "c1,c0"], "gold.csv, line 3: `rejected_id` says that 'c1' is better than 'c0', but an earlier row says "),
         ([",c1"], "gold.csv, line 2: `id` is missing"),
-        (["c0,"], "gold.csv: no row has a `rejected_id`, the id of the clip of the pair that is worse"),
+        (["c0,"], "gold.csv: no row has a `rejected_id`, the id of the worse clip of a pair"),
     ],
 )  # fmt: skip
 def test_gold_that_fits_no_pair(manifest: Path, tmp_path: Path, rows: list[str], words: str) -> None:
@@ -253,7 +253,7 @@ def test_label_studio_both_ways(manifest: Path, tmp_path: Path, kind: str, capsy
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"data": {"id": "zz"}}, "task 1: `data.id` 'zz' is no clip or pair of the input"),
+        ({"data": {"id": "zz"}}, "task 1: `data.id` 'zz' is not a clip or pair of the input"),
         ({"data": None}, "task 1: there is no `data`"),
         ({"annotations": [{"completed_by": 1, "result": []}]}, "annotation 1: there is no answer to physics_quality"),
         (
@@ -318,7 +318,7 @@ def test_what_label_studio_skipped_is_said(
     main([*options, "--import_label_studio", str(export)])
     assert "1 annotations added, 0 were there" in capsys.readouterr().out
     assert (
-        f"{export}: 2 annotations were skipped in Label Studio and are no labels: task 1, annotation 2 ('c0'); task 2, "
+        f"{export}: 2 annotations were skipped in Label Studio and are not labels: task 1, annotation 2 ('c0'); task 2, "
         "annotation 1 ('c1')."
     ) in caplog.text
 

@@ -6,7 +6,7 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from hy_prfl.models.reward_model import WanRewardModel
-from hy_prfl.scripts.plan import main, split_options
+from hy_prfl.scripts.plan import main, separate_options
 from tests.planning.recipes import prfl_recipe
 
 
@@ -88,6 +88,8 @@ def test_misspelt_option_is_named(tmp_path: Path) -> None:
 
 
 def test_options_are_sorted() -> None:
-    own, others = split_options(["--config", "a.yaml", "--step_range", "1", "2", "--num-gpus=4", "--lora_rank", "8"])
+    own, others = separate_options(
+        ["--config", "a.yaml", "--step_range", "1", "2", "--num-gpus=4", "--lora_rank", "8"]
+    )
     assert own == ["--recipe", "a.yaml", "--num-gpus=4"]
     assert others == ["--step_range", "1", "2", "--lora_rank", "8"]

@@ -187,7 +187,7 @@ def test_datasets_that_do_not_go_together_are_refused(
 ) -> None:
     old = str(folder / "old")
     same = str(write_latents(tmp_path / "same", 3, overrides={i: {"id": f"old-{i + 6}"} for i in range(3)}))
-    with pytest.raises(ValueError, match=r"same: row 'old-6' has the id of a row of .*old, as 2 of 3 rows"):
+    with pytest.raises(ValueError, match=r"same: row 'old-6' has the same id as a row of .*old; 2 of 3 rows"):
         build(train_dataset=[old, same])
     with pytest.raises(ValueError, match=r"`validation_dataset` must be different datasets"):
         build(validation_dataset=[old, old])
