@@ -56,7 +56,8 @@ from hy_prfl.data.manifest import read_labels
 from hy_prfl.data.prompts import FIELDS
 from hy_prfl.data.records import read_records, read_text
 from hy_prfl.data.schema import LABELS, task_label
-from hy_prfl.formats.layout import EXPERT_FOLDERS
+from hy_prfl.formats.checkpoints import MODEL_FOLDER
+from hy_prfl.formats.layout import EXPERT_FOLDERS, LORA_FILES
 from hy_prfl.runtime.atomic_writes import write_text
 from hy_prfl.scripts.running import run
 
@@ -295,6 +296,8 @@ class Rounds:
         for option in ("lora_path", "lora_2_path", "transformer_path", "transformer_2_path"):
             value = getattr(self.prfl_config, option)
             check(value is None, option, value, "left out of `train_prfl`: each round starts from the pipeline itself")
+        action = self.prfl_config.on_hacking
+        check(action != "stop", "on_hacking", action, "warn or keep_best in `train_prfl`: each round needs a result")
         parse_config(GenerateConfig, self._generate_options(Path("-"), Path("-"), Path("-")))
         parse_config(PreprocessConfig, self._preprocess_options(Path("-"), "-"))
         self.seconds: dict[str, float] = {}
@@ -330,14 +333,15 @@ class Rounds:
         config = self.config
         if config.evaluation_prompts is not None:
             self.found.append({"round": "base", "evaluation": self._evaluate("base", None, [])})
-        first: list[Stage] = []
-        if config.generator is None:
-            first = [] if config.reward_model is not None else [self._run(self._reward_stage(0, []))]
-            first = [self._run(self._prfl_stage(0, first))]
-        self._note({"round": 0}, 0, first)
+        # Those of rounds whose reward models are given are not among them.
         rewards: list[Stage] = []
         latents: list[Stage] = []
-        tuned = first
+        tuned: list[Stage] = []
+        if config.reward_model is None:
+            rewards.append(self._run(self._reward_stage(0, [])))
+        if config.generator is None:
+            tuned.append(self._run(self._prfl_stage(0, rewards)))
+        self._note({"round": 0}, 0, tuned)
         for number in range(1, config.num_rounds + 1):
             videos = self._run(self._videos_stage(number, tuned))
             labels = self._labels(number, videos)
@@ -373,11 +377,12 @@ class Rounds:
         *,
         after: Sequence[Stage] = (),
         inputs: Sequence[Path] = (),
+        results: Sequence[Path] = (),
     ) -> Stage:
         """A stage of this run, which is run again if one that it comes after has been."""
         records = [stage.record(self.root) for stage in after]
-        paths = [str(output.relative_to(self.root)) for output in outputs]
-        return Stage(name, title, commands, paths, resumes=True, inputs=[*records, *inputs])
+        paths, ends = ([str(path.relative_to(self.root)) for path in each] for each in (outputs, results))
+        return Stage(name, title, commands, paths, resumes=True, inputs=[*records, *inputs], results=ends)
 
     def _launch(self, verb: str, options: Sequence[str]) -> list[str]:
         if self.config.accelerate_config is None:
@@ -387,9 +392,8 @@ class Rounds:
     def _reward_stage(self, number: int, after: Sequence[Stage]) -> Stage:
         folder = self.folder(number) / "reward"
         command = self._launch("train_reward", self._reward_options(number, str(folder)))
-        return self._stage(
-            f"{number}_reward", f"Round {number}: train the reward model", [command], [folder], after=after
-        )
+        title, results = f"Round {number}: train the reward model", [folder / MODEL_FOLDER]
+        return self._stage(f"{number}_reward", title, [command], [folder], after=after, results=results)
 
     def _reward_options(self, number: int, output_dir: str) -> list[str]:
         config = self.config
@@ -415,7 +419,8 @@ class Rounds:
     def _prfl_stage(self, number: int, after: Sequence[Stage]) -> Stage:
         folder = self.folder(number) / "prfl"
         command = self._launch("train_prfl", self._prfl_options(self.ensemble(number), folder))
-        return self._stage(f"{number}_prfl", f"Round {number}: tune the base on it", [command], [folder], after=after)
+        title, results = f"Round {number}: tune the base on it", tuned_files(self.prfl_config, folder)
+        return self._stage(f"{number}_prfl", title, [command], [folder], after=after, results=results)
 
     def _prfl_options(self, reward_models: Sequence[str], output_dir: Path) -> list[str]:
         several = ["--reward_disagreement", str(self.config.reward_disagreement)] if len(reward_models) > 1 else []
@@ -650,6 +655,12 @@ def read_verdicts(path: Path, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
             raise ValueError(f"{where}: `id` {name!r} has a row already.")
         found[str(name)] = {**dict.fromkeys(LABELS), **read_labels(record, where), KIND: record.get(KIND)}
     return found
+
+
+def tuned_files(config: PRFLTrainingConfig, folder: Path) -> list[Path]:
+    """The LoRAs or transformers that a run of `train_prfl` writes at its end."""
+    names = EXPERT_FOLDERS if config.lora_rank is None else LORA_FILES
+    return [folder / name for expert, name in names.items() if (config.expert or "high_noise") in (expert, "both")]
 
 
 def tuned_options(config: PRFLTrainingConfig, folder: Path) -> list[str]:

@@ -38,6 +38,9 @@ class Stage:
             Text files that the stage depends on, besides the recipes (`.yaml`) in its commands.
         environment (`Mapping[str, str]`):
             Environment variables of the commands, on top of those of this process.
+        results (`list[str]`):
+            Files or folders among the outputs that are there only if the commands came to their end. A training that is
+            asked to stop (SIGTERM) saves a checkpoint and ends without an error.
     """
 
     name: str
@@ -47,6 +50,7 @@ class Stage:
     resumes: bool = False
     inputs: list[Path] = field(default_factory=list)
     environment: Mapping[str, str] = field(default_factory=dict)
+    results: list[str] = field(default_factory=list)
 
     def digest(self) -> str:
         """Changes with the commands, the recipes they read and the inputs."""
@@ -70,7 +74,7 @@ class Stage:
                 File for their output, instead of the terminal.
 
         Raises:
-            StageError: If a command fails.
+            StageError: If a command fails, or ends without its result.
         """
         if not (self.resumes and self._state(root) == "begun"):
             for output in self.outputs:
@@ -81,6 +85,9 @@ class Stage:
         start = time.monotonic()
         for command in self.commands:
             run_command(command, log, self.environment)
+        for result in self.results:
+            if not (root / result).exists():
+                raise StageError(f"'{self.title}' ended without '{root / result}': it was stopped.{_where(log)}")
         self._note(root, time.monotonic() - start)
 
     def seconds(self, root: Path) -> float:
@@ -132,8 +139,11 @@ def run_command(command: list[str], log: Path | None = None, environment: Mappin
         print(f"$ {shown}", file=file, flush=True)
         code = subprocess.run(command, env=variables, check=False, stdout=file, stderr=file).returncode
     if code != 0:
-        where = "" if log is None else f"\nIts output is in '{log}'."
-        raise StageError(f"this command failed with exit code {code}:\n  {shown}{where}")
+        raise StageError(f"this command failed with exit code {code}:\n  {shown}{_where(log)}")
+
+
+def _where(log: Path | None) -> str:
+    return "" if log is None else f"\nIts output is in '{log}'."
 
 
 def launch(accelerate_config: Path | str, verb: str, options: Sequence[str]) -> list[str]:

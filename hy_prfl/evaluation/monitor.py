@@ -59,7 +59,8 @@ def judge(series: Sequence[Mapping[str, float]]) -> Verdict:
     The verdict on a run after its last validation.
 
     The worst finding counts. Warnings of two kinds at once are `hacked`: for example, a generator that has moved far while
-    its latents have become less like real ones has not moved in a good direction.
+    its latents have become less like real ones has not moved in a good direction. A metric that is not a finite number is
+    `hacked` too: the samples have become useless.
 
     Args:
         series (`Sequence[Mapping[str, float]]`):
@@ -67,15 +68,18 @@ def judge(series: Sequence[Mapping[str, float]]) -> Verdict:
             nothing.
 
     Raises:
-        ValueError: If there is no validation, or a metric is not a finite number.
+        ValueError: If there is no validation, or a metric of the base is not a finite number.
     """
     if not series:
         raise ValueError("`series` must have the metrics of the base at least.")
-    for name, value in series[-1].items():
+    for name, value in series[0].items():
         if not math.isfinite(value):
-            raise ValueError(f"`series`: `{name}` must be a finite number, got {value!r}.")
+            raise ValueError(f"`series`: `{name}` of the base must be a finite number, got {value!r}.")
     if len(series) == 1:
         return Verdict("healthy", "this is the base")
+    broken = [f"`{name}` is {value}" for name, value in series[-1].items() if not math.isfinite(value)]
+    if broken:
+        return Verdict("hacked", ", and ".join(broken[:2]))
     findings = [*_held_out(series), *_statistics(series[0], series[-1]), *_drift(series[-1])]
     if not findings:
         return Verdict("healthy", "no rule has found anything")

@@ -255,6 +255,8 @@ def _estimate_prfl(request: Request, training: PRFLTrainingConfig, reserved: flo
             host_memory["rollouts"] = training.rollout_buffer_size * num_states * 2 * BFLOAT16 * latents
     flops = _prfl_flops(request, training, numerics, uses_flow=uses_flow, uses_reward=uses_reward)
     checkpoint = engine.checkpoint_size(sizes, is_lora=training.lora_rank is not None, has_average=training.use_ema)
+    # Every process writes its own.
+    checkpoint += engine.num_gpus * host_memory.get("rollouts", 0.0)
     if training.uses_monitor:
         # The base's samples and velocities in half precision.
         sample = math.prod((config["out_channels"], *request.shape.latents))

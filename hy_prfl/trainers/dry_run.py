@@ -58,9 +58,11 @@ class DryRunReport:
             Time to load models, optimizer and batches, and the peak memory until then.
         step_seconds, step_memory (`float`):
             Time of the step, and the peak memory since the process began. It is the first step, which also chooses
-            kernels and allocates the optimizer's states.
+            kernels and allocates the optimizer's states, and, if rollouts are reused, walks a new chain.
         metrics (`dict[str, float]`):
             Metrics that the step would have logged.
+        reusing_seconds (`float`, *optional*), rollout_interval (`int`, defaults to 1):
+            Time of a second step that reuses the first one's rollouts, and number of updates for each new one.
     """
 
     latents_shape: tuple[int, ...]
@@ -72,22 +74,28 @@ class DryRunReport:
     step_seconds: float
     step_memory: float
     metrics: dict[str, float]
+    reusing_seconds: float | None = None
+    rollout_interval: int = 1
 
     def __str__(self) -> str:
         kind = "on the device" if self.on_device else "of the process"
         metrics = ", ".join(f"{name} {value:.4g}" for name, value in self.metrics.items())
+        reusing, number = "", self.rollout_interval
+        if self.reusing_seconds is not None:
+            reusing = f"  reusing step {self.reusing_seconds:10.1f} s, {number - 1} of {number} are such; the first has a rollout\n"
         return (
             f"dry run: latents {' x '.join(map(str, self.latents_shape))}, {self.num_processes} process(es), "
             f"engine {self.engine}\n"
             f"  loading   {self.loading_seconds:10.1f} s {self.loading_memory:10.2f} GB {kind}, at most\n"
             f"  one step  {self.step_seconds:10.1f} s {self.step_memory:10.2f} GB {kind}, at most\n"
+            f"{reusing}"
             f"  {metrics}"
         )
 
 
 def dry_run(make_trainer: Callable[[Any], Trainer], config: TrainingConfig) -> DryRunReport:
     """
-    Load everything and run one step on random latents, without keeping anything.
+    Load everything and run one step on random latents, without keeping anything; a second one if rollouts are reused.
 
     Models, engine, options and shapes are those of the real run. A collective.
 
@@ -117,7 +125,14 @@ def dry_run(make_trainer: Callable[[Any], Trainer], config: TrainingConfig) -> D
         start = time.perf_counter()
         metrics = mean_over_ranks(trainer.accelerator, trainer.train_step())
         step_seconds, step_memory = time.perf_counter() - start, peak_memory(trainer.accelerator.device)
-        measured = gather_records([(loading_seconds, loading_memory, step_seconds, step_memory)])
+        interval = config.rollout_interval if isinstance(config, PRFLTrainingConfig) else 1
+        reusing_seconds = 0.0
+        if interval > 1:
+            trainer.global_step += 1
+            start = time.perf_counter()
+            mean_over_ranks(trainer.accelerator, trainer.train_step())
+            reusing_seconds = time.perf_counter() - start
+        measured = gather_records([(loading_seconds, loading_memory, step_seconds, step_memory, reusing_seconds)])
         most = [max(values) for values in zip(*measured, strict=True)]
         trainer.accelerator.end_training()
     report = DryRunReport(
@@ -130,6 +145,8 @@ def dry_run(make_trainer: Callable[[Any], Trainer], config: TrainingConfig) -> D
         step_seconds=most[2],
         step_memory=most[3] / GIGA,
         metrics=metrics,
+        reusing_seconds=most[4] if interval > 1 else None,
+        rollout_interval=interval,
     )
     logger.info("%s", report)
     return report

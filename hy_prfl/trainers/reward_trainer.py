@@ -316,6 +316,11 @@ def _deferred_model(config: RewardTrainingConfig, run: Run, vae_fingerprint: str
         source = config.pretrained_model_name_or_path
         check_same_vae(vae_fingerprint, reward_config["vae_fingerprint"], source=source, of=REWARD_LATENTS)
         _check_same_model(config, reward_config)
+        if reward_config["task"] != config.task:
+            logger.warning(
+                "%s was trained for '%s'; it goes on with labels for '%s'.",
+                config.reward_model, reward_config["task"], config.task,
+            )  # fmt: skip
         load = partial(
             load_reward_model,
             config.reward_model,

@@ -45,8 +45,17 @@ def test_the_base_and_a_run_that_improves_are_healthy() -> None:
     assert (verdict.level, verdict.number) == ("healthy", 0)
     with pytest.raises(ValueError, match="the base at least"):
         judge([])
-    with pytest.raises(ValueError, match="`reward` must be a finite number, got nan"):
-        judge([BASE, {**GOOD, "reward": float("nan")}])
+    with pytest.raises(ValueError, match="`reward` of the base must be a finite number, got nan"):
+        judge([{**BASE, "reward": float("nan")}])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_samples_that_are_not_finite_are_hacked(value: float) -> None:
+    broken = {**GOOD, "reward": value, "monitor_reward": value}
+    verdict = judge([BASE, broken])
+    assert (verdict.level, verdict.reason) == ("hacked", f"`reward` is {value}, and `monitor_reward` is {value}")
+    # It may recover.
+    assert judge([BASE, broken, GOOD]).level == "healthy"
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from datasets import load_from_disk
-from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+from diffusers import WanPipeline, WanTransformer3DModel
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
@@ -21,6 +21,7 @@ from examples.rounds import (
     held_out_prompts,
     read_captions,
     read_verdicts,
+    tuned_files,
     tuned_options,
 )
 from examples.rounds import main as rounds_main
@@ -30,8 +31,6 @@ from examples.shapes.pretrain import PRETRAINED_DIR
 from examples.stages import Stage
 from hy_prfl.configs.parser import parse_config
 from hy_prfl.configs.prfl import PRFLTrainingConfig
-from hy_prfl.data.encoding import vae_fingerprint
-from hy_prfl.models.reward_model import WanRewardModel
 from hy_prfl.scripts.preprocess import main as preprocess
 
 
@@ -121,6 +120,10 @@ def test_options_on_top_of_recipes(config: Callable[..., RoundsConfig]) -> None:
         ({"train_prfl_options": ["max_train_steps"]}, "must be name=value, got 'max_train_steps'"),
         ({"train_prfl_options": ["max_train_stepz=4"]}, "'max_train_stepz' is not a field of PRFLTrainingConfig"),
         ({"train_prfl_options": ["lora_path=x", "lora_start=merge"]}, "`lora_path` must be left out of `train_prfl`"),
+        (
+            {"train_prfl_options": ["on_hacking=stop", "validation_dataset=x"]},
+            "`on_hacking` must be warn or keep_best in `train_prfl`",
+        ),
         ({"generate_options": ["num_frames=16"]}, "`num_frames` must be 4k"),
         ({"recipes": None}, "`generate_recipe` must be given, or `recipes`"),
         ({"recipes": "nowhere"}, "`generate_recipe`: there is no file 'nowhere/generate.yaml'"),
@@ -230,6 +233,9 @@ def test_what_train_prfl_has_written_is_what_generate_is_given(options: dict[str
         output_dir="f", pretrained_model_name_or_path="p", train_dataset="d", reward_model="r", **options
     )
     assert tuned_options(config, Path("f")) == expected
+    adapters = ["f/pytorch_lora_weights.safetensors", "f/pytorch_lora_weights_2.safetensors"]
+    files = adapters[: len(expected) // 2] if "lora_rank" in options else expected[1::2]
+    assert [str(path) for path in tuned_files(config, Path("f"))] == files
 
 
 def test_the_page_shows_the_figures_of_all_rounds(config: Callable[..., RoundsConfig], tmp_path: Path) -> None:
@@ -290,19 +296,18 @@ def test_a_round_for_real(
     """People's labels are missing at first; then a judge has them, and what was done is not done again."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     write_clips(ClipsConfig(output_dir=str(tmp_path / "clips"), num_clips=8))
-    labelled, reward = str(tmp_path / "labelled"), str(tmp_path / "reward")
+    labelled = str(tmp_path / "labelled")
     manifest = f"--manifest={tmp_path / 'clips' / 'manifest.json'}"
     preprocess(["--config=examples/shapes/preprocess.yaml", manifest, f"--output_dir={labelled}"])
     transformer = WanTransformer3DModel.from_pretrained(PRETRAINED_DIR, subfolder="transformer")
-    vae = vae_fingerprint(AutoencoderKLWan.from_pretrained(PRETRAINED_DIR, subfolder="vae"))
-    WanRewardModel.from_transformer(transformer, num_layers=2, vae_fingerprint=vae).save_pretrained(reward)
     transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
     WanPipeline.save_lora_weights(tmp_path / "tuned", get_peft_model_state_dict(transformer))
     short = ["max_train_steps=2", "train_batch_size=2", "report_to=none", "write_report=false"]
     words = [
         *("--recipes", "examples/shapes", "--num_rounds", "1"),
         *("--output_dir", str(tmp_path / "out"), "--prompts", str(tmp_path / "prompts.json"), "--num_videos", "8"),
-        *("--train_dataset", labelled, "--validation_dataset", labelled, "--reward_model", reward),
+        *("--train_dataset", labelled, "--validation_dataset", labelled),
+        # The generator of round 0 is given, and its reward model is not.
         *("--generator", str(tmp_path / "tuned")),
         *("--held_out_share", "0.5", "--generate_options", "num_inference_steps=2"),
         *("--train_reward_options", *short, "lr_warmup_steps=0", "num_layers=2"),

@@ -52,6 +52,23 @@ def test_a_failed_stage_ends_the_run_and_is_not_complete(tmp_path: Path) -> None
     assert runs(tmp_path) == {"a": 1, "b": 1, "c": 1}
 
 
+def test_a_stage_without_its_result_is_not_complete_and_goes_on(tmp_path: Path) -> None:
+    """A training that is asked to stop ends well, but has no result yet."""
+    code = f"import pathlib; path = pathlib.Path({str(tmp_path)!r}, 'a', 'result'); print(path.parent.exists())"
+    training = Stage("a", "a", [[sys.executable, "-c", code]], ["a"], resumes=True, results=["a/result"])
+    log = tmp_path / "log.txt"
+    (tmp_path / "a").mkdir()
+    with pytest.raises(StageError, match=rf"ended without '{tmp_path / 'a' / 'result'}'"):
+        training.run(tmp_path, log=log)
+    assert not training.is_complete(tmp_path)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "result").touch()
+    training.run(tmp_path, log=log)
+    assert training.is_complete(tmp_path)
+    # What another start left was deleted at first, and kept when the stage went on.
+    assert [line for line in log.read_text().splitlines() if line[0] != "$"] == ["False", "True"]
+
+
 def test_a_recipe_is_part_of_its_stage(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("seed: 0")

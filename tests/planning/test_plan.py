@@ -252,6 +252,20 @@ def test_the_monitor_takes_memory_of_its_reward_models_and_of_the_base() -> None
     assert sum(plain.memory.values()) - sum(made.memory.values()) == pytest.approx(plain.memory["reward model"])
 
 
+def test_every_rank_writes_its_rollouts_into_a_checkpoint() -> None:
+    options: dict[str, Any] = {"lora_rank": 8, "num_inference_steps": 20}
+    reused = {"rollout_interval": 4, "rollout_buffer_size": 3}
+    plain, kept = (
+        plan(prfl_recipe(SMALL, **options, **more), **CLIP, num_gpus=2, gpu_memory=1e6) for more in ({}, reused)
+    )
+    # Latents and velocities of 19 states, of 16 channels of 21 x 60 x 104, in half precision.
+    rollouts = 3 * 19 * 2 * 2 * 16 * 21 * 60 * 104 / 1e9
+    assert sum(kept.host_memory.values()) - sum(plain.host_memory.values()) == pytest.approx(rollouts)
+    assert kept.checkpoint is not None
+    assert plain.checkpoint is not None
+    assert kept.checkpoint - plain.checkpoint == pytest.approx(2 * rollouts)
+
+
 def test_one_gpu_is_told_to_keep_the_reward_model_in_host_memory() -> None:
     options = {"gradient_checkpointing": True, "rerun_gradient_step": True}
     away = plan(prfl_recipe(SMALL, **options, offload_reward_model=True), **CLIP, gpu_memory=1e6)

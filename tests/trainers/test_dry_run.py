@@ -95,8 +95,30 @@ def test_prfl_on_clips_as_large_as_the_largest(
     assert report.latents_shape == (16, 1, 6, 8)
     assert report.metrics["flow_grad_norm"] > 0
     assert report.metrics["reward_grad_norm"] > 0
+    assert report.reusing_seconds is None
     assert not (tmp_path / "out").exists()
     assert sorted((path, path.stat().st_mtime_ns) for path in data.rglob("*")) == before
+
+
+def test_a_step_that_reuses_rollouts_is_measured_too(tmp_path: Path, pipeline_dir: Path, scratch: Path) -> None:
+    """The first step walks a whole chain, which most steps do not."""
+    transformer = WanTransformer3DModel.from_pretrained(pipeline_dir, subfolder="transformer")
+    WanRewardModel.from_transformer(transformer, num_layers=2).save_pretrained(tmp_path / "reward")
+    config = PRFLTrainingConfig(
+        output_dir=str(tmp_path / "out"),
+        pretrained_model_name_or_path=str(pipeline_dir),
+        train_dataset=str(tmp_path / "none"),
+        reward_model=str(tmp_path / "reward"),
+        rollout_interval=8,
+        update_schedule="reward",
+        dry_run=True,
+        dry_run_size=[9, 32, 48],
+    )
+    report = dry_run(PRFLTrainer.from_config, config)
+    # 39 forwards and a step with gradient against the latter alone.
+    assert report.reusing_seconds is not None
+    assert 0 < report.reusing_seconds < 0.5 * report.step_seconds
+    assert f"reusing step {report.reusing_seconds:10.1f} s, 7 of 8 are such" in str(report)
 
 
 @pytest.mark.parametrize("size", [[8, 32, 48], [9, 30, 48], [9, 32, 52]])

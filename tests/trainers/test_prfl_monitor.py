@@ -194,6 +194,20 @@ def test_stop_ends_the_run_after_a_checkpoint(
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_a_run_that_diverges_is_hacked(build: Callable[..., PRFLTrainer], tmp_path: Path) -> None:
+    """The generator's output is no longer finite after the first update. The monitor must not end the run by an error."""
+    options = {"update_schedule": "reward", "learning_rate": 1e20}
+    build(**options, on_hacking="stop").train()
+    (record,) = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["stopped_step"] == 1
+    assert "`reward` is nan" in record["stopped_because"]
+    assert not (tmp_path / "out" / "best").exists()
+    on = build(**options, on_hacking="keep_best", output_dir=str(tmp_path / "on"))
+    on.train()
+    assert [line["verdict"] for line in metric_lines(tmp_path / "on")] == ["healthy", *["hacked"] * 4]
+    assert not (tmp_path / "on" / "best").exists()
+
+
 def test_the_best_by_the_held_out_view_is_kept(build: Callable[..., PRFLTrainer], tmp_path: Path) -> None:
     options = {"on_hacking": "keep_best", "learning_rate": 0.05, "checkpointing_steps": 1}
     build(**options).train()

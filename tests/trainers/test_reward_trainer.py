@@ -158,7 +158,9 @@ def test_the_result_loads_and_scores_as_trained(
     WanRewardModel.from_pretrained(tmp_path / "out" / "best")
 
 
-def test_starting_from_a_reward_model(build: Callable[..., RewardTrainer], tmp_path: Path) -> None:
+def test_starting_from_a_reward_model(
+    build: Callable[..., RewardTrainer], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     build().train()
     second = build(
         output_dir=str(tmp_path / "second"), reward_model=str(tmp_path / "out" / "reward_model"), task="human_quality"
@@ -166,6 +168,8 @@ def test_starting_from_a_reward_model(build: Callable[..., RewardTrainer], tmp_p
     saved = WanRewardModel.from_pretrained(tmp_path / "out" / "reward_model").state_dict()
     assert all(torch.equal(value, saved[name]) for name, value in second.unwrapped.state_dict().items())
     assert second.unwrapped.config.task == "human_quality"
+    source = tmp_path / "out" / "reward_model"
+    assert f"{source} was trained for 'motion_quality'; it goes on with labels for 'human_quality'" in caplog.text
 
 
 @pytest.mark.parametrize(
