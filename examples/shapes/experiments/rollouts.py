@@ -111,6 +111,8 @@ ARMS = {
     "prfl": Arm(),
     "reused": Arm(REUSED),
     "interval_16": Arm(["--rollout_interval", "16", "--rollout_buffer_size", "4"]),
+    # A fifth of the states of each chain, so that checkpoints have less to write.
+    "reused_few_states": Arm([*REUSED, "--rollout_states", "4"]),
     # Rollouts of half as many steps as a video is sampled with.
     "reused_short": Arm([*REUSED, "--num_inference_steps", "10"]),
     "cached": Arm([*FRESH, "--rollout_cache_interval", "2"]),
