@@ -30,9 +30,17 @@ class _State:
     latents: torch.Tensor
     scheduler: UniPCMultistepScheduler
 
-    def copy(self, *, with_leaves: bool) -> tuple["_State", dict[str, torch.Tensor]]:
+    def to(self, device: torch.device | str) -> "_State":
+        """The same with its own scheduler, and its tensors on `device`."""
+        scheduler = copy.deepcopy(self.scheduler)
+        scheduler.model_outputs = [None if each is None else each.to(device) for each in scheduler.model_outputs]
+        scheduler.last_sample = None if scheduler.last_sample is None else scheduler.last_sample.to(device)
+        return _State(self.index, self.latents.to(device), scheduler)
+
+    def copy(self, device: torch.device, *, with_leaves: bool) -> tuple["_State", dict[str, torch.Tensor]]:
         """A copy to take the step from, and its tensors that take gradient, by their names in `_tensors`."""
-        latents, scheduler = self.latents, copy.deepcopy(self.scheduler)
+        state = self.to(device)
+        latents, scheduler = state.latents, state.scheduler
         if not with_leaves:
             return _State(self.index, latents, scheduler), {}
         latents = latents.clone().requires_grad_()
@@ -122,7 +130,7 @@ def _chained_surrogates(
     gradients = {"seen": latents_grad}
     for state in reversed(states):
         # The start of the first step takes no gradient.
-        start, leaves = state.copy(with_leaves=state is not states[0])
+        start, leaves = state.copy(latents_grad.device, with_leaves=state is not states[0])
         step = stepper(start.scheduler, start.index, start.latents, with_gradient=True)
         outputs = {"seen": step.seen, "velocity": step.velocity} | _tensors(step.next_latents, start.scheduler)
         if velocity_grad is not None and not leaves:
@@ -154,6 +162,7 @@ def walk_with_gradient(
     stop_input_gradient: bool = False,
     as_base: AsBase | None = None,
     rerun: bool = False,
+    offload: bool = False,
     rollout_attention_backend: str | None = None,
     cache_interval: int = 1,
     boundary: float = 0.0,
@@ -184,6 +193,8 @@ def walk_with_gradient(
         num_chained_steps (`int`, defaults to 1):
             How many consecutive steps, up to the one of `step_indices`, the gradient passes through. Each is
             checkpointed as a whole, so this costs the memory of one step, and of the latents of all of them.
+        offload (`bool`, defaults to `False`):
+            Keep the latents, and the solver's history, at which these steps start in host memory.
         foresight (`Foresight`, *optional*):
             Take the reward of the predicted clean latents instead of the next latents.
         stop_input_gradient (`bool`, defaults to `False`):
@@ -226,6 +237,7 @@ def walk_with_gradient(
         step_indices=step_indices,
         num_chained_steps=num_chained_steps,
         rerun=rerun,
+        offload=offload,
         rollout_attention_backend=rollout_attention_backend,
         cache=_open_cache(scheduler, cache_interval, boundary),
     )
@@ -244,6 +256,7 @@ def step_from_state(
     stop_input_gradient: bool = False,
     as_base: AsBase | None = None,
     rerun: bool = False,
+    offload: bool = False,
 ) -> GradientStep:
     """
     Take steps with gradient from a state of a chain that was walked before, see [`record_states`].
@@ -277,6 +290,7 @@ def step_from_state(
         step_indices=[start_index + num_chained_steps - 1],
         num_chained_steps=num_chained_steps,
         rerun=rerun,
+        offload=offload,
         rollout_attention_backend=None,
         cache=None,
     )
@@ -293,6 +307,7 @@ def _walk(
     step_indices: Sequence[int],
     num_chained_steps: int,
     rerun: bool,
+    offload: bool,
     rollout_attention_backend: str | None,
     cache: StepCache | None,
 ) -> Iterator[GradientStep]:
@@ -305,14 +320,14 @@ def _walk(
             for index in range(next_index, step_index):
                 takes_gradient = index > step_index - num_chained_steps
                 if takes_gradient:
-                    states.append(_State(index, latents, copy.deepcopy(scheduler)))
+                    states.append(_State(index, latents, scheduler).to("cpu" if offload else latents.device))
                 step = _rollout_step(stepper, scheduler, index, latents, cache=cache, must_call=takes_gradient)
                 velocities.append(step.velocity)
                 latents = step.next_latents
         next_index = step_index + 1
         if rerun or num_chained_steps > 1:
-            states.append(_State(step_index, latents, copy.deepcopy(scheduler)))
-            base_velocity = stepper.base_velocity(scheduler, states[0].index, states[0].latents)
+            states.append(_State(step_index, latents, scheduler).to("cpu" if offload else latents.device))
+            base_velocity = stepper.base_velocity(scheduler, states[0].index, states[0].latents.to(latents.device))
             step = stepper(scheduler, step_index, latents, with_gradient=False)
             surrogates = partial(_chained_surrogates, stepper, list(states))
         else:

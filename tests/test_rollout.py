@@ -9,7 +9,7 @@ from diffusers import WanImageToVideoPipeline, WanPipeline
 from hy_prfl.gradient_steps import Foresight
 from hy_prfl.models.conditioning import Conditioning
 from hy_prfl.models.loading import load_scheduler
-from hy_prfl.rollout import record_states, step_from_state, walk_with_gradient
+from hy_prfl.rollout import _State, _tensors, record_states, step_from_state, walk_with_gradient
 
 
 NUM_STEPS = 5
@@ -181,6 +181,7 @@ def test_chained_steps_have_the_gradient_of_one_graph(
     (step,) = walk_with_gradient(
         transformer, load_scheduler(str(pipeline_dir)), noise=noise, step_indices=[step_index], num_inference_steps=7,
         conditioning=Conditioning(prompts), num_chained_steps=num_chained, stop_input_gradient=stop_input_gradient,
+        offload=num_chained == 3,
     )  # fmt: skip
     torch.testing.assert_close(step.latents, expected.detach())
     count = 0
@@ -190,6 +191,21 @@ def test_chained_steps_have_the_gradient_of_one_graph(
     assert count == num_chained
     for actual, wanted in zip(gradients(transformer), expected_gradients, strict=True):
         torch.testing.assert_close(4 * actual, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_start_of_a_step_moves_to_another_device(pipeline_dir: Path) -> None:
+    """The meta device stands for a GPU: nothing but the place of tensors is looked at."""
+    scheduler = load_scheduler(str(pipeline_dir))
+    scheduler.set_timesteps(4)
+    latents = torch.randn(1, 16, 2, 4, 4)
+    for timestep in scheduler.timesteps[:2]:
+        latents = scheduler.step(torch.randn_like(latents), timestep, latents, return_dict=False)[0]
+    start = _State(2, latents, scheduler)
+    moved = start.to("meta")
+    assert {
+        name: each.device.type for name, each in _tensors(moved.latents, moved.scheduler).items()
+    } == dict.fromkeys(("model_outputs.0", "model_outputs.1", "latents", "last_sample"), "meta")
+    assert all(each.device.type == "cpu" for each in _tensors(start.latents, start.scheduler).values())
 
 
 def test_windows_of_chained_steps_may_overlap(pipeline_dir: Path) -> None:

@@ -192,7 +192,8 @@ class TrainingConfig(Config):
     offload_activations: bool = field(
         default=False,
         metadata={
-            "help": "Keep the inputs of checkpointed blocks in (pinned) host memory, copied while the blocks compute."
+            "help": "Keep the inputs of checkpointed blocks in (pinned) host memory, copied while the blocks compute; "
+            "also the starts of chained steps."
         },
     )
     attention_backend: str | None = field(

@@ -243,7 +243,8 @@ def _estimate_prfl(request: Request, training: PRFLTrainingConfig, reserved: flo
         latents = math.prod((request.shape.batch_size, config["out_channels"], *request.shape.latents))
         if training.num_chained_steps > 1:
             # The starting point of each step: the latents and the solver's history.
-            held["chained steps"] = training.num_chained_steps * 4 * FLOAT32 * latents
+            size = training.num_chained_steps * 4 * FLOAT32 * latents
+            (host_memory if training.offload_activations else held)["chained steps"] = size
         if training.rollout_cache_interval > 1:
             # The last two velocities.
             held["step cache"] = 2 * FLOAT32 * latents

@@ -62,6 +62,8 @@ def gradient_options(config: PRFLTrainingConfig) -> dict[str, Any]:
         "num_chained_steps": config.num_chained_steps,
         "stop_input_gradient": config.stop_input_gradient,
         "rerun": config.rerun_gradient_step,
+        # A single step starts where the rollout is in any case.
+        "offload": config.offload_activations and config.num_chained_steps > 1,
     }
 
 

@@ -199,6 +199,18 @@ def check_expert(expert: str) -> None:
     assert ("frozen expert" in sampled.memory) == (expert != "both")
 
 
+def test_starts_of_chained_steps_are_on_the_gpu_or_offloaded() -> None:
+    """Float32 latents, the solver's last sample and two model outputs of each of four steps: 16 x 2 x 12 x 12 latents."""
+    options = {"lora_rank": 8, "gradient_checkpointing": True, "num_chained_steps": 4}
+    size = 4 * 4 * 4 * (16 * 2 * 12 * 12) / 1e9
+    clip = {"height": 96, "width": 96, "num_frames": 5}
+    kept = plan(prfl_recipe(SMALL, **options), **clip)
+    assert kept.memory["chained steps"] == pytest.approx(size)
+    offloaded = plan(prfl_recipe(SMALL, **options, offload_activations=True), **clip)
+    assert "chained steps" not in offloaded.memory
+    assert offloaded.host_memory["chained steps"] == pytest.approx(size)
+
+
 def test_two_experts_need_a_choice() -> None:
     with pytest.raises(ValueError, match=r"`expert` must be high_noise, low_noise or both, Wan-AI/Wan2.2-T2V-A14B"):
         plan(prfl_recipe(A14B), **CLIP)
