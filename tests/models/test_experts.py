@@ -11,8 +11,8 @@ from hy_prfl.inference.tiny_pipelines import save_pipeline
 from hy_prfl.models.conditioning import Conditioning
 from hy_prfl.models.experts import ExpertPair, Experts, PairWeights, read_experts
 from hy_prfl.models.loading import load_scheduler
-from hy_prfl.rollout import walk_with_gradient
-from hy_prfl.sampling import sample_latents
+from hy_prfl.rollout.chain import walk_with_gradient
+from hy_prfl.rollout.sampling import sample_latents
 
 
 EXPERTS = Experts(875.0, ("high_noise", "low_noise"))

@@ -9,7 +9,7 @@ from hy_prfl.data.encoding import LatentEncoder
 from hy_prfl.inference.tiny_pipelines import save_pipeline
 from hy_prfl.models.conditioning import Conditioning
 from hy_prfl.models.loading import load_scheduler
-from hy_prfl.sampling import sample_latents
+from hy_prfl.rollout.sampling import sample_latents
 
 
 NUM_STEPS = 5
