@@ -29,7 +29,7 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
 from hy_prfl.data.encoding import vae_fingerprint
 from hy_prfl.data.schema import latent_features, pack_tensor, rows_to_table
-from hy_prfl.inference.tiny_pipelines import save_pipeline
+from hy_prfl.inference.tiny_pipelines import build_pipeline
 from tests.hub.hub_server import HubServer, running_hub, use_in_this_process
 
 
@@ -61,19 +61,25 @@ def compiled_kernels(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(scope="session")
 def pipeline_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny text-to-video `WanPipeline`, with 3 transformer blocks. Do not write into it."""
-    return save_pipeline(tmp_path_factory.mktemp("t2v") / "pipeline", num_layers=3)
+    folder = tmp_path_factory.mktemp("t2v") / "pipeline"
+    build_pipeline(num_layers=3).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
 def i2v_pipeline_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny `WanImageToVideoPipeline`, with 3 transformer blocks. Do not write into it."""
-    return save_pipeline(tmp_path_factory.mktemp("i2v") / "pipeline", num_layers=3, image_to_video=True)
+    folder = tmp_path_factory.mktemp("i2v") / "pipeline"
+    build_pipeline(num_layers=3, image_to_video=True).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
 def expert_pipeline_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny `WanPipeline` of two experts, boundary 0.875, 3 blocks each. Do not write into it."""
-    return save_pipeline(tmp_path_factory.mktemp("experts") / "pipeline", num_layers=3, boundary_ratio=0.875)
+    folder = tmp_path_factory.mktemp("experts") / "pipeline"
+    build_pipeline(num_layers=3, boundary_ratio=0.875).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

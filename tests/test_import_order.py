@@ -9,11 +9,12 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "hy_prfl"
 ORDER = [
     {"version", "configs"},
-    {"flow_matching", "losses", "step_cache", "runtime"},
+    {"flow_matching", "losses", "runtime"},
     {"formats"},
     {"models"},
     {"data"},
-    {"gradient_steps", "sampling", "rollout", "rollout_buffer", "inference", "compatibility"},
+    {"rollout"},
+    {"inference", "compatibility"},
     {"evaluation", "hub"},
     {"planning"},
     {"pages"},

@@ -23,10 +23,10 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 from hy_prfl.configs.base import check
 from hy_prfl.configs.prfl import PRFLTrainingConfig
 from hy_prfl.flow_matching import sample_noise
-from hy_prfl.gradient_steps import GradientStep, surrogate
 from hy_prfl.models.conditioning import Conditioning
+from hy_prfl.rollout.gradient_steps import GradientStep, surrogate
+from hy_prfl.rollout.sampling import predict_velocity
 from hy_prfl.runtime.attention import use_attention_backend
-from hy_prfl.sampling import predict_velocity
 from hy_prfl.trainers.prfl_trainer import REWARD_NOISE, PRFLTrainer
 from hy_prfl.trainers.reward_feedback import RewardFeedback
 

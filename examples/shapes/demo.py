@@ -21,8 +21,9 @@ from typing import Literal
 from examples.shapes.clips import split_captions
 from examples.shapes.judge import write_json
 from examples.shapes.report import ARMS
-from examples.shapes.stages import Stage, StageError, launch, python, run_stages
+from examples.shapes.stages import Stage, launch, python
 from examples.shapes.summary import finish
+from examples.stages import StageError, run_stages
 from hy_prfl.configs.base import check
 from hy_prfl.configs.parser import parse_config
 

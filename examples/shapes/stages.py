@@ -7,10 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from examples import stages
-from examples.stages import StageError, run_stages
 
-
-__all__ = ["RECIPES", "Stage", "StageError", "launch", "python", "run_stages"]
 
 RECIPES = Path("examples/shapes")
 ONE_PROCESS, TWO_PROCESSES = Path("accelerate_configs/cpu.yaml"), Path("accelerate_configs/ddp_cpu.yaml")

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..flow_matching import add_noise, row_noise, sigmas_to_timesteps
 from ..models.conditioning import Conditioning
-from ..sampling import predict_velocity
+from ..rollout.sampling import predict_velocity
 
 
 # Latents and velocities are about standard normal: float16 keeps more digits of them than bfloat16.

@@ -24,9 +24,9 @@ from ..inference.video_files import write_video
 from ..losses import RewardCombination
 from ..models.conditioning import Conditioning
 from ..models.reward_model import WanRewardModel
+from ..rollout.sampling import sample_latents
 from ..runtime.distributed import gather_records
 from ..runtime.vae_tiling import VAETiling
-from ..sampling import sample_latents
 from .scoring import score_latents
 from .tracking import log_videos
 

@@ -20,9 +20,6 @@ from .upstream_models import PIPELINES, find_pipeline, named_task, read_reward_b
 from .upstream_training import convert_prfl, convert_reward, drop_reward_model, output_dir, suggest_reward_model
 
 
-__all__ = ["ConvertedRecipe", "convert_recipe"]
-
-
 CONFIGS: dict[str, type] = {
     "preprocess": PreprocessConfig,
     "train_reward": RewardTrainingConfig,

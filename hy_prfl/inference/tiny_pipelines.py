@@ -2,7 +2,6 @@
 
 import string
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 import torch
 from diffusers import (
@@ -154,9 +153,3 @@ def build_pipeline(
     )
     image_processor = CLIPImageProcessor(crop_size={"height": 32, "width": 32}, size={"shortest_edge": 32})
     return WanImageToVideoPipeline(**components, image_encoder=image_encoder.eval(), image_processor=image_processor)
-
-
-def save_pipeline(output_dir: Path | str, **options: object) -> Path:
-    """Build a pipeline with `build_pipeline(**options)` and save it as an ordinary pipeline folder."""
-    build_pipeline(**options).save_pretrained(output_dir)  # type: ignore[arg-type]
-    return Path(output_dir)

@@ -15,9 +15,9 @@ from ..evaluation.drift import DRIFT_SIGMAS
 from ..losses import RewardCombination
 from ..models.experts import Experts
 from ..models.shared_backbone import own_parts
+from ..rollout.step_cache import forward_steps
 from ..runtime.context_parallel import check_divisible
 from ..runtime.vae_tiling import pass_memory, tiled_decoding_memory
-from ..step_cache import forward_steps
 from .engines import BFLOAT16, FLOAT32, Engine, frozen_memory
 from .models import (
     GENERATOR_OPTIONS,
@@ -410,8 +410,8 @@ def forwards_without_gradient(
         first, last (`int`):
             First and last step that may take gradient.
         called (`Collection[int]`, *optional*):
-            Steps of a rollout that call the generator, see [`~hy_prfl.step_cache.forward_steps`]; those of a pipeline
-            with one transformer if left out.
+            Steps of a rollout that call the generator, see [`~hy_prfl.rollout.step_cache.forward_steps`]; those of a
+            pipeline with one transformer if left out.
     """
     chained, num_gradient_steps = training.num_chained_steps, training.num_gradient_steps
     if called is None:

@@ -18,9 +18,9 @@ from ..losses import binary_reward_loss, bradley_terry_loss, reward_feedback_los
 from ..models.conditioning import Conditioning
 from ..models.reward_model import score_noised
 from ..models.shared_backbone import OneBackbone, own_parts, share_backbone
-from ..rollout import walk_with_gradient
+from ..rollout.chain import walk_with_gradient
+from ..rollout.sampling import predict_velocity
 from ..runtime.activation_checkpointing import checkpoint_activations
-from ..sampling import predict_velocity
 from .models import (
     GENERATOR_OPTIONS,
     REWARD_OPTIONS,

@@ -6,8 +6,8 @@ import torch
 
 from ..data.collators import LatentBatch
 from ..flow_matching import sample_noise
-from ..gradient_steps import Foresight
 from ..models.conditioning import Conditioning
+from ..rollout.gradient_steps import Foresight
 
 
 def draw_step_indices(generator: torch.Generator, step_range: tuple[int, int], count: int) -> list[int]:
@@ -45,7 +45,7 @@ def draw_foresight(
     generators: Sequence[torch.Generator], shape: Sequence[int], levels: Sequence[float], device: torch.device
 ) -> Foresight:
     """
-    New noise and its level for each sample, see [`~hy_prfl.gradient_steps.Foresight`].
+    New noise and its level for each sample, see [`~hy_prfl.rollout.gradient_steps.Foresight`].
 
     Args:
         generators (`Sequence[torch.Generator]`):

@@ -16,7 +16,6 @@ from ..data.dataset import load_latent_dataset, single_value
 from ..data.encoding import vae_fingerprint
 from ..flow_matching import noise_levels
 from ..formats.layout import EXPERT_FOLDERS, ExpertName
-from ..gradient_steps import mean_foreseen_gain
 from ..models.experts import Experts, read_experts
 from ..models.loading import (
     Deferred,
@@ -30,6 +29,7 @@ from ..models.loading import (
 from ..models.reward_model import WanRewardModel
 from ..models.starting_points import StartingPoint, check_starts_adapter, read_starting_point, start_adapter
 from ..models.trainable import select_trainable
+from ..rollout.gradient_steps import mean_foreseen_gain
 from ..runtime.sharding import shard_frozen
 from .base import check_dataset
 from .run import Run
@@ -270,7 +270,7 @@ def find_step_range(
 def find_mean_foreseen_gain(
     config: PRFLTrainingConfig, scheduler: UniPCMultistepScheduler, step_range: tuple[int, int]
 ) -> float:
-    """[`~hy_prfl.gradient_steps.mean_foreseen_gain`] over the steps that may take gradient; 1 if there are none."""
+    """[`~hy_prfl.rollout.gradient_steps.mean_foreseen_gain`] over the steps that may take gradient; 1 if none do."""
     if config.update_schedule == "flow_matching":
         return 1.0
     first, last = step_range

@@ -8,7 +8,7 @@ import torch
 from accelerate.logging import get_logger
 
 from ..configs.prfl import PRFLTrainingConfig
-from ..rollout_buffer import RolloutBuffer
+from ..rollout.buffer import RolloutBuffer
 from ..runtime.distributed import any_rank
 from .run import Run
 
@@ -59,7 +59,7 @@ class ReusedRollouts:
 
         Args:
             changes (`Sequence[torch.Tensor]`):
-                Relative change of the velocity at each state, see [`~hy_prfl.rollout_buffer.relative_change`].
+                Relative change of the velocity at each state, see [`~hy_prfl.rollout.buffer.relative_change`].
 
         Returns:
             Their mean, as a metric to log.

@@ -15,15 +15,15 @@ from ..data.collators import LatentBatch
 from ..flow_matching import add_noise, sample_noise, sigmas_to_timesteps, velocity_target
 from ..formats.checkpoints import BEST_FOLDER, PRFL_RESULTS, read_state
 from ..formats.layout import ExpertName
-from ..gradient_steps import Foresight, GradientStep
 from ..losses import flow_matching_loss
 from ..models.conditioning import Conditioning, num_clean_frames
 from ..models.experts import read_experts
 from ..models.loading import load_scheduler
 from ..models.trainable import adapters_off
-from ..rollout import record_states, step_from_state, walk_with_gradient
-from ..rollout_buffer import Rollout, StoredState, relative_change
-from ..sampling import predict_velocity
+from ..rollout.buffer import Rollout, StoredState, relative_change
+from ..rollout.chain import record_states, step_from_state, walk_with_gradient
+from ..rollout.gradient_steps import Foresight, GradientStep
+from ..rollout.sampling import predict_velocity
 from .base import Trainer, check_named
 from .prfl_datasets import PRFLDatasets
 from .prfl_draws import choose_prompts, draw_foresight, draw_states, draw_step_indices

@@ -10,12 +10,12 @@ from accelerate.logging import get_logger
 from torch import nn
 
 from ..configs.prfl import PRFLTrainingConfig
-from ..gradient_steps import GradientStep
 from ..losses import RewardCombination, anchor_loss, reward_feedback_loss
 from ..models.conditioning import Conditioning, num_clean_frames
 from ..models.loading import Deferred, loaded
 from ..models.reward_model import WanRewardModel
 from ..models.shared_backbone import OneBackbone, group_by_backbone, have_same_backbone, share_backbone
+from ..rollout.gradient_steps import GradientStep
 from ..runtime.context_parallel import ContextParallelGroup
 from ..runtime.host_weights import HostWeights
 from .run import Run
@@ -108,7 +108,7 @@ class RewardFeedback:
         context_parallel (`ContextParallelGroup`, *optional*):
             The ranks that share a clip.
         mean_foreseen_gain (`float`, defaults to 1.0):
-            See [`~hy_prfl.gradient_steps.mean_foreseen_gain`], for `reward_at` foreseen.
+            See [`~hy_prfl.rollout.gradient_steps.mean_foreseen_gain`], for `reward_at` foreseen.
         in_use (`Callable`, *optional*):
             Returns a context in which a model is on the device where it computes; if left out, it always is.
     """

@@ -37,7 +37,7 @@ from hy_prfl.configs.prfl import PRFLTrainingConfig
 from hy_prfl.losses import flow_matching_loss, reward_feedback_loss
 from hy_prfl.models.conditioning import Conditioning
 from hy_prfl.models.reward_model import WanRewardModel
-from hy_prfl.sampling import predict_velocity
+from hy_prfl.rollout.sampling import predict_velocity
 
 
 ROOT = Path(__file__).parents[2]

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from examples.shapes.stages import Stage, StageError, launch, run_stages
+from examples.shapes.stages import Stage, launch
+from examples.stages import StageError, run_stages
 
 
 def stage(name: str, folder: Path, text: str = "") -> Stage:

@@ -10,7 +10,7 @@ from diffusers import FirstBlockCacheConfig, WanPipeline
 from examples.shapes.clips import split_captions
 from hy_prfl.models.conditioning import Conditioning
 from hy_prfl.models.loading import load_scheduler
-from hy_prfl.rollout import record_states
+from hy_prfl.rollout.chain import record_states
 
 
 PRETRAINED = Path(__file__).parents[2] / "examples" / "shapes" / "pretrained"

@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from hy_prfl.configs.parser import parse_config
-from hy_prfl.formats.upstream_recipe import CONFIGS, ConvertedRecipe, convert_recipe
+from hy_prfl.formats.converted_recipe import ConvertedRecipe
+from hy_prfl.formats.upstream_recipe import CONFIGS, convert_recipe
 from tests.formats.upstream_recipes import Convert, upstream_recipe
 
 

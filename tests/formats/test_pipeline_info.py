@@ -6,7 +6,7 @@ import torch
 from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
 
 from hy_prfl.formats.pipeline_info import PUBLISHED, PipelineInfo
-from hy_prfl.inference.tiny_pipelines import save_pipeline
+from hy_prfl.inference.tiny_pipelines import build_pipeline
 
 
 def test_kind_of_a_pipeline(pipeline_dir: Path, i2v_pipeline_dir: Path, tmp_path: Path) -> None:
@@ -53,7 +53,8 @@ def test_last_images(pipeline_dir: Path, i2v_pipeline_dir: Path, tmp_path: Path)
         (folder / "model_index.json").write_text(json.dumps(dict(info.index)))
         (folder / "transformer" / "config.json").write_text(json.dumps(info.transformer | changes))
         assert PipelineInfo.read(str(folder)).last_image == name
-    folder = save_pipeline(tmp_path / "5b", image_to_video=True, expand_timesteps=True)
+    folder = tmp_path / "5b"
+    build_pipeline(image_to_video=True, expand_timesteps=True).save_pretrained(folder)
     assert PipelineInfo.read(str(folder)).takes_first_frame
     assert PipelineInfo.read(str(folder)).last_image == "none"
 

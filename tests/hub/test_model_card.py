@@ -25,7 +25,7 @@ from hy_prfl.hub.files import run_files
 from hy_prfl.hub.model_card import OWN_CARD, PAPER, build_card, may_replace_card, write_model_card
 from hy_prfl.hub.results import draw_training
 from hy_prfl.hub.usage import ModelKind
-from hy_prfl.inference.tiny_pipelines import build_pipeline, save_pipeline
+from hy_prfl.inference.tiny_pipelines import build_pipeline
 from hy_prfl.models.reward_model import WanRewardModel
 from hy_prfl.runtime.provenance import run_record
 from hy_prfl.trainers.prfl_trainer import PRFLTrainer
@@ -221,7 +221,8 @@ def test_the_code_runs_for_every_kind(pipeline: str, model: str, tmp_path: Path)
     options, (kind, experts) = KINDS[pipeline], MODELS[model]
     if "low_noise" in experts and "boundary_ratio" not in options:
         return
-    base = save_pipeline(tmp_path / "base", num_layers=3, **options)
+    base = tmp_path / "base"
+    build_pipeline(num_layers=3, **options).save_pretrained(base)
     folder = tmp_path / "model"
     weights = save_model(folder, kind, experts, options)
     config = {"pretrained_model_name_or_path": BASE, "reward_model": "someone/reward", "lora_rank": 2}

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from hy_prfl.data.video import read_video
-from hy_prfl.inference.tiny_pipelines import save_pipeline
+from hy_prfl.inference.tiny_pipelines import build_pipeline
 from hy_prfl.inference.video_files import read_record
 from hy_prfl.scripts.generate import main
 from tests.inference.two_processes import SIZE
@@ -33,7 +33,7 @@ def folder(
     (folder / "pipelines").mkdir()
     for kind, path in (("t2v", pipeline_dir), ("i2v", i2v_pipeline_dir), ("a14b", expert_pipeline_dir)):
         (folder / "pipelines" / kind).symlink_to(path)
-    save_pipeline(folder / "pipelines" / "5b", num_layers=2, expand_timesteps=True)
+    build_pipeline(num_layers=2, expand_timesteps=True).save_pretrained(folder / "pipelines" / "5b")
     for seed, name in enumerate("ab"):
         generator = torch.Generator().manual_seed(seed)
         layers = {f"transformer.blocks.{index}.attn1.to_{part}" for index in (0, 2) for part in "qv"}

@@ -7,12 +7,12 @@ import torch
 from diffusers import WanImageToVideoPipeline, WanPipeline
 from PIL import Image
 
-from hy_prfl.inference.tiny_pipelines import save_pipeline
+from hy_prfl.inference.tiny_pipelines import build_pipeline
 from hy_prfl.models.conditioning import Conditioning
 from hy_prfl.models.experts import ExpertPair, Experts, PairWeights, read_experts
 from hy_prfl.models.loading import load_scheduler
-from hy_prfl.rollout import walk_with_gradient
-from hy_prfl.sampling import sample_latents
+from hy_prfl.rollout.chain import walk_with_gradient
+from hy_prfl.rollout.sampling import sample_latents
 
 
 EXPERTS = Experts(875.0, ("high_noise", "low_noise"))
@@ -43,7 +43,8 @@ def test_the_option_must_fit_the_pipeline(pipeline_dir: Path, expert_pipeline_di
 @pytest.mark.parametrize("image_to_video", [False, True])
 @pytest.mark.parametrize("boundary_ratio", [0.5, 0.875])
 def test_whole_chain_equals_the_stock_pipeline(tmp_path: Path, image_to_video: bool, boundary_ratio: float) -> None:
-    folder = save_pipeline(tmp_path / "p", image_to_video=image_to_video, boundary_ratio=boundary_ratio)
+    folder = tmp_path / "p"
+    build_pipeline(image_to_video=image_to_video, boundary_ratio=boundary_ratio).save_pretrained(folder)
     pipeline_class: Any = WanImageToVideoPipeline if image_to_video else WanPipeline
     pipeline = pipeline_class.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)

@@ -18,8 +18,8 @@ from hy_prfl.losses import flow_matching_loss, reward_feedback_loss
 from hy_prfl.models.conditioning import Conditioning
 from hy_prfl.models.conversion import convert_reward_model, convert_transformer
 from hy_prfl.models.reward_model import WanRewardModel, score_noised
-from hy_prfl.rollout import walk_with_gradient
-from hy_prfl.sampling import predict_velocity
+from hy_prfl.rollout.chain import walk_with_gradient
+from hy_prfl.rollout.sampling import predict_velocity
 
 
 TEXT_LEN = 16

@@ -14,7 +14,6 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from hy_prfl.configs.prfl import PRFLTrainingConfig
 from hy_prfl.formats.pipeline_info import PipelineInfo
-from hy_prfl.gradient_steps import GradientStep
 from hy_prfl.losses import bradley_terry_loss, flow_matching_loss, reward_feedback_loss
 from hy_prfl.models.conditioning import Conditioning
 from hy_prfl.models.reward_model import WanRewardModel
@@ -25,8 +24,9 @@ from hy_prfl.planning.estimate import Request, estimate
 from hy_prfl.planning.models import reward_model_config
 from hy_prfl.planning.plan import plan
 from hy_prfl.planning.workloads import Shape
-from hy_prfl.rollout import walk_with_gradient
-from hy_prfl.sampling import predict_velocity
+from hy_prfl.rollout.chain import walk_with_gradient
+from hy_prfl.rollout.gradient_steps import GradientStep
+from hy_prfl.rollout.sampling import predict_velocity
 from hy_prfl.trainers.reward_feedback import RewardFeedback
 from tests.planning.recipes import prfl_recipe, reward_recipe
 

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hy_prfl.models.conditioning import Conditioning
 from hy_prfl.models.loading import load_scheduler
-from hy_prfl.rollout import walk_with_gradient
+from hy_prfl.rollout.chain import walk_with_gradient
 from hy_prfl.runtime.attention import check_attention_backend, set_attention_backend, use_attention_backend
 
 

@@ -10,7 +10,7 @@ from datasets import load_from_disk
 from PIL import Image
 
 from hy_prfl.data.schema import table_to_rows
-from hy_prfl.inference.tiny_pipelines import save_pipeline
+from hy_prfl.inference.tiny_pipelines import build_pipeline
 from hy_prfl.scripts import generate, preprocess, score, train_prfl, train_reward
 
 
@@ -28,7 +28,8 @@ def as_options(**values: Any) -> list[str]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_whole_chain(kind: str, tmp_path: Path, write_video: Callable[..., Path]) -> None:
-    pipeline = save_pipeline(tmp_path / "pipeline", num_layers=3, **KINDS[kind])
+    pipeline = tmp_path / "pipeline"
+    build_pipeline(num_layers=3, **KINDS[kind]).save_pretrained(pipeline)
     is_pair, is_i2v = kind.endswith("a14b"), kind.startswith("i2v")
     clips = []
     for index in range(4):

@@ -12,7 +12,7 @@ from hy_prfl.configs.reward import RewardTrainingConfig
 from hy_prfl.data.dataset import load_latent_dataset, read_columns
 from hy_prfl.data.encoding import vae_fingerprint
 from hy_prfl.data.synthetic import synthetic_dataset
-from hy_prfl.inference.tiny_pipelines import save_pipeline
+from hy_prfl.inference.tiny_pipelines import build_pipeline
 from hy_prfl.models.reward_model import WanRewardModel
 from hy_prfl.trainers.dry_run import dry_run, write_inputs
 from hy_prfl.trainers.prfl_trainer import PRFLTrainer
@@ -134,7 +134,8 @@ def test_a_size_that_makes_no_patches(tmp_path: Path, pipeline_dir: Path) -> Non
 
 def test_a_dataset_of_first_frames_is_run_with_first_frames(tmp_path: Path, scratch: Path) -> None:
     """Wan2.2 TI2V 5B: the dataset tells whether its clips start with an image."""
-    pipeline = save_pipeline(tmp_path / "pipeline", image_to_video=True, expand_timesteps=True)
+    pipeline = tmp_path / "pipeline"
+    build_pipeline(image_to_video=True, expand_timesteps=True).save_pretrained(pipeline)
     vae = AutoencoderKLWan.from_pretrained(pipeline, subfolder="vae")
     dataset = synthetic_dataset(
         latents_shape=(48, 3, 4, 4), condition_shape=(48, 1, 4, 4), text_dim=32, text_tokens=8,

@@ -18,7 +18,7 @@ from hy_prfl.flow_matching import row_noise
 from hy_prfl.models.conditioning import Conditioning
 from hy_prfl.models.loading import load_scheduler
 from hy_prfl.models.reward_model import WanRewardModel
-from hy_prfl.sampling import sample_latents
+from hy_prfl.rollout.sampling import sample_latents
 from hy_prfl.trainers.base import Trainer
 from hy_prfl.trainers.prfl_trainer import PRFLTrainer
 

@@ -10,11 +10,11 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from hy_prfl.formats.lora_metadata import read_lora_metadata
-from hy_prfl.gradient_steps import GradientStep
 from hy_prfl.hub.files import run_files
 from hy_prfl.hub.model_card import write_model_card
 from hy_prfl.models.conditioning import Conditioning
 from hy_prfl.models.reward_model import WanRewardModel
+from hy_prfl.rollout.gradient_steps import GradientStep
 from hy_prfl.trainers.prfl_trainer import PRFLTrainer
 
 

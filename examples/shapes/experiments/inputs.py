@@ -14,8 +14,9 @@ from examples.shapes.demo import write_prompts
 from examples.shapes.experiments.runs import ExperimentConfig
 from examples.shapes.judge import write_json
 from examples.shapes.pretrain import clips_options
-from examples.shapes.stages import Stage, launch, python, run_stages
+from examples.shapes.stages import Stage, launch, python
 from examples.shapes.summary import read_json
+from examples.stages import run_stages
 from hy_prfl.configs.parser import parse_config
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from examples.shapes.experiments.runs import ExperimentConfig, mean_and_spread, run_all
-from examples.shapes.stages import Stage, StageError
+from examples.shapes.stages import Stage
+from examples.stages import StageError
 
 
 def meeting(name: str, other: str, folder: Path) -> Stage:

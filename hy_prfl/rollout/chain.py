@@ -11,10 +11,10 @@ import torch
 from diffusers import UniPCMultistepScheduler
 from torch import nn
 
-from .flow_matching import add_noise, sigmas_to_timesteps
+from ..flow_matching import add_noise, sigmas_to_timesteps
+from ..models.conditioning import Conditioning
+from ..runtime.attention import use_attention_backend
 from .gradient_steps import Average, Foresight, GradientStep, surrogate
-from .models.conditioning import Conditioning
-from .runtime.attention import use_attention_backend
 from .sampling import predict_velocity
 from .step_cache import StepCache, forward_steps
 
@@ -211,7 +211,7 @@ def walk_with_gradient(
             Attention kernel of the steps without gradient, by diffusers' name; the model's own if left out.
         cache_interval (`int`, defaults to 1):
             Call the transformer in one of so many steps, and extrapolate the velocity in the others, see
-            [`~hy_prfl.step_cache.StepCache`]. It is called in all steps that the gradient passes through.
+            [`~hy_prfl.rollout.step_cache.StepCache`]. It is called in all steps that the gradient passes through.
         boundary (`float`, defaults to 0.0):
             Timestep below which another expert is called. The velocity of one says nothing about the other's.
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from hy_prfl.gradient_steps import Foresight, mean_foreseen_gain
+from hy_prfl.rollout.gradient_steps import Foresight, mean_foreseen_gain
 
 
 def test_foreseen_levels_stay_below_the_next_step() -> None:

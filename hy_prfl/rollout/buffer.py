@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from .models.conditioning import Conditioning
+from ..models.conditioning import Conditioning
 
 
 # Latents are roughly standard normal, so float16 is more precise for them than bfloat16.
@@ -48,7 +48,7 @@ class Rollout:
         ids: Iterable[str],
         conditioning: Conditioning,
     ) -> "Rollout":
-        """Collect the states that [`~hy_prfl.rollout.record_states`] yields. Each is copied to the host at once."""
+        """Collect the states that [`~hy_prfl.rollout.chain.record_states`] yields. Each goes to the host at once."""
         indices, latents, velocities = [], [], []
         for index, state, velocity in states:
             indices.append(index)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from diffusers import WanImageToVideoPipeline, WanPipeline
 
-from hy_prfl.gradient_steps import Foresight
 from hy_prfl.models.conditioning import Conditioning
 from hy_prfl.models.loading import load_scheduler
-from hy_prfl.rollout import _State, _tensors, record_states, step_from_state, walk_with_gradient
+from hy_prfl.rollout.chain import _State, _tensors, record_states, step_from_state, walk_with_gradient
+from hy_prfl.rollout.gradient_steps import Foresight
 
 
 NUM_STEPS = 5

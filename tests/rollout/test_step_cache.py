@@ -12,8 +12,8 @@ from torch import nn
 from hy_prfl.models.conditioning import Conditioning
 from hy_prfl.models.experts import ExpertPair, Experts
 from hy_prfl.models.loading import load_scheduler
-from hy_prfl.rollout import record_states, walk_with_gradient
-from hy_prfl.step_cache import forward_steps
+from hy_prfl.rollout.chain import record_states, walk_with_gradient
+from hy_prfl.rollout.step_cache import forward_steps
 
 
 @pytest.fixture

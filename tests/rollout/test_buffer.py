@@ -5,7 +5,7 @@ import torch
 
 from hy_prfl.flow_matching import make_generator
 from hy_prfl.models.conditioning import Conditioning
-from hy_prfl.rollout_buffer import Rollout, RolloutBuffer, relative_change
+from hy_prfl.rollout.buffer import Rollout, RolloutBuffer, relative_change
 
 
 def make_rollout(number: int, *, with_images: bool = False) -> Rollout:

@@ -6,10 +6,10 @@ from diffusers import WanImageToVideoPipeline, WanPipeline
 from PIL import Image
 
 from hy_prfl.data.encoding import LatentEncoder
-from hy_prfl.inference.tiny_pipelines import save_pipeline
+from hy_prfl.inference.tiny_pipelines import build_pipeline
 from hy_prfl.models.conditioning import Conditioning
 from hy_prfl.models.loading import load_scheduler
-from hy_prfl.sampling import sample_latents
+from hy_prfl.rollout.sampling import sample_latents
 
 
 NUM_STEPS = 5
@@ -66,7 +66,8 @@ def test_whole_chain_equals_the_stock_image_to_video_pipeline(i2v_pipeline_dir: 
 
 def test_timesteps_that_all_tokens_share_are_given_once(tmp_path: Path) -> None:
     """Text-to-video of Wan2.2 TI2V 5B: the stock pipeline repeats the timestep for every token, which changes nothing."""
-    folder = save_pipeline(tmp_path / "5b", num_layers=3, expand_timesteps=True)
+    folder = tmp_path / "5b"
+    build_pipeline(num_layers=3, expand_timesteps=True).save_pretrained(folder)
     pipeline = WanPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     shapes = []
@@ -90,7 +91,8 @@ def test_timesteps_that_all_tokens_share_are_given_once(tmp_path: Path) -> None:
 
 def test_a_clean_first_frame_is_that_of_the_stock_pipeline(tmp_path: Path) -> None:
     """Image-to-video of Wan2.2 TI2V 5B: the image as first frame of the latents, its tokens at timestep 0."""
-    folder = save_pipeline(tmp_path / "5b", num_layers=3, expand_timesteps=True, image_to_video=True)
+    folder = tmp_path / "5b"
+    build_pipeline(num_layers=3, expand_timesteps=True, image_to_video=True).save_pretrained(folder)
     pipeline = WanImageToVideoPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     calls: list[dict[str, torch.Tensor]] = []

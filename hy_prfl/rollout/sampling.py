@@ -4,7 +4,7 @@ import torch
 from diffusers import UniPCMultistepScheduler
 from torch import nn
 
-from .models.conditioning import Conditioning, put_condition
+from ..models.conditioning import Conditioning, put_condition
 
 
 def predict_velocity(
@@ -50,7 +50,7 @@ def sample_latents(
         guidance_scale (`float`, defaults to 1.0):
             Scale of classifier-free guidance, 1 is none.
 
-        The other arguments are those of [`~hy_prfl.rollout.walk_with_gradient`].
+        The other arguments are those of [`~hy_prfl.rollout.chain.walk_with_gradient`].
 
     Returns:
         Clean latents `(batch_size, num_channels, num_frames, height, width)`, float32.

@@ -1,0 +1,1 @@
+"""The denoising chain: walked with the pipeline's own sampler, with gradient through chosen steps, stored for reuse."""
