@@ -162,6 +162,11 @@ class PipelineInfo:
         full = with_defaults(AutoencoderKLWan, config)
         return full["scale_factor_temporal"], full["scale_factor_spatial"], full["scale_factor_spatial"]
 
+    @property
+    def size_multiple(self) -> int:
+        """Number of pixels that divides height and width of its videos: a patch is 2 x 2 pixels of the latents."""
+        return 2 * self.vae_stride[1]
+
     def _transformer_config(self) -> Mapping[str, Any]:
         folder = EXPERT_FOLDERS["high_noise"]
         return WanTransformer3DModel.load_config(self.source, subfolder=folder, revision=self.revision)

@@ -48,7 +48,7 @@ def candidate_settings(config: GenerateConfig) -> CandidateSettings:
     )
 
 
-def check_reward_model(config: GenerateConfig) -> None:
+def check_reward_model(config: GenerateConfig, info: PipelineInfo) -> None:
     """
     Refuse a reward model that cannot score the pipeline's latents. Reads only configurations and the VAE.
 
@@ -57,7 +57,7 @@ def check_reward_model(config: GenerateConfig) -> None:
     """
     path, revision = config.pretrained_model_name_or_path, config.revision
     reward_config = _reward_config(config)
-    check_fits_generator(reward_config, PipelineInfo.read(path, revision).transformer, allow_other_base=True)
+    check_fits_generator(reward_config, info.transformer, allow_other_base=True)
     vae = AutoencoderKLWan.from_pretrained(path, subfolder="vae", revision=revision, variant=config.variant)
     check_same_vae(vae_fingerprint(vae), reward_config["vae_fingerprint"], source=path, of=REWARD_LATENTS)
 
@@ -168,7 +168,9 @@ def write_table(output_dir: Path, prompts: Sequence[VideoPrompt]) -> None:
     write_text(output_dir / TABLE, text.getvalue())
 
 
-def write_calibration(output_dir: Path, prompts: Sequence[VideoPrompt], config: GenerateConfig) -> dict[str, Any]:
+def write_calibration(
+    output_dir: Path, prompts: Sequence[VideoPrompt], config: GenerateConfig, info: PipelineInfo
+) -> dict[str, Any]:
     """
     Write `calibration.json`: how well each step's reward predicts the final one, and the cheapest `keep`.
 
@@ -186,7 +188,7 @@ def write_calibration(output_dir: Path, prompts: Sequence[VideoPrompt], config: 
         logits,
         final,
         num_inference_steps=config.num_inference_steps,
-        reward_cost=reward_cost(config),
+        reward_cost=reward_cost(config, info),
         num_final_timesteps=len(config.final_timesteps),
     )
     best = cheapest(front, config.calibrate_share)
@@ -203,12 +205,11 @@ def write_calibration(output_dir: Path, prompts: Sequence[VideoPrompt], config: 
     return found
 
 
-def reward_cost(config: GenerateConfig) -> float:
+def reward_cost(config: GenerateConfig, info: PipelineInfo) -> float:
     """Cost of a forward of the reward model in steps of the generator, estimated from their blocks."""
     reward_config = _reward_config(config)
-    transformer_config = PipelineInfo.read(config.pretrained_model_name_or_path, config.revision).transformer
     forwards = 2 if config.guidance_scale > 1 else 1
-    return _block_cost(reward_config) / _block_cost(transformer_config) / forwards
+    return _block_cost(reward_config) / _block_cost(info.transformer) / forwards
 
 
 def _block_cost(config: Mapping[str, Any]) -> float:

@@ -21,19 +21,15 @@ class CandidateJudge:
             Candidates that it takes at once.
 
     Attributes:
-        prompt_embeds, image_embeds (`torch.Tensor`, *optional*):
-            Embeddings of the generator, one row. To be set before the first call, `image_embeds` if there are any.
-        condition (`torch.Tensor`, *optional*):
-            Condition of the generator, the same row for each candidate.
+        conditioning (`Conditioning`, *optional*):
+            Conditioning of the generator, of one clip. To be set before the first call.
         num_forwards, num_backwards (`int`):
             Passes so far; a batch counts once for each candidate.
     """
 
     def __init__(self, reward_model: WanRewardModel, batch_size: int) -> None:
         self.reward_model, self.batch_size = reward_model, batch_size
-        self.prompt_embeds: torch.Tensor | None = None
-        self.image_embeds: torch.Tensor | None = None
-        self.condition: torch.Tensor | None = None
+        self.conditioning: Conditioning | None = None
         self.num_forwards = self.num_backwards = 0
 
     def guide(
@@ -56,21 +52,14 @@ class CandidateJudge:
 
     def _logits(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         """Logits of one batch of noisy latents."""
-        assert self.prompt_embeds is not None
-        count = len(latents)
-        times = timestep.to(latents.device).expand(count)
-        return self.reward_model(**self._conditioning(count).model_inputs(latents, times)).logits
+        times = timestep.to(latents.device).expand(len(latents))
+        return self.reward_model(**self._conditioning(latents).model_inputs(latents, times)).logits
 
-    def _conditioning(self, count: int) -> Conditioning:
-        """Conditioning of the reward model for `count` candidates."""
-        assert self.prompt_embeds is not None
-        dtype, images, condition = self.reward_model.dtype, self.image_embeds, self.condition
-        given = Conditioning(
-            self.prompt_embeds.to(dtype).expand(count, -1, -1),
-            None if images is None else images.to(dtype).repeat(count, 1, 1),
-            None if condition is None else condition[:1].expand(count, -1, -1, -1, -1),
-        )
-        return given.taken_by(self.reward_model.config)
+    def _conditioning(self, latents: torch.Tensor) -> Conditioning:
+        """Conditioning of the reward model for a batch of latents."""
+        assert self.conditioning is not None
+        taken = self.conditioning.taken_by(self.reward_model.config)
+        return taken.to(latents.device, self.reward_model.dtype).expand(len(latents))
 
     @torch.no_grad()
     def score(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
@@ -83,20 +72,18 @@ class CandidateJudge:
     @torch.no_grad()
     def score_clean(self, latents: torch.Tensor, timesteps: Sequence[float]) -> torch.Tensor:
         """Mean logit of finished latents at these noise levels, all of them with the same noise."""
-        assert self.prompt_embeds is not None
         total = torch.zeros(len(latents), device=latents.device)
         noise = row_noise("candidates", latents.shape[1:], seed=0).to(latents)
         with self._on(latents.device):
             for timestep in timesteps:
                 batches = []
                 for clean in latents.split(self.batch_size):
-                    count = len(clean)
                     logits = score_noised(
                         self.reward_model,
                         latents=clean,
                         noise=noise.expand_as(clean),
-                        sigmas=torch.full((count,), timestep / NUM_TRAIN_TIMESTEPS, device=clean.device),
-                        conditioning=self._conditioning(count),
+                        sigmas=torch.full((len(clean),), timestep / NUM_TRAIN_TIMESTEPS, device=clean.device),
+                        conditioning=self._conditioning(clean),
                     )
                     batches.append(logits)
                 total += torch.cat(batches)

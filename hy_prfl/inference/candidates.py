@@ -18,6 +18,7 @@ from ..compatibility import check_fits_generator
 from ..configs.base import check
 from ..configs.keep import check_keep
 from ..flow_matching import row_noise
+from ..models.conditioning import Conditioning
 from ..models.reward_model import WanRewardModel
 from .candidate_judge import CandidateJudge
 from .candidate_results import Candidate, Candidates
@@ -117,6 +118,8 @@ class _Search:
         self.decisions = {decision.step: decision.num_kept for decision in settings.keep}
         self.candidates = [Candidate(seed) for seed in seeds]
         self.alive = list(range(len(seeds)))
+        # The pipeline's condition, a row for each candidate in the batch.
+        self.condition: torch.Tensor | None = None
         self.clean: torch.Tensor | None = None
         self.step_index = 0
         self.num_forwards = 0
@@ -154,27 +157,29 @@ class _Search:
         if isinstance(prepared, torch.Tensor):
             return noise
         # The pipeline keeps this tensor to the end and concatenates it to the latents, so it has to shrink with them.
-        self.judge.condition = prepared[1].repeat(len(noise), 1, 1, 1, 1)
-        return noise, self.judge.condition, *prepared[2:]
+        self.condition = prepared[1]
+        self.resize_condition(len(noise))
+        return noise, self.condition, *prepared[2:]
 
     def forward(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A transformer's forward, in batches; text and image are one row for all candidates."""
         hidden_states, timestep = kwargs.pop("hidden_states"), kwargs.pop("timestep")
         text, image = kwargs.pop("encoder_hidden_states"), kwargs.pop("encoder_hidden_states_image", None)
-        if self.judge.prompt_embeds is None:
+        if self.judge.conditioning is None:
             # The first forward of a chain is that with the prompt; the one without follows.
-            self.judge.prompt_embeds, self.judge.image_embeds = text, image
+            condition = None if self.condition is None else self.condition[:1]
+            self.judge.conditioning = Conditioning(text, image, condition)
         size = self.settings.batch_size
         outputs = []
         for noisy, times in zip(hidden_states.split(size), timestep.split(size), strict=True):
-            images = {} if image is None else {"encoder_hidden_states_image": image.repeat(len(noisy), 1, 1)}
+            given = Conditioning(text, image).expand(len(noisy))
             outputs.append(
                 forward(
                     *args,
                     hidden_states=noisy,
                     timestep=times,
-                    encoder_hidden_states=text.repeat(len(noisy), 1, 1),
-                    **images,
+                    encoder_hidden_states=given.prompt_embeds,
+                    encoder_hidden_states_image=given.image_embeds,
                     **kwargs,
                 )[0]
             )
@@ -250,11 +255,13 @@ class _Search:
         select_state(self.pipeline.scheduler, rows, num_rows=len(latents))
         if self.clean is not None:
             self.clean = self.clean[list(rows)]
-        condition = self.judge.condition
-        if condition is not None:
-            # In place: the pipeline holds this very tensor. Its rows are all the same.
-            condition.data = condition.data[: len(rows)]
+        self.resize_condition(len(rows))
         return latents[list(rows)]
+
+    def resize_condition(self, num_rows: int) -> None:
+        """Give the condition another number of rows, in place: the pipeline holds this very tensor. All are the same."""
+        if self.condition is not None:
+            self.condition.data = self.condition.data[:1].expand(num_rows, -1, -1, -1, -1)
 
     def copy(self, latents: torch.Tensor, kept: Sequence[int], step: int) -> torch.Tensor:
         """
@@ -280,9 +287,7 @@ class _Search:
             self.candidates.append(Candidate(seed, copied_from=parent, copied_after=step))
         self.clean = None
         restart(self.pipeline.scheduler, self.step_index, latents.device)
-        condition = self.judge.condition
-        if condition is not None:
-            condition.data = condition.data.repeat(2, 1, 1, 1, 1)
+        self.resize_condition(len(self.alive))
         return torch.cat([latents, copies])
 
 

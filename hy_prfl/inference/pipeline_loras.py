@@ -36,13 +36,11 @@ def as_list(paths: str | Sequence[str] | None) -> list[str]:
     return [paths] if isinstance(paths, str) else list(paths)
 
 
-def check_options_fit(
-    pretrained_model_name_or_path: str, options: Mapping[str, Any], *, revision: str | None = None
-) -> None:
+def check_options_fit(info: PipelineInfo, options: Mapping[str, Any]) -> None:
     """Raise a `ValueError` if an option is for a second transformer and the pipeline has only one."""
-    if PipelineInfo.read(pretrained_model_name_or_path, revision).has_two_experts:
+    if info.has_two_experts:
         return
-    without = f"{pretrained_model_name_or_path}: model_index.json has no `transformer_2`"
+    without = f"{info.source}: model_index.json has no `transformer_2`"
     for name in (TRANSFORMER_OPTIONS["low_noise"], LORA_OPTIONS["low_noise"]):
         check(options.get(name) is None, name, options.get(name), f"left out, {without}")
     for path in as_list(options.get(LORA_OPTIONS["high_noise"])):

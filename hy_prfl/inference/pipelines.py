@@ -144,7 +144,7 @@ def load_pipeline(
         image_to_video=info.is_image_to_video,
     )
     given = {TRANSFORMER_OPTIONS["low_noise"]: transformer_2_path, LORA_OPTIONS["low_noise"]: lora_2_path}
-    check_options_fit(pretrained_model_name_or_path, {**given, "lora_path": lora_path}, revision=revision)
+    check_options_fit(info, {**given, "lora_path": lora_path})
     loras = {expert: [read_lora(path, expert) for path in paths] for expert, paths in lora_paths.items() if paths}
     if not lora_2_path and info.has_two_experts:
         warn_of_unnamed_experts(loras.get("high_noise", []))

@@ -1,9 +1,8 @@
 """Which sizes of video a pipeline can make, from its configuration alone."""
 
 from collections.abc import Iterable
-from typing import Any
 
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers import WanTransformer3DModel
 
 from ..formats.layout import EXPERT_FOLDERS, ExpertName
 from ..formats.pipeline_info import PipelineInfo
@@ -11,12 +10,11 @@ from ..runtime.context_parallel import check_divisible
 
 
 def check_split_fits(
-    pretrained_model_name_or_path: str,
+    info: PipelineInfo,
     degree: int,
     shapes: Iterable[tuple[int, int, int]],
     *,
     ring_degree: int = 1,
-    revision: str | None = None,
     transformer_path: str | None = None,
     transformer_2_path: str | None = None,
 ) -> None:
@@ -24,6 +22,8 @@ def check_split_fits(
     Refuse videos whose tokens, or transformers whose heads, cannot be divided among the processes of a video.
 
     Args:
+        info (`PipelineInfo`):
+            The pipeline.
         degree (`int`):
             Processes that make a video together.
         ring_degree (`int`, defaults to 1):
@@ -34,18 +34,17 @@ def check_split_fits(
     Raises:
         ValueError: If they cannot; names the shape of the latents, or the heads, and the degrees that would fit.
     """
-    path = pretrained_model_name_or_path
-    vae = _vae_config(path, revision)
-    spatial, temporal = vae["scale_factor_spatial"], vae["scale_factor_temporal"]
+    stride, num_channels = info.vae_stride, info.transformer["out_channels"]
     latents = [
-        (vae["z_dim"], (num_frames - 1) // temporal + 1, height // spatial, width // spatial)
+        (num_channels, (num_frames - 1) // stride[0] + 1, height // stride[1], width // stride[2])
         for num_frames, height, width in shapes
     ]
     tuned: dict[ExpertName, str | None] = {"high_noise": transformer_path, "low_noise": transformer_2_path}
-    if not PipelineInfo.read(path, revision).has_two_experts:
+    if not info.has_two_experts:
         del tuned["low_noise"]
     for expert, replacement in tuned.items():
-        model = (path, EXPERT_FOLDERS[expert], revision) if replacement is None else (replacement, None, None)
+        own = (info.source, EXPERT_FOLDERS[expert], info.revision)
+        model = own if replacement is None else (replacement, None, None)
         config = WanTransformer3DModel.load_config(model[0], subfolder=model[1], revision=model[2])
         heads, patch_size = config["num_attention_heads"], config["patch_size"]
         check_divisible(
@@ -56,14 +55,3 @@ def check_split_fits(
             source=f"'{model[0]}'",
             ring_degree=ring_degree,
         )
-
-
-def size_multiple(pretrained_model_name_or_path: str, revision: str | None = None) -> int:
-    """Number of pixels that divides height and width of a pipeline's videos, by its configuration."""
-    return 2 * int(_vae_config(pretrained_model_name_or_path, revision)["scale_factor_spatial"])
-
-
-def _vae_config(path: str, revision: str | None) -> dict[str, Any]:
-    """Configuration of a pipeline's VAE, with the values that Wan2.1's leaves out."""
-    config = AutoencoderKLWan.load_config(path, subfolder="vae", revision=revision)
-    return {"scale_factor_spatial": 8, "scale_factor_temporal": 4, "z_dim": 16, **config}

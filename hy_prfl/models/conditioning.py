@@ -79,6 +79,36 @@ class Conditioning:
             None if condition is None else condition.to(device, torch.float32),
         )
 
+    def expand(self, batch_size: int) -> "Conditioning":
+        """
+        The conditioning of one clip, for each clip of a batch.
+
+        The rows are copied. torch multiplies views of one row with another rounding, so that a batch would not get what the
+        clip alone gets.
+
+        Args:
+            batch_size (`int`):
+                Number of clips of the batch.
+
+        Returns:
+            `prompt_embeds` `(batch_size, max_sequence_length, text_dim)`, `image_embeds` `(batch_size * num_images,
+            num_image_tokens, image_dim)` with one or two images for each clip, the two of a clip consecutive, and
+            `condition` `(batch_size, ...)`.
+
+        Raises:
+            ValueError: If it is the conditioning of several clips, and not of `batch_size`.
+        """
+        count, images, condition = len(self.prompt_embeds), self.image_embeds, self.condition
+        if count == batch_size:
+            return self
+        if count != 1 or batch_size < 1:
+            raise ValueError(f"`batch_size` must be {count}, the clips of this conditioning, got {batch_size}.")
+        return Conditioning(
+            self.prompt_embeds.repeat(batch_size, 1, 1),
+            None if images is None else images.repeat(batch_size, 1, 1),
+            None if condition is None else condition.repeat(batch_size, 1, 1, 1, 1),
+        )
+
     def model_inputs(self, latents: torch.Tensor, timestep: torch.Tensor) -> dict[str, torch.Tensor | None]:
         """
         Keyword arguments, by diffusers' names, with which a transformer or a reward model is called on noisy latents.

@@ -128,11 +128,6 @@ class Experts:
         return first, last
 
 
-def read_experts(pretrained_model_name_or_path: str, expert: str | None, *, revision: str | None = None) -> Experts:
-    """[`choose_experts`] for a pipeline on disk or on the Hub."""
-    return choose_experts(PipelineInfo.read(pretrained_model_name_or_path, revision), expert)
-
-
 def choose_experts(info: PipelineInfo, expert: str | None) -> Experts:
     """
     The experts of a pipeline, and which of them an option selects for training.

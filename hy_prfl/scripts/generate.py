@@ -11,7 +11,7 @@ import dataclasses
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..configs.base import check, save_config
 from ..configs.generate import NEGATIVE_PROMPTS, GenerateConfig
@@ -20,6 +20,9 @@ from ..configs.outputs import check_output_folders
 from ..configs.parser import parse_config
 from .running import run
 
+
+if TYPE_CHECKING:
+    from ..formats.pipeline_info import PipelineInfo
 
 # Options that a video depends on, besides its prompt and `VideoSettings`.
 MODEL_OPTIONS = ("lora_scale", "dtype", "flow_shift", "step_cache", "step_cache_threshold", "step_cache_interval")
@@ -64,7 +67,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     from ..inference.generation import generate_video, generate_videos, pending_videos, video_size, write_manifest
     from ..inference.pipelines import load_pipeline
     from ..inference.video_files import VideoSettings
-    from ..inference.video_sizes import size_multiple
     from ..models.loading import load_reward_model
     from ..runtime.context_parallel import ContextParallelGroup
     from ..runtime.distributed import SHARED_WORK_TIMEOUT, from_main_process, process_state
@@ -82,8 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         check_seed_is_kept(config, output_dir)
     prompts = read_prompts(config.prompts, seed=config.seed or 0, num_videos_per_prompt=config.num_videos_per_prompt)
-    location = (config.pretrained_model_name_or_path, config.revision)
-    info = PipelineInfo.read(*location)
+    info = PipelineInfo.read(config.pretrained_model_name_or_path, config.revision)
     check_prompts(prompts, image_to_video=info.is_image_to_video, last_image=info.last_image)
     fits = info.is_image_to_video or config.image_fit == "crop"
     check(fits, "image_fit", config.image_fit, "crop for a text-to-video pipeline, which takes no images")
@@ -91,18 +92,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = VideoSettings(**{name: getattr(config, name) for name in VideoSettings.__dataclass_fields__})
     negative = NEGATIVE_PROMPTS.get(config.negative_prompt or "", config.negative_prompt)
     settings = dataclasses.replace(settings, negative_prompt=negative)
-    identity = model_identity(config)
+    identity = model_identity(config, info)
     if config.reward_model is not None:
         candidate_files.check_seeds(prompts, config.num_candidates)
-        candidate_files.check_reward_model(config)
+        candidate_files.check_reward_model(config, info)
         identity |= {name: getattr(config, name) for name in CANDIDATE_OPTIONS}
         identity["reward_model"] = path_identity(config.reward_model)
     pending = from_main_process(
         pending_videos(prompts, output_dir, settings, model_identity=identity, overwrite=config.overwrite)
     )
     if pending:
-        multiple = size_multiple(*location)
-        check_processes(config, {video_size(prompt, settings, multiple) for prompt in pending})
+        sizes = {video_size(prompt, settings, info.size_multiple) for prompt in pending}
+        check_processes(config, info, sizes)
         context_parallel = (
             ContextParallelGroup(degree, SHARED_WORK_TIMEOUT, config.ring_degree) if degree > 1 else None
         )
@@ -164,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if config.reward_model is not None:
             candidate_files.write_table(output_dir, prompts)
         if config.calibrate:
-            found = candidate_files.write_calibration(output_dir, prompts, config)
+            found = candidate_files.write_calibration(output_dir, prompts, config, info)
             schedule = "best-of-N, without --keep," if found["keep"] is None else f"--keep {found['keep']}"
             print(
                 f"{schedule} keeps {found['share']:.0%} of the gain of best of {config.num_candidates}, at "
@@ -173,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{len(pending)} videos generated, {len(prompts) - len(pending)} were there already: {output_dir}")
 
 
-def model_identity(config: GenerateConfig) -> dict[str, Any]:
+def model_identity(config: GenerateConfig, info: "PipelineInfo") -> dict[str, Any]:
     """
     Everything that a video depends on besides its prompt and its settings, for its record.
 
@@ -188,7 +189,7 @@ def model_identity(config: GenerateConfig) -> dict[str, Any]:
     identity |= {name: getattr(config, name) for name in NEWER_OPTIONS if getattr(config, name) is not None}
     paths = {name: getattr(config, name) for name in MODEL_PATHS}
     paths |= {name: getattr(config, name) for name in EXPERT_PATHS if getattr(config, name) is not None}
-    check_options_fit(config.pretrained_model_name_or_path, paths, revision=config.revision)
+    check_options_fit(info, paths)
     for expert, option in LORA_OPTIONS.items():
         # Identify the weight file itself: a training run's folder holds other files, which keep changing.
         found = [find_lora_weights(path, expert) for path in as_list(paths.get(option))]
@@ -201,7 +202,7 @@ def model_identity(config: GenerateConfig) -> dict[str, Any]:
     }
 
 
-def check_processes(config: GenerateConfig, sizes: set[tuple[int, int]]) -> None:
+def check_processes(config: GenerateConfig, info: "PipelineInfo", sizes: set[tuple[int, int]]) -> None:
     """
     Refuse an attention kernel that does not work on this machine, and video sizes that the processes cannot divide evenly.
 
@@ -217,11 +218,10 @@ def check_processes(config: GenerateConfig, sizes: set[tuple[int, int]]) -> None
 
     if config.context_parallel_degree > 1:
         check_split_fits(
-            config.pretrained_model_name_or_path,
+            info,
             config.context_parallel_degree,
             {(config.num_frames, *size) for size in sizes},
             ring_degree=config.ring_degree,
-            revision=config.revision,
             transformer_path=config.transformer_path,
             transformer_2_path=config.transformer_2_path,
         )

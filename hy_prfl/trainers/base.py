@@ -21,7 +21,6 @@ from ..data.collators import LatentBatch
 from ..data.dataset import latent_shapes, rows_digest
 from ..flow_matching import make_generator, noise_levels, sample_noise
 from ..formats.checkpoints import AVERAGE_FOLDER, abandon
-from ..formats.pipeline_info import PipelineInfo
 from ..formats.training_state import save_checkpoint
 from ..runtime.context_parallel import check_divisible
 from ..runtime.distributed import any_rank, mean_over_ranks
@@ -55,17 +54,16 @@ def check_named(config: TrainingConfig, **datasets: Dataset | Sequence[Dataset] 
         check(len(names_in(name)) == number, option, name, requirement)
 
 
-def check_dataset(config: TrainingConfig, dataset: Dataset, source: str, model_config: Mapping[str, Any]) -> None:
+def check_dataset(run: Run, dataset: Dataset, source: str, model_config: Mapping[str, Any]) -> None:
     """
     Refuse rows that the model cannot take, or whose tokens cannot be divided among the ranks that share a clip.
 
     Raises:
         ValueError: If a row does not fit; names `source`, and the row or the option.
     """
-    info = PipelineInfo.read(config.pretrained_model_name_or_path, config.revision)
-    check_rows_fit(dataset, source, model_config, takes_first_frame=info.takes_first_frame)
+    check_rows_fit(dataset, source, model_config, takes_first_frame=run.pipeline.takes_first_frame)
     check_divisible(
-        config.context_parallel_degree,
+        run.config.context_parallel_degree,
         num_heads=model_config["num_attention_heads"],
         patch_size=model_config["patch_size"],
         shapes=latent_shapes(dataset),

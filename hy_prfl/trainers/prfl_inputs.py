@@ -16,7 +16,7 @@ from ..data.dataset import load_latent_dataset, single_value
 from ..data.encoding import vae_fingerprint
 from ..flow_matching import noise_levels
 from ..formats.layout import EXPERT_FOLDERS, ExpertName
-from ..models.experts import Experts, read_experts
+from ..models.experts import Experts, choose_experts
 from ..models.loading import (
     Deferred,
     empty_transformer,
@@ -80,7 +80,7 @@ def open_models(config: PRFLTrainingConfig, run: Run) -> dict[str, Any]:
         ValueError: If a dataset or the reward model is of another VAE than the pipeline's.
     """
     path, revision, device = config.pretrained_model_name_or_path, config.revision, run.accelerator.device
-    experts = read_experts(path, config.expert, revision=revision)
+    experts = choose_experts(run.pipeline, config.expert)
     vae = AutoencoderKLWan.from_pretrained(path, subfolder="vae", revision=revision, variant=config.variant)
     fingerprint = vae_fingerprint(vae)
 
@@ -215,6 +215,7 @@ def load_frozen(transformer: AnyTransformer, run: Run) -> WanTransformer3DModel:
 
 def check_reward_models(
     config: PRFLTrainingConfig,
+    run: Run,
     reward_configs: Sequence[Mapping[str, Any]],
     generator_configs: Sequence[Mapping[str, Any]],
     datasets: Mapping[str, Dataset],
@@ -252,7 +253,7 @@ def check_reward_models(
         fingerprint = fingerprint or single_value(dataset, "vae_fingerprint", dataset_name)
         check_vae(dataset, dataset_name, fingerprint)
         for reward_config in reward_configs:
-            check_dataset(config, dataset, dataset_name, reward_config)
+            check_dataset(run, dataset, dataset_name, reward_config)
 
 
 def find_step_range(

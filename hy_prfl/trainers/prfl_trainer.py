@@ -17,7 +17,7 @@ from ..formats.checkpoints import BEST_FOLDER, PRFL_RESULTS, read_state
 from ..formats.layout import ExpertName
 from ..losses import flow_matching_loss
 from ..models.conditioning import Conditioning, num_clean_frames
-from ..models.experts import read_experts
+from ..models.experts import choose_experts
 from ..models.loading import load_scheduler
 from ..models.trainable import adapters_off
 from ..rollout.buffer import Rollout, StoredState, relative_change
@@ -129,7 +129,7 @@ class PRFLTrainer(Trainer):
         self.num_backwards = config.num_backwards
         self.uses_flow_matching = config.update_schedule != "reward"
         self.uses_reward = config.update_schedule != "flow_matching"
-        self.experts = read_experts(path, config.expert, revision=revision)
+        self.experts = choose_experts(run.pipeline, config.expert)
         # Found out now: a local path may be gone when the result is saved.
         self.base_on_hub = not Path(path).exists()
         self.datasets = PRFLDatasets(
@@ -150,7 +150,7 @@ class PRFLTrainer(Trainer):
         given_judges = list(reward_model) if isinstance(reward_model, Sequence) else [reward_model]
         generator_configs = [given[expert].config for expert in self.experts.trained]
         check_reward_models(
-            config, [each.config for each in given_judges], generator_configs, self.datasets.by_source()
+            config, run, [each.config for each in given_judges], generator_configs, self.datasets.by_source()
         )
         check_monitor_models(
             config,

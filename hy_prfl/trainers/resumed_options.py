@@ -178,6 +178,21 @@ RULES: dict[type[TrainingConfig], dict[str, Rule]] = {
     PRFLTrainingConfig: PRFL_RULES,
 }
 
+# Options of PRFL that have an effect together. Those of the sampler and of the scores: in reward updates and validations.
+SAMPLING_OPTIONS = ("num_inference_steps", "sampler_flow_shift", "reward_model", "reward_models")
+SCORING_OPTIONS = ("reward_weights", "reward_combination", "reward_disagreement")
+REUSE_OPTIONS = ("rollout_buffer_size", "rollout_states", "max_rollout_staleness")
+REWARD_UPDATE_OPTIONS = (
+    "prompt_dataset", "reward_loss", "reward_scale", "reward_target", "anchor_scale", "divide_by_step_width", "step_range",
+    "num_gradient_steps", "num_chained_steps", "stop_input_gradient", "reward_at", "foreseen_levels", "rollout_interval",
+    *REUSE_OPTIONS, "rollout_cache_interval", "rerun_gradient_step", "reward_gradient_checkpointing_blocks",
+    "rollout_attention_backend",
+)  # fmt: skip
+VALIDATION_OPTIONS = (
+    "num_validation_samples", "validation_timesteps", "validation_guidance_scale", "validation_videos", "validation_fps",
+    "vae_tiling", "validation_seed", "monitor_reward_models", "on_hacking",
+)  # fmt: skip
+
 
 class Change(NamedTuple):
     """An option whose value has changed since the checkpoint, and the effect."""
@@ -256,10 +271,22 @@ def without_effect(config: TrainingConfig, engine: str) -> dict[str, str]:
         (config.lr_scheduler != "polynomial", f"`lr_scheduler` is {config.lr_scheduler}", ("lr_power",)),
         (config.weighting_scheme == "uniform", "`weighting_scheme` is uniform", ("logit_mean", "logit_std")),
         (config.lora_rank is None, "there is no adapter", ("lora_alpha", "lora_dropout", "lora_target_modules")),
+        (config.lora_rank is None, "there is no adapter", ("base_quantization",)),
+        (
+            not config.gradient_checkpointing,
+            "`gradient_checkpointing` is off",
+            ("gradient_checkpointing_blocks", "offload_activations"),
+        ),
+        (config.checkpoints_total_limit is None, "all checkpoints are kept", ("delete_checkpoints_first",)),
         (not config.use_ema, "no average is kept", ("ema_decay",)),
         (config.validation_dataset is None, "there is no `validation_dataset`", ("validation_steps",)),
         (Path(pipeline).is_dir(), f"`pretrained_model_name_or_path` is the folder '{pipeline}'", ("revision",)),
         (not set(config.report_to) - {"none"}, "`report_to` names no tracker", ("tracker_project_name",)),
+        (
+            not config.push_to_hub,
+            "`push_to_hub` is off",
+            ("hub_model_id", "hub_private_repo", "hub_push_checkpoints"),
+        ),
     ]
     if isinstance(config, RewardTrainingConfig):
         from_reward_model = config.reward_model is not None
@@ -276,30 +303,42 @@ def without_effect(config: TrainingConfig, engine: str) -> dict[str, str]:
             ),
         ]
     elif isinstance(config, PRFLTrainingConfig):
-        no_reward = config.update_schedule == "flow_matching"
-        reward_options = ("prompt_dataset", "reward_loss", "reward_scale", "reward_target", "divide_by_step_width")
-        validation_options = ("num_validation_samples", "validation_timesteps", "validation_guidance_scale")
-        # Without rewards, only samples are made by the sampler, and only they are scored.
-        sampling_options = ("num_inference_steps", "sampler_flow_shift", "reward_model", "reward_models")
-        scoring_options = ("reward_weights", "reward_combination", "reward_disagreement")
+        no_reward, no_validation = config.update_schedule == "flow_matching", config.validation_dataset is None
+        is_one, combination = len(config.reward_sources) == 1, config.reward_combination
         cases += [
             (
-                no_reward and config.validation_dataset is None,
-                "`update_schedule` is flow_matching, and there is no `validation_dataset`",
-                (*sampling_options, *scoring_options),
+                config.expert not in ("high_noise", "low_noise"),
+                "no expert is frozen",
+                ("shard_frozen_expert", "frozen_expert_quantization"),
             ),
+            (config.reward_models is None, "there is one `reward_model`", SCORING_OPTIONS),
+            (is_one, "there is one reward model", ("reward_disagreement",)),
+            # In a product the weight of a single model is still its exponent.
+            (is_one and combination != "product", "there is one reward model", ("reward_weights",)),
+            (combination == "min", "`reward_combination` is min", ("reward_weights",)),
+            (combination != "mean", f"`reward_combination` is {combination}", ("reward_disagreement",)),
+            (
+                no_reward and no_validation,
+                "`update_schedule` is flow_matching, and there is no `validation_dataset`",
+                (*SAMPLING_OPTIONS, *SCORING_OPTIONS),
+            ),
+            (config.lora_rank is None, "there is no adapter", ("anchor_scale",)),
             (config.reward_loss != "sigmoid", f"`reward_loss` is {config.reward_loss}", ("reward_target",)),
-            (no_reward, "`update_schedule` is flow_matching", (*reward_options, "step_range")),
+            (config.num_chained_steps == 1, "`num_chained_steps` is 1", ("stop_input_gradient",)),
+            (config.reward_at == "next", "`reward_at` is next", ("foreseen_levels",)),
+            (config.rollout_interval == 1, "`rollout_interval` is 1", REUSE_OPTIONS),
+            (
+                not config.gradient_checkpointing,
+                "`gradient_checkpointing` is off",
+                ("reward_gradient_checkpointing_blocks",),
+            ),
+            (no_reward, "`update_schedule` is flow_matching", REWARD_UPDATE_OPTIONS),
             (
                 config.update_schedule == "reward",
                 "`update_schedule` is reward",
                 ("weighting_scheme", "flow_shift", "logit_mean", "logit_std"),
             ),
             (not config.validation_videos, "`validation_videos` is off", ("validation_fps", "vae_tiling")),
-            (
-                config.validation_dataset is None,
-                "there is no `validation_dataset`",
-                (*validation_options, "validation_videos", "validation_fps", "vae_tiling", "validation_seed"),
-            ),
+            (no_validation, "there is no `validation_dataset`", VALIDATION_OPTIONS),
         ]
     return {name: reason for is_so, reason, names in cases if is_so for name in names}

@@ -25,7 +25,7 @@ from ..formats.layout import EXPERT_FOLDERS, ExpertName
 from ..formats.model_files import merge_adapter, save_pretrained
 from ..losses import binary_reward_loss, bradley_terry_loss
 from ..models.conditioning import Conditioning
-from ..models.experts import read_experts
+from ..models.experts import choose_experts
 from ..models.loading import (
     Deferred,
     WeightFiles,
@@ -116,7 +116,7 @@ class RewardTrainer(Trainer):
             if not fingerprint:
                 fingerprint, owner = single_value(dataset, "vae_fingerprint", source), source
             check_vae(dataset, source, fingerprint, of=owner)
-            check_dataset(config, dataset, source, reward_model.config)
+            check_dataset(run, dataset, source, reward_model.config)
         model = loaded(reward_model)
         model.register_to_config(task=config.task, vae_fingerprint=fingerprint)
         select_trainable(model, config, dtype=run.trained_dtype)
@@ -331,7 +331,7 @@ def _deferred_model(config: RewardTrainingConfig, run: Run, vae_fingerprint: str
         )
         return Deferred({**reward_config, "vae_fingerprint": vae_fingerprint}, load)
     path, revision = config.pretrained_model_name_or_path, config.revision
-    (trained,) = read_experts(path, config.expert, revision=revision).trained
+    (trained,) = choose_experts(run.pipeline, config.expert).trained
     subfolder = EXPERT_FOLDERS[trained]
     base = empty_transformer(path, subfolder=subfolder, revision=revision)
     start = _read_start(config, base, trained)

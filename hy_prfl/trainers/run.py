@@ -1,7 +1,7 @@
 """What a run sets up before any model: its folder, checkpoint, processes, precision and reports."""
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import nn
 from ..configs.base import TrainingConfig, check
 from ..data.encoding import vae_fingerprint
 from ..formats.checkpoints import find_checkpoint
+from ..formats.pipeline_info import PipelineInfo
 from ..runtime.activation_checkpointing import checkpoint_activations
 from ..runtime.attention import check_attention_backend, set_attention_backend
 from ..runtime.context_parallel import ContextParallelGroup
@@ -92,6 +93,11 @@ class Run:
             reason = f"left out under {self.engine}, which casts and shards weights"
             check(is_whole or kind is None, option, kind, reason)
             check_quantization(option, kind, device=self.accelerator.device)
+
+    @cached_property
+    def pipeline(self) -> PipelineInfo:
+        """The pipeline that `pretrained_model_name_or_path` names, read once for the whole run."""
+        return PipelineInfo.read(self.config.pretrained_model_name_or_path, self.config.revision)
 
     @property
     def engine(self) -> str:

@@ -28,6 +28,7 @@ def test_parts_are_read_as_their_classes_read_them(pipeline_dir: Path, expert_pi
     assert {"image_dim", "num_layers", "pos_embed_seq_len"} <= set(info.transformer)
     vae = AutoencoderKLWan.from_pretrained(pipeline_dir, subfolder="vae").config
     assert info.vae_stride == (vae.scale_factor_temporal, vae.scale_factor_spatial, vae.scale_factor_spatial)
+    assert info.size_multiple == 2 * vae.scale_factor_spatial == 16
     assert (info.has_two_experts, info.boundary_ratio) == (False, None)
     assert PipelineInfo.read(str(expert_pipeline_dir)).has_two_experts
     assert PipelineInfo.read(str(expert_pipeline_dir)).boundary_ratio == 0.875

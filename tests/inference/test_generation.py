@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from hy_prfl.data.manifest import read_manifest
 from hy_prfl.data.prompts import VideoPrompt
 from hy_prfl.data.video import read_video
+from hy_prfl.formats.pipeline_info import PipelineInfo
 from hy_prfl.inference.generation import (
     decode_latents,
     generate_video,
@@ -426,4 +427,4 @@ class TestTwoExperts:
     def test_options_of_a_second_transformer_need_one(self, pipeline_dir: Path) -> None:
         options = {"transformer_2_path": None, "lora_2_path": "somewhere"}
         with pytest.raises(ValueError, match=r"`lora_2_path` must be left out, .*has no `transformer_2`"):
-            check_options_fit(str(pipeline_dir), options)
+            check_options_fit(PipelineInfo.read(str(pipeline_dir)), options)

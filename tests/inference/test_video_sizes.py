@@ -2,12 +2,13 @@ from pathlib import Path
 
 import pytest
 
-from hy_prfl.inference.video_sizes import check_split_fits, size_multiple
+from hy_prfl.formats.pipeline_info import PipelineInfo
+from hy_prfl.inference.video_sizes import check_split_fits
 
 
 def test_what_divides(pipeline_dir: Path, expert_pipeline_dir: Path) -> None:
     for folder in (pipeline_dir, expert_pipeline_dir):
-        check_split_fits(str(folder), 2, [(5, 32, 64), (9, 32, 32)])
+        check_split_fits(PipelineInfo.read(str(folder)), 2, [(5, 32, 64), (9, 32, 32)])
 
 
 @pytest.mark.parametrize(
@@ -19,8 +20,4 @@ def test_what_divides(pipeline_dir: Path, expert_pipeline_dir: Path) -> None:
 )
 def test_what_does_not(pipeline_dir: Path, degree: int, shape: tuple[int, int, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        check_split_fits(str(pipeline_dir), degree, [shape])
-
-
-def test_multiple_of_sides(pipeline_dir: Path) -> None:
-    assert size_multiple(str(pipeline_dir)) == 16
+        check_split_fits(PipelineInfo.read(str(pipeline_dir)), degree, [shape])

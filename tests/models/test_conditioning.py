@@ -70,6 +70,40 @@ def test_what_a_model_has_no_input_for_is_left_out(
     assert (nothing.image_embeds, nothing.condition) == (None, None)
 
 
+@pytest.mark.parametrize("num_images", [0, 1, 2])
+@pytest.mark.parametrize("channels", [None, 20, 16])
+def test_one_clip_for_a_batch(num_images: int, channels: int | None) -> None:
+    """The same rows as by hand, copied; the two images of a clip (FLF2V) stay together."""
+    prompt, condition = torch.randn(1, 7, 32), None if channels is None else torch.randn(1, channels, 3, 4, 6)
+    images = torch.randn(num_images, 5, 32) if num_images else None
+    given = Conditioning(prompt, images, condition).expand(3)
+    assert torch.equal(given.prompt_embeds, prompt.repeat_interleave(3, dim=0))
+    # A view of one row would be multiplied with another rounding.
+    assert given.prompt_embeds.is_contiguous()
+    if images is None:
+        assert given.image_embeds is None
+    else:
+        assert torch.equal(given.image_embeds, torch.cat([images, images, images]))  # type: ignore[arg-type]
+    if condition is None:
+        assert given.condition is None
+    else:
+        assert torch.equal(given.condition, condition.repeat_interleave(3, dim=0))  # type: ignore[arg-type]
+        inputs = given.model_inputs(torch.randn(3, 16, 3, 4, 6), torch.tensor([900.0, 3.0, 5.0]))
+        assert inputs["hidden_states"].shape[0] == 3
+
+
+def test_a_batch_is_not_expanded_to_another_size() -> None:
+    given = Conditioning(torch.randn(2, 7, 32), condition=torch.randn(2, 20, 3, 4, 6))
+    assert given.expand(2) is given
+    for batch_size in (1, 4):
+        with pytest.raises(
+            ValueError, match=f"`batch_size` must be 2, the clips of this conditioning, got {batch_size}"
+        ):
+            given.expand(batch_size)
+    with pytest.raises(ValueError, match="got 0"):
+        Conditioning(torch.randn(1, 7, 32)).expand(0)
+
+
 @pytest.fixture(scope="module")
 def transformer() -> WanTransformer3DModel:
     return build_pipeline(expand_timesteps=True, num_layers=3).transformer

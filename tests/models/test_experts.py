@@ -7,9 +7,10 @@ import torch
 from diffusers import WanImageToVideoPipeline, WanPipeline
 from PIL import Image
 
+from hy_prfl.formats.pipeline_info import PipelineInfo
 from hy_prfl.inference.tiny_pipelines import build_pipeline
 from hy_prfl.models.conditioning import Conditioning
-from hy_prfl.models.experts import ExpertPair, Experts, PairWeights, read_experts
+from hy_prfl.models.experts import ExpertPair, Experts, PairWeights, choose_experts
 from hy_prfl.models.loading import load_scheduler
 from hy_prfl.rollout.chain import walk_with_gradient
 from hy_prfl.rollout.sampling import sample_latents
@@ -18,26 +19,26 @@ from hy_prfl.rollout.sampling import sample_latents
 EXPERTS = Experts(875.0, ("high_noise", "low_noise"))
 
 
-def edit_index(folder: Path, target: Path, **values: Any) -> str:
+def edit_index(folder: Path, target: Path, **values: Any) -> PipelineInfo:
     """Copy a pipeline's model_index.json, with some entries changed."""
     target.mkdir()
     index = json.loads((folder / "model_index.json").read_text()) | values
     (target / "model_index.json").write_text(json.dumps(index))
-    return str(target)
+    return PipelineInfo.read(str(target))
 
 
 def test_the_option_must_fit_the_pipeline(pipeline_dir: Path, expert_pipeline_dir: Path, tmp_path: Path) -> None:
-    assert read_experts(str(pipeline_dir), None) == Experts(0.0, ("high_noise",))
-    assert read_experts(str(expert_pipeline_dir), "low_noise") == Experts(875.0, ("low_noise",))
-    assert read_experts(str(expert_pipeline_dir), "both") == EXPERTS
+    assert choose_experts(PipelineInfo.read(str(pipeline_dir)), None) == Experts(0.0, ("high_noise",))
+    assert choose_experts(PipelineInfo.read(str(expert_pipeline_dir)), "low_noise") == Experts(875.0, ("low_noise",))
+    assert choose_experts(PipelineInfo.read(str(expert_pipeline_dir)), "both") == EXPERTS
     with pytest.raises(ValueError, match=r"`expert` must be left out, .*model_index.json has one transformer"):
-        read_experts(str(pipeline_dir), "high_noise")
+        choose_experts(PipelineInfo.read(str(pipeline_dir)), "high_noise")
     with pytest.raises(ValueError, match=r"`expert` must be high_noise, low_noise or both, .*got None"):
-        read_experts(str(expert_pipeline_dir), None)
+        choose_experts(PipelineInfo.read(str(expert_pipeline_dir)), None)
     with pytest.raises(ValueError, match=r"model_index.json: .*`boundary_ratio` is None, not in \(0, 1\)"):
-        read_experts(edit_index(expert_pipeline_dir, tmp_path / "a", boundary_ratio=None), "both")
+        choose_experts(edit_index(expert_pipeline_dir, tmp_path / "a", boundary_ratio=None), "both")
     with pytest.raises(ValueError, match=r"`boundary_ratio` is 0.9, but there is no `transformer_2`"):
-        read_experts(edit_index(pipeline_dir, tmp_path / "b", boundary_ratio=0.9), None)
+        choose_experts(edit_index(pipeline_dir, tmp_path / "b", boundary_ratio=0.9), None)
 
 
 @pytest.mark.parametrize("image_to_video", [False, True])
