@@ -156,9 +156,9 @@ ROUNDS = (
 )
 # After the last round, on reward models that learn from the labels of all seeds' rounds; an ensemble of all seeds'.
 POOLED_ARMS = {
-    "pooled_ensemble": Arm(ENSEMBLE, num_steps=160, scale=HARD, ensemble=True),
-    "pooled_ensemble_harder": Arm(ENSEMBLE, num_steps=160, scale=HARDER, ensemble=True),
-    "pooled_curated": Arm(ENSEMBLE, clips="good", num_steps=160, scale=HARD, ensemble=True),
+    "pooled_ensemble": Arm(ENSEMBLE, num_steps=160, scale=HARDER, ensemble=True),
+    "pooled_anchored": Arm([*ENSEMBLE, *ANCHORED], num_steps=160, scale=HARDER, ensemble=True),
+    "pooled_curated": Arm([*ENSEMBLE, *ANCHORED], clips="good", num_steps=160, scale=HARD, ensemble=True),
 }
 NUM_POOLED_UPDATES = 2000
 
