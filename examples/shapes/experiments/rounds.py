@@ -160,6 +160,11 @@ POOLED_ARMS = {
     "pooled_anchored": Arm([*ENSEMBLE, *ANCHORED], num_steps=160, scale=HARDER, ensemble=True),
     "pooled_curated": Arm([*ENSEMBLE, *ANCHORED], clips="good", num_steps=160, scale=HARD, ensemble=True),
 }
+# The same, on an ensemble of the seed's own: the pooled one and those of all its rounds.
+ALL_ARMS = {
+    "all_anchored": Arm([*ENSEMBLE, "--anchor_scale", "2"], num_steps=160, scale=HARDER, ensemble=True),
+    "all_curated": Arm([*ENSEMBLE, *ANCHORED], clips="good", num_steps=160, scale=HARD, ensemble=True),
+}
 NUM_POOLED_UPDATES = 2000
 
 
@@ -354,22 +359,25 @@ def train_pooled(config: RoundsConfig, seed: int) -> None:
 
 
 def climb_pooled(config: RoundsConfig, seed: int) -> None:
-    """Tune the generator of one seed on the reward models of all."""
+    """Tune the generator of one seed on the pooled reward models, and on its own together with those of its rounds."""
     root = Path(config.output_dir)
     for name, arm in POOLED_ARMS.items():
         tune_and_judge(root, name, arm, seed, [pooled_reward_model(root, each) for each in config.seeds])
+    for name, arm in ALL_ARMS.items():
+        models = [pooled_reward_model(root, seed), *reward_models_of(root, arm, len(ROUNDS), seed)]
+        tune_and_judge(root, name, arm, seed, models)
 
 
 def summarize(root: Path, seeds: Sequence[int]) -> dict[str, Any]:
     """Verdicts after each round, and what the reward models see of the videos of each round."""
     names = {name: number for number, each in enumerate(ROUNDS) for name in each.climbs}
     names |= {name: number for number, each in enumerate(ROUNDS, 1) for name in each.arms}
-    names |= dict.fromkeys(POOLED_ARMS, len(ROUNDS))
+    names |= dict.fromkeys([*POOLED_ARMS, *ALL_ARMS], len(ROUNDS))
     arms: dict[str, Any] = {}
     for name, number in names.items():
         verdicts = [read_json(verdicts_file(root, name, seed)) for seed in seeds]
         arms[name] = {kind: mean_and_spread([each[kind] for each in verdicts]) for kind in KINDS}
-        arms[name]["num_labels"] = num_labels_after(number) * (len(seeds) if name in POOLED_ARMS else 1)
+        arms[name]["num_labels"] = num_labels_after(number) * (len(seeds) if name in {*POOLED_ARMS, *ALL_ARMS} else 1)
 
     def aucs(files: Sequence[Path]) -> dict[str, Any]:
         found = [read_json(file) for file in files]
