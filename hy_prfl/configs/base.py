@@ -5,10 +5,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
-
-import yaml
+from typing import Literal
 
 
 LRScheduler = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
@@ -61,13 +58,6 @@ class Config:
                     check(math.isfinite(item) or no_limit, option.name, item, requirement)
                 elif isinstance(item, str) and not option.metadata.get("may_be_empty"):
                     check(bool(item.strip()), option.name, item, "a text that is not empty, or left out")
-
-
-def save_config(config: Any, path: Path) -> None:
-    """Write a config dataclass, all at once, as a YAML file that `--config` reads back to an equal config."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), encoding="utf-8")
-    os.replace(temporary, path)
 
 
 @dataclass(kw_only=True)

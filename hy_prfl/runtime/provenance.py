@@ -1,5 +1,6 @@
 """Provenance of results: identities of files, and a record of how a run was started."""
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from ..version import __version__
 from .atomic_writes import write_text
@@ -41,6 +43,11 @@ LIBRARIES = (
     "numpy",
     "av",
 )
+
+
+def save_config(config: Any, path: Path) -> None:
+    """Write a config dataclass, all at once, as a YAML file that `--config` reads back to an equal config."""
+    write_text(path, yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
 
 
 def path_identity(path: str, revision: str | None = None) -> str:

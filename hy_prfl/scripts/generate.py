@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..configs.base import check, save_config
+from ..configs.base import check
 from ..configs.generate import NEGATIVE_PROMPTS, GenerateConfig
 from ..configs.inputs import check_files, check_sources
 from ..configs.outputs import check_output_folders
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from ..runtime.context_parallel import ContextParallelGroup
     from ..runtime.distributed import SHARED_WORK_TIMEOUT, from_main_process, process_state
     from ..runtime.messages import set_up_logging
-    from ..runtime.provenance import path_identity
+    from ..runtime.provenance import path_identity, save_config
 
     set_up_logging()
     state = process_state()

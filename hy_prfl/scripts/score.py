@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..configs.base import save_config
 from ..configs.clips import FILE_IDENTITIES
 from ..configs.inputs import check_files, check_sources
 from ..configs.outputs import check_output_files
@@ -44,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from ..models.loading import load_reward_model, read_reward_config
     from ..runtime.distributed import process_state
     from ..runtime.messages import set_up_logging
-    from ..runtime.provenance import path_identity
+    from ..runtime.provenance import path_identity, save_config
 
     set_up_logging()
     state = process_state()

@@ -16,7 +16,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..compatibility import check_rows_fit
-from ..configs.base import TrainingConfig, check, names_in, save_config
+from ..configs.base import TrainingConfig, check, names_in
 from ..data.collators import LatentBatch
 from ..data.dataset import latent_shapes, rows_digest
 from ..flow_matching import make_generator, noise_levels, sample_noise
@@ -24,7 +24,7 @@ from ..formats.checkpoints import AVERAGE_FOLDER, abandon
 from ..formats.training_state import save_checkpoint
 from ..runtime.context_parallel import check_divisible
 from ..runtime.distributed import any_rank, mean_over_ranks
-from ..runtime.provenance import CONFIG_FILE
+from ..runtime.provenance import CONFIG_FILE, save_config
 from ..runtime.quantization import keep_out_of_ddp
 from ..runtime.sharding import Masters, forget_deepspeed_in_transformers
 from .averaging import WeightAverage

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.tracking import get_available_trackers
 
-from ..configs.base import TrainingConfig, check, save_config
+from ..configs.base import TrainingConfig, check
 from ..evaluation.tracking import announce_trackers, log_timestep_curves
 from ..hub import HubUploader
 from ..hub.base_pipeline import SOURCES, run_sources
@@ -24,6 +24,7 @@ from ..runtime.provenance import (
     finish_run_record,
     read_metric_lines,
     run_record,
+    save_config,
     stop_run_record,
     write_run_record,
 )
