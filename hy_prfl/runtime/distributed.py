@@ -1,6 +1,7 @@
 """Sets up the processes of a run, and the collectives through which they agree on values."""
 
 import gc
+import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from accelerate.utils import (
 TRAINING_TIMEOUT = timedelta(hours=6)
 # For ranks that only share a list of work and wait for each other at its end. One of them may have longer clips.
 SHARED_WORK_TIMEOUT = timedelta(days=2)
+# How long the threads of collectives have at the end to release their tensors; they need microseconds.
+SETTLING_SECONDS = 0.2
 
 
 def on_cpu() -> bool:
@@ -49,12 +52,14 @@ def leave_processes() -> None:
     """
     Destroy the process group. Call it last in a script, when no models or groups are referenced any more.
 
-    A thread of gloo may hold the tensors of a collective slightly longer than the code that waits for it. If the
-    interpreter exits at that moment, the process aborts after all its work is done (pytorch issue 190489). The threads
-    end with the process group, and that ends with the last reference to it. Some references are in cycles, so garbage
-    is collected. Process groups that DeepSpeed creates on a CPU are not covered.
+    A thread of gloo may hold the tensors of a collective slightly longer than the code that waits for it, and needs the
+    interpreter's lock to release them. If the interpreter exits at that moment, the process aborts after all its work
+    is done (pytorch issue 190489). If the process group is destroyed at that moment, both wait for each other forever.
+    So this thread sleeps first, without the lock. Then the threads of gloo end with the process group, and that ends
+    with the last reference to it. Some references are in cycles, so garbage is collected.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
+        time.sleep(SETTLING_SECONDS)
         torch.distributed.destroy_process_group()
     gc.collect()
 

@@ -20,6 +20,7 @@ from accelerate.state import AcceleratorState, GradientState
 
 from hy_prfl.configs.prfl import PRFLTrainingConfig
 from hy_prfl.configs.reward import RewardTrainingConfig
+from hy_prfl.runtime.distributed import leave_processes
 from hy_prfl.trainers.prfl_trainer import PRFLTrainer
 from hy_prfl.trainers.reward_trainer import RewardTrainer
 
@@ -104,6 +105,7 @@ def main() -> None:
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
     results_file.write_text(json.dumps(results))
+    leave_processes()
 
 
 if __name__ == "__main__":

@@ -36,6 +36,29 @@ if dist.get_rank() == 0:
     pathlib.Path(sys.argv[1]).write_text(json.dumps(hours))
 """
 
+# A thread that waits for the interpreter's lock, as one of gloo does that has a last tensor to release: it gets the lock
+# before the process group is destroyed. Threads do not take turns by themselves here.
+SETTLING = """
+import sys, threading
+import torch.distributed as dist
+from hy_prfl.runtime.distributed import leave_processes
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+ran = threading.Event()
+destroy = dist.destroy_process_group
+def checked_destroy():
+    assert ran.is_set(), "destroyed while a thread waits"
+    destroy()
+dist.destroy_process_group = checked_destroy
+asks = threading.Lock()
+asks.acquire()
+thread = threading.Thread(target=lambda: (asks.acquire(), ran.set()))
+thread.start()
+sys.setswitchinterval(1000)
+asks.release()
+leave_processes()
+assert not dist.is_initialized()
+"""
+
 
 @pytest.fixture
 def threads_left(tmp_path: Path) -> Callable[..., list[list[str]]]:
@@ -102,3 +125,7 @@ def test_no_thread_of_a_process_group_outlives_a_script(
     for names in left:
         assert "python" in " ".join(names)
         assert not [name for name in names if "gloo" in name]
+
+
+def test_a_thread_that_waits_for_the_interpreter_finishes_before_the_group_does() -> None:
+    subprocess.run([sys.executable, "-c", SETTLING], check=True, cwd=ROOT, timeout=120)
