@@ -4,9 +4,10 @@ from typing import Literal
 
 import pytest
 
-from hy_prfl.configs.base import check, save_config
+from hy_prfl.configs.base import check
 from hy_prfl.configs.parser import parse_config
 from hy_prfl.configs.prfl import PRFLTrainingConfig
+from hy_prfl.runtime.provenance import save_config
 
 
 @dataclass(kw_only=True)

@@ -15,7 +15,6 @@ import pytest
 import torch
 from huggingface_hub import DatasetCard, HfApi, ModelCard
 
-from hy_prfl.configs.base import save_config
 from hy_prfl.configs.reward import RewardTrainingConfig
 from hy_prfl.data.dataset import load_latent_dataset
 from hy_prfl.formats.layout import LORA_FILES
@@ -25,6 +24,7 @@ from hy_prfl.hub.model_card import OWN_CARD
 from hy_prfl.hub.repositories import PENDING_FILE
 from hy_prfl.models.loading import load_reward_model
 from hy_prfl.models.reward_model import WanRewardModel
+from hy_prfl.runtime.provenance import save_config
 from tests.hub.hub_server import READER, STRANGER, HubServer
 
 
