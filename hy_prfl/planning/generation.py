@@ -13,17 +13,16 @@ from transformers import UMT5Config, UMT5EncoderModel
 from ..configs.base import check
 from ..configs.generate import GenerateConfig
 from ..configs.keep import num_forwards, num_scores, parse_keep
-from ..configs.prfl import PRFLTrainingConfig
 from ..formats.pipeline_info import PipelineInfo
 from ..runtime.vae_tiling import pass_memory, tiled_decoding_memory
 from .estimate import RESIDUAL_VAE_CHANNELS, VAE_BYTES
 from .models import (
-    UNUSED,
-    build_reward_model,
-    build_transformer,
-    count_parameters,
+    Counting,
+    freeze,
+    generator_recipe,
+    generator_sizes,
     reward_model_config,
-    set_dtypes,
+    reward_model_sizes,
 )
 from .workloads import Numerics, Shape, generator_phases, reward_phases, scoring_phase
 
@@ -145,9 +144,10 @@ def plan_generation(
     dtype = getattr(torch, config.dtype)
     numerics = Numerics(frozen=dtype, trained=dtype, compute=dtype, autocast=False, keeps_in_fp32=True, on_gpu=True)
     rate = tflops * utilization * TERA
+    counting = Counting(numerics.frozen, numerics.frozen, keeps_in_fp32=True, persistence_threshold=0)
     weights = {
-        "generator": _weights(build_transformer(generator, _TRAINING, frozen=True), numerics),
-        "reward": _weights(build_reward_model(reward), numerics),
+        "generator": float(generator_sizes(freeze(generator), None, counting).num_bytes),
+        "reward": float(reward_model_sizes(freeze(reward), None, counting).num_bytes),
         "text": _text_encoder_bytes(dtype),
         "vae": float(VAE_BYTES[generator["out_channels"] == RESIDUAL_VAE_CHANNELS]),
     }
@@ -167,7 +167,7 @@ def plan_generation(
     )
 
 
-_TRAINING = PRFLTrainingConfig(**UNUSED, reward_model="-")
+_TRAINING = generator_recipe(())
 _PLAIN: dict[str, Any] = {
     "reward_model": None,
     "reward_model_revision": None,
@@ -252,11 +252,6 @@ def _peak(
             at_work["reward"] = weights["generator"] + weights["reward"] + phases["reward"]
         return max(*at_work.values(), weights["text"])
     return max(phases.values()) + (weights["reward"] if config.uses_reward else 0.0)
-
-
-def _weights(model: Any, numerics: Numerics) -> float:
-    set_dtypes(model, frozen=numerics.frozen, trained=numerics.frozen, keep_in_fp32=True)
-    return float(count_parameters(model).num_bytes)
 
 
 @functools.cache

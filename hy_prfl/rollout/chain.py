@@ -313,6 +313,7 @@ def _walk(
 ) -> Iterator[GradientStep]:
     """The chain from `latents` before step `start_index` on; see [`walk_with_gradient`]."""
     next_index = start_index
+    kept_on = "cpu" if offload else latents.device
     states: deque[_State] = deque(maxlen=num_chained_steps)
     velocities: deque[torch.Tensor] = deque(maxlen=num_chained_steps)
     for step_index in step_indices:
@@ -320,13 +321,13 @@ def _walk(
             for index in range(next_index, step_index):
                 takes_gradient = index > step_index - num_chained_steps
                 if takes_gradient:
-                    states.append(_State(index, latents, scheduler).to("cpu" if offload else latents.device))
+                    states.append(_State(index, latents, scheduler).to(kept_on))
                 step = _rollout_step(stepper, scheduler, index, latents, cache=cache, must_call=takes_gradient)
                 velocities.append(step.velocity)
                 latents = step.next_latents
         next_index = step_index + 1
         if rerun or num_chained_steps > 1:
-            states.append(_State(step_index, latents, scheduler).to("cpu" if offload else latents.device))
+            states.append(_State(step_index, latents, scheduler).to(kept_on))
             base_velocity = stepper.base_velocity(scheduler, states[0].index, states[0].latents.to(latents.device))
             step = stepper(scheduler, step_index, latents, with_gradient=False)
             surrogates = partial(_chained_surrogates, stepper, list(states))

@@ -83,11 +83,13 @@ def test_one_clip_for_a_batch(num_images: int, channels: int | None) -> None:
     if images is None:
         assert given.image_embeds is None
     else:
-        assert torch.equal(given.image_embeds, torch.cat([images, images, images]))  # type: ignore[arg-type]
+        assert given.image_embeds is not None
+        assert torch.equal(given.image_embeds, torch.cat([images, images, images]))
     if condition is None:
         assert given.condition is None
     else:
-        assert torch.equal(given.condition, condition.repeat_interleave(3, dim=0))  # type: ignore[arg-type]
+        assert given.condition is not None
+        assert torch.equal(given.condition, condition.repeat_interleave(3, dim=0))
         inputs = given.model_inputs(torch.randn(3, 16, 3, 4, 6), torch.tensor([900.0, 3.0, 5.0]))
         assert inputs["hidden_states"].shape[0] == 3
 
