@@ -24,11 +24,11 @@ from matplotlib.figure import Figure
 
 from examples.shapes.clips import split_captions
 from examples.shapes.experiments.inputs import preprocess_commands
-from examples.shapes.experiments.runs import ExperimentConfig, mean_and_spread, run_all
+from examples.shapes.experiments.runs import ExperimentConfig, mean_and_spread, run_all, with_other_arms
 from examples.shapes.experiments.sampling import BATCH_SIZE, NUM_STEPS, load_generator, walk_chains
 from examples.shapes.judge import KINDS, write_json
 from examples.shapes.pretrain import clips_options
-from examples.shapes.stages import Stage, launch, python
+from examples.shapes.stages import RECIPES, Stage, launch, python
 from examples.shapes.summary import read_json
 from hy_prfl.configs.parser import parse_config
 from hy_prfl.configs.prfl import PRFLTrainingConfig
@@ -46,6 +46,8 @@ REUSED = ["--rollout_interval", "8", "--rollout_buffer_size", "8"]
 FORESEEN = ["--reward_at", "foreseen"]
 DISAGREEMENT = ["--reward_disagreement", "0.5"]
 ANCHORED = ["--anchor_scale", "1"]
+# The default, which the recipe for all weights turns off.
+DIVIDED = ["--divide_by_step_width", "true"]
 # Options without effect on the cost.
 UNUSED = [
     *(
@@ -89,6 +91,8 @@ class Arm:
             Weight of the reward.
         ensemble (`bool`):
             Whether it is tuned on the reward models of all seeds at once, instead of that of its seed.
+        full (`bool`):
+            Whether all weights train, with the recipe of the experiments, instead of a LoRA with that of the demo.
     """
 
     options: list[str] = field(default_factory=lambda: FRESH)
@@ -96,6 +100,7 @@ class Arm:
     clips: str = "train"
     scale: float = SCALE
     ensemble: bool = False
+    full: bool = False
 
     def forwards(self) -> float:
         """Cost of a step, a flow-matching and a reward update, in forwards of the generator for a clip."""
@@ -129,6 +134,9 @@ ARMS = {
     "reused_foreseen_160": Arm([*REUSED, *FORESEEN], num_steps=160),
     "ensemble_160": Arm([*REUSED, *DISAGREEMENT], num_steps=160, ensemble=True),
     "ensemble_hard_160": Arm([*REUSED, *DISAGREEMENT], num_steps=160, scale=HARD, ensemble=True),
+    "full_prfl": Arm([*FRESH, *DIVIDED], full=True),
+    "full_reused": Arm([*REUSED, *DIVIDED], full=True),
+    "full_reused_short": Arm([*REUSED, *DIVIDED, "--num_inference_steps", "10"], full=True),
     "curated_prfl": Arm(clips="good"),
     "curated_reused": Arm(REUSED, clips="good"),
     "curated_reused_160": Arm(REUSED, clips="good", num_steps=160),
@@ -184,7 +192,8 @@ def tuning_stage(root: Path, name: str, arm: Arm, seed: int, reward_models: Sequ
         *("--checkpointing_steps", str(arm.num_steps), "--reward_scale", str(arm.scale), *arm.options),
     ]
     stage = f"generator_{name}_{seed}"
-    return Stage(stage, stage, [launch("train_prfl", options)], [str(output_dir.relative_to(root))])
+    command = launch("train_prfl", options, recipes=RECIPES / "experiments" if arm.full else RECIPES)
+    return Stage(stage, stage, [command], [str(output_dir.relative_to(root))])
 
 
 def verdicts_file(root: Path, name: str, seed: int) -> Path:
@@ -195,9 +204,9 @@ def verdicts_file(root: Path, name: str, seed: int) -> Path:
 def judge_arm(root: Path, name: str, seed: int) -> None:
     """Verdicts on new videos; the same captions and noise for all arms of a seed."""
     torch.set_num_threads(1)
-    lora, path = None if name == "base" else arm_dir(root, name, seed), verdicts_file(root, name, seed)
+    tuned, path = None if name == "base" else arm_dir(root, name, seed), verdicts_file(root, name, seed)
     captions = split_captions("held_out")
-    pipeline = load_generator(lora)
+    pipeline = load_generator(tuned)
     kinds: list[str] = []
     for start in range(0, NUM_VIDEOS, BATCH_SIZE):
         numbers = range(start, min(NUM_VIDEOS, start + BATCH_SIZE))
@@ -253,9 +262,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         list(pool.map(partial(judge_arm, root), *zip(*left, strict=True) if left else ((), ())))
     results = {"seeds": seeds, "num_videos": NUM_VIDEOS, "arms": summarize(root, arms, seeds)}
     results_dir = Path(config.results_dir)
+    results["arms"] = with_other_arms(results_dir / "rollouts.json", results, list(ARMS))
     write_json(results_dir / "rollouts.json", results)
     plot(results["arms"], results_dir / "rollouts.png")
-    print(f"{results_dir / 'rollouts.json'}: {len(arms)} arms")
+    print(f"{results_dir / 'rollouts.json'}: {len(arms)} arms of {len(results['arms']) - 1}")
 
 
 if __name__ == "__main__":

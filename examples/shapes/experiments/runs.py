@@ -1,5 +1,6 @@
 """Runs the arms of an experiment, several at a time, each once, and puts their numbers together."""
 
+import json
 import statistics
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -71,6 +72,31 @@ def mean_and_spread(values: Sequence[float]) -> dict[str, float | list[float]]:
         "std": round(spread, 4),
         "values": [round(value, 4) for value in values],
     }
+
+
+def with_other_arms(path: Path, results: Mapping[str, Any], known: Sequence[str]) -> dict[str, Any]:
+    """
+    The arms of `results`, with those that were not run now as they are in the results at `path`.
+
+    Args:
+        results (`Mapping[str, Any]`):
+            Has the arms that were run and `base`, and the seeds and the number of videos.
+        known (`Sequence[str]`):
+            All arms, in the order of the results.
+
+    Raises:
+        ValueError: If there are other arms, but for other seeds, another number of videos or another base.
+    """
+    if not path.is_file():
+        return dict(results["arms"])
+    before = json.loads(path.read_text(encoding="utf-8"))
+    arms = {name: arm for name, arm in before["arms"].items() if name in known} | results["arms"]
+    if {*arms} > {*results["arms"]}:
+        for name in ("seeds", "num_videos"):
+            check(results[name] == before[name], name, results[name], f"{before[name]}, as in '{path}'")
+        same = before["arms"]["base"] == results["arms"]["base"]
+        check(same, "results_dir", str(path.parent), "another folder: the base has other verdicts in its results")
+    return {name: arms[name] for name in ("base", *known) if name in arms}
 
 
 def plot_spread(axes: Axes, x: Sequence[float], points: Sequence[Mapping[str, Any]], label: str) -> None:

@@ -20,9 +20,16 @@ from hy_prfl.inference.pipelines import load_pipeline
 NUM_STEPS, BATCH_SIZE, SHAPE = 20, 96, (16, 5, 6, 6)
 
 
-def load_generator(lora: Path | None = None) -> WanPipeline:
-    """The pretrained pipeline, with the LoRA of a tuned one."""
-    pipeline = load_pipeline(str(PRETRAINED_DIR), lora_path=None if lora is None else str(lora), dtype=torch.float32)
+def load_generator(tuned: Path | None = None) -> WanPipeline:
+    """The pretrained pipeline, or with `tuned`, the folder of a run, with its transformer or its LoRA."""
+    transformer = None if tuned is None else tuned / "transformer"
+    is_full = transformer is not None and transformer.is_dir()
+    pipeline = load_pipeline(
+        str(PRETRAINED_DIR),
+        transformer_path=str(transformer) if is_full else None,
+        lora_path=None if tuned is None or is_full else str(tuned),
+        dtype=torch.float32,
+    )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

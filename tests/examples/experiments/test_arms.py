@@ -82,6 +82,7 @@ def test_arms_of_rollouts(tmp_path: Path, name: str) -> None:
     assert (config.seed, config.max_train_steps, config.reward_scale) == (1, arm.num_steps, arm.scale)
     assert (config.rollout_interval > 1) == (arm.options[:4] != rollouts.FRESH)
     assert len(config.reward_models or [config.reward_model]) == (3 if arm.ensemble else 1)
+    assert (config.lora_rank, config.divide_by_step_width) == (None if arm.full else 16, True)
 
 
 def test_rollouts_cost_what_they_walk() -> None:

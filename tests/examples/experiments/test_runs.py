@@ -1,5 +1,6 @@
 """Runs of an experiment go side by side, each once, and their numbers are put together."""
 
+import json
 import statistics
 import sys
 import time
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from examples.shapes.experiments.runs import ExperimentConfig, mean_and_spread, run_all
+from examples.shapes.experiments.runs import ExperimentConfig, mean_and_spread, run_all, with_other_arms
 from examples.shapes.stages import Stage
 from examples.stages import StageError
 
@@ -53,3 +54,20 @@ def test_unknown_arms_are_refused() -> None:
     assert ExperimentConfig().choose(["a", "b"]) == ["a", "b"]
     with pytest.raises(ValueError, match="`arms` must be of a, b"):
         ExperimentConfig(arms=["x"]).choose(["a", "b"])
+
+
+def test_arms_that_were_not_run_again_stay(tmp_path: Path) -> None:
+    path, known = tmp_path / "results.json", ["a", "b", "c"]
+    whole = {"seeds": [0, 1], "num_videos": 4, "arms": {"base": 0.1, "a": 0.2, "b": 0.3}}
+    assert with_other_arms(path, whole, known) == whole["arms"]
+    path.write_text(json.dumps({**whole, "arms": {"base": 0.1, "b": 0.3, "a": 0.2, "renamed": 0.4}}))
+    some = {**whole, "arms": {"base": 0.1, "c": 0.5, "a": 0.6}}
+    assert list(with_other_arms(path, some, known).items()) == [("base", 0.1), ("a", 0.6), ("b", 0.3), ("c", 0.5)]
+    for other, name in (({"seeds": [0]}, "seeds"), ({"num_videos": 5}, "num_videos")):
+        with pytest.raises(ValueError, match=f"`{name}` must be"):
+            with_other_arms(path, {**some, **other}, known)
+    with pytest.raises(ValueError, match="`results_dir` must be another folder: the base has other verdicts"):
+        with_other_arms(path, {**some, "arms": {"base": 0.2, "c": 0.5}}, known)
+    # Nothing of the old results stays, so they may be of anything.
+    everything = {"seeds": [0], "num_videos": 5, "arms": {"base": 0.2, "a": 0.1, "b": 0.1}}
+    assert with_other_arms(path, everything, known) == everything["arms"]
