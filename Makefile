@@ -5,7 +5,7 @@
 #   make test-quick   those that launch nothing and run no example, about 4 minutes, for the loop of a change
 #   make parity    training on two processes against one, every engine, about 12 minutes; outputs/parity.json
 #   make memory    memory of a process with each engine, about 10 minutes; outputs/memory.json
-#   make benchmark what an update costs, against RGB ReFL and with each switch, about 18 minutes; outputs/benchmark
+#   make benchmark what an update costs, against RGB ReFL and with each switch, about 28 minutes; outputs/benchmark
 #   make real-size one step of every recipe at its real size on a pretended GPU, about 25 minutes; docs/real_size.md;
 #                  needs g++
 #   make recipes   what every recipe needs, as the planner says, about two minutes; docs/recipes.md
