@@ -101,12 +101,6 @@ def test_recipe_has_only_what_differs_from_the_defaults(path: Path) -> None:
     config_class = CONFIGS[head_module(path)]
     given = yaml.safe_load(path.read_text(encoding="utf-8"))
     names = set(given)
-    others = {
-        option.name for each in CONFIGS.values() if each is not config_class for option in dataclasses.fields(each)
-    }
-    if names - others == {"update_schedule"}:
-        # Nothing else in this recipe says which command it is for.
-        names.remove("update_schedule")
     options = [f"--{option.name}=left_out" for option in dataclasses.fields(config_class) if is_required(option)]
     required = dataclasses.asdict(parse_config(config_class, [*options, *NEEDED.get(head_module(path), [])]))
     words = next(iter(head_commands(path)))
