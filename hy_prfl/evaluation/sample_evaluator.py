@@ -1,8 +1,7 @@
 """Samples held-out prompts with fixed noise while the generator trains, and scores the samples."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -62,8 +61,16 @@ class Observer(Protocol):
     ) -> list[dict[str, Any]]:
         """Measurements of each sample of a batch, picklable. All ranks call it equally often."""
 
-    def summarize(self, measured: Sequence[dict[str, Any]]) -> dict[str, float]:
-        """Metrics of all samples, one entry of `measured` for each row, in their order. The same on all ranks."""
+    def summarize(self, measured: Sequence[dict[str, Any]], *, logits: torch.Tensor) -> dict[str, float]:
+        """
+        Metrics of all samples, the same on all ranks.
+
+        Args:
+            measured (`Sequence[dict]`):
+                One entry for each row, in their order.
+            logits (`torch.Tensor` of shape `(num_rows, num_timesteps)`):
+                Their logits, of several reward models combined.
+        """
 
 
 class SampleEvaluator:
@@ -153,25 +160,14 @@ class SampleEvaluator:
         """
         records: list[tuple[int, list[list[float]], float, dict[str, Any]]] = []
         folder = self.output_dir / f"step-{step}"
-        batches = shard_batches(
-            latent_shapes(self.dataset),
-            batch_size=self.batch_size,
-            num_replicas=self.num_replicas,
-            replica=self.replica,
-        )
-        for indices in tqdm(batches, desc="Sampling", disable=not accelerator.is_main_process, leave=False):
-            rows = [table_to_rows(self.dataset[index])[0] for index in indices]
-            batch = collate_latents(rows).to(accelerator.device, self.dtype)
+        for indices, batch in self._batches(self.dataset, accelerator, "Sampling"):
             latents = self._sample(transformer, batch)
-            scoring = partial(score_samples, timesteps=self.timesteps, seed=self.seed, accelerator=accelerator)
-            logits = torch.stack(
-                [scoring(model, latents, batch, in_use=self.in_use) for model in self.reward_models.values()]
-            )
+            logits = self._score(latents, batch, accelerator)
             stds = latents.flatten(1).std(dim=1)
             measured: list[dict[str, Any]] = [{} for _ in indices]
             if observer is not None:
                 measured = observer.observe(transformer, batch, indices, latents)
-            records.extend(zip(indices, logits.movedim(0, 1).tolist(), stds.tolist(), measured, strict=True))
+            records.extend(zip(indices, logits.tolist(), stds.tolist(), measured, strict=True))
             if self.vae is not None:
                 self._write_videos(latents, indices, folder)
         # Rows that fill up a batch come more than once, with the same values.
@@ -194,8 +190,55 @@ class SampleEvaluator:
             metrics["reward_disagreement"] = float(self.combination.spread(model_logits).mean())
         metrics["latents_std"] = float(np.mean([std for _, std, _ in by_row.values()]))
         if observer is not None:
-            metrics |= observer.summarize([measured for _, _, measured in by_row.values()])
+            metrics |= observer.summarize([measured for _, _, measured in by_row.values()], logits=all_logits)
         return metrics
+
+    @torch.no_grad()
+    def score_clips(self, dataset: Dataset, accelerator: Accelerator) -> torch.Tensor:
+        """
+        Score clips as the samples are scored. A collective, divided among the replicas, with the same result on all ranks.
+
+        Args:
+            dataset (`Dataset`):
+                Rows with latents.
+
+        Returns:
+            `torch.Tensor` of shape `(num_rows, num_timesteps)`: logits, of several reward models combined; float32 on the
+            CPU.
+        """
+        records: list[tuple[int, list[list[float]]]] = []
+        for indices, batch in self._batches(dataset, accelerator, "Scoring real clips"):
+            assert batch.latents is not None
+            records.extend(zip(indices, self._score(batch.latents, batch, accelerator).tolist(), strict=True))
+        by_row = dict(gather_records(records))
+        return self.combination(torch.tensor([by_row[index] for index in range(len(dataset))]).movedim(1, 0))
+
+    def _batches(
+        self, dataset: Dataset, accelerator: Accelerator, description: str
+    ) -> Iterator[tuple[list[int], LatentBatch]]:
+        """This replica's batches of a dataset on the device, with the positions of their rows."""
+        batches = shard_batches(
+            latent_shapes(dataset), batch_size=self.batch_size, num_replicas=self.num_replicas, replica=self.replica
+        )
+        for indices in tqdm(batches, desc=description, disable=not accelerator.is_main_process, leave=False):
+            rows = [table_to_rows(dataset[index])[0] for index in indices]
+            yield indices, collate_latents(rows).to(accelerator.device, self.dtype)
+
+    def _score(self, latents: torch.Tensor, batch: LatentBatch, accelerator: Accelerator) -> torch.Tensor:
+        """Logits `(batch_size, num_models, num_timesteps)` of clean latents by each reward model."""
+        logits = [
+            score_samples(
+                model,
+                latents,
+                batch,
+                timesteps=self.timesteps,
+                seed=self.seed,
+                accelerator=accelerator,
+                in_use=self.in_use,
+            )
+            for model in self.reward_models.values()
+        ]
+        return torch.stack(logits, dim=1)
 
     def _sample(self, transformer: nn.Module, batch: LatentBatch) -> torch.Tensor:
         noise = [row_noise(row_id, batch.latents_shape, seed=self.seed) for row_id in batch.ids]

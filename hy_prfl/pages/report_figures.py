@@ -25,6 +25,11 @@ NUM_BINS = 10
 MONITOR_PLOTS: dict[str, dict[str, str]] = {
     "Reward in training against held-out": {
         "reward": "reward in training", "monitor_reward": "held-out reward", "reward_gap": "difference of the two",
+        "real_reward": "reward in training, of real clips",
+    },
+    "Reward in training, samples to real clips": {
+        "reward_above_real": "share of samples above 95 % of real clips",
+        "calibration_error": "calibration error on labelled real clips",
     },
     "Distance to the base": {"sample_drift": "samples", "velocity_drift": "velocities"},
     "Samples to real latents, ratios": {

@@ -1,6 +1,7 @@
 """Watches a PRFL run by measures other than its reward: held-out reward models, distance to the base, latent statistics."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,17 +16,20 @@ from ..compatibility import check_fits_generator, check_same_vae
 from ..configs.base import check
 from ..configs.prfl import PRFLTrainingConfig
 from ..data.collators import LatentBatch, collate_latents
-from ..data.schema import table_to_rows
+from ..data.dataset import read_columns, rows_digest
+from ..data.schema import LABELS, table_to_rows, task_label
 from ..evaluation.drift import DRIFT_SIGMAS, BaseSamples
 from ..evaluation.latent_statistics import compare_statistics, mean_statistics, measure_latents
 from ..evaluation.monitor import Verdict, judge
-from ..evaluation.sample_evaluator import score_samples
+from ..evaluation.real_rewards import RealRewards
+from ..evaluation.sample_evaluator import SampleEvaluator, score_samples
 from ..formats.checkpoints import BEST_FOLDER, best_report
 from ..models.conditioning import Conditioning
 from ..models.experts import Experts
 from ..models.loading import Deferred
 from ..models.reward_model import WanRewardModel
 from .prfl_datasets import PRFLDatasets
+from .resumed_options import SCORING_OPTIONS
 from .resuming import START_OPTIONS
 from .reward_feedback import load_reward_models
 from .run import Run
@@ -39,7 +43,7 @@ OPTIONS = (
     "validation_timesteps", "validation_seed",
 )  # fmt: skip
 MODELS = ("pretrained_model_name_or_path", *START_OPTIONS, "reward_model", "reward_models", "monitor_reward_models")
-# The samples' statistics are compared with those of this many real clips at most.
+# Samples are compared with this many real clips at most.
 NUM_REAL_CLIPS = 64
 
 
@@ -88,6 +92,8 @@ class Monitor:
             The run that is watched.
         reward_models (`Sequence[WanRewardModel]`):
             Held-out reward models, or [`~hy_prfl.models.loading.Deferred`] ones, which are loaded now.
+        tasks (`Sequence[str]`):
+            Tasks of the reward models that are trained on.
         datasets (`PRFLDatasets`):
             Datasets of the run. Real latents come from the validation dataset, or from the clips if it has none.
         experts (`Experts`):
@@ -102,6 +108,7 @@ class Monitor:
         run: Run,
         *,
         reward_models: Sequence[WanRewardModel | Deferred[WanRewardModel]],
+        tasks: Sequence[str],
         datasets: PRFLDatasets,
         experts: Experts,
         digest: str,
@@ -110,13 +117,24 @@ class Monitor:
         self.run = run
         # They score without gradient, so no activations are kept.
         self.reward_models, self.in_use = load_reward_models(reward_models, config, run, num_checkpointed=0)
-        self.real = real_statistics(datasets)
+        self.clips, self.labels = find_real_clips(datasets, tasks)
+        self.real_statistics = {} if self.clips is None else mean_statistics(measure_clips(self.clips))
+        self.real_rewards: RealRewards | None = None
         sigmas = [sigma for sigma in DRIFT_SIGMAS if experts.name_at(1000 * sigma) in experts.trained]
         self.base = BaseSamples(sigmas, seed=config.validation_seed + 2)
         self.series: list[dict[str, float]] = []
         self.best: float | None = None
         models = {name: sorted(run.model_identities.get(name, {}).values()) for name in MODELS}
         self.basis = {"rows": digest, **models, **{name: getattr(config, name) for name in OPTIONS}}
+        # What the rewards of the real clips depend on besides.
+        rows = None if self.clips is None else rows_digest(self.clips)
+        self.real_basis = {"rows": rows, **{name: getattr(config, name) for name in SCORING_OPTIONS}}
+
+    def score_real(self, evaluator: SampleEvaluator) -> None:
+        """Score the real clips by the training reward, if there are any. A collective, independent of the generator."""
+        if self.clips is not None:
+            logits = evaluator.score_clips(self.clips, self.run.accelerator)
+            self.real_rewards = RealRewards.of(logits, self.labels)
 
     def observe(
         self, transformer: nn.Module, batch: LatentBatch, indices: Sequence[int], latents: torch.Tensor
@@ -136,36 +154,38 @@ class Monitor:
             accelerator=self.run.accelerator,
         )
         logits = [scoring(model, latents, batch, in_use=self.in_use) for model in self.reward_models]
-        statistics = measure_latents(latents) if self.real else [{} for _ in indices]
+        statistics = measure_latents(latents) if self.real_statistics else [{} for _ in indices]
         return [
             {"drift": drift, "logits": [each[row].tolist() for each in logits], "statistics": statistics[row]}
             for row, drift in enumerate(drifts)
         ]
 
-    def summarize(self, measured: Sequence[dict[str, Any]]) -> dict[str, float]:
+    def summarize(self, measured: Sequence[dict[str, Any]], *, logits: torch.Tensor) -> dict[str, float]:
         """
         Metrics of all samples.
 
         `monitor_reward` is the mean of `sigmoid(logit)` over samples, noise levels and held-out reward models,
         `monitor_reward_<n>` the mean of model `n` if there are several, and `monitor_reward_logit` the mean logit.
         `sample_drift` and `velocity_drift` are relative distances to the base. For `latents_...` see
-        [`~hy_prfl.evaluation.latent_statistics.compare_statistics`].
+        [`~hy_prfl.evaluation.latent_statistics.compare_statistics`], for the comparison of the samples' `logits` with
+        those of real clips [`~hy_prfl.evaluation.real_rewards.RealRewards.compare`].
         """
-        metrics: dict[str, float] = {}
+        metrics = {} if self.real_rewards is None else self.real_rewards.compare(logits)
         if self.reward_models:
-            logits = torch.tensor([row["logits"] for row in measured])  # rows, models, timesteps
-            rewards = logits.sigmoid()
+            held_out = torch.tensor([row["logits"] for row in measured])  # rows, models, timesteps
+            rewards = held_out.sigmoid()
             for column, timestep in enumerate(self.config.validation_timesteps):
                 metrics[f"monitor_reward/t{timestep}"] = float(rewards[:, :, column].mean())
             metrics["monitor_reward"] = float(rewards.mean())
-            metrics["monitor_reward_logit"] = float(logits.mean())
+            metrics["monitor_reward_logit"] = float(held_out.mean())
             if len(self.reward_models) > 1:
                 for number in range(len(self.reward_models)):
                     metrics[f"monitor_reward_{number + 1}"] = float(rewards[:, number].mean())
         sample_drift, velocity_drift = np.mean([row["drift"] for row in measured], axis=0).tolist()
         metrics |= {"sample_drift": sample_drift, "velocity_drift": velocity_drift}
-        if self.real:
-            metrics |= compare_statistics(mean_statistics(row["statistics"] for row in measured), self.real)
+        if self.real_statistics:
+            samples = mean_statistics(row["statistics"] for row in measured)
+            metrics |= compare_statistics(samples, self.real_statistics)
         return metrics
 
     def judge(self, metrics: Mapping[str, float], *, step: int) -> dict[str, float]:
@@ -217,17 +237,35 @@ class Monitor:
 
     def state(self) -> dict[str, Any]:
         """State for the JSON of a checkpoint."""
-        return {"monitor": {"basis": self.basis, "series": self.series, "best": self.best}}
+        real = None
+        if self.real_rewards is not None:
+            real = {"basis": self.real_basis, "rewards": asdict(self.real_rewards)}
+        return {"monitor": {"basis": self.basis, "series": self.series, "best": self.best, "real": real}}
 
     def fits(self, state: Mapping[str, Any]) -> bool:
         """Whether a checkpoint's monitor measured the same as this one."""
         before = state.get("monitor")
         return before is not None and before["basis"] == self.basis
 
+    def has_real(self, state: Mapping[str, Any]) -> bool:
+        """Whether a checkpoint has the rewards of this monitor's real clips. If there are no clips, there is no need."""
+        if self.clips is None:
+            return True
+        # Checkpoints of older versions have none.
+        real = state["monitor"].get("real") if self.fits(state) else None
+        return real is not None and real["basis"] == self.real_basis
+
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Restore what `state` returned. If it is of other measurements, the monitor starts over with a base of its own."""
         if self.fits(state):
             self.series, self.best = state["monitor"]["series"], state["monitor"]["best"]
+            if not self.has_real(state):
+                logger.info(
+                    "The checkpoint has no rewards of these real clips by this combination of reward models: they have been "
+                    "scored now, and validations before it were compared with others or with none."
+                )
+            elif self.clips is not None:
+                self.real_rewards = RealRewards(**state["monitor"]["real"]["rewards"])
             return
         logger.warning(
             "The monitor starts over with the base: the checkpoint has no monitor, or its measurements were different."
@@ -257,23 +295,34 @@ class Monitor:
             self.base.load(sorted(directory.glob("monitor-*.safetensors")))
 
 
-def real_statistics(datasets: PRFLDatasets) -> dict[str, list[float]]:
-    """Mean statistics of real latents, of the validation dataset or else of the clips; empty if neither has any."""
+def find_real_clips(datasets: PRFLDatasets, tasks: Sequence[str]) -> tuple[Dataset | None, list[int | None]]:
+    """
+    Rows with latents, of the validation dataset or else of the training clips, and the label of each, or None.
+
+    There are labels if the reward models that are trained on have one task, and the rows are of the validation dataset:
+    a reward model may have been trained on the training clips.
+
+    Returns:
+        Up to `NUM_REAL_CLIPS` rows spread evenly over the dataset, and their labels; None if neither has latents.
+    """
     for dataset in (datasets.validation, datasets.clips):
-        if dataset is not None:
-            clips = _measure_rows(dataset)
-            if clips:
-                return mean_statistics(clips)
-    logger.warning("Neither validation nor training rows have latents: the samples' statistics are not compared.")
-    return {}
+        if dataset is None:
+            continue
+        places = {round(place) for place in np.linspace(0, len(dataset) - 1, NUM_REAL_CLIPS)}
+        latents = dataset.select_columns(["latents"])
+        places = {place for place in places if latents[place].column("latents").null_count == 0}
+        if places:
+            clips = dataset.select(sorted(places))
+            has_labels = dataset is datasets.validation and len(set(tasks)) == 1
+            rows = read_columns(clips, LABELS)
+            return clips, [task_label(row, tasks[0]) if has_labels else None for row in rows]
+    logger.warning("Neither validation nor training rows have latents: the samples are not compared with real clips.")
+    return None, []
 
 
-def _measure_rows(dataset: Dataset) -> list[dict[str, list[float]]]:
-    """Statistics of rows spread evenly over a dataset; rows without latents are skipped."""
-    places = sorted({round(place) for place in np.linspace(0, len(dataset) - 1, NUM_REAL_CLIPS)})
-    measured = []
-    for place in places:
-        latents = collate_latents(table_to_rows(dataset[place])).latents
-        if latents is not None:
-            measured += measure_latents(latents)
-    return measured
+def measure_clips(clips: Dataset) -> Iterator[dict[str, list[float]]]:
+    """Statistics of each clip of a dataset whose rows have latents."""
+    for place in range(len(clips)):
+        latents = collate_latents(table_to_rows(clips[place])).latents
+        assert latents is not None
+        yield from measure_latents(latents)

@@ -164,10 +164,11 @@ class PRFLTrainer(Trainer):
         judges, in_use = load_reward_models(
             given_judges, config, run, num_checkpointed=config.reward_gradient_checkpointing_blocks
         )
+        tasks = [each.config["task"] for each in given_judges]
         self.reward = RewardFeedback(
             config,
             judges,
-            names=name_models([each.config["task"] for each in given_judges]),
+            names=name_models(tasks),
             accelerator=run.accelerator,
             context_parallel=run.context_parallel,
             mean_foreseen_gain=find_mean_foreseen_gain(config, self.scheduler, self.step_range),
@@ -199,6 +200,7 @@ class PRFLTrainer(Trainer):
                 config,
                 run,
                 reward_models=monitor_reward_models,
+                tasks=tasks,
                 datasets=self.datasets,
                 experts=self.experts,
                 digest=self.dataset_digests[str(config.validation_dataset)],
@@ -457,10 +459,14 @@ class PRFLTrainer(Trainer):
         return metrics
 
     def measure_start(self) -> dict[str, float]:
-        """With a monitor, validate the base, unless the checkpoint to resume from has its measurements."""
-        if self.monitor is None or (self.run.checkpoint and self.monitor.fits(read_state(self.run.checkpoint))):
+        """With a monitor, score the real clips and validate the base, unless the checkpoint has the results."""
+        if self.monitor is None:
             return {}
-        return self.validate()
+        assert self.evaluator is not None
+        state = read_state(self.run.checkpoint) if self.run.checkpoint else {}
+        if not self.monitor.has_real(state):
+            self.monitor.score_real(self.evaluator)
+        return {} if self.monitor.fits(state) else self.validate()
 
     def validation_notes(self) -> dict[str, str]:
         """The monitor's verdict in words."""

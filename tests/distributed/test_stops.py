@@ -12,8 +12,14 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import pytest
+import torch
 from datasets import load_from_disk
 from safetensors.torch import load_file
+
+from hy_prfl.data.dataset import load_latent_dataset
+from hy_prfl.data.schema import table_to_rows
+from hy_prfl.evaluation.scoring import score_rows
+from hy_prfl.models.reward_model import WanRewardModel
 
 from .training import ENGINES, GLOBAL_BATCH_SIZE, WEIGHTS, launch, launch_command, relative_difference, train
 
@@ -224,6 +230,11 @@ def test_the_monitor_stops_all_ranks_and_another_number_of_them_goes_on(inputs: 
     assert rows[0] != rows[1]
     assert rows[0] | rows[1] == set(range(6))
     before = json.loads((run / "checkpoint-2" / "trainer_state.json").read_text())["monitor"]["series"]
+    # Real clips are divided as samples are; here each is scored by itself.
+    real = table_to_rows(load_latent_dataset(str(inputs / "data"))[:])
+    model = WanRewardModel.from_pretrained(inputs / "reward").eval()
+    rewards = torch.cat([score_rows(model, [row], [201, 400, 600, 800, 1000], seed=1) for row in real]).sigmoid()
+    assert before[0]["real_reward"] == pytest.approx(float(rewards.mean()), abs=1e-5)
     on = ["--on_hacking=warn", "--resume_from_checkpoint=latest"]
     train(inputs, run.name, ENGINES["one process"], *arguments, GLOBAL_BATCH_SIZE, [*options, *on])
     after = json.loads((run / "checkpoint-4" / "trainer_state.json").read_text())["monitor"]["series"]

@@ -84,6 +84,7 @@ def test_the_monitor_is_shown_through_time(run_dir: Path) -> None:
             "verdict": 1.0,
         }
         measured |= {"latents_temporal_energy": 0.8, "latents_distance": 0.1}
+        measured |= {"real_reward": 0.6, "reward_above_real": step / 1000, "calibration_error": 0.1}
         line: dict[str, Any] = {"step": step, **{f"validation/{name}": value for name, value in measured.items()}}
         lines.append(line | {"verdict": verdict, "verdict_reason": f"<reason {step}>"})
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -102,6 +103,7 @@ def test_the_monitor_is_shown_through_time(run_dir: Path) -> None:
     assert {image["alt"] for image in page.all("img")} == {
         "reward", "Reward in training against held-out", "Distance to the base",
         "Samples to real latents, ratios", "Samples to real latents, distances",
+        "Reward in training, samples to real clips",
     }  # fmt: skip
     figures, _, note = monitor_parts(lines, config)
     assert "`on_hacking` is stop" in note
@@ -109,10 +111,15 @@ def test_the_monitor_is_shown_through_time(run_dir: Path) -> None:
         line.get_label(): line.get_xydata() for line in figures["Reward in training against held-out"].axes[0].lines
     }
     assert list(curves) == [
-        "reward in training", "held-out reward", "difference of the two", "held-out 1: a/best", "held-out 2: b/best",
+        "reward in training", "held-out reward", "difference of the two", "reward in training, of real clips",
+        "held-out 1: a/best", "held-out 2: b/best",
     ]  # fmt: skip
     np.testing.assert_allclose(curves["reward in training"], [[0, 0.3], [200, 0.5], [400, 0.7]])
     np.testing.assert_allclose(curves["held-out 2: b/best"][:, 1], 0.4)
+    np.testing.assert_allclose(curves["reward in training, of real clips"][:, 1], 0.6)
+    above, error = (line.get_ydata() for line in figures["Reward in training, samples to real clips"].axes[0].lines)
+    np.testing.assert_allclose(above, [0, 0.2, 0.4])
+    np.testing.assert_allclose(error, 0.1)
 
 
 def test_cost_against_plan(run_dir: Path, tmp_path: Path) -> None:

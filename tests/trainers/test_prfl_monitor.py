@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from hy_prfl.data.collators import collate_latents
 from hy_prfl.data.dataset import load_latent_dataset
 from hy_prfl.data.schema import table_to_rows
-from hy_prfl.evaluation.scoring import score_latents
+from hy_prfl.evaluation.scoring import score_latents, score_rows
 from hy_prfl.flow_matching import row_noise
 from hy_prfl.models.conditioning import Conditioning
 from hy_prfl.models.loading import load_scheduler
@@ -64,6 +64,19 @@ def build(
     return build
 
 
+def validation_rows(folder: Path) -> list[dict[str, Any]]:
+    return table_to_rows(load_latent_dataset(str(folder))[:])
+
+
+def calibration_error(rewards: torch.Tensor, labels: list[int]) -> float:
+    """Bin by bin; rewards have shape `(num_clips,)`."""
+    bins, error = (10 * rewards).long(), 0.0
+    for each in bins.unique():
+        gap = rewards[bins == each].mean() - torch.tensor(labels)[bins == each].float().mean()
+        error += float(gap.abs() * (bins == each).float().mean())
+    return error
+
+
 def metric_lines(folder: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if "verdict" in line]
@@ -96,6 +109,11 @@ def test_metrics_equal_the_same_measurements_written_out(
         )
         for name, transformer in (("base", start), ("trained", trainer.unwrapped.eval()))
     }
+    training = WanRewardModel.from_pretrained(tmp_path / "reward").eval()
+    assert batch.latents is not None
+    real = score_latents(training, batch.latents, conditioning, [300, 900], row_ids=batch.ids, seed=1)
+    error = calibration_error(real.sigmoid().mean(dim=1), [0, 1, 0])
+    high = torch.quantile(real.mean(dim=1), 0.95)
     for line, latents in ((base, samples["base"]), (trained, samples["trained"])):
         rewards = []
         for number, path in enumerate(held_out, 1):
@@ -108,7 +126,11 @@ def test_metrics_equal_the_same_measurements_written_out(
         assert line["validation/monitor_reward/t900"] == pytest.approx(float(expected[..., 1].mean()), abs=1e-5)
         gap = line["validation/reward"] - line["validation/monitor_reward"]
         assert line["validation/reward_gap"] == pytest.approx(gap)
-        assert batch.latents is not None
+        logits = score_latents(training, latents, conditioning, [300, 900], row_ids=batch.ids, seed=1)
+        assert line["validation/real_reward"] == pytest.approx(float(real.sigmoid().mean()), abs=1e-5)
+        above = (logits.mean(dim=1) > high).float().mean()
+        assert line["validation/reward_above_real"] == pytest.approx(float(above))
+        assert line["validation/calibration_error"] == pytest.approx(error, abs=1e-5)
         energy = [(each[:, :, 1] - each[:, :, 0]).square().mean() for each in (latents, batch.latents)]
         assert line["validation/latents_temporal_energy"] == pytest.approx(float(energy[0] / energy[1]), rel=1e-3)
     distance = (samples["trained"] - samples["base"]).flatten(1).norm(dim=1) / samples["base"].flatten(1).norm(dim=1)
@@ -139,10 +161,14 @@ def test_the_monitor_changes_no_weight_and_a_resumed_run_judges_the_same(
         first.train()
     second = build(output_dir=str(tmp_path / "parts"), resume_from_checkpoint="latest", **options)
     assert second.measure_start() == {}
-    second.train()
     assert whole.monitor is not None
     assert second.monitor is not None
+    # Nothing is measured again, and everything is restored.
+    assert second.monitor.real_rewards is None
+    second.train()
     assert second.monitor.series == whole.monitor.series
+    assert second.monitor.real_rewards == whole.monitor.real_rewards
+    assert whole.monitor.real_rewards is not None
     assert len(whole.monitor.series) == 5
     assert (tmp_path / "whole" / "metrics.jsonl").read_text() == (tmp_path / "parts" / "metrics.jsonl").read_text()
 
@@ -163,6 +189,85 @@ def test_what_is_measured_has_changed(
         assert torch.equal(sample, second.monitor.base.samples[index])
     # The line of the first start stays.
     assert [line["step"] for line in metric_lines(tmp_path / "out")] == [0, 1, 2, 3]
+
+
+@torch.no_grad()
+def test_rewards_of_real_clips_are_combined_as_those_of_samples(
+    build: Callable[..., PRFLTrainer], tmp_path: Path, held_out: list[str], write_latents: Callable[..., Path]
+) -> None:
+    names = [str(tmp_path / "reward"), held_out[0]]
+    # Also clips of two shapes, in another order than they are scored in.
+    write_latents(
+        tmp_path / "validation", 5, seed=2, shapes=((2, 4, 4), (2, 4, 6)), overrides={2: {"human_quality": None}}
+    )
+    options = {
+        "reward_model": None, "reward_models": names, "reward_weights": [3.0, 1.0], "reward_disagreement": 0.5,
+        "monitor_reward_models": [], "on_hacking": "warn",
+    }  # fmt: skip
+    trainer = build(**options)
+    found = trainer.measure_start()
+    rows = validation_rows(tmp_path / "validation")
+    models = [WanRewardModel.from_pretrained(name).eval() for name in names]
+    logits = torch.stack(
+        [torch.cat([score_rows(model, [row], [300, 900], seed=1) for row in rows]) for model in models]
+    )
+    mean = 0.75 * logits[0] + 0.25 * logits[1]
+    combined = mean - 0.5 * (0.75 * (logits[0] - mean) ** 2 + 0.25 * (logits[1] - mean) ** 2).sqrt()
+    rewards = combined.sigmoid()
+    assert found["real_reward"] == pytest.approx(float(rewards.mean()), abs=1e-5)
+    labelled = [0, 1, 3, 4]
+    error = calibration_error(rewards.mean(dim=1)[labelled], [0, 1, 1, 0])
+    assert found["calibration_error"] == pytest.approx(error, abs=1e-5)
+    assert trainer.monitor is not None
+    assert trainer.monitor.real_rewards is not None
+    high = torch.quantile(combined.mean(dim=1), 0.95)
+    assert trainer.monitor.real_rewards.high_logit == pytest.approx(float(high), abs=1e-5)
+    # Of two tasks there is no label, and a product is of both.
+    models[1].register_to_config(task="physics_quality")
+    models[1].save_pretrained(tmp_path / "physics")
+    options |= {"reward_models": [names[0], str(tmp_path / "physics")], "reward_weights": None}
+    options |= {"reward_disagreement": 0.0, "reward_combination": "product", "output_dir": str(tmp_path / "product")}
+    found = build(**options).measure_start()
+    assert found["real_reward"] == pytest.approx(float((logits.sigmoid()[0] * logits.sigmoid()[1]).mean()), abs=1e-5)
+    assert "calibration_error" not in found
+
+
+def test_an_older_checkpoint_has_its_real_clips_scored(
+    build: Callable[..., PRFLTrainer], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The base is not measured again: only the real clips are, which do not depend on the generator."""
+    build(checkpointing_steps=2).train()
+    lines = metric_lines(tmp_path / "out")
+    state_file = tmp_path / "out" / "checkpoint-2" / "trainer_state.json"
+    state = json.loads(state_file.read_text())
+    del state["monitor"]["real"]
+    state_file.write_text(json.dumps(state))
+    caplog.set_level("INFO")
+    second = build(checkpointing_steps=2, resume_from_checkpoint=str(state_file.parent))
+    second.train()
+    assert "they have been scored now" in caplog.text
+    assert "starts over" not in caplog.text
+    assert metric_lines(tmp_path / "out") == lines
+    assert second.monitor is not None
+    assert len(second.monitor.series) == 5
+
+
+def test_another_combination_scores_the_real_clips_again(
+    build: Callable[..., PRFLTrainer], tmp_path: Path, held_out: list[str]
+) -> None:
+    options: dict[str, Any] = {
+        "reward_model": None, "reward_models": [str(tmp_path / "reward"), held_out[0]], "monitor_reward_models": [],
+        "on_hacking": "warn", "max_train_steps": 1,
+    }  # fmt: skip
+    build(**options).train()
+    options |= {"reward_combination": "min", "max_train_steps": 2}
+    build(**options, resume_from_checkpoint="latest").train()
+    lines = metric_lines(tmp_path / "out")
+    assert [line["step"] for line in lines] == [0, 1, 2]
+    mean, same, smallest = (line["validation/real_reward"] for line in lines)
+    assert mean == same
+    fresh = build(**options, output_dir=str(tmp_path / "fresh")).measure_start()
+    assert smallest == fresh["real_reward"] < mean - 1e-4
 
 
 def test_stop_ends_the_run_after_a_checkpoint(
@@ -250,6 +355,39 @@ def test_without_held_out_models_drift_and_statistics_are_measured(
     _, line = metric_lines(tmp_path / "out")
     assert {"validation/sample_drift", "validation/velocity_drift", "validation/latents_distance"} <= set(line)
     assert not any("monitor_reward" in name or "gap" in name for name in line)
+    training = WanRewardModel.from_pretrained(tmp_path / "reward").eval()
+    rewards = score_rows(training, validation_rows(tmp_path / "train"), [300, 900], seed=1).sigmoid()
+    assert line["validation/real_reward"] == pytest.approx(float(rewards.mean()), abs=1e-5)
+    # The reward model may know the labels of the training clips.
+    assert "validation/calibration_error" not in line
+
+
+def test_without_latents_nothing_is_compared_with_real_clips(
+    build: Callable[..., PRFLTrainer],
+    tmp_path: Path,
+    write_latents: Callable[..., Path],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    prompts = str(write_latents(tmp_path / "prompts", 3, prompts_only=True))
+    build(train_dataset=prompts, validation_dataset=prompts, update_schedule="reward", max_train_steps=1).train()
+    assert caplog.text.count("the samples are not compared with real clips") == 1
+    for line in metric_lines(tmp_path / "out"):
+        assert not any("real" in name or "latents_d" in name or "calibration" in name for name in line)
+    build(
+        train_dataset=prompts, validation_dataset=prompts, update_schedule="reward", max_train_steps=2,
+        resume_from_checkpoint="latest",
+    ).train()  # fmt: skip
+    assert [line["step"] for line in metric_lines(tmp_path / "out")] == [0, 1, 2]
+
+
+def test_clips_without_a_label_have_no_calibration_error(
+    build: Callable[..., PRFLTrainer], tmp_path: Path, write_latents: Callable[..., Path]
+) -> None:
+    """A label of half the task is none."""
+    write_latents(tmp_path / "validation", 3, overrides={row: {"human_quality": None} for row in range(3)})
+    found = build().measure_start()
+    assert {"real_reward", "reward_above_real"} <= set(found)
+    assert "calibration_error" not in found
 
 
 def test_options_that_make_no_sense_are_refused(
