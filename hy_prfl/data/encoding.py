@@ -70,7 +70,7 @@ class LatentEncoder:
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path: str,
+        pretrained_model_name_or_path: str | PipelineInfo,
         *,
         revision: str | None = None,
         variant: str | None = None,
@@ -80,17 +80,19 @@ class LatentEncoder:
         vae_tiling: VAETiling = "auto",
     ) -> "LatentEncoder":
         """
-        Load a pipeline folder or Hub id without its transformers.
+        Load a pipeline without its transformers.
 
         Args:
+            pretrained_model_name_or_path (`str` or [`~hy_prfl.formats.pipeline_info.PipelineInfo`]):
+                Folder of the pipeline or its id on the Hub, or what has been read of it already, with its revision.
             dtype (`torch.dtype`, defaults to `torch.float32`):
                 Type of the text encoder. VAE and image encoder are always float32, as diffusers recommends for Wan.
         """
         # Called on the pipeline's own class: `DiffusionPipeline.from_pretrained` does not accept a missing transformer.
-        info = PipelineInfo.read(pretrained_model_name_or_path, revision)
+        info = PipelineInfo.of(pretrained_model_name_or_path, revision)
         pipeline = info.pipeline_class.from_pretrained(
-            pretrained_model_name_or_path,
-            revision=revision,
+            info.source,
+            revision=info.revision,
             variant=variant,
             dtype={"default": torch.float32, "text_encoder": dtype},
             transformer=None,

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from diffusers import (
     WanTransformer3DModel,
 )
 
+from ..configs.base import check
 from .layout import EXPERT_FOLDERS
 from .sources import reading
 
@@ -40,9 +41,11 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 }
 # `boundary_ratio` of the pipelines with a second transformer, which has the same size as the first.
 BOUNDARY_RATIOS = {"Wan-AI/Wan2.2-T2V-A14B-Diffusers": 0.875, "Wan-AI/Wan2.2-I2V-A14B-Diffusers": 0.9}
-# Strides of the VAE over frames, height and width: of Wan 2.1's, and of the published pipelines with another VAE.
+# Strides of Wan 2.1's VAE over frames, height and width.
 VAE_STRIDE = (4, 8, 8)
-OTHER_STRIDES = {"Wan-AI/Wan2.2-TI2V-5B-Diffusers": (4, 16, 16)}
+# What a plan needs to know of the VAE of published pipelines with another one; Wan 2.1's has the class's defaults.
+OTHER_VAES = {"Wan-AI/Wan2.2-TI2V-5B-Diffusers": {"is_residual": True, "scale_factor_spatial": 16}}
+PIPELINE_CLASSES: dict[str, Any] = {each.__name__: each for each in (WanPipeline, WanImageToVideoPipeline)}
 
 
 def with_defaults(model_class: Any, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -68,11 +71,16 @@ class PipelineInfo:
             Content of its `model_index.json`.
         revision (`str`, *optional*):
             Revision on the Hub.
+        transformer_config, vae_config (`Mapping[str, Any]`, *optional*):
+            Configurations of its (first) transformer and of its VAE, or the entries that are not the class's defaults, if
+            they are known and need not be read.
     """
 
     source: str
     index: Mapping[str, Any]
     revision: str | None = None
+    transformer_config: Mapping[str, Any] | None = None
+    vae_config: Mapping[str, Any] | None = None
 
     @classmethod
     def read(cls, source: str, revision: str | None = None) -> "PipelineInfo":
@@ -82,19 +90,55 @@ class PipelineInfo:
         return cls(source, index, revision)
 
     @classmethod
+    def of(cls, pipeline: "str | PipelineInfo", revision: str | None = None) -> "PipelineInfo":
+        """
+        What has been read of a pipeline already, or else [`read`] it.
+
+        Raises:
+            ValueError: If a revision is given for a pipeline that was read at another.
+        """
+        if not isinstance(pipeline, PipelineInfo):
+            return cls.read(pipeline, revision)
+        is_same = revision in (None, pipeline.revision)
+        check(is_same, "revision", revision, f"that of the pipeline that was read, {pipeline.revision}")
+        return pipeline
+
+    @classmethod
     def known(cls, source: str, revision: str | None = None) -> "PipelineInfo":
         """Like [`read`], but the published Wan pipelines need no access to the Hub, unless a revision is given."""
         if source not in PUBLISHED or revision is not None or Path(source).exists():
             return cls.read(source, revision)
-        config, ratio = PUBLISHED[source], BOUNDARY_RATIOS.get(source)
-        takes_images = config.get("in_channels", 16) > config.get("out_channels", 16)
+        ratio, info = BOUNDARY_RATIOS.get(source), cls.from_transformer(source, PUBLISHED[source])
         index = {
-            "_class_name": (WanImageToVideoPipeline if takes_images else WanPipeline).__name__,
+            **info.index,
             "transformer_2": None if ratio is None else ["diffusers", "WanTransformer3DModel"],
             "boundary_ratio": ratio,
-            "expand_timesteps": source in OTHER_STRIDES,
+            "expand_timesteps": source in OTHER_VAES,
         }
-        return _Published(source, index)
+        return replace(info, index=index, vae_config=OTHER_VAES.get(source, {}))
+
+    @classmethod
+    def from_transformer(cls, source: str, config: Mapping[str, Any], class_name: str | None = None) -> "PipelineInfo":
+        """
+        What the configuration of a transformer tells of its pipeline: class, images that it takes, sizes.
+
+        Nothing is read. A second transformer is not known of, nor whether a text-to-video pipeline can take a first frame.
+
+        Args:
+            source (`str`):
+                Name of the pipeline.
+            config (`Mapping[str, Any]`):
+                Configuration of its transformer, or of a reward model made from it.
+            class_name (`str`, *optional*):
+                Class of the pipeline. If left out, it is image-to-video if there are more input than output channels.
+        """
+        full = with_defaults(WanTransformer3DModel, config)
+        has_channels = full["in_channels"] > full["out_channels"]
+        name = class_name or (WanImageToVideoPipeline if has_channels else WanPipeline).__name__
+        # Without channels for the image, it can only be the first frame.
+        takes_first_frame = name == WanImageToVideoPipeline.__name__ and not has_channels
+        index = {"_class_name": name, "expand_timesteps": takes_first_frame}
+        return cls(source, index, transformer_config=config)
 
     @property
     def pipeline_class(self) -> Any:
@@ -105,13 +149,12 @@ class PipelineInfo:
             ValueError: If it is another class.
         """
         name = self.index["_class_name"]
-        for pipeline_class in (WanPipeline, WanImageToVideoPipeline):
-            if name == pipeline_class.__name__:
-                return pipeline_class
-        raise ValueError(
-            f"`pretrained_model_name_or_path` '{self.source}' is a `{name}`, expected a `WanPipeline` "
-            "or a `WanImageToVideoPipeline`."
-        )
+        if name not in PIPELINE_CLASSES:
+            raise ValueError(
+                f"`pretrained_model_name_or_path` '{self.source}' is a `{name}`, expected a `WanPipeline` "
+                "or a `WanImageToVideoPipeline`."
+            )
+        return PIPELINE_CLASSES[name]
 
     @property
     def is_image_to_video(self) -> bool:
@@ -153,31 +196,31 @@ class PipelineInfo:
     @cached_property
     def transformer(self) -> dict[str, Any]:
         """Configuration of its (first) transformer, with a value for every argument of `WanTransformer3DModel`."""
-        return with_defaults(WanTransformer3DModel, self._transformer_config())
+        config = self.transformer_config
+        if config is None:
+            folder = EXPERT_FOLDERS["high_noise"]
+            config = WanTransformer3DModel.load_config(self.source, subfolder=folder, revision=self.revision)
+        return with_defaults(WanTransformer3DModel, config)
 
-    @cached_property
+    @property
     def vae_stride(self) -> tuple[int, int, int]:
         """Strides of its VAE over frames, height and width."""
-        config = AutoencoderKLWan.load_config(self.source, subfolder="vae", revision=self.revision)
-        full = with_defaults(AutoencoderKLWan, config)
-        return full["scale_factor_temporal"], full["scale_factor_spatial"], full["scale_factor_spatial"]
+        spatial = self._vae["scale_factor_spatial"]
+        return self._vae["scale_factor_temporal"], spatial, spatial
+
+    @property
+    def has_residual_vae(self) -> bool:
+        """Whether its VAE is the residual one of Wan2.2 TI2V 5B."""
+        return bool(self._vae["is_residual"])
 
     @property
     def size_multiple(self) -> int:
         """Number of pixels that divides height and width of its videos: a patch is 2 x 2 pixels of the latents."""
         return 2 * self.vae_stride[1]
 
-    def _transformer_config(self) -> Mapping[str, Any]:
-        folder = EXPERT_FOLDERS["high_noise"]
-        return WanTransformer3DModel.load_config(self.source, subfolder=folder, revision=self.revision)
-
-
-class _Published(PipelineInfo):
-    """A pipeline in `PUBLISHED`, whose configurations need not be read."""
-
-    @property
-    def vae_stride(self) -> tuple[int, int, int]:
-        return OTHER_STRIDES.get(self.source, VAE_STRIDE)
-
-    def _transformer_config(self) -> Mapping[str, Any]:
-        return PUBLISHED[self.source]
+    @cached_property
+    def _vae(self) -> dict[str, Any]:
+        config = self.vae_config
+        if config is None:
+            config = AutoencoderKLWan.load_config(self.source, subfolder="vae", revision=self.revision)
+        return with_defaults(AutoencoderKLWan, config)

@@ -3,7 +3,6 @@
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import validate_repo_id
 
 from ..configs.base import names_in
-from ..formats.pipeline_info import PUBLISHED, PipelineInfo
+from ..formats.pipeline_info import PIPELINE_CLASSES, PUBLISHED, PipelineInfo
 from ..runtime.provenance import RUN_FILE
 
 
@@ -28,70 +27,29 @@ SOURCE_OPTIONS = {
     "prompt_dataset": "dataset",
     "validation_dataset": "dataset",
 }
-# Configuration entries of the transformer that determine the kind of its pipeline.
+# Configuration entries of the transformer that determine, with its class, the kind of a pipeline.
 SHAPE = ("in_channels", "out_channels", "image_dim", "pos_embed_seq_len")
 # Key of [`run_sources`] in the record of a run.
 SOURCES = "sources"
 
 
-@dataclass(frozen=True)
-class BasePipeline:
-    """
-    The kind of a Wan pipeline, inferred from its `model_index.json` and the configuration of its transformer.
-
-    Args:
-        class_name (`str`):
-            `WanPipeline` or `WanImageToVideoPipeline`.
-        in_channels, out_channels (`int`):
-            Input and output channels of the transformer.
-        image_dim (`int`, *optional*):
-            Width of the image embeddings, if the transformer takes any.
-        pos_embed_seq_len (`int`, *optional*):
-            Number of position embeddings for the tokens of both images, if the transformer takes a first and a last
-            image (FLF2V).
-    """
-
-    class_name: str
-    in_channels: int = 16
-    out_channels: int = 16
-    image_dim: int | None = None
-    pos_embed_seq_len: int | None = None
-
-    @property
-    def is_image_to_video(self) -> bool:
-        """Whether it starts from an image."""
-        return self.class_name == "WanImageToVideoPipeline"
-
-    @property
-    def needs_last_image(self) -> bool:
-        """Whether it requires a last image."""
-        return self.image_dim is not None and self.pos_embed_seq_len is not None
-
-    @classmethod
-    def from_transformer(cls, config: Mapping[str, Any]) -> "BasePipeline":
-        """The kind inferred from a transformer's configuration: image-to-video if it has more input than output channels."""
-        shape = {name: config[name] for name in SHAPE if config.get(name) is not None}
-        pipeline = cls("WanPipeline", **shape)
-        takes_condition = pipeline.in_channels > pipeline.out_channels
-        return cls("WanImageToVideoPipeline", **shape) if takes_condition else pipeline
-
-
-def run_sources(config: Mapping[str, Any]) -> dict[str, Any]:
+def run_sources(config: Mapping[str, Any], pipeline: PipelineInfo) -> dict[str, Any]:
     """
     Record of a run's sources, made when the run starts: its paths may not exist on the machine that pushes it later.
 
     Args:
         config (`Mapping[str, Any]`):
             Options of the run. A name that is not a path on this machine is a repository on the Hub.
+        pipeline (`PipelineInfo`):
+            The pipeline of the run.
 
     Returns:
-        `{"on_hub": [...], "pipeline": {...}}`, JSON values: the names that are repositories, and the fields of a
-        [`BasePipeline`], or null if its configuration cannot be read.
+        `{"on_hub": [...], "pipeline": {...}}`, JSON values: the names that are repositories, and the pipeline's class with
+        the entries `SHAPE` of its transformer, or null if its configuration cannot be read.
     """
     names = {name for option in SOURCE_OPTIONS for name in names_in(config.get(option))}
     on_hub = sorted(name for name in names if _may_be_repo_id(name) and not Path(name).exists())
-    pipeline = load_base_pipeline(str(config["pretrained_model_name_or_path"]), config.get("revision"))
-    return {"on_hub": on_hub, "pipeline": None if pipeline is None else asdict(pipeline)}
+    return {"on_hub": on_hub, "pipeline": _pipeline_record(pipeline)}
 
 
 def recorded_sources(files: Mapping[str, Path]) -> dict[str, Any]:
@@ -102,9 +60,9 @@ def recorded_sources(files: Mapping[str, Path]) -> dict[str, Any]:
 
 def find_base_pipeline(
     name: str, revision: str | None, recorded: Mapping[str, Any], transformer_config: Mapping[str, Any] | None = None
-) -> BasePipeline | None:
+) -> PipelineInfo | None:
     """
-    The kind of the pipeline that a model belongs to. It is never inferred from the pipeline's name.
+    The pipeline that a model belongs to, as far as it is known. Its kind is never inferred from its name.
 
     It is read from the run's record, else from the pipeline's configuration, else from the model's own. None if there is
     none of these.
@@ -117,27 +75,37 @@ def find_base_pipeline(
         transformer_config (`Mapping[str, Any]`, *optional*):
             Configuration of the transformer or reward model that was made from the pipeline.
     """
-    if recorded.get("pipeline"):
-        return BasePipeline(**recorded["pipeline"])
-    found = load_base_pipeline(name, revision) if name else None
-    if found is None and transformer_config:
-        return BasePipeline.from_transformer(transformer_config)
-    return found
+    record = recorded.get("pipeline") or (_read_record(name, revision) if name else None)
+    if record and record["class_name"] in PIPELINE_CLASSES:
+        return PipelineInfo.from_transformer(name, record, class_name=record["class_name"])
+    return PipelineInfo.from_transformer(name, transformer_config) if transformer_config else None
 
 
-def load_base_pipeline(name: str, revision: str | None = None) -> BasePipeline | None:
-    """The kind of a pipeline in a folder or on the Hub; None if its configuration cannot be read."""
+def _read_record(name: str, revision: str | None) -> dict[str, Any] | None:
+    """The record of a pipeline in a folder or on the Hub; None if its configuration cannot be read."""
     is_published = name in PUBLISHED and not Path(name).exists()
     if not is_published and not Path(name).is_dir() and not _may_be_repo_id(name):
         return None
     try:
         # The published pipelines have the same kind at every revision.
         info = PipelineInfo.known(name, None if is_published else revision)
-        config = info.transformer
-        return BasePipeline(info.index["_class_name"], **{key: config[key] for key in SHAPE})
-    except (OSError, ValueError, KeyError) as error:
-        logger.info("The configuration of '%s' cannot be read (%s).", name, next(iter(str(error).splitlines()), ""))
+    except (OSError, ValueError) as error:
+        _note_unreadable(name, error)
         return None
+    return _pipeline_record(info)
+
+
+def _pipeline_record(info: PipelineInfo) -> dict[str, Any] | None:
+    """What [`run_sources`] records of a pipeline."""
+    try:
+        return {"class_name": info.pipeline_class.__name__, **{name: info.transformer[name] for name in SHAPE}}
+    except (OSError, ValueError, KeyError) as error:
+        _note_unreadable(info.source, error)
+        return None
+
+
+def _note_unreadable(name: str, error: Exception) -> None:
+    logger.info("The configuration of '%s' cannot be read (%s).", name, next(iter(str(error).splitlines()), ""))
 
 
 def is_on_hub(name: str, repo_type: str, recorded: Mapping[str, Any], api: HfApi | None = None) -> bool:

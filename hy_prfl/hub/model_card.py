@@ -12,10 +12,10 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData, eval_result_entries
 from ..configs.base import names_in
 from ..formats.layout import EXPERT_FOLDERS, LORA_FILES, ExpertName
 from ..formats.lora_metadata import read_lora_metadata
-from ..formats.pipeline_info import PUBLISHED
+from ..formats.pipeline_info import PUBLISHED, PipelineInfo
 from ..runtime.atomic_writes import replacing
 from ..runtime.provenance import CONFIG_FILE, RUN_FILE
-from .base_pipeline import BasePipeline, find_base_pipeline, is_on_hub, recorded_sources
+from .base_pipeline import find_base_pipeline, is_on_hub, recorded_sources
 from .results import (
     EVAL_RESULTS_FILE,
     best_metrics,
@@ -198,7 +198,7 @@ def build_card(
     )
 
 
-def library_name(kind: ModelKind, base: BasePipeline | None, experts: Sequence[ExpertName]) -> str:
+def library_name(kind: ModelKind, base: PipelineInfo | None, experts: Sequence[ExpertName]) -> str:
     """
     The library on the card. The Hub shows loading code for diffusers, and none for this package.
 
@@ -207,13 +207,13 @@ def library_name(kind: ModelKind, base: BasePipeline | None, experts: Sequence[E
     pipeline.
 
     Args:
-        base (`BasePipeline`, *optional*):
+        base (`PipelineInfo`, *optional*):
             The pipeline that the model was trained on, if it is on the Hub.
         experts (`Sequence[str]`):
             The experts with a LoRA in the repository.
     """
     is_plain_lora = kind == "lora" and list(experts) == ["high_noise"]
-    return "diffusers" if is_plain_lora and base is not None and not base.needs_last_image else "hy-prfl"
+    return "diffusers" if is_plain_lora and base is not None and base.last_image != "required" else "hy-prfl"
 
 
 def _tags(kind: ModelKind, config: Mapping[str, Any]) -> list[str]:
@@ -296,7 +296,7 @@ def _base_on_hub(header: Mapping[str, str]) -> list[str]:
     return [base] if on_hub == "true" or (on_hub is None and base in PUBLISHED and not Path(base).exists()) else []
 
 
-def _task(kind: ModelKind, pipeline: BasePipeline | None) -> Task | None:
+def _task(kind: ModelKind, pipeline: PipelineInfo | None) -> Task | None:
     if kind == "reward":
         return "video-classification"
     if pipeline is None:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from ..formats.layout import EXPERT_FOLDERS, LORA_FILES, ExpertName
-from .base_pipeline import BasePipeline
+from ..formats.pipeline_info import PipelineInfo
 
 
 ModelKind = Literal["reward", "lora", "transformer"]
@@ -20,7 +20,7 @@ def usage(
     repo_id: str,
     config: Mapping[str, Any],
     model_config: Mapping[str, Any],
-    pipeline: BasePipeline | None,
+    pipeline: PipelineInfo | None,
     experts: Sequence[ExpertName] = ("high_noise",),
 ) -> str:
     """
@@ -33,14 +33,14 @@ def usage(
             Options of the run. Its pipeline, revision and variant are used.
         model_config (`Mapping[str, Any]`):
             Configuration of the reward model or the transformer, empty for a LoRA.
-        pipeline (`BasePipeline`, *optional*):
-            Kind of the pipeline. If it is unknown, diffusers chooses the class.
+        pipeline (`PipelineInfo`, *optional*):
+            The pipeline. If it is unknown, diffusers chooses the class.
         experts (`Sequence[str]`, defaults to `("high_noise",)`):
             The experts that the repository has weights for.
     """
     if kind == "reward":
         return _reward_usage(repo_id, model_config)
-    class_name = "DiffusionPipeline" if pipeline is None else pipeline.class_name
+    class_name = "DiffusionPipeline" if pipeline is None else pipeline.pipeline_class.__name__
     options = {name: config[name] for name in ("revision", "variant") if config.get(name)}
     base = config.get("pretrained_model_name_or_path")
     if not base:
@@ -48,7 +48,7 @@ def usage(
     arguments = [_quote(str(base)), *(f"{name}={_quote(str(value))}" for name, value in options.items())]
     inputs = ""
     if pipeline is not None and pipeline.is_image_to_video:
-        inputs = "image=image, last_image=last_image, " if pipeline.needs_last_image else "image=image, "
+        inputs = "image=image, last_image=last_image, " if pipeline.last_image == "required" else "image=image, "
     call = f'# Then, on a GPU: video = pipeline({inputs}prompt="...").frames[0]'
     if kind == "lora":
         loads = []

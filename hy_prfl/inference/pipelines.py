@@ -37,7 +37,7 @@ ShardedModel = Literal["transformer", "text_encoder"]
 
 
 def load_pipeline(
-    pretrained_model_name_or_path: str,
+    pretrained_model_name_or_path: str | PipelineInfo,
     *,
     revision: str | None = None,
     variant: str | None = None,
@@ -65,6 +65,8 @@ def load_pipeline(
     Load the pipeline that `model_index.json` names, with a tuned transformer or LoRAs, another solver and its shift.
 
     Args:
+        pretrained_model_name_or_path (`str` or [`~hy_prfl.formats.pipeline_info.PipelineInfo`]):
+            Folder of the pipeline or its id on the Hub, or what has been read of it already, with its revision.
         transformer_path (`str`, *optional*):
             Fully fine-tuned transformer that replaces the pipeline's: a folder or a Hub id.
         lora_path (`str` or sequence of `str`, *optional*):
@@ -135,7 +137,7 @@ def load_pipeline(
             raise ValueError(
                 f"`{LORA_OPTIONS[expert]}`: {len(paths)} LoRAs and {len(strengths[expert])} weights for them."
             )
-    info = PipelineInfo.read(pretrained_model_name_or_path, revision)
+    info = PipelineInfo.of(pretrained_model_name_or_path, revision)
     cache_config = _step_cache_config(
         step_cache,
         step_cache_threshold,
@@ -149,7 +151,7 @@ def load_pipeline(
     if not lora_2_path and info.has_two_experts:
         warn_of_unnamed_experts(loras.get("high_noise", []))
     for expert, found in loras.items():
-        model: tuple[str, str | None, str | None] = (pretrained_model_name_or_path, EXPERT_FOLDERS[expert], revision)
+        model: tuple[str, str | None, str | None] = (info.source, EXPERT_FOLDERS[expert], info.revision)
         option, path = "pretrained_model_name_or_path", tuned[expert]
         if path is not None:
             option, model = TRANSFORMER_OPTIONS[expert], (path, None, None)
@@ -160,16 +162,14 @@ def load_pipeline(
     if sample_solver is not None or flow_shift is not None:
         replaced["scheduler"] = build_scheduler(load_own_scheduler(info), sample_solver, flow_shift)
     replaced |= {
-        EXPERT_FOLDERS[expert]: load_tuned_transformer(
-            path, pretrained_model_name_or_path, expert, revision=revision, dtype=dtype
-        )
+        EXPERT_FOLDERS[expert]: load_tuned_transformer(path, info.source, expert, revision=info.revision, dtype=dtype)
         for expert, path in tuned.items()
         if path is not None
     }
     # Called on the class itself: `DiffusionPipeline.from_pretrained` would silently drop a `transformer`.
     pipeline = info.pipeline_class.from_pretrained(
-        pretrained_model_name_or_path,
-        revision=revision,
+        info.source,
+        revision=info.revision,
         variant=variant,
         dtype={"default": dtype, "vae": torch.float32, "image_encoder": torch.float32},
         **replaced,
@@ -177,7 +177,7 @@ def load_pipeline(
     for name in EXPERT_FOLDERS.values():
         transformer = getattr(pipeline, name, None)
         if transformer is not None and name not in replaced:
-            check_finite(transformer.named_parameters(), source=f"{pretrained_model_name_or_path}/{name}")
+            check_finite(transformer.named_parameters(), source=f"{info.source}/{name}")
     for expert, found in loras.items():
         add_loras(getattr(pipeline, EXPERT_FOLDERS[expert]), found, strengths[expert], expert)
     transformers = [model for model in (pipeline.transformer, pipeline.transformer_2) if model is not None]

@@ -12,6 +12,7 @@ from ..configs.base import Quantization, TrainingConfig, check
 from ..configs.prfl import PRFLTrainingConfig
 from ..configs.reward import RewardTrainingConfig
 from ..evaluation.drift import DRIFT_SIGMAS
+from ..formats.pipeline_info import VAE_STRIDE
 from ..losses import RewardCombination
 from ..models.experts import Experts
 from ..models.shared_backbone import own_parts
@@ -35,8 +36,7 @@ from .simulation import Phase
 from .workloads import Numerics, Shape, generator_phases, reward_phases, reward_training_phases
 
 
-# Channels of the latents of TI2V 5B, whose VAE is residual. Bytes of a VAE's weights: whether it is residual -> bytes.
-RESIDUAL_VAE_CHANNELS = 48
+# Bytes of a VAE's weights: whether it is residual -> bytes.
 VAE_BYTES = {False: 507_570_124, True: 2_818_754_672}
 
 
@@ -65,6 +65,8 @@ class Request:
         shared_backbones (`Sequence[Sequence[int]]`, *optional*):
             Places of reward models in groups with the same backbone, see
             [`~hy_prfl.models.shared_backbone.group_by_backbone`]; each has its own if left out.
+        vae_stride (`tuple[int, int, int]`), has_residual_vae (`bool`):
+            Properties of the pipeline's VAE, see [`~hy_prfl.formats.pipeline_info.PipelineInfo`]; Wan 2.1's if left out.
     """
 
     training: TrainingConfig
@@ -76,6 +78,8 @@ class Request:
     sampler_shift: float = 3.0
     other_reward_configs: Sequence[Mapping[str, Any]] = ()
     shared_backbones: Sequence[Sequence[int]] | None = None
+    vae_stride: tuple[int, int, int] = VAE_STRIDE
+    has_residual_vae: bool = False
 
     @property
     def reward_configs(self) -> list[Mapping[str, Any]]:
@@ -269,14 +273,12 @@ def _estimate_prfl(request: Request, training: PRFLTrainingConfig, reserved: flo
 
 def _decoding(request: Request, training: PRFLTrainingConfig) -> tuple[float, float]:
     """Bytes of the VAE's weights, and of decoding a batch of samples, in tiles unless the recipe refuses them."""
-    _, rows, columns = request.shape.latents
-    is_residual = request.transformer_config["out_channels"] == RESIDUAL_VAE_CHANNELS
-    stride = 16 if is_residual else 8
-    size = {"height": stride * rows, "width": stride * columns, "num_frames": 4 * (request.shape.latents[0] - 1) + 1}
-    weights = float(VAE_BYTES[is_residual])
+    (frames, rows, columns), stride = request.shape.latents, request.vae_stride
+    size = {"height": stride[1] * rows, "width": stride[2] * columns, "num_frames": stride[0] * (frames - 1) + 1}
+    weights, vae = float(VAE_BYTES[request.has_residual_vae]), {"is_residual": request.has_residual_vae}
     if training.vae_tiling != "off":
         return weights, tiled_decoding_memory(**size, batch_size=request.shape.batch_size)
-    return weights, pass_memory({"is_residual": is_residual}, "decode", **size, batch_size=request.shape.batch_size)
+    return weights, pass_memory(vae, "decode", **size, batch_size=request.shape.batch_size)
 
 
 def _estimate_reward(request: Request, training: RewardTrainingConfig, reserved: float) -> Estimate:

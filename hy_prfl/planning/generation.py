@@ -15,7 +15,7 @@ from ..configs.generate import GenerateConfig
 from ..configs.keep import num_forwards, num_scores, parse_keep
 from ..formats.pipeline_info import PipelineInfo
 from ..runtime.vae_tiling import pass_memory, tiled_decoding_memory
-from .estimate import RESIDUAL_VAE_CHANNELS, VAE_BYTES
+from .estimate import VAE_BYTES
 from .models import (
     Counting,
     freeze,
@@ -149,14 +149,12 @@ def plan_generation(
         "generator": float(generator_sizes(freeze(generator), None, counting).num_bytes),
         "reward": float(reward_model_sizes(freeze(reward), None, counting).num_bytes),
         "text": _text_encoder_bytes(dtype),
-        "vae": float(VAE_BYTES[generator["out_channels"] == RESIDUAL_VAE_CHANNELS]),
+        "vae": float(VAE_BYTES[info.has_residual_vae]),
     }
     plain = dataclasses.replace(config, **_PLAIN)
 
     def cost(setting: GenerateConfig) -> SamplingCost:
-        return _cost(
-            setting, generator, reward, numerics, latents, weights, 2 if info.has_two_experts else 1, rate, reserved
-        )
+        return _cost(setting, info, reward, numerics, latents, weights, rate, reserved)
 
     return GenerationPlan(
         model=path,
@@ -183,12 +181,11 @@ _PLAIN: dict[str, Any] = {
 
 def _cost(
     config: GenerateConfig,
-    generator: Mapping[str, Any],
+    info: PipelineInfo,
     reward: Mapping[str, Any],
     numerics: Numerics,
     latents: tuple[int, int, int],
     weights: Mapping[str, float],
-    num_experts: int,
     rate: float,
     reserved: float,
 ) -> SamplingCost:
@@ -207,9 +204,9 @@ def _cost(
     forwards = steps * (2 if config.guidance_scale > 1 else 1)
     batch = min(number, config.candidate_batch_size)
     one, several = (Shape(size, latents, config.max_sequence_length) for size in (1, batch))
-    step = generator_phases(generator, _TRAINING, numerics, one)["rollout"]
+    step = generator_phases(info.transformer, _TRAINING, numerics, one)["rollout"]
     flops = forwards * step.flops
-    phases = {"generator": generator_phases(generator, _TRAINING, numerics, several)["rollout"].peak}
+    phases = {"generator": generator_phases(info.transformer, _TRAINING, numerics, several)["rollout"].peak}
     if config.uses_reward:
         flops += (scores + guided) * scoring_phase(reward, numerics, one).flops
         phases["reward"] = scoring_phase(reward, numerics, several).peak
@@ -218,12 +215,11 @@ def _cost(
         flops += guided * reward_phases(reward, _TRAINING, numerics, one)["backward"].flops
         phases["reward"] = max(phases["reward"], guide["forward"].peak, guide["backward"].peak)
     size = {"height": config.height, "width": config.width, "num_frames": config.num_frames}
-    is_residual = generator["out_channels"] == RESIDUAL_VAE_CHANNELS
-    decoding = pass_memory({"is_residual": is_residual}, "decode", **size)
+    decoding = pass_memory({"is_residual": info.has_residual_vae}, "decode", **size)
     phases["vae"] = decoding if config.vae_tiling == "off" else min(decoding, tiled_decoding_memory(**size))
     # Noisy and predicted latents of all candidates, and the sampler's history.
-    held = 6 * 4 * number * generator["out_channels"] * latents[0] * latents[1] * latents[2]
-    peak = _peak(config, phases, weights, num_experts) + held + reserved * GIGA
+    held = 6 * 4 * number * info.transformer["out_channels"] * latents[0] * latents[1] * latents[2]
+    peak = _peak(config, phases, weights, 2 if info.has_two_experts else 1) + held + reserved * GIGA
     return SamplingCost(forwards, scores + guided, guided, flops / TERA, flops / rate, peak / GIGA)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from ..configs.base import TrainingConfig, check
 from ..configs.prfl import PRFLTrainingConfig
 from ..configs.reward import RewardTrainingConfig
-from ..formats.pipeline_info import VAE_STRIDE, PipelineInfo
+from ..formats.pipeline_info import PipelineInfo
 from ..models.experts import Experts, choose_experts
 from ..models.loading import load_scheduler
 from .advice import cheapest_changes
@@ -157,10 +157,8 @@ def plan(
     num_rows: int | None = None,
     text_tokens: int = TEXT_TOKENS,
     first_frame: bool = False,
-    transformer_config: Mapping[str, Any] | None = None,
     reward_config: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None = None,
     shared_backbones: Sequence[Sequence[int]] | None = None,
-    experts: Experts | None = None,
     engine: Engine | None = None,
 ) -> Plan:
     """
@@ -194,14 +192,11 @@ def plan(
             Length that prompts are padded to.
         first_frame (`bool`, defaults to `False`):
             Whether clips of Wan2.2 TI2V 5B start with a given image.
-        transformer_config, reward_config (`Mapping[str, Any]`, *optional*):
-            Configurations of the generator and the reward model. If left out, they are those of the recipe's pipeline
-            and of a reward model made from its first 8 blocks. For several reward models it is a list, with None for
-            one whose configuration is not known.
+        reward_config (`Mapping[str, Any]`, *optional*):
+            Configuration of the reward model. If left out, it is one made from the first 8 blocks of the generator. For
+            several reward models it is a list, with None for one whose configuration is not known.
         shared_backbones (`Sequence[Sequence[int]]`, *optional*):
             Places of reward models in groups with the same blocks; each has its own if left out.
-        experts (`Experts`, *optional*):
-            The experts. Needed with `transformer_config` if there are two.
         engine (`Engine`, *optional*):
             Replaces `num_gpus`, `zero_stage` and `offload`.
 
@@ -210,15 +205,13 @@ def plan(
             a model that takes images in another way.
     """
     check(0 < utilization <= 1, "utilization", utilization, "in (0, 1]")
-    config, stride, shift = transformer_config, VAE_STRIDE, 3.0
-    if config is None:
-        path, revision = training.pretrained_model_name_or_path, training.revision
-        info = PipelineInfo.known(path, revision)
-        config, stride = info.transformer, info.vae_stride
-        if isinstance(training, PRFLTrainingConfig):
-            experts = choose_experts(info, training.expert)
-            if experts.are_two:
-                shift = training.sampler_flow_shift or load_scheduler(path, revision=revision).config.flow_shift
+    path, revision = training.pretrained_model_name_or_path, training.revision
+    info = PipelineInfo.known(path, revision)
+    config, stride, experts, shift = info.transformer, info.vae_stride, Experts(), 3.0
+    if isinstance(training, PRFLTrainingConfig):
+        experts = choose_experts(info, training.expert)
+        if experts.are_two:
+            shift = training.sampler_flow_shift or load_scheduler(path, revision=revision).config.flow_shift
     takes_channels = config["in_channels"] != config["out_channels"]
     check(
         not (first_frame and takes_channels),
@@ -241,10 +234,12 @@ def plan(
         reward_config=judge,
         engine=engine or Engine(num_gpus=num_gpus, zero_stage=zero_stage, offload=offload),
         shape=Shape(training.train_batch_size, latents, text_tokens, first_frame),
-        experts=experts or Experts(),
+        experts=experts,
         sampler_shift=shift,
         other_reward_configs=others,
         shared_backbones=shared_backbones,
+        vae_stride=stride,
+        has_residual_vae=info.has_residual_vae,
     )
     needs = estimate(request, reserved=reserved * GIGA)
     changes: list[str] = []

@@ -108,8 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             ContextParallelGroup(degree, SHARED_WORK_TIMEOUT, config.ring_degree) if degree > 1 else None
         )
         pipeline = load_pipeline(
-            config.pretrained_model_name_or_path,
-            revision=config.revision,
+            info,
             variant=config.variant,
             transformer_path=config.transformer_path,
             transformer_2_path=config.transformer_2_path,

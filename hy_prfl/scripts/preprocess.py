@@ -79,8 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # 2. Encoders
     encoder = LatentEncoder.from_pretrained(
-        config.pretrained_model_name_or_path,
-        revision=config.revision,
+        info,
         variant=config.variant,
         dtype=getattr(torch, config.text_encoder_dtype),
         device=state.device,

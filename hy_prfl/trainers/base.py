@@ -372,7 +372,9 @@ class Trainer(ABC):
                 abandoned,
                 ", ".join(sorted(path.name for path in abandoned.iterdir())),
             )
-        self.run.reports.start(self.global_step, checkpoint=self.run.checkpoint, abandoned=abandoned)
+        self.run.reports.start(
+            self.global_step, pipeline=self.run.pipeline, checkpoint=self.run.checkpoint, abandoned=abandoned
+        )
         if start_metrics and self.global_step == 0:
             self.run.reports.log_validation(start_metrics, self.validation_notes(), global_step=0)
 

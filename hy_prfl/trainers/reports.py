@@ -11,6 +11,7 @@ from accelerate.tracking import get_available_trackers
 
 from ..configs.base import TrainingConfig, check
 from ..evaluation.tracking import announce_trackers, log_timestep_curves
+from ..formats.pipeline_info import PipelineInfo
 from ..hub import HubUploader
 from ..hub.base_pipeline import SOURCES, run_sources
 from ..pages.report import write_run_page
@@ -67,11 +68,20 @@ class Reports:
             repo_id = config.hub_model_id or self.output_dir.resolve().name
             self.uploader = HubUploader(self.output_dir, repo_id, private=config.hub_private_repo or None)
 
-    def start(self, global_step: int, *, checkpoint: Path | None = None, abandoned: Path | None = None) -> None:
+    def start(
+        self,
+        global_step: int,
+        *,
+        pipeline: PipelineInfo,
+        checkpoint: Path | None = None,
+        abandoned: Path | None = None,
+    ) -> None:
         """
         Start the reports of a run that begins, or that resumes after `global_step` updates.
 
         Args:
+            pipeline (`PipelineInfo`):
+                The pipeline of the run.
             checkpoint (`Path`, *optional*):
                 Checkpoint that the run resumes from.
             abandoned (`Path`, *optional*):
@@ -87,7 +97,7 @@ class Reports:
                 record |= {"resumed_from": str(checkpoint), "resumed_step": global_step}
             if abandoned is not None:
                 record["abandoned"] = abandoned.name
-            record[SOURCES] = run_sources(dataclasses.asdict(config))
+            record[SOURCES] = run_sources(dataclasses.asdict(config), pipeline)
             write_run_record(self.output_dir / RUN_FILE, record)
         options = {
             name: value if isinstance(value, (int, float, str, bool)) else str(value)

@@ -16,6 +16,7 @@ from hy_prfl.data.encoding import (
     vae_fingerprint,
 )
 from hy_prfl.data.video import read_video, to_float, to_uint8
+from hy_prfl.formats.pipeline_info import PipelineInfo
 from hy_prfl.inference.tiny_pipelines import build_pipeline
 
 
@@ -169,7 +170,9 @@ def test_frames_that_do_not_fit_are_refused(pipeline_dir: Path, shape: tuple[int
 
 
 def test_transformer_is_not_loaded(pipeline_dir: Path) -> None:
-    assert LatentEncoder.from_pretrained(str(pipeline_dir)).pipeline.transformer is None
+    encoder = LatentEncoder.from_pretrained(str(pipeline_dir))
+    assert encoder.pipeline.transformer is None
+    assert LatentEncoder.from_pretrained(PipelineInfo.read(str(pipeline_dir))).identity == encoder.identity
 
 
 def test_other_pipelines_are_refused(pipeline_dir: Path) -> None:

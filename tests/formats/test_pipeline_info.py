@@ -28,6 +28,7 @@ def test_parts_are_read_as_their_classes_read_them(pipeline_dir: Path, expert_pi
     assert {"image_dim", "num_layers", "pos_embed_seq_len"} <= set(info.transformer)
     vae = AutoencoderKLWan.from_pretrained(pipeline_dir, subfolder="vae").config
     assert info.vae_stride == (vae.scale_factor_temporal, vae.scale_factor_spatial, vae.scale_factor_spatial)
+    assert not info.has_residual_vae
     assert info.size_multiple == 2 * vae.scale_factor_spatial == 16
     assert (info.has_two_experts, info.boundary_ratio) == (False, None)
     assert PipelineInfo.read(str(expert_pipeline_dir)).has_two_experts
@@ -56,8 +57,13 @@ def test_last_images(pipeline_dir: Path, i2v_pipeline_dir: Path, tmp_path: Path)
         assert PipelineInfo.read(str(folder)).last_image == name
     folder = tmp_path / "5b"
     build_pipeline(image_to_video=True, expand_timesteps=True).save_pretrained(folder)
-    assert PipelineInfo.read(str(folder)).takes_first_frame
-    assert PipelineInfo.read(str(folder)).last_image == "none"
+    info = PipelineInfo.read(str(folder))
+    assert info.takes_first_frame
+    assert info.last_image == "none"
+    assert (info.has_residual_vae, info.vae_stride) == (True, (4, 16, 16))
+    # The class and the transformer tell the same.
+    told = PipelineInfo.from_transformer("5b", info.transformer, class_name="WanImageToVideoPipeline")
+    assert (told.is_image_to_video, told.takes_first_frame, told.last_image) == (True, True, "none")
 
 
 @pytest.mark.parametrize("name", sorted(PUBLISHED))
@@ -68,5 +74,17 @@ def test_published_pipelines_are_known_without_the_hub(name: str) -> None:
     assert info.has_two_experts == ("A14B" in name) == (info.boundary_ratio is not None)
     assert info.takes_first_frame == ("5B" in name)
     assert info.vae_stride == ((4, 16, 16) if "5B" in name else (4, 8, 8))
+    assert info.has_residual_vae == ("5B" in name)
     expected = "required" if "FLF2V" in name else "optional" if takes_images and "A14B" in name else "none"
     assert info.last_image == expected
+    told = PipelineInfo.from_transformer("", PUBLISHED[name])
+    assert (told.is_image_to_video, told.last_image, told.transformer) == (takes_images, expected, info.transformer)
+
+
+def test_what_has_been_read_is_not_read_again(pipeline_dir: Path) -> None:
+    info = PipelineInfo("nowhere", {}, "v2")
+    assert PipelineInfo.of(info) is info
+    assert PipelineInfo.of(info, "v2") is info
+    with pytest.raises(ValueError, match="`revision` must be that of the pipeline that was read, v2, got 'main'"):
+        PipelineInfo.of(info, "main")
+    assert PipelineInfo.of(str(pipeline_dir)) == PipelineInfo.read(str(pipeline_dir))

@@ -19,8 +19,8 @@ from hy_prfl.configs.prfl import PRFLTrainingConfig
 from hy_prfl.configs.reward import RewardTrainingConfig
 from hy_prfl.formats.layout import EXPERT_FOLDERS, LORA_FILES, ExpertName
 from hy_prfl.formats.lora_metadata import lora_metadata, read_lora_metadata
-from hy_prfl.formats.pipeline_info import PUBLISHED
-from hy_prfl.hub.base_pipeline import SOURCES, run_sources
+from hy_prfl.formats.pipeline_info import PUBLISHED, PipelineInfo
+from hy_prfl.hub.base_pipeline import SOURCES, find_base_pipeline, run_sources
 from hy_prfl.hub.files import run_files
 from hy_prfl.hub.model_card import OWN_CARD, PAPER, build_card, may_replace_card, write_model_card
 from hy_prfl.hub.results import draw_training
@@ -227,7 +227,11 @@ def test_the_code_runs_for_every_kind(pipeline: str, model: str, tmp_path: Path)
     weights = save_model(folder, kind, experts, options)
     config = {"pretrained_model_name_or_path": BASE, "reward_model": "someone/reward", "lora_rank": 2}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    sources = run_sources({"pretrained_model_name_or_path": str(base)}) | {"on_hub": [BASE]}
+    info = PipelineInfo.read(str(base))
+    sources = run_sources({"pretrained_model_name_or_path": str(base)}, info) | {"on_hub": [BASE]}
+    recorded = find_base_pipeline("", None, sources)
+    assert recorded is not None
+    assert (recorded.is_image_to_video, recorded.last_image) == (info.is_image_to_video, info.last_image)
     record = run_record(seed=0) | {SOURCES: sources}
     (folder / "run.json").write_text(json.dumps([record]))
 
@@ -422,16 +426,57 @@ def test_runs_record_their_sources(tmp_path: Path, i2v_pipeline_dir: Path, monke
         "reward_model": "./x",
         "revision": None,
     }
-    sources = run_sources(config | {"pretrained_model_name_or_path": str(i2v_pipeline_dir)})
+    info = PipelineInfo.read(str(i2v_pipeline_dir))
+    sources = run_sources(config | {"pretrained_model_name_or_path": str(i2v_pipeline_dir)}, info)
     assert sources["on_hub"] == ["user/clips"]
     assert sources["pipeline"] == {
         "class_name": "WanImageToVideoPipeline", "in_channels": 36, "out_channels": 16, "image_dim": 32,
         "pos_embed_seq_len": None,
     }  # fmt: skip
     assert json.loads(json.dumps(sources)) == sources
-    assert run_sources({"pretrained_model_name_or_path": "someone/unknown"}) == {
-        "on_hub": ["someone/unknown"], "pipeline": None,
-    }  # fmt: skip
+    # A trainer of given models needs no transformer there.
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "model_index.json").write_text(json.dumps(dict(info.index)))
+    sources = run_sources({"pretrained_model_name_or_path": "someone/base"}, PipelineInfo.read("base"))
+    assert sources == {"on_hub": ["someone/base"], "pipeline": None}
+
+
+OLD_RECORD = {"in_channels": 36, "out_channels": 16, "image_dim": 1280}
+
+
+@pytest.mark.parametrize(
+    ("record", "task", "line"),
+    [
+        (
+            {"class_name": "WanImageToVideoPipeline", **OLD_RECORD, "pos_embed_seq_len": 514},
+            "image-to-video",
+            "pipeline(image=image, last_image=last_image, ",
+        ),
+        (
+            {"class_name": "WanImageToVideoPipeline", **OLD_RECORD, "pos_embed_seq_len": None},
+            "image-to-video",
+            "pipeline(image=image, prompt",
+        ),
+        (
+            {"class_name": "WanPipeline", "in_channels": 48, "out_channels": 48, "image_dim": None},
+            "text-to-video",
+            "WanPipeline.from_pretrained(",
+        ),
+        # Earlier versions recorded any class.
+        ({"class_name": "WanVideoToVideoPipeline", "in_channels": 16}, None, "DiffusionPipeline.from_pretrained("),
+    ],
+)
+def test_records_of_earlier_versions(record: dict[str, Any], task: str | None, line: str, tmp_path: Path) -> None:
+    """As they are in `run.json` since runs record their sources."""
+    WanPipeline.save_lora_weights(
+        tmp_path, transformer_lora_layers={"blocks.0.attn1.to_q.lora_A.weight": torch.ones(2, 4)}
+    )
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"pretrained_model_name_or_path": BASE}))
+    sources = {"on_hub": [BASE], "pipeline": record}
+    (tmp_path / "run.json").write_text(json.dumps([run_record(seed=0) | {"sources": sources}]))
+    card = build_card("lora", visible(tmp_path), repo_id="user/name")
+    assert card.data.pipeline_tag == task
+    assert line in card.text
 
 
 def test_evaluation_in_the_newer_format(reward_files: Callable[..., dict[str, Path]], tmp_path: Path) -> None:

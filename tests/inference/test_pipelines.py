@@ -3,12 +3,14 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 
+from hy_prfl.formats.pipeline_info import PipelineInfo
 from hy_prfl.inference.pipelines import load_pipeline
 
 
@@ -22,6 +24,17 @@ def test_a_transformer_that_is_not_finite(pipeline_dir: Path, tmp_path: Path) ->
         load_pipeline(str(pipeline_dir), transformer_path=tuned)
     with pytest.raises(ValueError, match=r"pipeline/transformer: 'proj_out\.bias' holds a NaN"):
         load_pipeline(str(tmp_path / "pipeline"))
+
+
+def test_a_pipeline_that_has_been_read(i2v_pipeline_dir: Path) -> None:
+    info = PipelineInfo.read(str(i2v_pipeline_dir))
+    expected, loaded = (load_pipeline(each).transformer for each in (str(i2v_pipeline_dir), info))
+    assert all(value.equal(loaded.get_parameter(name)) for name, value in expected.named_parameters())
+    with pytest.raises(ValueError, match="`revision` must be that of the pipeline that was read, None, got 'v2'"):
+        load_pipeline(info, revision="v2")
+    # What was read decides.
+    with pytest.raises(ValueError, match="is a `FluxPipeline`"):
+        load_pipeline(replace(info, index={**info.index, "_class_name": "FluxPipeline"}))
 
 
 def test_text_encoder_on_the_cpu(pipeline_dir: Path) -> None:

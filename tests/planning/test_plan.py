@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from hy_prfl.formats.pipeline_info import PipelineInfo
+from hy_prfl.inference.tiny_pipelines import build_pipeline
 from hy_prfl.planning.engines import Engine
 from hy_prfl.planning.models import build_transformer, count_parameters
 from hy_prfl.planning.plan import plan
@@ -225,6 +226,27 @@ def test_a_first_frame_gives_every_token_a_timestep() -> None:
     each = 6 * 3072 * 4 * without.num_tokens / 1e9
     assert with_frame.phases["gradient step"] - without.phases["gradient step"] > each
     assert 1.0 < sum(with_frame.teraflops.values()) / sum(without.teraflops.values()) < 1.03
+
+
+def test_validation_videos_are_decoded_by_the_pipelines_own_vae(tmp_path: Path) -> None:
+    """The residual VAE of TI2V 5B has 704.7 M parameters and a stride of 16 pixels, Wan 2.1's 126.9 M and 8."""
+    options: dict[str, Any] = {"validation_dataset": "v", "validation_videos": 1, "vae_tiling": "off"}
+    clip = {"height": 704, "width": 1280, "num_frames": 121, "gpu_memory": 1e6}
+    needs = {}
+    for name in ("Wan-AI/Wan2.2-TI2V-5B-Diffusers", SMALL):
+        made = plan(prfl_recipe(name, lora_rank=8, gradient_checkpointing=True, **options), **clip)
+        needs[name] = made.memory["VAE"], made.phases["validation videos"]
+    pixels = 704 * 1280 / 1e9
+    assert needs["Wan-AI/Wan2.2-TI2V-5B-Diffusers"] == pytest.approx((2.8188, pixels * (21_530 + 12 * 121)), rel=1e-4)
+    assert needs[SMALL] == pytest.approx((0.50757, pixels * (19_445 + 12.5 * 121)), rel=1e-4)
+    # As many channels as TI2V 5B, but another VAE.
+    channels = {"in_channels": 48, "out_channels": 48}
+    vae = {"z_dim": 48, "latents_mean": [0.0] * 48, "latents_std": [1.0] * 48}
+    build_pipeline(transformer_config=channels, vae_config=vae).save_pretrained(tmp_path)
+    small = {"height": 32, "width": 32, "num_frames": 5}
+    made = plan(prfl_recipe(str(tmp_path), **options), **small)
+    assert made.num_tokens == 2 * 2 * 2
+    assert made.memory["VAE"] == pytest.approx(0.50757, rel=1e-4)
 
 
 def test_a_first_frame_is_refused_for_a_model_with_channels_for_it() -> None:
