@@ -125,10 +125,9 @@ class Monitor:
         self.series: list[dict[str, float]] = []
         self.best: float | None = None
         models = {name: sorted(run.model_identities.get(name, {}).values()) for name in MODELS}
-        self.basis = {"rows": digest, **models, **{name: getattr(config, name) for name in OPTIONS}}
-        # What the rewards of the real clips depend on besides.
-        rows = None if self.clips is None else rows_digest(self.clips)
-        self.real_basis = {"rows": rows, **{name: getattr(config, name) for name in SCORING_OPTIONS}}
+        options = {name: getattr(config, name) for name in (*OPTIONS, *SCORING_OPTIONS)}
+        clips = None if self.clips is None else rows_digest(self.clips)
+        self.basis = {"rows": digest, "clips": clips, **models, **options}
 
     def score_real(self, evaluator: SampleEvaluator) -> None:
         """Score the real clips by the training reward, if there are any. A collective, independent of the generator."""
@@ -237,35 +236,27 @@ class Monitor:
 
     def state(self) -> dict[str, Any]:
         """State for the JSON of a checkpoint."""
-        real = None
-        if self.real_rewards is not None:
-            real = {"basis": self.real_basis, "rewards": asdict(self.real_rewards)}
+        real = None if self.real_rewards is None else asdict(self.real_rewards)
         return {"monitor": {"basis": self.basis, "series": self.series, "best": self.best, "real": real}}
 
     def fits(self, state: Mapping[str, Any]) -> bool:
-        """Whether a checkpoint's monitor measured the same as this one."""
+        """Whether a checkpoint's monitor measured the same as this one, as far as its version has noted it."""
         before = state.get("monitor")
-        return before is not None and before["basis"] == self.basis
+        return before is not None and {**self.basis, **before["basis"]} == self.basis
 
     def has_real(self, state: Mapping[str, Any]) -> bool:
         """Whether a checkpoint has the rewards of this monitor's real clips. If there are no clips, there is no need."""
-        if self.clips is None:
-            return True
         # Checkpoints of older versions have none.
-        real = state["monitor"].get("real") if self.fits(state) else None
-        return real is not None and real["basis"] == self.real_basis
+        return self.clips is None or (self.fits(state) and state["monitor"].get("real") is not None)
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Restore what `state` returned. If it is of other measurements, the monitor starts over with a base of its own."""
         if self.fits(state):
             self.series, self.best = state["monitor"]["series"], state["monitor"]["best"]
             if not self.has_real(state):
-                logger.info(
-                    "The checkpoint has no rewards of these real clips by this combination of reward models: they have been "
-                    "scored now, and validations before it were compared with others or with none."
-                )
+                logger.info("The checkpoint has no rewards of real clips: they have been scored now.")
             elif self.clips is not None:
-                self.real_rewards = RealRewards(**state["monitor"]["real"]["rewards"])
+                self.real_rewards = RealRewards(**state["monitor"]["real"])
             return
         logger.warning(
             "The monitor starts over with the base: the checkpoint has no monitor, or its measurements were different."
