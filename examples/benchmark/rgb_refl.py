@@ -25,10 +25,10 @@ from hy_prfl.configs.prfl import PRFLTrainingConfig
 from hy_prfl.flow_matching import sample_noise
 from hy_prfl.models.conditioning import Conditioning
 from hy_prfl.rollout.gradient_steps import GradientStep, surrogate
+from hy_prfl.rollout.reward_feedback import RewardFeedback
 from hy_prfl.rollout.sampling import predict_velocity
 from hy_prfl.runtime.attention import use_attention_backend
 from hy_prfl.trainers.prfl_trainer import REWARD_NOISE, PRFLTrainer
-from hy_prfl.trainers.reward_feedback import RewardFeedback
 
 
 Decoded = Literal["first", "all"]
@@ -146,7 +146,7 @@ class FramesFeedback(RewardFeedback):
         self, model: Any, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning
     ) -> torch.Tensor:
         """Logits `(batch_size,)` of the frames of clean latents."""
-        with self.accelerator.autocast():
+        with self.autocast():
             return model(latents, conditioning.prompt_embeds)
 
 
@@ -177,7 +177,7 @@ class RGBReFLTrainer(PRFLTrainer):
         torch.manual_seed(config.seed)
         reward_model = build_reward(vae).to(self.accelerator.device, self.weight_dtype)
         # `PRFLTrainer` has loaded the latent reward model; this frees it.
-        self.reward = FramesFeedback(self.config, [reward_model], names=["frames"], accelerator=self.accelerator)
+        self.reward = FramesFeedback(self.config, [reward_model], names=["frames"], autocast=self.accelerator.autocast)
 
     def roll_out(
         self, latents_shape: Sequence[int], conditioning: Conditioning, micro_step: int

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from transformers.utils import ModelOutput
 
 from ..flow_matching import add_noise, sigmas_to_timesteps
 from ..formats.weight_files import check_finite
+from ..losses import binary_reward_loss, bradley_terry_loss
 from ..runtime.context_parallel import TokenGather
 from .conditioning import Conditioning
 from .reward_head import PoolingType, RewardHead, build_pooling
@@ -387,6 +389,43 @@ def score_noised(
     """
     noisy, timesteps = add_noise(latents, noise, sigmas), sigmas_to_timesteps(sigmas).to(latents.device)
     return reward_model(**conditioning.model_inputs(noisy, timesteps)).logits
+
+
+def reward_training_loss(
+    reward_model: nn.Module,
+    *,
+    latents: torch.Tensor,
+    noise: torch.Tensor,
+    sigmas: torch.Tensor,
+    conditioning: Conditioning,
+    labels: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Loss of the reward model's own training: on clips with labels, or on pairs of clips.
+
+    Args:
+        latents (`torch.Tensor` of shape `(num_clips, num_channels, num_frames, height, width)`):
+            Clean normalised latents. Of pairs the chosen clips, followed by the rejected ones.
+        noise (`torch.Tensor` of shape `(batch_size, num_channels, num_frames, height, width)`):
+            Standard normal noise for each label or pair. Both clips of a pair get the same.
+        sigmas (`torch.Tensor` of shape `(batch_size,)`):
+            Noise level in [0, 1] for each label or pair.
+        conditioning (`Conditioning`):
+            Prompts and, for image-to-video models, images of all clips.
+        labels (`torch.Tensor` of shape `(batch_size,)`, *optional*):
+            1 for a good clip, 0 for a poor one. None for pairs: then there are `2 * batch_size` clips.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: the loss, a scalar, and without gradient the margin of each logit or pair
+        `(batch_size,)`, which is positive if it is right.
+    """
+    score = partial(score_noised, reward_model, latents=latents, conditioning=conditioning)
+    if labels is not None:
+        logits = score(noise=noise, sigmas=sigmas)
+        return binary_reward_loss(logits, labels), (logits * (2 * labels - 1)).detach()
+    # One call for both, so that DDP and ZeRO see one forward per backward.
+    chosen_logits, rejected_logits = score(noise=noise.repeat(2, 1, 1, 1, 1), sigmas=sigmas.repeat(2)).chunk(2)
+    return bradley_terry_loss(chosen_logits, rejected_logits), (chosen_logits - rejected_logits).detach()
 
 
 def _config_options(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from .estimate import VAE_BYTES
 from .models import (
     Counting,
     freeze,
-    generator_recipe,
     generator_sizes,
+    prfl_recipe,
     reward_model_config,
     reward_model_sizes,
 )
@@ -165,7 +165,7 @@ def plan_generation(
     )
 
 
-_TRAINING = generator_recipe(())
+_TRAINING = prfl_recipe(())
 _PLAIN: dict[str, Any] = {
     "reward_model": None,
     "reward_model_revision": None,

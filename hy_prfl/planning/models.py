@@ -43,13 +43,13 @@ def options_of(training: TrainingConfig, names: Sequence[str]) -> Frozen:
     return freeze({name: getattr(training, name) for name in names})
 
 
-def generator_recipe(options: Frozen) -> PRFLTrainingConfig:
-    """A recipe with these options of the generator."""
+def prfl_recipe(options: Frozen) -> PRFLTrainingConfig:
+    """A recipe of PRFL with these options."""
     return PRFLTrainingConfig(**thaw(options), **UNUSED, reward_model="-")
 
 
 def reward_recipe(options: Frozen) -> RewardTrainingConfig:
-    """A recipe with these options of the reward model."""
+    """A recipe of the reward model's own training with these options."""
     return RewardTrainingConfig(**thaw(options), **UNUSED)
 
 
@@ -207,7 +207,7 @@ class Counting:
 @functools.cache
 def generator_sizes(config: Frozen, options: Frozen | None, counting: Counting) -> ParameterSizes:
     """Sizes of a generator, cached: it takes seconds to build one. No options: frozen and without an adapter."""
-    training = generator_recipe(options or ())
+    training = prfl_recipe(options or ())
     return counting.count(build_transformer(thaw(config), training, frozen=options is None))
 
 

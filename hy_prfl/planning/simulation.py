@@ -99,10 +99,18 @@ class MemoryMeter(TorchDispatchMode):
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Record the memory and FLOPs of the context as the phase `name`."""
-        self.peak, self.flops, self.block_inputs = self.live, 0, 0
+        """
+        Record the memory and FLOPs of the context as the phase `name`.
+
+        With another phase inside, it is what follows the end of that one.
+        """
+        self._count_anew()
         yield
         self.phases[name] = Phase(self.peak, self.live, self.flops, self.block_inputs)
+        self._count_anew()
+
+    def _count_anew(self) -> None:
+        self.peak, self.flops, self.block_inputs = self.live, 0, 0
 
     def _add_input(self, block: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         self.block_inputs += args[0].nbytes

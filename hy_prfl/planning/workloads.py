@@ -14,11 +14,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ..configs.base import Quantization, TrainingConfig
 from ..configs.prfl import PRFLTrainingConfig
 from ..configs.reward import RewardTrainingConfig
-from ..losses import binary_reward_loss, bradley_terry_loss, reward_feedback_loss
 from ..models.conditioning import Conditioning
-from ..models.reward_model import score_noised
-from ..models.shared_backbone import OneBackbone, own_parts, share_backbone
+from ..models.reward_model import reward_training_loss
+from ..models.shared_backbone import own_parts, share_backbone
 from ..rollout.chain import walk_with_gradient
+from ..rollout.gradient_steps import GradientStep, surrogate
+from ..rollout.reward_feedback import RewardFeedback
 from ..rollout.sampling import predict_velocity
 from ..runtime.activation_checkpointing import checkpoint_activations
 from .models import (
@@ -28,9 +29,9 @@ from .models import (
     build_reward_model,
     build_transformer,
     freeze,
-    generator_recipe,
     materialize,
     options_of,
+    prfl_recipe,
     reward_recipe,
     set_dtypes,
     thaw,
@@ -162,7 +163,7 @@ class Inputs:
         num_condition, num_frames = config["in_channels"] - config["out_channels"], shape.latents[0]
         if shape.first_frame:
             num_condition, num_frames = config["out_channels"], 1
-        self.noise = torch.empty(batch, config["out_channels"], *shape.latents)
+        self.latents = torch.empty(batch, config["out_channels"], *shape.latents)
         condition = torch.empty(batch, num_condition, num_frames, *shape.latents[1:]) if num_condition else None
         text = torch.empty(batch, shape.text_tokens, config["text_dim"], dtype=dtype)
         image = None
@@ -175,7 +176,7 @@ class Inputs:
     def tensors(self) -> list[torch.Tensor]:
         """All of them."""
         given = self.conditioning
-        every = (self.noise, given.condition, given.prompt_embeds, given.image_embeds, self.timestep)
+        every = (self.latents, given.condition, given.prompt_embeds, given.image_embeds, self.timestep)
         return [tensor for tensor in every if tensor is not None]
 
 
@@ -299,7 +300,7 @@ def _add_kept_blocks(run: Run, phases: dict[str, Phase], num_blocks: int) -> dic
 def _simulate_generator(
     config: Frozen, options: Frozen, numerics: Numerics, shape: Shape, num_layers: int
 ) -> dict[str, Phase]:
-    training = generator_recipe(options)
+    training = prfl_recipe(options)
     values = {**thaw(config), "num_layers": num_layers}
     transformer = build_transformer(values, training)
     set_dtypes(transformer, frozen=numerics.frozen, trained=numerics.trained, keep_in_fp32=numerics.keeps_in_fp32)
@@ -320,11 +321,11 @@ def _run_generator(
     checkpointed = transformer.blocks if training.gradient_checkpointing else ()
     with MemoryMeter(state, on_gpu=numerics.on_gpu, checkpointed=checkpointed) as meter:
         with meter.phase("rollout"), torch.no_grad():
-            predict_velocity(transformer, inputs.noise, inputs.timestep, inputs.conditioning)
+            predict_velocity(transformer, inputs.latents, inputs.timestep, inputs.conditioning)
         walk = walk_with_gradient(
             transformer,
             scheduler,
-            noise=inputs.noise,
+            noise=inputs.latents,
             step_indices=[0],
             num_inference_steps=2,
             conditioning=inputs.conditioning,
@@ -353,30 +354,41 @@ def _simulate_reward(
     *,
     others: tuple[Frozen, ...] = (),
 ) -> dict[str, Phase]:
+    training = prfl_recipe(options)
     values = {**thaw(config), "num_layers": num_layers}
     reward_model = build_reward_model(values)
     models = [reward_model, *(build_reward_model({**thaw(each), "num_layers": num_layers}) for each in others)]
     for model in models:
         set_dtypes(model, frozen=numerics.compute, trained=numerics.compute, keep_in_fp32=True)
         share_backbone(model, reward_model)
-    judge = OneBackbone(models) if others else reward_model
     with FakeTensorMode(allow_non_fake_inputs=True):
-        quantization, checkpointed = (
-            dict(options)[name] for name in ("reward_model_quantization", "gradient_checkpointing")
-        )
-        _set_up(reward_model, quantization, numerics, checkpointed=checkpointed)
-        for part in (part for model in models[1:] for part in own_parts(model)):
-            _set_up(part, None, numerics, checkpointed=False)
-        _gather_tokens(reward_model, shape)
-        inputs = Inputs(values, shape, numerics.compute)
-        leaf = inputs.noise.requires_grad_()
-        state = [*judge.parameters(), *judge.buffers(), *inputs.tensors()]
-        blocks = reward_model.blocks if checkpointed else ()
-        with MemoryMeter(state, on_gpu=numerics.on_gpu, checkpointed=blocks) as meter:
-            with meter.phase("forward"), autocast(numerics.autocast):
-                logits = judge(**inputs.conditioning.model_inputs(leaf, inputs.timestep)).logits
-            with meter.phase("backward"):
-                torch.autograd.grad(reward_feedback_loss(logits), leaf)
+        return _run_reward(models, values, training, numerics, shape)
+
+
+def _run_reward(
+    models: Sequence[Any], config: Mapping[str, Any], training: PRFLTrainingConfig, numerics: Numerics, shape: Shape
+) -> dict[str, Phase]:
+    reward_model, *others = models
+    _set_up(reward_model, training.reward_model_quantization, numerics, checkpointed=training.gradient_checkpointing)
+    for part in (part for model in others for part in own_parts(model)):
+        _set_up(part, None, numerics, checkpointed=False)
+    _gather_tokens(reward_model, shape)
+    names = [str(index) for index in range(len(models))]
+    reward = RewardFeedback(training, models, names=names, autocast=partial(autocast, numerics.autocast))
+    inputs = Inputs(config, shape, numerics.compute)
+    step = GradientStep(
+        inputs.latents,
+        timesteps=inputs.timestep,
+        gain=torch.empty(()),
+        velocity=inputs.latents,
+        surrogates=partial(surrogate, inputs.latents, inputs.latents),
+    )
+    weights = [each for model in models for each in (*model.parameters(), *model.buffers())]
+    checkpointed = reward_model.blocks if training.gradient_checkpointing else ()
+    with MemoryMeter([*weights, *inputs.tensors()], on_gpu=numerics.on_gpu, checkpointed=checkpointed) as meter:
+        reward.score = meter.phase("forward")(reward.score)  # type: ignore[method-assign]
+        with meter.phase("backward"):
+            reward.differentiate(step, inputs.conditioning)
     return meter.phases
 
 
@@ -399,21 +411,21 @@ def _run_reward_training(
     _gather_tokens(reward_model, shape)
     drop_gradients(reward_model)
     is_pair = training.loss == "bt"
-    inputs = Inputs(config, replace(shape, batch_size=shape.batch_size * (2 if is_pair else 1)), numerics.compute)
-    sigmas = torch.empty(inputs.noise.shape[0])
-    latents = torch.empty_like(inputs.noise)
-    state = [*reward_model.parameters(), *reward_model.buffers(), *inputs.tensors(), latents, sigmas]
+    clips = Inputs(config, replace(shape, batch_size=shape.batch_size * (2 if is_pair else 1)), numerics.compute)
+    noise, sigmas = torch.empty(shape.batch_size, *clips.latents.shape[1:]), torch.empty(shape.batch_size)
+    labels = None if is_pair else torch.empty(shape.batch_size)
+    state = [*reward_model.parameters(), *reward_model.buffers(), *clips.tensors(), noise, sigmas]
     checkpointed = reward_model.blocks if training.gradient_checkpointing else ()
     with MemoryMeter(state, on_gpu=numerics.on_gpu, checkpointed=checkpointed) as meter:
         with meter.phase("forward"), autocast(numerics.autocast):
-            logits = score_noised(
+            loss, _ = reward_training_loss(
                 reward_model,
-                latents=latents,
-                noise=inputs.noise,
+                latents=clips.latents,
+                noise=noise,
                 sigmas=sigmas,
-                conditioning=inputs.conditioning,
+                conditioning=clips.conditioning,
+                labels=labels,
             )
-            loss = bradley_terry_loss(*logits.chunk(2)) if is_pair else binary_reward_loss(logits, sigmas)
         with meter.phase("backward"):
             loss.backward()
     return meter.phases
@@ -430,5 +442,5 @@ def _simulate_scoring(config: Frozen, numerics: Numerics, shape: Shape, num_laye
         inputs = Inputs(values, shape, numerics.compute)
         state = [*reward_model.parameters(), *reward_model.buffers(), *inputs.tensors()]
         with MemoryMeter(state, on_gpu=True) as meter, meter.phase("forward"), torch.no_grad():
-            reward_model(**inputs.conditioning.model_inputs(inputs.noise, inputs.timestep))
+            reward_model(**inputs.conditioning.model_inputs(inputs.latents, inputs.timestep))
     return meter.phases["forward"]

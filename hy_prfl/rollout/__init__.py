@@ -1,1 +1,1 @@
-"""The denoising chain: walked with the pipeline's own sampler, with gradient through chosen steps, stored for reuse."""
+"""The denoising chain, walked with the pipeline's own sampler and stored for reuse, and the gradient of the reward."""

@@ -69,12 +69,17 @@ class _Step:
 
 @dataclass(frozen=True)
 class _Stepper:
-    """Takes steps of a chain. `stop_input_gradient` and `as_base` are those of [`walk_with_gradient`]."""
+    """Takes steps of a chain. The options are those of [`walk_with_gradient`]."""
 
-    predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    transformer: nn.Module
+    conditioning: Conditioning
     foresight: Foresight | None = None
     stop_input_gradient: bool = False
     as_base: AsBase | None = None
+
+    def predict(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        """Velocity of the generator at noisy latents."""
+        return predict_velocity(self.transformer, latents, timestep, self.conditioning)
 
     @torch.no_grad()
     def base_velocity(
@@ -225,13 +230,10 @@ def walk_with_gradient(
     if not step_indices or list(step_indices) != sorted({*step_indices} & {*range(first, last + 1)}):
         raise ValueError(f"`step_indices` must be ascending and in [{first}, {last}], got {list(step_indices)}.")
     _start_at(scheduler, 0, num_inference_steps, noise.device)
-    stepper = _Stepper(
-        partial(predict_velocity, transformer, conditioning=conditioning), foresight, stop_input_gradient, as_base
-    )
+    stepper = _Stepper(transformer, conditioning, foresight, stop_input_gradient, as_base)
     return _walk(
-        transformer,
-        scheduler,
         stepper,
+        scheduler,
         latents=noise,
         start_index=0,
         step_indices=step_indices,
@@ -278,13 +280,10 @@ def step_from_state(
     if not 0 <= start_index <= last:
         raise ValueError(f"`start_index` must be in [0, {last}], got {start_index}.")
     _start_at(scheduler, start_index, num_inference_steps, latents.device)
-    stepper = _Stepper(
-        partial(predict_velocity, transformer, conditioning=conditioning), foresight, stop_input_gradient, as_base
-    )
+    stepper = _Stepper(transformer, conditioning, foresight, stop_input_gradient, as_base)
     walk = _walk(
-        transformer,
-        scheduler,
         stepper,
+        scheduler,
         latents=latents,
         start_index=start_index,
         step_indices=[start_index + num_chained_steps - 1],
@@ -298,9 +297,8 @@ def step_from_state(
 
 
 def _walk(
-    transformer: nn.Module,
-    scheduler: UniPCMultistepScheduler,
     stepper: _Stepper,
+    scheduler: UniPCMultistepScheduler,
     *,
     latents: torch.Tensor,
     start_index: int,
@@ -317,7 +315,7 @@ def _walk(
     states: deque[_State] = deque(maxlen=num_chained_steps)
     velocities: deque[torch.Tensor] = deque(maxlen=num_chained_steps)
     for step_index in step_indices:
-        with use_attention_backend(transformer, rollout_attention_backend):
+        with use_attention_backend(stepper.transformer, rollout_attention_backend):
             for index in range(next_index, step_index):
                 takes_gradient = index > step_index - num_chained_steps
                 if takes_gradient:
@@ -394,7 +392,7 @@ def record_states(
         there, both float32.
     """
     _start_at(scheduler, 0, num_inference_steps, noise.device)
-    stepper = _Stepper(partial(predict_velocity, transformer, conditioning=conditioning))
+    stepper = _Stepper(transformer, conditioning)
     cache = _open_cache(scheduler, cache_interval, boundary)
     latents = noise
     with use_attention_backend(transformer, rollout_attention_backend):

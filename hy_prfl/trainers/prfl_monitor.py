@@ -29,9 +29,9 @@ from ..models.experts import Experts
 from ..models.loading import Deferred
 from ..models.reward_model import WanRewardModel
 from .prfl_datasets import PRFLDatasets
+from .prfl_reward_models import load_reward_models
 from .resumed_options import SCORING_OPTIONS
 from .resuming import START_OPTIONS
-from .reward_feedback import load_reward_models
 from .run import Run
 
 

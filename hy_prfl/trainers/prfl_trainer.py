@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.logging import get_logger
@@ -23,6 +23,7 @@ from ..models.trainable import adapters_off
 from ..rollout.buffer import Rollout, StoredState, relative_change
 from ..rollout.chain import record_states, step_from_state, walk_with_gradient
 from ..rollout.gradient_steps import Foresight, GradientStep
+from ..rollout.reward_feedback import RewardFeedback, RewardGradient
 from ..rollout.sampling import predict_velocity
 from .base import Trainer, check_named
 from .prfl_datasets import PRFLDatasets
@@ -45,15 +46,33 @@ from .prfl_inputs import (
 )
 from .prfl_monitor import Monitor, check_monitor_models
 from .prfl_results import adapter_metadata, read_transformers, save_best, save_transformer
+from .prfl_reward_models import load_reward_models, name_models
 from .prfl_rollouts import ReusedRollouts
 from .prfl_validation import build_evaluator
-from .reward_feedback import RewardFeedback, RewardTerm, load_reward_models, name_models
 from .run import Run
 
 
 logger = get_logger(__name__)
 
 FLOW_NOISE, FLOW_PROMPT, REWARD_NOISE, REWARD_PROMPT, STEP_INDEX, FLOW_EXPERT, STATES, FORESIGHT = range(8)
+
+
+class RewardTerm(NamedTuple):
+    """
+    The reward of a gradient step, for metrics and messages.
+
+    Args:
+        ids (`list[str]`):
+            Rows of the prompts.
+        feedback (`RewardGradient`):
+            Loss and logits.
+        staleness (`torch.Tensor`, scalar, *optional*):
+            Relative change of the velocity since the state was stored, if the step starts from one.
+    """
+
+    ids: list[str]
+    feedback: RewardGradient
+    staleness: torch.Tensor | None
 
 
 def gradient_options(config: PRFLTrainingConfig) -> dict[str, Any]:
@@ -169,7 +188,7 @@ class PRFLTrainer(Trainer):
             config,
             judges,
             names=name_models(tasks),
-            accelerator=run.accelerator,
+            autocast=run.accelerator.autocast,
             context_parallel=run.context_parallel,
             mean_foreseen_gain=find_mean_foreseen_gain(config, self.scheduler, self.step_range),
             in_use=in_use,

@@ -6,7 +6,7 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler
 from ..configs.prfl import PRFLTrainingConfig
 from ..evaluation.sample_evaluator import SampleEvaluator
 from ..formats.checkpoints import VALIDATION_FOLDER
-from .reward_feedback import RewardFeedback
+from ..rollout.reward_feedback import RewardFeedback
 from .run import Run
 
 

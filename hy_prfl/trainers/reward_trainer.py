@@ -23,7 +23,6 @@ from ..evaluation.reward_evaluator import GREATER_IS_BETTER, RewardEvaluator
 from ..formats.checkpoints import BEST_FOLDER, MODEL_FOLDER, REWARD_RESULTS, best_report
 from ..formats.layout import EXPERT_FOLDERS, ExpertName
 from ..formats.model_files import merge_adapter, save_pretrained
-from ..losses import binary_reward_loss, bradley_terry_loss
 from ..models.conditioning import Conditioning
 from ..models.experts import choose_experts
 from ..models.loading import (
@@ -36,7 +35,7 @@ from ..models.loading import (
     read_reward_config,
     start_of,
 )
-from ..models.reward_model import WanRewardModel, score_noised
+from ..models.reward_model import WanRewardModel, reward_training_loss
 from ..models.starting_points import StartingPoint, check_starts_adapter, read_starting_point, start_adapter
 from ..models.trainable import select_trainable
 from ..planning.models import build_reward_model, reward_model_config
@@ -178,26 +177,20 @@ class RewardTrainer(Trainer):
         self, batch: LabeledBatch | PreferenceBatch, micro_step: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Loss of one micro-batch, and the margin of each logit or pair, which is positive if it is right."""
-        clips = batch.chosen if isinstance(batch, PreferenceBatch) else batch.clips
-        noise, sigmas = self.draw_noise(NOISE, micro_step, clips)
         if isinstance(batch, PreferenceBatch):
-            # One forward for both, so that DDP and ZeRO see one call per backward; same noise, same sigma.
-            both = LatentBatch.concatenate([batch.chosen, batch.rejected])
-            chosen_logits, rejected_logits = self.score(both, noise.repeat(2, 1, 1, 1, 1), sigmas.repeat(2)).chunk(2)
-            loss = bradley_terry_loss(chosen_logits, rejected_logits)
-            return loss, (chosen_logits - rejected_logits).detach()
-        logits = self.score(clips, noise, sigmas)
-        return binary_reward_loss(logits, batch.labels), (logits * (2 * batch.labels - 1)).detach()
-
-    def score(self, clips: LatentBatch, noise: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
-        """Logits `(batch_size,)` of the noised clips."""
+            clips, labels = LatentBatch.concatenate([batch.chosen, batch.rejected]), None
+            noise, sigmas = self.draw_noise(NOISE, micro_step, batch.chosen)
+        else:
+            clips, labels = batch.clips, batch.labels
+            noise, sigmas = self.draw_noise(NOISE, micro_step, clips)
         assert clips.latents is not None
-        return score_noised(
+        return reward_training_loss(
             self.wrapped,
             latents=clips.latents,
             noise=noise,
             sigmas=sigmas,
             conditioning=Conditioning.of(clips),
+            labels=labels,
         )
 
     @torch.no_grad()

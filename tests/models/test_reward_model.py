@@ -14,6 +14,7 @@ from hy_prfl.models.loading import load_reward_model, load_scheduler, load_trans
 from hy_prfl.models.reward_model import (
     WanRewardModel,
     WanRewardModelOutput,
+    reward_training_loss,
     score_noised,
 )
 
@@ -183,6 +184,42 @@ def test_scoring_noises_and_appends_the_condition(i2v_transformer: WanTransforme
         conditioning=Conditioning(text, image_embeds=image, condition=condition),
     )  # fmt: skip
     torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("in_pairs", [False, True])
+def test_training_loss_is_one_call_with_one_noise_for_both_clips_of_a_pair(
+    transformer: WanTransformer3DModel, in_pairs: bool
+) -> None:
+    """Against each clip noised and scored by itself, and the losses written out."""
+    model = WanRewardModel.from_transformer(transformer, num_layers=1)
+    # Spreads the logits, which are all close to zero before a training.
+    torch.nn.init.normal_(model.head.linear_3.weight, std=1.0)
+    clips, noise, sigmas = torch.randn(4, 16, 2, 4, 4), torch.randn(2, 16, 2, 4, 4), torch.tensor([0.2, 0.9])
+    text, labels = torch.randn(4, 16, 32), torch.tensor([1.0, 0.0])
+    logits = []
+    for index in range(4):
+        sigma = sigmas[index % 2]
+        noisy = (1 - sigma) * clips[index] + sigma * noise[index % 2]
+        logits.append(model(noisy[None], 1000 * sigma[None], text[index : index + 1]).logits)
+    scores = torch.cat(logits).detach()
+    if in_pairs:
+        margin = scores[:2] - scores[2:]
+        expected = -margin.sigmoid().log().mean()
+    else:
+        margin = torch.stack([scores[0], -scores[1]])
+        expected = -(scores[0].sigmoid().log() + (1 - scores[1].sigmoid()).log()) / 2
+    calls: list[int] = []
+    model.register_forward_hook(lambda module, args, output: calls.append(len(output.logits)))
+    count = 4 if in_pairs else 2
+    loss, found = reward_training_loss(
+        model, latents=clips[:count], noise=noise, sigmas=sigmas, conditioning=Conditioning(text[:count]),
+        labels=None if in_pairs else labels,
+    )  # fmt: skip
+    assert calls == [count]
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(found, margin)
+    assert loss.requires_grad
+    assert not found.requires_grad
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Several reward models: their gradient, what is logged of them, and what is refused."""
+"""Several reward models of a run: their gradient, what is logged of them, and what is refused."""
 
 import json
 from collections.abc import Callable

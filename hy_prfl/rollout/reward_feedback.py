@@ -5,23 +5,15 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import Accelerator
-from accelerate.logging import get_logger
 from torch import nn
 
 from ..configs.prfl import PRFLTrainingConfig
 from ..losses import RewardCombination, anchor_loss, reward_feedback_loss
 from ..models.conditioning import Conditioning, num_clean_frames
-from ..models.loading import Deferred, loaded
-from ..models.reward_model import WanRewardModel
-from ..models.shared_backbone import OneBackbone, group_by_backbone, have_same_backbone, share_backbone
-from ..rollout.gradient_steps import GradientStep
+from ..models.shared_backbone import OneBackbone, group_by_backbone
 from ..runtime.context_parallel import ContextParallelGroup
-from ..runtime.host_weights import HostWeights
-from .run import Run
+from .gradient_steps import GradientStep
 
-
-logger = get_logger(__name__)
 
 InUse = Callable[[nn.Module], AbstractContextManager[None]]
 
@@ -55,24 +47,6 @@ class RewardGradient(NamedTuple):
     anchor: torch.Tensor | None = None
 
 
-class RewardTerm(NamedTuple):
-    """
-    The reward of a gradient step, for metrics and messages.
-
-    Args:
-        ids (`list[str]`):
-            Rows of the prompts.
-        feedback (`RewardGradient`):
-            Loss and logits.
-        staleness (`torch.Tensor`, scalar, *optional*):
-            Relative change of the velocity since the state was stored, if the step starts from one.
-    """
-
-    ids: list[str]
-    feedback: RewardGradient
-    staleness: torch.Tensor | None
-
-
 class Pass(NamedTuple):
     """
     One forward pass, of a single reward model or of all that share a backbone.
@@ -102,9 +76,9 @@ class RewardFeedback:
         models (`Sequence[nn.Module]`):
             The frozen reward models, one or more.
         names (`Sequence[str]`):
-            Name of each reward model in the metrics, see [`name_models`].
-        accelerator (`Accelerator`):
-            Its autocast.
+            Name of each reward model in the metrics.
+        autocast (`Callable`):
+            Returns the context in which models are called.
         context_parallel (`ContextParallelGroup`, *optional*):
             The ranks that share a clip.
         mean_foreseen_gain (`float`, defaults to 1.0):
@@ -119,7 +93,7 @@ class RewardFeedback:
         models: Sequence[Any],
         *,
         names: Sequence[str],
-        accelerator: Accelerator,
+        autocast: Callable[[], AbstractContextManager[Any]],
         context_parallel: ContextParallelGroup | None = None,
         mean_foreseen_gain: float = 1.0,
         in_use: InUse = stays,
@@ -131,7 +105,7 @@ class RewardFeedback:
             for places in group_by_backbone(models)
         ]
         self.names = list(names)
-        self.accelerator = accelerator
+        self.autocast = autocast
         self.context_parallel = context_parallel
         self.mean_foreseen_gain = mean_foreseen_gain
         self.in_use = in_use
@@ -209,7 +183,7 @@ class RewardFeedback:
     ) -> torch.Tensor:
         """Logits of noisy latents at their timesteps, by the judge of a [`Pass`]."""
         inputs = conditioning.model_inputs(latents, timesteps)
-        with self.accelerator.autocast():
+        with self.autocast():
             return model(**inputs).logits
 
     def divisor(self, gain: torch.Tensor) -> torch.Tensor:
@@ -248,61 +222,6 @@ class RewardFeedback:
             metrics |= {f"reward/{name}": reward for name, reward in zip(self.names, rewards, strict=True)}
             metrics["reward_disagreement"] = self.combination.spread(each_logits).mean()
         return metrics
-
-
-def name_models(tasks: Sequence[str]) -> list[str]:
-    """Names of reward models: their tasks, or if two share one, their positions in `reward_models`, from 0 on."""
-    return list(tasks) if len(set(tasks)) == len(tasks) else [str(index) for index in range(len(tasks))]
-
-
-def load_reward_models(
-    models: Sequence[WanRewardModel | Deferred[WanRewardModel]],
-    config: PRFLTrainingConfig,
-    run: Run,
-    *,
-    num_checkpointed: int | None,
-) -> tuple[list[nn.Module], InUse]:
-    """
-    Load reward models, on the device or, with `offload_reward_model`, in host memory.
-
-    Models with the same blocks share them, see [`~hy_prfl.models.shared_backbone.share_backbone`]. Sharded ones do not:
-    `fully_shard` gathers the weights of a model for this model's own pass.
-
-    Args:
-        num_checkpointed (`int`, *optional*):
-            How many of a model's blocks use activation checkpointing; all if None.
-
-    Returns:
-        The frozen models, and a function that returns a context in which a model is on the device, and with it those
-        that share its blocks.
-    """
-    found: list[WanRewardModel] = []
-    for each in models:
-        model = loaded(each).requires_grad_(False).eval()
-        same = None
-        if not config.shard_reward_model:
-            same = next((other for other in found if have_same_backbone(other, model)), None)
-        if same is not None:
-            share_backbone(model, same)
-        if not config.offload_reward_model:
-            model.to(run.accelerator.device)
-        if same is None:
-            run.set_up_blocks(model, num_checkpointed=num_checkpointed)
-        found.append(model)
-    groups = [[found[place] for place in places] for places in group_by_backbone(found)]
-    if len(groups) < len(found):
-        logger.info(
-            "%d reward models have %d backbones: those with the same blocks share them.", len(found), len(groups)
-        )
-    elif config.shard_reward_model and len(found) > 1:
-        logger.info("Sharded reward models are called one by one, also where their blocks are the same.")
-    if not config.offload_reward_model:
-        return list(found), stays
-    hosts: dict[nn.Module, HostWeights] = {}
-    for group in groups:
-        weights = HostWeights(nn.ModuleList(group), run.accelerator.device)
-        hosts |= dict.fromkeys(group, weights)
-    return list(found), lambda model: hosts[model].on_device()
 
 
 def _put(logits: torch.Tensor, places: Sequence[int], found: torch.Tensor) -> None:
