@@ -170,10 +170,16 @@ def single_value(dataset: Dataset, name: str, source: str) -> Any:
 
 def require_latents(dataset: Dataset, source: str) -> None:
     """Raise a `ValueError` if any row has no latents, as in a prompt-only dataset."""
-    tables = dataset.select_columns(["latents"]).with_format("arrow").iter(batch_size=64)
-    empty = sum(table.column("latents").null_count for table in tables)
+    empty = len(dataset) - len(rows_with_latents(dataset))
     if empty:
         raise ValueError(f"{source}: {empty} of {len(dataset)} rows have no latents; encoded videos are needed.")
+
+
+def rows_with_latents(dataset: Dataset) -> list[int]:
+    """Indices of the rows that have latents."""
+    tables = dataset.select_columns(["latents"]).with_format("arrow").iter(batch_size=64)
+    has_latents = [value for table in tables for value in table.column("latents").is_valid().to_pylist()]
+    return [index for index, value in enumerate(has_latents) if value]
 
 
 def rows_with_label(dataset: Dataset, task: str, source: str) -> tuple[list[int], list[int]]:

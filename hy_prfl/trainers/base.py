@@ -377,6 +377,10 @@ class Trainer(ABC):
         )
         if start_metrics and self.global_step == 0:
             self.run.reports.log_validation(start_metrics, self.validation_notes(), global_step=0)
+        elif start_metrics:
+            # Not a line of the metrics: the one of step 0 is of the earlier measurements.
+            values = ", ".join(f"{name} {value:.4g}" for name, value in start_metrics.items())
+            logger.warning("The base, measured again for the validations from here on: %s.", values)
 
     def _after_step(self, metrics: dict[str, torch.Tensor], progress: tqdm) -> None:
         config, is_last = self.config, self.global_step == self.max_train_steps

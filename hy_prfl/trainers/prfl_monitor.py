@@ -16,7 +16,7 @@ from ..compatibility import check_fits_generator, check_same_vae
 from ..configs.base import check
 from ..configs.prfl import PRFLTrainingConfig
 from ..data.collators import LatentBatch, collate_latents
-from ..data.dataset import read_columns, rows_digest
+from ..data.dataset import read_columns, rows_digest, rows_with_latents
 from ..data.schema import LABELS, table_to_rows, task_label
 from ..evaluation.drift import DRIFT_SIGMAS, BaseSamples
 from ..evaluation.latent_statistics import compare_statistics, mean_statistics, measure_latents
@@ -240,7 +240,9 @@ class Monitor:
         return {"monitor": {"basis": self.basis, "series": self.series, "best": self.best, "real": real}}
 
     def fits(self, state: Mapping[str, Any]) -> bool:
-        """Whether a checkpoint's monitor measured the same as this one, as far as its version has noted it."""
+        """
+        Whether a checkpoint's monitor measured the same as this one. What an older version did not note counts as the same.
+        """
         before = state.get("monitor")
         return before is not None and {**self.basis, **before["basis"]} == self.basis
 
@@ -259,7 +261,9 @@ class Monitor:
                 self.real_rewards = RealRewards(**state["monitor"]["real"])
             return
         logger.warning(
-            "The monitor starts over with the base: the checkpoint has no monitor, or its measurements were different."
+            "The monitor starts over with the base: the checkpoint has no monitor, or its measurements were different. A model "
+            "that was the best before stays in '%s' until a validation is better than this base.",
+            BEST_FOLDER,
         )
 
     def forget_lost_best(self, output_dir: Path, global_step: int) -> None:
@@ -294,19 +298,18 @@ def find_real_clips(datasets: PRFLDatasets, tasks: Sequence[str]) -> tuple[Datas
     a reward model may have been trained on the training clips.
 
     Returns:
-        Up to `NUM_REAL_CLIPS` rows spread evenly over the dataset, and their labels; None if neither has latents.
+        Up to `NUM_REAL_CLIPS` rows spread evenly over those with latents, and their labels; None if neither has latents.
     """
     for dataset in (datasets.validation, datasets.clips):
         if dataset is None:
             continue
-        places = {round(place) for place in np.linspace(0, len(dataset) - 1, NUM_REAL_CLIPS)}
-        latents = dataset.select_columns(["latents"])
-        places = {place for place in places if latents[place].column("latents").null_count == 0}
-        if places:
-            clips = dataset.select(sorted(places))
+        rows = rows_with_latents(dataset)
+        if rows:
+            places = {round(place) for place in np.linspace(0, len(rows) - 1, NUM_REAL_CLIPS)}
+            clips = dataset.select([rows[place] for place in sorted(places)])
             has_labels = dataset is datasets.validation and len(set(tasks)) == 1
-            rows = read_columns(clips, LABELS)
-            return clips, [task_label(row, tasks[0]) if has_labels else None for row in rows]
+            labels = [task_label(row, tasks[0]) for row in read_columns(clips, LABELS)]
+            return clips, labels if has_labels else [None] * len(labels)
     logger.warning("Neither validation nor training rows have latents: the samples are not compared with real clips.")
     return None, []
 

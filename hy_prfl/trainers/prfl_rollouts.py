@@ -107,8 +107,10 @@ class ReusedRollouts:
             )
 
     def forget_outdated(self, changed: Collection[str]) -> None:
-        """Drop the stored rollouts if a changed option changes the chains."""
-        if OPTIONS & set(changed):
+        """Drop the stored rollouts if a changed option changes the chains, or if their prompts are no longer those of the run."""
+        # Without `prompt_dataset` the prompts are those of the clips.
+        prompts = {"train_dataset"} if self.config.prompt_dataset is None else set()
+        if (OPTIONS | prompts) & set(changed):
             self.buffer.clear()
 
     def _file(self, directory: Path) -> Path:

@@ -3,15 +3,17 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
+from datasets import concatenate_datasets
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file
 
 from hy_prfl.data.collators import collate_latents
-from hy_prfl.data.dataset import load_latent_dataset
+from hy_prfl.data.dataset import load_latent_dataset, rows_with_latents
 from hy_prfl.data.schema import table_to_rows
 from hy_prfl.evaluation.scoring import score_latents, score_rows
 from hy_prfl.flow_matching import row_noise
@@ -20,6 +22,8 @@ from hy_prfl.models.loading import load_scheduler
 from hy_prfl.models.reward_model import WanRewardModel
 from hy_prfl.rollout.sampling import sample_latents
 from hy_prfl.trainers.base import Trainer
+from hy_prfl.trainers.prfl_datasets import PRFLDatasets
+from hy_prfl.trainers.prfl_monitor import find_real_clips
 from hy_prfl.trainers.prfl_trainer import PRFLTrainer
 
 
@@ -183,6 +187,7 @@ def test_what_is_measured_has_changed(
     second = build(lora_rank=None, resume_from_checkpoint="latest", max_train_steps=3)
     second.train()
     assert "The monitor starts over with the base" in caplog.text
+    assert "The base, measured again for the validations from here on: " in caplog.text
     assert second.monitor is not None
     assert [entry["step"] for entry in second.monitor.series] == [0, 3]
     for index, sample in first.monitor.base.samples.items():
@@ -424,3 +429,16 @@ def test_options_that_make_no_sense_are_refused(
     model.save_pretrained(tmp_path / "other_base")
     with pytest.raises(ValueError, match="`monitor_reward_models` .*other_base.* does not fit the generator"):
         build(monitor_reward_models=[str(tmp_path / "other_base")])
+
+
+def test_real_clips_are_found_among_prompts(tmp_path: Path, write_latents: Callable[..., Path]) -> None:
+    """One row with latents in the middle of 80 without, which 64 places spread over all rows would miss."""
+    prompts = load_latent_dataset(str(write_latents(tmp_path / "prompts", 40, prompts_only=True)))
+    clip = load_latent_dataset(str(write_latents(tmp_path / "clip", 1)))
+    validation = concatenate_datasets([prompts, clip, prompts])
+    assert rows_with_latents(validation) == [40]
+    datasets = cast(PRFLDatasets, SimpleNamespace(validation=validation, clips=None))
+    found, labels = find_real_clips(datasets, ["motion_quality"])
+    assert found is not None
+    assert found["id"] == clip["id"]
+    assert len(labels) == 1

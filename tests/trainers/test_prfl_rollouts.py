@@ -115,6 +115,22 @@ def test_rollouts_serve_several_updates(build: Callable[..., PRFLTrainer]) -> No
     assert min(ages[1:3]) > 1e-3
 
 
+@pytest.mark.parametrize("has_prompts", [True, False])
+def test_rollouts_of_other_prompts_are_dropped(
+    build: Callable[..., PRFLTrainer], tmp_path: Path, has_prompts: bool
+) -> None:
+    """After a resume with other clips, whose prompts are those of the rollouts unless there is a `prompt_dataset`."""
+    options = {"prompt_dataset": str(tmp_path / "train")} if has_prompts else {}
+    trainer = build(update_schedule="reward", rollout_interval=8, rollout_buffer_size=8, max_train_steps=1, **options)
+    trainer.train()
+    assert trainer.rollouts is not None
+    assert len(trainer.rollouts.buffer) == 1
+    trainer.forget_outdated({"learning_rate"})
+    assert len(trainer.rollouts.buffer) == 1
+    trainer.forget_outdated({"train_dataset"})
+    assert len(trainer.rollouts.buffer) == (1 if has_prompts else 0)
+
+
 @pytest.mark.parametrize(
     ("options", "forwards"),
     [
