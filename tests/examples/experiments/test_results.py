@@ -15,9 +15,12 @@ from examples.shapes.experiments.runs import RESULTS_DIR
 
 SHAPES = RESULTS_DIR.parents[1]
 PAGES = {SHAPES / "README.md": 20, SHAPES.parents[1] / "docs" / "status.md": 6}
-RESULTS = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS_DIR.glob("*.json"))}
+# The results of a script for its usual seeds, and in `six_seeds` for more of them.
+FILES = {path.stem: path for path in sorted(RESULTS_DIR.glob("*.json"))}
+FILES["six_seeds"] = RESULTS_DIR / "six_seeds" / "rollouts.json"
+RESULTS = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
 SCRIPTS = (reward_models, generators, pixel_rewards, second_round, rollouts)
-ARMS = {module.__name__.rpartition(".")[2]: module.ARMS for module in SCRIPTS}
+ARMS = {module.__name__.rpartition(".")[2]: module.ARMS for module in SCRIPTS} | {"six_seeds": rollouts.ARMS}
 
 
 def spreads(value: Any) -> Iterator[dict[str, Any]]:
@@ -40,7 +43,7 @@ def test_means_are_of_all_seeds(name: str) -> None:
     for each in found:
         assert len(each["values"]) == len(RESULTS[name]["seeds"])
         assert each["mean"] == pytest.approx(statistics.fmean(each["values"]), abs=2e-4)
-    assert (RESULTS_DIR / f"{name}.png").stat().st_size > 1000
+    assert FILES[name].with_suffix(".png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize("name", [name for name in RESULTS if name in ARMS])
