@@ -23,7 +23,7 @@ from hy_prfl.flow_matching import noise_levels
 from hy_prfl.models.experts import Experts
 from hy_prfl.planning.models import build_reward_model, build_transformer, reward_model_config, set_dtypes
 from hy_prfl.planning.workloads import IMAGE_TOKENS, TEXT_TOKENS
-from hy_prfl.rollout.reward_feedback import RewardFeedback, stays
+from hy_prfl.rollout.reward_feedback import RewardFeedback, always_in_use
 from hy_prfl.runtime.activation_checkpointing import HostBuffers, checkpoint_activations
 from hy_prfl.runtime.context_parallel import ContextParallelGroup
 from hy_prfl.runtime.host_weights import HostWeights
@@ -404,7 +404,7 @@ def _build_prfl(setting: Setting, group: Any) -> tuple[Any, list[HostBuffers | H
             names=["reward"],
             autocast=common["accelerator"].autocast,
             context_parallel=group,
-            in_use=(lambda model: hosts[model].on_device()) if hosts else stays,
+            in_use=(lambda model: hosts[model].on_device()) if hosts else always_in_use,
         ),
         wrapped=transformer,
         generator=generator,

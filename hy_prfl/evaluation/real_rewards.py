@@ -79,7 +79,8 @@ def calibration_error(rewards: np.ndarray, labels: np.ndarray) -> float:
         rewards, labels (`np.ndarray` of shape `(num_clips,)`):
             Rewards in [0, 1], and labels in {0, 1}.
     """
-    # A bin's difference times its clips is the sum of their differences.
+    # A bin counts with its number of clips times the difference of its means. That is the sum of `reward - label` over its
+    # clips.
     sums, _ = np.histogram(rewards, bins=NUM_BINS, range=(0, 1), weights=rewards - labels)
     return float(np.abs(sums).sum() / len(rewards))
 

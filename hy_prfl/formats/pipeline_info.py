@@ -72,8 +72,8 @@ class PipelineInfo:
         revision (`str`, *optional*):
             Revision on the Hub.
         transformer_config, vae_config (`Mapping[str, Any]`, *optional*):
-            Configurations of its (first) transformer and of its VAE, or the entries that are not the class's defaults, if
-            they are known and need not be read.
+            Configurations of its (first) transformer and of its VAE, where they are known. Entries that are missing have
+            the class's default. If left out, they are read from `source`.
     """
 
     source: str

@@ -15,7 +15,6 @@ from ..formats.lora_metadata import read_lora_metadata
 from ..formats.pipeline_info import PUBLISHED, PipelineInfo
 from ..runtime.atomic_writes import replacing
 from ..runtime.provenance import CONFIG_FILE, RUN_FILE
-from .base_pipeline import find_base_pipeline, is_on_hub, recorded_sources
 from .results import (
     EVAL_RESULTS_FILE,
     best_metrics,
@@ -25,6 +24,7 @@ from .results import (
     metric_table,
     read_history,
 )
+from .run_sources import find_base_pipeline, is_on_hub, recorded_sources
 from .usage import ModelKind, usage
 
 

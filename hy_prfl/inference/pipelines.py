@@ -32,7 +32,7 @@ from .tuned_transformers import TRANSFORMER_OPTIONS, load_tuned_transformer
 
 
 CPUOffload = Literal["none", "model", "sequential"]
-StepCache = Literal["none", "first_block", "taylorseer", "sea"]
+StepCacheKind = Literal["none", "first_block", "taylorseer", "sea"]
 ShardedModel = Literal["transformer", "text_encoder"]
 
 
@@ -57,7 +57,7 @@ def load_pipeline(
     context_parallel: ContextParallelGroup | None = None,
     shard_weights: Sequence[ShardedModel] = (),
     attention_backend: str | None = None,
-    step_cache: StepCache = "none",
+    step_cache: StepCacheKind = "none",
     step_cache_threshold: float | None = None,
     step_cache_interval: int | None = None,
 ) -> WanPipeline | WanImageToVideoPipeline:
@@ -226,7 +226,7 @@ def _place(
 
 
 def _step_cache_config(
-    step_cache: StepCache,
+    step_cache: StepCacheKind,
     threshold: float | None,
     interval: int | None,
     *,

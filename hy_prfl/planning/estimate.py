@@ -200,19 +200,19 @@ def _estimate_prfl(request: Request, training: PRFLTrainingConfig, reserved: flo
         size, gathered = frozen_memory(reward_sizes, num_gpus=engine.num_gpus, is_sharded=training.shard_reward_model)
         weights.append((size + sum(_own_bytes(each, numerics) for each in others), gathered))
     # Only one of them computes at a time.
-    whole, gathered = sum(size for size, _ in weights), max(size for _, size in weights)
-    copied = whole if training.offload_reward_model else 0.0
+    whole, most_gathered = sum(size for size, _ in weights), max(gathered for _, gathered in weights)
+    on_host = whole if training.offload_reward_model else 0.0
     # Assumes that the monitor's reward models have the same size. Offloaded ones are on the device one at a time.
     num_monitors = len(training.monitor_reward_models)
-    held |= {"reward model": whole - copied, "reward model, gathered": gathered}
+    held |= {"reward model": whole - on_host, "reward model, gathered": most_gathered}
     if num_monitors:
-        held["monitor's reward models"] = num_monitors * (whole - copied)
+        held["monitor's reward models"] = num_monitors * (whole - on_host)
     host_memory = {
         "loading": engine.loading_memory(
             sizes, is_frozen=training.lora_rank is not None, is_quantized=training.base_quantization is not None
         ),
         "weights and optimizer states": engine.host_memory(sizes),
-        "reward model in host memory": (1 + num_monitors) * copied,
+        "reward model in host memory": (1 + num_monitors) * on_host,
     }
     block_inputs = generator["forward"].offloaded
     if uses_flow:
@@ -236,8 +236,10 @@ def _estimate_prfl(request: Request, training: PRFLTrainingConfig, reserved: flo
         counting = _counting(numerics, numerics.compute, engine, training.frozen_expert_quantization)
         other_sizes = generator_sizes(frozen_config, None, counting)
         is_sharded = training.shard_frozen_expert
-        held["frozen expert"], gathered = frozen_memory(other_sizes, num_gpus=engine.num_gpus, is_sharded=is_sharded)
-        phases["rollout"] = gathered + generator["rollout"].peak
+        held["frozen expert"], expert_gathered = frozen_memory(
+            other_sizes, num_gpus=engine.num_gpus, is_sharded=is_sharded
+        )
+        phases["rollout"] = expert_gathered + generator["rollout"].peak
     if training.validation_videos:
         held["VAE"], phases["validation videos"] = _decoding(request, training)
     held |= _held_by_batch(request)

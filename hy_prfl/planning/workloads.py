@@ -188,8 +188,8 @@ def generator_phases(
 
     A flow-matching update has the same forward and backward: the sampler has no matrix products.
     """
-    run = _runner(_simulate_generator, config, training, GENERATOR_OPTIONS, numerics, shape)
-    return _with_activation_checkpointing(run, config, training, training.gradient_checkpointing_blocks)
+    simulate_blocks = _runner(_simulate_generator, config, training, GENERATOR_OPTIONS, numerics, shape)
+    return _with_activation_checkpointing(simulate_blocks, config, training, training.gradient_checkpointing_blocks)
 
 
 def reward_phases(
@@ -208,16 +208,18 @@ def reward_phases(
             Configurations of other reward models on the same backbone, which are called with it.
     """
     simulate = partial(_simulate_reward, others=tuple(_without_depth(each) for each in others))
-    run = _runner(simulate, config, training, ("reward_model_quantization",), numerics, shape)
-    return _with_activation_checkpointing(run, config, training, training.reward_gradient_checkpointing_blocks)
+    simulate_blocks = _runner(simulate, config, training, ("reward_model_quantization",), numerics, shape)
+    return _with_activation_checkpointing(
+        simulate_blocks, config, training, training.reward_gradient_checkpointing_blocks
+    )
 
 
 def reward_training_phases(
     config: Mapping[str, Any], training: RewardTrainingConfig, numerics: Numerics, shape: Shape
 ) -> dict[str, Phase]:
     """Needs of the forward and backward of a micro-batch in the reward model's own training."""
-    run = _runner(_simulate_reward_training, config, training, REWARD_OPTIONS, numerics, shape)
-    return _with_activation_checkpointing(run, config, training, training.gradient_checkpointing_blocks)
+    simulate_blocks = _runner(_simulate_reward_training, config, training, REWARD_OPTIONS, numerics, shape)
+    return _with_activation_checkpointing(simulate_blocks, config, training, training.gradient_checkpointing_blocks)
 
 
 def scoring_phase(config: Mapping[str, Any], numerics: Numerics, shape: Shape) -> Phase:
@@ -229,7 +231,7 @@ def scoring_phase(config: Mapping[str, Any], numerics: Numerics, shape: Shape) -
     return phases["forward"]
 
 
-Run = Callable[[int, bool], dict[str, Phase]]
+SimulateBlocks = Callable[[int, bool], dict[str, Phase]]
 
 
 def _runner(
@@ -239,16 +241,16 @@ def _runner(
     names: Sequence[str],
     numerics: Numerics,
     shape: Shape,
-) -> Run:
+) -> SimulateBlocks:
     """Phases as a function of the number of blocks, and of activation checkpointing. Simulations are cached."""
     values = _without_depth(config)
     options = options_of(training, names)
 
-    def run(num_layers: int, checkpointing: bool) -> dict[str, Phase]:
+    def simulate_blocks(num_layers: int, checkpointing: bool) -> dict[str, Phase]:
         frozen = (*options, ("gradient_checkpointing", checkpointing))
         return extrapolated(lambda count: simulate(values, frozen, numerics, shape, count), num_layers)
 
-    return run
+    return simulate_blocks
 
 
 def _without_depth(config: Mapping[str, Any]) -> Frozen:
@@ -256,7 +258,7 @@ def _without_depth(config: Mapping[str, Any]) -> Frozen:
 
 
 def _with_activation_checkpointing(
-    run: Run, config: Mapping[str, Any], training: TrainingConfig, num_blocks: int | None
+    simulate_blocks: SimulateBlocks, config: Mapping[str, Any], training: TrainingConfig, num_blocks: int | None
 ) -> dict[str, Phase]:
     """
     Phases of a model with activation checkpointing in its first blocks. The others keep their activations.
@@ -266,10 +268,10 @@ def _with_activation_checkpointing(
     """
     num_layers = config["num_layers"]
     if not training.gradient_checkpointing:
-        return run(num_layers, False)
+        return simulate_blocks(num_layers, False)
     num_checkpointed = num_layers if num_blocks is None else num_blocks
-    phases = run(num_checkpointed, True)
-    block_input = run(4, True)["forward"].kept - run(3, True)["forward"].kept
+    phases = simulate_blocks(num_checkpointed, True)
+    block_input = simulate_blocks(4, True)["forward"].kept - simulate_blocks(3, True)["forward"].kept
     offloaded = max(0, num_checkpointed - 2) * block_input if training.offload_activations else 0.0
     inputs = phases["forward"].offloaded if training.offload_activations else 0.0
     for name in ("forward", "backward"):
@@ -277,17 +279,18 @@ def _with_activation_checkpointing(
         phases[name] = replace(phases[name], peak=phases[name].peak - offloaded, kept=kept, offloaded=0.0)
     # The first input is smaller than the others where bitsandbytes' layers make the hidden states float32.
     phases["forward"] = replace(phases["forward"], offloaded=inputs)
-    return phases if num_checkpointed == num_layers else _add_kept_blocks(run, phases, num_layers - num_checkpointed)
+    if num_checkpointed == num_layers:
+        return phases
+    return _add_kept_blocks(simulate_blocks, phases, num_layers - num_checkpointed)
 
 
-def _add_kept_blocks(run: Run, phases: dict[str, Phase], num_blocks: int) -> dict[str, Phase]:
+def _add_kept_blocks(simulate_blocks: SimulateBlocks, phases: dict[str, Phase], num_blocks: int) -> dict[str, Phase]:
     """Add blocks without checkpointing at the end. Their activations are freed before the other blocks run again."""
-    shorter, longer = run(3, False), run(4, False)
-    grown = {name: phase.extrapolate(phase, 0.0) for name, phase in phases.items()}
+    shorter, longer = simulate_blocks(3, False), simulate_blocks(4, False)
+    grown = {}
     for name, phase in phases.items():
-        slope = shorter[name].extrapolate(longer[name], 1.0)
-        more_kept = num_blocks * (slope.kept - shorter[name].kept)
-        more_flops = num_blocks * (slope.flops - shorter[name].flops)
+        more_kept = num_blocks * (longer[name].kept - shorter[name].kept)
+        more_flops = num_blocks * (longer[name].flops - shorter[name].flops)
         grown[name] = replace(phase, kept=phase.kept + more_kept, flops=phase.flops + more_flops)
     forward = grown["forward"]
     head = longer["backward"].peak - longer["forward"].kept
@@ -334,8 +337,8 @@ def _run_generator(
             step = next(walk)
         latents_grad = torch.empty_like(step.latents)
         with meter.phase("backward"):
-            for surrogate in step.surrogates(latents_grad):
-                surrogate.backward()
+            for scalar in step.surrogates(latents_grad):
+                scalar.backward()
     return meter.phases
 
 

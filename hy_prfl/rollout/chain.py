@@ -1,4 +1,8 @@
-"""Denoising with the pipeline's own sampler, with gradient through chosen steps only. Independent of the reward."""
+"""
+Denoising with the pipeline's own sampler, with gradient through chosen steps only. Independent of the reward.
+
+What a surrogate and the gain of a step are, and which latents are scored, is explained in [`GradientStep`].
+"""
 
 import copy
 from collections import deque
@@ -58,7 +62,11 @@ def _tensors(latents: torch.Tensor, scheduler: UniPCMultistepScheduler) -> dict[
 
 @dataclass(frozen=True)
 class _Step:
-    """Result of a step: the next latents, the velocity, and the latents for the reward, see [`GradientStep`]."""
+    """
+    Result of a step: the next latents and the velocity, and what is scored.
+
+    `seen`, `timesteps` and `gain` become `latents`, `timesteps` and `gain` of the [`GradientStep`].
+    """
 
     next_latents: torch.Tensor
     velocity: torch.Tensor
@@ -140,7 +148,8 @@ def _chained_surrogates(
         outputs = {"seen": step.seen, "velocity": step.velocity} | _tensors(step.next_latents, start.scheduler)
         if velocity_grad is not None and not leaves:
             gradients = {**gradients, "velocity": velocity_grad}
-        # An engine scales a loss by a factor of its own; the gradient of the probe is this factor.
+        # The caller and its engine multiply this scalar by factors of their own before they differentiate it. The probe
+        # adds 0 and has a derivative of 1, so its gradient is the product of these factors. It is divided out below.
         probe = latents_grad.new_zeros((), requires_grad=True)
         total = probe + torch.stack([(outputs[name] * gradient).sum() for name, gradient in gradients.items()]).sum()
         del start, step, outputs

@@ -73,9 +73,9 @@ class GradientStep:
         surrogates (`Callable[[torch.Tensor], Iterator[torch.Tensor]]`):
             Given the gradient of a loss in `latents`, returns scalars whose gradients in the generator's weights add up
             to that of the loss. Each must be differentiated, scaled or not, before the next one is requested. The
-            argument `velocity_grad`, if given, is the gradient of another loss in `velocity`, which is added; it does
-            not pass on to the model's input. `average`, if given, averages a gradient over the ranks that share a clip.
-            Call it only once.
+            argument `velocity_grad`, if given, is the gradient of another loss in `velocity`. The gradient of that loss
+            in the weights is added, from the step of `velocity` alone: not through the input of the model to the steps
+            before it. `average`, if given, averages a gradient over the ranks that share a clip. Call it only once.
         base_velocity (`torch.Tensor` of the shape of `latents`, *optional*):
             The base model's output for the same input as `velocity`, without gradient, if it was requested.
     """

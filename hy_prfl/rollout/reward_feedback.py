@@ -18,8 +18,8 @@ from .gradient_steps import GradientStep
 InUse = Callable[[nn.Module], AbstractContextManager[None]]
 
 
-def stays(model: nn.Module) -> AbstractContextManager[None]:
-    """Context of a model that stays on its device."""
+def always_in_use(model: nn.Module) -> AbstractContextManager[None]:
+    """The `in_use` of models that are always on the device where they compute."""
     return nullcontext()
 
 
@@ -52,13 +52,13 @@ class Pass(NamedTuple):
     One forward pass, of a single reward model or of all that share a backbone.
 
     Args:
-        judge (`nn.Module`):
-            Called as a reward model; its logits are `(batch_size,)` or `(len(places), batch_size)`.
+        scorer (`nn.Module`):
+            The reward model, or a [`~hy_prfl.models.shared_backbone.OneBackbone`] of several; its logits are `(batch_size,)` or `(len(places), batch_size)`.
         places (`list[int]`):
             Indices of these reward models in the list of all.
     """
 
-    judge: nn.Module
+    scorer: nn.Module
     places: list[int]
 
 
@@ -96,7 +96,7 @@ class RewardFeedback:
         autocast: Callable[[], AbstractContextManager[Any]],
         context_parallel: ContextParallelGroup | None = None,
         mean_foreseen_gain: float = 1.0,
-        in_use: InUse = stays,
+        in_use: InUse = always_in_use,
     ) -> None:
         self.config = config
         self.models = list(models)
@@ -120,19 +120,20 @@ class RewardFeedback:
         activations are gone before the generator's backward pass begins, and they never meet the hooks of the engine
         that shards the generator.
 
-        Of several reward models each backbone has a backward pass of its own, from the slopes of the loss in its
-        logits. Where these slopes depend on all logits, all but the last are called once more before, without gradient.
+        Each backbone has a backward pass of its own, which starts from the derivatives of the loss in its logits. Where
+        these derivatives depend on the logits of all reward models, all passes but the last are first run once more
+        without gradient, so that all logits are known before the first backward pass.
         """
         leaf = step.latents.detach().requires_grad_()
         logits = leaf.new_zeros(len(self.models), len(leaf))
         if not self.combination.is_separable(self.config.reward_loss):
-            for judge, places in self.passes[:-1]:
+            for scorer, places in self.passes[:-1]:
                 with torch.no_grad(), self.in_use(self.models[places[0]]):
-                    _put(logits, places, self.score(judge, leaf, step.timesteps, conditioning))
+                    _put(logits, places, self.score(scorer, leaf, step.timesteps, conditioning))
         gradients: list[torch.Tensor] = []
-        for judge, places in reversed(self.passes):
+        for scorer, places in reversed(self.passes):
             with self.in_use(self.models[places[0]]):
-                own_logits = self.score(judge, leaf, step.timesteps, conditioning)
+                own_logits = self.score(scorer, leaf, step.timesteps, conditioning)
                 _put(logits, places, own_logits.detach())
                 slopes = self.slopes(logits)
                 slopes = torch.stack([slopes[place] for place in places]).view_as(own_logits)
@@ -181,7 +182,7 @@ class RewardFeedback:
     def score(
         self, model: Any, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning
     ) -> torch.Tensor:
-        """Logits of noisy latents at their timesteps, by the judge of a [`Pass`]."""
+        """Logits of noisy latents at their timesteps, by the scorer of a [`Pass`]."""
         inputs = conditioning.model_inputs(latents, timesteps)
         with self.autocast():
             return model(**inputs).logits
@@ -190,9 +191,9 @@ class RewardFeedback:
         """
         Divisor of the gradient in the latents of a step, one number or one for each sample.
 
-        The gradient in a velocity is scaled by gain / divisor. Its mean over the steps is the same for all forms of the
-        reward: the mean width of the chain's steps, `1 / num_inference_steps`, divided by the number of chained steps. So
-        `reward_scale` means the same for all of them.
+        The gradient in a velocity is scaled by gain / divisor. The mean of this factor over the steps is the same for both
+        values of `reward_at`, with `divide_by_step_width` or without: the mean width of the chain's steps,
+        `1 / num_inference_steps`, divided by the number of chained steps. So `reward_scale` means the same for all.
         """
         config = self.config
         total = config.num_inference_steps * config.num_chained_steps

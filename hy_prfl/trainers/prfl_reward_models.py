@@ -9,7 +9,7 @@ from ..configs.prfl import PRFLTrainingConfig
 from ..models.loading import Deferred, loaded
 from ..models.reward_model import WanRewardModel
 from ..models.shared_backbone import group_by_backbone, have_same_backbone, share_backbone
-from ..rollout.reward_feedback import InUse, stays
+from ..rollout.reward_feedback import InUse, always_in_use
 from ..runtime.host_weights import HostWeights
 from .run import Run
 
@@ -64,7 +64,7 @@ def load_reward_models(
     elif config.shard_reward_model and len(found) > 1:
         logger.info("Sharded reward models are called one by one, also where their blocks are the same.")
     if not config.offload_reward_model:
-        return list(found), stays
+        return list(found), always_in_use
     hosts: dict[nn.Module, HostWeights] = {}
     for group in groups:
         weights = HostWeights(nn.ModuleList(group), run.accelerator.device)

@@ -54,6 +54,7 @@ from .run import Run
 
 logger = get_logger(__name__)
 
+# The random streams. The last one must stay the last: each draw of foresight has a stream of its own, `FORESIGHT + draw`.
 FLOW_NOISE, FLOW_PROMPT, REWARD_NOISE, REWARD_PROMPT, STEP_INDEX, FLOW_EXPERT, STATES, FORESIGHT = range(8)
 
 
@@ -166,27 +167,27 @@ class PRFLTrainer(Trainer):
             rolls_out=self.uses_reward,
             samples=validation_dataset is not None,
         )
-        given_judges = list(reward_model) if isinstance(reward_model, Sequence) else [reward_model]
+        given_reward_models = list(reward_model) if isinstance(reward_model, Sequence) else [reward_model]
         generator_configs = [given[expert].config for expert in self.experts.trained]
         check_reward_models(
-            config, run, [each.config for each in given_judges], generator_configs, self.datasets.by_source()
+            config, run, [each.config for each in given_reward_models], generator_configs, self.datasets.by_source()
         )
         check_monitor_models(
             config,
             monitor_reward_models,
             generator_configs,
-            vae_fingerprint=given_judges[0].config["vae_fingerprint"],
+            vae_fingerprint=given_reward_models[0].config["vae_fingerprint"],
         )
         self.scheduler = load_scheduler(path, revision=revision, flow_shift=config.sampler_flow_shift)
         self.step_range = find_step_range(config, self.experts, self.scheduler)
         self.high_noise_probability = find_high_noise_probability(config, self.experts)
-        judges, in_use = load_reward_models(
-            given_judges, config, run, num_checkpointed=config.reward_gradient_checkpointing_blocks
+        reward_models, in_use = load_reward_models(
+            given_reward_models, config, run, num_checkpointed=config.reward_gradient_checkpointing_blocks
         )
-        tasks = [each.config["task"] for each in given_judges]
+        tasks = [each.config["task"] for each in given_reward_models]
         self.reward = RewardFeedback(
             config,
-            judges,
+            reward_models,
             names=name_models(tasks),
             autocast=run.accelerator.autocast,
             context_parallel=run.context_parallel,
@@ -421,7 +422,11 @@ class PRFLTrainer(Trainer):
         return draw_step_indices(generator, self.step_range, self.config.num_gradient_steps)
 
     def draw_states(self, micro_step: int) -> list[int]:
-        """Steps of a chain whose start is stored, with ends uniform over `step_range`; the same on every rank."""
+        """
+        Steps of a chain whose starting states are stored, the same on every rank.
+
+        The gradient steps that begin at them end in `step_range`, at each of its steps with the same probability.
+        """
         first, last = (index - self.config.num_chained_steps + 1 for index in self.step_range)
         generator = self.shared_generator(STATES, micro_step)
         return draw_states(generator, (first, last), self.config.rollout_states)

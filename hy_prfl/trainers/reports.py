@@ -13,7 +13,7 @@ from ..configs.base import TrainingConfig, check
 from ..evaluation.tracking import announce_trackers, log_timestep_curves
 from ..formats.pipeline_info import PipelineInfo
 from ..hub import HubUploader
-from ..hub.base_pipeline import SOURCES, run_sources
+from ..hub.run_sources import SOURCES, run_sources
 from ..pages.report import write_run_page
 from ..runtime.atomic_writes import write_text
 from ..runtime.device_memory import peak_device_memory

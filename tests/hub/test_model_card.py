@@ -20,10 +20,10 @@ from hy_prfl.configs.reward import RewardTrainingConfig
 from hy_prfl.formats.layout import EXPERT_FOLDERS, LORA_FILES, ExpertName
 from hy_prfl.formats.lora_metadata import lora_metadata, read_lora_metadata
 from hy_prfl.formats.pipeline_info import PUBLISHED, PipelineInfo
-from hy_prfl.hub.base_pipeline import SOURCES, find_base_pipeline, run_sources
 from hy_prfl.hub.files import run_files
 from hy_prfl.hub.model_card import OWN_CARD, PAPER, build_card, may_replace_card, write_model_card
 from hy_prfl.hub.results import draw_training
+from hy_prfl.hub.run_sources import SOURCES, find_base_pipeline, run_sources
 from hy_prfl.hub.usage import ModelKind
 from hy_prfl.inference.tiny_pipelines import build_pipeline
 from hy_prfl.models.reward_model import WanRewardModel

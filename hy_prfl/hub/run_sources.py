@@ -1,4 +1,4 @@
-"""Finds out for a model card which pipeline and datasets of a run are on the Hub, and what kind the pipeline is."""
+"""Sources of a run, for its model card: which of them are on the Hub, and what kind its pipeline is."""
 
 import json
 import logging
@@ -18,15 +18,16 @@ from ..runtime.provenance import RUN_FILE
 
 logger = logging.getLogger(__name__)
 
-# Options of a run that name a folder or a repository, and the kind of that repository.
-SOURCE_OPTIONS = {
-    "pretrained_model_name_or_path": "model",
-    "reward_model": "model",
-    "reward_models": "model",
-    "train_dataset": "dataset",
-    "prompt_dataset": "dataset",
-    "validation_dataset": "dataset",
-}
+# Options of a run that name a folder or a repository that its model is made from or measured on. A monitor's reward models
+# are not among them: the model is not made from them, and a card has no links to them.
+SOURCE_OPTIONS = (
+    "pretrained_model_name_or_path",
+    "reward_model",
+    "reward_models",
+    "train_dataset",
+    "prompt_dataset",
+    "validation_dataset",
+)
 # Configuration entries of the transformer that determine, with its class, the kind of a pipeline.
 SHAPE = ("in_channels", "out_channels", "image_dim", "pos_embed_seq_len")
 # Key of [`run_sources`] in the record of a run.
