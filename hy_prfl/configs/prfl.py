@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .base import Quantization, TrainingConfig, check, check_seed, place_of
+from .base import Quantization, TrainingConfig, check, check_seed, check_timesteps, place_of
 
 
 FORESEEN_LEVELS = [0.2, 0.6]
@@ -286,8 +286,7 @@ class PRFLTrainingConfig(TrainingConfig):
         for name in ("num_validation_samples", "validation_fps"):
             check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         check(self.num_inference_steps >= 2, "num_inference_steps", self.num_inference_steps, "at least 2")
-        for timestep in self.validation_timesteps:
-            check(0 < timestep <= 1000, "validation_timesteps", timestep, "in (0, 1000]")
+        check_timesteps("validation_timesteps", self.validation_timesteps)
         last = self.num_inference_steps - 2
         bounds = self.step_range
         if bounds is not None:
