@@ -287,6 +287,8 @@ class PRFLTrainingConfig(TrainingConfig):
             check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         check(self.num_inference_steps >= 2, "num_inference_steps", self.num_inference_steps, "at least 2")
         check_timesteps("validation_timesteps", self.validation_timesteps)
+        guidance = self.validation_guidance_scale
+        check(guidance >= 1, "validation_guidance_scale", guidance, "at least 1, which is no guidance")
         last = self.num_inference_steps - 2
         bounds = self.step_range
         if bounds is not None:

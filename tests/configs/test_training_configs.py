@@ -55,6 +55,9 @@ def test_impossible_reward_options_are_refused_by_name(name: str, value: Any) ->
         ("validation_timesteps", [1001]),
         ("validation_timesteps", []),
         ("validation_timesteps", [300, 300]),
+        # The sampler would take both for 1.
+        ("validation_guidance_scale", 0.5),
+        ("validation_guidance_scale", -1.0),
     ],
 )
 def test_impossible_prfl_options_are_refused_by_name(name: str, value: Any) -> None:
