@@ -38,6 +38,14 @@ def check_seed(name: str, value: int, num_processes: int = 1) -> None:
     check(0 <= value < limit, name, value, f"at least 0 and less than {limit}")
 
 
+def check_timesteps(name: str, timesteps: Sequence[float]) -> None:
+    """Raise a `ValueError` unless there are timesteps, all of them different and in (0, 1000]."""
+    are_different = 0 < len(timesteps) == len(set(timesteps))
+    check(are_different, name, list(timesteps), "different numbers, at least one")
+    for timestep in timesteps:
+        check(0 < timestep <= 1000, name, timestep, "in (0, 1000]")
+
+
 @dataclass(kw_only=True)
 class Config:
     """

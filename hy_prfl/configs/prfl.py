@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .base import Quantization, TrainingConfig, check, check_seed, place_of
+from .base import Quantization, TrainingConfig, check, check_seed, check_timesteps, place_of
 
 
 FORESEEN_LEVELS = [0.2, 0.6]
@@ -286,8 +286,9 @@ class PRFLTrainingConfig(TrainingConfig):
         for name in ("num_validation_samples", "validation_fps"):
             check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         check(self.num_inference_steps >= 2, "num_inference_steps", self.num_inference_steps, "at least 2")
-        for timestep in self.validation_timesteps:
-            check(0 < timestep <= 1000, "validation_timesteps", timestep, "in (0, 1000]")
+        check_timesteps("validation_timesteps", self.validation_timesteps)
+        guidance = self.validation_guidance_scale
+        check(guidance >= 1, "validation_guidance_scale", guidance, "at least 1, which is no guidance")
         last = self.num_inference_steps - 2
         bounds = self.step_range
         if bounds is not None:
@@ -298,6 +299,9 @@ class PRFLTrainingConfig(TrainingConfig):
         indices = bounds[1] - max(bounds[0], first) + 1 if bounds is not None else last - first + 1
         requirement = f"in [1, {indices}], the steps that may take gradient"
         check(1 <= self.num_gradient_steps <= indices, "num_gradient_steps", self.num_gradient_steps, requirement)
+        states = self.rollout_states
+        requirement = f"in [1, {indices}], the states that gradient steps may start from, or left out"
+        check(states is None or 1 <= states <= indices, "rollout_states", states, requirement)
         self._check_memory_options()
         self._check_monitor()
 
@@ -394,12 +398,12 @@ class PRFLTrainingConfig(TrainingConfig):
                 value = getattr(self, name)
                 check(value == default, name, value, "left out unless `rollout_interval` is above 1")
         interval, name = self.rollout_cache_interval, "rollout_cache_interval"
-        check(interval >= 1, name, interval, "at least 1")
+        most = self.num_inference_steps
+        check(1 <= interval <= most, name, interval, f"in [1, {most}], the steps of the chain")
         keeps_all = self.rollout_interval > 1 and self.rollout_states is None
         requirement = "1 without `rollout_states`: the velocity is computed at each stored state, and all are stored"
         check(interval == 1 or not keeps_all, name, interval, requirement)
-        states, staleness = self.rollout_states, self.max_rollout_staleness
-        check(states is None or states >= 1, "rollout_states", states, "at least 1, or left out")
+        staleness = self.max_rollout_staleness
         check(staleness is None or staleness > 0, "max_rollout_staleness", staleness, "greater than 0, or left out")
 
     def _check_memory_options(self) -> None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .base import TrainingConfig, check, check_seed, names_in
+from .base import TrainingConfig, check, check_seed, check_timesteps, names_in
 
 
 Task = Literal["motion_quality", "physics_quality", "human_quality", "text_alignment", "blur_quality"]
@@ -128,9 +128,7 @@ class RewardTrainingConfig(TrainingConfig):
         is_probe = self.freeze_blocks
         check(self.lora_rank is None or not is_probe, "lora_rank", self.lora_rank, "left out with `freeze_blocks`")
         check(self.head_learning_rate > 0, "head_learning_rate", self.head_learning_rate, "greater than 0")
-        check(len(self.validation_timesteps) > 0, "validation_timesteps", self.validation_timesteps, "not empty")
-        for timestep in self.validation_timesteps:
-            check(0 < timestep <= 1000, "validation_timesteps", timestep, "in (0, 1000]")
+        check_timesteps("validation_timesteps", self.validation_timesteps)
         num_ranges = self.validation_random_timesteps
         check(0 <= num_ranges <= 1000, "validation_random_timesteps", num_ranges, "in [0, 1000]")
         is_used = num_ranges == 0 or self.validation_dataset is not None

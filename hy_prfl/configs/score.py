@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .base import check, check_seed
+from .base import check, check_seed, check_timesteps
 from .clips import ClipConfig
 
 
@@ -69,10 +69,7 @@ class ScoreConfig(ClipConfig):
             "given with `manifest`, whose videos it encodes, and left out with `dataset`",
         )
         check(self.output.endswith((".csv", ".json", ".jsonl")), "output", self.output, "a .csv, .json or .jsonl file")
-        check(len(self.timesteps) > 0, "timesteps", self.timesteps, "not empty")
-        check(len(set(self.timesteps)) == len(self.timesteps), "timesteps", self.timesteps, "different numbers")
-        for timestep in self.timesteps:
-            check(0 < timestep <= 1000, "timesteps", timestep, "in (0, 1000]")
+        check_timesteps("timesteps", self.timesteps)
         for name in ("num_noise_samples", "batch_size"):
             check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         check_seed("seed", self.seed)

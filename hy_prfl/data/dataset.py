@@ -9,11 +9,13 @@ import shutil
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset, load_from_disk
+from datasets.exceptions import DatasetsError
 from torch.utils.data import DataLoader
 
 from .collators import Batch
@@ -46,7 +48,7 @@ def load_latent_dataset(path: str) -> Dataset:
     Open a latent dataset: a folder written by `preprocess`, or a name for `datasets.load_dataset`.
 
     Raises:
-        ValueError: If it has several splits, no rows, or lacks columns of a latent dataset.
+        ValueError: If it is a folder of other files, has several splits, no rows, or lacks columns of a latent dataset.
         FileNotFoundError: If there is nothing of that name.
     """
     folder = Path(path)
@@ -57,10 +59,15 @@ def load_latent_dataset(path: str) -> Dataset:
     else:
         try:
             dataset = load_dataset(path)
-        except (FileNotFoundError, ConnectionError) as error:
-            raise FileNotFoundError(
-                f"{path}: there is no such folder, and no such dataset could be loaded from the Hub."
-            ) from error
+        except (FileNotFoundError, ConnectionError, DatasetsError, ValueError) as error:
+            if not folder.is_dir() and isinstance(error, FileNotFoundError | ConnectionError):
+                raise FileNotFoundError(
+                    f"{path}: there is no such folder, and no such dataset could be loaded from the Hub."
+                ) from error
+            what = "the folder" if folder.is_dir() else "what was loaded from the Hub"
+            # An error while the files are read has the reason as its cause.
+            reason = shorten(str(error.__cause__ or error), 300)
+            raise ValueError(f"{path}: {what} is not a latent dataset: {reason}") from error
     if isinstance(dataset, DatasetDict):
         if len(dataset) != 1:
             raise ValueError(f"{path}: expected one split, found {', '.join(dataset)}. Save the split you want.")

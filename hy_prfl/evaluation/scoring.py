@@ -10,6 +10,7 @@ from datasets import Dataset
 from torch import nn
 
 from ..compatibility import check_dataset_fits, check_encoder_fits
+from ..configs.base import check_timesteps
 from ..data.collators import LatentBatch, collate_latents
 from ..data.dataset import read_columns
 from ..data.encoding import LatentEncoder
@@ -63,7 +64,7 @@ def score_latents(
     Raises:
         ValueError: If a timestep is outside (0, 1000], or rows and ids differ in number.
     """
-    check_timesteps(timesteps)
+    check_timesteps("timesteps", timesteps)
     if len(row_ids) != len(latents) or num_noise_samples < 1:
         raise ValueError(
             f"expected an id for each of {len(latents)} rows, got {len(row_ids)}, and `num_noise_samples` at least 1, "
@@ -240,12 +241,3 @@ def score_manifest(
     # One by one: sizes are unknown before the clips are read, and most of the time goes into encoding.
     batches = [[position] for position in range(len(rows))]
     return write_scores(clips, batches, score_batch, output, timesteps, task=reward_model.config.task, request=request)
-
-
-def check_timesteps(timesteps: Sequence[float]) -> None:
-    """Raise a `ValueError` unless there are timesteps, all of them different and in (0, 1000]."""
-    if not timesteps or len(set(timesteps)) < len(timesteps):
-        raise ValueError(f"`timesteps` must be different numbers, at least one, got {list(timesteps)}.")
-    for timestep in timesteps:
-        if not 0 < timestep <= NUM_TRAIN_TIMESTEPS:
-            raise ValueError(f"`timesteps` must be in (0, {NUM_TRAIN_TIMESTEPS}], got {timestep}.")

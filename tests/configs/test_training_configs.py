@@ -27,6 +27,7 @@ BASE: dict[str, Any] = {"output_dir": "o", "pretrained_model_name_or_path": "p",
         ("flow_shift", 0.0),
         ("validation_timesteps", [0]),
         ("validation_timesteps", []),
+        ("validation_timesteps", [300, 500, 300]),
         ("metric_for_best_model", "pair_accuracy"),
     ],
 )
@@ -52,6 +53,11 @@ def test_impossible_reward_options_are_refused_by_name(name: str, value: Any) ->
         ("long_prompt_probability", 2.0),
         ("num_validation_samples", 0),
         ("validation_timesteps", [1001]),
+        ("validation_timesteps", []),
+        ("validation_timesteps", [300, 300]),
+        # The sampler would take both for 1.
+        ("validation_guidance_scale", 0.5),
+        ("validation_guidance_scale", -1.0),
     ],
 )
 def test_impossible_prfl_options_are_refused_by_name(name: str, value: Any) -> None:

@@ -139,6 +139,19 @@ def test_what_is_no_latent_dataset_is_refused(tmp_path: Path, write_latents: Wri
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="empty"):
         load_latent_dataset(str(tmp_path / "empty"))
+    # Folders of runs: `datasets` finds no data files, or JSON files that are no table of one kind.
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "weights.bin").write_bytes(b"weights")
+    with pytest.raises(ValueError, match=r"run: the folder is not a latent dataset: ") as no_files:
+        load_latent_dataset(str(run))
+    for name, content in (("one", '{"a": 1}'), ("two", '{"b": [1]}')):
+        (run / f"{name}.json").write_text(content)
+    with pytest.raises(ValueError, match=r"run: the folder is not a latent dataset: ") as no_table:
+        load_latent_dataset(str(run))
+    for error in (no_files.value, no_table.value):
+        assert error.__cause__ is not None
+        assert "\n" not in str(error)
     Dataset.from_dict({"id": ["a"]}).save_to_disk(tmp_path / "other")
     with pytest.raises(ValueError, match=r"not a latent dataset.*latents"):
         load_latent_dataset(str(tmp_path / "other"))

@@ -137,7 +137,7 @@ def test_rollouts_of_other_prompts_are_dropped(
         # Of the chain up to its step 7: 0, 1, 4, and 7 with gradient.
         ({"rollout_cache_interval": 3}, 4),
         # All of 0 .. 7, of which two are stored, and the step with gradient.
-        ({"rollout_interval": 2, "rollout_states": 2}, 9),
+        ({"rollout_interval": 2, "rollout_states": 2, "step_range": [6, 7]}, 9),
         # 0, 1, 4, the stored 6 and 7, and the step with gradient.
         ({"rollout_interval": 2, "rollout_states": 2, "rollout_cache_interval": 3, "step_range": [6, 7]}, 6),
         # 0, 1, 4, the two steps without and with gradient, and the base's velocity.
@@ -194,7 +194,19 @@ def test_stored_states_are_those_that_steps_may_start_from(build: Callable[..., 
         ({"rollout_interval": 0}, "`rollout_interval` must be at least 1"),
         ({"rollout_interval": 2, "max_rollout_staleness": 0.0}, "`max_rollout_staleness` must be greater than 0"),
         ({"update_schedule": "flow_matching", "rollout_interval": 2}, "`rollout_interval` must be left out with"),
-        ({"rollout_cache_interval": 0}, "`rollout_cache_interval` must be at least 1"),
+        # A chain of 4 steps: rollouts store the start of steps 0 .. 2, or of as many as may begin a chain of steps.
+        ({"rollout_interval": 2, "rollout_states": 4}, r"`rollout_states` must be in \[1, 3\]"),
+        (
+            {"rollout_interval": 2, "rollout_states": 3, "num_chained_steps": 2},
+            r"`rollout_states` must be in \[1, 2\]",
+        ),
+        ({"rollout_interval": 2, "rollout_states": 2, "step_range": [1, 1]}, r"`rollout_states` must be in \[1, 1\]"),
+        (
+            {"rollout_interval": 2, "rollout_states": 4, "rollout_cache_interval": 2},
+            r"`rollout_states` must be in \[1, 3\]",
+        ),
+        ({"rollout_cache_interval": 5}, r"`rollout_cache_interval` must be in \[1, 4\]"),
+        ({"rollout_cache_interval": 0}, r"`rollout_cache_interval` must be in \[1, 4\]"),
         (
             {"rollout_cache_interval": 2, "rollout_interval": 2},
             "`rollout_cache_interval` must be 1 without `rollout_states`",
