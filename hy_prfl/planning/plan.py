@@ -202,7 +202,7 @@ def plan(
 
     Raises:
         ValueError: If clips cannot be divided over the GPUs, the VAE cannot encode a size, or `first_frame` is set for
-            a model that takes images in another way.
+            a model that takes no images, or takes them in another way.
     """
     check(0 < utilization <= 1, "utilization", utilization, "in (0, 1]")
     path, revision = training.pretrained_model_name_or_path, training.revision
@@ -212,13 +212,8 @@ def plan(
         experts = choose_experts(info, training.expert)
         if experts.are_two:
             shift = training.sampler_flow_shift or load_scheduler(path, revision=revision).config.flow_shift
-    takes_channels = config["in_channels"] != config["out_channels"]
-    check(
-        not (first_frame and takes_channels),
-        "first_frame",
-        first_frame,
-        "false: this model has channels for the image",
-    )
+    takes_none = "false: this model does not take an image as the first frame of the latents"
+    check(info.takes_first_frame or not first_frame, "first_frame", first_frame, takes_none)
     frames_ok = num_frames % stride[0] == 1
     check(frames_ok, "num_frames", num_frames, f"of the form {stride[0]}k + 1")
     for name, side, multiple in (("height", height, 2 * stride[1]), ("width", width, 2 * stride[2])):

@@ -130,7 +130,9 @@ def show(config: PlanConfig, result: "Plan | GenerationPlan") -> None:
 
     print(result)
     if config.output is not None:
-        write_text(Path(config.output), result.to_json())
+        output = Path(config.output)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_text(output, result.to_json())
 
 
 def separate_options(argv: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -38,7 +38,8 @@ def test_reward_model_on_disk_is_taken(pipeline_dir: Path, tmp_path: Path) -> No
     recipe.write_text(RECIPE.format(path=pipeline_dir))
     sizes = []
     for num_layers in (1, 2):
-        output = tmp_path / f"{num_layers}.json"
+        # A folder that is not there yet.
+        output = tmp_path / f"plans-{num_layers}" / "plan.json"
         reward = f"--reward_model={tmp_path / f'reward-{num_layers}'}"
         main(["--config", str(recipe), *CLIP, reward, "--output", str(output)])
         sizes.append(json.loads(output.read_text())["memory"]["reward model"])
