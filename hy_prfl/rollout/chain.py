@@ -399,7 +399,13 @@ def record_states(
     Yields:
         `tuple[int, torch.Tensor, torch.Tensor]`: index of the step, the noisy latents before it and the model's velocity
         there, both float32.
+
+    Raises:
+        ValueError: If `step_indices` are out of range or order; when the first state is requested.
     """
+    last = num_inference_steps - 2
+    if not step_indices or list(step_indices) != sorted({*step_indices} & {*range(last + 1)}):
+        raise ValueError(f"`step_indices` must be ascending and in [0, {last}], got {list(step_indices)}.")
     _start_at(scheduler, 0, num_inference_steps, noise.device)
     stepper = _Stepper(transformer, conditioning)
     cache = _open_cache(scheduler, cache_interval, boundary)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import WanImageToVideoPipeline, WanPipeline
+from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline, WanPipeline
 
 from hy_prfl.models.conditioning import Conditioning
 from hy_prfl.models.loading import load_scheduler
@@ -255,6 +255,17 @@ def test_what_a_step_foresees(pipeline_dir: Path, num_chained: int, rerun: bool)
     expected.square().sum().backward()
     for one, other in zip(actual, gradients(transformer), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("step_indices", [[], [2, 0], [1, 1], [-1, 2], [6]])
+def test_states_of_no_step_of_the_chain_are_refused(step_indices: list[int]) -> None:
+    """The model is never reached."""
+    states = record_states(
+        torch.nn.Identity(), UniPCMultistepScheduler(), noise=torch.zeros(1), step_indices=step_indices,
+        num_inference_steps=7, conditioning=Conditioning(torch.zeros(1)),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"`step_indices` must be ascending and in \[0, 5\]"):
+        next(states)
 
 
 def test_recorded_states_are_those_of_the_chain_and_a_step_from_one_is_eulers(pipeline_dir: Path) -> None:
