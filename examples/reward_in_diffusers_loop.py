@@ -20,6 +20,7 @@ from hy_prfl.configs.base import check
 from hy_prfl.configs.parser import parse_config
 from hy_prfl.inference.generation import decode_latents
 from hy_prfl.inference.video_files import write_video
+from hy_prfl.scripts.running import run
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -41,6 +42,7 @@ class Config:
     num_frames: int = field(default=81, metadata={"help": "Frames, 4k + 1."})
 
     def __post_init__(self) -> None:
+        check(self.num_candidates >= 1, "num_candidates", self.num_candidates, "at least 1")
         check(
             0 <= self.decide_at < self.num_inference_steps - 1,
             "decide_at",
@@ -104,4 +106,4 @@ def main(argv: Sequence[str] | None = None) -> list[RewardCallback]:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

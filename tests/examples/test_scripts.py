@@ -197,6 +197,13 @@ def rollout_by_hand(pipeline_dir: Path, seed: int, prompt_embeds: torch.Tensor, 
         yield latents, levels[index + 1]
 
 
+@pytest.mark.parametrize(("option", "value"), [("num_candidates", "0"), ("decide_at", "39")])
+def test_options_of_the_diffusers_loop_are_checked(option: str, value: str) -> None:
+    required = ["--prompt", "a", "--pretrained_model_name_or_path", "b", "--reward_model", "c"]
+    with pytest.raises(ValueError, match=f"`{option}` must be"):
+        reward_in_diffusers_loop.main([*required, f"--{option}", value])
+
+
 def test_reward_in_diffusers_loop(
     pipeline: WanPipeline, pipeline_dir: Path, reward_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
