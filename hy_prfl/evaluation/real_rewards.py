@@ -9,6 +9,7 @@ import torch
 
 # Share of the real clips that are rated lower than what counts as above the real ones.
 PERCENTILE = 95
+# Bins of rewards, of equal width, in which rewards are compared with labels.
 NUM_BINS = 10
 
 
@@ -40,12 +41,13 @@ class RealRewards:
                 Logits of the training reward.
             labels (`Sequence[int]`):
                 For each clip 1 (good), 0 (poor), or None if it is unknown.
+
+        Raises:
+            ValueError: If there are not as many labels as clips.
         """
         rewards = logits.double().sigmoid().mean(dim=1).numpy()
-        labelled = [index for index, label in enumerate(labels) if label is not None]
-        error = None
-        if labelled:
-            error = calibration_error(rewards[labelled], np.array([label for label in labels if label is not None]))
+        labelled = [pair for pair in zip(rewards, labels, strict=True) if pair[1] is not None]
+        error = calibration_error(*np.array(labelled, dtype=np.float64).T) if labelled else None
         return cls(float(rewards.mean()), float(np.percentile(_mean_logits(logits), PERCENTILE)), error)
 
     def compare(self, logits: torch.Tensor) -> dict[str, float]:

@@ -11,6 +11,7 @@ from sklearn.calibration import calibration_curve
 from sklearn.metrics import brier_score_loss
 
 from ..data.records import read_records
+from ..evaluation.real_rewards import NUM_BINS
 from ..flow_matching import NUM_TRAIN_TIMESTEPS
 from .figures import INK, Points, draw_curves
 from .rendering import number
@@ -20,7 +21,6 @@ SPLITS = ("train", "validation")
 AT_TIMESTEP = re.compile(r"(?P<metric>.+)/t(?P<timestep>\d+(?:\.\d+)?)")
 # Metrics between 0 and 1, which are drawn on that scale.
 SHARES = ("accuracy", "precision", "recall", "f1", "auc", "pair_accuracy", "reward", "monitor_reward")
-NUM_BINS = 10
 # Metrics of a monitor by the plot that shows them, each with its label.
 MONITOR_PLOTS: dict[str, dict[str, str]] = {
     "Reward in training against held-out": {

@@ -2,7 +2,8 @@
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -376,8 +377,6 @@ def _run_reward(
     for part in (part for model in others for part in own_parts(model)):
         _set_up(part, None, numerics, checkpointed=False)
     _gather_tokens(reward_model, shape)
-    names = [str(index) for index in range(len(models))]
-    reward = RewardFeedback(training, models, names=names, autocast=partial(autocast, numerics.autocast))
     inputs = Inputs(config, shape, numerics.compute)
     step = GradientStep(
         inputs.latents,
@@ -388,10 +387,18 @@ def _run_reward(
     )
     weights = [each for model in models for each in (*model.parameters(), *model.buffers())]
     checkpointed = reward_model.blocks if training.gradient_checkpointing else ()
-    with MemoryMeter([*weights, *inputs.tensors()], on_gpu=numerics.on_gpu, checkpointed=checkpointed) as meter:
-        reward.score = meter.phase("forward")(reward.score)  # type: ignore[method-assign]
-        with meter.phase("backward"):
-            reward.differentiate(step, inputs.conditioning)
+    meter = MemoryMeter([*weights, *inputs.tensors()], on_gpu=numerics.on_gpu, checkpointed=checkpointed)
+
+    @contextmanager
+    def scoring() -> Iterator[None]:
+        """The forward pass lies inside of the phase of the backward pass, which counts what follows it."""
+        with meter.phase("forward"), autocast(numerics.autocast):
+            yield
+
+    names = [str(index) for index in range(len(models))]
+    reward = RewardFeedback(training, models, names=names, autocast=scoring)
+    with meter, meter.phase("backward"):
+        reward.differentiate(step, inputs.conditioning)
     return meter.phases
 
 

@@ -1,6 +1,5 @@
 """Runs the arms of an experiment, several at a time, each once, and puts their numbers together."""
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +11,7 @@ from matplotlib.axes import Axes
 from tqdm import tqdm
 
 from examples.shapes.stages import Stage
+from examples.shapes.summary import read_json
 from hy_prfl.configs.base import check
 
 
@@ -89,7 +89,7 @@ def with_other_arms(path: Path, results: Mapping[str, Any], known: Sequence[str]
     """
     if not path.is_file():
         return dict(results["arms"])
-    before = json.loads(path.read_text(encoding="utf-8"))
+    before = read_json(path)
     arms = {name: arm for name, arm in before["arms"].items() if name in known} | results["arms"]
     if {*arms} > {*results["arms"]}:
         for name in ("seeds", "num_videos"):
