@@ -9,7 +9,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Tests run side by side, each on one core. So do the processes that they start.
 os.environ["OMP_NUM_THREADS"] = "1"
 # The CPU only, also where there are GPUs: what is computed twice to be compared is computed on the same device.
-GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
+# pytest-xdist's workers inherit the environment of the process that starts them, in which the GPUs are hidden already.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["GPUS_OF_TESTS"] = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import shutil
@@ -190,7 +192,8 @@ def write_latents(tiny_vae: str) -> Callable[..., Path]:
 def gpu_environment() -> dict[str, str]:
     """Environment of a process that sees the GPUs, which the tests' own process does not."""
     environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
-    return environment if GPUS is None else environment | {"CUDA_VISIBLE_DEVICES": GPUS}
+    visible = os.environ["GPUS_OF_TESTS"]
+    return environment if visible == "all" else environment | {"CUDA_VISIBLE_DEVICES": visible}
 
 
 @pytest.fixture(scope="session")

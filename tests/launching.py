@@ -79,7 +79,8 @@ def run_launch(
     global server
     if server is None or server.poll() is not None:
         # What libraries read when they are imported.
-        imported = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        imported = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
         command = [sys.executable, "-m", "tests.launching"]
         server = subprocess.Popen(
             command, cwd=ROOT, env=imported, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE

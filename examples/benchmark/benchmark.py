@@ -95,13 +95,15 @@ def in_process_of_its_own(log: Path, function: Any, *args: Any) -> None:
     """
     Call a function in a new process and wait for it. What it prints is written to `log`.
 
-    The process is forked from a server that has imported everything and has done nothing else.
+    On the CPU it is forked from a server that has imported everything and has done nothing else. On a GPU it starts from
+    nothing: some packages ask for the GPUs when they are imported, and CUDA cannot be used in a fork of such a process.
 
     Raises:
         RuntimeError: If the process failed; with the end of its output.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["examples.benchmark.cases", "examples.benchmark.report"])
+    context = multiprocessing.get_context("forkserver" if on_cpu() else "spawn")
+    if on_cpu():
+        context.set_forkserver_preload(["examples.benchmark.cases", "examples.benchmark.report"])
     process = context.Process(target=_with_output_in, args=(log, function, *args))
     process.start()
     try:

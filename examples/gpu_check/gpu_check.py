@@ -27,15 +27,17 @@ from hy_prfl.configs.base import check
 from hy_prfl.configs.parser import parse_config
 
 
-# Largest relative difference between planned and measured memory of a training step.
-MEMORY_BOUND = 0.1
+# Largest relative difference between planned and measured memory of a training step, besides the gigabytes of cuBLAS's
+# workspaces: torch counts 0.07 on an H200, the planner none.
+MEMORY_BOUND, CUBLAS_GIGABYTES = 0.1, 0.07
 # To estimate seconds: peak of an H100, share of it that a step reaches, and seconds to make and load each GB of a
 # model.
 PEAK_TERAFLOPS, UTILIZATION, SECONDS_PER_GIGABYTE = 989.0, 0.4, 1.5
-# Estimated seconds of the steps without training on an H100.
+# Estimated seconds of the steps without training on an H100, and seconds to start the process of a step.
 OTHER_SECONDS = {
-    "environment": 20, "matmul": 10, "communication": 10, "VAE": 30, "text encoder": 30, "bfloat16 tests": 300,
+    "environment": 20, "matmul": 10, "communication": 10, "VAE": 30, "text encoder": 30, "bfloat16 tests": 200,
 }  # fmt: skip
+START_SECONDS = 15.0
 
 
 @dataclass(kw_only=True)
@@ -64,7 +66,9 @@ def expectations(sizes: str) -> dict[str, dict[str, float]]:
     from hy_prfl.formats.pipeline_info import PUBLISHED
     from hy_prfl.planning import plan
 
-    expected: dict[str, dict[str, float]] = {name: {"seconds": value} for name, value in OTHER_SECONDS.items()}
+    expected: dict[str, dict[str, float]] = {
+        name: {"seconds": START_SECONDS + value} for name, value in OTHER_SECONDS.items()
+    }
     for name, what in SCALES[sizes].trainings.items():
         if sizes == "tiny":
             expected[name] = {"seconds": 20.0}
@@ -81,7 +85,8 @@ def expectations(sizes: str) -> dict[str, dict[str, float]]:
             tflops=PEAK_TERAFLOPS, utilization=UTILIZATION,
         )  # fmt: skip
         loading = SECONDS_PER_GIGABYTE * 2 * planned.num_parameters / 1e9
-        expected[name] = {"seconds": planned.seconds_per_step + loading, "gigabytes": planned.peak}
+        seconds = START_SECONDS + planned.seconds_per_step + loading
+        expected[name] = {"seconds": seconds, "gigabytes": planned.peak}
     return expected
 
 
@@ -99,7 +104,7 @@ def faults(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
                 found.append(f"{name}: {part} gives a NaN or an infinity")
         if "teraflops" in result:
             own, planned = result["gigabytes"], result["planned_gigabytes"]
-            if abs(own - planned) > MEMORY_BOUND * planned:
+            if abs(own - planned) > MEMORY_BOUND * planned + CUBLAS_GIGABYTES:
                 found.append(f"{name}: {own:.3g} GB, planned {planned:.3g}")
             if not all(value == value and abs(value) != float("inf") for value in result["metrics"].values()):
                 found.append(f"{name}: metrics {result['metrics']}")

@@ -215,7 +215,8 @@ def vae(scale: Scale) -> dict[str, Any]:
             weights = sum(parameter.nbytes for parameter in model.parameters())
             size = {"height": clip.height, "width": clip.width, "num_frames": clip.num_frames}
             if scale.vae_size != "tiny":
-                result["planned_gigabytes"] = (weights + pass_memory(model.config, name, **size)) / GIGA  # type: ignore[arg-type]
+                own = pass_memory(model.config, name, **size, on_gpu=not on_cpu())  # type: ignore[arg-type]
+                result["planned_gigabytes"] = (weights + own) / GIGA
             result["is_finite"] = bool(torch.isfinite(video).all())
             results[name] = result
     return results
@@ -266,7 +267,7 @@ def training(what: Training, folder: Path) -> dict[str, Any]:
 
 def bfloat16_tests() -> dict[str, Any]:
     """Test every launch configuration in bfloat16 on this GPU against float32 on the CPU."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/distributed/test_bfloat16.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-n", "4", "tests/distributed/test_bfloat16.py"]
     result: dict[str, Any] = {}
     start = time.perf_counter()
     finished = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)

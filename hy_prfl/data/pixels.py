@@ -38,6 +38,8 @@ P3_PRIMARIES = (ColorPrimaries.SMPTE431, ColorPrimaries.SMPTE432)
 RGB_MATRIX, UNSPECIFIED_MATRIX, BT2020_MATRIX = 0, 2, 9
 KNOWN_MATRICES = {RGB_MATRIX, 1, UNSPECIFIED_MATRIX, 3, 4, 5, 6, 7, BT2020_MATRIX}
 
+DOLBY_VISION = (SideDataType.DOVI_METADATA, SideDataType.DOVI_RPU_BUFFER)
+
 # Largest ratio of a pixel's sides. A larger one means that the header is broken.
 MAX_PIXEL_ASPECT = 16
 
@@ -197,8 +199,7 @@ def color_options(frame: av.VideoFrame, hdr: HDR) -> str:
         VideoError: If the frame is HDR or BT.2020 and `hdr` is `"refuse"`, or if its colours cannot be converted.
     """
     transfer, primaries, matrix = int(frame.color_trc), int(frame.color_primaries), int(frame.colorspace)
-    types = {data.type for data in frame.side_data}
-    dolby = bool(types & {SideDataType.DOVI_METADATA, SideDataType.DOVI_RPU_BUFFER})
+    dolby = any(frame.side_data.get(kind) is not None for kind in DOLBY_VISION)
     if dolby and transfer in UNKNOWN_TRANSFERS:
         raise VideoError("its colours cannot be converted: Dolby Vision without a base layer for other displays")
     if matrix not in KNOWN_MATRICES:

@@ -87,14 +87,23 @@ def fill_weights(
         quantizer.finish()
 
 
-def shard_for_zero3(module: nn.Module, deepspeed_config: Mapping[str, Any]) -> None:
-    """Shard the weights of a module for the ZeRO-3 engine of this configuration. A collective."""
+def shard_for_zero3(module: nn.Module, deepspeed_config: Mapping[str, Any], device: torch.device) -> None:
+    """
+    Shard the weights of a module for the ZeRO-3 engine of this configuration, and move its buffers. A collective.
+
+    Args:
+        device (`torch.device`):
+            Device of the engine. It does not move a model that is sharded already, and sharding moves only weights.
+    """
     import deepspeed
     from deepspeed.utils import groups
 
     # With `zero_hpz_partition_size` the first call creates groups of ranks. It raises if they are created again.
     group = groups._get_zero_param_intra_parallel_group()
     deepspeed.zero.Init(module=module, config_dict_or_path=dict(deepspeed_config), zero_param_parallel_group=group)
+    for owner in module.modules():
+        for name, buffer in owner.named_buffers(recurse=False):
+            setattr(owner, name, buffer.to(device))
 
 
 def shard_frozen(module: nn.Module, device: torch.device, mesh: DeviceMesh | None = None) -> None:

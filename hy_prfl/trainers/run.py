@@ -116,7 +116,8 @@ class Run:
             for name in ("zero_optimization", "bf16")
             if name in plugin.deepspeed_config
         }
-        return partial(shard_for_zero3, deepspeed_config={"train_micro_batch_size_per_gpu": 1, **settings})
+        settings["train_micro_batch_size_per_gpu"] = 1
+        return partial(shard_for_zero3, deepspeed_config=settings, device=self.accelerator.device)
 
     @property
     def trained_dtype(self) -> torch.dtype:

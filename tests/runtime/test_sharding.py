@@ -1,5 +1,9 @@
 """Loading and reading weights in a single process. Sharding over ranks is tested in tests/distributed."""
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +12,22 @@ from accelerate import Accelerator, init_empty_weights
 from diffusers import WanTransformer3DModel
 
 from hy_prfl.runtime.sharding import Masters, fill_weights, full_state_dict
+
+
+# One rank of DeepSpeed on the CPU. The meta device stands for another device that the engine is on.
+ZERO3 = """
+import json, sys
+import deepspeed, torch
+from diffusers import WanTransformer3DModel
+from hy_prfl.runtime.sharding import shard_for_zero3
+deepspeed.init_distributed("gloo", verbose=False)
+model = WanTransformer3DModel.from_pretrained(sys.argv[1], subfolder="transformer")
+config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+shard_for_zero3(model, config, torch.device("meta"))
+assert all(hasattr(parameter, "ds_id") for parameter in model.parameters())
+print(json.dumps({name: buffer.device.type for name, buffer in model.named_buffers()}))
+torch.distributed.destroy_process_group()
+"""
 
 
 @pytest.fixture
@@ -48,6 +68,18 @@ def test_each_block_is_split_once_it_is_whole_and_the_model_last(
 
     fill_weights(empty, transformer.state_dict(), dtype=torch.float32, shard=shard)
     assert whole == [*empty.blocks, empty]
+
+
+@pytest.mark.launch
+def test_buffers_of_a_model_in_shards_are_on_the_engines_device(pipeline_dir: Path) -> None:
+    """Found on a GPU: rotary embeddings stayed on the CPU, and the first forward failed."""
+    own = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"} | own
+    command = [sys.executable, "-c", ZERO3, str(pipeline_dir)]
+    finished = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=300)
+    assert finished.returncode == 0, finished.stderr
+    devices = json.loads(finished.stdout.splitlines()[-1])
+    assert devices == {"rope.freqs_cos": "meta", "rope.freqs_sin": "meta"}
 
 
 def test_weights_that_do_not_fit_are_refused(transformer: WanTransformer3DModel, empty: WanTransformer3DModel) -> None:

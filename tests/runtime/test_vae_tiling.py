@@ -41,6 +41,14 @@ def test_memory_of_a_pass_is_what_torch_allocates(is_residual: bool) -> None:
             assert meter.peak == pytest.approx(expected, rel=0.02), operation
 
 
+@pytest.mark.parametrize(("operation", "measured"), [("encode", 6.89e9), ("decode", 9.46e9)])
+def test_memory_of_a_pass_on_a_gpu(operation: str, measured: float) -> None:
+    """What torch allocated at most on an H200 for 81 frames at 480P, without weights and frames: no less is expected."""
+    size = {"height": 480, "width": 832, "num_frames": 81}
+    expected = pass_memory({"is_residual": False}, operation, **size, on_gpu=True)  # type: ignore[arg-type]
+    assert measured <= expected <= 1.1 * measured
+
+
 def test_tiles_only_where_a_pass_does_not_fit(pipeline_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
     vae = AutoencoderKLWan.from_pretrained(pipeline_dir, subfolder="vae")
     small, large = {**SIZE, "height": 32, "width": 32}, {**SIZE, "height": 32_000, "width": 32_000}
