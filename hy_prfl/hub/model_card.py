@@ -255,10 +255,10 @@ def _description(
         weights = f"{'LoRA adapters' if len(experts) > 1 else 'A LoRA adapter'}{rank} for"
     base = config.get(BASE) or "a Wan pipeline"
     if _uses_reward(config):
-        judges = _reward_models(config)
+        names = _reward_models(config)
         training = (
             f"fine-tuned with process reward feedback (PRFL, [paper]({PAPER})) on the reward model"
-            f"{'s' if len(judges) > 1 else ''} {', '.join(f'`{each}`' for each in judges)}."
+            f"{'s' if len(names) > 1 else ''} {', '.join(f'`{each}`' for each in names)}."
         )
         return f"{weights} {part} of {base}, {training}{_start(kind, config)}"
     if config.get("update_schedule") == "flow_matching":

@@ -20,8 +20,8 @@ from ..configs.keep import check_keep
 from ..flow_matching import row_noise
 from ..models.conditioning import Conditioning
 from ..models.reward_model import WanRewardModel
-from .candidate_judge import CandidateJudge
 from .candidate_results import Candidate, Candidates
+from .candidate_scorer import CandidateScorer
 from .candidate_settings import CandidateSettings
 
 
@@ -89,8 +89,8 @@ def sample_candidates(
         frames=frames,
         candidates=search.candidates,
         num_forwards=search.num_forwards,
-        num_reward_forwards=search.judge.num_forwards,
-        num_reward_backwards=search.judge.num_backwards,
+        num_reward_forwards=search.scorer.num_forwards,
+        num_reward_backwards=search.scorer.num_backwards,
     )
 
 
@@ -114,7 +114,7 @@ class _Search:
         check(not caching, "step cache", caching, "off: it treats a batch as one clip")
         check_fits_generator(reward_model.config, self.transformers[0].config, allow_other_base=True)
         self.pipeline, self.settings = pipeline, settings
-        self.judge = CandidateJudge(reward_model, settings.batch_size)
+        self.scorer = CandidateScorer(reward_model, settings.batch_size)
         self.decisions = {decision.step: decision.num_kept for decision in settings.keep}
         self.candidates = [Candidate(seed) for seed in seeds]
         self.alive = list(range(len(seeds)))
@@ -165,10 +165,10 @@ class _Search:
         """A transformer's forward, in batches; text and image are one row for all candidates."""
         hidden_states, timestep = kwargs.pop("hidden_states"), kwargs.pop("timestep")
         text, image = kwargs.pop("encoder_hidden_states"), kwargs.pop("encoder_hidden_states_image", None)
-        if self.judge.conditioning is None:
+        if self.scorer.conditioning is None:
             # The first forward of a chain is that with the prompt; the one without follows.
             condition = None if self.condition is None else self.condition[:1]
-            self.judge.conditioning = Conditioning(text, image, condition)
+            self.scorer.conditioning = Conditioning(text, image, condition)
         size = self.settings.batch_size
         outputs = []
         for noisy, times in zip(hidden_states.split(size), timestep.split(size), strict=True):
@@ -197,7 +197,7 @@ class _Search:
         """The scheduler's step along the velocity, to which guided steps add the reward's gradient."""
         guidance, number = self.settings.guidance, self.step_index + 1
         if guidance is not None and guidance.first_step <= number <= guidance.last_step:
-            model_output = self.judge.guide(model_output, timestep, sample, guidance.scale)
+            model_output = self.scorer.guide(model_output, timestep, sample, guidance.scale)
         if self.settings.resample and number in self.decisions:
             sigma = self.pipeline.scheduler.sigmas[self.step_index].to(sample)
             self.clean = sample - sigma * model_output.to(sample.dtype)
@@ -214,7 +214,7 @@ class _Search:
         num_kept = self.decisions.get(step)
         if num_kept is None and not self.settings.score_every_step:
             return {}
-        scores = self.checked(self.judge.score(latents, pipeline.scheduler.timesteps[step]))
+        scores = self.checked(self.scorer.score(latents, pipeline.scheduler.timesteps[step]))
         for number, score in zip(self.alive, scores, strict=True):
             self.candidates[number].logits[step] = score
         if num_kept is None:
@@ -236,7 +236,7 @@ class _Search:
         """Keep only the best of the finished candidates."""
         if len(self.alive) == 1 and not self.settings.score_every_step:
             return latents
-        scores = self.checked(self.judge.score_clean(latents, self.settings.final_timesteps))
+        scores = self.checked(self.scorer.score_clean(latents, self.settings.final_timesteps))
         for number, score in zip(self.alive, scores, strict=True):
             self.candidates[number].final_logit = score
         return self.select(latents, self.drop(scores, 1, step))

@@ -219,14 +219,14 @@ def plan(
     for name, side, multiple in (("height", height, 2 * stride[1]), ("width", width, 2 * stride[2])):
         check(side > 0 and side % multiple == 0, name, side, f"a multiple of {multiple}")
     default = default_reward_config(training, config)
-    num_judges = len(training.reward_sources) if isinstance(training, PRFLTrainingConfig) else 1
-    given = list(reward_config) if isinstance(reward_config, Sequence) else [reward_config] * num_judges
-    judge, *others = [each or default for each in given]
+    num_reward_models = len(training.reward_sources) if isinstance(training, PRFLTrainingConfig) else 1
+    given = list(reward_config) if isinstance(reward_config, Sequence) else [reward_config] * num_reward_models
+    first, *others = [each or default for each in given]
     latents = ((num_frames - 1) // stride[0] + 1, height // stride[1], width // stride[2])
     request = Request(
         training=training,
         transformer_config=config,
-        reward_config=judge,
+        reward_config=first,
         engine=engine or Engine(num_gpus=num_gpus, zero_stage=zero_stage, offload=offload),
         shape=Shape(training.train_batch_size, latents, text_tokens, first_frame),
         experts=experts,

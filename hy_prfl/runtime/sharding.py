@@ -248,7 +248,8 @@ class Masters:
 
     def share_of(self, weights: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         """
-        This rank's shards, as in `values`, of the given whole weights.
+        This rank's shards, as in `values`, of the given whole weights; on the device of the masters, which DeepSpeed may
+        hold on the host.
 
         Raises:
             ValueError: If the weight of a trained parameter is missing or has another shape.
@@ -257,13 +258,13 @@ class Masters:
         if missing:
             raise ValueError(f"{len(missing)} weights are missing, such as '{missing[0]}'.")
         shares = []
-        for name, parameter in self.parameters.items():
+        for (name, parameter), master in zip(self.parameters.items(), self.values(), strict=True):
             tensor = weights[name]
             if tensor.shape != self.shapes[name]:
                 raise ValueError(
                     f"'{name}' must have the shape {tuple(self.shapes[name])}, got {tuple(tensor.shape)}."
                 )
-            shares.append(self._cut(parameter, tensor))
+            shares.append(self._cut(parameter, tensor).to(master.device))
         return shares
 
     def write(self, values: Sequence[torch.Tensor]) -> None:
@@ -286,11 +287,11 @@ class Masters:
             # Shards have equal sizes; the last one is padded.
             size = parameter.ds_tensor.numel()
             start = dist.get_rank(parameter.ds_process_group) * size
-            share = torch.zeros(size, device=parameter.ds_tensor.device)
+            share = torch.zeros(size)
             own = tensor.flatten()[start : start + size]
             share[: own.numel()].copy_(own)
             return share
         if self.is_zero2:
             address = parameter._hp_mapping.lp_fragment_address
             tensor = tensor.flatten()[address.start : address.start + address.numel]
-        return tensor.to(parameter.device, torch.float32, copy=True)
+        return tensor.to(torch.float32, copy=True)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -108,3 +109,14 @@ def test_masters_of_one_process_are_the_parameters() -> None:
         masters.share_of({"bias": new["bias"]})
     with pytest.raises(ValueError, match=r"'bias' must have the shape \(2,\), got \(2, 3\)"):
         masters.share_of({"bias": new["weight"], "weight": new["weight"]})
+
+
+def test_shares_are_where_the_masters_are() -> None:
+    """ZeRO can hold masters on the host beside working copies on a GPU, here the meta device."""
+    parameter = torch.nn.Parameter(torch.empty(2, 3, dtype=torch.bfloat16, device="meta"))
+    address = SimpleNamespace(start=1, numel=4)
+    parameter._hp_mapping = SimpleNamespace(get_hp_fragment=lambda: torch.zeros(4), lp_fragment_address=address)  # type: ignore[attr-defined]
+    masters = Masters({"weight": parameter}, optimizer=None)
+    (share,) = masters.share_of({"weight": torch.arange(6.0).view(2, 3)})
+    assert share.device.type == masters.values()[0].device.type == "cpu"
+    assert share.tolist() == [1.0, 2.0, 3.0, 4.0]

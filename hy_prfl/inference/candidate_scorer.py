@@ -10,7 +10,7 @@ from ..models.conditioning import Conditioning
 from ..models.reward_model import WanRewardModel, score_noised
 
 
-class CandidateJudge:
+class CandidateScorer:
     """
     A reward model for the candidates of one video, which share prompt and images.
 
