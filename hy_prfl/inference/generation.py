@@ -156,8 +156,9 @@ def generate_videos(
     writes = context_parallel is None or context_parallel.is_first_rank
     for prompt in tqdm(pending[index::num_shares], desc="Generating", unit="video", disable=not state.is_main_process):
         fitted = fitted_settings(pipeline, prompt, settings)
-        size = {"height": fitted.height, "width": fitted.width, "num_frames": fitted.num_frames}
-        is_tiled = set_tiling(pipeline.vae, vae_tiling, "decode", **size)
+        size: dict[str, Any] = {"height": fitted.height, "width": fitted.width, "num_frames": fitted.num_frames}
+        # Where the VAE decodes: offloaded models are on the CPU or nowhere between their calls.
+        is_tiled = set_tiling(pipeline.vae, vae_tiling, "decode", **size, device=pipeline._execution_device)
         if context_parallel is not None and context_parallel.any(is_tiled):
             # All processes of a video must decode the same frames, even if one of them has less free memory.
             set_tiling(pipeline.vae, "on", "decode", **size)

@@ -65,7 +65,7 @@ def read_record(path: str | Path) -> dict[str, Any]:
 
 
 def write_video(
-    path: str | Path, frames: np.ndarray, fps: float, *, crf: int = 12, comment: str | None = None
+    path: str | Path, frames: np.ndarray, fps: float, *, crf: int = 12, comment: str | None = None, tag: str = ""
 ) -> None:
     """
     Write an H.264 mp4 in yuv420p, which every player shows. The file is complete or not there.
@@ -82,6 +82,8 @@ def write_video(
             Quality, 0 (lossless) to 51; 12 looks lossless.
         comment (`str`, *optional*):
             Text for the file's metadata.
+        tag (`str`):
+            Different in each process that may write the same file, see [`~hy_prfl.runtime.atomic_writes.replacing`].
 
     Raises:
         ValueError: If the frames have another shape, type or range, or odd sides, or hold a NaN or an infinity, or `fps`
@@ -103,7 +105,7 @@ def write_video(
     path.parent.mkdir(parents=True, exist_ok=True)
     # Without the prefix FFmpeg would read the text before a colon as a protocol.
     with (
-        replacing(path) as temporary,
+        replacing(path, tag=tag) as temporary,
         av.open(f"file:{temporary}", mode="w", format="mp4", options={"movflags": "+faststart"}) as container,
     ):
         if comment is not None:

@@ -110,9 +110,7 @@ class Engine:
         return FLOAT32 * min(sizes.trained / self.num_gpus, self.zero3_sub_group)
 
     def average(self, sizes: ParameterSizes) -> float:
-        """Bytes of the averaged weights (EMA) on each GPU."""
-        if self.offload:
-            return 0
+        """Bytes of the averaged weights (EMA) of each process: on its GPU, or in host memory with `offload`."""
         return FLOAT32 * sizes.trained / (self.num_gpus if self.zero_stage else 1)
 
     def host_memory(self, sizes: ParameterSizes) -> float:

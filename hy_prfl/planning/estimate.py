@@ -187,7 +187,8 @@ def _estimate_prfl(request: Request, training: PRFLTrainingConfig, reserved: flo
     counting = _counting(numerics, numerics.frozen, engine, training.base_quantization)
     sizes = generator_sizes(frozen_config, options, counting).times(len(experts.trained))
     uses_reward, uses_flow = training.update_schedule != "flow_matching", training.update_schedule != "reward"
-    held = engine.held(sizes) | {"averaged weights": engine.average(sizes) if training.use_ema else 0.0}
+    average = engine.average(sizes) if training.use_ema else 0.0
+    held = engine.held(sizes) | {"averaged weights": 0.0 if engine.offload else average}
     part = request.shape.part(training.context_parallel_degree, config["patch_size"])
     generator = generator_phases(config, training, numerics, part)
     flow_peak = max(generator["forward"].peak, generator["backward"].peak)
@@ -212,6 +213,7 @@ def _estimate_prfl(request: Request, training: PRFLTrainingConfig, reserved: flo
             sizes, is_frozen=training.lora_rank is not None, is_quantized=training.base_quantization is not None
         ),
         "weights and optimizer states": engine.host_memory(sizes),
+        "averaged weights": average if engine.offload else 0.0,
         "reward model in host memory": (1 + num_monitors) * on_host,
     }
     block_inputs = generator["forward"].offloaded
@@ -293,7 +295,8 @@ def _estimate_reward(request: Request, training: RewardTrainingConfig, reserved:
     sizes = reward_model_sizes(freeze(config), options_of(training, REWARD_OPTIONS), counting)
     part = request.shape.part(training.context_parallel_degree, config["patch_size"])
     phases = reward_training_phases(config, training, whole, part)
-    held = engine.held(sizes) | {"averaged weights": engine.average(sizes) if training.use_ema else 0.0}
+    average = engine.average(sizes) if training.use_ema else 0.0
+    held = engine.held(sizes) | {"averaged weights": 0.0 if engine.offload else average}
     held |= _held_by_batch(request)
     peaks = {
         "optimizer step": engine.step_memory(sizes),
@@ -306,6 +309,7 @@ def _estimate_reward(request: Request, training: RewardTrainingConfig, reserved:
     host_memory = {
         "loading": engine.loading_memory(sizes, is_frozen=False, is_quantized=training.base_quantization is not None),
         "weights and optimizer states": engine.host_memory(sizes),
+        "averaged weights": average if engine.offload else 0.0,
         "block inputs": phases["forward"].offloaded,
     }
     checkpoint = engine.checkpoint_size(sizes, is_lora=training.lora_rank is not None, has_average=training.use_ema)

@@ -59,6 +59,8 @@ class ContextParallelGroup:
         device_type = "cpu" if dist.get_backend() == "gloo" else "cuda"
         ulysses_degree = degree // ring_degree
         self.config = ContextParallelConfig(ulysses_degree=ulysses_degree, ring_degree=ring_degree)
+        # The cuDNN kernel of ring attention reads it.
+        self.config._world_size = degree
         # diffusers' hooks read only this attribute.
         self.mesh = self.config._flattened_mesh = DeviceMesh.from_group(self.process_group, device_type)
         if ring_degree > 1:
@@ -102,7 +104,9 @@ class ContextParallelGroup:
         return bool(found > 0)
 
     def mean(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Mean over the group, in place. A collective."""
+        """Mean over the group; `tensor` may be overwritten. A collective."""
+        # NCCL refuses a view with gaps, and gloo reduces it to something else.
+        tensor = tensor.contiguous()
         dist.all_reduce(tensor, group=self.process_group)
         return tensor.div_(self.degree)
 

@@ -237,19 +237,23 @@ class Masters:
         }
 
     def values(self) -> list[nn.Parameter]:
-        """This rank's shards, one for each parameter that it has a part of."""
+        """This rank's shards, one for each parameter that it has a part of, on the device where they are kept."""
         if self.is_zero3:
-            from deepspeed.utils import safe_get_local_fp32_param
-
-            return [nn.Parameter(safe_get_local_fp32_param(parameter)) for parameter in self.parameters.values()]
+            return [nn.Parameter(self._zero3_shard(parameter)) for parameter in self.parameters.values()]
         if self.is_zero2:
             return [nn.Parameter(parameter._hp_mapping.get_hp_fragment()) for parameter in self.parameters.values()]
         return list(self.parameters.values())
 
+    def _zero3_shard(self, parameter: Any) -> torch.Tensor:
+        from deepspeed.utils import safe_get_local_fp32_param
+
+        # DeepSpeed copies shards that it holds on the host to the GPU.
+        device = parameter._z3_optimizer.get_hp_param_device(parameter)
+        return safe_get_local_fp32_param(parameter).to(device)
+
     def share_of(self, weights: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         """
-        This rank's shards, as in `values`, of the given whole weights; on the device of the masters, which DeepSpeed may
-        hold on the host.
+        This rank's shards, as in `values`, of the given whole weights.
 
         Raises:
             ValueError: If the weight of a trained parameter is missing or has another shape.
@@ -269,6 +273,9 @@ class Masters:
 
     def write(self, values: Sequence[torch.Tensor]) -> None:
         """Write shards, as from `values`, into the parameters: float32 masters and working copies. A collective."""
+        if self.is_zero3:
+            # Small parameters are always gathered, others may be: their whole copies would keep the old values.
+            self.optimizer.optimizer.checkpoint_event_prologue()
         for parameter, value in zip(self.parameters.values(), values, strict=True):
             if self.is_zero3:
                 from deepspeed.utils import safe_set_local_fp32_param
@@ -279,6 +286,8 @@ class Masters:
                 parameter._hp_mapping.get_hp_fragment().data.copy_(value)
             else:
                 parameter.data.copy_(value)
+        if self.is_zero3:
+            self.optimizer.optimizer.checkpoint_event_epilogue()
         if self.is_zero2:
             self.optimizer.optimizer.update_lp_params()
 

@@ -76,6 +76,7 @@ def set_tiling(
     width: int,
     num_frames: int,
     batch_size: int = 1,
+    device: torch.device | None = None,
 ) -> bool:
     """
     Turn the VAE's tiling on or off for its next pass. Call it just before that pass.
@@ -85,15 +86,18 @@ def set_tiling(
     Args:
         tiling (`str`):
             `"auto"` uses tiles if the pass does not fit into the free memory of the device.
+        device (`torch.device`, *optional*):
+            Device of the pass, if the VAE moves there only then.
 
     Returns:
         `bool`: Whether tiling is on.
     """
+    device = vae.device if device is None else device
     needed = pass_memory(
         vae.config, operation, height=height, width=width, num_frames=num_frames, batch_size=batch_size,
-        on_gpu=vae.device.type == "cuda",
+        on_gpu=device.type == "cuda",
     )  # fmt: skip
-    is_tiled = tiling == "on" or (tiling == "auto" and needed > free_memory(vae.device))
+    is_tiled = tiling == "on" or (tiling == "auto" and needed > free_memory(device))
     if is_tiled and not vae.use_tiling:
         logger.warning(
             "The VAE works in tiles: to %s %d x %d x %d pixels at once takes %.1f GB (`vae_tiling` %s).",

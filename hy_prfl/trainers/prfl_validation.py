@@ -22,6 +22,9 @@ def build_evaluator(
     """The evaluator that samples and scores held-out prompts; None without a validation dataset."""
     if validation is None:
         return None
+    if run.context_parallel is not None and not run.context_parallel.is_first_rank:
+        # All ranks of a group have the same samples, and one of them writes the videos.
+        vae = None
     if vae is not None:
         vae.to(run.accelerator.device).requires_grad_(False).eval()
     return SampleEvaluator(

@@ -27,7 +27,7 @@ from hy_prfl.trainers.reward_trainer import RewardTrainer
 
 KINDS = ("t2v", "i2v", "5b", "a14b")
 # Trainer and what is special: all weights or an adapter, or the gradient through two steps of a stored chain, watched by a
-# monitor.
+# monitor and with videos of the validation.
 VARIANTS = (("reward", "full"), ("reward", "lora"), ("prfl", "full"), ("prfl", "lora"), ("prfl", "chained"))
 # Of some kinds also an adapter held by an anchor, on two reward models, with rollouts that skip steps.
 ENSEMBLE_KINDS = ("t2v", "5b")
@@ -44,6 +44,7 @@ CHAINED: dict[str, Any] = {
     "reward_at": "foreseen",
     "rollout_interval": 2,
     "on_hacking": "warn",
+    "validation_videos": True,
 }
 GLOBAL_BATCH_SIZE = 4
 

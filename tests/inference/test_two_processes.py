@@ -83,6 +83,9 @@ class TestTwoProcesses:
         assert result["transformer"] == pytest.approx(transformer, abs=0.02)
         assert result["text_encoder"] == pytest.approx(text_encoder, abs=0.02)
 
+    def test_the_mean_of_a_view_with_gaps(self, folder: Path) -> None:
+        assert json.loads((folder / "results.json").read_text())["mean of a view"] == {"error": 0.0}
+
     def test_one_process_of_a_group_writes(self, folder: Path) -> None:
         names = [sorted(path.name for path in (folder / f"rank-{rank}").iterdir()) for rank in (0, 1)]
         assert names == [["blue_seed_0.mp4", "manifest.json", "red_seed_0.mp4"], []]

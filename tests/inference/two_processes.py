@@ -96,6 +96,10 @@ def run_all(folder: Path) -> None:
         "a14b": compare(folder, group, "a14b", shard_weights=BOTH, **loras),
         "5b": compare(folder, group, "5b", shard_weights=BOTH),
     }
+    # A view with gaps, as the gradient of the first channels of a batch is.
+    values = torch.arange(24.0).view(2, 3, 4)
+    mean = group.mean(((1 + state.process_index) * values)[:, :2])
+    results["mean of a view"] = {"error": (mean - 1.5 * values[:, :2]).abs().max().item()}
     LIBRARY.impl("_scaled_dot_product_flash_attention", flash_attention, "CPU")
     ring = ContextParallelGroup(2, ring_degree=2)
     results["t2v, ring"] = compare(folder, ring, "t2v", attention_backend="_native_flash")

@@ -91,6 +91,10 @@ def test_fits_and_prints() -> None:
     assert made.memory["averaged weights"] == pytest.approx(4 * NUM_PARAMETERS / 1e9)
     assert "fits" in str(made)
     assert "1,418,996,800" in str(made)
+    # With the engine's masters in host memory, the average is there too.
+    offloaded = plan(prfl_recipe(SMALL, use_ema=True), **CLIP, num_gpus=8, zero_stage=3, offload=True)
+    assert offloaded.host_memory["averaged weights"] == pytest.approx(4 * NUM_PARAMETERS / 8 / 1e9)
+    assert not offloaded.memory.get("averaged weights")
     read = json.loads(made.to_json())
     assert read["fits"]
     assert read["phases"] == made.phases

@@ -15,6 +15,7 @@ from diffusers import WanTransformer3DModel
 from hy_prfl.runtime.sharding import Masters, fill_weights, full_state_dict
 
 
+ROOT = Path(__file__).parents[2]
 # One rank of DeepSpeed on the CPU. The meta device stands for another device that the engine is on.
 ZERO3 = """
 import json, sys
@@ -28,6 +29,42 @@ shard_for_zero3(model, config, torch.device("meta"))
 assert all(hasattr(parameter, "ds_id") for parameter in model.parameters())
 print(json.dumps({name: buffer.device.type for name, buffer in model.named_buffers()}))
 torch.distributed.destroy_process_group()
+"""
+
+# Writes zeros and the old weights again into a model under ZeRO-3 with the settings for GPUs, and records its outputs.
+WRITING = """
+import json, sys
+from pathlib import Path
+import torch
+from torch import nn
+from hy_prfl.runtime.distributed import build_accelerator
+from hy_prfl.runtime.sharding import Masters, shard_for_zero3
+accelerator = build_accelerator(gradient_accumulation_steps=1, train_batch_size=1, log_with=[], output_dir=Path("."))
+settings = accelerator.state.deepspeed_plugin.deepspeed_config
+config = {name: settings[name] for name in ("zero_optimization", "bf16", "train_micro_batch_size_per_gpu")}
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(8, 400), nn.LayerNorm(400), nn.Linear(400, 400), nn.Linear(400, 1)).bfloat16()
+shard_for_zero3(model, config, accelerator.device)
+wrapped, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-3))
+inputs = torch.ones(1, 8, dtype=torch.bfloat16)
+accelerator.backward(wrapped(inputs).float().sum())
+optimizer.step()
+outputs = []
+def compute():
+    with torch.no_grad():
+        outputs.append(wrapped(inputs).float().item())
+compute()
+masters = Masters(dict(model.named_parameters()), optimizer)
+kept = [value.detach().clone() for value in masters.values()]
+masters.write([torch.zeros_like(value) for value in kept])
+compute()
+masters.write(kept)
+compute()
+stage3 = type(next(model.parameters())._z3_optimizer)
+stage3.get_hp_param_device = lambda self, parameter: torch.device("meta")
+if accelerator.is_main_process:
+    record = {"outputs": outputs, "devices": sorted({value.device.type for value in masters.values()})}
+    Path(sys.argv[1]).write_text(json.dumps(record))
 """
 
 
@@ -81,6 +118,24 @@ def test_buffers_of_a_model_in_shards_are_on_the_engines_device(pipeline_dir: Pa
     assert finished.returncode == 0, finished.stderr
     devices = json.loads(finished.stdout.splitlines()[-1])
     assert devices == {"rope.freqs_cos": "meta", "rope.freqs_sin": "meta"}
+
+
+@pytest.mark.launch
+def test_weights_written_under_zero3_are_those_it_computes_with(tmp_path: Path) -> None:
+    """DeepSpeed keeps small parameters whole between calls, and others that it will need soon."""
+    program, results = tmp_path / "program.py", tmp_path / "results.json"
+    program.write_text(WRITING)
+    engine = ["accelerate_configs/zero3_cpu.yaml", "--deepspeed_config_file", "ds_configs/zero3.json"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", *engine, program, results]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
+    finished = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True, timeout=300)
+    assert finished.returncode == 0, finished.stderr
+    record = json.loads(results.read_text())
+    before, zero, after = record["outputs"]
+    assert before == after != 0
+    assert zero == 0
+    # Where the engine says that it keeps them: on the host if they are offloaded. DeepSpeed returns copies on the GPU.
+    assert record["devices"] == ["meta"]
 
 
 def test_weights_that_do_not_fit_are_refused(transformer: WanTransformer3DModel, empty: WanTransformer3DModel) -> None:

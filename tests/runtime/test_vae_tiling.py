@@ -62,6 +62,14 @@ def test_tiles_only_where_a_pass_does_not_fit(pipeline_dir: Path, caplog: pytest
     assert not set_tiling(vae, "off", "decode", **large)
 
 
+def test_the_device_of_the_pass_is_asked_for_its_memory(pipeline_dir: Path) -> None:
+    """Between its calls an offloaded VAE is elsewhere. No GPU is visible here, so it cannot be asked."""
+    vae = AutoencoderKLWan.from_pretrained(pipeline_dir, subfolder="vae")
+    assert not set_tiling(vae, "auto", "decode", **{**SIZE, "height": 32, "width": 32})
+    with pytest.raises((AssertionError, RuntimeError)):
+        set_tiling(vae, "auto", "decode", **SIZE, device=torch.device("cuda"))
+
+
 @pytest.mark.parametrize("kind", ["pipeline_dir", "i2v_pipeline_dir"])
 def test_tiles_show_the_same_clip(kind: str, request: pytest.FixtureRequest) -> None:
     """Frames larger than a tile of 256 pixels, encoded and decoded with and without tiles."""
