@@ -1,8 +1,8 @@
 # Everything happens in .venv, which the first target that needs it makes. Only Python 3.10+ has to be there.
 #
-#   make demo      the whole method on small videos, about 8 minutes on 2 CPU cores; results in outputs/demo
-#   make test      all tests (CPU, no network), two at once; about 25 minutes on 2 CPU cores
-#   make test-quick   those that launch nothing and run no example, about 4 minutes, for the loop of a change
+#   make demo      the whole method on small videos, 7 to 11 minutes on 2 CPU cores; results in outputs/demo
+#   make test      all tests (CPU, no network), two at once; 20 to 30 minutes on 2 CPU cores
+#   make test-quick   those that launch nothing and run no example, 4 to 6 minutes, for the loop of a change
 #   make parity    training on two processes against one, every engine, about 12 minutes; outputs/parity.json
 #   make memory    memory of a process with each engine, about 10 minutes; outputs/memory.json
 #   make benchmark what an update costs, against RGB ReFL and with each switch, about 28 minutes; outputs/benchmark
