@@ -10,8 +10,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"
 # The CPU only, also where there are GPUs: what is computed twice to be compared is computed on the same device.
 # pytest-xdist's workers inherit the environment of the process that starts them, in which the GPUs are hidden already.
-if "PYTEST_XDIST_WORKER" not in os.environ:
-    os.environ["GPUS_OF_TESTS"] = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
+os.environ.setdefault("GPUS_OF_TESTS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import shutil

@@ -102,8 +102,7 @@ def in_process_of_its_own(log: Path, function: Any, *args: Any) -> None:
         RuntimeError: If the process failed; with the end of its output.
     """
     context = multiprocessing.get_context("forkserver" if on_cpu() else "spawn")
-    if on_cpu():
-        context.set_forkserver_preload(["examples.benchmark.cases", "examples.benchmark.report"])
+    context.set_forkserver_preload(["examples.benchmark.cases", "examples.benchmark.report"])
     process = context.Process(target=_with_output_in, args=(log, function, *args))
     process.start()
     try:

@@ -169,7 +169,7 @@ class SampleEvaluator:
                 measured = observer.observe(transformer, batch, indices, latents)
             records.extend(zip(indices, logits.tolist(), stds.tolist(), measured, strict=True))
             if self.vae is not None:
-                self._write_videos(latents, indices, folder, tag=f"-{accelerator.process_index}")
+                self._write_videos(latents, indices, folder)
         # Rows that fill up a batch come more than once, with the same values.
         by_row = {index: values for index, *values in sorted(gather_records(records), key=lambda record: record[0])}
         # By now all ranks have written their videos.
@@ -252,9 +252,9 @@ class SampleEvaluator:
             guidance_scale=self.guidance_scale,
         )
 
-    def _write_videos(self, latents: torch.Tensor, indices: list[int], folder: Path, *, tag: str) -> None:
+    def _write_videos(self, latents: torch.Tensor, indices: list[int], folder: Path) -> None:
         assert self.vae is not None
         folder.mkdir(parents=True, exist_ok=True)
         for index, frames in zip(indices, decode_latents(self.vae, latents, self.vae_tiling), strict=True):
             # Several replicas have the same row if there are fewer rows than replicas.
-            write_video(folder / f"{index:04d}.mp4", frames, self.fps, tag=tag)
+            write_video(folder / f"{index:04d}.mp4", frames, self.fps, tag=f"-{self.replica}")

@@ -278,8 +278,7 @@ def _estimate_prfl(request: Request, training: PRFLTrainingConfig, reserved: flo
 def _decoding(request: Request, training: PRFLTrainingConfig) -> tuple[float, float]:
     """Bytes of the VAE's weights, and of decoding a batch of samples, in tiles unless the recipe refuses them."""
     (frames, rows, columns), stride = request.shape.latents, request.vae_stride
-    num_frames = stride[0] * (frames - 1) + 1
-    size: dict[str, Any] = {"height": stride[1] * rows, "width": stride[2] * columns, "num_frames": num_frames}
+    size = {"height": stride[1] * rows, "width": stride[2] * columns, "num_frames": stride[0] * (frames - 1) + 1}
     weights, vae = float(VAE_BYTES[request.has_residual_vae]), {"is_residual": request.has_residual_vae}
     if training.vae_tiling != "off":
         return weights, tiled_decoding_memory(**size, batch_size=request.shape.batch_size)

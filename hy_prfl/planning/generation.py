@@ -214,7 +214,7 @@ def _cost(
         guide = reward_phases(reward, _TRAINING, numerics, several)
         flops += guided * reward_phases(reward, _TRAINING, numerics, one)["backward"].flops
         phases["reward"] = max(phases["reward"], guide["forward"].peak, guide["backward"].peak)
-    size: dict[str, Any] = {"height": config.height, "width": config.width, "num_frames": config.num_frames}
+    size = {"height": config.height, "width": config.width, "num_frames": config.num_frames}
     decoding = pass_memory({"is_residual": info.has_residual_vae}, "decode", **size)
     phases["vae"] = decoding if config.vae_tiling == "off" else min(decoding, tiled_decoding_memory(**size))
     # Noisy and predicted latents of all candidates, and the sampler's history.

@@ -239,17 +239,16 @@ class Masters:
     def values(self) -> list[nn.Parameter]:
         """This rank's shards, one for each parameter that it has a part of, on the device where they are kept."""
         if self.is_zero3:
-            return [nn.Parameter(self._zero3_shard(parameter)) for parameter in self.parameters.values()]
+            from deepspeed.utils import safe_get_local_fp32_param
+
+            # It copies shards that are kept on the host to the GPU.
+            return [
+                nn.Parameter(safe_get_local_fp32_param(parameter).to(self._device(parameter)))
+                for parameter in self.parameters.values()
+            ]
         if self.is_zero2:
             return [nn.Parameter(parameter._hp_mapping.get_hp_fragment()) for parameter in self.parameters.values()]
         return list(self.parameters.values())
-
-    def _zero3_shard(self, parameter: Any) -> torch.Tensor:
-        from deepspeed.utils import safe_get_local_fp32_param
-
-        # DeepSpeed copies shards that it holds on the host to the GPU.
-        device = parameter._z3_optimizer.get_hp_param_device(parameter)
-        return safe_get_local_fp32_param(parameter).to(device)
 
     def share_of(self, weights: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         """
@@ -262,13 +261,13 @@ class Masters:
         if missing:
             raise ValueError(f"{len(missing)} weights are missing, such as '{missing[0]}'.")
         shares = []
-        for (name, parameter), master in zip(self.parameters.items(), self.values(), strict=True):
+        for name, parameter in self.parameters.items():
             tensor = weights[name]
             if tensor.shape != self.shapes[name]:
                 raise ValueError(
                     f"'{name}' must have the shape {tuple(self.shapes[name])}, got {tuple(tensor.shape)}."
                 )
-            shares.append(self._cut(parameter, tensor).to(master.device))
+            shares.append(self._cut(parameter, tensor).to(self._device(parameter)))
         return shares
 
     def write(self, values: Sequence[torch.Tensor]) -> None:
@@ -290,6 +289,12 @@ class Masters:
             self.optimizer.optimizer.checkpoint_event_epilogue()
         if self.is_zero2:
             self.optimizer.optimizer.update_lp_params()
+
+    def _device(self, parameter: Any) -> torch.device:
+        """Where this rank's shard is kept."""
+        if self.is_zero3:
+            return parameter._z3_optimizer.get_hp_param_device(parameter)
+        return parameter._hp_mapping.get_hp_fragment().device if self.is_zero2 else parameter.device
 
     def _cut(self, parameter: Any, tensor: torch.Tensor) -> torch.Tensor:
         if self.is_zero3:

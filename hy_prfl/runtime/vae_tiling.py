@@ -29,14 +29,7 @@ CUDNN_SHARE = 0.25
 
 
 def pass_memory(
-    config: Mapping[str, Any],
-    operation: Operation,
-    *,
-    height: int,
-    width: int,
-    num_frames: int,
-    batch_size: int = 1,
-    on_gpu: bool = False,
+    config: Mapping[str, Any], operation: Operation, *, height: int, width: int, num_frames: int, batch_size: int = 1
 ) -> float:
     """
     Bytes that a float32 pass of the VAE takes without tiles, without weights and input.
@@ -46,12 +39,14 @@ def pass_memory(
             Configuration of an `AutoencoderKLWan`. Its width is assumed to be that of a published Wan VAE.
         height, width, num_frames (`int`):
             Size of the video in pixels and frames.
-        on_gpu (`bool`, defaults to `False`):
-            Whether to add cuDNN's workspaces.
     """
     per_pixel, per_frame = PASS_BYTES[bool(config["is_residual"]), operation]
-    own = batch_size * height * width * (per_pixel + per_frame * num_frames)
-    return own * (1 + CUDNN_SHARE) if on_gpu else own
+    return batch_size * height * width * (per_pixel + per_frame * num_frames)
+
+
+def with_workspaces(needed: float, device: torch.device) -> float:
+    """Bytes of a pass on this device: on a GPU cuDNN's workspaces come to them."""
+    return needed * (1 + CUDNN_SHARE) if device.type == "cuda" else needed
 
 
 def tiled_decoding_memory(*, height: int, width: int, num_frames: int, batch_size: int = 1) -> float:
@@ -94,9 +89,9 @@ def set_tiling(
     """
     device = vae.device if device is None else device
     needed = pass_memory(
-        vae.config, operation, height=height, width=width, num_frames=num_frames, batch_size=batch_size,
-        on_gpu=device.type == "cuda",
-    )  # fmt: skip
+        vae.config, operation, height=height, width=width, num_frames=num_frames, batch_size=batch_size
+    )
+    needed = with_workspaces(needed, device)
     is_tiled = tiling == "on" or (tiling == "auto" and needed > free_memory(device))
     if is_tiled and not vae.use_tiling:
         logger.warning(

@@ -1,4 +1,4 @@
-"""Loading and reading weights in a single process. Sharding over ranks is tested in tests/distributed."""
+"""Loading, reading and writing weights. Training with sharded weights is tested in tests/distributed."""
 
 import json
 import os
@@ -168,9 +168,9 @@ def test_masters_of_one_process_are_the_parameters() -> None:
 
 def test_shares_are_where_the_masters_are() -> None:
     """ZeRO can hold masters on the host beside working copies on a GPU, here the meta device."""
-    parameter = torch.nn.Parameter(torch.empty(2, 3, dtype=torch.bfloat16, device="meta"))
     address = SimpleNamespace(start=1, numel=4)
-    parameter._hp_mapping = SimpleNamespace(get_hp_fragment=lambda: torch.zeros(4), lp_fragment_address=address)  # type: ignore[attr-defined]
+    mapping = SimpleNamespace(get_hp_fragment=lambda: torch.zeros(4), lp_fragment_address=address)
+    parameter = SimpleNamespace(shape=torch.Size((2, 3)), device=torch.device("meta"), _hp_mapping=mapping)
     masters = Masters({"weight": parameter}, optimizer=None)
     (share,) = masters.share_of({"weight": torch.arange(6.0).view(2, 3)})
     assert share.device.type == masters.values()[0].device.type == "cpu"
